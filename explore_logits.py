@@ -134,9 +134,7 @@ def pack_indices(ids: npt.ArrayLike) -> tuple[npt.NDArray[np.uint16], bytes]:
     return low, high.astype(np.uint8).tobytes()
 
 
-def unpack_indices(
-    low: npt.ArrayLike, high: bytes, counts: npt.ArrayLike | None = None
-) -> Any:
+def unpack_indices(low: npt.ArrayLike, high: bytes, counts: npt.ArrayLike | None = None) -> Any:
     """Join packed token ids again: the inverse of `pack_indices`.
 
     Args:

@@ -20,8 +20,8 @@ locally; 75 stopped by the runtime limit, resumable; 130/143 stopped by a signal
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -53,36 +53,7 @@ class HubError(LogitsError):
 # --------------------------------------------------------------------------------------------------
 
 
-def ranged_int(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Return a parser of integers in low..high that names the range when it refuses."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low or (high is not None and value > high):
-            raise ValueError(f"must be {low}..{high}" if high is not None else f"at least {low}")
-        return value
-
-    parse.__name__ = f"integer {low}..{high}" if high is not None else f"integer of at least {low}"
-    return parse
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above zero."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError("must be above 0")
-    return value
-
-
-def probability(text: str) -> float:
-    """Parse a number in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError("must be above 0 and at most 1")
-    return value
-
-
-def json_limits(text: str) -> dict[str, int]:
+def parse_limits(text: str) -> dict[str, int]:
     """Parse a JSON object of non-negative integers by group name, such as {"math": 20000}."""
     value = json.loads(text)
     if not isinstance(value, dict) or not all(
@@ -92,20 +63,20 @@ def json_limits(text: str) -> dict[str, int]:
     return dict(value)
 
 
-def json_thresholds(text: str) -> dict[int, int]:
-    """Parse {"length": conversations per batch}; JSON keys are strings, lengths are integers."""
-    value = {int(length): n for length, n in json_limits(text).items()}
-    if not value or any(n < 1 for n in value.values()) or any(length < 1 for length in value):
+def parse_thresholds(text: str) -> dict[int, int]:
+    """Parse {"length": conversations per batch}: JSON keys are strings, lengths are integers."""
+    value = {int(length): n for length, n in parse_limits(text).items()}
+    if not value or min(value) < 1 or min(value.values()) < 1:
         raise ValueError("needs lengths and batch sizes of at least 1")
     return value
 
 
-def option(
-    default: Any, help_text: str, *, group: str, parse: Callable[[str], Any] | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """Declare one option: the dataclass field is the only place that holds its default and help."""
-    metadata = {"help": help_text, "group": group, "parse": parse, "choices": choices}
+def option(default: Any, help_text: str, *, group: str, **checks: Any) -> Any:
+    """Declare one option; its dataclass field is the only place that holds default, help and range.
+
+    `checks`: `low`, `high` (inclusive), `above` (exclusive), `choices`, `parse` (text to value).
+    """
+    metadata = {"help": help_text, "group": group, **checks}
     if default is MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -119,66 +90,185 @@ class ExtractionConfig:
         ConfigError: a value is out of range or two options contradict each other.
     """
 
-    model: str = option(MISSING, "teacher: Hub id or local folder", group="teacher")
+    model: str = option(MISSING, "Hub id or local folder of the teacher", group="teacher")
     revision: str | None = option(None, "model revision: branch, tag or commit", group="teacher")
     trust_remote_code: bool = option(False, "run model code from the Hub", group="teacher")
-    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto: the best there is", group="teacher")
+    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto is the best", group="teacher")
     dtype: str = option(
-        "auto", "weights and forward; auto: the checkpoint's on a GPU, float32 on a CPU",
-        group="teacher", choices=("auto", "float32", "bfloat16", "float16"),
+        "auto",
+        "of weights and forward; auto is the checkpoint's on a GPU, float32 on a CPU",
+        group="teacher",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    attn: str = option("auto", "attention: auto, eager, sdpa, flash_attention_2, …", group="teacher")
+    attn: str = option("auto", "eager, sdpa, flash_attention_2, …", group="teacher")
 
-    dataset: str = option(MISSING, "Hub id, or a local .jsonl, .json, .parquet, .csv file or folder", group="dataset")
+    dataset: str = option(
+        MISSING, "Hub id, or a .jsonl, .json, .parquet, .csv file or folder", group="dataset"
+    )
     subset: str | None = option(None, "dataset configuration", group="dataset")
     split: str = option("train", "dataset split", group="dataset")
     streaming: bool = option(False, "never hold the whole source in memory", group="dataset")
-    messages_col: str | None = option(None, "column of chat messages; found by itself when it has a usual name", group="dataset")
+    messages_col: str | None = option(
+        None, "column of chat messages; usual names are found", group="dataset"
+    )
     user_col: str = option("question", "user column of single-turn data", group="dataset")
     assistant_col: str = option("answer", "assistant column of single-turn data", group="dataset")
     system_col: str | None = option(None, "system column of single-turn data", group="dataset")
-    index_col: str | None = option(None, "column of unique integer ids (default: row number)", group="dataset")
+    index_col: str | None = option(
+        None, "column of unique integer ids (default: the row number)", group="dataset"
+    )
 
-    limit: int | None = option(None, "conversations of the whole job, over all resumed runs", group="selection", parse=ranged_int(1))
-    start_offset: int = option(0, "skip this many source rows first", group="selection", parse=ranged_int(0))
-    random_sample: bool = option(False, "choose --limit rows at random (by --seed) instead of the first", group="selection")
-    subject_col: str | None = option(None, "column of group names for --sample-subject", group="selection")
-    sample_subject: dict[str, int] | None = option(None, 'conversations per group, JSON: {"math": 20000, "*": 6000}; "" is the empty group', group="selection", parse=json_limits)
-    full_dataset: bool = option(False, "take every row; refuses the options that select", group="selection")
-    seed: int = option(42, "seed of selection and of the tail samples", group="selection", parse=ranged_int(0, 2**63 - 1))
+    limit: int | None = option(
+        None, "conversations of the whole job, over all resumed runs", group="selection", low=1
+    )
+    start_offset: int = option(0, "source rows to pass over first", group="selection", low=0)
+    random_sample: bool = option(
+        False, "take rows at random, by --seed, where a limit leaves some out", group="selection"
+    )
+    subject_col: str | None = option(
+        None, "column of group names for --sample-subject", group="selection"
+    )
+    sample_subject: dict[str, int] | None = option(
+        None,
+        'conversations per group, JSON: {"math": 20000, "*": 6000}; "" is the empty group',
+        group="selection",
+        parse=parse_limits,
+    )
+    full_dataset: bool = option(
+        False, "take every row; refuses options that leave some out", group="selection"
+    )
+    seed: int = option(
+        42, "of the selection and of the tail", group="selection", low=0, high=2**63 - 1
+    )
 
-    length_col: str | None = option(None, "column of the source that holds lengths in tokens", group="lengths")
-    tokenized_dataset: str | None = option(None, "lengths made by compute_lengths.py: file, folder or Hub id; joined on index", group="lengths")
-    max_seq_len: int | None = option(None, "skip longer conversations, in tokens (default: the model's maximum)", group="lengths", parse=ranged_int(2))
+    length_col: str | None = option(
+        None, "column of the source that holds lengths in tokens", group="lengths"
+    )
+    tokenized_dataset: str | None = option(
+        None, "lengths by compute_lengths.py: file, folder or Hub id", group="lengths"
+    )
+    max_seq_len: int | None = option(
+        None,
+        "skip longer conversations, in tokens (default: the model's maximum)",
+        group="lengths",
+        low=2,
+    )
 
-    chat_template: str | None = option(None, "Jinja file to use instead of the tokenizer's template", group="conversation")
-    include_think: bool = option(False, "extract think tags that the template inserts, too", group="conversation")
-    include_end: bool = option(False, "extract what the template appends after the end-of-turn token, too", group="conversation")
-    verify_mask: bool = option(False, "show the first conversations with the extracted tokens marked; on a terminal, ask", group="conversation")
+    chat_template: str | None = option(
+        None, "Jinja file used instead of the tokenizer's template", group="conversation"
+    )
+    include_think: bool = option(
+        False, "extract think tags that only the template inserts, too", group="conversation"
+    )
+    include_end: bool = option(
+        False, "extract what the template appends after the turn's end, too", group="conversation"
+    )
+    verify_mask: bool = option(
+        False,
+        "show the extracted tokens of some rows first; on a terminal, ask",
+        group="conversation",
+    )
 
-    top_p: float = option(0.98, "probability that the nucleus covers", group="extraction", parse=probability)
-    top_p_max: int = option(100, "K: nucleus tokens kept at most", group="extraction", parse=ranged_int(1, 255))
-    sampled_n: int = option(24, "M: tokens drawn from outside the nucleus", group="extraction", parse=ranged_int(0))
-    logit_bits: int = option(16, "bits of resolution kept in a quantized logit", group="extraction", parse=ranged_int(4, 16))
-    store_tokens: bool = option(False, "add the columns input_ids and token_positions", group="extraction")
-    reference_extraction: bool = option(False, "extract with the plain implementation that reads as the definition", group="extraction")
+    top_p: float = option(
+        0.98, "probability that the nucleus covers", group="extraction", above=0, high=1
+    )
+    top_p_max: int = option(
+        100, "K: nucleus tokens kept at most", group="extraction", low=1, high=255
+    )
+    sampled_n: int = option(24, "M: tokens drawn from the rest", group="extraction", low=0)
+    logit_bits: int = option(
+        16, "resolution of a stored logit in bits", group="extraction", low=4, high=16
+    )
+    store_tokens: bool = option(
+        False, "add the columns input_ids and token_positions", group="extraction"
+    )
+    reference_extraction: bool = option(
+        False, "extract by the plain code that reads as the definition", group="extraction"
+    )
 
-    batch_thresholds: dict[int, int] | None = option(None, 'conversations per batch up to a length, JSON: {"512": 8, "1024": 4}', group="batches", parse=json_thresholds)
-    max_batch_size: int | None = option(None, "conversations per batch at most", group="batches", parse=ranged_int(1))
-    max_batch_tokens: int | None = option(None, "tokens per batch at most, padding counted", group="batches", parse=ranged_int(1))
+    batch_thresholds: dict[int, int] | None = option(
+        None,
+        'conversations per batch up to a length, JSON: {"512": 8, "1024": 4}',
+        group="batches",
+        parse=parse_thresholds,
+    )
+    max_batch_size: int | None = option(
+        None, "conversations per batch at most", group="batches", low=1
+    )
+    max_batch_tokens: int | None = option(
+        None, "tokens per batch at most, padding counted", group="batches", low=1
+    )
 
-    output: str = option(MISSING, "Hub dataset repo user/name, or a folder (starts with . / ~ or exists)", group="output")
+    output: str = option(
+        MISSING, "Hub repo user/name, or a folder (begins with . / ~ or exists)", group="output"
+    )
     private: bool = option(False, "create the Hub repo private", group="output")
-    upload_every: int = option(500, "conversations per shard", group="output", parse=ranged_int(1))
-    upload_size_mb: float | None = option(None, "close a shard at this encoded size instead, in MB", group="output", parse=positive_float)
-    cache_dir: str = option(".logit_extraction_cache", "local state: shards under way, pending rows", group="output")
+    upload_every: int = option(500, "conversations per shard", group="output", low=1)
+    upload_size_mb: float | None = option(
+        None, "close a shard at this encoded size instead, in MB", group="output", above=0
+    )
+    cache_dir: str = option(
+        ".logit_extraction_cache", "local state: shards under way, pending rows", group="output"
+    )
 
-    plan: bool = option(False, "probe some rows, print rows, tokens, bytes, shards, hours; write nothing", group="run")
+    plan: bool = option(
+        False, "print rows, tokens, bytes, shards and hours; write nothing", group="run"
+    )
     resume: bool = option(False, "continue; with nothing to continue, start", group="run")
     force_restart: bool = option(False, "discard recorded progress and start over", group="run")
-    max_runtime_minutes: float | None = option(None, "stop in time, keep everything, exit 75", group="run", parse=positive_float)
-    rank: int | None = option(None, "this worker's number (default: the launcher's environment, else 0)", group="run", parse=ranged_int(0))
-    world_size: int | None = option(None, "number of workers (default: the launcher's environment, else 1)", group="run", parse=ranged_int(1))
+    max_runtime_minutes: float | None = option(
+        None, "stop in time, keep everything, exit 75", group="run", above=0
+    )
+    rank: int | None = option(None, "this worker (default: the launcher's)", group="run", low=0)
+    world_size: int | None = option(
+        None, "number of workers (default: the launcher's)", group="run", low=1
+    )
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            check_option(entry.name, getattr(self, entry.name), entry.metadata)
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.resume and self.force_restart:
+            raise ConfigError("--resume continues and --force-restart discards: give one of them")
+        if (self.sample_subject is None) != (self.subject_col is None):
+            raise ConfigError("--sample-subject and --subject-col need each other: give both")
+        if self.length_col and self.tokenized_dataset:
+            raise ConfigError("--length-col and --tokenized-dataset both give lengths: drop one")
+        if (self.rank is None) != (self.world_size is None):
+            raise ConfigError("--rank and --world-size need each other: give both")
+        if self.rank is not None and self.world_size is not None and self.rank >= self.world_size:
+            raise ConfigError(
+                f"--rank {self.rank} is not below --world-size {self.world_size}: count from 0"
+            )
+        self._check_full_dataset()
+
+    def _check_full_dataset(self) -> None:
+        selecting = {
+            "--limit": self.limit, "--sample-subject": self.sample_subject,
+            "--start-offset": self.start_offset, "--random-sample": self.random_sample,
+        }  # fmt: skip
+        given = [flag for flag, value in selecting.items() if value]
+        if self.full_dataset and given:
+            raise ConfigError(f"--full-dataset takes every row: drop {' and '.join(given)}")
+
+
+def check_option(name: str, value: Any, checks: Mapping[str, Any]) -> None:
+    """Raise ConfigError when a value is outside the range or the choices of its option."""
+    if value is None:
+        return
+    flag = "--" + name.replace("_", "-")
+    choices = checks.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{flag} {value}: choose one of {', '.join(choices)}")
+    low, high, above = checks.get("low"), checks.get("high"), checks.get("above")
+    if low is not None and value < low:
+        raise ConfigError(f"{flag} {value}: must be at least {low}")
+    if above is not None and not value > above:
+        raise ConfigError(f"{flag} {value}: must be above {above}")
+    if high is not None and not value <= high:
+        raise ConfigError(f"{flag} {value}: must be at most {high}")
 
 
 # --------------------------------------------------------------------------------------------------
