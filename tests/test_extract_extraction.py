@@ -1,0 +1,372 @@
+"""Extraction: nucleus, tail, log-sum-exp and quantized values of a row are what they say.
+
+Random tests are seeded, so they give the same answer every time; each says how often a fresh seed
+would raise a false alarm.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import extract_logits as el
+from explore_logits import quantize_logits
+
+PATHS = pytest.mark.parametrize("reference", [True, False], ids=["reference", "fast"])
+
+
+def extract(logits: torch.Tensor, **options: Any) -> el.ExtractedTokens:
+    rows = torch.arange(logits.shape[0])
+    settings = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24, "seed": 42, **options}
+    settings.setdefault("index", rows // 7)
+    settings.setdefault("position", rows % 7 + 1)
+    return el.extract_tokens(logits, settings.pop("index"), settings.pop("position"), **settings)
+
+
+def trained_like(
+    rows: int, vocab: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Rows from sure to torn: the best logits fall off as a power of their rank."""
+    rng = np.random.default_rng(seed)
+    slope = rng.uniform(0.5, 6.0, (rows, 1))
+    ranked = -slope * np.log1p(np.arange(vocab)) + rng.normal(0, 0.5, (rows, vocab))
+    return torch.from_numpy(rng.permuted(ranked, axis=1) + 20).to(dtype)
+
+
+def rowwise_definition(row: torch.Tensor, top_p: float, k: int) -> tuple[float, list[int], int]:
+    """The definition in plain floats: log-sum-exp, ids in canonical order, nucleus size."""
+    x = row.double().numpy()
+    order = np.lexsort((np.arange(x.size), -x))
+    total = math.fsum(np.exp(x - x.max()))
+    logsumexp = float(x.max() + math.log(total))
+    size, mass = 0, 0.0
+    while size < min(k, x.size) and mass < top_p:
+        mass += math.exp(x[order[size]] - logsumexp)
+        size += 1
+    return logsumexp, order[:k].tolist(), size
+
+
+CASES = {
+    "trained_multiple_of_64": lambda: trained_like(24, 6400),
+    "trained_not_multiple_of_64": lambda: trained_like(24, 5021),
+    "trained_bfloat16": lambda: trained_like(24, 5021, dtype=torch.bfloat16),
+    "trained_float16": lambda: trained_like(24, 6400, dtype=torch.float16),
+    "small_vocabulary": lambda: trained_like(24, 300),
+    "just_enough_vocabulary": lambda: trained_like(24, 124),
+    "flat": lambda: torch.zeros(6, 4000),
+    "nearly_flat": lambda: trained_like(6, 4000) * 1e-4,
+    "ties": lambda: trained_like(12, 5021).mul(4).round() / 4,
+    "two_levels": lambda: (trained_like(6, 2000) > 8).float() * 5,
+    "minus_infinity": lambda: masked_rows(),
+    "tiny_tail": lambda: peaked_rows(700.0),
+    "underflowing_tail": lambda: peaked_rows(3000.0),
+    "staircase": lambda: -100.0 * torch.arange(500.0).repeat(4, 1),
+    "huge": lambda: trained_like(6, 2000) * 1e6,
+}
+
+
+def masked_rows() -> torch.Tensor:
+    logits = trained_like(12, 5021)
+    for row in range(12):
+        logits[row, row::3] = -math.inf
+        logits[row, 128:448] = -math.inf
+    return logits
+
+
+def peaked_rows(depth: float) -> torch.Tensor:
+    """One sure token; the rest, all alike in size, lie `depth` below it."""
+    logits = trained_like(8, 5021) * 0.1 - depth
+    logits[torch.arange(8), torch.arange(8) * 600] = 10.0
+    return logits
+
+
+@pytest.fixture(params=sorted(CASES))
+def logits(request: pytest.FixtureRequest) -> torch.Tensor:
+    return CASES[request.param]()
+
+
+@PATHS
+@pytest.mark.parametrize("top_p", [0.5, 0.98])
+def test_nucleus_and_logsumexp_follow_the_definition(
+    logits: torch.Tensor, top_p: float, reference: bool
+) -> None:
+    got = extract(logits, top_p=top_p, reference=reference)
+    assert got.usable.all()
+    for row in range(logits.shape[0]):
+        logsumexp, ids, size = rowwise_definition(logits[row], top_p, 100)
+        assert got.logsumexp[row].item() == pytest.approx(logsumexp, rel=1e-14, abs=2e-9)
+        assert got.top_counts[row] == size
+        assert got.top_ids[row, :size].tolist() == ids[:size]
+        assert torch.equal(got.top_logits[row, :size], logits[row, ids[:size]].float())
+
+
+@PATHS
+def test_tail_is_distinct_possible_and_outside_the_nucleus(
+    logits: torch.Tensor, reference: bool
+) -> None:
+    got = extract(logits, reference=reference)
+    for row in range(logits.shape[0]):
+        tail = got.sampled_ids[row].tolist()
+        nucleus = got.top_ids[row, : got.top_counts[row]].tolist()
+        assert len(set(tail) | set(nucleus)) == len(tail) + len(nucleus)
+        assert min(tail) >= 0
+        assert max(tail) < logits.shape[1]
+        assert torch.equal(got.sampled_logits[row], logits[row, tail].float())
+        assert torch.isfinite(got.sampled_logits[row]).all()
+
+
+@PATHS
+def test_entries_beyond_the_count_are_finite(logits: torch.Tensor, reference: bool) -> None:
+    got = extract(logits, reference=reference)
+    assert torch.isfinite(got.top_logits).all()
+    assert int(got.top_ids.min()) >= 0
+    assert int(got.top_ids.max()) < logits.shape[1]
+
+
+@PATHS
+def test_a_row_gives_the_same_alone_in_any_batch_and_in_any_order(reference: bool) -> None:
+    logits = trained_like(40, 5021)
+    whole = extract(logits, reference=reference)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    rows = torch.arange(40)
+    shuffled = extract(
+        logits[order], index=(rows // 7)[order], position=(rows % 7 + 1)[order], reference=reference
+    )
+    one = extract(
+        logits[17:18], index=(rows // 7)[17:18], position=(rows % 7 + 1)[17:18], reference=reference
+    )
+    for name in ("logsumexp", "top_ids", "top_counts", "sampled_ids", "sampled_logits"):
+        assert torch.equal(getattr(whole, name)[order], getattr(shuffled, name)), name
+        assert torch.equal(getattr(whole, name)[17:18], getattr(one, name)), name
+
+
+@PATHS
+@pytest.mark.parametrize("changed", [{"seed": 43}, {"index": 4}, {"position": 4}])
+def test_seed_index_and_position_each_change_the_tail(
+    changed: dict[str, int], reference: bool
+) -> None:
+    logits = torch.zeros(1, 5021)
+    base = {"seed": 42, "index": 3, "position": 3}
+    tails = []
+    for keys in (base, {**base, **changed}):
+        got = extract(
+            logits,
+            reference=reference,
+            seed=keys["seed"],
+            index=torch.tensor([keys["index"]]),
+            position=torch.tensor([keys["position"]]),
+        )
+        tails.append(got.sampled_ids[0].tolist())
+    assert len(set(tails[0]) & set(tails[1])) < 12  # 24 of 5,021: 12 in common has chance 1e-20
+
+
+@PATHS
+def test_the_largest_seed_index_and_position_are_allowed(reference: bool) -> None:
+    big = torch.tensor([2**31 - 1])
+    got = extract(torch.zeros(1, 700), seed=2**63 - 1, index=big, position=big, reference=reference)
+    assert got.usable.all()
+
+
+@PATHS
+def test_without_tail_samples_the_lists_are_empty(reference: bool) -> None:
+    got = extract(trained_like(5, 700), sampled_n=0, reference=reference)
+    assert got.sampled_ids.shape == got.sampled_logits.shape == (5, 0)
+    assert got.usable.all()
+
+
+@PATHS
+def test_a_nucleus_cap_above_the_vocabulary_pads(reference: bool) -> None:
+    got = extract(trained_like(5, 90), top_p_max=120, sampled_n=0, top_p=1.0, reference=reference)
+    assert got.top_ids.shape == (5, 120)
+    assert got.top_counts.tolist() == [90] * 5
+
+
+@PATHS
+def test_more_tail_samples_than_the_vocabulary_leaves_are_refused(reference: bool) -> None:
+    with pytest.raises(el.ConfigError, match=r"--sampled-n 24 .* 23 tokens that --top-p-max 100"):
+        extract(torch.zeros(1, 123), reference=reference)
+
+
+@PATHS
+def test_top_p_of_one_keeps_every_possible_token_up_to_the_cap(reference: bool) -> None:
+    logits = torch.full((3, 400), -math.inf)
+    logits[0] = -torch.arange(400.0)  # sums to 1 in float64 after 37 tokens
+    logits[1, :50] = -torch.arange(50.0)
+    logits[2, ::4] = 0.0
+    got = extract(logits, top_p=1.0, sampled_n=0, reference=reference)
+    assert got.top_counts.tolist() == [100, 50, 100]
+    assert got.top_ids[0].tolist() == list(range(100))
+
+
+@PATHS
+def test_exact_ties_at_top_p_take_the_shorter_prefix(reference: bool) -> None:
+    got = extract(torch.full((1, 124), 3.7), top_p=0.5, reference=reference)
+    assert got.top_counts.tolist() == [62]
+
+
+@PATHS
+def test_unusable_rows_are_flagged_and_leave_the_others_alone(reference: bool) -> None:
+    clean = trained_like(8, 5021)
+    broken = clean.clone()
+    broken[1, 77] = math.nan
+    broken[2, 5000] = math.inf
+    broken[4] = -math.inf
+    broken[5, 123:] = -math.inf  # 123 possible tokens: a capped nucleus leaves 23
+    broken[5, :123] = 0.0
+    broken[7] = math.nan
+    want, got = extract(clean, reference=reference), extract(broken, reference=reference)
+    assert got.usable.tolist() == [True, False, False, True, False, False, True, False]
+    assert torch.isfinite(got.logsumexp).tolist() == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    for row in (0, 3, 6):
+        assert torch.equal(got.sampled_ids[row], want.sampled_ids[row])
+        assert torch.equal(got.top_ids[row], want.top_ids[row])
+    for ids in (got.top_ids, got.sampled_ids):
+        assert 0 <= int(ids.min()) <= int(ids.max()) < 5021
+    assert torch.isfinite(got.top_logits).all()
+    assert torch.isfinite(got.sampled_logits).all()
+    assert int(got.top_counts.min()) >= 1
+
+
+@PATHS
+def test_the_last_possible_tokens_are_all_drawn(reference: bool) -> None:
+    logits = torch.full((4, 900), -math.inf)
+    logits[:, 100:224] = 0.0
+    got = extract(logits, reference=reference)  # nucleus 100, so the tail takes all 24 others
+    assert got.usable.all()
+    for row in range(4):
+        chosen = sorted(got.top_ids[row].tolist() + got.sampled_ids[row].tolist())
+        assert chosen == list(range(100, 224))
+
+
+@PATHS
+def test_logits_are_never_modified(reference: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = trained_like(9, 5021, dtype=dtype)
+        before = logits.clone()
+        extract(logits, reference=reference)
+        assert torch.equal(logits, before)
+
+
+@PATHS
+def test_rows_that_are_not_contiguous_are_read_right(reference: bool) -> None:
+    wide = trained_like(9, 6000)
+    got, want = (
+        extract(wide[::2, :5021], reference=reference),
+        extract(wide[::2, :5021].contiguous(), reference=reference),
+    )
+    assert torch.equal(got.sampled_ids, want.sampled_ids)
+    assert torch.equal(got.top_ids, want.top_ids)
+
+
+# Quantization and transfer
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_rows_are_quantized_as_the_format_says(bits: int) -> None:
+    rng = np.random.default_rng(5)
+    values = rng.normal(0, 8, (200, 30)).astype(np.float32)
+    values[3] = 1.5
+    counts = rng.integers(1, 31, 200)
+    q, low, high = el.quantize_rows(torch.from_numpy(values), torch.from_numpy(counts), bits=bits)
+    flat = np.concatenate([row[:n] for row, n in zip(values, counts, strict=True)])
+    want_q, want_low, want_high = quantize_logits(flat, counts, bits=bits)
+    got_q = np.concatenate([row[:n] for row, n in zip(q.numpy(), counts, strict=True)])
+    np.testing.assert_array_equal(got_q, want_q)
+    np.testing.assert_array_equal(low.numpy(), want_low)
+    np.testing.assert_array_equal(high.numpy(), want_high)
+
+
+def test_quantizing_no_columns_gives_no_values() -> None:
+    q, low, high = el.quantize_rows(torch.zeros(3, 0))
+    assert q.shape == (3, 0)
+    assert low.tolist() == high.tolist() == [0.0, 0.0, 0.0]
+
+
+class FixedTeacher:
+    """Serves given logits in chunks of positions."""
+
+    def __init__(self, logits: torch.Tensor, chunk: int) -> None:
+        self.logits, self.chunk = logits, chunk
+
+    def iter_logits(self, sequences: list[Any], token_positions: list[Any]) -> Any:
+        assert sum(p.size for p in token_positions) == self.logits.shape[0]
+        return iter(self.logits.split(self.chunk))
+
+
+def fixed_batch() -> el.Batch:
+    rng = np.random.default_rng(3)
+    rows = []
+    for index, n in ((11, 5), (4, 1), (90, 8)):
+        ids = rng.integers(0, 700, 20).astype(np.int32)
+        rows.append(
+            el.EncodedRow(
+                index, ids, np.sort(rng.choice(np.arange(1, 20), n, replace=False)).astype(np.int32)
+            )
+        )
+    return el.Batch(rows)
+
+
+@PATHS
+def test_a_batch_is_the_same_in_any_chunks_and_knows_the_actual_tokens(reference: bool) -> None:
+    logits, batch = trained_like(14, 700), fixed_batch()
+    settings = {"top_p": 0.9, "top_p_max": 20, "sampled_n": 7, "seed": 1, "reference": reference}
+    whole = el.gpu_process_batch(FixedTeacher(logits, 14), batch, **settings).to_host()
+    parts = el.gpu_process_batch(FixedTeacher(logits, 3), batch, **settings).to_host()
+    for name, value in vars(whole).items():
+        np.testing.assert_array_equal(value, getattr(parts, name), err_msg=name)
+    actual = np.concatenate([row.input_ids[row.token_positions] for row in batch.rows])
+    np.testing.assert_array_equal(whole.actual_logits, logits.numpy()[np.arange(14), actual])
+    probabilities = torch.softmax(logits.double(), -1).numpy()
+    for token in range(14):
+        ids = whole.top_ids[token, : whole.top_counts[token]]
+        assert whole.nucleus_mass[token] == pytest.approx(
+            probabilities[token, ids].sum(), abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("sampled_n", [0, 5])
+def test_the_host_copy_is_the_same_in_every_field_and_takes_one_transfer(
+    sampled_n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = el.gpu_process_batch(
+        FixedTeacher(trained_like(14, 700), 5),
+        fixed_batch(),
+        top_p=0.9,
+        top_p_max=20,
+        sampled_n=sampled_n,
+        seed=1,
+    )
+    transfers = []
+    move = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(1) or move(self))
+    host = result.to_host()
+    assert len(transfers) == 1
+    for name, value in vars(result).items():
+        got = getattr(host, name)
+        assert isinstance(got, np.ndarray)
+        assert got.dtype == value.numpy().dtype
+        assert got.flags.aligned
+        np.testing.assert_array_equal(got, value.numpy())
+
+
+def test_a_batch_keeps_unusable_rows_apart() -> None:
+    logits = trained_like(14, 700)
+    logits[6, 3] = math.nan
+    host = el.gpu_process_batch(
+        FixedTeacher(logits, 5), fixed_batch(), top_p=0.9, top_p_max=20, sampled_n=7, seed=1
+    ).to_host()
+    assert np.flatnonzero(~host.usable).tolist() == [6]
+    assert np.isfinite(host.nucleus_mass).all()
