@@ -19,24 +19,36 @@ locally; 75 stopped by the runtime limit, resumable; 130/143 stopped by a signal
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
 import json
-from collections.abc import Mapping
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import signature
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from explore_logits import LogitsError, pack_indices
+from explore_logits import MAX_TOKEN_ID, LogitsError, pack_indices
 
 __all__ = [
     "ConfigError",
     "ExtractedTokens",
     "ExtractionConfig",
     "GPUBatchResult",
+    "Teacher",
+    "TeacherError",
     "extract_tokens",
     "gpu_process_batch",
+    "load_teacher",
     "pack_indices",
     "quantize_rows",
 ]
@@ -319,6 +331,568 @@ class Batch:
 # 4 Teacher
 # --------------------------------------------------------------------------------------------------
 
+HEAD_CHUNK_BYTES = 256 * 2**20  # float32 logits of one chunk
+CAST_ROWS = 16_384  # vocabulary rows cast to float32 at a time where no kernel accumulates into it
+PROBE_LENGTHS = (7, 19)  # tokens; lengths that share no divisor with each other or with a window
+PROBE_WINDOW = 5  # stands in for a model's window during the probe, so that its edge is met
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "floor_scale")
+# Largest disagreement of two layouts, in units of the logits' spread, that is still rounding. A
+# wrong layout is off by 0.1 to 1; rounding in a deep bfloat16 model reaches a few hundredths.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+class HeadDiffersError(Exception):
+    """Internal: this model's head cannot be called apart from its body."""
+
+
+def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> Teacher:
+    """Load the model of `config`, check how it can be run, and say so in the log.
+
+    Args:
+        config: `model`, `revision`, `trust_remote_code`, `device`, `dtype`, `attn` and
+            `max_seq_len` are read.
+        vocab_size: the tokenizer's highest id + 1; rows of the model beyond it are padding.
+
+    Raises:
+        TeacherError: there is no such model, or it cannot run as asked; one line with the remedy.
+    """
+    device = resolve_device(config.device)
+    model = load_model(config, device)
+    teacher = Teacher(model, vocab_size=vocab_size)
+    limit = teacher.max_seq_len
+    if limit is not None and config.max_seq_len is not None and config.max_seq_len > limit:
+        raise TeacherError(
+            f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
+            f"{config.model}; give at most {limit}"
+        )
+    logging.getLogger(__name__).info(
+        "teacher %s on %s, %s, attention %s; head %s; %s: %s",
+        config.model,
+        teacher.device,
+        str(teacher.dtype).removeprefix("torch."),
+        model.config._attn_implementation,
+        teacher.head,
+        teacher.layout,
+        teacher.layout_reason,
+    )
+    return teacher
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; auto is this process's GPU, else mps, else cpu.
+
+    Raises:
+        TeacherError: the device is not a device or is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    if name == "cuda" and gpus:
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}"
+    there = ["cpu", *(["mps"] if mps else []), *(f"cuda:{n}" for n in range(gpus))]
+    if name not in there:
+        raise TeacherError(f"--device {name}: not on this machine; there is {', '.join(there)}")
+    return torch.device(name)
+
+
+def load_model(config: ExtractionConfig, device: torch.device) -> Any:
+    """Return the causal LM on `device`, in eval mode, every weight from the checkpoint.
+
+    Raises:
+        TeacherError: it cannot be found or loaded as asked, or the checkpoint lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = config.model
+    if source.startswith((".", "/", "~")) or Path(source).is_dir():
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise TeacherError(f"--model {config.model}: no such folder")
+    options: dict[str, Any] = {
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype,
+        "output_loading_info": True,
+    }
+    if config.attn != "auto":
+        options["attn_implementation"] = config.attn
+    with loading_errors(config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise TeacherError(
+            f"--model {config.model}: the checkpoint lacks {len(missing)} weights of "
+            f"{type(model).__name__} ({missing[0]}, …); it is no causal language model"
+        )
+    return model.eval().to(device)
+
+
+@contextmanager
+def loading_errors(config: ExtractionConfig) -> Iterator[None]:
+    """Turn what transformers raises while it loads into one TeacherError with the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        text = str(error)
+        said = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        if "trust_remote_code" in text:
+            remedy = "the model brings its own code: read it, then give --trust-remote-code"
+        elif "flash" in text.lower():
+            remedy = "install it, or leave --attn at auto"
+        elif "gated" in text.lower() or "401" in text:
+            remedy = "accept its terms on the Hub and log in with `hf auth login`"
+        else:
+            remedy = "check --model and --revision, and the network if it is on the Hub"
+        raise TeacherError(f"--model {config.model} cannot be loaded: {said} ({remedy})") from error
+
+
+@contextmanager
+def swapped_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `module(...)` call `forward` inside the block; a hook put there before comes back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def with_hidden(outputs: Any, hidden: torch.Tensor) -> Any:
+    """Return a copy of a base model's output object whose last hidden state is `hidden`."""
+    changed = copy.copy(outputs)
+    changed.last_hidden_state = hidden
+    return changed
+
+
+def float32_product(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return `hidden @ weight.T + bias` in float32: products and sums never rounded below it.
+
+    Args:
+        hidden: (n, H); weight: (V, H); bias: (V,) or None.
+    """
+    if weight.dtype == torch.float32:
+        return torch.nn.functional.linear(hidden.float(), weight, bias)
+    logits = torch.empty(hidden.shape[0], weight.shape[0], device=hidden.device)  # (n, V) float32
+    for start in range(0, weight.shape[0], CAST_ROWS):
+        rows = weight[start : start + CAST_ROWS].float()
+        logits[:, start : start + CAST_ROWS] = hidden.float() @ rows.T
+    return logits if bias is None else logits + bias.float()
+
+
+class Teacher:
+    """A causal LM that returns float32 logits of chosen positions, whatever its family.
+
+    Not thread safe: the model's own forward is borrowed while logits are computed.
+
+    Attributes:
+        device, dtype: of the model.
+        vocab_size: V, the ids that have logits.
+        max_seq_len: positions the model has, None without a limit.
+        layout: how several conversations go through together: "packed", "padded" or "single".
+        layout_reason: why, for the log.
+        head: "chunked" (logits of wanted positions only) or "forward" (of all positions).
+    """
+
+    def __init__(self, model: Any, *, vocab_size: int | None = None) -> None:
+        """Check on `model` itself how its head and several conversations at once can be run."""
+        self.model = model.eval()
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.max_seq_len = max_positions(model.config)
+        self.vocab_size = usable_vocabulary(model, vocab_size)
+        for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(model.config, name, False):
+                setattr(model.config, name, False)  # memory that nothing here reads
+        self.body: Any = None
+        self.head, self.head_reason = self._choose_head()
+        self.layout, self.layout_reason = self._choose_layout()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the teacher and how it runs, as JSON values."""
+        config = self.model.config
+        quantization: Any = getattr(config, "quantization_config", None)
+        if hasattr(quantization, "to_dict"):
+            quantization = quantization.to_dict()
+        return {
+            "model": getattr(config, "_name_or_path", ""),
+            "model_revision": getattr(config, "_commit_hash", None),
+            "architecture": type(self.model).__name__,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attn": getattr(config, "_attn_implementation", None),
+            "layout": self.layout,
+            "layout_reason": self.layout_reason,
+            "head": self.head,
+            "quantization": json.loads(json.dumps(quantization, default=str)),
+            "vocab_size": self.vocab_size,
+            "max_seq_len": self.max_seq_len,
+        }
+
+    def iter_logits(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        token_positions: Sequence[npt.NDArray[np.int32]],
+        *,
+        chunk_tokens: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits that predict the tokens at `token_positions`, in row order, flattened.
+
+        The logits of token position p are the model's output at position p - 1. The same call
+        gives the same logits; another composition of the batch changes them by rounding.
+
+        Args:
+            sequences: B arrays (S,) of token ids.
+            token_positions: B arrays (N,) of positions in the sequence, each in 1..S-1.
+            chunk_tokens: rows of a yielded tensor at most; default: what fits 256 MB.
+
+        Yields:
+            (n, V) float32 on the teacher's device; the n sum to the number of token positions.
+
+        Raises:
+            TeacherError: a token id has no row in the model's embedding.
+            torch.OutOfMemoryError: the batch is too large for the device.
+        """
+        self._check_ids(sequences)
+        size = chunk_tokens or max(1, HEAD_CHUNK_BYTES // (4 * self.vocab_size))
+        for part in self._parts([len(ids) for ids in sequences]):
+            rows = [torch.from_numpy(np.asarray(sequences[i], np.int64)) for i in part]
+            wanted = [torch.from_numpy(np.asarray(token_positions[i], np.int64)) - 1 for i in part]
+            if any(len(positions) for positions in wanted):
+                packed = self.layout == "packed" and self._packing_is_cheaper(rows)
+                inputs, starts = pack_rows(rows) if packed else pad_rows(rows)
+                yield from self._chunks(inputs, flatten(wanted, starts), size)
+
+    def _check_ids(self, sequences: Sequence[npt.NDArray[np.int32]]) -> None:
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        highest = max((int(ids.max()) for ids in sequences if len(ids)), default=0)
+        if highest >= rows:
+            raise TeacherError(
+                f"token id {highest} is beyond the {rows} rows of the model's embedding: "
+                "tokenizer and model do not belong together"
+            )
+
+    def _parts(self, lengths: list[int]) -> list[list[int]]:
+        """Split a batch into runs of rows that may share a forward pass."""
+        if self.layout == "single":
+            return [[i] for i in range(len(lengths))]
+        edge = rope_edge(self.model.config)
+        runs = itertools.groupby(range(len(lengths)), key=lambda i: lengths[i] > edge)
+        return [list(run) for _, run in runs]
+
+    def _packing_is_cheaper(self, rows: list[torch.Tensor]) -> bool:
+        """Compare one packed row with padded ones: linear layers and squares of attention.
+
+        Attention of variable length skips what packing masks; any other computes it.
+        """
+        if "flash" in str(self.model.config._attn_implementation):
+            return True
+        # 24 H² operations a token and layer in the linear part, 4 S H in attention
+        linear = 6 * (getattr(self.model.config.get_text_config(), "hidden_size", None) or 1024)
+        total, longest = sum(len(row) for row in rows), max(len(row) for row in rows)
+        return total * (linear + total) < len(rows) * longest * (linear + longest)
+
+    def _chunks(
+        self, inputs: dict[str, Any], flat: torch.Tensor, size: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits at the flat positions (N,) of one forward pass, `size` at a time."""
+        if self.head == "forward":
+            yield from self._plain_logits(inputs, flat).split(size)
+            return
+        hidden, outputs = self._hidden(inputs, flat)
+        for chunk in hidden.split(size):
+            yield self._head_logits(chunk, outputs)
+
+    @torch.inference_mode()
+    def _plain_logits(self, inputs: dict[str, Any], flat: torch.Tensor) -> torch.Tensor:
+        """Return (N, V) float32 from the model's plain forward over all positions."""
+        logits = self.model(**self._on_device(inputs), use_cache=False).logits
+        logits = logits.reshape(-1, logits.shape[-1])
+        return logits[flat.to(logits.device), : self.vocab_size].float().to(self.device)
+
+    @torch.inference_mode()
+    def _hidden(self, inputs: dict[str, Any], flat: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Run the body; return the wanted hidden states (N, H) and the body's output object.
+
+        The model's own forward calls the body, so every argument that the family passes to it is
+        there; its head sees one position a row.
+        """
+        forward = self.body.forward
+        kept: list[Any] = []
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            outputs = forward(*args, **kwargs)
+            kept.append(outputs)
+            return with_hidden(outputs, outputs.last_hidden_state[:, :1])
+
+        with swapped_forward(self.body, body):
+            self.model(**self._on_device(inputs), use_cache=False)
+        if len(kept) != 1:
+            raise HeadDiffersError(f"the forward calls its body {len(kept)} times")
+        hidden = kept[0].last_hidden_state  # (B, S, H)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        hidden = hidden[flat.to(hidden.device)]  # (N, H)
+        return hidden, with_hidden(kept[0], hidden[None, :1])
+
+    @torch.inference_mode()
+    def _head_logits(
+        self, hidden: torch.Tensor, outputs: Any, *, own_product: bool = False
+    ) -> torch.Tensor:
+        """Return (n, V) float32 logits of hidden states (n, H) by the model's own forward.
+
+        A stub that returns `hidden` stands in for the body, so that soft-caps and scales apply.
+        Where the head is a plain linear layer its product is done in float32, over V rows only,
+        unless `own_product` asks for the layer as it is.
+        """
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            return with_hidden(outputs, hidden[None])
+
+        head = self.model.get_output_embeddings()
+
+        def product(states: torch.Tensor) -> torch.Tensor:
+            bias = None if head.bias is None else head.bias[: self.vocab_size]
+            return float32_product(states[0], head.weight[: self.vocab_size], bias)[None]
+
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(swapped_forward(self.body, body))
+            if is_plain_linear(head) and not own_product:
+                stack.enter_context(swapped_forward(head, product))
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0, :, : self.vocab_size].float().to(self.device)
+
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {k: None if v is None else v.to(self.device) for k, v in inputs.items()}
+
+    def _choose_head(self) -> tuple[str, str]:
+        """Find the body that leaves the head's logits as they are when a stub stands in for it."""
+        inputs, flat = probe_inputs(pad_rows, [probe_rows(self.vocab_size)[1]])
+        plain = self._plain_logits(inputs, flat)
+        reason = "no body apart from its head"
+        for body in (self.model.base_model, self.model.get_decoder()):
+            if body is self.model:
+                continue
+            self.body = body
+            try:
+                hidden, outputs = self._hidden(inputs, flat)
+                for own_product in (True, False):
+                    logits = self._head_logits(hidden, outputs, own_product=own_product)
+                    off = disagreement(logits, plain)
+                    if not off <= self._rounding():
+                        raise HeadDiffersError(f"logits of the head alone are off by {off:.2g}")
+            except (HeadDiffersError, AttributeError, TypeError, ValueError) as error:
+                reason = str(error)
+                continue
+            return "chunked", "the head alone gives the logits of the whole model"
+        self.body = None
+        return "forward", reason
+
+    def _rounding(self) -> float:
+        return ROUNDING.get(self.dtype, 0.1)
+
+    def _choose_layout(self) -> tuple[str, str]:
+        """Compare layouts with one conversation at a time; return the fastest that is right."""
+        if self.head == "forward":
+            return "single", f"all positions' logits at once ({self.head_reason})"
+        packed = self._layout_problem(pack_rows)
+        if packed is None:
+            return "packed", "conversations packed into one row get the logits they get alone"
+        padded = self._layout_problem(pad_rows)
+        if padded is None:
+            return "padded", f"packing is not right here: {packed}; right padding is"
+        return "single", f"packing is not right here: {packed}; nor is right padding: {padded}"
+
+    def _layout_problem(self, layout: Callable[..., Any]) -> str | None:
+        """Return what is wrong when probe conversations share a pass laid out so, None if nothing.
+
+        A probe of a few dozen tokens never meets the edge of a window of thousands, so it runs
+        once more for each window with that window made a few tokens long.
+        """
+        if layout is pack_rows and "position_ids" not in signature(self.model.forward).parameters:
+            return "the model takes no position_ids"
+        full = self._probe_alone()
+        problem = self._probe_problem(layout, full)
+        for name in self._windows():
+            with shrunken(self.model, name):
+                alone = self._probe_alone()
+                if layout is pack_rows and not disagreement(alone, full) > self._rounding():
+                    problem = problem or f"{name} cannot be reached by a short probe"
+                problem = problem or self._probe_problem(layout, alone, f" at the edge of {name}")
+        return problem
+
+    def _windows(self) -> list[str]:
+        """Return the names of the model's windows that are shorter than its longest input."""
+        limit = self.max_seq_len or math.inf
+        return [name for name in WINDOWS if any(w < limit for w in windows(self.model, name))]
+
+    def _probe_alone(self) -> torch.Tensor:
+        """Return the logits of the probe conversations, one at a time, all positions flattened."""
+        rows = probe_rows(self.vocab_size)
+        return torch.cat([self._probe(pad_rows, [row]) for row in rows])
+
+    def _probe(self, layout: Callable[..., Any], rows: list[torch.Tensor]) -> torch.Tensor:
+        inputs, flat = probe_inputs(layout, rows)
+        hidden, outputs = self._hidden(inputs, flat)
+        return self._head_logits(hidden, outputs)
+
+    def _probe_problem(
+        self, layout: Callable[..., Any], alone: torch.Tensor, where: str = ""
+    ) -> str | None:
+        """Compare the probe laid out so with `alone`, and with another first conversation."""
+        rows = probe_rows(self.vocab_size)
+        try:
+            together = self._probe(layout, rows)
+            rows[0] = rows[0].flip(0)
+            second = slice(len(rows[0]), None)
+            leak = disagreement(self._probe(layout, rows)[second], together[second])
+        except (TypeError, ValueError, HeadDiffersError) as error:
+            return f"the model refuses it{where} ({str(error).strip().splitlines()[0]})"
+        if not leak <= self._rounding() / 10:
+            return f"a conversation changes the next one's logits by {leak:.2g}{where}"
+        off = disagreement(together, alone)
+        if not off <= self._rounding():
+            return f"logits are off by {off:.2g}{where}"
+        return None
+
+
+def probe_rows(vocab_size: int) -> list[torch.Tensor]:
+    """Return the two short conversations of the start-up checks: arbitrary but fixed ids."""
+    draw = np.random.default_rng(0)
+    return [torch.from_numpy(draw.integers(0, vocab_size, n)) for n in PROBE_LENGTHS]
+
+
+def probe_inputs(
+    layout: Callable[..., Any], rows: list[torch.Tensor]
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Lay out `rows` and return the inputs and the flat positions of all their tokens."""
+    inputs, starts = layout(rows)
+    return inputs, flatten([torch.arange(len(row)) for row in rows], starts)
+
+
+def flatten(positions: list[torch.Tensor], starts: list[int]) -> torch.Tensor:
+    """Return the positions of each row, counted from where the row starts, as one tensor (N,)."""
+    return torch.cat([row + start for row, start in zip(positions, starts, strict=True)])
+
+
+def pad_rows(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
+    """Return the inputs (B, S) of right-padded rows and where each row starts when flattened."""
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    needed = any(len(row) < longest for row in rows)
+    inputs = {"input_ids": ids, "attention_mask": mask if needed else None}
+    return inputs, [i * longest for i in range(len(rows))]
+
+
+def pack_rows(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
+    """Return the inputs (1, T) of all rows one after the other, and where each row starts.
+
+    Positions restart with each conversation. There must be no mask: with one, even all ones, the
+    model would not look for the restarts.
+    """
+    starts = [0, *itertools.accumulate(len(row) for row in rows)][:-1]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    inputs = {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": positions[None],
+        "attention_mask": None,
+    }
+    return inputs, starts
+
+
+def disagreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest error of a position, as a share of the spread of its logits."""
+    same = (logits == expected) | (logits.isnan() & expected.isnan())
+    error = torch.where(same, 0.0, logits - expected).square().mean(-1).sqrt()  # (N,)
+    return float((error / expected.std(-1).clamp_min(1e-6)).max())
+
+
+def window_holders(model: Any, name: str) -> list[Any]:
+    """Return the modules and configurations whose attribute `name` is a window in tokens."""
+    modules = list(model.modules())
+    configs = [getattr(module, "config", None) for module in modules]
+    configs.append(model.config.get_text_config())
+    unique = {id(holder): holder for holder in (*modules, *configs) if holder is not None}
+    return [h for h in unique.values() if is_window(getattr(h, name, None))]
+
+
+def is_window(value: Any) -> bool:
+    """Say whether `value` is a number of tokens."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def windows(model: Any, name: str) -> set[int]:
+    """Return the different lengths that the window `name` has in the model."""
+    return {getattr(holder, name) for holder in window_holders(model, name)}
+
+
+@contextmanager
+def shrunken(model: Any, name: str) -> Iterator[None]:
+    """Make the window `name` a few tokens long everywhere inside the block."""
+    before = [(holder, getattr(holder, name)) for holder in window_holders(model, name)]
+    for holder, _ in before:
+        setattr(holder, name, PROBE_WINDOW)
+    try:
+        yield
+    finally:
+        for holder, value in before:
+            setattr(holder, name, value)
+
+
+def is_plain_linear(head: Any) -> bool:
+    """Say whether `head` is an unquantized linear layer whose weights are really here."""
+    return type(head) is torch.nn.Linear and head.weight.device.type != "meta"
+
+
+def usable_vocabulary(model: Any, vocab_size: int | None) -> int:
+    """Return V: ids that the tokenizer knows and the model has a logit for.
+
+    Raises:
+        TeacherError: there are more than the format can name.
+    """
+    head = model.get_output_embeddings()
+    rows = int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
+    usable = rows if vocab_size is None else min(rows, vocab_size)
+    if usable > MAX_TOKEN_ID + 1:
+        raise TeacherError(
+            f"the model has {usable} token ids; shards hold ids up to {MAX_TOKEN_ID} only"
+        )
+    return usable
+
+
+def max_positions(config: Any) -> int | None:
+    """Return how many positions the model has, None when its configuration names no limit."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def rope_edge(config: Any) -> float:
+    """Return the length beyond which the model turns every row of a batch by other angles.
+
+    LongRoPE chooses its short or long factors by the longest row, so a short conversation beside
+    a long one would get other logits than alone.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") == "longrope":
+            return float(part.get("original_max_position_embeddings") or math.inf)
+    return math.inf
+
+
 # --------------------------------------------------------------------------------------------------
 # 5 Extraction
 # --------------------------------------------------------------------------------------------------
@@ -388,8 +962,15 @@ Tokens = TypeVar("Tokens", ExtractedTokens, GPUBatchResult)
 
 
 def gpu_process_batch(
-    teacher: Any, batch: Batch, *, top_p: float, top_p_max: int, sampled_n: int, seed: int,
-    logit_bits: int = 16, reference: bool = False,
+    teacher: Any,
+    batch: Batch,
+    *,
+    top_p: float,
+    top_p_max: int,
+    sampled_n: int,
+    seed: int,
+    logit_bits: int = 16,
+    reference: bool = False,
 ) -> GPUBatchResult:
     """Run the teacher on a batch and keep nucleus, tail and log-sum-exp of every wanted position.
 
@@ -406,8 +987,14 @@ def gpu_process_batch(
             columns = columns.to(logits.device, non_blocking=True)
         chunk = columns[:, start : start + logits.shape[0]]
         tokens = extract_tokens(
-            logits, chunk[0], chunk[1], top_p=top_p, top_p_max=top_p_max, sampled_n=sampled_n,
-            seed=seed, reference=reference,
+            logits,
+            chunk[0],
+            chunk[1],
+            top_p=top_p,
+            top_p_max=top_p_max,
+            sampled_n=sampled_n,
+            seed=seed,
+            reference=reference,
         )
         at_actual = logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float()
         parts.append(quantize_tokens(tokens, at_actual, bits=logit_bits))
@@ -416,8 +1003,15 @@ def gpu_process_batch(
 
 
 def extract_tokens(
-    logits: torch.Tensor, index: torch.Tensor, position: torch.Tensor, *, top_p: float,
-    top_p_max: int, sampled_n: int, seed: int, reference: bool = False,
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    position: torch.Tensor,
+    *,
+    top_p: float,
+    top_p_max: int,
+    sampled_n: int,
+    seed: int,
+    reference: bool = False,
 ) -> ExtractedTokens:
     """Keep nucleus, tail sample and log-sum-exp of each row of logits.
 
@@ -477,14 +1071,25 @@ def extract_by_definition(
     keys.scatter_(1, top_ids, keys.gather(1, top_ids).masked_fill_(in_nucleus, float("-inf")))
     drawn = keys.topk(sampled_n)
     return collect_tokens(
-        logits, logsumexp, top_ids, counts, drawn.indices,
-        complete=drawn.values.isfinite().all(-1), top_p_max=top_p_max,
+        logits,
+        logsumexp,
+        top_ids,
+        counts,
+        drawn.indices,
+        complete=drawn.values.isfinite().all(-1),
+        top_p_max=top_p_max,
     )
 
 
 def collect_tokens(
-    logits: torch.Tensor, logsumexp: torch.Tensor, top_ids: torch.Tensor, counts: torch.Tensor,
-    sampled_ids: torch.Tensor, *, complete: torch.Tensor, top_p_max: int,
+    logits: torch.Tensor,
+    logsumexp: torch.Tensor,
+    top_ids: torch.Tensor,
+    counts: torch.Tensor,
+    sampled_ids: torch.Tensor,
+    *,
+    complete: torch.Tensor,
+    top_p_max: int,
 ) -> ExtractedTokens:
     """Look up the logits of the chosen ids, and make rows that cannot be used harmless."""
     usable = logsumexp.isfinite() & complete
@@ -598,12 +1203,19 @@ def quantize_tokens(
     beyond |= ~tokens.usable.unsqueeze(1)
     probabilities = (tokens.top_logits.double() - tokens.logsumexp.unsqueeze(1)).exp_()
     return GPUBatchResult(
-        logsumexp=tokens.logsumexp, nucleus_mass=probabilities.masked_fill_(beyond, 0).sum(-1),
-        top_ids=tokens.top_ids, top_q=top_q, top_counts=tokens.top_counts,
-        top_min=top_min, top_max=top_max,
-        sampled_ids=tokens.sampled_ids, sampled_q=sampled_q,
-        sampled_min=sampled_min, sampled_max=sampled_max,
-        actual_logits=actual_logits, usable=tokens.usable,
+        logsumexp=tokens.logsumexp,
+        nucleus_mass=probabilities.masked_fill_(beyond, 0).sum(-1),
+        top_ids=tokens.top_ids,
+        top_q=top_q,
+        top_counts=tokens.top_counts,
+        top_min=top_min,
+        top_max=top_max,
+        sampled_ids=tokens.sampled_ids,
+        sampled_q=sampled_q,
+        sampled_min=sampled_min,
+        sampled_max=sampled_max,
+        actual_logits=actual_logits,
+        usable=tokens.usable,
     )
 
 
