@@ -1,0 +1,158 @@
+"""Write small outputs that obey the format, from random distributions, without a model.
+
+The distributions are like a teacher's: most positions nearly sure, some torn between many tokens.
+`write_output` makes a whole output folder; `random_rows` the rows alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from explore_logits import pack_indices, quantize_logits, shard_schema
+
+SETTINGS: dict[str, Any] = {
+    "format_version": 1,
+    "model": "tests/teacher",
+    "model_revision": None,
+    "dataset": "tests/teacher/conversations.jsonl",
+    "dataset_revision": None,
+    "subset": None,
+    "split": "train",
+    "messages_col": "messages",
+    "user_col": "question",
+    "assistant_col": "answer",
+    "system_col": None,
+    "index_col": None,
+    "chat_template_sha256": "0" * 64,
+    "include_think": False,
+    "include_end": False,
+    "top_p": 0.98,
+    "top_p_max": 100,
+    "sampled_n": 24,
+    "seed": 42,
+    "logit_bits": 16,
+    "store_tokens": False,
+    "max_seq_len": None,
+    "dtype": "float32",
+    "attn": "sdpa",
+    "vocab_size": 600,
+    "versions": {},
+}
+
+
+def random_logits(rng: np.random.Generator, tokens: int, vocab: int) -> np.ndarray:
+    """Return (tokens, vocab) float32 logits whose sharpness varies from sure to torn."""
+    sharpness = rng.choice([0.6, 2.0, 4.0, 9.0], size=(tokens, 1))
+    return (rng.standard_normal((tokens, vocab)) * sharpness).astype(np.float32)
+
+
+def extract_row(
+    logits: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator, *, index: int
+) -> dict[str, Any]:
+    """Extract one row from its logits by the definition, token by token, in float64."""
+    tops: list[np.ndarray] = []
+    tails: list[np.ndarray] = []
+    wide = logits.astype(np.float64)
+    peak = wide.max(axis=1)
+    logsumexp = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=1))
+    for row, total in zip(wide, logsumexp, strict=True):
+        order = np.lexsort((np.arange(row.size), -row))
+        covered = np.cumsum(np.exp(row[order] - total))
+        size = int(np.searchsorted(covered, settings["top_p"] - 1e-15) + 1)
+        size = max(1, min(size, settings["top_p_max"], row.size))
+        rest = order[size:]
+        race = row[rest] + rng.gumbel(size=rest.size)
+        tops.append(order[:size])
+        tails.append(rest[np.argsort(-race)][: settings["sampled_n"]])
+    counts = [ids.size for ids in tops]
+    return {
+        "index": index,
+        "num_tokens": len(tops),
+        **pack_entries("top", tops, logits, settings),
+        "top_counts": counts,
+        **pack_entries("sampled", tails, logits, settings),
+        "logsumexp": logsumexp.tolist(),
+    }
+
+
+def pack_entries(
+    part: str, ids: Sequence[np.ndarray], logits: np.ndarray, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Pack one part, nucleus or tail, of every token."""
+    flat = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+    counts = np.array([part.size for part in ids])
+    values = logits[np.repeat(np.arange(len(ids)), counts), flat]
+    low, high = pack_indices(flat)
+    q, vmin, vmax = quantize_logits(values, counts, bits=settings["logit_bits"])
+    return {
+        f"{part}_indices_low": low.tolist(),
+        f"{part}_indices_high": high,
+        f"{part}_logits_quantized": q.tolist(),
+        f"{part}_min": vmin.tolist(),
+        f"{part}_max": vmax.tolist(),
+    }
+
+
+def random_rows(
+    count: int, *, settings: Mapping[str, Any] = SETTINGS, seed: int = 0, tokens: int = 12
+) -> list[dict[str, Any]]:
+    """Return rows of 1 to `tokens` tokens each, with the text's tokens when settings ask."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        size = int(rng.integers(1, tokens + 1))
+        logits = random_logits(rng, size, settings["vocab_size"])
+        row = extract_row(logits, settings, rng, index=index)
+        if settings["store_tokens"]:
+            row |= random_text(logits, rng)
+        rows.append(row)
+    return rows
+
+
+def random_text(logits: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """Return a prompt of three tokens and an answer drawn from the logits."""
+    wide = logits.astype(np.float64) + rng.gumbel(size=logits.shape)
+    answer = wide.argmax(axis=1)
+    prompt = rng.integers(0, logits.shape[1], 3)
+    ids = np.concatenate([prompt, answer])
+    return {"input_ids": ids.tolist(), "token_positions": list(range(prompt.size, ids.size))}
+
+
+def rows_to_table(
+    rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str, Any] = SETTINGS
+) -> pa.Table:
+    """Return rows as a table with the schema and metadata of a shard."""
+    schema = shard_schema(store_tokens=settings["store_tokens"], settings=settings)
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+
+
+def write_output(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    settings: Mapping[str, Any] = SETTINGS,
+    rows_per_shard: int = 8,
+    rows_per_group: int = 3,
+    chat_template: str = "",
+) -> Path:
+    """Write an output folder as the extractor lays it out, several row groups to a shard."""
+    rows = random_rows(20, settings=settings) if rows is None else rows
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for part, first in enumerate(range(0, len(rows), rows_per_shard)):
+        table = rows_to_table(rows[first : first + rows_per_shard], settings=settings)
+        pq.write_table(
+            table,
+            folder / "data" / f"part-{part:05d}.parquet",
+            row_group_size=rows_per_group,
+            compression="zstd",
+        )
+    (folder / "extraction_config.json").write_text(json.dumps(dict(settings)))
+    (folder / "chat_template.jinja").write_text(chat_template)
+    return folder
