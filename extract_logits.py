@@ -19,39 +19,64 @@ locally; 75 stopped by the runtime limit, resumable; 130/143 stopped by a signal
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
+import functools
+import hashlib
+import io
 import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from explore_logits import MAX_TOKEN_ID, LogitsError, pack_indices
+from explore_logits import MAX_TOKEN_ID, METADATA_SETTINGS, FormatError, LogitsError, pack_indices
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs that share a cache are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "ConfigError",
     "ExtractedTokens",
     "ExtractionConfig",
     "GPUBatchResult",
+    "GracefulInterrupt",
+    "StreamingHFUploader",
     "Teacher",
     "TeacherError",
+    "TimedShutdown",
     "extract_tokens",
     "gpu_process_batch",
     "load_teacher",
     "pack_indices",
     "quantize_rows",
 ]
+
+logger = logging.getLogger("extract_logits")
+T = TypeVar("T")
 
 
 class ConfigError(LogitsError):
@@ -1260,13 +1285,1292 @@ def column_numbers(values: torch.Tensor) -> torch.Tensor:
 # 7 Shards
 # --------------------------------------------------------------------------------------------------
 
+SHARD_NAME = re.compile(r"data/part-(?:w(?P<rank>\d+)-)?(?P<number>\d+)\.parquet")
+METADATA_ROWS = b"logits.rows"  # JSON: what resume and the card need, so that no data is read
+ROW_GROUP_ROWS = 64
+ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
+SETTINGS_FREE_TO_CHANGE = {"attn", "versions"}  # differ between machines, not between jobs
+
+
+def shard_name(number: int, *, rank: int = 0, world_size: int = 1) -> str:
+    """Return the path of a shard in the output; workers never share a name."""
+    worker = f"w{rank:02d}-" if world_size > 1 else ""
+    return f"data/part-{worker}{number:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Sums over rows, so that sums of shards add up; the card shows their quotients."""
+
+    rows: int = 0
+    tokens: int = 0
+    nucleus_tokens: int = 0  # ids stored in the nuclei
+    capped_tokens: int = 0  # tokens whose nucleus has all K ids
+    measured_tokens: int = 0  # tokens of the rows that came with `_mass` and `_actual`
+    mass: float = 0.0  # probability inside the nucleus, summed over measured tokens
+    actual: float = 0.0  # probability of the token that is really there, summed likewise
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def measure_row(row: pa.Table, *, nucleus_cap: int) -> Figures:
+    """Return the figures of a table of one row, with or without `_mass` and `_actual`."""
+    counts = row["top_counts"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    tokens = row["num_tokens"][0].as_py()
+    measured = {"_mass", "_actual"} <= set(row.column_names)
+    return Figures(
+        rows=1,
+        tokens=tokens,
+        nucleus_tokens=int(counts.sum()),
+        capped_tokens=int((counts == nucleus_cap).sum()),
+        measured_tokens=tokens if measured else 0,
+        mass=row["_mass"][0].as_py() if measured else 0.0,
+        actual=row["_actual"][0].as_py() if measured else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class ShardNotes:
+    """What the footer of a shard tells without its data being read."""
+
+    indices: npt.NDArray[np.int32]  # (rows,) ids of its conversations
+    mass: npt.NDArray[np.float32]  # (rows,) sum over each row's tokens, NaN: not measured
+    actual: npt.NDArray[np.float32]  # (rows,)
+    figures: Figures
+    settings: dict[str, Any]  # of the run that wrote it; {} when a stranger did
+    footer_bytes: int
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A complete Parquet file in the cache: a shard to deliver, or pending rows."""
+
+    path: Path
+    notes: ShardNotes
+    size: int
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """The path it has, or would have, in the output."""
+        return f"data/{self.path.name.removeprefix('backup_')}"
+
+
+def encode_row_notes(rows: list[tuple[int, Figures]]) -> bytes:
+    """Return the JSON of `METADATA_ROWS` from each row's id and figures."""
+
+    def pack(values: list[float], dtype: str) -> str:
+        return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+    def measured(name: str) -> list[float]:
+        return [getattr(row, name) if row.measured_tokens else math.nan for _, row in rows]
+
+    notes = {
+        "figures": asdict(sum((row for _, row in rows), Figures())),
+        "index": pack([index for index, _ in rows], "<i4"),
+        "mass": pack(measured("mass"), "<f4"),
+        "actual": pack(measured("actual"), "<f4"),
+    }
+    return json.dumps(notes).encode()
+
+
+def decode_notes(footer: pq.FileMetaData) -> ShardNotes:
+    """Return the notes in a footer: the inverse of `encode_row_notes`, and the settings.
+
+    Raises:
+        FormatError: the file was not written by `ShardWriter`.
+    """
+    metadata = footer.metadata or {}
+    try:
+        notes = json.loads(metadata[METADATA_ROWS])
+        index, mass, actual = (
+            np.frombuffer(base64.b64decode(notes[name], validate=True), dtype)
+            for name, dtype in (("index", "<i4"), ("mass", "<f4"), ("actual", "<f4"))
+        )
+        figures = Figures(**notes["figures"])
+        settings = json.loads(metadata[METADATA_SETTINGS])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"its metadata lacks the notes of this extractor ({error!r})") from error
+    if not footer.num_rows == figures.rows == index.size == mass.size == actual.size:
+        raise FormatError("its metadata contradicts its rows")
+    return ShardNotes(index, mass, actual, figures, settings, footer.serialized_size)
+
+
+def read_footer(source: Path | pa.BufferReader) -> pq.FileMetaData:
+    """Read the footer of a file, or of the last bytes of one.
+
+    Raises:
+        FormatError: truncated, or not Parquet.
+    """
+    try:
+        return pq.read_metadata(source)
+    except (OSError, pa.ArrowException) as error:
+        raise FormatError(f"not a complete Parquet file ({error})") from error
+
+
+def read_local_shard(path: Path) -> LocalShard:
+    """Read a cached file's footer and hash it.
+
+    Raises:
+        FormatError: truncated, not Parquet, or not written by `ShardWriter`.
+    """
+    notes = decode_notes(read_footer(path))
+    return LocalShard(path, notes, path.stat().st_size, hash_file(path))
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def iter_rows(shard: LocalShard) -> Iterator[tuple[int, pa.Table]]:
+    """Yield id and table of each row, with `_mass` and `_actual` where they were measured."""
+    table = pq.read_table(shard.path)
+    for number, index in enumerate(shard.notes.indices.tolist()):
+        row = table.slice(number, 1)
+        for name, values in (("_mass", shard.notes.mass), ("_actual", shard.notes.actual)):
+            if not math.isnan(values[number]):
+                row = row.append_column(name, pa.array([values[number]], pa.float64()))
+        yield index, row
+
+
+def list_setting_changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the settings that make two runs different jobs, as "name: value there, value now"."""
+    normal = json.loads(json.dumps(dict(now)))
+    names = sorted((there.keys() | normal.keys()) - SETTINGS_FREE_TO_CHANGE)
+    return [
+        f"{name}: {there.get(name)!r} there, {normal.get(name)!r} now"
+        for name in names
+        if there.get(name) != normal.get(name)
+    ]
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames inside a folder survive a power loss, where the system can."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file so that, whatever happens, it holds the old bytes or the new ones."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+@contextmanager
+def storage_errors(place: str) -> Iterator[None]:
+    """Turn an OSError (full disk, no permission) into a HubError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LogitsError):
+            raise
+        reason = error.strerror or str(error)
+        raise HubError(
+            f"cannot write {place}: {reason}; make room or fix it, then continue with --resume "
+            "(what the output lists is safe)"
+        ) from error
+
+
+class ShardWriter:
+    """Encode rows into one Parquet file, row group by row group, under a temporary name.
+
+    The bytes depend on the rows, their order and the schema only. Memory holds one row group.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, *, nucleus_cap: int) -> None:
+        self._temporary = folder / "under-way.parquet.tmp"
+        self._schema = schema
+        self._nucleus_cap = nucleus_cap
+        self._file: IO[bytes] | None = None
+        self._writer: pq.ParquetWriter | None = None
+        self._group: list[pa.Table] = []
+        self._group_tokens = 0
+        self._raw_bytes = 0  # of the row groups written
+        self._notes: list[tuple[int, Figures]] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows added so far."""
+        return len(self._notes)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes on disk, plus the rows still in memory at the ratio of those written."""
+        written = self._file.tell() if self._file else 0
+        ratio = written / self._raw_bytes if self._raw_bytes else 0.9
+        return written + int(ratio * sum(row.nbytes for row in self._group))
+
+    def add(self, row: pa.Table) -> None:
+        """Append a table of one row, with or without `_mass` and `_actual`."""
+        figures = measure_row(row, nucleus_cap=self._nucleus_cap)
+        self._notes.append((row["index"][0].as_py(), figures))
+        self._group.append(row.select(self._schema.names))
+        self._group_tokens += figures.tokens
+        if len(self._group) == ROW_GROUP_ROWS or self._group_tokens >= ROW_GROUP_TOKENS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        group = pa.concat_tables(self._group).combine_chunks().cast(self._schema)
+        if self._writer is None:
+            self._file = self._temporary.open("wb")
+            self._writer = open_parquet_writer(self._file, self._schema)
+        self._writer.write_table(group, row_group_size=group.num_rows)
+        self._raw_bytes += group.nbytes
+        self._group, self._group_tokens = [], 0
+
+    def close(self, path: Path) -> LocalShard:
+        """Finish the file and give it its name once its bytes are on the disk."""
+        if self._group:
+            self._write_group()
+        if self._writer is None or self._file is None:
+            raise ValueError("a shard needs a row")
+        self._writer.add_key_value_metadata({METADATA_ROWS: encode_row_notes(self._notes)})
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self._temporary, path)
+        sync_directory(path.parent)
+        return read_local_shard(path)
+
+    def discard(self) -> None:
+        """Forget the rows and remove the temporary file."""
+        if self._file is not None:
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def open_parquet_writer(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a writer with the encodings that serve these columns best and that every reader knows.
+
+    Bytes per token of realistic rows: snappy with dictionaries 254, zstd-3 with dictionaries 213,
+    these 190. Statistics of ids and logits would only make the footer larger.
+    """
+    leaves = {
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: field.type
+        for field in schema
+    }
+    floats = [
+        leaf for leaf, kind in leaves.items()
+        if pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)
+    ]
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=[leaf for leaf in leaves if "_indices_low" in leaf],
+        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        write_statistics=["index", "num_tokens"],
+    )
+
+
+def lock_file(path: Path) -> IO[str]:
+    """Hold a lock as long as the returned file is open; a dead process holds nothing.
+
+    Raises:
+        ConfigError: a live process has it.
+    """
+    file = path.open("a+")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "?"
+        file.close()
+        raise ConfigError(
+            f"process {holder} is writing to the same output with the cache {path.parent}: wait "
+            "for it or stop it (several workers need their own --rank and --world-size)"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    if hasattr(os, "register_at_fork"):  # or a worker that outlives us would keep the lock
+        os.register_at_fork(after_in_child=file.close)
+    return file
+
+
+class ShardCache:
+    """The local state of one output and worker: shards to deliver, pending rows, one lock.
+
+    `part-*.parquet` wait for delivery, `backup_part-*.parquet` could not be delivered,
+    `pending/pending-*.parquet` hold rows that fill no shard yet. Files are complete or named
+    `*.tmp`; others that cannot be read are set aside as `unreadable_*` and their rows extracted
+    again.
+    """
+
+    def __init__(self, cache_dir: str | Path, key: str) -> None:
+        self.folder = Path(cache_dir).expanduser() / key
+        with storage_errors(str(self.folder)):
+            self.pending_folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(self.folder / "lock")
+            for leftover in self.folder.rglob("*.tmp"):
+                leftover.unlink()
+
+    @property
+    def pending_folder(self) -> Path:
+        return self.folder / "pending"
+
+    def shards(self) -> list[LocalShard]:
+        """Return the shards that wait for delivery, failed ones included, by part number."""
+        paths = [*self.folder.glob("part-*.parquet"), *self.folder.glob("backup_part-*.parquet")]
+        return self._read(sorted(paths, key=lambda path: path.name.removeprefix("backup_")))
+
+    def pending(self) -> list[LocalShard]:
+        """Return the files of pending rows, oldest first."""
+        return self._read(sorted(self.pending_folder.glob("pending-*.parquet")))
+
+    def _read(self, paths: list[Path]) -> list[LocalShard]:
+        found = []
+        for path in paths:
+            try:
+                found.append(read_local_shard(path))
+            except FormatError as error:
+                logger.warning("set aside %s, its rows are extracted again: %s", path, error)
+                path.rename(path.with_name(f"unreadable_{path.name}"))
+        return found
+
+    def shard_path(self, name: str) -> Path:
+        """Return where a shard of the output waits for delivery."""
+        return self.folder / Path(name).name
+
+    def next_pending_path(self) -> Path:
+        """Return an unused name for pending rows."""
+        names = " ".join(path.name for path in self.pending_folder.iterdir())
+        numbers = [int(number) for number in re.findall(r"pending-(\d+)\.parquet", names)]
+        return self.pending_folder / f"pending-{max(numbers, default=-1) + 1:05d}.parquet"
+
+    def make_backup(self, shard: LocalShard) -> LocalShard:
+        """Mark a shard as one that could not be delivered."""
+        if shard.path.name.startswith("backup_"):
+            return shard
+        path = shard.path.with_name(f"backup_{shard.path.name}")
+        os.replace(shard.path, path)
+        return replace(shard, path=path)
+
+    def make_pending(self, shard: LocalShard) -> None:
+        """Turn a shard that cannot be delivered as it is into pending rows."""
+        os.replace(shard.path, self.next_pending_path())
+
+    def discard(self) -> None:
+        """Remove every shard and pending row."""
+        for shard in [*self.shards(), *self.pending()]:
+            shard.path.unlink()
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+
 # --------------------------------------------------------------------------------------------------
 # 8 Hub
 # --------------------------------------------------------------------------------------------------
 
+RETRY_WAITS_S = (1, 2, 4, 8, 16, 32, 60)  # with jitter; a Retry-After that is longer wins
+MAX_WAITING_SHARDS = 4  # closed shards that wait for delivery before the run has to wait
+CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
+
+
+class OutOfReachError(HubError):
+    """Every try failed in a way that can pass: later tries, or the next run, may succeed."""
+
+
+class PassingError(Exception):
+    """A request failed in a way that can pass; met inside the retry loop only."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file as the output lists it."""
+
+    size: int
+    sha256: str | None  # None: the listing does not tell
+
+
+class Destination(Protocol):
+    """Where shards go. Requests raise PassingError (try again) or HubError (no use)."""
+
+    name: str
+    detects_changes: bool  # a commit fails when somebody else has changed the output
+
+    def open(self) -> None:
+        """Create it where it does not exist, and make sure that it can be written."""
+
+    def list_files(self) -> dict[str, ListedFile]:
+        """Return the files by path, as of one moment."""
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        """Return bytes of a file that the last listing holds; all of them by default."""
+
+    def holds(self, path: str, local: Path, sha256: str) -> bool:
+        """Tell whether a listed file has the content of a local one."""
+
+    def commit(self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str]) -> None:
+        """Add and remove files at once; a shard that is there already is never replaced unless
+        `delete` names it."""
+
+
+class FolderDestination:
+    """A local folder. A commit is a row of renames, the checkpoint last."""
+
+    detects_changes = False
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.name = str(folder)
+
+    def open(self) -> None:
+        with storage_errors(self.name):
+            (self.folder / "data").mkdir(parents=True, exist_ok=True)
+
+    def list_files(self) -> dict[str, ListedFile]:
+        with storage_errors(self.name):
+            paths = [*self.folder.glob("*"), *(self.folder / "data").glob("*")]
+            return {
+                path.relative_to(self.folder).as_posix(): ListedFile(path.stat().st_size, None)
+                for path in sorted(paths)
+                if path.is_file() and not path.name.endswith(".tmp")
+            }
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        with storage_errors(self.name), (self.folder / path).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def holds(self, path: str, local: Path, sha256: str) -> bool:
+        with storage_errors(self.name):
+            return hash_file(self.folder / path) == sha256
+
+    def commit(self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str]) -> None:
+        removed = set(delete)
+        with storage_errors(self.name), self._turn():
+            for path in add:
+                if SHARD_NAME.fullmatch(path) and path not in removed and self._has(path):
+                    raise PassingError(f"{path} has appeared in {self.name}")
+            for path in sorted(removed):  # first, or a crash would leave old rows beside new ones
+                (self.folder / path).unlink(missing_ok=True)
+            for path, content in add.items():
+                self._put(path, content)
+
+    def _has(self, path: str) -> bool:
+        return (self.folder / path).exists()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one worker at a time commit."""
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _put(self, path: str, content: Path | bytes) -> None:
+        target = self.folder / path
+        if isinstance(content, bytes):
+            write_durably(target, content)
+            return
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        with content.open("rb") as source, temporary.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_directory(target.parent)
+
+
+def is_local_output(output: str) -> bool:
+    """Tell whether `--output` means a folder rather than a Hub repository."""
+    return output.startswith((".", "/", "~")) or Path(output).is_dir()
+
+
+def open_destination(output: str, *, private: bool = False) -> Destination:
+    """Return the destination that `--output` names, not opened yet.
+
+    Raises:
+        ConfigError: it names neither a folder nor a repository.
+    """
+    if is_local_output(output):
+        return FolderDestination(output)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", output):
+        raise ConfigError(
+            f"--output {output!r} is neither user/name (a Hub dataset) nor a folder that exists or "
+            f"starts with . / ~: write ./{output} for a folder"
+        )
+    raise ConfigError(f"--output {output!r}: Hub repositories are not supported yet")
+
+
+def cache_key(output: str, *, rank: int = 0, world_size: int = 1) -> str:
+    """Return the folder name of the local state of one output and worker."""
+    place = str(Path(output).expanduser().resolve()) if is_local_output(output) else output
+    digest = hashlib.sha256(place.encode()).hexdigest()[:12]
+    label = re.sub(r"[^\w.-]+", "-", output.rstrip("/"))[-40:].strip("-.")
+    worker = f"-w{rank:02d}" if world_size > 1 else ""
+    return f"{label}-{digest}{worker}"
+
+
+def retry(request: Callable[[], T], *, stop: threading.Event | None = None) -> T:
+    """Return what the request returns, trying again with growing waits while it can pass.
+
+    Raises:
+        OutOfReachError: the last try failed too, or `stop` was set.
+        HubError: the request was refused.
+    """
+    stop = stop or threading.Event()
+    for wait_s in (*RETRY_WAITS_S, None):
+        try:
+            return request()
+        except PassingError as error:
+            if wait_s is None or stop.is_set():
+                raise OutOfReachError(str(error)) from None
+            pause_s = max(error.retry_after_s, wait_s * random.uniform(0.75, 1.25))
+            logger.warning("%s; trying again in %.0f s", error, pause_s)
+            stop.wait(pause_s)
+    raise AssertionError("the last try returns or raises")
+
+
+class RangedFile(io.RawIOBase):
+    """A listed file as a seekable stream of range reads, so that Parquet reads one column."""
+
+    def __init__(self, destination: Destination, path: str, size: int) -> None:
+        super().__init__()
+        self._destination, self._path, self._size = destination, path, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), self._size - self._position)
+        if size <= 0:
+            return 0
+        start = self._position
+        data = retry(lambda: self._destination.read(self._path, start, size))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def read_listed_notes(
+    destination: Destination, path: str, size: int, *, footer_bytes: int | None = None
+) -> ShardNotes:
+    """Read the notes of a listed shard: its footer, or its `index` column if a stranger wrote it.
+
+    Raises:
+        FormatError: it is not complete.
+    """
+    wanted = min(size, (footer_bytes or (64 << 10)) + 8)
+    tail = retry(lambda: destination.read(path, size - wanted, wanted))
+    needed = int.from_bytes(tail[-8:-4], "little") + 8
+    if tail[-4:] == b"PAR1" and wanted < needed <= size:
+        tail = retry(lambda: destination.read(path, size - needed, needed))
+    footer = read_footer(pa.BufferReader(tail))
+    try:
+        return decode_notes(footer)
+    except FormatError:
+        return read_index_column(RangedFile(destination, path, size), footer)
+
+
+def read_index_column(file: RangedFile, footer: pq.FileMetaData) -> ShardNotes:
+    """Return the notes of a shard that has none, from its columns `index` and `num_tokens`."""
+    try:
+        table = pq.ParquetFile(file, metadata=footer).read(columns=["index", "num_tokens"])
+        index = table["index"].to_numpy().astype(np.int32)
+        tokens = int(table["num_tokens"].to_numpy().sum())
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise FormatError(f"its columns index and num_tokens cannot be read ({error})") from error
+    unknown = np.full(index.size, np.nan, np.float32)
+    figures = Figures(rows=index.size, tokens=tokens)
+    settings = json.loads((footer.metadata or {}).get(METADATA_SETTINGS, b"{}"))
+    return ShardNotes(index, unknown, unknown, figures, settings, footer.serialized_size)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What checkpoint.json says about one listed shard."""
+
+    bytes: int
+    sha256: str | None
+    footer_bytes: int
+    figures: Figures
+
+
+def encode_checkpoint(settings: Mapping[str, Any], records: Mapping[str, ShardRecord]) -> bytes:
+    """Return checkpoint.json; equal records give equal bytes."""
+    total = sum((record.figures for record in records.values()), Figures())
+    content = {
+        "settings": dict(settings),
+        "rows": total.rows,
+        "tokens": total.tokens,
+        "shards": {name: asdict(records[name]) for name in sorted(records)},
+    }
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def decode_checkpoint(data: bytes) -> dict[str, ShardRecord]:
+    """Undo `encode_checkpoint`.
+
+    Raises:
+        FormatError: it is not one; the shards themselves tell all that it would.
+    """
+    try:
+        return {
+            name: ShardRecord(**{**record, "figures": Figures(**record["figures"])})
+            for name, record in json.loads(data)["shards"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"not a checkpoint ({error!r})") from error
+
+
+def read_checkpoints(
+    destination: Destination, files: Mapping[str, ListedFile]
+) -> dict[str, ShardRecord]:
+    """Return the records of listed shards that agree with the listing, from every checkpoint."""
+    records: dict[str, ShardRecord] = {}
+    for path in sorted(filter(CHECKPOINT_NAME.fullmatch, files)):
+        try:
+            data = retry(functools.partial(destination.read, path))
+            records.update(decode_checkpoint(data))
+        except FormatError as error:
+            logger.warning("ignored %s in %s: %s", path, destination.name, error)
+    return {
+        name: record
+        for name, record in records.items()
+        if name in files
+        and files[name].size == record.bytes
+        and files[name].sha256 in (None, record.sha256)
+    }
+
+
+@dataclass
+class OutputState:
+    """What the output lists, and which conversations are done by that."""
+
+    files: dict[str, ListedFile] = field(default_factory=dict)
+    records: dict[str, ShardRecord] = field(default_factory=dict)  # by shard path
+    done: set[int] = field(default_factory=set)
+    settings: list[dict[str, Any]] = field(default_factory=list)  # of each listed shard
+
+    def shards(self) -> list[str]:
+        """Return the paths of the listed shards."""
+        return sorted(filter(SHARD_NAME.fullmatch, self.files))
+
+    def figures(self) -> Figures:
+        """Return the sums over every listed shard."""
+        return sum((record.figures for record in self.records.values()), Figures())
+
+
+def read_output(destination: Destination) -> OutputState:
+    """List the output and read which conversations its shards hold, from their footers.
+
+    Raises:
+        HubError: the output is out of reach, or lists a shard that is not complete.
+    """
+    state = OutputState(retry(destination.list_files))
+    known = read_checkpoints(destination, state.files)
+
+    def read(name: str) -> ShardNotes:
+        hint = known[name].footer_bytes if name in known else None
+        try:
+            return read_listed_notes(
+                destination, name, state.files[name].size, footer_bytes=hint
+            )
+        except FormatError as error:
+            raise ConfigError(
+                f"{name} in {destination.name} is damaged: {error}; delete it and continue with "
+                "--resume, its rows are extracted again"
+            ) from error
+
+    with ThreadPoolExecutor(8) as pool:
+        for name, notes in zip(state.shards(), pool.map(read, state.shards()), strict=True):
+            listed = state.files[name]
+            sha256 = listed.sha256 or (known[name].sha256 if name in known else None)
+            state.records[name] = ShardRecord(
+                listed.size, sha256, notes.footer_bytes, notes.figures
+            )
+            if twice := state.done.intersection(notes.indices.tolist()):
+                logger.warning("%s repeats %d rows of other shards", name, len(twice))
+            state.done.update(notes.indices.tolist())
+            state.settings.append(notes.settings)
+    return state
+
+
+@dataclass(frozen=True)
+class ResumeInfo:
+    """What an earlier run has left: nothing of it needs to be extracted again."""
+
+    done: npt.NDArray[np.int64]  # ascending ids inside shards that the output lists
+    pending: npt.NDArray[np.int64]  # ascending ids kept in the cache, not listed yet
+    next_part: int
+    shards: int  # that the output lists
+
+
+class PendingRows:
+    """Rows of a pending file that are in no shard yet."""
+
+    def __init__(self, shard: LocalShard, taken: Container[int]) -> None:
+        self.shard = shard
+        self.left = [i for i in shard.notes.indices.tolist() if i not in taken]
+
+    def draw(self, writer: ShardWriter, is_full: Callable[[], bool]) -> None:
+        """Add rows to a writer until it is full."""
+        left = set(self.left)
+        for index, row in iter_rows(self.shard):
+            if is_full():
+                break
+            if index in left:
+                left.discard(index)
+                writer.add(row)
+        self.left = [index for index in self.left if index in left]
+
+
+class StreamingHFUploader:
+    """Collect rows into shards and deliver them, in the background, to a folder or a Hub dataset.
+
+    Rows are done when a shard that the output lists holds them. Until then they are in the cache,
+    except the rows of the shard under way, which `save_pending_locally` puts there.
+
+    Args:
+        output: Hub dataset `user/name`, or a folder (`is_local_output`).
+        schema: of the shards, settings in its metadata (`explore_logits.shard_schema`).
+        settings: what identifies the job; resuming with others is refused.
+        chat_template: stored beside the shards.
+        upload_every: rows per shard, unless `upload_size_mb` (encoded bytes / 10^6) is given.
+        stopping: asked while waiting for room; once true, waiting ends and shards stay cached.
+
+    Raises:
+        ConfigError: the output holds shards and neither `resume` nor `force_restart` is given, or
+            the settings differ, or a live process uses the same cache.
+        HubError: the output refused or was out of reach.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        *,
+        schema: pa.Schema,
+        settings: Mapping[str, Any],
+        chat_template: str = "",
+        cache_dir: str | Path = ".logit_extraction_cache",
+        upload_every: int = 500,
+        upload_size_mb: float | None = None,
+        private: bool = False,
+        resume: bool = False,
+        force_restart: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._destination = open_destination(output, private=private)
+        self._schema = schema
+        self._settings = dict(settings)
+        self._chat_template = chat_template
+        self._upload_every = upload_every
+        self._limit_bytes = None if upload_size_mb is None else upload_size_mb * 1e6
+        self._rank, self._world_size = rank, world_size
+        self._stopping = stopping
+        self._pending: list[PendingRows] = []
+        self._closed: deque[LocalShard] = deque()  # complete in the cache, not flushed
+        self._waiting: deque[LocalShard] = deque()  # handed to the upload thread, not delivered
+        self._lock = threading.Lock()  # of _waiting, which both threads change
+        self._backups: list[LocalShard] = []
+        self._removals: set[str] = set()  # shards of a discarded job, gone with the first commit
+        self._in_doubt = True  # the output may differ from what we know
+        self._side: dict[str, bytes] = {}  # what the output's small files hold
+        self._stop = threading.Event()
+        self._uploads: list[Future[None]] = []
+        with contextlib.ExitStack() as undo:
+            self._cache = ShardCache(cache_dir, cache_key(output, rank=rank, world_size=world_size))
+            undo.callback(self._cache.close)
+            retry(self._destination.open)
+            self._state = read_output(self._destination)
+            self._begin(resume=resume, force_restart=force_restart)
+            undo.pop_all()
+        self._writer = self._open_writer()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="upload")
+
+    # -- start
+
+    def _begin(self, *, resume: bool, force_restart: bool) -> None:
+        """Decide what of the earlier runs counts."""
+        if force_restart:
+            self._cache.discard()
+            self._removals = {name for name in self._state.shards() if self._may_remove(name)}
+            self._state = OutputState(self._state.files)
+        left = len(self._cache.shards()) + len(self._cache.pending())
+        if not (resume or force_restart) and (self._state.records or left):
+            raise ConfigError(
+                f"{self._destination.name} already holds {len(self._state.records)} shards, the "
+                f"cache {left} files of them: continue with --resume, or start over with "
+                "--force-restart"
+            )
+        self._check_settings()
+        self._next_number = self._find_next_number()
+        self._taken = set(self._state.done)
+        self._adopt_shards()
+        self._pending_indices = {
+            index for shard in self._cache.pending() for index in shard.notes.indices.tolist()
+        } - self._taken
+        self._remove_delivered()
+
+    def _may_remove(self, name: str) -> bool:
+        """Tell whether starting over is this worker's to remove a shard."""
+        if self._is_own(name):
+            return True
+        match = SHARD_NAME.fullmatch(name)
+        rank = int(match["rank"] or -1) if match else -1
+        return self._rank == 0 and not 0 <= rank < self._world_size
+
+    def _is_own(self, name: str) -> bool:
+        """Tell whether only this worker gives such names."""
+        match = SHARD_NAME.fullmatch(name)
+        return match is not None and name == self._shard_name(int(match["number"]))
+
+    def _shard_name(self, number: int) -> str:
+        return shard_name(number, rank=self._rank, world_size=self._world_size)
+
+    def _find_next_number(self) -> int:
+        """Return the part number after those of the output and of the cache."""
+        names = [*self._state.records, *(shard.name for shard in self._cache.shards())]
+        own = [SHARD_NAME.fullmatch(name) for name in names if self._is_own(name)]
+        return max((int(match["number"]) for match in own if match), default=-1) + 1
+
+    def _check_settings(self) -> None:
+        local = [shard.notes.settings for shard in (*self._cache.shards(), *self._cache.pending())]
+        for settings in (*self._state.settings, *local):
+            changes = list_setting_changes(settings, self._settings) if settings else []
+            if changes:
+                raise ConfigError(
+                    f"{self._destination.name} was begun with other settings: "
+                    f"{'; '.join(changes)}. Use the same ones, another --output, or "
+                    "--force-restart to discard it"
+                )
+
+    def _adopt_shards(self) -> None:
+        """Sort the shards in the cache: deliver them, or their rows, or forget them if listed."""
+        for shard in self._cache.shards():
+            indices = shard.notes.indices.tolist()
+            if self._state.done.issuperset(indices):
+                shard.path.unlink()
+            elif self._taken.isdisjoint(indices) and shard.name not in self._state.files:
+                self._closed.append(shard)
+                self._taken.update(indices)
+            else:
+                self._cache.make_pending(shard)
+
+    # -- rows in
+
+    def get_resume_info(self) -> ResumeInfo:
+        """Return which conversations need no extraction, and where numbering goes on."""
+        kept = (self._taken | self._pending_indices) - self._state.done
+        return ResumeInfo(
+            np.asarray(sorted(self._state.done), np.int64),
+            np.asarray(sorted(kept), np.int64),
+            self._next_number,
+            len(self._state.records),
+        )
+
+    def load_pending_into_buffer(self) -> int:
+        """Take the rows that earlier runs left in the cache into the next shards; return how many.
+
+        Their files stay until a listed shard holds the rows.
+        """
+        for shard in self._cache.pending():
+            rows = PendingRows(shard, self._taken)
+            self._taken.update(rows.left)
+            self._pending.append(rows)
+        self._pending_indices = set()
+        loaded = self._pending_rows
+        while self._is_full():
+            self._close_shard()
+        return loaded
+
+    @property
+    def _pending_rows(self) -> int:
+        return sum(len(rows.left) for rows in self._pending)
+
+    def add_sample(self, rows: pa.Table | pa.RecordBatch) -> None:
+        """Add rows of the schema, with or without the float64 columns `_mass` and `_actual`.
+
+        A row whose id is done, pending or added already is ignored. A shard that gets full is
+        closed in the cache; `flush` hands it to the upload.
+
+        Raises:
+            HubError: an upload was refused, or the disk is full.
+        """
+        self._raise_failure()
+        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+        for number, index in enumerate(table["index"].to_pylist()):
+            if index in self._taken or index in self._pending_indices:
+                continue
+            self._taken.add(index)
+            with storage_errors(str(self._cache.folder)):
+                self._writer.add(table.slice(number, 1))
+            if self._is_full():
+                self._close_shard()
+
+    def _is_full(self) -> bool:
+        if self._limit_bytes is None:
+            return self._writer.rows + self._pending_rows >= self._upload_every
+        pending = sum(rows.shard.size for rows in self._pending if rows.left)
+        return self._writer.encoded_bytes + pending >= self._limit_bytes
+
+    def _is_writer_full(self) -> bool:
+        if self._limit_bytes is None:
+            return self._writer.rows >= self._upload_every
+        return self._writer.encoded_bytes >= self._limit_bytes
+
+    def _open_writer(self) -> ShardWriter:
+        cap = int(self._settings.get("top_p_max", 255))
+        return ShardWriter(self._cache.folder, self._schema, nucleus_cap=cap)
+
+    def _close_shard(self) -> None:
+        """Close the shard under way, filled up with pending rows."""
+        with storage_errors(str(self._cache.folder)):
+            for rows in self._pending:
+                rows.draw(self._writer, self._is_writer_full)
+            self._pending = [rows for rows in self._pending if rows.left]
+            if not self._writer.rows:
+                return
+            path = self._cache.shard_path(self._shard_name(self._next_number))
+            self._closed.append(self._writer.close(path))
+        self._next_number += 1
+        self._writer = self._open_writer()
+
+    def save_pending_locally(self) -> int:
+        """Keep the rows of the shard under way in the cache; return how many.
+
+        Raises:
+            HubError: the disk is full; the rows are extracted again by the next run.
+        """
+        rows = self._writer.rows
+        if rows:
+            with storage_errors(str(self._cache.folder)):
+                self._writer.close(self._cache.next_pending_path())
+            self._writer = self._open_writer()
+        return rows
+
+    # -- shards out
+
+    def should_flush(self) -> bool:
+        """Tell whether a shard is full and waits for `flush`."""
+        return bool(self._closed)
+
+    def is_uploading(self) -> bool:
+        """Tell whether an upload is under way."""
+        return any(not upload.done() for upload in self._uploads)
+
+    def buffer_fill(self) -> float:
+        """Return how full the shard under way is, 0..1."""
+        if self._limit_bytes is None:
+            return min(1.0, (self._writer.rows + self._pending_rows) / self._upload_every)
+        return min(1.0, self._writer.encoded_bytes / self._limit_bytes)
+
+    def flush(self, final: bool = False) -> None:
+        """Hand full shards to the upload, waiting while too many wait there already.
+
+        With `final`, also close the shard under way, wait until everything is delivered, and try
+        once more what failed before. Returns early once `stopping` says so.
+
+        Raises:
+            HubError: an upload was refused.
+        """
+        self._raise_failure()
+        while final and (self._writer.rows or self._pending_rows):
+            self._close_shard()
+        while self._closed:
+            if not self._wait_until(lambda: len(self._waiting) < MAX_WAITING_SHARDS):
+                return
+            self._submit([self._closed.popleft()])
+        if final:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Wait for every upload, then try backups again, then what no shard carried."""
+        if not self._wait_until(lambda: not self.is_uploading()):
+            return
+        self._submit(self._take_backups(), final=True)
+        self._wait_until(lambda: not self.is_uploading())
+
+    def _take_backups(self) -> list[LocalShard]:
+        backups, self._backups = self._backups, []
+        return backups
+
+    def _wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Wait for a condition that uploads bring about; False when told to stop before."""
+        while not condition():
+            if self._stopping():
+                return False
+            wait([upload for upload in self._uploads if not upload.done()], timeout=0.2)
+            self._raise_failure()
+        self._raise_failure()
+        return True
+
+    def _raise_failure(self) -> None:
+        """Raise what an upload raised."""
+        finished = [upload for upload in self._uploads if upload.done()]
+        self._uploads = [upload for upload in self._uploads if not upload.done()]
+        for upload in finished:
+            upload.result()
+
+    def _submit(self, shards: list[LocalShard], *, final: bool = False) -> None:
+        with self._lock:
+            self._waiting.extend(shards)
+        self._uploads.append(self._executor.submit(self._deliver, final=final))
+
+    def _deliver(self, *, final: bool) -> None:
+        """Deliver what waits, in one commit; runs in the upload thread."""
+        with self._lock:
+            shards = list(self._waiting)
+        if not shards and not final:
+            return
+        try:
+            retry(lambda: self._commit(shards, final=final), stop=self._stop)
+        except OutOfReachError as error:
+            if self._stop.is_set():
+                return
+            logger.warning("kept %d shards in %s: %s", len(shards), self._cache.folder, error)
+            self._backups += [self._cache.make_backup(shard) for shard in shards]
+        with self._lock:
+            for _ in shards:
+                self._waiting.popleft()
+
+    def _commit(self, shards: list[LocalShard], *, final: bool) -> None:
+        """Make the output list some shards; every try looks at what the one before has left."""
+        if self._in_doubt or not self._destination.detects_changes:
+            self._look_again(shards)
+        listed = self._state.files.keys() - self._removals
+        landed = [shard for shard in self._backups if shard.name in listed]
+        new = [shard for shard in shards if shard.name not in listed]
+        records = self._state.records | {s.name: make_record(s) for s in (*shards, *landed)}
+        side = {
+            path: content
+            for path, content in self._side_files(records, final=final).items()
+            if self._side.get(path) != content
+        }
+        removals = self._removals & self._state.files.keys()
+        if new or side or removals:
+            self._in_doubt = True
+            files = {shard.name: shard.path for shard in new} | side
+            self._destination.commit(describe_commit(new), files, removals)
+        self._in_doubt = False
+        self._side |= side
+        self._state.records = records
+        self._note_delivery([*shards, *landed])
+
+    def _look_again(self, shards: list[LocalShard]) -> None:
+        """List the output again and make sure that nobody else writes the same parts."""
+        self._state.files = files = self._destination.list_files()
+        self._side = {
+            path: self._destination.read(path)
+            for path in self._side_files(self._state.records, final=True)
+            if path in files
+        }
+        ours = {shard.name: shard for shard in (*shards, *self._backups)}
+        known = self._state.records.keys() | self._removals
+        for name in filter(self._is_own, files.keys() - known):
+            shard = ours.get(name)
+            if shard is None or not self._destination.holds(name, shard.path, shard.sha256):
+                raise HubError(
+                    f"{name} in {self._destination.name} was written by another run: two runs "
+                    "write the same output; stop one, then continue with --resume"
+                )
+
+    def _side_files(
+        self, records: Mapping[str, ShardRecord], *, final: bool
+    ) -> dict[str, bytes]:
+        """Return the files that go with a commit, the checkpoint last."""
+        own = {name: record for name, record in records.items() if self._is_own(name)}
+        worker = f"-w{self._rank:02d}" if self._world_size > 1 else ""
+        return {
+            "extraction_config.json": encode_settings(self._settings),
+            "chat_template.jinja": self._chat_template.encode(),
+            f"checkpoint{worker}.json": encode_checkpoint(self._settings, own),
+        }
+
+    def _note_delivery(self, shards: list[LocalShard]) -> None:
+        """Forget the local copies of what the output lists now."""
+        self._removals = set()
+        for shard in shards:
+            self._state.files[shard.name] = ListedFile(shard.size, shard.sha256)
+            self._state.done.update(shard.notes.indices.tolist())
+            shard.path.unlink()
+        delivered = {shard.name for shard in shards}
+        self._backups = [shard for shard in self._backups if shard.name not in delivered]
+        self._remove_delivered()
+
+    def _remove_delivered(self) -> None:
+        """Remove pending files whose rows are all in listed shards."""
+        for shard in self._cache.pending():
+            if self._state.done.issuperset(shard.notes.indices.tolist()):
+                shard.path.unlink()
+
+    # -- end
+
+    def summary(self) -> dict[str, Any]:
+        """Return rows, tokens, shards, bytes of what the output lists, and files not delivered."""
+        figures = self._state.figures()
+        return {
+            "rows": figures.rows,
+            "tokens": figures.tokens,
+            "shards": len(self._state.records),
+            "bytes": sum(record.bytes for record in self._state.records.values()),
+            "undelivered": [
+                str(path)
+                for path in sorted(self._cache.folder.rglob("*.parquet"))
+                if re.match(r"(backup_)?part-|pending-", path.name)
+            ],
+        }
+
+    def shutdown(self) -> None:
+        """Stop after the request under way and release the cache; nothing waits for retries."""
+        self._stop.set()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._writer.discard()
+        self._cache.close()
+
+
+def encode_settings(settings: Mapping[str, Any]) -> bytes:
+    """Return extraction_config.json."""
+    return json.dumps(dict(settings), indent=1, sort_keys=True).encode() + b"\n"
+
+
+def describe_commit(shards: list[LocalShard]) -> str:
+    """Return the message of a commit."""
+    if not shards:
+        return "Update checkpoint and card"
+    rows = sum(shard.notes.figures.rows for shard in shards)
+    return f"Add {', '.join(shard.name for shard in shards)} ({rows} rows)"
+
+
+def make_record(shard: LocalShard) -> ShardRecord:
+    """Return what checkpoint.json says about a shard."""
+    return ShardRecord(shard.size, shard.sha256, shard.notes.footer_bytes, shard.notes.figures)
+
+
 # --------------------------------------------------------------------------------------------------
 # 9 Stop
 # --------------------------------------------------------------------------------------------------
+
+
+class GracefulInterrupt:
+    """Within the context, a first SIGINT or SIGTERM asks to stop and a second leaves at once.
+
+    Leaving at once is safe: every file is complete or has a temporary name. Outside the main
+    thread, where Python allows no signal handlers, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal: 130 for Ctrl-C, 143 for SIGTERM; 0 when none has come."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def __enter__(self) -> GracefulInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        os.write(2, b"\nstopping after this batch; once more to leave at once\n")
+
+
+def process_age_s() -> float:
+    """Return the seconds since this process started, 0.0 where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(0.0, uptime_s - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+class TimedShutdown:
+    """Tell when to stop so that the work ends within a number of minutes.
+
+    Time is kept for the step between two calls of `due` (the longest so far) and for the final
+    upload.
+
+    Args:
+        minutes: the limit; None: never due.
+        elapsed_s: time already spent, such as `process_age_s()`.
+        upload_s: asked for the seconds that delivering what waits would take now.
+    """
+
+    def __init__(
+        self,
+        minutes: float | None,
+        *,
+        elapsed_s: float = 0.0,
+        upload_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._limit_s = math.inf if minutes is None else minutes * 60
+        self._started_s = time.monotonic() - elapsed_s
+        self._upload_s = upload_s
+        self._longest_step_s = 0.0
+        self._last_call_s: float | None = None
+
+    def left_s(self) -> float:
+        """Return the seconds until the limit, negative beyond it, infinite without one."""
+        return self._limit_s - (time.monotonic() - self._started_s)
+
+    def due(self) -> bool:
+        """Tell whether one more step could end too late; call it once a step."""
+        now_s = time.monotonic()
+        if self._last_call_s is not None:
+            self._longest_step_s = max(self._longest_step_s, now_s - self._last_call_s)
+        self._last_call_s = now_s
+        return self.left_s() <= self._longest_step_s + self._upload_s()
+
 
 # --------------------------------------------------------------------------------------------------
 # 10 Run

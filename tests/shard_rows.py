@@ -1,0 +1,63 @@
+"""Rows of the shard format with made-up content, for tests that only store and deliver them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from explore_logits import SCHEMA, pack_indices, quantize_logits, shard_schema
+
+SETTINGS: dict[str, Any] = {
+    "format_version": 1,
+    "model": "user/teacher",
+    "model_revision": "0123abcd",
+    "dataset": "user/chats",
+    "split": "train",
+    "top_p": 0.98,
+    "top_p_max": 20,
+    "sampled_n": 4,
+    "seed": 42,
+    "versions": {"torch": "2"},
+}
+
+
+def make_row(index: int, tokens: int | None = None) -> dict[str, Any]:
+    """Return one row whose content depends on its index only."""
+    rng = np.random.default_rng(index)
+    tokens = int(rng.integers(3, 12)) if tokens is None else tokens
+    counts = rng.integers(1, 21, tokens)
+    row: dict[str, Any] = {"index": index, "num_tokens": tokens}
+    for kind, sizes in (("top", counts), ("sampled", np.full(tokens, 4))):
+        total = int(sizes.sum())
+        low, high = pack_indices(rng.integers(0, 2**18, total))
+        quantized, vmin, vmax = quantize_logits(rng.normal(size=total), sizes)
+        row |= {
+            f"{kind}_indices_low": low,
+            f"{kind}_indices_high": high,
+            f"{kind}_logits_quantized": quantized,
+            f"{kind}_min": vmin,
+            f"{kind}_max": vmax,
+        }
+    row["top_counts"] = counts.astype(np.uint8)
+    row["logsumexp"] = rng.normal(size=tokens) + 20
+    row["_mass"], row["_actual"] = 0.99 * tokens, 0.5 * tokens
+    return row
+
+
+def make_rows(
+    indices: Iterable[int], *, tokens: int | None = None, measured: bool = True
+) -> pa.Table:
+    """Return a table of rows, with `_mass` and `_actual` where measured."""
+    rows = [make_row(index, tokens) for index in indices]
+    extra = [("_mass", pa.float64()), ("_actual", pa.float64())] if measured else []
+    fields = [*SCHEMA, *(pa.field(name, kind) for name, kind in extra)]
+    columns = [pa.array([row[f.name] for row in rows], f.type) for f in fields]
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def make_schema(settings: Mapping[str, Any] = SETTINGS) -> pa.Schema:
+    """Return the schema of shards written with some settings."""
+    return shard_schema(settings=settings)
