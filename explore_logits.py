@@ -31,8 +31,10 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +50,17 @@ __all__ = [
     "SCHEMA",
     "AlignmentError",
     "ConversationAnalysis",
+    "ConversationColumns",
+    "ConversationError",
+    "EncodedConversation",
     "FormatError",
     "LogitDataset",
     "LogitsError",
     "OpenError",
     "Prediction",
     "RowError",
+    "SourceError",
+    "TemplateError",
     "TokenAnalysis",
     "TokenBlock",
     "analyze_token_probabilities",
@@ -63,12 +70,18 @@ __all__ = [
     "dequantize_logits",
     "dequantize_sampled_logits",
     "dequantize_top_logits",
+    "encode_conversation",
+    "encode_row",
     "get_nucleus_probability_mass",
     "get_sample",
     "iter_samples",
+    "load_chat_template",
     "load_extraction_config",
     "load_logit_dataset",
+    "load_tokenizer",
     "logits_to_probs",
+    "measure_conversations",
+    "open_source",
     "pack_indices",
     "plot_logit_distribution",
     "plot_nucleus_sizes",
@@ -76,8 +89,13 @@ __all__ = [
     "print_sample_info",
     "print_top_tokens",
     "quantize_logits",
+    "read_conversation",
+    "read_tools",
     "render_page",
+    "resolve_columns",
     "shard_schema",
+    "source_columns",
+    "source_id",
     "unpack_indices",
     "visualize_conversation_probabilities",
 ]
@@ -253,6 +271,1281 @@ def dequantize_logits(
 # --------------------------------------------------------------------------------------------------
 # 2 Conversation
 # --------------------------------------------------------------------------------------------------
+#
+# From a source row to token positions:
+#
+#     open_source ──row──► read_conversation ──messages──► render (text, character spans)
+#                                                          ──tokenize, overlap──► token_positions
+#
+# The spans come from the template's own {% generation %} markers, else from differential rendering:
+# the conversation is rendered again with one assistant turn replaced by characters that occur
+# nowhere, and what both renderings share before and after delimits that turn.
+
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]
+
+
+class ConversationError(LogitsError):
+    """One conversation cannot be used; the run counts it under `reason` and goes on."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)  # both, so that it survives the way out of a process
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class SourceError(LogitsError):
+    """The dataset cannot be opened or read; met before the first conversation is."""
+
+
+class TemplateError(LogitsError):
+    """The template or tokenizer gives no way to find the assistant's tokens; no row could work."""
+
+
+# Source datasets ----------------------------------------------------------------------------------
+
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+
+
+@dataclass(frozen=True)
+class ConversationColumns:
+    """Which columns of the source hold the conversation: `messages`, or `user` and `assistant`."""
+
+    messages: str | None = None
+    user: str | None = None
+    assistant: str | None = None
+    system: str | None = None
+    index: str | None = None
+
+
+def open_source(
+    dataset: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """Open one split of a chat dataset: a `datasets.Dataset`, or an `IterableDataset` to stream.
+
+    Args:
+        dataset: Hub id, or a local .jsonl, .json, .parquet or .csv file (also compressed), a folder
+            of them, or a folder written by `save_to_disk`.
+        subset: configuration of a Hub dataset.
+        split: name of the split; `train[:100]` slices too when not streaming.
+        streaming: never hold the source in memory or write it to a cache.
+        revision: branch, tag or commit of a Hub dataset.
+
+    Raises:
+        SourceError: nothing there, no such split (names those there are), an unreadable file
+            (names the line of a JSON-lines file), the Hub out of reach.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return _open_file(path, split=split, streaming=streaming)
+    if path.is_dir():
+        return _open_folder(path, subset=subset, split=split, streaming=streaming)
+    if dataset.startswith((".", "/", "~")) or _builder_of(path) is not None:
+        raise SourceError(f"dataset {dataset!r}: no such file or folder")
+    return _load_dataset(
+        dataset, dataset, name=subset, split=split, streaming=streaming, revision=revision
+    )
+
+
+def _builder_of(path: Path) -> str | None:
+    """Return the name of the loader for a file name, None when it is no known kind."""
+    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
+    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _open_file(path: Path, *, split: str, streaming: bool) -> Any:
+    """Open a single file; its one split is called train."""
+    builder = _builder_of(path)
+    if builder is None:
+        kinds = ", ".join(_BUILDERS)
+        raise SourceError(f"dataset {str(path)!r}: unknown kind of file, expected {kinds}")
+    if path.stat().st_size == 0:
+        raise SourceError(f"dataset {str(path)!r}: the file is empty")
+    if streaming and path.suffix == ".jsonl":
+        return _stream_json_lines(path, split=split)
+    return _load_dataset(
+        str(path), builder, data_files=str(path), split=split, streaming=streaming, file=path
+    )
+
+
+def _open_folder(path: Path, *, subset: str | None, split: str, streaming: bool) -> Any:
+    """Open a folder of data files, or one that `save_to_disk` wrote."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _open_saved(path, split=split, streaming=streaming)
+    if not any(_builder_of(file) for file in path.rglob("*") if file.is_file()):
+        raise SourceError(f"dataset {str(path)!r}: no {', '.join(_BUILDERS)} file in this folder")
+    return _load_dataset(str(path), str(path), name=subset, split=split, streaming=streaming)
+
+
+def _open_saved(path: Path, *, split: str, streaming: bool) -> Any:
+    """Open what `save_to_disk` wrote: one split, or several by name."""
+    loaded = import_package("datasets").load_from_disk(str(path))
+    splits = list(loaded) if isinstance(loaded, dict) else ["train"]
+    if split not in splits:
+        raise SourceError(_no_split(str(path), split, splits))
+    chosen = loaded[split] if isinstance(loaded, dict) else loaded
+    return chosen.to_iterable_dataset() if streaming else chosen
+
+
+def _no_split(dataset: str, split: str, splits: Iterable[str]) -> str:
+    return f"dataset {dataset!r} has no split {split!r}; it has {', '.join(splits)} (--split)"
+
+
+def _stream_json_lines(path: Path, *, split: str) -> Any:
+    """Stream a JSON-lines file row by row as it is written: no schema, one line in memory."""
+    if split != "train":
+        raise SourceError(_no_split(str(path), split, ["train"]))
+    return import_package("datasets").IterableDataset.from_generator(
+        read_json_lines, gen_kwargs={"path": str(path)}
+    )
+
+
+def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file; blank lines are passed over.
+
+    Raises:
+        SourceError: a line is not a JSON object; names its number.
+    """
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SourceError(f"dataset {path!r}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise SourceError(f"dataset {path!r}, line {number}: expected a JSON object")
+            yield row
+
+
+def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **options: Any) -> Any:
+    """Call `datasets.load_dataset` and turn what it raises into one line that says what to do."""
+    datasets = import_package("datasets")
+    try:
+        return datasets.load_dataset(builder, **options)
+    except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError, pa.ArrowInvalid) as e:
+        if file is not None and file.suffix == ".jsonl":
+            for _ in read_json_lines(str(file)):  # names the line that is not JSON
+                pass
+        raise SourceError(f"dataset {dataset!r} cannot be read: {_root_cause(e)}") from e
+    except (OSError, ValueError, RuntimeError) as e:  # hub errors are OSErrors
+        raise SourceError(_describe_load_error(dataset, options, e)) from e
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the innermost error of a chain."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Exception) -> str:
+    """Say in one line why a dataset could not be opened and what to change."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    found = re.search(r"Should be one of \[(.*?)\]|Available splits: \[(.*?)\]", str(error))
+    if found:
+        names = re.findall(r"'([^']+)'", found.group(1) or found.group(2))
+        return _no_split(dataset, str(options.get("split")), names)
+    if "BuilderConfig" in text or "Config name is missing" in text:
+        why = " ".join(str(error).split())
+        return f"dataset {dataset!r}, --subset {options.get('name')}: {why}"
+    if type(error).__name__ in ("DatasetNotFoundError", "DataFilesNotFoundError"):
+        text += " (is the name right, and are you logged in? hf auth login)"
+    return f"dataset {dataset!r} cannot be opened: {text}"
+
+
+def source_columns(dataset: Any) -> list[str]:
+    """Return the column names of an open source; a stream without a schema shows its first rows'.
+
+    Raises:
+        SourceError: the source has no rows.
+    """
+    if dataset.column_names:
+        return list(dataset.column_names)
+    names = dict.fromkeys(name for row in dataset.take(16) for name in row)
+    if not names:
+        raise SourceError("the dataset has no rows")
+    return list(names)
+
+
+def resolve_columns(
+    names: Iterable[str],
+    *,
+    messages_col: str | None = None,
+    user_col: str = "question",
+    assistant_col: str = "answer",
+    system_col: str | None = None,
+    index_col: str | None = None,
+) -> ConversationColumns:
+    """Decide which columns hold the conversation.
+
+    In this order: `messages_col`; `user_col` with `assistant_col` when they were changed from their
+    defaults; a column with a usual name (`MESSAGE_COLUMNS`); the single-turn columns.
+
+    Raises:
+        SourceError: a named column is not there, or none of the usual ones; names those there are.
+    """
+    have = list(names)
+    for flag, name in (
+        ("--messages-col", messages_col),
+        ("--system-col", system_col),
+        ("--index-col", index_col),
+    ):
+        if name is not None and name not in have:
+            raise SourceError(f"no column {name!r} ({flag}); the dataset has {', '.join(have)}")
+    usual = next((n for n in MESSAGE_COLUMNS if n in have), None)
+    single = user_col in have and assistant_col in have
+    asked = single and (user_col, assistant_col) != ("question", "answer")
+    if messages_col is None and not asked:
+        messages_col = usual
+    if messages_col is not None:
+        return ConversationColumns(messages=messages_col, index=index_col)
+    if single:
+        return ConversationColumns(
+            user=user_col, assistant=assistant_col, system=system_col, index=index_col
+        )
+    raise SourceError(
+        f"no conversations: neither a column {', '.join(MESSAGE_COLUMNS)} (--messages-col) nor "
+        f"{user_col!r} with {assistant_col!r} (--user-col, --assistant-col); "
+        f"the dataset has {', '.join(have)}"
+    )
+
+
+def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns) -> int:
+    """Return the `index` of a row: its number in the source, or the value of the index column.
+
+    Raises:
+        SourceError: the value is not an integer of 32 bits; names row and value.
+    """
+    if columns.index is None:
+        return number
+    value = row.get(columns.index)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise SourceError(
+            f"row {number}: {columns.index!r} is {value!r}, not an integer (--index-col)"
+        )
+    if not -(2**31) <= int(value) < 2**31:
+        raise SourceError(f"row {number}: {columns.index!r} is {value}: over 32 bits (--index-col)")
+    return int(value)
+
+
+# Rows to messages ---------------------------------------------------------------------------------
+
+_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "model": "assistant", "function_call": "assistant",
+    "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+def read_conversation(row: Mapping[str, Any], columns: ConversationColumns) -> list[dict[str, Any]]:
+    """Return the chat messages of a row: dicts with `role`, `content` and what else the row gives.
+
+    Both dialects are understood (`role`/`content` and `from`/`value`), messages stored as a JSON
+    string too. Content given as a list of text parts is joined. Keys that are null are left out,
+    at every depth: Arrow adds them to all rows when one row has them.
+
+    Raises:
+        ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
+    """
+    if columns.messages is None:
+        return _single_turn(row, columns)
+    value = _parsed_json(row.get(columns.messages))
+    if value is None:
+        raise ConversationError("null", f"column {columns.messages!r} is null")
+    if isinstance(value, Mapping):  # a struct of lists: what `datasets` makes of a list of structs
+        value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=False)]
+    if isinstance(value, str) or not isinstance(value, (list, tuple, np.ndarray)):
+        raise ConversationError("malformed", f"column {columns.messages!r} is no list of messages")
+    if len(value) == 0:
+        raise ConversationError("empty", "the conversation has no messages")
+    messages = [_read_message(message) for message in value]
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if answers and not any(_says_something(m) for m in answers):
+        raise ConversationError("empty", "the assistant says nothing")
+    return messages
+
+
+def _parsed_json(value: Any) -> Any:
+    """Parse a string that holds a JSON list or object; return anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _single_turn(row: Mapping[str, Any], columns: ConversationColumns) -> list[dict[str, Any]]:
+    """Build the messages of a row that holds one question and one answer."""
+    messages = []
+    for role, column in (
+        ("system", columns.system), ("user", columns.user), ("assistant", columns.assistant)
+    ):  # fmt: skip
+        if column is None:
+            continue
+        text = _cell_text(row.get(column), column, optional=role == "system")
+        if text is not None:
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def _cell_text(value: Any, column: str, *, optional: bool) -> str | None:
+    """Return a cell as text (numbers are written out); None for an empty optional one."""
+    blank = value is None or value != value or (isinstance(value, str) and not value.strip())
+    if blank and optional:
+        return None
+    if blank:
+        reason = "empty" if isinstance(value, str) else "null"
+        raise ConversationError(reason, f"column {column!r} is {reason}")
+    if not isinstance(value, (str, int, float)):
+        raise ConversationError("malformed", f"column {column!r} holds {type(value).__name__}")
+    return str(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the None values of all mappings inside `value`; arrays become lists."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _read_message(value: Any) -> dict[str, Any]:
+    """Bring one message of either dialect to `role` and `content`, other keys kept."""
+    if not isinstance(value, Mapping):
+        raise ConversationError("malformed", f"a message is {type(value).__name__}, not an object")
+    message = _without_nulls(value)
+    role = message.pop("role", None) or message.pop("from", None)
+    content = message.pop("content", None)
+    if content is None:
+        content = message.pop("value", None)
+    if not isinstance(role, str):
+        raise ConversationError("malformed", "a message has no role")
+    role = _ROLES.get(role.lower(), role)
+    calls = _parsed_json(message.pop("tool_calls", None))
+    if isinstance(calls, list) and calls:
+        message["tool_calls"] = calls
+    content = _content_text(content, role)
+    if content is not None:
+        return {"role": role, "content": content, **message}
+    if "tool_calls" not in message and not any(message.get(key) for key in _REASONING_KEYS):
+        raise ConversationError("null", f"a {role} message has no content")
+    return {"role": role, **message}
+
+
+def _content_text(content: Any, role: str) -> Any:
+    """Return content as text; the structured result of a tool stays as it is."""
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
+        for part in content
+    ):
+        return "".join(part if isinstance(part, str) else part["text"] for part in content)
+    if role == "tool":
+        return content
+    if isinstance(content, list):
+        raise ConversationError("not_text", f"a {role} message holds more than text")
+    raise ConversationError("malformed", f"the content of a {role} message is {content!r:.60}")
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    said = [message.get("content"), message.get("tool_calls")]
+    said += [message.get(key) for key in _REASONING_KEYS]
+    return any(bool(value.strip() if isinstance(value, str) else value) for value in said)
+
+
+def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tool schemas of a row's `tools` column (a list or a JSON string), None without."""
+    tools = _without_nulls(_parsed_json(row.get("tools")))
+    if not tools or isinstance(tools, str):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ConversationError("malformed", "column 'tools' is no list of tool schemas")
+    return tools
+
+
+# Tokenizer and template ---------------------------------------------------------------------------
+
+
+def import_package(name: str, extra: str | None = None) -> Any:
+    """Import a package when a function needs it; a missing one is named with its extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        how = f"pip install 'logit-extraction[{extra}]'" if extra else f"pip install {name}"
+        raise LogitsError(f"this needs the package {name!r}, which is not there: {how}") from error
+
+
+def load_tokenizer(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of a model: Hub id or local folder.
+
+    Raises:
+        LogitsError: there is none, or the Hub is out of reach.
+    """
+    transformers = import_package("transformers")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise LogitsError(
+            f"no tokenizer for model {model!r}: {_root_cause(error)} "
+            "(is the name right, and are you logged in? hf auth login)"
+        ) from error
+
+
+def load_chat_template(path: str | None, tokenizer: Any) -> str:
+    """Return the Jinja source of a chat template: of the file, else the tokenizer's own.
+
+    Raises:
+        TemplateError: no such file, no template in the tokenizer, or not valid Jinja.
+    """
+    if path is not None:
+        try:
+            source = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(f"--chat-template {path!r} cannot be read: {error}") from error
+    else:
+        source = _own_template(tokenizer)
+    jinja2 = import_package("jinja2")
+    try:
+        _chat_template_utils()._compile_jinja_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        where = repr(path) if path else "of the tokenizer"
+        raise TemplateError(
+            f"chat template {where}, line {error.lineno}: {error.message}; "
+            "give a corrected one with --chat-template"
+        ) from error
+    return source
+
+
+def _own_template(tokenizer: Any) -> str:
+    """Return the chat template inside a tokenizer, the one called default if it has several."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    if not template:
+        raise TemplateError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
+            "give one with --chat-template FILE"
+        )
+    return str(template)
+
+
+def _chat_template_utils() -> Any:
+    import_package("transformers")
+    return importlib.import_module("transformers.utils.chat_template_utils")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template with what a short probe conversation showed about it.
+
+    Attributes:
+        source: Jinja source.
+        special: names and values of the tokenizer's special tokens, for the template.
+        tokens: matches one or more added tokens of the tokenizer, back to back.
+        parts: content must be given as a list of text parts.
+        marked: `{% generation %}` markers are there and cover the assistant's content.
+        marks_prompt: those markers cover part of the generation prompt, too.
+        prompt: the generation prompt, such as "<|im_start|>assistant\\n".
+        ends: what ends a turn, such as "<|im_end|>"; longest first.
+    """
+
+    source: str
+    special: Mapping[str, str]
+    tokens: re.Pattern[str]
+    parts: bool = False
+    marked: bool = False
+    marks_prompt: bool = False
+    prompt: str = ""
+    ends: tuple[str, ...] = ()
+
+    @cached_property
+    def ending(self) -> re.Pattern[str]:
+        """Match an end of turn, with the blanks before it."""
+        return re.compile(r"\s*" + self.ending_anywhere.pattern)
+
+    @cached_property
+    def ending_anywhere(self) -> re.Pattern[str]:
+        """Match an end of turn."""
+        return re.compile("(" + ("|".join(re.escape(e.strip()) for e in self.ends) or "(?!)") + ")")
+
+    @cached_property
+    def closing(self) -> re.Pattern[str]:
+        """Match an end of turn (group 1) after which only blanks and added tokens come."""
+        return re.compile(rf"{self.ending_anywhere.pattern}(?:\s|{self.tokens.pattern})*\Z")
+
+    def render(self, messages: Messages, tools: Any = None, *, prompt: bool = False) -> str:
+        """Render a conversation; `prompt` appends the generation prompt.
+
+        Raises:
+            ConversationError: "refused_by_template".
+        """
+        text, _ = self._render(messages, tools, add_generation_prompt=prompt)
+        return str(text)
+
+    def render_marked(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
+        """Render a conversation and the character spans inside its generation markers."""
+        with _RENDER_LOCK:  # the tracker of spans lives in the compiled template, shared by threads
+            return self._render(messages, tools, return_assistant_tokens_mask=True)
+
+    def _render(self, messages: Messages, tools: Any, **options: Any) -> tuple[str, list[Span]]:
+        jinja2 = import_package("jinja2")
+        if self.parts:
+            messages = [_as_parts(message) for message in messages]
+        try:
+            texts, spans = _chat_template_utils().render_jinja_template(
+                conversations=[messages], chat_template=self.source, tools=tools,
+                **options, **self.special,
+            )  # fmt: skip
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConversationError("refused_by_template", f"the template says: {why}") from error
+        return texts[0], sorted(spans[0]) if spans else []
+
+
+_RENDER_LOCK = threading.Lock()
+
+
+def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Wrap string content the way templates of vision models want it."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return dict(message)
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def prepare_template(tokenizer: Any, chat_template: str | None = None) -> ChatTemplate:
+    """Probe a template once per tokenizer and template; later calls are free.
+
+    Raises:
+        TemplateError: the template never shows what an assistant says.
+    """
+    source = chat_template if chat_template is not None else _own_template(tokenizer)
+    special = tuple(sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()))
+    return _probe_template(tokenizer, source, special, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _probe_template(
+    tokenizer: Any, source: str, special: tuple[tuple[str, str], ...], _size: int
+) -> ChatTemplate:
+    added = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len)
+    tokens = re.compile("(?:" + ("|".join(map(re.escape, reversed(added))) or "(?!)") + ")+")
+    plain = ChatTemplate(source, dict(special), tokens)
+    for template in (plain, replace(plain, parts=True)):
+        for opening in ((), ("system",)):
+            facts = _probe_turns(template, opening)
+            if facts is not None:
+                return replace(template, **facts)
+    raise TemplateError(
+        "the chat template does not show what the assistant says in a plain conversation of two "
+        "messages, so its tokens cannot be found; give another one with --chat-template FILE"
+    )
+
+
+def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, Any] | None:
+    """Learn generation prompt, markers and ends of turns; None where the template refuses."""
+    says = [chr(0xE000 + n) * 3 for n in range(6)]
+    roles = (*opening, "user", "assistant", "user", "assistant")
+    chat: Messages = [{"role": r, "content": s} for r, s in zip(roles, says, strict=False)]
+    asked = len(opening) + 1
+    answer = says[asked]
+    try:
+        text, spans = template.render_marked(chat[: asked + 1])
+    except ConversationError:
+        return None
+    start = text.find(answer)
+    if start < 0:
+        return None
+    facts: dict[str, Any] = {"ends": _probe_ends(template, chat, says, asked, text)}
+    prompted = _try_render(template, chat[:asked], prompt=True) or ""
+    prompt = prompted[_shared_prefix(prompted, _try_render(template, chat[:asked]) or "") :]
+    header_end = _shared_prefix(text, prompted[: len(prompted) - len(prompt)] + _bare(prompt))
+    covering = [span for span in spans if span[0] <= start and span[1] >= start + len(answer)]
+    facts["prompt"] = prompt
+    facts["marked"] = bool(covering)
+    facts["marks_prompt"] = any(a < min(header_end, start) for a, _ in covering)
+    return facts
+
+
+def _bare(prompt: str) -> str:
+    """Return a generation prompt without the think tags that it ends in."""
+    return re.sub(rf"{_OPEN}\s*(?:{_CLOSE}\s*)?\Z", "", prompt, flags=re.IGNORECASE)
+
+
+def _probe_ends(
+    template: ChatTemplate, chat: Messages, says: list[str], asked: int, text: str
+) -> tuple[str, ...]:
+    """Return what follows the assistant's content, at the end of a conversation and before a user.
+
+    A single added token between content and the next content is that message's header, not an end.
+    """
+    tail = text[text.find(says[asked]) + len(says[asked]) :]
+    ends = [_first_tokens(tail, template.tokens)]
+    longer = _try_render(template, chat)
+    if longer is not None and says[asked] in longer and says[asked + 1] in longer and ends[0]:
+        gap = longer.split(says[asked], 1)[1].split(says[asked + 1], 1)[0]
+        first = re.match(r"\s*(" + template.tokens.pattern[:-1] + ")", gap)
+        if first and not gap.startswith(ends[0]) and gap[first.end() :].strip():
+            ends.append(first.group())
+    return tuple(sorted({end for end in ends if end}, key=len, reverse=True))
+
+
+def _first_tokens(tail: str, tokens: re.Pattern[str]) -> str:
+    """Return the first run of added tokens in `tail`, or its first word where none starts it."""
+    run = re.compile(r"\s*" + tokens.pattern).match(tail) or re.compile(r"\s*\S+").match(tail)
+    return run.group() if run else ""
+
+
+def _try_render(template: ChatTemplate, messages: Messages, tools: Any = None, **how: Any) -> Any:
+    """Render, or return None where the template refuses."""
+    try:
+        return template.render(messages, tools, **how)
+    except ConversationError:
+        return None
+
+
+def _shared_prefix(one: str, two: str) -> int:
+    """Return the length of the longest common prefix."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:  # slices compare at memory speed, a loop over characters does not
+        middle = (low + high + 1) // 2
+        if one[low:middle] == two[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _shared_suffix(one: str, two: str) -> int:
+    """Return the length of the longest common suffix."""
+    return _shared_prefix(one[::-1], two[::-1])
+
+
+# Which characters are the assistant's -------------------------------------------------------------
+
+_THINK = r"(?:seed:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
+_OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel>thought\n)"
+_CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
+_THINK_TAG = re.compile(f"{_OPEN}|{_CLOSE}", re.IGNORECASE)
+_EMPTY_THINK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}\s*", re.IGNORECASE)
+_OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    """A conversation as text, and the character spans of it that are extracted.
+
+    `way` tells how they were found: "generation" (the template's own markers) or "differential".
+    """
+
+    text: str
+    spans: list[Span]  # ascending, disjoint
+    way: str
+    end_of_turn: str | None
+
+
+def render_conversation(
+    messages: Messages,
+    template: ChatTemplate,
+    *,
+    tools: Any = None,
+    include_think: bool = False,
+    include_end: bool = False,
+) -> RenderedConversation:
+    """Render a conversation and find what the assistant itself would have to write.
+
+    That is: from the end of the generation prompt through the end-of-turn token of every assistant
+    turn, tool calls and shown reasoning included. Think tags that the template inserts on its own
+    come with `include_think`, what follows the end of the turn with `include_end`.
+
+    Raises:
+        ConversationError: "no_assistant", "refused_by_template".
+    """
+    if not any(message.get("role") == "assistant" for message in messages):
+        raise ConversationError("no_assistant", "no message has the role assistant")
+    messages, text, marked = _render_dialects(messages, template, tools)
+    rendering = _Rendering(messages, template, tools, text, _unused_mark(text))
+    if marked:
+        spans = _marked_turns(rendering, marked, include_end=include_end)
+    else:
+        spans = _differential_turns(rendering, include_end=include_end)
+    if not include_think:
+        spans = _without_inserted_think(messages, text, spans)
+    way = "generation" if marked else "differential"
+    end = next((e.strip() for e in template.ends for a, b in spans if e in text[a:b]), None)
+    return RenderedConversation(text, spans, way, end)
+
+
+def _render_dialects(
+    messages: Messages, template: ChatTemplate, tools: Any
+) -> tuple[Messages, str, list[Span]]:
+    """Render the conversation in the first way of writing tool calls that the template takes."""
+    refusal: ConversationError | None = None
+    for dialect in _dialects(messages):
+        try:
+            if template.marked:
+                text, spans = template.render_marked(dialect, tools)
+                return dialect, text, spans
+            return dialect, template.render(dialect, tools), []
+        except ConversationError as error:
+            refusal = refusal or error
+    raise refusal or ConversationError("empty", "the conversation has no messages")
+
+
+def _dialects(messages: Messages) -> Iterator[Messages]:
+    """Yield the ways of writing the same conversation that templates differ in.
+
+    Arguments of tool calls as an object, then as a JSON string; content that a message lacks left
+    out, then null.
+    """
+    calling = any("tool_calls" in message for message in messages)
+    yield [_with_arguments(m, as_text=False) for m in messages] if calling else messages
+    if calling:
+        yield [_with_arguments(m, as_text=True) for m in messages]
+    if any("content" not in message for message in messages):
+        nulls = [{"content": None, **message} for message in messages]
+        yield [_with_arguments(m, as_text=False) for m in nulls]
+        yield [_with_arguments(m, as_text=True) for m in nulls]
+
+
+def _with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+    """Copy a message with the arguments of its tool calls as JSON text or as an object."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    return {**message, "tool_calls": [_convert_call(c, as_text) for c in message["tool_calls"]]}
+
+
+def _convert_call(call: Any, as_text: bool) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _convert_call(call["function"], as_text)}
+    arguments = call.get("arguments")
+    if as_text and arguments is not None and not isinstance(arguments, str):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if not as_text and isinstance(arguments, str):
+        return {**call, "arguments": _parsed_json(arguments)}
+    return dict(call)
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """Sort spans, drop empty ones, join those that touch."""
+    joined: list[Span] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        elif end > start:
+            joined.append((start, end))
+    return joined
+
+
+def _marked_turns(rendering: _Rendering, spans: list[Span], *, include_end: bool) -> list[Span]:
+    """Bring the template's own spans to where a turn starts and ends.
+
+    Markers of some templates leave out the end-of-turn token, of others take in what follows it or
+    part of the generation prompt.
+    """
+    if rendering.template.marks_prompt:
+        spans = _after_prompts(rendering, spans)
+    return [(a, _marked_end(rendering, a, b, keep=include_end)) for a, b in _merged(spans)]
+
+
+def _after_prompts(rendering: _Rendering, spans: list[Span]) -> list[Span]:
+    """Cut the generation prompt off spans that hold it; a think tag that ends it stays."""
+    text = rendering.text
+    starts = [turn.start for turn in rendering.turns()]
+    cut = []
+    for a, b in spans:
+        start = next((s for s in starts if a < s <= b), a)
+        opened = re.search(rf"{_OPEN}\s*\Z", text[a:start], re.IGNORECASE)
+        cut.append((a + opened.start() if opened else start, b))
+    return cut
+
+
+def _marked_end(rendering: _Rendering, start: int, end: int, *, keep: bool) -> int:
+    """Return where the turn of a marked span ends: right after its end-of-turn token."""
+    template, text = rendering.template, rendering.text
+    inside = template.closing.search(text, start, end)
+    if inside:
+        return end if keep else inside.end(1)
+    after = template.ending.match(text, end)
+    if after:
+        return after.end()
+    loose = re.compile(template.tokens.pattern + r"(\s+)\Z").search(text, start, end)
+    return loose.start(1) if loose and not keep else end
+
+
+# Differential rendering ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Where one assistant turn lies in the text."""
+
+    number: int  # of the message
+    start: int  # right after the generation prompt
+    pieces: list[Span]  # what the data gives, the end-of-turn token not included
+
+
+@dataclass(frozen=True)
+class _Rendering:
+    """A conversation, its template and its text; `mark` is text that occurs nowhere in it."""
+
+    messages: Messages
+    template: ChatTemplate
+    tools: Any
+    text: str
+    mark: str
+
+    def render(self, messages: Messages, *, prompt: bool = False) -> str | None:
+        """Render other messages the same way; None where the template refuses."""
+        text: str | None = _try_render(self.template, messages, self.tools, prompt=prompt)
+        return text
+
+    def replaced(self, number: int, message: Mapping[str, Any]) -> Messages:
+        """Return the messages with one of them replaced."""
+        return [*self.messages[:number], dict(message), *self.messages[number + 1 :]]
+
+    def turns(self) -> list[_Turn]:
+        """Find every assistant turn that the template shows."""
+        found: list[_Turn] = []
+        for number, message in enumerate(self.messages):
+            if message["role"] == "assistant":
+                turn = _find_turn(self, number, found[-1].pieces[-1][1] if found else 0)
+                found += [turn] if turn is not None else []
+        return found
+
+
+def _unused_mark(text: str) -> str:
+    """Return private-use text that shares no character with `text`."""
+    codes = (c for c in range(0xE000, 0xF8FF) if chr(c) not in text)
+    return chr(next(codes)) * 3
+
+
+def _differential_turns(rendering: _Rendering, *, include_end: bool) -> list[Span]:
+    """Return the spans of all assistant turns, each through its end-of-turn token.
+
+    Raises:
+        ConversationError: "unaligned": two turns overlap, so the template is not understood.
+    """
+    spans: list[Span] = []
+    for turn in rendering.turns():
+        ends = [_through_end(rendering, turn, piece, include_end) for piece in turn.pieces]
+        if spans and turn.start < spans[-1][1]:
+            raise ConversationError(
+                "unaligned", f"message {turn.number} overlaps the turn before it in the rendering"
+            )
+        spans += [(a, end) for (a, _), end in zip(turn.pieces, ends, strict=True)]
+    return _merged(spans)
+
+
+def _find_turn(rendering: _Rendering, number: int, floor: int) -> _Turn | None:
+    """Delimit turn `number`, which starts at `floor` or later, by replacing what it says.
+
+    Returns:
+        None if the template does not show the turn.
+    """
+    if rendering.messages[number].get("tool_calls"):
+        turn = _find_calling_turn(rendering, number, floor)
+        if turn is not None:
+            return turn
+    variant = rendering.render(
+        rendering.replaced(number, {"role": "assistant", "content": rendering.mark})
+    )
+    if variant is None or rendering.mark not in variant:
+        return None
+    first, last = _changed(rendering.text, variant)
+    start = _turn_start(rendering, number, floor, variant, first)
+    return _Turn(number, start, [(start, max(start, last))])
+
+
+def _changed(text: str, variant: str) -> Span:
+    """Return the part of `text` that `variant` does not share."""
+    first = _shared_prefix(text, variant)
+    return first, len(text) - _shared_suffix(text[first:], variant[first:])
+
+
+def _turn_start(
+    rendering: _Rendering, number: int, floor: int, variant: str, first: int
+) -> int:
+    """Return where turn `number` starts: at the end of the generation prompt before it.
+
+    A think tag at the end of the prompt is part of it only where the text goes on like the prompt.
+    `variant` is the rendering with the turn's content replaced, `first` where it begins to differ.
+    """
+    text, prompt = rendering.text, rendering.template.prompt
+    if prompt and text.endswith(prompt, floor, first):
+        return first
+    asked = rendering.render(rendering.messages[:number], prompt=True)
+    if asked is not None and len(asked) >= floor and text.startswith(asked):
+        return len(asked)
+    before = rendering.render(rendering.messages[:number])
+    if asked is not None and before is not None and asked.startswith(before):
+        header = len(before) + len(_bare(asked[len(before) :]))
+        if len(before) >= floor and variant[:first].startswith(asked[:header]):
+            return header
+    return _start_by_removal(rendering, number, floor, first)
+
+
+def _start_by_removal(rendering: _Rendering, number: int, floor: int, first: int) -> int:
+    """Find the generation prompt after the place where leaving the turn out changes the text."""
+    messages, shown = rendering.messages, rendering.text[:first]
+    without = rendering.render([*messages[:number], *messages[number + 1 :]])
+    if without is not None:
+        changed = _shared_prefix(shown, without)
+        for prompt in filter(None, (rendering.template.prompt, _bare(rendering.template.prompt))):
+            found = shown.find(prompt, max(floor, changed - len(prompt)))
+            if found >= 0:
+                return found + len(prompt)
+    return first
+
+
+def _find_calling_turn(rendering: _Rendering, number: int, floor: int) -> _Turn | None:
+    """Delimit a turn with tool calls by their arguments; None if the template shows no calls."""
+    message = rendering.messages[number]
+    called = {**message, "tool_calls": [_marked_call(c, rendering) for c in message["tool_calls"]]}
+    variant = rendering.render(rendering.replaced(number, called))
+    if variant is None or rendering.mark not in variant:
+        return None
+    first, last = _changed(rendering.text, variant)
+    start = _turn_start(rendering, number, floor, variant, first)
+    end = last + _closing_length(rendering, number, called, last)
+    said = _shown_content(rendering, number)
+    if said is None or said[1] <= end:
+        return _Turn(number, start, [(start, end)])
+    if said[0] >= end and _tool_result_between(rendering, number, end, said[0]):
+        return _Turn(number, start, [(start, end), said])
+    return _Turn(number, start, [(start, said[1])])
+
+
+def _marked_call(call: Any, rendering: _Rendering) -> Any:
+    """Copy a tool call with every argument replaced by the mark."""
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+        return {**call, "function": _marked_call(call["function"], rendering)}
+    arguments = call.get("arguments") if isinstance(call, Mapping) else None
+    if isinstance(arguments, str):
+        return {**call, "arguments": rendering.mark}
+    names = list(arguments) if isinstance(arguments, Mapping) else []
+    return {**call, "arguments": dict.fromkeys(names or [rendering.mark], rendering.mark)}
+
+
+def _closing_length(
+    rendering: _Rendering, number: int, called: dict[str, Any], last: int
+) -> int:
+    """Return how much text after the arguments closes the call and the turn.
+
+    That is what also follows them when the conversation stops there, through the end of the turn.
+    """
+    before = rendering.messages[:number]
+    message = {**rendering.messages[number]}
+    if "content" in message:
+        message["content"] = called["content"] = ""
+    stopped = rendering.render([*before, message])
+    variant = rendering.render([*before, dict(called)])
+    if stopped is None or variant is None:
+        return 0
+    tail = stopped[_changed(stopped, variant)[1] :]
+    tail = tail[: _shared_prefix(tail, rendering.text[last:])]
+    template = rendering.template
+    found = template.ending_anywhere.search(tail)
+    if found:
+        return found.end()
+    tokens = list(template.tokens.finditer(tail))
+    return tokens[-1].end() if tokens else len(tail.rstrip())
+
+
+def _shown_content(rendering: _Rendering, number: int) -> Span | None:
+    """Return where the content of a turn with tool calls is shown, None where it is not."""
+    message = rendering.messages[number]
+    if not message.get("content"):
+        return None
+    variant = rendering.render(
+        rendering.replaced(number, {**message, "content": rendering.mark})
+    )
+    if variant is None or rendering.mark not in variant:
+        return None
+    return _changed(rendering.text, variant)
+
+
+def _tool_result_between(rendering: _Rendering, number: int, low: int, high: int) -> bool:
+    """Tell whether the result of the tool called in turn `number` is shown inside a range."""
+    result = rendering.messages[number + 1 : number + 2]
+    if not result or result[0]["role"] == "assistant":
+        return False
+    variant = rendering.render(
+        rendering.replaced(number + 1, {**result[0], "content": rendering.mark})
+    )
+    return variant is not None and low <= _changed(rendering.text, variant)[0] < high
+
+
+def _through_end(rendering: _Rendering, turn: _Turn, piece: Span, include_end: bool) -> int:
+    """Return the end of a piece of a turn, moved through the end-of-turn token that follows it."""
+    template, text, end = rendering.template, rendering.text, piece[1]
+    found = template.ending.match(text, end)
+    if found:
+        end = found.end()
+    elif piece is turn.pieces[-1] and not template.ending_anywhere.search(text, *piece):
+        end += _unusual_end(rendering, turn.number, end)
+    if not include_end:
+        return end
+    return len(text) - len(text[end:].lstrip())
+
+
+def _unusual_end(rendering: _Rendering, number: int, end: int) -> int:
+    """Return the length of an end-of-turn token that the probe of the template did not meet.
+
+    It is the added token that follows the content here and when the conversation stops there.
+    """
+    message = rendering.messages[number]
+    if not rendering.template.ends or message.get("tool_calls"):
+        return 0
+    before = rendering.messages[:number]
+    stopped = rendering.render([*before, message])
+    variant = rendering.render([*before, {"role": "assistant", "content": rendering.mark}])
+    if stopped is None or variant is None:
+        return 0
+    tail = stopped[_changed(stopped, variant)[1] :]
+    tail = tail[: _shared_prefix(tail, rendering.text[end:])]
+    found = re.compile(r"\s*" + rendering.template.tokens.pattern).match(tail)
+    return found.end() if found else 0
+
+
+def _without_inserted_think(messages: Messages, text: str, spans: list[Span]) -> list[Span]:
+    """Cut think tags off the starts of spans where the data has none."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    paired = len(answers) == len(spans)
+    kept = []
+    for number, (a, b) in enumerate(spans):
+        own = [answers[number]] if paired else answers
+        start = max(a, min(_after_inserted_think(text, a, b, message) for message in own))
+        kept.append((start, b))
+    return _merged(kept)
+
+
+def _after_inserted_think(text: str, a: int, b: int, message: Mapping[str, Any]) -> int:
+    """Return where a span starts without the think tags that `message` does not hold."""
+    content = message.get("content")
+    content = content if isinstance(content, str) else ""
+    reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
+    found = None if _EMPTY_THINK.match(content) else _EMPTY_THINK.match(text, a, b)
+    if found is None and not reasons and not _THINK_TAG.search(content):
+        found = _OPEN_THINK.match(text, a, b)
+    if found is None:
+        return a
+    blank = content[: len(content) - len(content.lstrip())]
+    return found.end() - len(blank) if text.endswith(blank, a, found.end()) else found.end()
+
+
+# Tokens -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as tokens, and which of them are extracted.
+
+    Attributes:
+        text: the rendered conversation.
+        input_ids: (S,) int32.
+        token_positions: (N,) int32, ascending, each at least 1: the extracted tokens' places in
+            `input_ids`. The first token of all is predicted from nothing and never extracted.
+        way: "generation" or "differential", how the spans were found.
+        end_of_turn: what was taken to end a turn, None if nothing was.
+    """
+
+    text: str
+    input_ids: npt.NDArray[np.int32]
+    token_positions: npt.NDArray[np.int32]
+    way: str
+    end_of_turn: str | None
+
+
+def encode_conversation(
+    messages: Messages,
+    tokenizer: Any,
+    *,
+    chat_template: str | None = None,
+    tools: Any = None,
+    include_think: bool = False,
+    include_end: bool = False,
+) -> EncodedConversation:
+    """Tokenize a conversation and find the tokens that the assistant itself would have to write.
+
+    A token belongs to the assistant when any of its characters does. The function depends on its
+    arguments only; it may run in any process.
+
+    Args:
+        messages: as `read_conversation` returns them.
+        tokenizer: of transformers, fast or slow.
+        chat_template: Jinja source, None for the tokenizer's own.
+        tools: tool schemas for the template.
+        include_think: extract think tags that the template inserts and the data does not hold, too.
+        include_end: extract what the template appends after the end-of-turn token, too.
+
+    Raises:
+        ConversationError: "no_assistant", "refused_by_template", "no_tokens", "unaligned".
+        TemplateError: no conversation could work with this template or tokenizer.
+    """
+    template = prepare_template(tokenizer, chat_template)
+    rendered = render_conversation(
+        messages, template, tools=tools, include_think=include_think, include_end=include_end
+    )
+    ids, starts, ends = tokenize_with_offsets(rendered.text, tokenizer)
+    positions = token_positions_of(rendered.spans, starts, ends)
+    if positions.size == 0:
+        raise ConversationError("no_tokens", "the template shows nothing that the assistant says")
+    return EncodedConversation(
+        rendered.text, ids, positions, rendered.way, rendered.end_of_turn
+    )
+
+
+def encode_row(
+    row: Mapping[str, Any],
+    columns: ConversationColumns,
+    tokenizer: Any,
+    *,
+    chat_template: str | None = None,
+    include_think: bool = False,
+    include_end: bool = False,
+) -> EncodedConversation:
+    """Read the conversation of a source row, with its tools, and encode it."""
+    return encode_conversation(
+        read_conversation(row, columns), tokenizer, chat_template=chat_template,
+        tools=read_tools(row), include_think=include_think, include_end=include_end,
+    )  # fmt: skip
+
+
+def token_positions_of(
+    spans: Iterable[Span], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """Return the positions of tokens that overlap character spans, position 0 left out.
+
+    A token without characters of its own counts where it lies inside a span.
+    """
+    inside = np.zeros(starts.size, bool)
+    for a, b in spans:
+        inside |= (starts < b) & ((ends > a) | ((starts == ends) & (starts >= a)))
+    inside[:1] = False
+    return np.flatnonzero(inside).astype(np.int32)
+
+
+def tokenize_with_offsets(
+    text: str, tokenizer: Any
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokenize rendered text, which holds its special tokens already.
+
+    Returns:
+        ids (S,) int32; start and end of each token in characters (S,) int64.
+
+    Raises:
+        TemplateError: a tokenizer without offsets whose tokens do not spell the text.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False,
+        return_attention_mask=False, return_token_type_ids=False,
+    )  # fmt: skip
+    ids = np.asarray(encoded["input_ids"], np.int32).reshape(-1)
+    if not fast:
+        return ids, *_spelled_offsets(text, ids.tolist(), tokenizer)
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return ids, offsets[:, 0], offsets[:, 1]
+
+
+def _spelled_offsets(
+    text: str, ids: list[int], tokenizer: Any
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Find where each token lies by decoding: tokens that share a character share its place."""
+    spans: list[Span] = []
+    place, waiting = 0, 0
+    for number in range(len(ids)):
+        waiting += 1
+        group = ids[number + 1 - waiting : number + 1]
+        spelled = next(
+            (s for s in _spellings(group, tokenizer) if s and text.startswith(s, place)), None
+        )
+        if spelled is not None:
+            spans += [(place, place + len(spelled))] * waiting
+            place, waiting = place + len(spelled), 0
+    if waiting or place != len(text):
+        raise TemplateError(
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets and its tokens "
+            f"do not spell the text (from {text[place : place + 20]!r} on); use its fast version"
+        )
+    both = np.asarray(spans, np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def _spellings(ids: list[int], tokenizer: Any) -> Iterator[str]:
+    """Yield the texts that tokens may stand for: decoding drops leading blanks in some families."""
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if "\ufffd" not in decoded:
+        yield decoded
+        yield " " + decoded
+        yield "".join(pieces).replace("\u2581", " ")
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def measure_conversations(
+    rows: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
+    first_number: int,
+    *,
+    columns: ConversationColumns,
+    tokenizer: Any,
+    chat_template: str | None = None,
+    include_think: bool = False,
+    include_end: bool = False,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32], list[str | None]]:
+    """Measure a batch of source rows in tokens.
+
+    Args:
+        rows: a batch as `datasets` maps it (columns of equal length), or a list of rows.
+        first_number: number of the first row in the source.
+
+    Returns:
+        `index`, `length` S and `num_tokens` N, each (B,) int32, and the reasons: None, or why a
+        conversation cannot be used; its length and num_tokens are then 0.
+    """
+    if isinstance(rows, Mapping):
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    index, length, count = np.zeros((3, len(rows)), np.int32)
+    reasons: list[str | None] = [None] * len(rows)
+    for place, row in enumerate(rows):
+        index[place] = source_id(row, first_number + place, columns)
+        try:
+            encoded = encode_row(
+                row, columns, tokenizer, chat_template=chat_template,
+                include_think=include_think, include_end=include_end,
+            )  # fmt: skip
+        except ConversationError as error:
+            reasons[place] = error.reason
+            continue
+        length[place], count[place] = encoded.input_ids.size, encoded.token_positions.size
+    return index, length, count, reasons
+
 
 # --------------------------------------------------------------------------------------------------
 # 3 Open
