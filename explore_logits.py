@@ -389,7 +389,7 @@ def _open_folder(path: Path, *, subset: str | None, split: str, streaming: bool)
 
 def _open_saved(path: Path, *, split: str, streaming: bool) -> Any:
     """Open what `save_to_disk` wrote: one split, or several by name."""
-    loaded = import_package("datasets").load_from_disk(str(path))
+    loaded = import_extra("datasets").load_from_disk(str(path))
     splits = list(loaded) if isinstance(loaded, dict) else ["train"]
     if split not in splits:
         raise SourceError(_no_split(str(path), split, splits))
@@ -405,7 +405,7 @@ def _stream_json_lines(path: Path, *, split: str) -> Any:
     """Stream a JSON-lines file row by row as it is written: no schema, one line in memory."""
     if split != "train":
         raise SourceError(_no_split(str(path), split, ["train"]))
-    return import_package("datasets").IterableDataset.from_generator(
+    return import_extra("datasets").IterableDataset.from_generator(
         read_json_lines, gen_kwargs={"path": str(path)}
     )
 
@@ -431,7 +431,7 @@ def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
 
 def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **options: Any) -> Any:
     """Call `datasets.load_dataset` and turn what it raises into one line that says what to do."""
-    datasets = import_package("datasets")
+    datasets = import_extra("datasets")
     try:
         return datasets.load_dataset(builder, **options)
     except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError, pa.ArrowInvalid) as e:
@@ -683,15 +683,6 @@ def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 # Tokenizer and template ---------------------------------------------------------------------------
 
 
-def import_package(name: str, extra: str | None = None) -> Any:
-    """Import a package when a function needs it; a missing one is named with its extra."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        how = f"pip install 'logit-extraction[{extra}]'" if extra else f"pip install {name}"
-        raise LogitsError(f"this needs the package {name!r}, which is not there: {how}") from error
-
-
 def load_tokenizer(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
@@ -700,7 +691,7 @@ def load_tokenizer(
     Raises:
         LogitsError: there is none, or the Hub is out of reach.
     """
-    transformers = import_package("transformers")
+    transformers = import_extra("transformers")
     try:
         return transformers.AutoTokenizer.from_pretrained(
             model, revision=revision, trust_remote_code=trust_remote_code
@@ -725,7 +716,7 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
             raise TemplateError(f"--chat-template {path!r} cannot be read: {error}") from error
     else:
         source = _own_template(tokenizer)
-    jinja2 = import_package("jinja2")
+    jinja2 = import_extra("jinja2")
     try:
         _chat_template_utils()._compile_jinja_template(source)
     except jinja2.TemplateSyntaxError as error:
@@ -751,7 +742,7 @@ def _own_template(tokenizer: Any) -> str:
 
 
 def _chat_template_utils() -> Any:
-    import_package("transformers")
+    import_extra("transformers")
     return importlib.import_module("transformers.utils.chat_template_utils")
 
 
@@ -809,7 +800,7 @@ class ChatTemplate:
             return self._render(messages, tools, return_assistant_tokens_mask=True)
 
     def _render(self, messages: Messages, tools: Any, **options: Any) -> tuple[str, list[Span]]:
-        jinja2 = import_package("jinja2")
+        jinja2 = import_extra("jinja2")
         if self.parts:
             messages = [_as_parts(message) for message in messages]
         try:
