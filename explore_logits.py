@@ -72,6 +72,7 @@ __all__ = [
     "dequantize_top_logits",
     "encode_conversation",
     "encode_row",
+    "format_mask_preview",
     "get_nucleus_probability_mass",
     "get_sample",
     "iter_samples",
@@ -1495,6 +1496,47 @@ def _spellings(ids: list[int], tokenizer: Any) -> Iterator[str]:
         yield decoded
         yield " " + decoded
         yield "".join(pieces).replace("\u2581", " ")
+
+
+def format_mask_preview(
+    encoded: EncodedConversation, tokenizer: Any, *, color: bool = False, max_run_chars: int = 800
+) -> str:
+    """Lay out a conversation with its extracted tokens marked, for a person to check.
+
+    Args:
+        encoded: from `encode_conversation`.
+        tokenizer: the one that encoded it.
+        color: mark by terminal colours; else by ⟦ and ⟧.
+        max_run_chars: longer stretches are cut in the middle, which is said.
+
+    Returns:
+        A line of counts, then the text. What would act on a terminal is made visible.
+    """
+    extracted = np.zeros(encoded.input_ids.size, bool)
+    extracted[encoded.token_positions] = True
+    bounds = np.flatnonzero(np.diff(extracted)) + 1
+    before, after = ("\x1b[30;42m", "\x1b[0m") if color else ("⟦", "⟧")
+    body = []
+    for ids, marked in zip(
+        np.split(encoded.input_ids, bounds), np.split(extracted, bounds), strict=True
+    ):
+        run = show_text(_shortened(tokenizer.decode(ids.tolist()), max_run_chars))
+        lines = run.split("\n")
+        body.append("\n".join(f"{before}{x}{after}" for x in lines) if marked[0] else run)
+    ways = {"generation": "the template's markers", "differential": "differential rendering"}
+    end = "none found" if encoded.end_of_turn is None else repr(encoded.end_of_turn)
+    return (
+        f"{int(extracted.sum())} of {extracted.size} tokens extracted; "
+        f"found by {ways[encoded.way]}; end of turn: {end}\n" + "".join(body)
+    )
+
+
+def _shortened(text: str, limit: int) -> str:
+    """Cut the middle out of a long text and say how much is missing."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
 
 
 # Measuring ----------------------------------------------------------------------------------------
