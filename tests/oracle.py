@@ -301,7 +301,7 @@ def oracle_token(logits_row: np.ndarray, top_p: float, top_p_max: int) -> Oracle
             break
         nucleus.append(token_id)
         mass += math.exp(x[token_id] - logsumexp)
-        if mass >= top_p:
+        if mass >= top_p and top_p < 1:  # 1 needs every possible token, however sums are rounded
             break
     return OracleToken(logsumexp, nucleus, mass, order)
 
@@ -459,9 +459,10 @@ class TokenCheck:
             mass += math.exp(self.x[token_id] - self.truth.logsumexp)
         possible = int(np.count_nonzero(self.x > -math.inf))
         full = count in (self.settings.top_p_max, possible)
-        if not full and mass < top_p:
+        # At top_p 1 either is right: every possible token, or where float64 sums reach 1.
+        if not full and mass < top_p - (1e-12 if top_p == 1 else 0.0):
             self.near_boundary(top_p - mass, f"mass {mass!r} of {count} is below top_p {top_p}")
-        if before >= top_p:
+        if before >= top_p and top_p < 1:
             self.near_boundary(before - top_p, f"{count - 1} tokens hold {before!r} already")
         self.mass = mass
 

@@ -211,6 +211,7 @@ def test_assistant_tokens_are_what_the_assistant_says(teacher: tuple[Any, Any]) 
         (np.log([0.125, 0.25, 0.5, 0.125]), 0.8, 2, [2, 1]),
         (np.array([1.0, 1.0, 1.0]), 0.5, 3, [0, 1]),
         (np.array([-np.inf, 3.0, -np.inf]), 1.0, 3, [1]),
+        (np.array([0.0, -50.0, -np.inf, -60.0]), 1.0, 4, [0, 1, 3]),
     ],
 )
 def test_oracle_token_takes_the_smallest_prefix(
