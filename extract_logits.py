@@ -19,11 +19,13 @@ locally; 75 stopped by the runtime limit, resumable; 130/143 stopped by a signal
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import copy
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -34,24 +36,54 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, replace
+from dataclasses import (
+    MISSING,
+    Field,
+    asdict,
+    astuple,
+    dataclass,
+    field,
+    fields,
+    replace,
+)
 from inspect import signature
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, NoReturn, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from explore_logits import MAX_TOKEN_ID, METADATA_SETTINGS, FormatError, LogitsError, pack_indices
+from explore_logits import (
+    FORMAT_VERSION,
+    MAX_TOKEN_ID,
+    METADATA_SETTINGS,
+    ConversationColumns,
+    ConversationError,
+    FormatError,
+    LogitsError,
+    encode_conversation,
+    format_mask_preview,
+    load_chat_template,
+    load_tokenizer,
+    measure_conversations,
+    open_source,
+    pack_indices,
+    read_conversation,
+    resolve_columns,
+    shard_schema,
+)
 
 try:
     import fcntl
@@ -59,20 +91,30 @@ except ImportError:  # Windows: runs that share a cache are not noticed
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "AsyncPostProcessor",
     "ConfigError",
+    "ConversationDataset",
+    "DataError",
     "ExtractedTokens",
     "ExtractionConfig",
     "GPUBatchResult",
     "GracefulInterrupt",
+    "HubError",
     "StreamingHFUploader",
     "Teacher",
     "TeacherError",
     "TimedShutdown",
+    "TokenBudgetBatchSampler",
+    "cpu_postprocess_batch",
     "extract_tokens",
     "gpu_process_batch",
     "load_teacher",
+    "main",
     "pack_indices",
+    "parse_args",
+    "prepare_dataset",
     "quantize_rows",
+    "run_extraction",
 ]
 
 logger = logging.getLogger("extract_logits")
@@ -322,14 +364,6 @@ def check_option(name: str, value: Any, checks: Mapping[str, Any]) -> None:
 # 1 Dataset
 # --------------------------------------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------------------
-# 2 Prepare
-# --------------------------------------------------------------------------------------------------
-
-# --------------------------------------------------------------------------------------------------
-# 3 Batches
-# --------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -341,15 +375,529 @@ class EncodedRow:
 
 
 @dataclass(frozen=True)
+class SkippedRow:
+    """One conversation that gives no row, with the reason that it is counted under."""
+
+    index: int
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Turns a source row into token ids and the positions to extract; the same in every process."""
+
+    tokenizer: Any
+    chat_template: str
+    columns: ConversationColumns
+    include_think: bool = False
+    include_end: bool = False
+    max_seq_len: int | None = None  # tokens
+
+    def encode(self, row: Mapping[str, Any], index: int) -> EncodedRow | SkippedRow:
+        """Render, tokenize and align one conversation; one that cannot be used says why."""
+        try:
+            encoded = encode_conversation(
+                read_conversation(row, self.columns),
+                self.tokenizer,
+                chat_template=self.chat_template,
+                tools=row.get("tools") or None,
+                include_think=self.include_think,
+                include_end=self.include_end,
+            )
+        except ConversationError as error:
+            return SkippedRow(index, error.reason, str(error))
+        length = encoded.input_ids.size
+        if self.max_seq_len is not None and length > self.max_seq_len:
+            return too_long(index, length, self.max_seq_len)
+        return EncodedRow(index, encoded.input_ids, encoded.token_positions)
+
+
+def too_long(index: int, length: int, max_seq_len: int) -> SkippedRow:
+    """Say that a conversation of `length` tokens is above the limit."""
+    return SkippedRow(index, "too_long", f"{length} tokens, --max-seq-len is {max_seq_len}")
+
+
+class ConversationDataset(torch.utils.data.Dataset[EncodedRow | SkippedRow]):
+    """The selected conversations in source order, encoded when they are asked for."""
+
+    def __init__(self, prepared: PreparedDataset, encoder: RowEncoder) -> None:
+        self.prepared = prepared
+        self.encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self.prepared.indices)
+
+    def __getitem__(self, position: int) -> EncodedRow | SkippedRow:
+        prepared = self.prepared
+        if prepared.encoded is not None:
+            return prepared.encoded[position]
+        row = prepared.source[int(prepared.numbers[position])]
+        return self.encoder.encode(row, int(prepared.indices[position]))
+
+
+# --------------------------------------------------------------------------------------------------
+# 2 Prepare
+# --------------------------------------------------------------------------------------------------
+
+INDEX_RANGE = 2**31  # the index column is int32
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """The conversations of a job, or of one window of a stream, and what is known of them."""
+
+    source: Any  # source[number] -> row
+    numbers: npt.NDArray[np.int64]  # (n,) row number in `source`
+    indices: npt.NDArray[np.int64]  # (n,) id in the output
+    lengths: npt.NDArray[np.int64]  # (n,) tokens of the rendered conversation
+    num_tokens: npt.NDArray[np.int64] | None = None  # (n,) tokens to extract, where known
+    skipped: list[SkippedRow] = field(default_factory=list)
+    encoded: list[EncodedRow] | None = None  # (n,) where the rows were encoded already
+
+
+def mix_hash(values: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.uint64]:
+    """Map integers to 64 well-mixed bits, the same on every machine (SplitMix64 finaliser).
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    with np.errstate(over="ignore"):
+        z = values.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+        z += np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def worker_of(indices: npt.NDArray[np.int64], world_size: int) -> npt.NDArray[np.int64]:
+    """Return which worker a conversation belongs to: a pure function of its index."""
+    return (mix_hash(indices, seed=0) % np.uint64(world_size)).astype(np.int64)
+
+
+def select_rows(
+    indices: npt.NDArray[np.int64], groups: Sequence[str] | None, config: ExtractionConfig
+) -> npt.NDArray[np.int64]:
+    """Return the row numbers of the job, ascending: a pure function of the source and the options.
+
+    Rows are taken in source order, or with `random_sample` in an order that depends on the seed
+    and the row's index only. A group that `sample_subject` does not name falls under "*"; without
+    "*" it has no limit of its own.
+    """
+    numbers = np.arange(min(config.start_offset, indices.size), indices.size)
+    if config.random_sample:
+        numbers = numbers[np.argsort(mix_hash(indices[numbers], seed=config.seed), kind="stable")]
+    if groups is not None and config.sample_subject is not None:
+        allowed = GroupLimits(config.sample_subject)
+        taken = [allowed.take(groups[number]) for number in numbers]
+        numbers = numbers[np.asarray(taken, bool)]
+    return np.sort(numbers[: config.limit])
+
+
+class GroupLimits:
+    """Counts conversations by group and says which are still within the limits."""
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self.limits = limits
+        self.counts: Counter[str] = Counter()
+
+    def take(self, group: Any) -> bool:
+        """Count one row of the group; False when its group is full."""
+        name = "" if group is None else str(group)
+        limit = self.limits.get(name, self.limits.get("*"))
+        self.counts[name] += 1
+        return limit is None or self.counts[name] <= limit
+
+
+def read_indices(values: Sequence[Any], column: str) -> npt.NDArray[np.int64]:
+    """Check the ids of an index column: unique integers that fit int32.
+
+    Raises:
+        DataError: names the first value that is not, and its row.
+    """
+    for number, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise DataError(
+                f"--index-col {column}: row {number} holds {value!r}, ids must be integers"
+            )
+        if not -INDEX_RANGE <= value < INDEX_RANGE:
+            raise DataError(f"--index-col {column}: {value} in row {number} does not fit int32")
+    indices = np.asarray(values, np.int64)
+    unique, first, counts = np.unique(indices, return_index=True, return_counts=True)
+    if unique.size < indices.size:
+        repeated = int(unique[counts > 1][0])
+        raise DataError(
+            f"--index-col {column}: {repeated} occurs {int(counts.max())} times, ids must be "
+            "unique; leave the option out to use row numbers"
+        )
+    return indices
+
+
+def prepare_dataset(config: ExtractionConfig, source: Any, encoder: RowEncoder) -> PreparedDataset:
+    """Select the conversations of this worker and find their lengths.
+
+    Args:
+        config: selection and lengths options.
+        source: a map-style `datasets.Dataset`.
+        encoder: measures where no lengths are given.
+
+    Raises:
+        DataError: no such column, bad ids, lengths that do not belong to this job, nothing left.
+    """
+    column = encoder.columns.index
+    indices = np.arange(len(source)) if column is None else read_indices(source[column], column)
+    if indices.size > INDEX_RANGE:
+        raise DataError(f"{indices.size} rows: row numbers above int32 cannot be stored")
+    groups = None if config.subject_col is None else read_column(source, config.subject_col)
+    numbers = select_rows(indices, groups, config)
+    if not numbers.size:
+        raise DataError(
+            f"{config.dataset}: no row of {indices.size} is selected; "
+            "see --start-offset, --limit and --sample-subject"
+        )
+    if config.world_size is not None and config.world_size > 1:
+        numbers = numbers[worker_of(indices[numbers], config.world_size) == config.rank]
+    return find_lengths(config, source, encoder, numbers, indices[numbers])
+
+
+def read_column(source: Any, column: str) -> Sequence[Any]:
+    """Return a column of the source; one that is missing is an error that names those there are."""
+    if column not in source.column_names:
+        raise DataError(f"no column {column!r}; there are {', '.join(source.column_names)}")
+    values: Sequence[Any] = source[column]
+    return values
+
+
+def find_lengths(
+    config: ExtractionConfig,
+    source: Any,
+    encoder: RowEncoder,
+    numbers: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
+) -> PreparedDataset:
+    """Take the lengths from where the options say, else measure; leave out what is too long."""
+    reasons: Mapping[int, str] = {}
+    num_tokens = None
+    if config.tokenized_dataset is not None:
+        lengths, num_tokens = join_lengths(config, encoder, indices)
+    elif config.length_col is not None:
+        lengths = np.asarray(read_column(source, config.length_col), np.int64)[numbers]
+    else:
+        lengths, num_tokens, reasons = measure_lengths(source, encoder, numbers)
+    skipped = [SkippedRow(int(indices[at]), reason) for at, reason in reasons.items()]
+    keep = np.ones(numbers.size, bool)
+    keep[list(reasons)] = False
+    if encoder.max_seq_len is not None:
+        over = keep & (lengths > encoder.max_seq_len)
+        keep &= ~over
+        skipped += [
+            too_long(int(indices[at]), int(lengths[at]), encoder.max_seq_len)
+            for at in np.flatnonzero(over)
+        ]
+    return PreparedDataset(
+        source,
+        numbers[keep],
+        indices[keep],
+        lengths[keep],
+        None if num_tokens is None else num_tokens[keep],
+        skipped,
+    )
+
+
+def measure_lengths(
+    source: Any, encoder: RowEncoder, numbers: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[int, str]]:
+    """Render and tokenize every selected conversation in worker processes, counting only.
+
+    Returns:
+        lengths (n,), tokens to extract (n,), and the reasons of those that cannot be used by
+        their position in `numbers`.
+    """
+    chosen = source if numbers.size == len(source) else source.select(numbers)
+    processes = worker_processes(numbers.size)
+    logger.info("measuring %d conversations in %d processes", numbers.size, max(1, processes))
+    measured = chosen.map(
+        measure_batch,
+        fn_kwargs={"encoder": encoder},
+        batched=True,
+        batch_size=256,
+        num_proc=processes or None,
+        remove_columns=chosen.column_names,
+        load_from_cache_file=False,
+        keep_in_memory=True,
+        desc="lengths",
+    )
+    lengths = np.asarray(measured["length"], np.int64)
+    num_tokens = np.asarray(measured["num_tokens"], np.int64)
+    reasons = {at: reason for at, reason in enumerate(measured["reason"]) if reason}
+    return lengths, num_tokens, reasons
+
+
+def measure_batch(batch: dict[str, list[Any]], *, encoder: RowEncoder) -> dict[str, list[Any]]:
+    """Map function over columns of rows: their lengths, tokens to extract, reasons to skip."""
+    measured = measure_conversations(
+        batch,
+        0,
+        columns=replace(encoder.columns, index=None),
+        tokenizer=encoder.tokenizer,
+        chat_template=encoder.chat_template,
+        include_think=encoder.include_think,
+        include_end=encoder.include_end,
+    )
+    return {"length": measured[1], "num_tokens": measured[2], "reason": measured[3]}
+
+
+def worker_processes(rows: int) -> int:
+    """Return how many processes are worth starting for that many rows; 0 is this one."""
+    return 0 if rows < 512 else max(1, min(8, (os.cpu_count() or 1) - 1))
+
+
+class IdSet:
+    """A set of int32 ids in one bit per id of the blocks that occur."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, bytearray] = {}
+
+    def add(self, value: int) -> bool:
+        """Add an id; False when it was there already."""
+        block = self.blocks.setdefault(value >> 16, bytearray(8192))
+        byte, bit = (value & 0xFFFF) >> 3, 1 << (value & 7)
+        if block[byte] & bit:
+            return False
+        block[byte] |= bit
+        return True
+
+
+def stream_rows(
+    config: ExtractionConfig, source: Any, column: str | None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (index, row) of the selected rows of a stream, in its order.
+
+    Gives the same rows as `select_rows`. Memory does not grow with the rows' content: at most a
+    bit per id, and with `random_sample` a first pass holds eight bytes per row.
+    """
+    chosen = None
+    if config.random_sample:
+        chosen = set(select_rows(*scan_stream(config, source, column), config).tolist())
+    limits = GroupLimits(config.sample_subject or {})
+    seen, taken = IdSet(), 0
+    for number, row in enumerate(source):
+        index = number if column is None else int(read_indices([row.get(column)], column)[0])
+        if column is not None and not seen.add(index):
+            raise DataError(f"--index-col {column}: {index} occurs twice, ids must be unique")
+        if chosen is not None:
+            wanted = number in chosen
+        elif number < config.start_offset:
+            wanted = False
+        else:
+            wanted = config.subject_col is None or limits.take(row.get(config.subject_col))
+        if not wanted:
+            continue
+        yield index, row
+        taken += 1
+        if taken == config.limit:
+            return
+
+
+def scan_stream(
+    config: ExtractionConfig, source: Any, column: str | None
+) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+    """Read the ids and the group names of a whole stream, once, before a random selection."""
+    names = [name for name in (column, config.subject_col) if name is not None]
+    ids: list[int] = []
+    groups: list[str] = []
+    for number, row in enumerate(source.select_columns(names) if names else source):
+        ids.append(number if column is None else row[column])
+        if config.subject_col is not None:
+            groups.append(sys.intern(str(row[config.subject_col] or "")))
+    indices = np.asarray(ids, np.int64) if column is None else read_indices(ids, column)
+    return indices, groups if config.subject_col is not None else None
+
+
+STREAM_WINDOW = 2048  # rows of a stream that are sorted into batches together
+
+
+def prepare_windows(
+    config: ExtractionConfig, source: Any, encoder: RowEncoder
+) -> Iterator[PreparedDataset]:
+    """Yield the job as one prepared dataset, or a stream as one per window of rows."""
+    if not config.streaming:
+        yield prepare_dataset(config, source, encoder)
+        return
+    world_size = config.world_size or 1
+    rows = (
+        (index, row)
+        for index, row in stream_rows(config, source, encoder.columns.index)
+        if world_size == 1 or worker_of(np.asarray([index]), world_size)[0] == config.rank
+    )
+    while window := list(itertools.islice(rows, STREAM_WINDOW)):
+        yield encode_window(window, encoder)
+
+
+def encode_window(
+    window: list[tuple[int, Mapping[str, Any]]], encoder: RowEncoder
+) -> PreparedDataset:
+    """Encode a window of a stream; its rows are then known by length, and kept as tokens only."""
+    processes = worker_processes(len(window))
+    loader = torch.utils.data.DataLoader(
+        [(row, index) for index, row in window],  # type: ignore[arg-type]
+        batch_size=64,
+        num_workers=processes,
+        collate_fn=functools.partial(encode_rows, encoder),
+        worker_init_fn=quiet_worker if processes else None,
+    )
+    results = [result for batch in loader for result in batch]
+    rows = [result for result in results if isinstance(result, EncodedRow)]
+    return PreparedDataset(
+        source=None,
+        numbers=np.arange(len(rows)),
+        indices=np.asarray([row.index for row in rows], np.int64),
+        lengths=np.asarray([row.input_ids.size for row in rows], np.int64),
+        num_tokens=np.asarray([row.token_positions.size for row in rows], np.int64),
+        skipped=[result for result in results if isinstance(result, SkippedRow)],
+        encoded=rows,
+    )
+
+
+def encode_rows(
+    encoder: RowEncoder, rows: Sequence[tuple[Mapping[str, Any], int]]
+) -> list[EncodedRow | SkippedRow]:
+    """Encode rows in a worker process."""
+    return [encoder.encode(row, index) for row, index in rows]
+
+
+def quiet_worker(_: int) -> None:
+    """Leave Ctrl-C to the main process, which stops its workers in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+# --------------------------------------------------------------------------------------------------
+# 3 Batches
+# --------------------------------------------------------------------------------------------------
+
+DEFAULT_BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 4096}
+DEFAULT_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
 class Batch:
     """The conversations that go through the teacher together; tokens in row order, flattened."""
 
     rows: list[EncodedRow]
+    skipped: list[SkippedRow] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Extracted tokens N of the whole batch."""
         return sum(row.token_positions.size for row in self.rows)
+
+    @classmethod
+    def collate(cls, rows: Sequence[EncodedRow | SkippedRow]) -> Batch:
+        """Part the rows that the teacher sees from those that are skipped."""
+        return cls(
+            [row for row in rows if isinstance(row, EncodedRow)],
+            [row for row in rows if isinstance(row, SkippedRow)],
+        )
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Split the batch for a device that cannot hold it whole; skipped rows go first."""
+        middle = len(self.rows) // 2
+        return Batch(self.rows[:middle], self.skipped), Batch(self.rows[middle:])
+
+
+class TokenBudgetBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """Batches of conversations of like length, longest first, as many as the limits allow.
+
+    The plan depends on the lengths and the limits alone, not on what is done: a resumed run forms
+    the same batches, so its forward passes have the same shapes and round alike. Batches that
+    are done are left out; one that is partly done is run whole again.
+
+    Args:
+        lengths: (n,) tokens of each conversation.
+        max_batch_tokens: conversations times longest length at most; a single longer conversation
+            still makes a batch of its own.
+        max_batch_size: conversations at most.
+        thresholds: length up to which a number of conversations goes into a batch; above the
+            largest length, one.
+        done: (n,) bool, what need not be run again.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.ArrayLike,
+        *,
+        max_batch_tokens: int | None = None,
+        max_batch_size: int | None = None,
+        thresholds: Mapping[int, int] | None = None,
+        done: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        self.lengths = np.asarray(lengths, np.int64)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_size = max_batch_size
+        self.thresholds = sorted((int(k), int(n)) for k, n in (thresholds or {}).items())
+        self.batches = [
+            batch for batch in self._plan() if done is None or not bool(done[batch].all())
+        ]
+
+    def _plan(self) -> list[npt.NDArray[np.int64]]:
+        order = np.argsort(-self.lengths, kind="stable")
+        batches, start = [], 0
+        while start < order.size:
+            size = self._size_at(int(self.lengths[order[start]]))
+            batches.append(order[start : start + size])
+            start += size
+        return batches
+
+    def _size_at(self, length: int) -> int:
+        """Return how many conversations of at most `length` tokens go into one batch."""
+        limits = [self.max_batch_size or DEFAULT_BATCH_SIZE]
+        if self.max_batch_tokens is not None:
+            limits.append(self.max_batch_tokens // max(1, length))
+        if self.thresholds:
+            limits.append(next((n for top, n in self.thresholds if length <= top), 1))
+        return max(1, min(limits))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
+
+
+def make_sampler(
+    config: ExtractionConfig,
+    prepared: PreparedDataset,
+    *,
+    device_type: str,
+    done: npt.NDArray[np.bool_],
+) -> TokenBudgetBatchSampler:
+    """Plan the batches of a prepared dataset under the options, or the device's default budget."""
+    budget = config.max_batch_tokens
+    if budget is None and config.batch_thresholds is None:
+        budget = DEFAULT_BATCH_TOKENS.get(device_type, DEFAULT_BATCH_TOKENS["cpu"])
+    return TokenBudgetBatchSampler(
+        prepared.lengths,
+        max_batch_tokens=budget,
+        max_batch_size=config.max_batch_size,
+        thresholds=config.batch_thresholds,
+        done=done,
+    )
+
+
+def make_loader(
+    dataset: ConversationDataset, sampler: TokenBudgetBatchSampler
+) -> torch.utils.data.DataLoader[Any]:
+    """Read and encode batches ahead of the teacher, in worker processes where it pays."""
+    processes = 0 if dataset.prepared.encoded is not None else worker_processes(len(dataset))
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=Batch.collate,
+        num_workers=min(processes, 4),
+        prefetch_factor=4 if processes else None,
+        worker_init_fn=quiet_worker if processes else None,
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1280,6 +1828,158 @@ def column_numbers(values: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 # 6 Pack
 # --------------------------------------------------------------------------------------------------
+
+MASS_COLUMN = "_mass"  # sum over the row's tokens of the probability in the nucleus
+ACTUAL_COLUMN = "_actual"  # sum over the row's tokens of the probability of the actual token
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Rows in the shard schema plus the two figure columns, and what was left out."""
+
+    table: pa.Table
+    skipped: list[SkippedRow]
+    tokens: int
+
+
+def packed_schema(schema: pa.Schema) -> pa.Schema:
+    """Append the figure columns, which describe rows until they are in a shard."""
+    for name in (MASS_COLUMN, ACTUAL_COLUMN):
+        schema = schema.append(pa.field(name, pa.float64()))
+    return schema
+
+
+def cpu_postprocess_batch(result: Any, batch: Batch, *, schema: pa.Schema) -> PackedBatch:
+    """Turn a batch's result on the host into Arrow rows, without a loop over tokens.
+
+    Rows with a token whose logits cannot be used (NaN, +inf, too few candidates) are left out and
+    returned as skipped.
+    """
+    sizes = np.asarray([row.token_positions.size for row in batch.rows], np.int64)
+    starts = np.cumsum(sizes) - sizes
+    good = np.logical_and.reduceat(result.usable, starts) if sizes.size else np.zeros(0, bool)
+    skipped = [
+        SkippedRow(row.index, "unusable_logits", "NaN, infinite or too few finite logits")
+        for row, usable in zip(batch.rows, good, strict=True)
+        if not usable
+    ]
+    rows = [row for row, usable in zip(batch.rows, good, strict=True) if usable]
+    tokens = np.repeat(good, sizes)
+    columns = pack_columns(result, tokens, sizes[good], rows)
+    wanted = packed_schema(schema)
+    table = pa.Table.from_arrays([columns[name] for name in wanted.names], schema=wanted)
+    return PackedBatch(table, skipped, int(tokens.sum()))
+
+
+def pack_columns(
+    result: Any,
+    tokens: npt.NDArray[np.bool_],
+    sizes: npt.NDArray[np.int64],
+    rows: Sequence[EncodedRow],
+) -> dict[str, pa.Array]:
+    """Build every column from the tokens that are kept; `sizes` are the tokens of each row."""
+    counts = result.top_counts[tokens]
+    nucleus = np.arange(result.top_ids.shape[1]) < counts[:, None]
+    ends = np.cumsum(sizes)
+    spent = np.concatenate(([0], np.cumsum(counts)))  # nucleus entries before each token
+    top_sizes = np.diff(spent[np.concatenate(([0], ends))])
+    tail = sizes * result.sampled_ids.shape[1]
+    probability = np.exp(result.actual_logits[tokens] - result.logsumexp[tokens])
+    top_low, top_high = pack_ids(result.top_ids[tokens][nucleus], top_sizes)
+    tail_low, tail_high = pack_ids(result.sampled_ids[tokens].reshape(-1), tail)
+    return {
+        "index": pa.array([row.index for row in rows], pa.int32()),
+        "num_tokens": pa.array(sizes, pa.int32()),
+        "top_indices_low": top_low,
+        "top_indices_high": top_high,
+        "top_logits_quantized": as_list(result.top_q[tokens][nucleus], top_sizes, np.uint16),
+        "top_counts": as_list(counts, sizes, np.uint8),
+        "top_min": as_list(result.top_min[tokens], sizes, np.float32),
+        "top_max": as_list(result.top_max[tokens], sizes, np.float32),
+        "sampled_indices_low": tail_low,
+        "sampled_indices_high": tail_high,
+        "sampled_logits_quantized": as_list(result.sampled_q[tokens].reshape(-1), tail, np.uint16),
+        **pack_tail_range(result, tokens, sizes),
+        "logsumexp": as_list(result.logsumexp[tokens], sizes, np.float64),
+        "input_ids": as_lists([row.input_ids for row in rows]),
+        "token_positions": as_lists([row.token_positions for row in rows]),
+        MASS_COLUMN: pa.array(sum_rows(result.nucleus_mass[tokens], ends)),
+        ACTUAL_COLUMN: pa.array(sum_rows(probability, ends)),
+    }
+
+
+def pack_tail_range(
+    result: Any, tokens: npt.NDArray[np.bool_], sizes: npt.NDArray[np.int64]
+) -> dict[str, pa.Array]:
+    """Build `sampled_min` and `sampled_max`: one entry per token, none where M is 0."""
+    if result.sampled_ids.shape[1] == 0:
+        tokens, sizes = np.zeros_like(tokens), np.zeros_like(sizes)
+    return {
+        "sampled_min": as_list(result.sampled_min[tokens], sizes, np.float32),
+        "sampled_max": as_list(result.sampled_max[tokens], sizes, np.float32),
+    }
+
+
+def pack_ids(ids: npt.NDArray[Any], sizes: npt.NDArray[np.int64]) -> tuple[pa.Array, pa.Array]:
+    """Pack flattened ids row by row: the low halves as lists, the high bits as one blob a row."""
+    parts = np.split(ids, np.cumsum(sizes)[:-1]) if sizes.size else []
+    high = pa.array([pack_indices(part)[1] for part in parts], pa.binary())
+    return as_list(ids & 0xFFFF, sizes, np.uint16), high
+
+
+def as_list(values: npt.NDArray[Any], sizes: npt.NDArray[np.int64], dtype: Any) -> pa.Array:
+    """View flattened values as an Arrow list array of the given list sizes."""
+    offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype)))
+
+
+def as_lists(arrays: Sequence[npt.NDArray[np.int32]]) -> pa.Array:
+    """Join one int32 array per row into an Arrow list array."""
+    joined = np.concatenate([np.zeros(0, np.int32), *arrays])
+    return as_list(joined, np.asarray([array.size for array in arrays], np.int64), np.int32)
+
+
+def sum_rows(values: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Add up per-token values row by row, float64; `ends` are the rows' last tokens plus one."""
+    starts = np.concatenate(([0], ends[:-1])).astype(np.int64)
+    return np.add.reduceat(values.astype(np.float64), starts) if ends.size else np.zeros(0)
+
+
+class AsyncPostProcessor:
+    """Fetches and packs results in one background thread while the teacher goes on.
+
+    Args:
+        process: called in the thread with what was submitted.
+        deliver: called with each outcome, in order, in the thread of the caller of `submit` and
+            `flush`, so what it feeds needs no lock.
+        depth: results under way at most; `submit` waits beyond.
+    """
+
+    def __init__(
+        self, process: Callable[..., Any], deliver: Callable[[Any], None], *, depth: int = 2
+    ) -> None:
+        self.deliver = deliver
+        self.process = process
+        self.depth = depth
+        self.pending: deque[Future[Any]] = deque()
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack")
+
+    def submit(self, *work: Any) -> None:
+        """Hand over a result; raises what an earlier one raised."""
+        while len(self.pending) >= self.depth or (self.pending and self.pending[0].done()):
+            self.deliver(self.pending.popleft().result())
+        self.pending.append(self.executor.submit(self.process, *work))
+
+    def flush(self) -> None:
+        """Wait until all that was submitted is delivered."""
+        while self.pending:
+            self.deliver(self.pending.popleft().result())
+
+    def shutdown(self) -> None:
+        """End the thread; what was not delivered is dropped."""
+        self.pending.clear()
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
 
 # --------------------------------------------------------------------------------------------------
 # 7 Shards
@@ -2576,6 +3276,460 @@ class TimedShutdown:
 # 10 Run
 # --------------------------------------------------------------------------------------------------
 
+EXIT_BAD_INPUT, EXIT_UNDELIVERED, EXIT_RUNTIME = 2, 4, 75
+HOPELESS_BATCHES = 3  # first batches that may be all NaN before the run gives up
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on: everything that is known before the teacher's weights are loaded."""
+
+    config: ExtractionConfig
+    source: Any
+    encoder: RowEncoder
+    vocab_size: int
+    settings: dict[str, Any]
+    schema: pa.Schema
+
+
+def open_job(config: ExtractionConfig) -> Job:
+    """Open tokenizer, template and source, and refuse what cannot work before it costs time."""
+    tokenizer = load_tokenizer(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    model_config = load_model_config(config)
+    template = load_chat_template(config.chat_template, tokenizer)
+    source = open_source(
+        config.dataset, subset=config.subset, split=config.split, streaming=config.streaming
+    )
+    columns = resolve_columns(
+        source_columns(source),
+        messages_col=config.messages_col,
+        user_col=config.user_col,
+        assistant_col=config.assistant_col,
+        system_col=config.system_col,
+        index_col=config.index_col,
+    )
+    encoder = RowEncoder(
+        tokenizer,
+        template,
+        columns,
+        config.include_think,
+        config.include_end,
+        config.max_seq_len or max_positions(model_config),
+    )
+    vocab_size = check_vocabulary(config, tokenizer)
+    settings = describe_settings(config, encoder, model_config, vocab_size)
+    schema = shard_schema(store_tokens=config.store_tokens, settings=settings)
+    return Job(config, source, encoder, vocab_size, settings, schema)
+
+
+def source_columns(source: Any) -> list[str]:
+    """Return the column names; a stream that does not know them is asked for its first row."""
+    names = source.column_names
+    return list(names) if names is not None else list(next(iter(source)))
+
+
+def check_vocabulary(config: ExtractionConfig, tokenizer: Any) -> int:
+    """Return V, the tokenizer's highest id plus one; rows of the head beyond it are padding."""
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    if vocab_size - 1 > MAX_TOKEN_ID:
+        raise TeacherError(
+            f"{config.model}: its token ids go up to {vocab_size - 1}, the format holds ids up to "
+            f"{MAX_TOKEN_ID}; this teacher cannot be stored"
+        )
+    if config.sampled_n >= vocab_size:
+        raise ConfigError(
+            f"--sampled-n {config.sampled_n}: the vocabulary of {vocab_size} leaves "
+            f"{vocab_size - 1} outside the smallest nucleus"
+        )
+    if config.top_p_max + config.sampled_n > vocab_size:
+        raise ConfigError(
+            f"--sampled-n {config.sampled_n}: --top-p-max {config.top_p_max} leaves "
+            f"{max(0, vocab_size - config.top_p_max)} of {vocab_size} tokens to draw from; "
+            "lower one of them"
+        )
+    return vocab_size
+
+
+def describe_settings(
+    config: ExtractionConfig, encoder: RowEncoder, model_config: Any, vocab_size: int
+) -> dict[str, Any]:
+    """Return what a shard says of itself: JSON values, the same on every machine but `versions`."""
+    columns = encoder.columns
+    kept = (
+        "model dataset subset split include_think include_end top_p top_p_max sampled_n seed "
+        "logit_bits store_tokens max_seq_len"
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        **{name: getattr(config, name) for name in kept.split()},
+        "model_revision": getattr(model_config, "_commit_hash", None) or config.revision,
+        "dataset_revision": None,
+        **{f"{name}_col": value for name, value in asdict(columns).items()},
+        "chat_template_sha256": hashlib.sha256(encoder.chat_template.encode()).hexdigest(),
+        "dtype": resolve_dtype(config, model_config),
+        "vocab_size": vocab_size,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "datasets", "pyarrow")
+        },
+    }
+
+
+def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
+    """Extract everything that is asked for and not stored yet.
+
+    Returns:
+        The summary that `main` prints: what the output holds, what this run did, and `exit_code`.
+
+    Raises:
+        LogitsError: bad options, input, teacher or output; nothing is half-written.
+    """
+    started = time.monotonic()
+    with GracefulInterrupt() as interrupt:
+        deadline = TimedShutdown(config.max_runtime_minutes)
+        job = open_job(config)
+        if config.verify_mask and not confirm_masks(job):
+            raise ConfigError("stopped at --verify-mask: nothing was extracted")
+        uploader = open_uploader(job)
+        try:
+            run = Extraction(job, uploader, lambda: interrupt.stopping or deadline.due())
+            complete = run.extract()
+            if complete or not interrupt.stopping:
+                uploader.flush(final=True)
+            else:
+                uploader.save_pending_locally()
+        finally:
+            uploader.shutdown()
+    stored = uploader.summary()
+    code = exit_code(stored, complete, interrupt.signal)
+    return run.summary(stored, code, time.monotonic() - started)
+
+
+def open_uploader(job: Job) -> StreamingHFUploader:
+    """Open the output; one that holds other settings, or anything without --resume, is refused."""
+    config = job.config
+    return StreamingHFUploader(
+        config.output,
+        schema=job.schema,
+        settings=job.settings,
+        chat_template=job.encoder.chat_template,
+        cache_dir=config.cache_dir,
+        upload_every=config.upload_every,
+        upload_size_mb=config.upload_size_mb,
+        private=config.private,
+        resume=config.resume,
+        force_restart=config.force_restart,
+        rank=config.rank or 0,
+        world_size=config.world_size or 1,
+    )
+
+
+def exit_code(stored: Mapping[str, Any], complete: bool, stop_signal: int | None) -> int:
+    """Return how the process ends, once everything that could be done is done."""
+    if not complete and stop_signal is not None:
+        return 128 + stop_signal
+    if stored["undelivered"]:
+        return EXIT_UNDELIVERED
+    return 0 if complete else EXIT_RUNTIME
+
+
+def confirm_masks(job: Job, *, rows: int = 3) -> bool:
+    """Show the first conversations with the extracted tokens marked; on a terminal, ask."""
+    for row in itertools.islice(iter(job.source), rows):
+        encoded = encode_conversation(
+            read_conversation(row, job.encoder.columns),
+            job.encoder.tokenizer,
+            chat_template=job.encoder.chat_template,
+            tools=row.get("tools") or None,
+            include_think=job.encoder.include_think,
+            include_end=job.encoder.include_end,
+        )
+        preview = format_mask_preview(
+            encoded,
+            job.encoder.tokenizer,
+            color=sys.stderr.isatty() and "NO_COLOR" not in os.environ,
+        )
+        sys.stderr.write(preview + "\n\n")
+    if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    sys.stderr.write("extract these tokens? [Y/n] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+
+
+class Extraction:
+    """One pass of the teacher over the rows that are not stored yet."""
+
+    def __init__(
+        self, job: Job, uploader: StreamingHFUploader, should_stop: Callable[[], bool]
+    ) -> None:
+        self.job = job
+        self.uploader = uploader
+        self.should_stop = should_stop
+        resumed = uploader.get_resume_info()
+        self.done = np.union1d(as_ids(resumed.done), as_ids(resumed.pending))
+        self.skipped: dict[int, str] = {}
+        self.rows = self.tokens = self.batches = 0
+        self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
+        self.teacher: Teacher | None = None
+        self.teacher_seconds = 0.0
+
+    def extract(self) -> bool:
+        """Run to the end or until told to stop; True when no row is left."""
+        config, job = self.job.config, self.job
+        pack = functools.partial(fetch_and_pack, schema=job.schema)
+        post = AsyncPostProcessor(pack, self.deliver)
+        try:
+            with logging_redirect_tqdm(), self.open_bar() as self.bar:
+                for prepared in prepare_windows(config, job.source, job.encoder):
+                    self.skip(prepared.skipped)
+                    if not self.extract_window(prepared, post):
+                        return False
+                post.flush()
+        finally:
+            post.shutdown()
+        if not (self.rows or self.done.size):
+            raise DataError(f"nothing to extract: {describe_skips(self.skipped)}")
+        return True
+
+    def extract_window(self, prepared: PreparedDataset, post: AsyncPostProcessor) -> bool:
+        """Run what is left of a prepared dataset; False when told to stop before its end."""
+        if self.should_stop():
+            return False
+        for batch in self.remaining_batches(prepared):
+            if self.should_stop():
+                post.flush()
+                return False
+            for part, result in self.process(batch):
+                post.submit(part, result)
+        return True
+
+    def remaining_batches(self, prepared: PreparedDataset) -> Iterator[Batch]:
+        """Yield the batches that hold a row still to do; loads the teacher when one does."""
+        done = np.isin(prepared.indices, self.done)
+        if done.all():
+            return
+        if self.teacher is None:
+            self.teacher = load_teacher(self.job.config, vocab_size=self.job.vocab_size)
+        sampler = make_sampler(
+            self.job.config, prepared, device_type=self.teacher.device.type, done=done
+        )
+        if not self.job.config.streaming:
+            self.bar.reset(total=int((~done).sum()))
+        yield from make_loader(ConversationDataset(prepared, self.job.encoder), sampler)
+
+    def process(self, batch: Batch) -> Iterator[tuple[Batch, GPUBatchResult]]:
+        """Run a batch through the teacher, in halves where the device cannot hold it whole."""
+        self.skip(batch.skipped)
+        if not batch.rows:
+            return
+        size = len(batch.rows) * max(row.input_ids.size for row in batch.rows)
+        if not 0 < self.largest < size or len(batch.rows) == 1:
+            try:
+                result = self.forward(batch)
+            except torch.OutOfMemoryError:
+                self.largest = self.halve(batch, size)
+            else:
+                yield batch, result
+                return
+        for half in batch.halves():
+            yield from self.process(replace(half, skipped=[]))
+
+    def forward(self, batch: Batch) -> GPUBatchResult:
+        """Run one batch: the teacher's logits at the wanted positions, reduced on its device."""
+        config = self.job.config
+        return gpu_process_batch(
+            self.teacher,
+            batch,
+            top_p=config.top_p,
+            top_p_max=config.top_p_max,
+            sampled_n=config.sampled_n,
+            seed=config.seed,
+            logit_bits=config.logit_bits,
+            reference=config.reference_extraction,
+        )
+
+    def halve(self, batch: Batch, size: int) -> int:
+        """Free what failed to fit and return the size that batches are held to from now on."""
+        if len(batch.rows) == 1:
+            raise TeacherError(
+                f"out of memory on conversation {batch.rows[0].index} of {size} tokens by itself: "
+                f"lower --max-seq-len below {size} or use a larger device"
+            )
+        torch.cuda.empty_cache()
+        logger.warning("out of memory at %d tokens a batch: going on with half of that", size)
+        return size // 2
+
+    def deliver(self, packed: PackedBatch) -> None:
+        """Hand finished rows to the uploader, and shards to the output when they are full."""
+        self.batches += 1
+        self.skip(packed.skipped)
+        table = packed.table
+        new = ~np.isin(table["index"].to_numpy(), self.done)
+        table = table.filter(pa.array(new))
+        if table.num_rows:
+            self.uploader.add_sample(table)
+        self.rows += table.num_rows
+        self.tokens += int(np.sum(table["num_tokens"].to_numpy()))
+        if self.batches >= HOPELESS_BATCHES and not self.rows and packed.skipped:
+            raise TeacherError(
+                f"the first {self.batches} batches gave no usable logits "
+                f"({describe_skips(self.skipped)}): try --dtype float32 or --attn eager"
+            )
+        while self.uploader.should_flush():
+            self.uploader.flush()
+        self.show(table.num_rows)
+
+    def skip(self, rows: Iterable[SkippedRow]) -> None:
+        """Count rows that give nothing, each once, and name them in the log."""
+        for row in rows:
+            if row.index not in self.skipped:
+                self.skipped[row.index] = row.reason
+                logger.warning("skipped conversation %d: %s %s", row.index, row.reason, row.detail)
+
+    def open_bar(self) -> tqdm[Any]:
+        """Open the progress bar on stderr; where that is a file, it is written seldom."""
+        return tqdm(
+            total=self.job.config.limit,
+            unit="row",
+            file=sys.stderr,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        )
+
+    def show(self, rows: int) -> None:
+        """Advance the bar: rows, tokens/s, buffer fill, an arrow while an upload is under way."""
+        self.bar.update(rows)
+        seconds = max(1e-9, float(self.bar.format_dict["elapsed"]))
+        arrow = " ⬆" if self.uploader.is_uploading() else ""
+        self.bar.set_postfix_str(
+            f"{self.tokens / seconds:,.0f} tokens/s, buffer "
+            f"{self.uploader.buffer_fill():.0%}{arrow}",
+            refresh=False,
+        )
+
+    def summary(self, stored: Mapping[str, Any], code: int, seconds: float) -> dict[str, Any]:
+        """Return the figures of the run and of the output, as JSON values."""
+        return {
+            **stored,
+            "new_rows": self.rows,
+            "new_tokens": self.tokens,
+            "skipped": dict(Counter(self.skipped.values())),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1),
+            "output": self.job.config.output,
+            "exit_code": code,
+        }
+
+
+def as_ids(values: Iterable[int]) -> npt.NDArray[np.int64]:
+    """Return ids as an array, whatever collection they come in."""
+    return values if isinstance(values, np.ndarray) else np.fromiter(values, np.int64)
+
+
+def fetch_and_pack(batch: Batch, result: GPUBatchResult, *, schema: pa.Schema) -> PackedBatch:
+    """Bring a result to the host in one transfer and pack it; runs beside the next forward."""
+    return cpu_postprocess_batch(result.to_host(), batch, schema=schema)
+
+
+def describe_skips(skipped: Mapping[int, str]) -> str:
+    """Say how many conversations were skipped for which reason."""
+    counts = Counter(skipped.values())
+    if not counts:
+        return "no conversation was selected"
+    return "skipped " + ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+
+
 # --------------------------------------------------------------------------------------------------
 # 11 CLI
 # --------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose refusals are one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and exit 2."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser from the fields of `ExtractionConfig`, grouped in the order of the data."""
+    parser = OneLineParser(
+        prog="extract_logits.py",
+        description="Run a teacher over a chat dataset once; keep its distributions as shards.",
+        epilog=f"exit codes: {(__doc__ or '').split('Exit codes: ')[1].strip()}",
+    )
+    groups: dict[str, Any] = {}
+    hints = get_type_hints(ExtractionConfig)
+    for entry in fields(ExtractionConfig):
+        name = entry.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        flag = "--" + entry.name.replace("_", "-")
+        if hints[entry.name] is bool:
+            groups[name].add_argument(flag, action="store_true", help=entry.metadata["help"])
+        else:
+            groups[name].add_argument(flag, **argument_of(entry, hints[entry.name]))
+    return parser
+
+
+def argument_of(entry: Field[Any], hint: Any) -> dict[str, Any]:
+    """Return the `add_argument` keywords of an option that takes a value."""
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    parse = entry.metadata.get("parse")
+    help_text = entry.metadata["help"]
+    required = entry.default is MISSING
+    if not required and entry.default is not None:
+        help_text += " (default: %(default)s)"
+    return {
+        "type": checked(parse) if parse else kinds[0],
+        "choices": entry.metadata.get("choices"),
+        "required": required,
+        "default": None if required else entry.default,
+        "metavar": {int: "N", float: "X"}.get(kinds[0], "JSON" if parse else entry.name.upper()),
+        "help": help_text,
+    }
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Wrap a parser of JSON options so that argparse shows what is wrong with the text."""
+
+    def parse_or_refuse(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not usable: {error}") from error
+
+    return parse_or_refuse
+
+
+def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:
+    """Read the command line; `argv` None is the process's own.
+
+    Raises:
+        ConfigError: a value is out of range or options contradict each other.
+        SystemExit: 2 for unknown options or text that is not a value, 0 after --help.
+    """
+    return ExtractionConfig(**vars(build_parser().parse_args(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. The last line on stdout is one JSON object."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        summary = run_extraction(parse_args(argv))
+    except LogitsError as error:
+        sys.stderr.write(f"extract_logits.py: {error}\n")
+        return EXIT_UNDELIVERED if isinstance(error, HubError) else EXIT_BAD_INPUT
+    print(json.dumps(summary))  # noqa: T201
+    return int(summary["exit_code"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
