@@ -1,0 +1,61 @@
+# make demo    the whole way on the embedded teacher, into ./demo
+# make test    the tests (under 10 minutes on 2 cores)
+# make help    the other targets
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0  # what pip installs first; override it for another CUDA build
+EXTRAS ?= test,viz
+
+PY = .venv/bin/python
+TEACHER = tests/teacher/model
+CHATS = tests/teacher/conversations.jsonl
+SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@grep -hE '^# make ' $(MAKEFILE_LIST) | cut -c3-
+
+.venv/.done: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet $(TORCH)
+	$(PY) -m pip install --quiet -e '.[$(EXTRAS)]'
+	touch $@
+
+demo/lengths/lengths.parquet: .venv/.done $(CHATS) compute_lengths.py explore_logits.py
+	$(PY) compute_lengths.py --model $(TEACHER) --dataset $(CHATS) --index-col id \
+	  --output-dir demo/lengths
+
+demo/logits/checkpoint.json: demo/lengths/lengths.parquet $(SCRIPTS) $(wildcard $(TEACHER)/*)
+	rm -rf demo/logits
+	$(PY) extract_logits.py --model $(TEACHER) --dataset $(CHATS) --index-col id \
+	  --tokenized-dataset demo/lengths/lengths.parquet --store-tokens --upload-every 100 \
+	  --cache-dir demo/cache --output ./demo/logits --force-restart
+	touch $@
+
+demo/report.html demo/nucleus.png &: demo/logits/checkpoint.json
+	$(PY) explore_logits.py demo/logits --sample 3 --html demo/report.html \
+	  --plot demo/nucleus.png
+
+# make demo    lengths, extraction, exploration on the embedded teacher
+demo: demo/report.html
+	@echo "shards   demo/logits/data"
+	@echo "page     demo/report.html"
+	@echo "picture  demo/nucleus.png"
+	@echo "next     $(PY) explore_logits.py demo/logits --sample 3"
+
+# make test    lint, types and tests
+test: .venv/.done
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
+
+# make lint    ruff and mypy
+lint: .venv/.done
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# make clean   remove what the other targets made, but the environment
+clean:
+	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache
