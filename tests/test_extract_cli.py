@@ -1,0 +1,133 @@
+"""The command line of `extract_logits.py`: exit codes, one-line errors, what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATS, TEACHER, run_script
+
+import extract_logits
+
+GOOD = {"--model": TEACHER, "--dataset": CHATS}
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def refuse(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: dict[str, object]
+) -> str:
+    """Run with the given options; it must exit 2 with one line and leave nothing behind."""
+    wanted = {**GOOD, "--output": tmp_path / "out", "--cache-dir": tmp_path / "cache", **options}
+    argv = [str(part) for pair in wanted.items() for part in pair if part is not True]
+    try:
+        code: Any = extract_logits.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    return last_line(err)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"--model": "./no-such-model"}, ["no-such-model"]),
+        ({"--dataset": "./no-such-file.jsonl"}, ["no-such-file.jsonl"]),
+        ({"--split": "tset"}, ["tset", "train"]),
+        ({"--messages-col": "chat"}, ["chat", "messages"]),
+        ({"--index-col": "row_id"}, ["row_id", "messages"]),
+        ({"--top-p": "1.5"}, ["--top-p", "1.5"]),
+        ({"--top-p": "0"}, ["--top-p", "0"]),
+        ({"--top-p": "nan"}, ["--top-p", "nan"]),
+        ({"--top-p": "most"}, ["--top-p", "most"]),
+        ({"--top-p-max": "256"}, ["--top-p-max", "256", "255"]),
+        ({"--sampled-n": "-1"}, ["--sampled-n", "-1"]),
+        ({"--sampled-n": "1000000"}, ["--sampled-n", "1000000", "vocabulary"]),
+        ({"--logit-bits": "3"}, ["--logit-bits", "3", "4"]),
+        ({"--dtype": "float8"}, ["--dtype", "float8", "bfloat16"]),
+        ({"--device": "tpu"}, ["--device", "tpu"]),
+        ({"--batch-thresholds": "{512: 8}"}, ["--batch-thresholds", "{512: 8}"]),
+        ({"--batch-thresholds": '{"512": 0}'}, ["--batch-thresholds"]),
+        ({"--sample-subject": "[1]", "--subject-col": "subject"}, ["--sample-subject"]),
+        ({"--sample-subject": '{"a": 1}'}, ["--subject-col"]),
+        ({"--subject-col": "topic", "--sample-subject": '{"a": 1}'}, ["topic", "subject"]),
+        ({"--full-dataset": True, "--limit": "3"}, ["--full-dataset", "--limit"]),
+        ({"--resume": True, "--force-restart": True}, ["--resume", "--force-restart"]),
+        ({"--start-offset": "1000000"}, ["--start-offset"]),
+        ({"--chat-template": "./no.jinja"}, ["no.jinja"]),
+        ({"--limt": "3"}, ["--limt"]),
+    ],
+)
+def test_a_bad_option_is_one_line_that_names_it(
+    options: dict[str, object],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = refuse(capsys, tmp_path, options)
+    for word in words:
+        assert word in message
+
+
+def test_a_broken_line_of_the_source_is_named(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    write_chats: Callable[[list[Any]], Path],
+    chats: list[dict[str, Any]],
+) -> None:
+    row = {"messages": chats[0]["messages"]}
+    source = write_chats([row, row, '{"messages": [', row])
+    assert "line 3" in refuse(capsys, tmp_path, {"--dataset": source})
+
+
+@pytest.mark.parametrize("missing", ["--model", "--dataset", "--output"])
+def test_a_missing_option_is_named(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"--model": "m", "--dataset": "d", "--output": "./o"}
+    del options[missing]
+    with pytest.raises(SystemExit) as stop:
+        extract_logits.main([part for pair in options.items() for part in pair])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    assert missing in message
+
+
+def test_help_shows_every_option_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        extract_logits.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for name in extract_logits.ExtractionConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_the_process_writes_one_json_line_and_keeps_the_rest_on_stderr(tmp_path: Path) -> None:
+    done = run_script(
+        "extract_logits.py",
+        *("--model", TEACHER, "--dataset", CHATS, "--output", tmp_path / "out"),
+        *("--cache-dir", tmp_path / "cache", "--limit", 12),
+    )
+    assert done.code == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert set(json.loads(done.stdout)) >= {
+        *("rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second"),
+        "output",
+    }
+    assert "tokens/s" in done.stderr
+    assert "buffer" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,295 @@
+"""The whole way through `extract_logits.main`, in this process, on the embedded teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import CHATS, TEACHER
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import extract_logits
+from explore_logits import METADATA_SETTINGS, SCHEMA, dequantize_logits, unpack_indices
+
+Extract = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture
+def extract(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Extract:
+    """Run `main` with a model, a source and an output; returns code, summary and stderr."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(
+        *args: object, source: Path = CHATS, model: Path = TEACHER, output: str = "out"
+    ) -> tuple[int, dict[str, Any], str]:
+        capsys.readouterr()
+        code = extract_logits.main(
+            ["--model", str(model), "--dataset", str(source), "--output", str(tmp_path / output)]
+            + ["--cache-dir", str(tmp_path / "cache"), *map(str, args)]
+        )
+        out, err = capsys.readouterr()
+        lines = out.strip().splitlines()
+        return code, json.loads(lines[-1]) if lines else {}, err
+
+    return run
+
+
+def read_rows(folder: Path) -> pa.Table:
+    """Read every shard, sorted by index."""
+    parts = [pq.read_table(path) for path in sorted((folder / "data").glob("*.parquet"))]
+    return pa.concat_tables(parts).sort_by("index")
+
+
+def assert_same_rows(one: pa.Table, other: pa.Table) -> None:
+    """Same rows, ids and counts; quantized values within one step, floats to rounding."""
+    assert one["index"].to_pylist() == other["index"].to_pylist()
+    for name in SCHEMA.names:
+        left, right = one[name].to_pylist(), other[name].to_pylist()
+        if name in ("top_min", "top_max", "sampled_min", "sampled_max", "logsumexp"):
+            for a, b in zip(left, right, strict=True):
+                np.testing.assert_allclose(a, b, atol=2e-5)
+        elif name in ("top_logits_quantized", "sampled_logits_quantized"):
+            for a, b in zip(left, right, strict=True):
+                assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max(initial=0) <= 1
+        else:
+            assert left == right, name
+
+
+def test_a_run_stores_every_row_and_says_so(extract: Extract, tmp_path: Path) -> None:
+    code, summary, err = extract("--limit", 40, "--upload-every", 15, "--store-tokens")
+    assert code == 0, err
+    table = read_rows(tmp_path / "out")
+    assert summary["rows"] == table.num_rows == 40
+    assert summary["tokens"] == sum(table["num_tokens"].to_pylist())
+    assert summary["shards"] == len(list((tmp_path / "out" / "data").iterdir())) == 3
+    assert summary["bytes"] == sum(
+        path.stat().st_size for path in (tmp_path / "out" / "data").iterdir()
+    )
+    assert summary["output"] == str(tmp_path / "out")
+    assert summary["tokens_per_second"] > 0
+    assert table.schema.names[:14] == SCHEMA.names
+    assert table.schema.names[14:] == ["input_ids", "token_positions"]
+    for name in ("checkpoint.json", "extraction_config.json", "chat_template.jinja", "README.md"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_row_token_j_is_the_distribution_that_predicts_token_j(
+    extract: Extract, tmp_path: Path
+) -> None:
+    assert extract("--limit", 6, "--store-tokens")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    for row in read_rows(tmp_path / "out").to_pylist():
+        ids = torch.tensor([row["input_ids"]])
+        with torch.inference_mode():
+            expected = model(ids).logits[0].double().numpy()
+        tops = unpack_indices(row["top_indices_low"], row["top_indices_high"], row["top_counts"])
+        quantized = np.split(
+            np.asarray(row["top_logits_quantized"]), np.cumsum(row["top_counts"])[:-1]
+        )
+        for j, position in enumerate(row["token_positions"]):
+            before = expected[position - 1]
+            assert tops[j][0] == before.argmax()
+            logits = dequantize_logits(quantized[j], row["top_min"][j], row["top_max"][j])
+            np.testing.assert_allclose(logits, before[tops[j]], atol=5e-4)
+
+
+def test_files_are_read_without_our_code(extract: Extract, tmp_path: Path) -> None:
+    assert extract("--limit", 12)[0] == 0
+    import datasets
+
+    files = str(tmp_path / "out" / "data" / "*.parquet")
+    loaded = datasets.load_dataset(
+        "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf")
+    )
+    shard = next((tmp_path / "out" / "data").iterdir())
+    frame = pd.read_parquet(shard)
+    assert loaded.num_rows == len(frame) == pq.read_metadata(shard).num_rows == 12
+    assert loaded[0]["num_tokens"] == frame["num_tokens"][0]
+    settings = json.loads(pq.read_schema(shard).metadata[METADATA_SETTINGS])
+    assert settings["top_p"] == 0.98
+    assert settings["model"] == str(TEACHER)
+
+
+def test_batches_of_another_shape_store_the_same_rows(extract: Extract, tmp_path: Path) -> None:
+    assert extract("--limit", 30, "--max-batch-size", 1, output="one")[0] == 0
+    assert extract("--limit", 30, "--max-batch-tokens", 6000, output="many")[0] == 0
+    assert_same_rows(read_rows(tmp_path / "one"), read_rows(tmp_path / "many"))
+
+
+def test_a_stream_stores_the_same_rows(extract: Extract, tmp_path: Path) -> None:
+    chosen = ["--limit", 25, "--start-offset", 3]
+    assert extract(*chosen, output="map")[0] == 0
+    assert extract(*chosen, "--streaming", output="stream")[0] == 0
+    assert_same_rows(read_rows(tmp_path / "map"), read_rows(tmp_path / "stream"))
+
+
+def test_resume_with_nothing_left_changes_nothing(extract: Extract, tmp_path: Path) -> None:
+    assert extract("--limit", 10)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    code, summary, _ = extract("--limit", 10, "--resume")
+    assert (code, summary["rows"], summary["new_rows"]) == (0, 10, 0)
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+
+
+def test_a_larger_limit_resumes_with_the_rows_that_are_missing(
+    extract: Extract, tmp_path: Path
+) -> None:
+    assert extract("--limit", 10)[0] == 0
+    code, summary, _ = extract("--limit", 17, "--resume")
+    assert (code, summary["rows"], summary["new_rows"]) == (0, 17, 7)
+    assert len(set(read_rows(tmp_path / "out")["index"].to_pylist())) == 17
+
+
+def test_an_output_with_shards_is_refused_without_resume(extract: Extract) -> None:
+    assert extract("--limit", 4)[0] == 0
+    code, _, err = extract("--limit", 4)
+    assert code == 2
+    assert "--resume" in err
+    assert "--force-restart" in err
+
+
+def test_other_settings_are_refused_with_the_differences(extract: Extract) -> None:
+    assert extract("--limit", 4)[0] == 0
+    code, _, err = extract("--limit", 4, "--resume", "--top-p", 0.9)
+    assert code == 2
+    assert "top_p" in err
+    assert "0.98" in err
+    assert "0.9" in err
+
+
+def test_force_restart_starts_over(extract: Extract, tmp_path: Path) -> None:
+    assert extract("--limit", 9, "--upload-every", 2)[0] == 0
+    code, summary, _ = extract("--limit", 4, "--force-restart", "--top-p", 0.9)
+    assert (code, summary["rows"], summary["shards"]) == (0, 4, 1)
+    assert read_rows(tmp_path / "out").num_rows == 4
+
+
+def test_the_runtime_limit_stops_resumably(extract: Extract, tmp_path: Path) -> None:
+    code, summary, _ = extract("--limit", 8, "--max-runtime-minutes", 0.0001)
+    assert (code, summary["exit_code"]) == (75, 75)
+    assert summary["rows"] < 8
+    assert extract("--limit", 8, "--resume")[0] == 0
+    assert read_rows(tmp_path / "out")["index"].to_pylist() == list(range(8))
+
+
+def test_unusable_conversations_are_counted_and_named(
+    extract: Extract, write_chats: Callable[[list[Any]], Path], chats: list[dict[str, Any]]
+) -> None:
+    long = [
+        {"role": "user", "content": "count"},
+        {"role": "assistant", "content": "one two three " * 400},
+    ]
+    source = write_chats(
+        [
+            {"messages": chats[0]["messages"]},
+            {"messages": []},
+            {"messages": None},
+            {"messages": [{"role": "user", "content": "is anybody there?"}]},
+            {"messages": long},
+            {"messages": chats[1]["messages"]},
+        ]
+    )
+    code, summary, err = extract("--max-seq-len", 400, source=source)
+    assert code == 0, err
+    assert summary["rows"] == 2
+    assert sum(summary["skipped"].values()) == 4
+    assert summary["skipped"]["too_long"] == 1
+    for number in (1, 2, 3, 4):
+        assert f"skipped conversation {number}:" in err
+
+
+def test_nothing_usable_is_an_error_and_not_an_empty_run(
+    extract: Extract, write_chats: Callable[[list[Any]], Path], tmp_path: Path
+) -> None:
+    source = write_chats([{"messages": [{"role": "user", "content": "hello?"}]}] * 3)
+    code, _, err = extract(source=source)
+    assert code == 2
+    assert "nothing to extract" in err
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def broken_teacher(folder: Path, token: int | None) -> Path:
+    """Save the embedded teacher with a NaN in its norm, or in one row of its embedding."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    with torch.no_grad():
+        if token is None:
+            model.model.norm.weight[0] = float("nan")
+        else:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+            model.config.tie_word_embeddings = False
+            model.model.embed_tokens.weight[token] = float("nan")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(folder)
+    return folder
+
+
+def test_a_row_with_nan_logits_is_left_out_and_named(extract: Extract, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    chats = [json.loads(line) for line in CHATS.read_text(encoding="utf-8").splitlines()[:20]]
+    texts = [
+        set(tokenizer.apply_chat_template(chat["messages"], return_dict=True)["input_ids"])
+        for chat in chats
+    ]
+    token = next(
+        token
+        for token in sorted(texts[5])
+        if sum(token in text for text in texts) == 1
+    )
+    model = broken_teacher(tmp_path / "broken", token)
+    code, summary, err = extract("--limit", 20, model=model)
+    assert code == 0, err
+    assert summary["rows"] == 19
+    assert summary["skipped"] == {"unusable_logits": 1}
+    assert "skipped conversation 5: unusable_logits" in err
+
+
+def test_a_teacher_that_gives_only_nan_stops_the_run(extract: Extract, tmp_path: Path) -> None:
+    model = broken_teacher(tmp_path / "broken", None)
+    code, _, err = extract("--max-batch-size", 2, model=model)
+    assert code == 2
+    assert "no usable logits" in err
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = extract_logits.gpu_process_batch
+    sizes: list[int] = []
+
+    def small_device(teacher: Any, batch: Any, **settings: Any) -> Any:
+        size = len(batch.rows) * max(row.input_ids.size for row in batch.rows)
+        sizes.append(size)
+        if size > 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(teacher, batch, **settings)
+
+    monkeypatch.setattr(extract_logits, "gpu_process_batch", small_device)
+    code, summary, err = extract("--limit", 30, "--max-batch-tokens", 4000)
+    assert (code, summary["rows"]) == (0, 30), err
+    assert "going on with half" in err
+    assert sum(size > 1000 for size in sizes) < 4
+    assert read_rows(tmp_path / "out")["index"].to_pylist() == list(range(30))
+
+
+def test_one_conversation_too_large_for_the_device_names_the_remedy(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_device(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(extract_logits, "gpu_process_batch", no_device)
+    code, _, err = extract("--limit", 4)
+    assert code == 2
+    assert "--max-seq-len" in err.strip().splitlines()[-1]
