@@ -522,7 +522,7 @@ def read_indices(values: Sequence[Any], column: str) -> npt.NDArray[np.int64]:
         if not -INDEX_RANGE <= value < INDEX_RANGE:
             raise DataError(f"--index-col {column}: {value} in row {number} does not fit int32")
     indices = np.asarray(values, np.int64)
-    unique, first, counts = np.unique(indices, return_index=True, return_counts=True)
+    unique, counts = np.unique(indices, return_counts=True)
     if unique.size < indices.size:
         repeated = int(unique[counts > 1][0])
         raise DataError(
@@ -938,7 +938,7 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
             f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
             f"{config.model}; give at most {limit}"
         )
-    logging.getLogger(__name__).info(
+    log.info(
         "teacher %s on %s, %s, attention %s; head %s; %s: %s",
         config.model,
         teacher.device,
@@ -969,6 +969,45 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def source_options(config: ExtractionConfig) -> dict[str, Any]:
+    """Return where a model comes from, as keywords of `from_pretrained`.
+
+    Raises:
+        TeacherError: it is a folder that is not there.
+    """
+    source = config.model
+    if source.startswith((".", "/", "~")) or Path(source).is_dir():
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise TeacherError(f"--model {config.model}: no such folder")
+    return {
+        "pretrained_model_name_or_path": source,
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def load_model_config(config: ExtractionConfig) -> Any:
+    """Return the model's configuration without its weights.
+
+    Raises:
+        TeacherError: there is no such model, or it is not one that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    with loading_errors(config):
+        return AutoConfig.from_pretrained(**source_options(config))
+
+
+def resolve_dtype(config: ExtractionConfig, model_config: Any) -> str:
+    """Return the name of the dtype that the weights will have."""
+    if config.dtype != "auto":
+        return config.dtype
+    if resolve_device(config.device).type == "cpu":
+        return "float32"
+    return str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch.")
+
+
 def load_model(config: ExtractionConfig, device: torch.device) -> Any:
     """Return the causal LM on `device`, in eval mode, every weight from the checkpoint.
 
@@ -977,21 +1016,15 @@ def load_model(config: ExtractionConfig, device: torch.device) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    source = config.model
-    if source.startswith((".", "/", "~")) or Path(source).is_dir():
-        source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise TeacherError(f"--model {config.model}: no such folder")
     options: dict[str, Any] = {
-        "revision": config.revision or "main",
-        "trust_remote_code": config.trust_remote_code,
+        **source_options(config),
         "dtype": "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype,
         "output_loading_info": True,
     }
     if config.attn != "auto":
         options["attn_implementation"] = config.attn
     with loading_errors(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
