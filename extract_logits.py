@@ -938,7 +938,7 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
             f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
             f"{config.model}; give at most {limit}"
         )
-    log.info(
+    logger.info(
         "teacher %s on %s, %s, attention %s; head %s; %s: %s",
         config.model,
         teacher.device,
@@ -2301,7 +2301,8 @@ def open_parquet_writer(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
         for field in schema
     }
     floats = [
-        leaf for leaf, kind in leaves.items()
+        leaf
+        for leaf, kind in leaves.items()
         if pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)
     ]
     return pq.ParquetWriter(
@@ -2737,9 +2738,7 @@ def read_output(destination: Destination) -> OutputState:
     def read(name: str) -> ShardNotes:
         hint = known[name].footer_bytes if name in known else None
         try:
-            return read_listed_notes(
-                destination, name, state.files[name].size, footer_bytes=hint
-            )
+            return read_listed_notes(destination, name, state.files[name].size, footer_bytes=hint)
         except FormatError as error:
             raise ConfigError(
                 f"{name} in {destination.name} is damaged: {error}; delete it and continue with "
@@ -3141,9 +3140,7 @@ class StreamingHFUploader:
                     "write the same output; stop one, then continue with --resume"
                 )
 
-    def _side_files(
-        self, records: Mapping[str, ShardRecord], *, final: bool
-    ) -> dict[str, bytes]:
+    def _side_files(self, records: Mapping[str, ShardRecord], *, final: bool) -> dict[str, bytes]:
         """Return the files that go with a commit, the checkpoint last."""
         own = {name: record for name, record in records.items() if self._is_own(name)}
         worker = f"-w{self._rank:02d}" if self._world_size > 1 else ""
