@@ -73,16 +73,16 @@ from explore_logits import (
     ConversationError,
     FormatError,
     LogitsError,
-    encode_conversation,
+    encode_row,
     format_mask_preview,
     load_chat_template,
     load_tokenizer,
     measure_conversations,
     open_source,
     pack_indices,
-    read_conversation,
     resolve_columns,
     shard_schema,
+    source_columns,
 )
 
 try:
@@ -397,11 +397,11 @@ class RowEncoder:
     def encode(self, row: Mapping[str, Any], index: int) -> EncodedRow | SkippedRow:
         """Render, tokenize and align one conversation; one that cannot be used says why."""
         try:
-            encoded = encode_conversation(
-                read_conversation(row, self.columns),
+            encoded = encode_row(
+                row,
+                self.columns,
                 self.tokenizer,
                 chat_template=self.chat_template,
-                tools=row.get("tools") or None,
                 include_think=self.include_think,
                 include_end=self.include_end,
             )
@@ -3327,6 +3327,7 @@ def open_job(config: ExtractionConfig) -> Job:
     tokenizer = load_tokenizer(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
+    resolve_device(config.device)
     model_config = load_model_config(config)
     template = load_chat_template(config.chat_template, tokenizer)
     source = open_source(
@@ -3352,12 +3353,6 @@ def open_job(config: ExtractionConfig) -> Job:
     settings = describe_settings(config, encoder, model_config, vocab_size)
     schema = shard_schema(store_tokens=config.store_tokens, settings=settings)
     return Job(config, source, encoder, vocab_size, settings, schema)
-
-
-def source_columns(source: Any) -> list[str]:
-    """Return the column names; a stream that does not know them is asked for its first row."""
-    names = source.column_names
-    return list(names) if names is not None else list(next(iter(source)))
 
 
 def check_vocabulary(config: ExtractionConfig, tokenizer: Any) -> int:
@@ -3418,11 +3413,11 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     with GracefulInterrupt() as interrupt:
-        deadline = TimedShutdown(config.max_runtime_minutes)
+        deadline = TimedShutdown(config.max_runtime_minutes, elapsed_s=process_age_s())
         job = open_job(config)
         if config.verify_mask and not confirm_masks(job):
             raise ConfigError("stopped at --verify-mask: nothing was extracted")
-        uploader = open_uploader(job)
+        uploader = open_uploader(job, stopping=lambda: interrupt.stopping)
         try:
             run = Extraction(job, uploader, lambda: interrupt.stopping or deadline.due())
             complete = run.extract()
@@ -3437,7 +3432,7 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     return run.summary(stored, code, time.monotonic() - started)
 
 
-def open_uploader(job: Job) -> StreamingHFUploader:
+def open_uploader(job: Job, *, stopping: Callable[[], bool]) -> StreamingHFUploader:
     """Open the output; one that holds other settings, or anything without --resume, is refused."""
     config = job.config
     return StreamingHFUploader(
@@ -3453,6 +3448,7 @@ def open_uploader(job: Job) -> StreamingHFUploader:
         force_restart=config.force_restart,
         rank=config.rank or 0,
         world_size=config.world_size or 1,
+        stopping=stopping,
     )
 
 
@@ -3468,11 +3464,11 @@ def exit_code(stored: Mapping[str, Any], complete: bool, stop_signal: int | None
 def confirm_masks(job: Job, *, rows: int = 3) -> bool:
     """Show the first conversations with the extracted tokens marked; on a terminal, ask."""
     for row in itertools.islice(iter(job.source), rows):
-        encoded = encode_conversation(
-            read_conversation(row, job.encoder.columns),
+        encoded = encode_row(
+            row,
+            job.encoder.columns,
             job.encoder.tokenizer,
             chat_template=job.encoder.chat_template,
-            tools=row.get("tools") or None,
             include_think=job.encoder.include_think,
             include_end=job.encoder.include_end,
         )
@@ -3504,15 +3500,16 @@ class Extraction:
         self.rows = self.tokens = self.batches = 0
         self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
         self.teacher: Teacher | None = None
-        self.teacher_seconds = 0.0
+        self.bar = open_bar()
 
     def extract(self) -> bool:
         """Run to the end or until told to stop; True when no row is left."""
         config, job = self.job.config, self.job
-        pack = functools.partial(fetch_and_pack, schema=job.schema)
-        post = AsyncPostProcessor(pack, self.deliver)
+        post = AsyncPostProcessor(
+            functools.partial(fetch_and_pack, schema=job.schema), self.deliver
+        )
         try:
-            with logging_redirect_tqdm(), self.open_bar() as self.bar:
+            with logging_redirect_tqdm(), self.bar:
                 for prepared in prepare_windows(config, job.source, job.encoder):
                     self.skip(prepared.skipped)
                     if not self.extract_window(prepared, post):
@@ -3546,7 +3543,9 @@ class Extraction:
         sampler = make_sampler(
             self.job.config, prepared, device_type=self.teacher.device.type, done=done
         )
-        if not self.job.config.streaming:
+        if self.job.config.streaming:
+            self.bar.total = self.job.config.limit
+        else:
             self.bar.reset(total=int((~done).sum()))
         yield from make_loader(ConversationDataset(prepared, self.job.encoder), sampler)
 
@@ -3619,16 +3618,6 @@ class Extraction:
                 self.skipped[row.index] = row.reason
                 logger.warning("skipped conversation %d: %s %s", row.index, row.reason, row.detail)
 
-    def open_bar(self) -> tqdm[Any]:
-        """Open the progress bar on stderr; where that is a file, it is written seldom."""
-        return tqdm(
-            total=self.job.config.limit,
-            unit="row",
-            file=sys.stderr,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-            dynamic_ncols=True,
-        )
-
     def show(self, rows: int) -> None:
         """Advance the bar: rows, tokens/s, buffer fill, an arrow while an upload is under way."""
         self.bar.update(rows)
@@ -3652,6 +3641,17 @@ class Extraction:
             "output": self.job.config.output,
             "exit_code": code,
         }
+
+
+def open_bar() -> tqdm[Any]:
+    """Make the progress bar on stderr, not shown yet; where that is a file, it is written seldom."""
+    return tqdm(
+        unit="row",
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+        delay=1e-6,  # first shown with the first batch, below what the start has logged
+    )
 
 
 def as_ids(values: Iterable[int]) -> npt.NDArray[np.int64]:
