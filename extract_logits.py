@@ -53,6 +53,7 @@ from dataclasses import (
     fields,
     replace,
 )
+from email.utils import parsedate_to_datetime
 from inspect import signature
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol, TypeVar, get_args, get_type_hints
@@ -2419,6 +2420,10 @@ class ShardCache:
 # --------------------------------------------------------------------------------------------------
 
 RETRY_WAITS_S = (1, 2, 4, 8, 16, 32, 60)  # with jitter; a Retry-After that is longer wins
+PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
+REQUEST_TIMEOUT_S = 120.0  # the Hub itself ends a commit after 60
+COMMITS_PER_HOUR = 120  # the Hub allows 128 per repository
+COMMIT_BURST = 30  # of these at once
 MAX_WAITING_SHARDS = 4  # closed shards that wait for delivery before the run has to wait
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
 
@@ -2537,12 +2542,207 @@ class FolderDestination:
         sync_directory(target.parent)
 
 
+class HubDestination:
+    """A dataset repository of the Hub; a commit is one of git, on top of the commit listed last."""
+
+    detects_changes = True
+
+    def __init__(
+        self, repo: str, *, private: bool = False, endpoint: str | None = None,
+        token: str | None = None,
+    ) -> None:
+        from huggingface_hub import HfApi
+
+        self.name = repo
+        self._private = private
+        self._api = HfApi(endpoint=endpoint, token=token)
+        self._head: str | None = None
+
+    def open(self) -> None:
+        """Create the repository, or make sure that the token may write to it.
+
+        Raises:
+            ConfigError: `--private`, but it exists and is public.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with hub_errors(self.name):
+            try:
+                info = self._api.repo_info(self.name, repo_type="dataset")
+            except RepositoryNotFoundError:
+                self._api.create_repo(
+                    self.name, repo_type="dataset", private=self._private, exist_ok=True
+                )
+                return
+            self._api.auth_check(self.name, repo_type="dataset", write=True)
+        if self._private and not info.private:
+            raise ConfigError(
+                f"{self.name} exists and is public: make it private in its settings on the Hub, or "
+                "leave out --private"
+            )
+
+    def list_files(self) -> dict[str, ListedFile]:
+        from huggingface_hub.hf_api import RepoFile
+
+        with hub_errors(self.name):
+            head = self._api.repo_info(self.name, repo_type="dataset").sha
+            tree = self._api.list_repo_tree(
+                self.name, repo_type="dataset", recursive=True, revision=head
+            )
+            files = {
+                entry.path: ListedFile(entry.size, entry.lfs.sha256 if entry.lfs else None)
+                for entry in tree
+                if isinstance(entry, RepoFile)
+            }
+        self._files, self._head = files, head
+        return dict(files)
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(
+            self.name, path, repo_type="dataset", revision=self._head, endpoint=self._api.endpoint
+        )
+        wanted = self._files[path].size - start if size is None else size
+        if wanted <= 0:
+            return b""
+        headers = build_hf_headers(token=self._api.token)
+        headers["Range"] = f"bytes={start}-{start + wanted - 1}"
+        with hub_errors(self.name):
+            answer = get_session().get(url, headers=headers, timeout=REQUEST_TIMEOUT_S)
+            hf_raise_for_status(answer)
+        if len(answer.content) != wanted:
+            raise PassingError(f"{path} came short: {len(answer.content)} of {wanted} bytes")
+        return answer.content
+
+    def holds(self, path: str, local: Path, sha256: str) -> bool:
+        return self._files[path].sha256 == sha256
+
+    def commit(self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str]) -> None:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_session
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # the run has its own
+        operations: list[Any] = [
+            *(CommitOperationDelete(path) for path in delete if path not in add),
+            *(CommitOperationAdd(path, content) for path, content in add.items()),
+        ]
+        with hub_errors(self.name):
+            get_session().timeout = REQUEST_TIMEOUT_S  # none by default: a dead line would hang
+            info = self._api.create_commit(
+                self.name,
+                operations,
+                commit_message=message,
+                repo_type="dataset",
+                parent_commit=self._head,
+            )
+        self._head = info.oid
+
+
+def hide_tokens(text: str) -> str:
+    """Replace access tokens, whoever echoed them."""
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        text = text.replace(token, "***")
+    return re.sub(r"\b(hf|api_org)_\w{6,}", "***", text)
+
+
+class HideTokens(logging.Filter):
+    """Replace access tokens in every record that a handler writes."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite the record, keep it."""
+        record.msg, record.args = hide_tokens(record.getMessage()), None
+        return True
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn what the Hub client raises into PassingError or HubError, without tokens."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise HubError(explain_status(401, repo)) from None
+    except OfflineModeIsEnabled:
+        raise HubError(
+            f"cannot reach {repo}: HF_HUB_OFFLINE is set; unset it, or give a folder as --output"
+        ) from None
+    except HfHubHTTPError as error:
+        raise explain_refusal(error.response, error.server_message or "", repo) from None
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise PassingError(hide_tokens(f"{repo}: {type(error).__name__}: {error}")) from None
+    except RuntimeError as error:  # of a transfer: LFS wraps what happened, Xet raises it bare
+        raise PassingError(hide_tokens(f"{repo}: {error} {error.__cause__ or ''}")) from None
+
+
+def explain_refusal(response: Any, said: str, repo: str) -> PassingError | HubError:
+    """Return the error that an answer of the Hub means."""
+    status = response.status_code
+    said = hide_tokens(" ".join(said.split()))[:300]
+    if status in PASSING_STATUS or status >= 500 or "LFS pointer" in said:
+        return PassingError(
+            f"{repo}: HTTP {status} {said}".rstrip(),
+            retry_after_s=read_retry_after(response.headers, limited=status == 429),
+        )
+    return HubError(explain_status(status, repo, said))
+
+
+def explain_status(status: int, repo: str, said: str = "") -> str:
+    """Return what a status that no retry heals means, and the remedy."""
+    remedy = {
+        401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN",
+        403: f"your token may not write to {repo}: run `hf auth login` with one that has the write "
+        "permission, or give another --output",
+        404: f"{repo} is not there, or not for you: check the name in --output, and `hf auth "
+        "whoami`",
+    }.get(status, "the Hub refused the request")
+    return f"{repo}: HTTP {status}, {remedy}" + (f" (it said: {said})" if said else "")
+
+
+def read_retry_after(headers: Mapping[str, str], *, limited: bool) -> float:
+    """Return how long an answer asks to wait, in seconds; a minute at a limit that does not say."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    if match := re.search(r"r=0;\s*t=(\d+)", headers.get("RateLimit", "")):
+        return float(match[1])
+    return 60.0 if limited else 0.0
+
+
+class CommitPace:
+    """Keep under the Hub's limit of commits per repository and hour, bursts included."""
+
+    def __init__(self, *, workers: int = 1) -> None:
+        self._interval_s = 3600 * workers / (COMMITS_PER_HOUR - COMMIT_BURST)
+        self._burst_s = self._interval_s * (max(1, COMMIT_BURST // workers) - 1)
+        self._next_s = -math.inf
+
+    def take(self) -> float:
+        """Count one commit; return the seconds to wait before it."""
+        now_s = time.monotonic()
+        self._next_s = max(self._next_s, now_s - self._burst_s) + self._interval_s
+        return max(0.0, self._next_s - self._interval_s - now_s)
+
+
 def is_local_output(output: str) -> bool:
     """Tell whether `--output` means a folder rather than a Hub repository."""
     return output.startswith((".", "/", "~")) or Path(output).is_dir()
 
 
-def open_destination(output: str, *, private: bool = False) -> Destination:
+def open_destination(
+    output: str, *, private: bool = False, endpoint: str | None = None, token: str | None = None
+) -> Destination:
     """Return the destination that `--output` names, not opened yet.
 
     Raises:
@@ -2555,7 +2755,7 @@ def open_destination(output: str, *, private: bool = False) -> Destination:
             f"--output {output!r} is neither user/name (a Hub dataset) nor a folder that exists or "
             f"starts with . / ~: write ./{output} for a folder"
         )
-    raise ConfigError(f"--output {output!r}: Hub repositories are not supported yet")
+    return HubDestination(output, private=private, endpoint=endpoint, token=token)
 
 
 def cache_key(output: str, *, rank: int = 0, world_size: int = 1) -> str:
@@ -2801,6 +3001,7 @@ class StreamingHFUploader:
         chat_template: stored beside the shards.
         upload_every: rows per shard, unless `upload_size_mb` (encoded bytes / 10^6) is given.
         stopping: asked while waiting for room; once true, waiting ends and shards stay cached.
+        endpoint, token: of the Hub; by default those of the environment and of `hf auth login`.
 
     Raises:
         ConfigError: the output holds shards and neither `resume` nor `force_restart` is given, or
@@ -2824,8 +3025,12 @@ class StreamingHFUploader:
         rank: int = 0,
         world_size: int = 1,
         stopping: Callable[[], bool] = lambda: False,
+        endpoint: str | None = None,
+        token: str | None = None,
     ) -> None:
-        self._destination = open_destination(output, private=private)
+        self._destination = open_destination(
+            output, private=private, endpoint=endpoint, token=token
+        )
         self._schema = schema
         self._settings = dict(settings)
         self._chat_template = chat_template
@@ -2833,6 +3038,7 @@ class StreamingHFUploader:
         self._limit_bytes = None if upload_size_mb is None else upload_size_mb * 1e6
         self._rank, self._world_size = rank, world_size
         self._stopping = stopping
+        self._max_waiting = min(MAX_WAITING_SHARDS * world_size, 64)  # workers share the pace
         self._pending: list[PendingRows] = []
         self._closed: deque[LocalShard] = deque()  # complete in the cache, not flushed
         self._waiting: deque[LocalShard] = deque()  # handed to the upload thread, not delivered
@@ -2842,6 +3048,9 @@ class StreamingHFUploader:
         self._in_doubt = True  # the output may differ from what we know
         self._side: dict[str, bytes] = {}  # what the output's small files hold
         self._stop = threading.Event()
+        self._hurry = threading.Event()
+        self._pace = CommitPace(workers=world_size)
+        self._slowest_upload_s = 0.0
         self._uploads: list[Future[None]] = []
         with contextlib.ExitStack() as undo:
             self._cache = ShardCache(cache_dir, cache_key(output, rank=rank, world_size=world_size))
@@ -3024,6 +3233,11 @@ class StreamingHFUploader:
         """Tell whether an upload is under way."""
         return any(not upload.done() for upload in self._uploads)
 
+    def expected_upload_s(self) -> float:
+        """Return the seconds that a final flush may take now, by the slowest upload so far."""
+        waiting = sum(not upload.done() for upload in self._uploads)
+        return self._slowest_upload_s * (waiting + 1)
+
     def buffer_fill(self) -> float:
         """Return how full the shard under way is, 0..1."""
         if self._limit_bytes is None:
@@ -3043,7 +3257,7 @@ class StreamingHFUploader:
         while final and (self._writer.rows or self._pending_rows):
             self._close_shard()
         while self._closed:
-            if not self._wait_until(lambda: len(self._waiting) < MAX_WAITING_SHARDS):
+            if not self._wait_until(lambda: len(self._waiting) < self._max_waiting):
                 return
             self._submit([self._closed.popleft()])
         if final:
@@ -3051,6 +3265,7 @@ class StreamingHFUploader:
 
     def _finish(self) -> None:
         """Wait for every upload, then try backups again, then what no shard carried."""
+        self._hurry.set()
         if not self._wait_until(lambda: not self.is_uploading()):
             return
         self._submit(self._take_backups(), final=True)
@@ -3084,10 +3299,13 @@ class StreamingHFUploader:
 
     def _deliver(self, *, final: bool) -> None:
         """Deliver what waits, in one commit; runs in the upload thread."""
+        if not self._waiting and not final:
+            return  # went with an earlier one
+        if self._destination.detects_changes:
+            self._hurry.wait(self._pace.take())
         with self._lock:
             shards = list(self._waiting)
-        if not shards and not final:
-            return
+        started_s = time.monotonic()
         try:
             retry(lambda: self._commit(shards, final=final), stop=self._stop)
         except OutOfReachError as error:
@@ -3098,6 +3316,7 @@ class StreamingHFUploader:
         with self._lock:
             for _ in shards:
                 self._waiting.popleft()
+        self._slowest_upload_s = max(self._slowest_upload_s, time.monotonic() - started_s)
 
     def _commit(self, shards: list[LocalShard], *, final: bool) -> None:
         """Make the output list some shards; every try looks at what the one before has left."""
@@ -3187,6 +3406,7 @@ class StreamingHFUploader:
     def shutdown(self) -> None:
         """Stop after the request under way and release the cache; nothing waits for retries."""
         self._stop.set()
+        self._hurry.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._writer.discard()
         self._cache.close()
