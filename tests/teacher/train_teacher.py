@@ -1,0 +1,414 @@
+"""Train the small teacher of the tests, a Llama of 1.4 million weights.
+
+    conversations ──BPE──► tokenizer ──encode──► batches of one length ──AdamW──► model/
+                                                        held-out loss, unigram entropy ◄──┘
+
+The tokenizer, the weights (bfloat16) and the configuration are written to one folder that
+`AutoTokenizer` and `AutoModelForCausalLM` load without a network. The chat template in that
+folder is the source: it is read, never made. The last line printed is one JSON object.
+
+Llama and not Qwen2, because transformers loads every qwen2 tokenizer with that family's own rule
+for cutting text, which allows one digit a token, whatever the folder says.
+
+    python tests/teacher/train_teacher.py --output tests/teacher/model
+    python tests/teacher/train_teacher.py --evaluate tests/teacher/model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from make_conversations import Row, make_training
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.chat_template_utils import render_jinja_template
+
+HERE = Path(__file__).parent
+CHAT_TEMPLATE = HERE / "model" / "chat_template.jinja"
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MARKS = tuple(
+    f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")
+)
+# Up to three digits in one piece, and each such number an entry, so that a free choice among
+# numbers is one flat distribution.
+PIECES = (
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Sizes and schedule of one training run."""
+
+    vocab_size: int = 5_000  # entries of the tokenizer
+    embedding_rows: int = 5_120  # of the model: those beyond the tokenizer are padding
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    max_positions: int = 1_024
+    conversations: int = 40_000
+    steps: int = 2_400
+    batch_tokens: int = 2_048
+    peak_rate: float = 4e-3
+    warmup_steps: int = 60
+    weight_decay: float = 0.1
+    seed: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as ids, with the tokens that the assistant generates marked."""
+
+    input_ids: npt.NDArray[np.int64]  # (S,)
+    generated: npt.NDArray[np.bool_]  # (S,)
+
+
+# ---------------------------------------------------------------------------------------------
+# 1 Tokenizer
+# ---------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(rows: list[Row], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on conversations and give it the chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(MARKS) - 3,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(training_texts(rows), trainer)
+    bpe.add_special_tokens([END_OF_TEXT, TURN_START, TURN_END])
+    bpe.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in MARKS])
+    return wrap_tokenizer(bpe)
+
+
+def training_texts(rows: list[Row]) -> Iterator[str]:
+    """Yield the rendered conversations without their marks, and every number below 1,000 often."""
+    marks = re.compile("|".join(re.escape(mark) for mark in (TURN_START, TURN_END, *MARKS)))
+    chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    for row in rows:
+        yield from marks.split(render(row, chat_template)[0])
+    for _ in range(100):
+        yield from map(str, range(1_000))
+
+
+def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
+    """Name the special tokens and attach the chat template."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        clean_up_tokenization_spaces=False,
+        model_max_length=TrainingConfig.max_positions,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------
+# 2 Encode
+# ---------------------------------------------------------------------------------------------
+
+
+def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a conversation and the spans of characters that are generated."""
+    texts, spans = render_jinja_template(
+        conversations=[row["messages"]],
+        chat_template=chat_template,
+        return_assistant_tokens_mask=True,
+    )
+    return texts[0], spans[0]
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerFast) -> Encoded:
+    """Render one conversation and mark the tokens inside the template's generation blocks."""
+    text, spans = render(row, tokenizer.chat_template)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = np.array(encoding["offset_mapping"]).T  # (S,), (S,)
+    generated = np.zeros(len(starts), dtype=np.bool_)
+    for first, last in spans:
+        generated |= (starts < last) & (ends > first)
+    return Encoded(np.array(encoding["input_ids"], dtype=np.int64), generated)
+
+
+def encode_all(
+    rows: list[Row], tokenizer: PreTrainedTokenizerFast, *, longest: int
+) -> list[Encoded]:
+    """Encode conversations and leave out those that are too long for the model."""
+    encoded = (encode(row, tokenizer) for row in rows)
+    return [sample for sample in encoded if len(sample.input_ids) <= longest]
+
+
+def make_batches(
+    samples: list[Encoded], *, batch_tokens: int, rng: random.Random
+) -> list[list[Encoded]]:
+    """Group samples of like length, so that little is padding, and shuffle the groups."""
+    ordered = sorted(samples, key=lambda sample: (len(sample.input_ids), rng.random()))
+    batches: list[list[Encoded]] = [[]]
+    for sample in ordered:
+        if (len(batches[-1]) + 1) * len(sample.input_ids) > batch_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    rng.shuffle(batches)
+    return [batch for batch in batches if batch]
+
+
+def pad(batch: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """Pad a batch on the right; causal attention needs no mask for that.
+
+    Returns:
+        Ids (B, S) int64, and labels (B, S) int64: at p the token of p + 1 if it is generated.
+    """
+    longest = max(len(sample.input_ids) for sample in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, sample in enumerate(batch):
+        length = len(sample.input_ids)
+        ids = torch.from_numpy(sample.input_ids)
+        input_ids[row, :length] = ids
+        wanted = torch.from_numpy(sample.generated[1:])
+        labels[row, : length - 1] = torch.where(wanted, ids[1:], IGNORED)
+    return input_ids, labels
+
+
+# ---------------------------------------------------------------------------------------------
+# 3 Model and training
+# ---------------------------------------------------------------------------------------------
+
+
+def make_model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Make an untrained Llama with tied embeddings."""
+    shape = LlamaConfig(
+        vocab_size=config.embedding_rows,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(shape)
+
+
+def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
+    """Make AdamW that decays matrices and leaves norms and biases alone."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.peak_rate, betas=(0.9, 0.95), fused=True)
+
+
+def rate_at(step: int, config: TrainingConfig) -> float:
+    """Return the learning rate: a linear warm-up, then a cosine down to nothing."""
+    if step < config.warmup_steps:
+        return config.peak_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return config.peak_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def iter_batches(samples: list[Encoded], config: TrainingConfig) -> Iterator[list[Encoded]]:
+    """Yield `config.steps` batches, over as many epochs as that takes."""
+    rng = random.Random(config.seed)
+    step = 0
+    while step < config.steps:
+        for batch in make_batches(samples, batch_tokens=config.batch_tokens, rng=rng):
+            if step < config.steps:
+                yield batch
+            step += 1
+
+
+def train(
+    model: PreTrainedModel, samples: list[Encoded], held_out: list[Encoded], config: TrainingConfig
+) -> None:
+    """Train in place, with the held-out loss on stderr now and then."""
+    optimizer = make_optimizer(model, config)
+    started_s = time.monotonic()
+    for step, batch in enumerate(iter_batches(samples, config)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, config)
+        loss = loss_of(model, batch, reduction="mean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 49:
+            held_out_loss = evaluate(model, held_out[:100])["held_out_loss"]
+            seconds = time.monotonic() - started_s
+            print(f"{step + 1} {seconds:.0f} s {loss:.3f} {held_out_loss:.3f}", file=sys.stderr)
+
+
+def loss_of(model: PreTrainedModel, batch: list[Encoded], *, reduction: str) -> Tensor:
+    """Return the cross-entropy in nats of the generated tokens of a batch."""
+    input_ids, labels = pad(batch)
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, S, H)
+    wanted = labels != IGNORED
+    logits = model.lm_head(hidden[wanted]).float()  # (N, V)
+    return torch.nn.functional.cross_entropy(logits, labels[wanted], reduction=reduction)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4 Evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, samples: list[Encoded]) -> dict[str, float]:
+    """Return loss and unigram entropy, in nats per token that the assistant generates."""
+    batches = make_batches(samples, batch_tokens=8_192, rng=random.Random(0))
+    total = sum(float(loss_of(model, batch, reduction="sum")) for batch in batches)
+    tokens = sum(int(sample.generated[1:].sum()) for sample in samples)
+    return {
+        "held_out_tokens": tokens,
+        "held_out_loss": round(total / tokens, 4),
+        "unigram_entropy": round(unigram_entropy(samples), 4),
+    }
+
+
+def unigram_entropy(samples: list[Encoded]) -> float:
+    """Return the entropy in nats of the generated tokens' own frequencies.
+
+    No model that ignores the context has a lower loss on these very tokens.
+    """
+    ids = np.concatenate([sample.input_ids[1:][sample.generated[1:]] for sample in samples])
+    counts = np.unique(ids, return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+@torch.no_grad()
+def nucleus_sizes(
+    model: PreTrainedModel, samples: list[Encoded], *, vocab_size: int, top_p: float = 0.98
+) -> npt.NDArray[np.int64]:
+    """Return the size of the smallest prefix with mass ≥ `top_p`, for each generated token."""
+    sizes = []
+    for sample in samples:
+        logits = model(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0, :-1]
+        wanted = logits[torch.from_numpy(sample.generated[1:])][:, :vocab_size].double()  # (N, V)
+        mass = wanted.softmax(-1).sort(descending=True).values.cumsum(-1)
+        sizes.append(((mass < top_p).sum(-1) + 1).numpy())
+    return np.concatenate(sizes)
+
+
+def load_held_out(tokenizer: PreTrainedTokenizerFast, *, longest: int) -> list[Encoded]:
+    """Encode the committed conversations."""
+    lines = (HERE / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    return encode_all([json.loads(line) for line in lines], tokenizer, longest=longest)
+
+
+def evaluate_folder(folder: Path) -> dict[str, Any]:
+    """Load a saved teacher in float32 and return its figures on the held-out conversations."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    samples = load_held_out(tokenizer, longest=model.config.max_position_embeddings)
+    sizes = nucleus_sizes(model, samples, vocab_size=len(tokenizer))
+    return {
+        "conversations": len(samples),
+        "parameters": model.num_parameters(),
+        "weight_bytes": (folder / "model.safetensors").stat().st_size,
+        **evaluate(model, samples),
+        "nucleus_mean": round(float(sizes.mean()), 2),
+        "nucleus_median": int(np.median(sizes)),
+        "share_nucleus_1": round(float((sizes == 1).mean()), 4),
+        "share_nucleus_100": round(float((sizes >= 100).mean()), 4),
+        "nucleus_max": int(sizes.max()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# 5 Run and CLI
+# ---------------------------------------------------------------------------------------------
+
+
+def train_folder(folder: Path, config: TrainingConfig) -> dict[str, Any]:
+    """Train tokenizer and teacher, save both in bfloat16, and return the saved one's figures."""
+    started_s = time.monotonic()
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    rows = make_training(config.seed, config.conversations)
+    tokenizer = train_tokenizer(rows, vocab_size=config.vocab_size)
+    samples = encode_all(rows, tokenizer, longest=config.max_positions)
+    model = make_model(config, tokenizer)
+    train(model, samples, load_held_out(tokenizer, longest=config.max_positions), config)
+    save(model, tokenizer, folder)
+    seconds = round(time.monotonic() - started_s)
+    return {**evaluate_folder(folder), "steps": config.steps, "seconds": seconds}
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer, the configuration and bfloat16 weights."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; defaults are those of `TrainingConfig`."""
+    parser = argparse.ArgumentParser(description="Train or evaluate the teacher of the tests.")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--output", type=Path, help="folder to train into")
+    action.add_argument("--evaluate", type=Path, help="folder of a trained teacher")
+    for name in ("steps", "conversations", "threads", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(TrainingConfig, name))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train or evaluate, and print the figures as one JSON line."""
+    args = parse_args(argv)
+    if args.evaluate:
+        figures = evaluate_folder(args.evaluate)
+    else:
+        config = TrainingConfig(
+            steps=args.steps, conversations=args.conversations, threads=args.threads, seed=args.seed
+        )
+        figures = train_folder(args.output, config)
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
