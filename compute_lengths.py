@@ -1,4 +1,612 @@
 """Measure every conversation of a chat dataset in tokens, so that teacher batches can be full.
 
-conversations ──render──► text ──tokenize──► index, length, num_tokens ──► Parquet
+    dataset ──batches──► render, tokenize (processes) ──► index, length, num_tokens ──► Parquet
+                                                                                        └──► Hub
+
+`length` S counts the whole rendered conversation, `num_tokens` N the tokens that extraction would
+store. The rendering is extraction's own code. A conversation that cannot be used keeps its row,
+with both counts 0, so that a join on `index` finds every row of the source.
+
+    python compute_lengths.py --model Qwen/Qwen3-8B --dataset user/chats
+    python compute_lengths.py --model ./teacher --dataset chats.jsonl --output-dir ./lengths
+
+Exit codes: 0 measured and stored; 1 a bug; 2 bad usage or input; 130 interrupted.
 """
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from explore_logits import (
+    LENGTHS_SCHEMA,
+    METADATA_LENGTHS,
+    ConversationColumns,
+    LogitsError,
+    SourceError,
+    hash_template,
+    import_extra,
+    load_chat_template,
+    load_tokenizer,
+    measure_conversations,
+    open_source,
+    resolve_columns,
+    source_columns,
+    source_revision,
+)
+
+__all__ = [
+    "LengthsConfig",
+    "LengthsError",
+    "compute_lengths",
+    "get_transform_fn",
+    "main",
+    "parse_args",
+]
+
+log = logging.getLogger("compute_lengths")
+
+
+class LengthsError(LogitsError):
+    """An option is wrong, a worker died, or the result cannot be stored (exit 2)."""
+
+
+# --------------------------------------------------------------------------------------------------
+# 0 Config
+# --------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, help_text: str, *, group: str) -> Any:
+    """Declare one option: the dataclass field is the only place that holds its default and help."""
+    metadata = {"help": help_text, "group": group}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class LengthsConfig:
+    """Every option; field names are option names with underscores, "off" is None.
+
+    Raises:
+        LengthsError: a value is out of range or two options contradict each other.
+    """
+
+    model: str = option(MISSING, "Hub id or local folder of the tokenizer", group="teacher")
+    revision: str | None = option(None, "model revision: branch, tag or commit", group="teacher")
+    trust_remote_code: bool = option(False, "run tokenizer code from the Hub", group="teacher")
+
+    dataset: str = option(
+        MISSING, "Hub id, or a local .jsonl, .json, .parquet, .csv file or folder", group="dataset"
+    )
+    subset: str | None = option(None, "dataset configuration", group="dataset")
+    split: str = option("train", "dataset split", group="dataset")
+    streaming: bool = option(False, "never hold the whole source in memory", group="dataset")
+    messages_col: str | None = option(
+        None, "column of chat messages (default: found by a usual name)", group="dataset"
+    )
+    user_col: str = option("question", "user column of single-turn data", group="dataset")
+    assistant_col: str = option("answer", "assistant column of single-turn data", group="dataset")
+    system_col: str | None = option(None, "system column of single-turn data", group="dataset")
+    index_col: str | None = option(
+        None, "column of unique integer ids (default: row number)", group="dataset"
+    )
+
+    chat_template: str | None = option(
+        None, "Jinja file to use instead of the tokenizer's template", group="conversation"
+    )
+    include_think: bool = option(
+        False, "count think tags that the template inserts, too", group="conversation"
+    )
+    include_end: bool = option(
+        False, "count what the template appends after a turn, too", group="conversation"
+    )
+
+    batch_size: int = option(1000, "conversations a process takes at a time", group="work")
+    num_proc: int | None = option(None, "processes (default: CPUs)", group="work")
+
+    output_dir: str = option("data/lengths", "folder of the result", group="output")
+    filename: str = option("lengths.parquet", "name of the result", group="output")
+    output_repo: str | None = option(None, "Hub dataset repo user/name to push to", group="output")
+    push_to_hub: bool = option(False, "push the result to --output-repo", group="output")
+    private: bool = option(False, "create the Hub repo private", group="output")
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--batch-size", self.batch_size), ("--num-proc", self.num_proc)):
+            if value is not None and value < 1:
+                raise LengthsError(f"{flag} {value}: must be at least 1")
+        if self.push_to_hub != (self.output_repo is not None):
+            raise LengthsError("--push-to-hub and --output-repo need each other: give both or none")
+        if self.private and not self.push_to_hub:
+            raise LengthsError("--private makes a Hub repo private: it needs --push-to-hub")
+        if Path(self.filename).name != self.filename or not self.filename.endswith(".parquet"):
+            raise LengthsError(f"--filename {self.filename!r}: must be a plain name in .parquet")
+
+
+# --------------------------------------------------------------------------------------------------
+# 1 Measure
+# --------------------------------------------------------------------------------------------------
+
+Batch = Mapping[str, Sequence[Any]]
+Measured = dict[str, list[Any]]
+
+
+def get_transform_fn(
+    config: LengthsConfig, columns: ConversationColumns, *, tokenizer: Any = None
+) -> Callable[[Batch, Sequence[int]], Measured]:
+    """Build the function that measures a batch of rows.
+
+    It takes a batch as `Dataset.map(batched=True, with_indices=True)` gives it: columns, and the
+    numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens`, and
+    `refusal`: None, or a pair of the reason and a sentence on why the conversation is not usable.
+
+    Args:
+        config: model, template and what to include.
+        columns: from `resolve_columns`.
+        tokenizer: when loaded already.
+    """
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(config)
+    template = load_chat_template(config.chat_template, tokenizer)
+
+    def transform(batch: Batch, numbers: Sequence[int]) -> Measured:
+        index, length, num_tokens, refusals = measure_conversations(
+            batch, numbers[0] if len(numbers) else 0, columns=columns, tokenizer=tokenizer,
+            chat_template=template, include_think=config.include_think,
+            include_end=config.include_end,
+        )  # fmt: skip
+        return {
+            "index": index.tolist(),
+            "length": length.tolist(),
+            "num_tokens": num_tokens.tolist(),
+            "refusal": [r and (r.reason, str(r)) for r in refusals],
+        }
+
+    return transform
+
+
+def _load_tokenizer(config: LengthsConfig) -> Any:
+    return load_tokenizer(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+
+
+def iter_batches(source: Any, size: int) -> Iterator[tuple[int, Batch]]:
+    """Yield the number of the first row and the columns of consecutive batches of a source."""
+    if hasattr(source, "__len__"):
+        for start in range(0, len(source), size):
+            yield start, source[start : start + size]
+        return
+    rows, start = iter(source), 0
+    while batch := list(islice(rows, size)):
+        names = dict.fromkeys(name for row in batch for name in row)
+        yield start, {name: [row.get(name) for row in batch] for name in names}
+        start += len(batch)
+
+
+def measure_source(
+    config: LengthsConfig, source: Any, columns: ConversationColumns, tokenizer: Any
+) -> Iterator[Measured]:
+    """Measure all batches of a source, in order, in `num_proc` processes.
+
+    Raises:
+        LengthsError: a process died.
+    """
+    source = _needed_columns(source, columns)
+    workers = config.num_proc or _cpus()
+    if hasattr(source, "__len__"):
+        workers = min(workers, -(-len(source) // config.batch_size))
+    if workers <= 1:
+        transform = get_transform_fn(config, columns, tokenizer=tokenizer)
+        for start, batch in iter_batches(source, config.batch_size):
+            yield transform(batch, [start])
+        return
+    try:
+        yield from _measure_in_processes(config, columns, source, workers)
+    except BrokenProcessPool as error:
+        raise LengthsError(
+            "a worker process died, perhaps for lack of memory: lower --num-proc or --batch-size"
+        ) from error
+
+
+def _needed_columns(source: Any, columns: ConversationColumns) -> Any:
+    """Leave out columns that no conversation is read from, such as images."""
+    if not source.column_names:
+        return source
+    wanted = {"tools", *(name for name in vars(columns).values() if name is not None)}
+    return source.select_columns([name for name in source.column_names if name in wanted])
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _measure_in_processes(
+    config: LengthsConfig, columns: ConversationColumns, source: Any, workers: int
+) -> Iterator[Measured]:
+    """Spread batches over processes; few are under way at a time, results come in order.
+
+    A source with random access is read in the workers, a stream here.
+    """
+    size, shared = config.batch_size, source if hasattr(source, "__len__") else None
+    batches: Iterable[tuple[int, Batch | range]] = (
+        iter_batches(source, size)
+        if shared is None
+        else ((n, range(n, min(n + size, len(source)))) for n in range(0, len(source), size))
+    )
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)  # plain fork would copy the parent's threads
+    if method == "forkserver":
+        context.set_forkserver_preload(["transformers", "explore_logits"])
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(config, columns, shared)
+    )
+    waiting: deque[Future[Measured]] = deque()
+    try:
+        for start, batch in batches:
+            waiting.append(pool.submit(_measure_batch, start, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_transform: Callable[[Batch, Sequence[int]], Measured] | None = None  # of this worker process
+_source: Any = None
+
+
+def _start_worker(config: LengthsConfig, columns: ConversationColumns, source: Any) -> None:
+    """Load the tokenizer in a worker process."""
+    global _transform, _source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _transform, _source = get_transform_fn(config, columns), source
+
+
+def _measure_batch(start: int, batch: Batch | range) -> Measured:
+    """Measure a batch, or a range of the source, in a worker process."""
+    assert _transform is not None
+    rows = _source[batch.start : batch.stop] if isinstance(batch, range) else batch
+    return _transform(rows, [start])
+
+
+@dataclass(frozen=True)
+class MeasuredSource:
+    """The lengths of all rows, and why rows were left out."""
+
+    index: npt.NDArray[np.int32]
+    length: npt.NDArray[np.int32]
+    num_tokens: npt.NDArray[np.int32]
+    skipped: dict[str, int]  # reason → rows
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """Tell for each row whether its conversation can be used."""
+        return self.num_tokens > 0
+
+
+def collect(batches: Iterable[Measured], *, total: int | None = None) -> MeasuredSource:
+    """Gather measured batches, with a progress bar; log the first row of every reason to skip.
+
+    Raises:
+        SourceError: an index occurs twice, or no conversation at all can be used.
+    """
+    tqdm = import_extra("tqdm").tqdm
+    parts: list[npt.NDArray[np.int32]] = []
+    skipped: Counter[str] = Counter()
+    with tqdm(total=total, unit=" rows", file=sys.stderr, disable=None) as bar:
+        for batch in batches:
+            for index, refusal in zip(batch["index"], batch["refusal"], strict=True):
+                if refusal is not None:
+                    reason, why = refusal
+                    if reason not in skipped:
+                        log.warning("index %d cannot be used (%s): %s", index, reason, why)
+                    skipped[reason] += 1
+            parts.append(np.array([batch[c] for c in LENGTHS_SCHEMA.names], np.int32))
+            bar.update(len(batch["index"]))
+    table = np.concatenate([np.zeros((3, 0), np.int32), *parts], axis=1)
+    index, length, num_tokens = table
+    if np.unique(index).size != index.size:
+        values, counts = np.unique(index, return_counts=True)
+        raise SourceError(f"index {values[counts > 1][0]} occurs twice (--index-col)")
+    measured = MeasuredSource(index, length, num_tokens, dict(skipped))
+    if not measured.usable.any():
+        raise SourceError(f"no conversation can be used: {format_skipped(skipped) or 'no rows'}")
+    return measured
+
+
+def format_skipped(skipped: Mapping[str, int]) -> str:
+    """Write "12 refused_by_template, 3 null"."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+
+
+# --------------------------------------------------------------------------------------------------
+# 2 Write
+# --------------------------------------------------------------------------------------------------
+
+
+def describe_measure(
+    config: LengthsConfig, columns: ConversationColumns, template: str
+) -> dict[str, Any]:
+    """Return what the lengths depend on; extraction compares it with its own settings."""
+    return {
+        "model": config.model,
+        "model_revision": config.revision,
+        "dataset": config.dataset,
+        "dataset_revision": source_revision(config.dataset),
+        "subset": config.subset,
+        "split": config.split,
+        "messages_col": columns.messages,
+        "user_col": columns.user,
+        "assistant_col": columns.assistant,
+        "system_col": columns.system,
+        "index_col": columns.index,
+        "chat_template_sha256": hash_template(template),
+        "include_think": config.include_think,
+        "include_end": config.include_end,
+    }
+
+
+def write_lengths(measured: MeasuredSource, settings: Mapping[str, Any], path: Path) -> None:
+    """Write the lengths as Parquet, whole or not at all, with `settings` in the metadata.
+
+    Raises:
+        LengthsError: the file cannot be written.
+    """
+    metadata = {METADATA_LENGTHS: json.dumps(dict(settings), sort_keys=True).encode()}
+    table = pa.table(
+        [measured.index, measured.length, measured.num_tokens],
+        schema=LENGTHS_SCHEMA.with_metadata(metadata),
+    )
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, part, compression="zstd")
+        os.replace(part, path)
+    except OSError as error:
+        raise LengthsError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/lengths.parquet
+---
+# Lengths of {dataset}
+
+Tokens of every conversation of `{dataset}` ({split}), rendered with the chat template of `{model}`:
+`index` (row), `length` (whole conversation), `num_tokens` (what the assistant wrote). Rows with 0
+cannot be used. {rows:,} rows, {total:,} tokens.
+
+```python
+from datasets import load_dataset
+
+lengths = load_dataset("{repo}", split="train")
+```
+"""
+PUSH_TRIES = 5  # a commit is not retried by the client; waits 1, 2, 4, 8 s
+
+
+def push_lengths(
+    config: LengthsConfig, measured: MeasuredSource, settings: Mapping[str, Any], path: Path
+) -> None:
+    """Push the file and a card to the Hub in one commit.
+
+    Raises:
+        LengthsError: the Hub refuses or stays out of reach; says where the file is kept.
+    """
+    hub = import_extra("huggingface_hub")
+    card = CARD.format(
+        **settings, rows=measured.index.size, total=int(measured.length.sum(dtype=np.int64)),
+        repo=config.output_repo,
+    )  # fmt: skip
+    operations = [
+        hub.CommitOperationAdd("data/lengths.parquet", str(path)),
+        hub.CommitOperationAdd("README.md", card.encode()),
+    ]
+    try:
+        api = hub.HfApi()
+        api.create_repo(
+            config.output_repo, repo_type="dataset", private=config.private, exist_ok=True
+        )
+        commit_with_retries(
+            lambda: api.create_commit(
+                config.output_repo, operations, repo_type="dataset", commit_message="Add lengths"
+            )
+        )
+    except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise LengthsError(f"cannot push to {config.output_repo}: {why}; kept as {path}") from error
+
+
+def commit_with_retries(commit: Callable[[], Any]) -> None:
+    """Commit; try again where the error can pass: conflicts, rate limits, a server in trouble."""
+    errors = import_extra("huggingface_hub").errors
+    for attempt in range(PUSH_TRIES):
+        try:
+            commit()
+            return
+        except (errors.HfHubHTTPError, OSError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            passing = status is None or status in (408, 409, 412, 429) or status >= 500
+            if not passing or attempt == PUSH_TRIES - 1:
+                raise
+            log.warning("the Hub did not take the commit (%s), trying again", status or error)
+            time.sleep(2**attempt)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3 Report
+# --------------------------------------------------------------------------------------------------
+
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+
+
+def find_percentiles(values: npt.NDArray[np.int32]) -> dict[str, int]:
+    """Return exact percentiles by name: the smallest value that many percent do not exceed."""
+    found = np.percentile(values, PERCENTILES, method="inverted_cdf")
+    return {f"p{p}": int(v) for p, v in zip(PERCENTILES, found, strict=True)}
+
+
+def format_percentiles(length: Mapping[str, int], num_tokens: Mapping[str, int]) -> str:
+    """Lay out the percentiles of both columns as a table."""
+    lines = [f"{'':>12}" + "".join(f"{name:>9}" for name in length)]
+    for name, values in (("length", length), ("num_tokens", num_tokens)):
+        lines.append(f"{name:>12}" + "".join(f"{value:>9,}" for value in values.values()))
+    return "\n".join(lines)
+
+
+def format_histogram(values: npt.NDArray[np.int32], *, width: int = 40) -> str:
+    """Draw a histogram with bins that double, with the share up to each bin's end."""
+    counts = np.bincount(np.frexp(values)[1])  # bin b holds 2**(b-1) .. 2**b - 1
+    lines, seen = [], 0
+    for b in range(int(np.flatnonzero(counts)[0]), counts.size):
+        count = int(counts[b])
+        seen += count
+        bar = "#" * round(width * count / int(counts.max()))
+        low, high = 2 ** (b - 1), 2**b - 1
+        lines.append(f"{low:>9,}-{high:<9,} {bar:<{width}} {count:>10,}  {seen / len(values):7.2%}")
+    return "\n".join(lines)
+
+
+def format_report(measured: MeasuredSource) -> str:
+    """Write the counts, the percentiles and the histogram of the lengths."""
+    used = measured.usable
+    skipped = f"; skipped: {format_skipped(measured.skipped)}" if measured.skipped else ""
+    table = format_percentiles(
+        find_percentiles(measured.length[used]), find_percentiles(measured.num_tokens[used])
+    )
+    return (
+        f"{int(used.sum()):,} of {used.size:,} conversations can be used{skipped}\n\n{table}\n\n"
+        f"length in tokens, conversations, share up to here\n"
+        f"{format_histogram(measured.length[used])}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# 4 CLI
+# --------------------------------------------------------------------------------------------------
+
+
+def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
+    """Measure a dataset and store the result; return both.
+
+    Raises:
+        LogitsError: the dataset, model, template or destination cannot be used.
+    """
+    tokenizer = _load_tokenizer(config)
+    template = load_chat_template(config.chat_template, tokenizer)
+    source = open_source(
+        config.dataset, subset=config.subset, split=config.split, streaming=config.streaming
+    )
+    columns = resolve_columns(
+        source_columns(source), messages_col=config.messages_col, user_col=config.user_col,
+        assistant_col=config.assistant_col, system_col=config.system_col,
+        index_col=config.index_col,
+    )  # fmt: skip
+    total = len(source) if hasattr(source, "__len__") else None
+    log.info("measuring %s rows of %s", "all" if total is None else f"{total:,}", config.dataset)
+    measured = collect(measure_source(config, source, columns, tokenizer), total=total)
+    settings = describe_measure(config, columns, template)
+    path = Path(config.output_dir).expanduser() / config.filename
+    write_lengths(measured, settings, path)
+    log.info("wrote %s", path)
+    if config.push_to_hub:
+        push_lengths(config, measured, settings, path)
+        log.info("pushed to %s", config.output_repo)
+    return measured, path
+
+
+def summarize(config: LengthsConfig, measured: MeasuredSource, path: Path) -> dict[str, Any]:
+    """Return the figures of a run for its last line."""
+    used = measured.usable
+    return {
+        "rows": int(used.size),
+        "usable": int(used.sum()),
+        "skipped": measured.skipped,
+        "total_length": int(measured.length.sum(dtype=np.int64)),
+        "total_num_tokens": int(measured.num_tokens.sum(dtype=np.int64)),
+        "length": find_percentiles(measured.length[used]),
+        "num_tokens": find_percentiles(measured.num_tokens[used]),
+        "output": str(path),
+        "repo": config.output_repo,
+    }
+
+
+def parse_args(argv: Sequence[str] | None = None) -> LengthsConfig:
+    """Parse the command line; a wrong value ends the program with code 2.
+
+    Raises:
+        LengthsError: options contradict each other.
+    """
+    parser = argparse.ArgumentParser(
+        prog="compute_lengths", description=(__doc__ or "").split("\n\n")[0]
+    )
+    groups: dict[str, Any] = {}
+    for entry in fields(LengthsConfig):
+        name = entry.metadata["group"]
+        groups.setdefault(name, parser.add_argument_group(name))
+        _add_option(groups[name], entry)
+    return LengthsConfig(**vars(parser.parse_args(argv)))
+
+
+def _add_option(group: Any, entry: Any) -> None:
+    """Add the option of one field to a parser group."""
+    flag, help_text = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
+    if entry.default is False:
+        group.add_argument(flag, action="store_true", help=help_text)
+    elif entry.default is MISSING:
+        group.add_argument(flag, required=True, help=help_text)
+    else:
+        kind = int if "int" in entry.type else str
+        shown = "" if entry.default is None else f" (default: {entry.default})"
+        group.add_argument(flag, type=kind, default=entry.default, help=help_text + shown)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line and return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    began = time.monotonic()
+    try:
+        config = parse_args(argv)
+        measured, path = compute_lengths(config)
+    except LogitsError as error:
+        log.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted, nothing written")
+        return 130
+    summary = {**summarize(config, measured, path), "seconds": round(time.monotonic() - began, 2)}
+    sys.stdout.write(f"{format_report(measured)}\n{json.dumps(summary)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

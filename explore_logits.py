@@ -75,6 +75,7 @@ __all__ = [
     "format_mask_preview",
     "get_nucleus_probability_mass",
     "get_sample",
+    "hash_template",
     "iter_samples",
     "load_chat_template",
     "load_extraction_config",
@@ -91,12 +92,14 @@ __all__ = [
     "print_top_tokens",
     "quantize_logits",
     "read_conversation",
+    "read_lengths",
     "read_tools",
     "render_page",
     "resolve_columns",
     "shard_schema",
     "source_columns",
     "source_id",
+    "source_revision",
     "unpack_indices",
     "visualize_conversation_probabilities",
 ]
@@ -118,6 +121,7 @@ FORMAT_VERSION = 1
 MAX_TOKEN_ID = 2**18 - 1  # 16 bits in *_indices_low, 2 in *_indices_high
 METADATA_VERSION = b"logits.format_version"
 METADATA_SETTINGS = b"logits.extraction"  # JSON object: the settings of the run
+METADATA_LENGTHS = b"logits.lengths"  # JSON object: what a lengths file was measured with
 
 _U16_LIST = pa.list_(pa.uint16())
 _F32_LIST = pa.list_(pa.float32())
@@ -797,6 +801,8 @@ class ChatTemplate:
 
     def render_marked(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
         """Render a conversation and the character spans inside its generation markers."""
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", self.source):
+            return self.render(messages, tools), []
         with _RENDER_LOCK:  # the tracker of spans lives in the compiled template, shared by threads
             return self._render(messages, tools, return_assistant_tokens_mask=True)
 
@@ -1542,6 +1548,11 @@ def _shortened(text: str, limit: int) -> str:
 # Measuring ----------------------------------------------------------------------------------------
 
 
+LENGTHS_SCHEMA = pa.schema(
+    [("index", pa.int32()), ("length", pa.int32()), ("num_tokens", pa.int32())]
+)
+
+
 def measure_conversations(
     rows: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
     first_number: int,
@@ -1551,7 +1562,12 @@ def measure_conversations(
     chat_template: str | None = None,
     include_think: bool = False,
     include_end: bool = False,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32], list[str | None]]:
+) -> tuple[
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+    list[ConversationError | None],
+]:
     """Measure a batch of source rows in tokens.
 
     Args:
@@ -1559,13 +1575,13 @@ def measure_conversations(
         first_number: number of the first row in the source.
 
     Returns:
-        `index`, `length` S and `num_tokens` N, each (B,) int32, and the reasons: None, or why a
+        `index`, `length` S and `num_tokens` N, each (B,) int32, and per row None or why the
         conversation cannot be used; its length and num_tokens are then 0.
     """
     if isinstance(rows, Mapping):
         rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     index, length, count = np.zeros((3, len(rows)), np.int32)
-    reasons: list[str | None] = [None] * len(rows)
+    refusals: list[ConversationError | None] = [None] * len(rows)
     for place, row in enumerate(rows):
         index[place] = source_id(row, first_number + place, columns)
         try:
@@ -1574,10 +1590,82 @@ def measure_conversations(
                 include_think=include_think, include_end=include_end,
             )  # fmt: skip
         except ConversationError as error:
-            reasons[place] = error.reason
+            refusals[place] = error
             continue
         length[place], count[place] = encoded.input_ids.size, encoded.token_positions.size
-    return index, length, count, reasons
+    return index, length, count, refusals
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A lengths dataset; rows with length 0 are conversations that cannot be used."""
+
+    index: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    num_tokens: npt.NDArray[np.int64] | None  # None in a file that has no such column
+    settings: dict[str, Any]  # what it was measured with; empty where the file does not say
+
+
+def read_lengths(name: str) -> Lengths:
+    """Read a lengths dataset: a Parquet file, a folder of them, or a Hub id.
+
+    Raises:
+        SourceError: no such file, a column is missing, or an index occurs twice.
+    """
+    store = open_store(name)
+    parts, settings = [], {}
+    for path in find_shards(store.list_files(), name, "train"):
+        with store.open(path) as file, parquet_errors(f"{name}/{path}"):
+            table = pq.read_table(file)
+        missing = [column for column in ("index", "length") if column not in table.column_names]
+        if missing:
+            raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
+        settings = json.loads((table.schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
+        parts.append(table.select([c for c in LENGTHS_SCHEMA.names if c in table.column_names]))
+    table = pa.concat_tables(parts, promote_options="default")
+    if any(column.null_count for column in table.columns):
+        raise SourceError(f"lengths {name!r} hold null values")
+    columns = [table[c].to_numpy().astype(np.int64) for c in table.column_names]
+    if np.unique(columns[0]).size != columns[0].size:
+        raise SourceError(f"lengths {name!r}: an index occurs twice")
+    return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
+
+
+def hash_template(source: str) -> str:
+    """Return the SHA-256 of a chat template, by which runs are compared."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def source_revision(dataset: str, revision: str | None = None) -> str | None:
+    """Name the version of a source: the commit of a Hub dataset, a digest of local files.
+
+    The digest covers names, sizes and both ends of each file, so it is cheap for large ones.
+
+    Returns:
+        None when the Hub does not say.
+    """
+    path = Path(dataset).expanduser()
+    if not path.exists():
+        hub = import_extra("huggingface_hub")
+        try:
+            return str(hub.HfApi().dataset_info(dataset, revision=revision).sha)
+        except (hub.errors.HfHubHTTPError, OSError, ValueError):
+            return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(_file_mark(file, path))
+    return "sha256:" + digest.hexdigest()[:40]
+
+
+def _file_mark(file: Path, root: Path, sample_bytes: int = 2**20) -> bytes:
+    """Return a file's name inside `root`, its size and its first and last bytes."""
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        head = data.read(sample_bytes)
+        data.seek(max(0, size - sample_bytes))
+        tail = data.read(sample_bytes)
+    return f"{file.relative_to(root).as_posix()}:{size}:".encode() + head + tail
 
 
 # --------------------------------------------------------------------------------------------------
