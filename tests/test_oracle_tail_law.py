@@ -213,7 +213,7 @@ def uniform_outside_the_nucleus(*args: Any) -> np.ndarray:
 
 
 def bf16_log_probs(*args: Any) -> np.ndarray:
-    bits = np.float32(args[0]).view(np.uint32)
+    bits = args[0].astype(np.float32).view(np.uint32)
     rounded = ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
     return exponential_race(rounded.astype(np.float64), *args[1:])
 
