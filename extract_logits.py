@@ -2285,10 +2285,11 @@ class ShardWriter:
         return read_local_shard(path)
 
     def discard(self) -> None:
-        """Forget the rows and remove the temporary file."""
-        if self._file is not None:
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        """Forget the file under way; after a failed write there is nothing to finish."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
 
 
 def open_parquet_writer(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
@@ -2548,7 +2549,11 @@ class HubDestination:
     detects_changes = True
 
     def __init__(
-        self, repo: str, *, private: bool = False, endpoint: str | None = None,
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        endpoint: str | None = None,
         token: str | None = None,
     ) -> None:
         from huggingface_hub import HfApi
@@ -2959,6 +2964,130 @@ def read_output(destination: Destination) -> OutputState:
     return state
 
 
+CARD_LINE = "<!-- Below this line the card is yours: updates keep it. -->"
+CARD_OWNED_KEYS = ("configs", "pretty_name", "size_categories", "source_datasets")  # of the YAML
+CARD_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}
+CARD_TEXT = """\
+# {title}
+
+The distributions of `{model}` over the assistant tokens of `{dataset}` (split `{split}`), for
+distillation. One row is one conversation; row token `j` is the distribution from which its `j`-th
+assistant token is predicted: the nucleus, a sample of the rest drawn without replacement, and the
+log-sum-exp over the whole vocabulary, so that `exp(logit - logsumexp)` is a probability.
+
+{figures}
+
+## Load
+
+```python
+import numpy as np
+from datasets import load_dataset
+
+row = next(iter(load_dataset("{output}", split="train", streaming=True)))
+low, counts = np.asarray(row["top_indices_low"], np.int64), np.asarray(row["top_counts"])
+bits = np.unpackbits(np.frombuffer(row["top_indices_high"], np.uint8), bitorder="little")
+high = (bits[0::2] + 2 * bits[1::2].astype(np.int64))[: low.size]
+ids = low | high << 16
+vmin, vmax = np.repeat(row["top_min"], counts), np.repeat(row["top_max"], counts)
+logits = np.asarray(row["top_logits_quantized"]) / 65535 * (vmax - vmin) + vmin
+probs = np.exp(logits - np.repeat(row["logsumexp"], counts))
+print("first token:", ids[: counts[0]], probs[: counts[0]])
+```
+
+## Settings
+
+{settings}
+
+## Columns
+
+Lists hold all tokens of a row one after another; `top_counts` says how many nucleus entries each
+token has. An id is `low | high << 16`, `high` packed two bits an id, first id lowest. A logit is
+`q / 65535 * (max - min) + min`, by token.
+
+{schema}
+"""
+
+
+def make_card(
+    output: str,
+    settings: Mapping[str, Any],
+    *,
+    figures: Figures,
+    shards: int,
+    size_bytes: int,
+    previous: str = "",
+) -> str:
+    """Return README.md: what the dataset is, with figures, above what a person wrote.
+
+    Of `previous`, what stands below `CARD_LINE` is kept, or all text of a card that lacks it, and
+    the YAML keys that are not `CARD_OWNED_KEYS`. A card whose YAML is broken is left alone.
+    """
+    import yaml
+
+    match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", previous, re.DOTALL)
+    try:
+        kept = dict((yaml.safe_load(match[1]) if match else None) or {})
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        logger.warning("the card of %s is not updated, its YAML is broken: %s", output, error)
+        return previous
+    front = describe_card(settings, figures)
+    front |= {key: value for key, value in kept.items() if key not in CARD_OWNED_KEYS}
+    schema = shard_schema(store_tokens=bool(settings.get("store_tokens")))
+    body = CARD_TEXT.format(
+        title=front["pretty_name"],
+        output=output,
+        model=settings.get("model"),
+        dataset=settings.get("dataset"),
+        split=settings.get("split"),
+        figures=format_figures(figures, shards=shards, size_bytes=size_bytes),
+        settings=format_table({k: json.dumps(v) for k, v in settings.items() if v is not None}),
+        schema=format_table({column.name: str(column.type) for column in schema}),
+    )
+    text = previous[match.end() :] if match else previous
+    head, line, below = text.partition(CARD_LINE)
+    below = below if line else f"\n\n{head}".rstrip() + "\n"
+    yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{yaml_text}---\n\n{body}\n{CARD_LINE}{below}"
+
+
+def describe_card(settings: Mapping[str, Any], figures: Figures) -> dict[str, Any]:
+    """Return the YAML of a card: what the Hub's viewer and search and `load_dataset` read."""
+    source = str(settings.get("dataset"))
+    size = next((name for bound, name in CARD_SIZES.items() if figures.rows < bound), "1M<n<10M")
+    files = [{"split": "train", "path": "data/*.parquet"}]
+    is_repo = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).exists()
+    return {
+        "pretty_name": f"Logits of {settings.get('model')} on {source}",
+        "tags": ["logits", "distillation", "knowledge-distillation"],
+        "task_categories": ["text-generation"],
+        "size_categories": [size],
+        "configs": [{"config_name": "default", "data_files": files}],
+    } | ({"source_datasets": [source]} if is_repo else {})
+
+
+def format_figures(figures: Figures, *, shards: int, size_bytes: int) -> str:
+    """Return the table of what was measured."""
+    tokens, measured = max(1, figures.tokens), figures.measured_tokens
+    rows = {
+        "conversations": f"{figures.rows:,}",
+        "tokens": f"{figures.tokens:,}",
+        "shards": f"{shards:,} ({size_bytes / 1e6:,.1f} MB)",
+        "bytes per token": f"{size_bytes / tokens:.1f}",
+        "mean nucleus": f"{figures.nucleus_tokens / tokens:.1f} tokens",
+        "nuclei of the largest size allowed": f"{figures.capped_tokens / tokens:.2%}",
+    }
+    if measured:
+        rows["probability covered by the nucleus"] = f"{figures.mass / measured:.4f} on average"
+        rows["probability of the actual token"] = f"{figures.actual / measured:.4f} on average"
+    return format_table(rows)
+
+
+def format_table(rows: Mapping[str, str]) -> str:
+    """Return a two-column Markdown table."""
+    cells = [f"| {name} | {value} |".replace("\n", " ") for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *cells])
+
+
 @dataclass(frozen=True)
 class ResumeInfo:
     """What an earlier run has left: nothing of it needs to be extracted again."""
@@ -3177,7 +3306,7 @@ class StreamingHFUploader:
             if index in self._taken or index in self._pending_indices:
                 continue
             self._taken.add(index)
-            with storage_errors(str(self._cache.folder)):
+            with self._writing():
                 self._writer.add(table.slice(number, 1))
             if self._is_full():
                 self._close_shard()
@@ -3197,9 +3326,21 @@ class StreamingHFUploader:
         cap = int(self._settings.get("top_p_max", 255))
         return ShardWriter(self._cache.folder, self._schema, nucleus_cap=cap)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Drop the shard under way when its file cannot be written: half of it serves nobody."""
+        try:
+            with storage_errors(str(self._cache.folder)):
+                yield
+        except HubError:
+            logger.warning("%d rows have to be extracted again", self._writer.rows)
+            self._writer.discard()
+            self._writer = self._open_writer()
+            raise
+
     def _close_shard(self) -> None:
         """Close the shard under way, filled up with pending rows."""
-        with storage_errors(str(self._cache.folder)):
+        with self._writing():
             for rows in self._pending:
                 rows.draw(self._writer, self._is_writer_full)
             self._pending = [rows for rows in self._pending if rows.left]
@@ -3218,7 +3359,7 @@ class StreamingHFUploader:
         """
         rows = self._writer.rows
         if rows:
-            with storage_errors(str(self._cache.folder)):
+            with self._writing():
                 self._writer.close(self._cache.next_pending_path())
             self._writer = self._open_writer()
         return rows
@@ -3320,8 +3461,11 @@ class StreamingHFUploader:
 
     def _commit(self, shards: list[LocalShard], *, final: bool) -> None:
         """Make the output list some shards; every try looks at what the one before has left."""
-        if self._in_doubt or not self._destination.detects_changes:
+        others_count = final and self._world_size > 1  # for the card
+        if self._in_doubt or others_count or not self._destination.detects_changes:
             self._look_again(shards)
+        if others_count:
+            self._state.records |= read_checkpoints(self._destination, self._state.files)
         listed = self._state.files.keys() - self._removals
         landed = [shard for shard in self._backups if shard.name in listed]
         new = [shard for shard in shards if shard.name not in listed]
@@ -3360,14 +3504,27 @@ class StreamingHFUploader:
                 )
 
     def _side_files(self, records: Mapping[str, ShardRecord], *, final: bool) -> dict[str, bytes]:
-        """Return the files that go with a commit, the checkpoint last."""
+        """Return the small files that go with a commit, the checkpoint last.
+
+        Of several workers, each updates the card at its end only: every one sees the checkpoints of
+        those before it, and the last one all.
+        """
         own = {name: record for name, record in records.items() if self._is_own(name)}
         worker = f"-w{self._rank:02d}" if self._world_size > 1 else ""
-        return {
+        files = {
             "extraction_config.json": encode_settings(self._settings),
             "chat_template.jinja": self._chat_template.encode(),
-            f"checkpoint{worker}.json": encode_checkpoint(self._settings, own),
         }
+        if final or self._world_size == 1 or "README.md" not in self._side:
+            files["README.md"] = make_card(
+                self._destination.name,
+                self._settings,
+                figures=sum((record.figures for record in records.values()), Figures()),
+                shards=len(records),
+                size_bytes=sum(record.bytes for record in records.values()),
+                previous=self._side.get("README.md", b"").decode(errors="replace"),
+            ).encode()
+        return files | {f"checkpoint{worker}.json": encode_checkpoint(self._settings, own)}
 
     def _note_delivery(self, shards: list[LocalShard]) -> None:
         """Forget the local copies of what the output lists now."""
@@ -3404,11 +3561,17 @@ class StreamingHFUploader:
         }
 
     def shutdown(self) -> None:
-        """Stop after the request under way and release the cache; nothing waits for retries."""
+        """Stop after the request under way, keep the rows of the shard under way, free the cache.
+
+        Nothing waits for retries. Failures are logged, so that the first one stays the one raised.
+        """
         self._stop.set()
         self._hurry.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
-        self._writer.discard()
+        try:
+            self.save_pending_locally()
+        except HubError as error:
+            logger.warning("%s", error)
         self._cache.close()
 
 

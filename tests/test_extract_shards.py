@@ -54,6 +54,7 @@ def test_a_run_writes_shards_of_the_asked_size_and_a_checkpoint(tmp_path: Path) 
     uploader.shutdown()
     names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.glob("out/**/*.*"))
     assert names == [
+        "README.md",
         "chat_template.jinja",
         "checkpoint.json",
         "data/part-00000.parquet",
