@@ -1184,9 +1184,7 @@ def _changed(text: str, variant: str) -> Span:
     return first, len(text) - _shared_suffix(text[first:], variant[first:])
 
 
-def _turn_start(
-    rendering: _Rendering, number: int, floor: int, variant: str, first: int
-) -> int:
+def _turn_start(rendering: _Rendering, number: int, floor: int, variant: str, first: int) -> int:
     """Return where turn `number` starts: at the end of the generation prompt before it.
 
     A think tag at the end of the prompt is part of it only where the text goes on like the prompt.
@@ -1248,9 +1246,7 @@ def _marked_call(call: Any, rendering: _Rendering) -> Any:
     return {**call, "arguments": dict.fromkeys(names or [rendering.mark], rendering.mark)}
 
 
-def _closing_length(
-    rendering: _Rendering, number: int, called: dict[str, Any], last: int
-) -> int:
+def _closing_length(rendering: _Rendering, number: int, called: dict[str, Any], last: int) -> int:
     """Return how much text after the arguments closes the call and the turn.
 
     That is what also follows them when the conversation stops there, through the end of the turn.
@@ -1278,9 +1274,7 @@ def _shown_content(rendering: _Rendering, number: int) -> Span | None:
     message = rendering.messages[number]
     if not message.get("content"):
         return None
-    variant = rendering.render(
-        rendering.replaced(number, {**message, "content": rendering.mark})
-    )
+    variant = rendering.render(rendering.replaced(number, {**message, "content": rendering.mark}))
     if variant is None or rendering.mark not in variant:
         return None
     return _changed(rendering.text, variant)
@@ -1412,9 +1406,7 @@ def encode_conversation(
     positions = token_positions_of(rendered.spans, starts, ends)
     if positions.size == 0:
         raise ConversationError("no_tokens", "the template shows nothing that the assistant says")
-    return EncodedConversation(
-        rendered.text, ids, positions, rendered.way, rendered.end_of_turn
-    )
+    return EncodedConversation(rendered.text, ids, positions, rendered.way, rendered.end_of_turn)
 
 
 def encode_row(

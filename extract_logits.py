@@ -2022,8 +2022,8 @@ class PackedBatch:
     """Rows in the shard schema plus the two figure columns, and what was left out."""
 
     table: pa.Table
-    skipped: list[SkippedRow]
-    tokens: int
+    unusable: list[EncodedRow]  # NaN, +inf or too few finite logits at some token
+    shared: bool  # several conversations went through the teacher together
 
 
 def packed_schema(schema: pa.Schema) -> pa.Schema:
@@ -2036,23 +2036,19 @@ def packed_schema(schema: pa.Schema) -> pa.Schema:
 def cpu_postprocess_batch(result: Any, batch: Batch, *, schema: pa.Schema) -> PackedBatch:
     """Turn a batch's result on the host into Arrow rows, without a loop over tokens.
 
-    Rows with a token whose logits cannot be used (NaN, +inf, too few candidates) are left out and
-    returned as skipped.
+    Rows with a token whose logits cannot be used are left out of the table and returned as they
+    are: in one packed pass NaN reaches the neighbours, so the caller may try them alone.
     """
     sizes = np.asarray([row.token_positions.size for row in batch.rows], np.int64)
     starts = np.cumsum(sizes) - sizes
     good = np.logical_and.reduceat(result.usable, starts) if sizes.size else np.zeros(0, bool)
-    skipped = [
-        SkippedRow(row.index, "unusable_logits", "NaN, infinite or too few finite logits")
-        for row, usable in zip(batch.rows, good, strict=True)
-        if not usable
-    ]
     rows = [row for row, usable in zip(batch.rows, good, strict=True) if usable]
     tokens = np.repeat(good, sizes)
     columns = pack_columns(result, tokens, sizes[good], rows)
     wanted = packed_schema(schema)
     table = pa.Table.from_arrays([columns[name] for name in wanted.names], schema=wanted)
-    return PackedBatch(table, skipped, int(tokens.sum()))
+    unusable = [row for row, usable in zip(batch.rows, good, strict=True) if not usable]
+    return PackedBatch(table, unusable, shared=len(batch.rows) > 1)
 
 
 def pack_columns(
@@ -4030,6 +4026,7 @@ class Extraction:
         resumed = uploader.get_resume_info()
         self.done = np.union1d(as_ids(resumed.done), as_ids(resumed.pending))
         self.skipped: dict[int, str] = {}
+        self.suspects: list[EncodedRow] = []
         self.rows = self.tokens = self.batches = 0
         self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
         self.teacher: Teacher | None = None
@@ -4062,9 +4059,21 @@ class Extraction:
             if self.should_stop():
                 post.flush()
                 return False
-            for part, result in self.process(batch):
-                post.submit(part, result)
+            self.submit(batch, post)
+            self.retry_alone(post)
+        post.flush()
+        self.retry_alone(post)
         return True
+
+    def submit(self, batch: Batch, post: AsyncPostProcessor) -> None:
+        """Run a batch and hand what comes of it to the thread that packs."""
+        for part, result in self.process(batch):
+            post.submit(part, result)
+
+    def retry_alone(self, post: AsyncPostProcessor) -> None:
+        """Run suspects one by one, so that only the conversation that is at fault is left out."""
+        while self.suspects:
+            self.submit(Batch([self.suspects.pop()]), post)
 
     def remaining_batches(self, prepared: PreparedDataset) -> Iterator[Batch]:
         """Yield the batches that hold a row still to do; loads the teacher when one does."""
@@ -4127,7 +4136,7 @@ class Extraction:
     def deliver(self, packed: PackedBatch) -> None:
         """Hand finished rows to the uploader, and shards to the output when they are full."""
         self.batches += 1
-        self.skip(packed.skipped)
+        self.sort_out(packed)
         table = packed.table
         new = ~np.isin(table["index"].to_numpy(), self.done)
         table = table.filter(pa.array(new))
@@ -4135,14 +4144,24 @@ class Extraction:
             self.uploader.add_sample(table)
         self.rows += table.num_rows
         self.tokens += int(np.sum(table["num_tokens"].to_numpy()))
-        if self.batches >= HOPELESS_BATCHES and not self.rows and packed.skipped:
-            raise TeacherError(
-                f"the first {self.batches} batches gave no usable logits "
-                f"({describe_skips(self.skipped)}): try --dtype float32 or --attn eager"
-            )
         while self.uploader.should_flush():
             self.uploader.flush()
         self.show(table.num_rows)
+
+    def sort_out(self, packed: PackedBatch) -> None:
+        """Skip conversations without usable logits, or keep them to be tried alone."""
+        if packed.shared:
+            self.suspects += packed.unusable
+        else:
+            self.skip(
+                SkippedRow(row.index, "unusable_logits", "NaN, infinite or too few finite logits")
+                for row in packed.unusable
+            )
+        if self.batches >= HOPELESS_BATCHES and packed.unusable and not self.rows:
+            raise TeacherError(
+                f"the first {self.batches} batches gave no usable logits (NaN or infinite): "
+                "try --dtype float32 or --attn eager"
+            )
 
     def skip(self, rows: Iterable[SkippedRow]) -> None:
         """Count rows that give nothing, each once, and name them in the log."""
@@ -4177,7 +4196,7 @@ class Extraction:
 
 
 def open_bar() -> tqdm[Any]:
-    """Make the progress bar on stderr, not shown yet; where that is a file, it is written seldom."""
+    """Make the progress bar on stderr, not shown yet; into a file it is written seldom."""
     return tqdm(
         unit="row",
         file=sys.stderr,

@@ -1,4 +1,4 @@
-"""The command line of `extract_logits.py`: exit codes, one-line errors, what goes to which stream."""
+"""The command line of `extract_logits.py`: exit codes, one-line errors, which stream gets what."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def refuse(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: dict[str, object]
-) -> str:
+def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: dict[str, object]) -> str:
     """Run with the given options; it must exit 2 with one line and leave nothing behind."""
     wanted = {**GOOD, "--output": tmp_path / "out", "--cache-dir": tmp_path / "cache", **options}
     argv = [str(part) for pair in wanted.items() for part in pair if part is not True]
