@@ -76,7 +76,9 @@ from explore_logits import (
     LogitsError,
     encode_row,
     format_mask_preview,
+    hash_template,
     load_chat_template,
+    load_extraction_config,
     load_tokenizer,
     measure_conversations,
     open_source,
@@ -84,6 +86,7 @@ from explore_logits import (
     resolve_columns,
     shard_schema,
     source_columns,
+    source_revision,
 )
 
 try:
@@ -3853,6 +3856,7 @@ class Job:
 
 def open_job(config: ExtractionConfig) -> Job:
     """Open tokenizer, template and source, and refuse what cannot work before it costs time."""
+    config, dataset_revision = pin_revisions(config)
     tokenizer = load_tokenizer(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -3860,7 +3864,11 @@ def open_job(config: ExtractionConfig) -> Job:
     model_config = load_model_config(config)
     template = load_chat_template(config.chat_template, tokenizer)
     source = open_source(
-        config.dataset, subset=config.subset, split=config.split, streaming=config.streaming
+        config.dataset,
+        subset=config.subset,
+        split=config.split,
+        streaming=config.streaming,
+        revision=dataset_revision,
     )
     columns = resolve_columns(
         source_columns(source),
@@ -3880,8 +3888,29 @@ def open_job(config: ExtractionConfig) -> Job:
     )
     vocab_size = check_vocabulary(config, tokenizer)
     settings = describe_settings(config, encoder, model_config, vocab_size)
+    settings["dataset_revision"] = dataset_revision or source_revision(config.dataset)
     schema = shard_schema(store_tokens=config.store_tokens, settings=settings)
     return Job(config, source, encoder, vocab_size, settings, schema)
+
+
+def pin_revisions(config: ExtractionConfig) -> tuple[ExtractionConfig, str | None]:
+    """Hold a resumed run to the commits of model and source that it began with.
+
+    Returns:
+        The configuration, with the recorded revision where none was asked for, and the commit of
+        a source on the Hub; None for local files, which have no history to go back to.
+    """
+    if not config.resume:
+        return config, None
+    try:
+        recorded = load_extraction_config(config.output)
+    except LogitsError:  # nothing there yet, or nothing readable: opening the output will tell
+        return config, None
+    if config.revision is None and recorded.get("model") == config.model:
+        config = replace(config, revision=recorded.get("model_revision"))
+    same_source = recorded.get("dataset") == config.dataset
+    remote = same_source and not Path(config.dataset).expanduser().exists()
+    return config, recorded.get("dataset_revision") if remote else None
 
 
 def check_vocabulary(config: ExtractionConfig, tokenizer: Any) -> int:
@@ -3919,9 +3948,8 @@ def describe_settings(
         "format_version": FORMAT_VERSION,
         **{name: getattr(config, name) for name in kept.split()},
         "model_revision": getattr(model_config, "_commit_hash", None) or config.revision,
-        "dataset_revision": None,
         **{f"{name}_col": value for name, value in asdict(columns).items()},
-        "chat_template_sha256": hashlib.sha256(encoder.chat_template.encode()).hexdigest(),
+        "chat_template_sha256": hash_template(encoder.chat_template),
         "dtype": resolve_dtype(config, model_config),
         "vocab_size": vocab_size,
         "versions": {
