@@ -989,7 +989,7 @@ def render_conversation(
     else:
         spans = _differential_turns(rendering, include_end=include_end)
     if not include_think:
-        spans = _without_inserted_think(messages, text, spans)
+        spans = _without_inserted_think(rendering, spans)
     way = "generation" if marked else "differential"
     end = next((e.strip() for e in template.ends for a, b in spans if e in text[a:b]), None)
     return RenderedConversation(text, spans, way, end)
@@ -1168,14 +1168,22 @@ def _find_turn(rendering: _Rendering, number: int, floor: int) -> _Turn | None:
         turn = _find_calling_turn(rendering, number, floor)
         if turn is not None:
             return turn
-    variant = rendering.render(
-        rendering.replaced(number, {"role": "assistant", "content": rendering.mark})
-    )
-    if variant is None or rendering.mark not in variant:
+    variant = _replaced_content(rendering, number)
+    if variant is None:
         return None
     first, last = _changed(rendering.text, variant)
     start = _turn_start(rendering, number, floor, variant, first)
     return _Turn(number, start, [(start, max(start, last))])
+
+
+def _replaced_content(rendering: _Rendering, number: int) -> str | None:
+    """Render with nothing but the mark said in turn `number`; None if that does not show."""
+    plain = {"role": "assistant", "content": rendering.mark}
+    for message in (plain, {**rendering.messages[number], **plain}):
+        variant = rendering.render(rendering.replaced(number, message))
+        if variant is not None and rendering.mark in variant:
+            return variant
+    return None
 
 
 def _changed(text: str, variant: str) -> Span:
@@ -1195,7 +1203,10 @@ def _turn_start(rendering: _Rendering, number: int, floor: int, variant: str, fi
         return first
     asked = rendering.render(rendering.messages[:number], prompt=True)
     if asked is not None and len(asked) >= floor and text.startswith(asked):
-        return len(asked)
+        start = len(asked)
+        if not prompt:  # what stands between is the header, but for blanks
+            return first if text[start:first].strip() else start
+        return start + len(prompt) if text.startswith(prompt, start) else start
     before = rendering.render(rendering.messages[:number])
     if asked is not None and before is not None and asked.startswith(before):
         header = len(before) + len(_bare(asked[len(before) :]))
@@ -1225,6 +1236,7 @@ def _find_calling_turn(rendering: _Rendering, number: int, floor: int) -> _Turn 
     if variant is None or rendering.mark not in variant:
         return None
     first, last = _changed(rendering.text, variant)
+    first = min(first, _calls_start(rendering, number, floor, first))
     start = _turn_start(rendering, number, floor, variant, first)
     end = last + _closing_length(rendering, number, called, last)
     said = _shown_content(rendering, number)
@@ -1233,6 +1245,21 @@ def _find_calling_turn(rendering: _Rendering, number: int, floor: int) -> _Turn 
     if said[0] >= end and _tool_result_between(rendering, number, end, said[0]):
         return _Turn(number, start, [(start, end), said])
     return _Turn(number, start, [(start, said[1])])
+
+
+def _calls_start(rendering: _Rendering, number: int, floor: int, first: int) -> int:
+    """Return where the text of calls begins, by comparing with a turn that only says something.
+
+    `first`, where the arguments begin, if that turn starts with more than prompt and tags.
+    """
+    variant = _replaced_content(rendering, number)
+    if variant is None:
+        return first
+    shared = _shared_prefix(rendering.text, variant)
+    gap = variant[shared : variant.index(rendering.mark)]
+    gap = gap.removeprefix(_bare(rendering.template.prompt))
+    gap = rendering.template.tokens.sub("", _THINK_TAG.sub("", gap))
+    return shared if shared >= floor and not gap.strip() else first
 
 
 def _marked_call(call: Any, rendering: _Rendering) -> Any:
@@ -1246,17 +1273,17 @@ def _marked_call(call: Any, rendering: _Rendering) -> Any:
     return {**call, "arguments": dict.fromkeys(names or [rendering.mark], rendering.mark)}
 
 
-def _closing_length(rendering: _Rendering, number: int, called: dict[str, Any], last: int) -> int:
+def _closing_length(
+    rendering: _Rendering, number: int, called: Mapping[str, Any], last: int
+) -> int:
     """Return how much text after the arguments closes the call and the turn.
 
     That is what also follows them when the conversation stops there, through the end of the turn.
     """
     before = rendering.messages[:number]
-    message = {**rendering.messages[number]}
-    if "content" in message:
-        message["content"] = called["content"] = ""
-    stopped = rendering.render([*before, message])
-    variant = rendering.render([*before, dict(called)])
+    silent = {"content": ""} if called.get("content") else {}
+    stopped = rendering.render([*before, {**rendering.messages[number], **silent}])
+    variant = rendering.render([*before, {**called, **silent}])
     if stopped is None or variant is None:
         return 0
     tail = stopped[_changed(stopped, variant)[1] :]
@@ -1323,20 +1350,21 @@ def _unusual_end(rendering: _Rendering, number: int, end: int) -> int:
     return found.end() if found else 0
 
 
-def _without_inserted_think(messages: Messages, text: str, spans: list[Span]) -> list[Span]:
+def _without_inserted_think(rendering: _Rendering, spans: list[Span]) -> list[Span]:
     """Cut think tags off the starts of spans where the data has none."""
-    answers = [message for message in messages if message["role"] == "assistant"]
+    answers = [n for n, m in enumerate(rendering.messages) if m["role"] == "assistant"]
     paired = len(answers) == len(spans)
     kept = []
-    for number, (a, b) in enumerate(spans):
-        own = [answers[number]] if paired else answers
-        start = max(a, min(_after_inserted_think(text, a, b, message) for message in own))
-        kept.append((start, b))
+    for place, (a, b) in enumerate(spans):
+        own = [answers[place]] if paired else answers
+        start = min(_after_inserted_think(rendering, a, b, number) for number in own)
+        kept.append((max(a, start), b))
     return _merged(kept)
 
 
-def _after_inserted_think(text: str, a: int, b: int, message: Mapping[str, Any]) -> int:
-    """Return where a span starts without the think tags that `message` does not hold."""
+def _after_inserted_think(rendering: _Rendering, a: int, b: int, number: int) -> int:
+    """Return where a span starts without the think tags that its message does not hold."""
+    text, message = rendering.text, rendering.messages[number]
     content = message.get("content")
     content = content if isinstance(content, str) else ""
     reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
@@ -1345,8 +1373,10 @@ def _after_inserted_think(text: str, a: int, b: int, message: Mapping[str, Any])
         found = _OPEN_THINK.match(text, a, b)
     if found is None:
         return a
-    blank = content[: len(content) - len(content.lstrip())]
-    return found.end() - len(blank) if text.endswith(blank, a, found.end()) else found.end()
+    tag_end = a + len(text[a : found.end()].rstrip())
+    variant = _replaced_content(rendering, number)  # tells the template's blanks from the data's
+    first = found.end() if variant is None else _shared_prefix(text, variant)
+    return min(found.end(), first) if first >= tag_end else found.end()
 
 
 # Tokens -------------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""Print how the assistant's tokens of every stock template are found, and whether rightly so.
+
+    python tests/template_table.py
+
+A table in Markdown (quoted in docs/templates.md), then one JSON line. A conversation counts as
+right when its extracted tokens are exactly those of `template_reference`, which shares no code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from chat_shapes import SHAPES, SHAPES_WITH_TOOLS, TOOLS, stock, template_names
+from template_reference import assistant_spans, extracted_tokens
+
+from explore_logits import ConversationError, encode_conversation
+
+
+class Outcome(NamedTuple):
+    """What became of one conversation with one template."""
+
+    way: str  # "generation", "differential" or "refused"
+    right: bool
+    detail: str  # the reason, or what differs
+
+
+def try_shape(name: str, shape: str) -> Outcome:
+    """Encode one conversation with one stock template and compare it with the reference."""
+    tokenizer = stock(name)
+    tools = TOOLS if shape in SHAPES_WITH_TOOLS else None
+    try:
+        encoded = encode_conversation(SHAPES[shape], tokenizer, tools=tools)
+    except ConversationError as error:
+        return Outcome("refused", error.reason == "refused_by_template", str(error))
+    spans = assistant_spans(name, encoded.text)
+    offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)
+    expected = extracted_tokens(spans, offsets["offset_mapping"])
+    found = encoded.token_positions.tolist()
+    return Outcome(encoded.way, found == expected, describe(encoded, tokenizer, expected))
+
+
+def describe(encoded: Any, tokenizer: Any, expected: list[int]) -> str:
+    """Write what was extracted and what should have been."""
+    ids = encoded.input_ids
+    found = tokenizer.decode(ids[encoded.token_positions].tolist())
+    wanted = tokenizer.decode(ids[expected].tolist())
+    return f"found    {found!r}\nexpected {wanted!r}\nin       {encoded.text!r}"
+
+
+def table_row(name: str, outcomes: dict[str, Outcome]) -> str:
+    """Write a template's line of the table."""
+    used = [o for o in outcomes.values() if o.way != "refused"]
+    ways = "/".join(sorted({o.way for o in used})) or "none"
+    refused = {shape: o.detail for shape, o in outcomes.items() if o.way == "refused"}
+    why = sorted({text.removeprefix("the template says: ") for text in refused.values()})
+    right = f"{sum(o.right for o in used)}/{len(used)}"
+    return f"| {name} | {ways} | {right} | {', '.join(refused)} | {'; '.join(why)} |"
+
+
+@cache
+def try_template(name: str) -> dict[str, Outcome]:
+    """Encode the conversations of all shapes with one stock template."""
+    return {shape: try_shape(name, shape) for shape in SHAPES}
+
+
+def build_table() -> str:
+    """Return the table of all stock templates, in Markdown."""
+    head = ["| template | way | right | refused by the template | what it says |", "|---" * 5 + "|"]
+    return "\n".join([*head, *(table_row(name, try_template(name)) for name in template_names())])
+
+
+def main() -> int:
+    """Print the table and return 1 if any conversation was encoded wrongly."""
+    logging.disable(logging.WARNING)
+    print(build_table())
+    total: Counter[str] = Counter()
+    for name in template_names():
+        for shape, outcome in try_template(name).items():
+            total[outcome.way if outcome.right else "wrong"] += 1
+            if not outcome.right:
+                print(f"{name}, {shape}: {outcome.way}\n{outcome.detail}", file=sys.stderr)
+    print(json.dumps({"templates": len(template_names()), "shapes": len(SHAPES), **total}))
+    return int(total["wrong"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
