@@ -156,8 +156,8 @@ def get_transform_fn(
     """Build the function that measures a batch of rows.
 
     It takes a batch as `Dataset.map(batched=True, with_indices=True)` gives it: columns, and the
-    numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens`, and
-    `refusal`: None, or a pair of the reason and a sentence on why the conversation is not usable.
+    numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens` and
+    `reason`: None, or why the conversation cannot be used.
 
     Args:
         config: model, template and what to include.
@@ -169,7 +169,7 @@ def get_transform_fn(
     template = load_chat_template(config.chat_template, tokenizer)
 
     def transform(batch: Batch, numbers: Sequence[int]) -> Measured:
-        index, length, num_tokens, refusals = measure_conversations(
+        index, length, num_tokens, reasons = measure_conversations(
             batch, numbers[0] if len(numbers) else 0, columns=columns, tokenizer=tokenizer,
             chat_template=template, include_think=config.include_think,
             include_end=config.include_end,
@@ -178,7 +178,7 @@ def get_transform_fn(
             "index": index.tolist(),
             "length": length.tolist(),
             "num_tokens": num_tokens.tolist(),
-            "refusal": [r and (r.reason, str(r)) for r in refusals],
+            "reason": reasons,
         }
 
     return transform
@@ -319,11 +319,10 @@ def collect(batches: Iterable[Measured], *, total: int | None = None) -> Measure
     skipped: Counter[str] = Counter()
     with tqdm(total=total, unit=" rows", file=sys.stderr, disable=None) as bar:
         for batch in batches:
-            for index, refusal in zip(batch["index"], batch["refusal"], strict=True):
-                if refusal is not None:
-                    reason, why = refusal
+            for index, reason in zip(batch["index"], batch["reason"], strict=True):
+                if reason is not None:
                     if reason not in skipped:
-                        log.warning("index %d cannot be used (%s): %s", index, reason, why)
+                        log.warning("index %d cannot be used: %s", index, reason)
                     skipped[reason] += 1
             parts.append(np.array([batch[c] for c in LENGTHS_SCHEMA.names], np.int32))
             bar.update(len(batch["index"]))

@@ -1588,7 +1588,7 @@ def measure_conversations(
     npt.NDArray[np.int32],
     npt.NDArray[np.int32],
     npt.NDArray[np.int32],
-    list[ConversationError | None],
+    list[str | None],
 ]:
     """Measure a batch of source rows in tokens.
 
@@ -1597,13 +1597,13 @@ def measure_conversations(
         first_number: number of the first row in the source.
 
     Returns:
-        `index`, `length` S and `num_tokens` N, each (B,) int32, and per row None or why the
-        conversation cannot be used; its length and num_tokens are then 0.
+        `index`, `length` S and `num_tokens` N, each (B,) int32, and per row None or the reason why
+        the conversation cannot be used; its length and num_tokens are then 0.
     """
     if isinstance(rows, Mapping):
         rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     index, length, count = np.zeros((3, len(rows)), np.int32)
-    refusals: list[ConversationError | None] = [None] * len(rows)
+    reasons: list[str | None] = [None] * len(rows)
     for place, row in enumerate(rows):
         index[place] = source_id(row, first_number + place, columns)
         try:
@@ -1612,10 +1612,10 @@ def measure_conversations(
                 include_think=include_think, include_end=include_end,
             )  # fmt: skip
         except ConversationError as error:
-            refusals[place] = error
+            reasons[place] = error.reason
             continue
         length[place], count[place] = encoded.input_ids.size, encoded.token_positions.size
-    return index, length, count, refusals
+    return index, length, count, reasons
 
 
 @dataclass(frozen=True)
