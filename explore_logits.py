@@ -25,15 +25,18 @@ import hashlib
 import html
 import importlib
 import importlib.util
+import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,21 +52,32 @@ __all__ = [
     "MAX_TOKEN_ID",
     "SCHEMA",
     "AlignmentError",
+    "BytesPerTokenStats",
+    "Comparison",
     "ConversationAnalysis",
     "ConversationColumns",
     "ConversationError",
+    "DatasetStats",
     "EncodedConversation",
     "FormatError",
     "LogitDataset",
     "LogitsError",
+    "NucleusSizeStats",
     "OpenError",
     "Prediction",
     "RowError",
     "SourceError",
     "TemplateError",
+    "TextSource",
     "TokenAnalysis",
     "TokenBlock",
+    "ValidationReport",
+    "Violation",
+    "analyze_nucleus_sizes",
     "analyze_token_probabilities",
+    "compare_outputs",
+    "compute_bytes_per_token_stats",
+    "compute_dataset_stats",
     "decode_rows",
     "decode_top_tokens",
     "dequantize_all_logits",
@@ -72,6 +86,7 @@ __all__ = [
     "dequantize_top_logits",
     "encode_conversation",
     "encode_row",
+    "execute_analysis",
     "format_mask_preview",
     "get_nucleus_probability_mass",
     "get_sample",
@@ -82,15 +97,21 @@ __all__ = [
     "load_logit_dataset",
     "load_tokenizer",
     "logits_to_probs",
+    "main",
     "measure_conversations",
     "open_source",
+    "open_text",
     "pack_indices",
+    "parse_args",
     "plot_logit_distribution",
+    "plot_nucleus_size_analysis",
     "plot_nucleus_sizes",
     "plot_nucleus_vs_sampled",
+    "print_dataset_stats",
     "print_sample_info",
     "print_top_tokens",
     "quantize_logits",
+    "quick_explore",
     "read_conversation",
     "read_lengths",
     "read_tools",
@@ -101,8 +122,11 @@ __all__ = [
     "source_id",
     "source_revision",
     "unpack_indices",
+    "validate_output",
     "visualize_conversation_probabilities",
 ]
+
+log = logging.getLogger("explore_logits")
 
 
 class LogitsError(Exception):
@@ -2056,7 +2080,7 @@ def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
     Raises:
         OpenError: there is no such output, or it says nothing about its run.
     """
-    dataset = name if isinstance(name, LogitDataset) else load_logit_dataset(name)
+    dataset = as_output(name)
     text = read_text(dataset.store, CONFIG_FILE)
     settings = dataset.settings if text is None else parse_settings(text.encode(), CONFIG_FILE)
     if not settings:
@@ -2064,12 +2088,15 @@ def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
     return settings
 
 
+def as_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> LogitDataset:
+    """Open an output unless it is open already."""
+    return name if isinstance(name, LogitDataset) else load_logit_dataset(name)
+
+
 def as_dataset(dataset: Any) -> Any:
     """Open what is a name, or a list of files; return anything else as it is."""
-    files = isinstance(dataset, (list, tuple)) and isinstance(dataset[:1], (list, tuple))
-    if isinstance(dataset, (str, Path)):
-        return load_logit_dataset(dataset)
-    if files and dataset and all(isinstance(file, (str, Path)) for file in dataset):
+    files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
+    if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
     return dataset
 
@@ -2130,11 +2157,15 @@ def read_stream(dataset: Any, i: int) -> pa.Table:
 
 
 def iter_tables(
-    dataset: Any, columns: Sequence[str] = READ_COLUMNS, *, limit: int | None = None
+    dataset: Any,
+    columns: Sequence[str] = READ_COLUMNS,
+    *,
+    limit: int | None = None,
+    rows: int = 64,
 ) -> Iterator[pa.Table]:
     """Yield the rows of any kind of dataset in order as small tables of `columns`."""
     left = limit
-    for table in _all_tables(as_dataset(dataset), columns):
+    for table in _all_tables(as_dataset(dataset), columns, rows=rows):
         if left is not None and table.num_rows >= left:
             yield table.slice(0, left)
             return
@@ -2142,7 +2173,7 @@ def iter_tables(
         yield table
 
 
-def _all_tables(dataset: Any, columns: Sequence[str], *, rows: int = 64) -> Iterator[pa.Table]:
+def _all_tables(dataset: Any, columns: Sequence[str], *, rows: int) -> Iterator[pa.Table]:
     if isinstance(dataset, LogitDataset):
         yield from dataset.iter_tables(columns, rows=rows)
     elif isinstance(dataset, pa.Table):
@@ -2311,11 +2342,11 @@ def read_columns(table: pa.Table) -> dict[str, Any]:
     """Return the format's columns as numpy; optional ones that are missing are filled in."""
     rows = table.num_rows
     columns = {}
-    for field in (*SCHEMA, *TOKEN_FIELDS):
-        if field.name in table.column_names or field.name not in OPTIONAL_COLUMNS:
-            columns[field.name] = read_column(table, field)
-        elif field.name in TAIL_COLUMNS:
-            columns[field.name] = Ragged(np.zeros(0, np.uint8), np.zeros(rows + 1, np.int64))
+    for kind in (*SCHEMA, *TOKEN_FIELDS):
+        if kind.name in table.column_names or kind.name not in OPTIONAL_COLUMNS:
+            columns[kind.name] = read_column(table, kind)
+        elif kind.name in TAIL_COLUMNS:
+            columns[kind.name] = Ragged(np.zeros(0, np.uint8), np.zeros(rows + 1, np.int64))
     columns.setdefault("num_tokens", columns["top_counts"].lengths)
     return columns
 
@@ -2659,6 +2690,807 @@ def decode_top_tokens(
 # 6 Statistics
 # --------------------------------------------------------------------------------------------------
 
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+COUNT_BATCH = 2**22  # nucleus sizes sent to a device at once
+
+
+@dataclass(frozen=True, eq=False)
+class NucleusSizeStats:
+    """How many tokens the nuclei hold; everything follows exactly from the histogram."""
+
+    histogram: npt.NDArray[np.int64]  # (256,) tokens by nucleus size
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted."""
+        return int(self.histogram.sum())
+
+    @property
+    def min(self) -> int:
+        """Smallest size."""
+        return int(np.flatnonzero(self.histogram)[0]) if self.tokens else 0
+
+    @property
+    def max(self) -> int:
+        """Largest size."""
+        return int(np.flatnonzero(self.histogram)[-1]) if self.tokens else 0
+
+    @property
+    def mean(self) -> float:
+        """Mean size, from exact integer sums."""
+        return int(self.histogram @ np.arange(256)) / max(self.tokens, 1)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over all tokens (not a sample's), from exact integer sums."""
+        n, sizes = max(self.tokens, 1), np.arange(256)
+        total, squares = int(self.histogram @ sizes), int(self.histogram @ sizes**2)
+        return math.sqrt(n * squares - total * total) / n
+
+    @property
+    def percentiles(self) -> dict[int, float]:
+        """The usual percentiles, by number."""
+        return {q: self.percentile(q) for q in PERCENTILES}
+
+    def percentile(self, q: float) -> float:
+        """Return percentile `q`, between neighbours as `numpy.percentile` does."""
+        if not self.tokens:
+            return 0.0
+        place = q / 100 * (self.tokens - 1)
+        below = math.floor(place)
+        ends = np.searchsorted(np.cumsum(self.histogram), [below, math.ceil(place)], side="right")
+        low, high = (int(end) for end in ends)
+        return low + (high - low) * (place - below)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return the figures as pairs of label and text."""
+        named = [(f"percentile {q}", f"{value:g}") for q, value in self.percentiles.items()]
+        return [
+            ("rows", f"{self.rows:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("smallest", str(self.min)),
+            ("largest", str(self.max)),
+            ("mean", f"{self.mean:.2f}"),
+            ("standard deviation", f"{self.std:.2f}"),
+            *named,
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label:20} {value:>14}" for label, value in self.facts())
+
+    def _repr_html_(self) -> str:
+        return facts_table("Nucleus size", self.facts()) + histogram_svg(self.histogram)
+
+
+def analyze_nucleus_sizes(
+    name_or_dataset: Any, max_samples: int | None = None, device: str | None = None
+) -> NucleusSizeStats:
+    """Count nucleus sizes in one pass that reads nothing but `top_counts`.
+
+    Args:
+        name_or_dataset: an output by name, or any dataset that `get_sample` takes.
+        max_samples: rows to read at most.
+        device: count on this torch device (`cuda`, `mps`) in large batches; the result is the same.
+
+    Raises:
+        LogitsError: torch or the device is not there.
+    """
+    histogram, rows = np.zeros(256, np.int64), 0
+    batch: list[npt.NDArray[np.uint8]] = []
+    waiting = 0
+    kind = SCHEMA.field("top_counts")
+    for table in iter_tables(name_or_dataset, [kind.name], limit=max_samples, rows=1024):
+        sizes = read_column(table, kind).values
+        rows, waiting = rows + table.num_rows, waiting + sizes.size
+        batch.append(sizes)
+        if device is None or waiting >= COUNT_BATCH:
+            histogram += count_sizes(np.concatenate(batch), device)
+            batch, waiting = [], 0
+    if batch:
+        histogram += count_sizes(np.concatenate(batch), device)
+    return NucleusSizeStats(histogram, rows)
+
+
+def count_sizes(sizes: npt.NDArray[np.uint8], device: str | None) -> npt.NDArray[np.int64]:
+    """Return the histogram (256,) of sizes, counted by numpy or on a torch device."""
+    if device is None:
+        return np.bincount(sizes, minlength=256)
+    torch = import_extra("torch")
+    try:
+        moved = torch.from_numpy(sizes).to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise LogitsError(f"cannot count on device {device!r}: {error}") from error
+    return np.asarray(torch.bincount(moved.int(), minlength=256).cpu().numpy(), np.int64)
+
+
+@dataclass(frozen=True)
+class BytesPerTokenStats:
+    """What a stored token costs, column by column."""
+
+    tokens: int
+    total_bytes: int
+    column_bytes: dict[str, int]
+    in_memory: bool = False  # True: of tables without files, so not compressed
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of everything, footers included, by token."""
+        return self.total_bytes / max(self.tokens, 1)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return the figures as pairs of label and text, dearest column first."""
+        dearest = sorted(self.column_bytes.items(), key=lambda item: -item[1])
+        rows = [(name, f"{size / max(self.tokens, 1):.1f} B") for name, size in dearest]
+        return [("bytes per token", f"{self.bytes_per_token:.1f} B"), *rows]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label:26} {value:>10}" for label, value in self.facts())
+
+    def _repr_html_(self) -> str:
+        return facts_table("Bytes per token", self.facts())
+
+
+def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
+    """Measure what a token costs, from file sizes and footers and the column `num_tokens`."""
+    dataset = as_dataset(dataset)
+    kind = SCHEMA.field("top_counts")
+    in_files = isinstance(dataset, LogitDataset)
+    columns: Counter[str] = Counter()
+    tokens = 0
+    for table in iter_tables(dataset, [kind.name] if in_files else READ_COLUMNS, rows=1024):
+        tokens += read_column(table, kind).values.size
+        if not in_files:
+            columns.update({name: table.column(name).nbytes for name in table.column_names})
+    total = columns.total()
+    if isinstance(dataset, LogitDataset):
+        sizes = dataset.store.list_files()
+        total = sum(sizes[shard] for shard in dataset.shards)
+        for shard in range(len(dataset.shards)):
+            columns.update(stored_bytes(dataset.file(shard).metadata))
+    return BytesPerTokenStats(tokens, total, dict(columns), not in_files)
+
+
+def stored_bytes(metadata: Any) -> dict[str, int]:
+    """Return the compressed bytes of each column of a Parquet file, from its footer."""
+    sizes: Counter[str] = Counter()
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+    return dict(sizes)
+
+
+@dataclass(frozen=True)
+class DatasetStats:
+    """What an output holds, over all tokens that were read.
+
+    Shares are of all tokens, means over tokens. What concerns the actual token (the one that the
+    conversation goes on with) is of the `known` tokens, None when the rows do not say which it is.
+    """
+
+    rows: int
+    tokens: int
+    nucleus: NucleusSizeStats
+    mean_mass: float  # probability that the nucleus covers
+    min_mass: float
+    mean_tail_mass: float  # probability of the tail sample
+    mean_first: float  # probability of the likeliest token
+    capped: float | None  # share of nuclei that K cut before they covered top_p
+    known: int = 0
+    agreement: float | None = None  # the actual token is the likeliest
+    in_nucleus: float | None = None
+    in_tail: float | None = None
+    mean_log_probability: float | None = None  # of the actual token; bounds taken as they are
+    bytes_per_token: float | None = None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return the figures as pairs of label and text."""
+        sizes = self.nucleus.percentiles
+        facts = [
+            ("rows", f"{self.rows:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("nucleus size, mean", f"{self.nucleus.mean:.1f}"),
+            ("nucleus size, median", f"{sizes[50]:g}"),
+            ("nucleus size, 99%", f"{sizes[99]:g}"),
+            ("covered by nucleus", f"{self.mean_mass:.2%}"),
+            ("covered at least", f"{self.min_mass:.2%}"),
+            ("covered by tail", f"{self.mean_tail_mass:.2%}"),
+            ("likeliest token", f"{self.mean_first:.1%}"),
+        ]
+        shares = (
+            ("cut by the cap", self.capped),
+            ("actual is likeliest", self.agreement),
+            ("actual in nucleus", self.in_nucleus),
+            ("actual in tail", self.in_tail),
+        )
+        facts += [(label, f"{share:.2%}") for label, share in shares if share is not None]
+        if self.mean_log_probability is not None:
+            facts.append(("perplexity of the text", f"{math.exp(-self.mean_log_probability):.3f}"))
+        if self.bytes_per_token is not None:
+            facts.append(("bytes per token", f"{self.bytes_per_token:.1f}"))
+        return facts
+
+    def to_html(self) -> str:
+        """Return the figures and the histogram of nucleus sizes for a page of `render_page`."""
+        cards = "".join(
+            f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>"
+            for label, value in self.facts()
+        )
+        return (
+            f"<section><h2>The whole data set</h2>\n<dl>{cards}</dl>\n"
+            f"{histogram_svg(self.nucleus.histogram)}</section>"
+        )
+
+    def _repr_html_(self) -> str:
+        return facts_table("Logits", self.facts()) + histogram_svg(self.nucleus.histogram)
+
+
+def compute_dataset_stats(
+    dataset: Any,
+    *,
+    max_samples: int | None = None,
+    actual_tokens: Callable[[TokenBlock], Sequence[npt.NDArray[Any] | None]] | None = None,
+) -> DatasetStats:
+    """Measure sizes, covered probability and agreement with the text, in one pass.
+
+    Args:
+        dataset: an output by name, or any dataset that `get_sample` takes.
+        max_samples: rows to read at most.
+        actual_tokens: gives the extracted tokens' ids for each row of a block, None where they are
+            unknown; by default what the rows store themselves (`--store-tokens`).
+
+    Raises:
+        FormatError: a row is not in the shard format.
+    """
+    dataset = as_dataset(dataset)
+    settings = dataset.settings if isinstance(dataset, LogitDataset) else {}
+    sums: Counter[str] = Counter()
+    histogram, least = np.zeros(256, np.int64), 1.0
+    for block in iter_blocks(dataset, limit=max_samples):
+        histogram += np.bincount(block.top_counts, minlength=256)
+        mass = sum_runs(block.top_probs(), block.top_starts)
+        least = min(least, float(mass.min(initial=1.0)))
+        sums.update(sum_block(block, mass, settings))
+        rows = (actual_tokens or stored_actual_tokens)(block)
+        sums.update(sum_agreement(block, rows, logit_bits=int(settings.get("logit_bits", 16))))
+    tokens, known = max(int(histogram.sum()), 1), sums["known"]
+    about_text = {name: sums[name] / known if known else None for name in AGREEMENT}
+    cost = None
+    if isinstance(dataset, LogitDataset) and max_samples is None:
+        cost = compute_bytes_per_token_stats(dataset).bytes_per_token
+    return DatasetStats(
+        rows=int(sums["rows"]),
+        tokens=int(histogram.sum()),
+        nucleus=NucleusSizeStats(histogram, int(sums["rows"])),
+        mean_mass=sums["mass"] / tokens,
+        min_mass=least,
+        mean_tail_mass=sums["tail"] / tokens,
+        mean_first=sums["first"] / tokens,
+        capped=sums["capped"] / tokens if "top_p" in settings else None,
+        known=int(known),
+        bytes_per_token=cost,
+        **about_text,
+    )
+
+
+AGREEMENT = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
+
+
+def sum_block(
+    block: TokenBlock, mass: npt.NDArray[np.float64], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Sum over a block what `DatasetStats` averages."""
+    short = mass < settings.get("top_p", 0.0) - mass_tolerance(block, mass, settings)
+    return {
+        "rows": block.index.size,
+        "mass": float(mass.sum()),
+        "tail": float(block.tail_probs().sum()),
+        "first": float(first_probs(block).sum()),
+        "capped": int((short & (block.top_counts >= settings.get("top_p_max", 255))).sum()),
+    }
+
+
+def mass_tolerance(
+    block: TokenBlock, mass: npt.NDArray[np.float64], settings: Mapping[str, Any]
+) -> npt.NDArray[np.float64]:
+    """Return how far each nucleus' decoded mass can be off: half a step, and float32's share."""
+    half_step = 0.5 / (2 ** int(settings.get("logit_bits", 16)) - 1)
+    span = block.top_max.astype(np.float64) - block.top_min
+    return mass * np.expm1(half_step * span) + 2e-5
+
+
+def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
+    """Return the ids of each row's extracted tokens where the rows store their text."""
+    if block.tokens is None:
+        return [None] * block.index.size
+    pairs = zip(*block.tokens, strict=True)
+    return [
+        ids[positions] if positions.size and positions.max() < ids.size else None
+        for ids, positions in pairs
+    ]
+
+
+def sum_agreement(
+    block: TokenBlock, rows: Sequence[npt.NDArray[Any] | None], *, logit_bits: int
+) -> dict[str, Any]:
+    """Sum what is said about the actual tokens of a block, over the tokens that are known."""
+    known = np.concatenate(
+        [np.full(n, row is not None) for n, row in zip(block.num_tokens, rows, strict=True)]
+        or [np.zeros(0, bool)]
+    )
+    if not known.any():
+        return {"known": 0}
+    actual = np.concatenate(
+        [
+            np.full(n, -1) if row is None else row
+            for n, row in zip(block.num_tokens, rows, strict=True)
+        ]
+    )
+    scores = score_tokens(block, actual, logit_bits=logit_bits)
+    return {
+        "known": int(known.sum()),
+        "agreement": int((known & scores.in_nucleus & (scores.rank == 1)).sum()),
+        "in_nucleus": int(scores.in_nucleus.sum()),
+        "in_tail": int(scores.in_tail.sum()),
+        "mean_log_probability": float(scores.log_probability[known].sum()),
+    }
+
+
+def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> str:
+    """Return pairs of label and text as a small table for a notebook."""
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+        f"<td style='text-align:right'>{html.escape(value)}</td></tr>"
+        for label, value in facts
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
+
+
+def histogram_svg(histogram: npt.NDArray[np.int64]) -> str:
+    """Draw the histogram of nucleus sizes, its heights by logarithm, as inline SVG."""
+    used = np.flatnonzero(histogram)
+    if not used.size:
+        return ""
+    last = int(used[-1])
+    heights = np.log1p(histogram[1 : last + 1]) / np.log1p(histogram.max())
+    path = "".join(f"V{round(60 - 60 * float(height), 2)}h1" for height in heights)
+    left, right = f"{int(histogram.max()):,} tokens at most, by logarithm", f"size {last}"
+    return (
+        '<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 '
+        f'{last} 60" preserveAspectRatio="none" style="width:100%;height:5rem" role="img" '
+        f'aria-label="histogram of nucleus sizes"><path d="M0 60{path}V60Z" fill="#3b82c4"/></svg>'
+        '<figcaption style="display:flex;justify-content:space-between">'
+        f"<span>size 1</span><span>{left}</span><span>{right}</span></figcaption></figure>"
+    )
+
+
+class Violation(NamedTuple):
+    """A place in an output that breaks the format; row and token count from 0 within the shard."""
+
+    shard: str
+    row: int | None
+    token: int | None
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        place = "".join(
+            f", {name} {number}"
+            for name, number in (("row", self.row), ("token", self.token))
+            if number is not None
+        )
+        return f"{self.shard}{place}: {self.rule}: {show_text(self.message)}"
+
+
+@dataclass
+class ValidationReport:
+    """What `validate_output` found; `violations` keeps the first of each rule in each shard."""
+
+    name: str
+    shards: int = 0
+    rows: int = 0
+    tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # violations by rule, all of them
+    violations: list[Violation] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """True when every rule holds everywhere."""
+        return not self.counts
+
+    def add(self, violation: Violation) -> None:
+        """Count a violation and keep it unless its rule has many in this shard already."""
+        self.counts[violation.rule] += 1
+        alike = sum(v[0::3] == violation[0::3] for v in self.violations)
+        if alike < MAX_REPORTED:
+            self.violations.append(violation)
+
+    def __str__(self) -> str:
+        seen = f"{self.shards:,} shards, {self.rows:,} rows, {self.tokens:,} tokens"
+        if self.ok:
+            return f"{self.name}: valid: {seen}"
+        total = self.counts.total()
+        kinds = ", ".join(f"{rule} {n:,}" for rule, n in self.counts.most_common())
+        lines = [str(violation) for violation in self.violations]
+        return "\n".join([*lines, f"{self.name}: {total:,} violations ({kinds}) in {seen}"])
+
+
+MAX_REPORTED = 10  # violations shown of each rule in each shard
+
+
+def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> ValidationReport:
+    """Check every row of every shard of an output against the rules of the format.
+
+    Checked are: the files can be read; columns, types and metadata; one run's settings
+    throughout; list lengths; ids in range and never twice for a token; order, quantization and
+    finite ranges; the nucleus covers top_p or is cut by the cap, and is no larger than needed; no
+    tail token above the nucleus; probabilities that sum to 1 at most; positions of stored tokens;
+    no conversation twice.
+
+    Raises:
+        OpenError: there is no such output; what is wrong inside it is reported, not raised.
+    """
+    dataset = as_output(name)
+    report = ValidationReport(dataset.name, shards=len(dataset.shards))
+    config = validate_config(dataset, report)
+    places: list[tuple[str, npt.NDArray[np.int64]]] = []
+    for shard in dataset.shards:
+        alone = LogitDataset(dataset.store, [shard])
+        found: list[npt.NDArray[np.int64]] = []
+        try:
+            settings = validate_footer(alone, config, report)
+            config = config or settings
+            validate_shard(alone, settings, report, found)
+        except LogitsError as error:
+            row = sum(part.size for part in found)
+            report.add(Violation(shard, row if row else None, None, "unreadable", str(error)))
+        places.append((shard, np.concatenate(found) if found else np.zeros(0, np.int64)))
+    validate_unique(places, report)
+    return report
+
+
+def validate_config(dataset: LogitDataset, report: ValidationReport) -> dict[str, Any]:
+    """Read the output's own settings file, if it has one."""
+    try:
+        text = read_text(dataset.store, CONFIG_FILE)
+        return parse_settings(text.encode(), CONFIG_FILE) if text is not None else {}
+    except LogitsError as error:
+        report.add(Violation(CONFIG_FILE, None, None, "settings", str(error)))
+        return {}
+
+
+def validate_footer(
+    dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
+) -> dict[str, Any]:
+    """Check columns and metadata of one shard; return the settings to check its rows by."""
+    shard, schema = dataset.shards[0], dataset.file(0).schema_arrow
+
+    def add(rule: str, message: str) -> None:
+        report.add(Violation(shard, None, None, rule, message))
+
+    stores = any(name in schema.names for name in TOKEN_COLUMNS)
+    wanted = shard_schema(store_tokens=stores)
+    if schema.names != wanted.names:
+        add("columns", f"has {', '.join(schema.names)}; wanted {', '.join(wanted.names)}")
+    for kind in wanted:
+        if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
+            add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
+    version = (schema.metadata or {}).get(METADATA_VERSION)
+    if version != str(FORMAT_VERSION).encode():
+        add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
+    settings = dataset.settings
+    if not settings:
+        add("metadata", "holds no settings of its run")
+    differ = [name for name in settings if name in config and settings[name] != config[name]]
+    if differ:
+        add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
+    if not len(dataset):
+        add("empty", "holds no rows")
+    return settings
+
+
+def validate_shard(
+    dataset: LogitDataset,
+    settings: Mapping[str, Any],
+    report: ValidationReport,
+    found: list[npt.NDArray[np.int64]],
+) -> None:
+    """Check the rows of one shard and append their indices to `found`."""
+    shard, first = dataset.shards[0], 0
+    for table in dataset.iter_tables():
+        columns = read_columns(table)
+        faults = [*null_faults(table), *shape_faults(columns)]
+        for fault in faults:
+            report.add(Violation(shard, first + fault.row, None, fault.rule, fault.message))
+        bad = {fault.row for fault in faults}
+        good = np.array([row for row in range(table.num_rows) if row not in bad], np.int64)
+        sound = read_columns(table.take(good)) if bad else columns
+        block = build_block(sound, first)
+        validate_block(block, settings, report, shard=shard, rows=first + good)
+        found.append(np.asarray(columns["index"], np.int64))
+        first += table.num_rows
+        report.rows += table.num_rows
+        report.tokens += int(block.num_tokens.sum())
+
+
+def validate_block(
+    block: TokenBlock,
+    settings: Mapping[str, Any],
+    report: ValidationReport,
+    *,
+    shard: str,
+    rows: npt.NDArray[np.int64],
+) -> None:
+    """Check decoded rows; `rows` are their numbers in the shard."""
+    for number in np.flatnonzero(block.index < 0):
+        message = f"index {block.index[number]} is negative"
+        report.add(Violation(shard, int(rows[number]), None, "index", message))
+    for number in np.flatnonzero(block.num_tokens == 0):
+        report.add(Violation(shard, int(rows[number]), None, "length", "the row holds no tokens"))
+    with np.errstate(all="ignore"):  # whatever a damaged file holds
+        groups = (entry_rules, range_rules, mass_rules, text_rules)
+        rules = [rule for group in groups for rule in group(block, settings)]
+    for rule in rules:
+        tokens = np.flatnonzero(rule.broken)
+        for token in tokens[:MAX_REPORTED]:
+            row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
+            message = rule.message.format(*(values[token] for values in rule.values))
+            at = int(rows[row]), int(token - block.row_starts[row])
+            report.add(Violation(shard, *at, rule.name, message))
+        if tokens.size > MAX_REPORTED:
+            report.counts[rule.name] += tokens.size - MAX_REPORTED
+
+
+class Rule(NamedTuple):
+    """A rule checked on every token of a block; `message` is filled in with `values[i][token]`."""
+
+    name: str
+    broken: npt.NDArray[np.bool_]  # (T,)
+    message: str
+    values: tuple[npt.NDArray[Any], ...] = ()
+
+
+def any_in_run(
+    flags: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Say of each run of a flat array whether any of its flags is set."""
+    return np.diff(to_starts(flags)[starts]) > 0
+
+
+def entry_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+    """Yield the rules on counts, ids and their order."""
+    counts, cap = block.top_counts, int(settings.get("top_p_max", 255))
+    bad = (counts < 1) | (counts > cap)
+    yield Rule("count", bad, f"nucleus of {{}} tokens, allowed are 1 to {cap}", (counts,))
+    tail, drawn = block.tail_counts, settings.get("sampled_n")
+    if drawn is not None:
+        yield Rule("tail count", tail != drawn, f"{{}} tail tokens instead of {drawn}", (tail,))
+    vocab = vocabulary_size(settings)
+    high = any_in_run(block.top_ids >= vocab, block.top_starts)
+    high |= any_in_run(block.tail_ids >= vocab, block.tail_starts)
+    yield Rule("id", high, f"a token id beyond the vocabulary of {vocab}")
+    yield Rule("duplicate", repeated_ids(block), "a token id occurs twice")
+    if not block.top_q.size:
+        return
+    same = np.diff(np.repeat(np.arange(counts.size), counts)) == 0
+    rising = np.append(same & (np.diff(block.top_q.astype(np.int32)) > 0), False)
+    yield Rule("order", any_in_run(rising, block.top_starts), "nucleus logits ascend")
+    level = np.repeat(block.top_min == block.top_max, counts)
+    ties = np.append(same & (np.diff(block.top_ids) < 0), False) & level
+    yield Rule("ties", any_in_run(ties, block.top_starts), "equal logits, but ids do not ascend")
+
+
+def vocabulary_size(settings: Mapping[str, Any]) -> int:
+    """Return V of the run; what the format can hold where the settings do not say."""
+    return int(settings.get("vocab_size") or MAX_TOKEN_ID + 1)
+
+
+def repeated_ids(block: TokenBlock) -> npt.NDArray[np.bool_]:
+    """Say of each token whether an id occurs twice in its nucleus and tail sample."""
+    keys, _, _ = known_entries(block)
+    broken = np.zeros(block.logsumexp.size, bool)
+    broken[keys[1:][np.diff(keys) == 0] >> 18] = True
+    return broken
+
+
+def range_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+    """Yield the rules on quantization ranges and levels, for nucleus and tail."""
+    steps = 2 ** int(settings.get("logit_bits", 16)) - 1
+    for part, q, starts, low, high in (
+        ("nucleus", block.top_q, block.top_starts, block.top_min, block.top_max),
+        ("tail", block.tail_q, block.tail_starts, block.tail_min, block.tail_max),
+    ):
+        some = np.diff(starts) > 0
+        finite = np.isfinite(low) & np.isfinite(high)
+        message = f"{part} range is {{:g}} to {{:g}}"
+        yield Rule("range", some & ~(finite & (low <= high)), message, (low, high))
+        ends = any_in_run(q == 0, starts) & any_in_run(q == 65535, starts)
+        unspanned = some & finite & (low < high) & ~ends
+        flat = some & (low == high) & any_in_run(q != 0, starts)
+        message = f"{part} levels do not span the range {{:g}} to {{:g}}"
+        yield Rule("quantization", unspanned | flat, message, (low, high))
+        grid = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
+        fine = any_in_run(grid != q, starts)
+        yield Rule("resolution", fine, f"{part} levels are finer than logit_bits")
+    above = (block.tail_counts > 0) & (block.tail_max > block.top_min)
+    message = "a tail logit of {:g} above the nucleus, which ends at {:g}"
+    yield Rule("tail", above, message, (block.tail_max, block.top_min))
+
+
+def mass_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+    """Yield the rules on the log-sum-exp and on probabilities."""
+    lse, top_p, counts = block.logsumexp, settings.get("top_p", 0.0), block.top_counts
+    least = block.top_max - 1e-4 * np.maximum(1, np.abs(block.top_max))
+    message = "log-sum-exp {:g} beside a logit of {:g}"
+    sound = np.isfinite(lse) & (lse >= least)
+    yield Rule("logsumexp", ~sound, message, (lse, block.top_max))
+    probs = block.top_probs()
+    mass = sum_runs(probs, block.top_starts)
+    tolerance = mass_tolerance(block, mass, settings)
+    total = mass + sum_runs(block.tail_probs(), block.tail_starts)
+    yield Rule("sum", total > 1 + 2 * tolerance, "probabilities sum to {:.6f}", (total,))
+    short = (mass < top_p - tolerance) & (counts < settings.get("top_p_max", 255))
+    message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
+    yield Rule("mass", short & (counts < vocabulary_size(settings)), message, (counts, mass))
+    rest = mass.copy()
+    rest[counts > 0] -= probs[block.top_starts[1:][counts > 0] - 1]
+    needless = (rest > top_p + tolerance) & (counts > 1) & (top_p > 0)
+    yield Rule("minimal", needless, "covers {:.6f} even without its last token", (rest,))
+
+
+def text_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+    """Yield the rules on stored text; a broken row is named by its first token."""
+    lost, foreign, unsorted = np.zeros((3, block.logsumexp.size), bool)
+    firsts = block.row_starts[:-1]
+    if block.tokens is None:
+        lost[firsts[block.num_tokens > 0]] = bool(settings.get("store_tokens"))
+    else:
+        for first, ids, positions in zip(firsts, *block.tokens, strict=True):
+            if positions.size:
+                foreign[first] = ((ids < 0) | (ids >= vocabulary_size(settings))).any()
+                inside = (positions >= 1) & (positions < ids.size)
+                unsorted[first] = not inside.all() or (np.diff(positions) <= 0).any()
+    yield Rule("text", lost, "input_ids and token_positions are missing")
+    yield Rule("text", foreign, "input_ids leave the vocabulary")
+    yield Rule("positions", unsorted, "token_positions do not ascend inside input_ids")
+
+
+def validate_unique(
+    places: Sequence[tuple[str, npt.NDArray[np.int64]]], report: ValidationReport
+) -> None:
+    """Report conversations that occur twice, naming the second place."""
+    indices = np.concatenate([found for _, found in places] or [np.zeros(0, np.int64)])
+    order = np.argsort(indices, kind="stable")
+    again = np.sort(order[1:][np.diff(indices[order]) == 0])
+    starts = to_starts([found.size for _, found in places])
+    for place in again:
+        shard = int(np.searchsorted(starts, place, side="right")) - 1
+        message = f"conversation {indices[place]} is there already"
+        row = int(place - starts[shard])
+        report.add(Violation(places[shard][0], row, None, "twice", message))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two outputs, row by row where both hold the conversation.
+
+    `divergence` is KL(first ‖ second) in nats, for each token the least that what is stored
+    allows: tokens that only the second leaves out count with the most that they can have.
+    """
+
+    rows: tuple[int, int]
+    common_rows: int
+    unequal_rows: int  # in common, but with another number of tokens
+    tokens: int
+    mean_divergence: float
+    max_divergence: float
+    same_first: float  # share of tokens with the same likeliest token
+    max_logsumexp: float  # largest difference
+    largest: list[tuple[float, int, int]]  # divergence, conversation, token; largest first
+
+    def __str__(self) -> str:
+        lines = [
+            f"rows in common      {self.common_rows:,} of {self.rows[0]:,} and {self.rows[1]:,}",
+            f"of another length   {self.unequal_rows:,}",
+            f"tokens compared     {self.tokens:,}",
+            f"KL, mean and max    {self.mean_divergence:.3g} and {self.max_divergence:.3g} nats",
+            f"same likeliest      {self.same_first:.3%}",
+            f"log-sum-exp differs by {self.max_logsumexp:.3g} at most",
+        ]
+        worst = [f"  {kl:.4g} nats: conversation {i}, token {t}" for kl, i, t in self.largest]
+        return "\n".join([*lines, "largest differences", *worst] if worst else lines)
+
+
+def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison:
+    """Compare the distributions of two outputs over the conversations that both hold.
+
+    Args:
+        first, second: outputs by name or opened by `load_logit_dataset`.
+        largest: how many of the most different tokens to name.
+    """
+    one, two = as_dataset(first), as_dataset(second)
+    known = row_numbers(two)
+    sums: Counter[str] = Counter()
+    worst: list[tuple[float, int, int]] = []
+    peak = 0.0
+    for sample in iter_samples(one):
+        sums["rows"] += 1
+        if sample["index"] not in known:
+            continue
+        other = get_sample(two, known[sample["index"]])
+        sums["common"] += 1
+        if other["num_tokens"] != sample["num_tokens"]:
+            sums["unequal"] += 1
+            continue
+        a, b = sample_block(sample), sample_block(other)
+        divergence = bound_divergence(a, b)
+        same = int((a.top_ids[a.top_starts[:-1]] == b.top_ids[b.top_starts[:-1]]).sum())
+        sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
+        peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
+        here = [(float(kl), sample["index"], t) for t, kl in enumerate(divergence) if kl > 0]
+        worst = sorted([*worst, *here], key=lambda item: -item[0])[:largest]
+    tokens = max(sums["tokens"], 1)
+    return Comparison(
+        rows=(sums["rows"], len(two)),
+        common_rows=sums["common"],
+        unequal_rows=sums["unequal"],
+        tokens=sums["tokens"],
+        mean_divergence=sums["kl"] / tokens,
+        max_divergence=worst[0][0] if worst else 0.0,
+        same_first=sums["same"] / tokens,
+        max_logsumexp=peak,
+        largest=worst,
+    )
+
+
+def row_numbers(dataset: Any) -> dict[int, int]:
+    """Return the row number of each conversation, reading only the column `index`."""
+    kind = SCHEMA.field("index")
+    parts = [read_column(table, kind) for table in iter_tables(dataset, [kind.name], rows=4096)]
+    indices = np.concatenate(parts or [np.zeros(0, np.int32)])
+    return {int(index): row for row, index in enumerate(indices)}
+
+
+def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
+    """Return the least KL(a ‖ b) in nats that the stored entries allow, (T,).
+
+    The vocabulary is cut into the ids whose probability is known in `a`, and known in `b` or in
+    a's nucleus, and one cell for the rest. Where `b` does not store an id, it counts with the most
+    that it can have there. Merging cells and raising b's probabilities both lower the divergence.
+    """
+    keys_a, probs_a, top_a = known_entries(a)
+    keys_b, probs_b, _ = known_entries(b)
+    place = np.minimum(np.searchsorted(keys_b, keys_a), max(keys_b.size - 1, 0))
+    shared = keys_b[place] == keys_a if keys_b.size else np.zeros(keys_a.size, bool)
+    cells = shared | top_a
+    owner = keys_a[cells] >> 18
+    p = probs_a[cells]
+    most = np.exp(unstored_bound(b))[owner]
+    q = np.where(shared[cells], probs_b[place[cells]], most)
+    n = a.logsumexp.size
+    tiny = np.finfo(np.float64).tiny
+    terms = p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))
+    rest_p = np.maximum(1 - np.bincount(owner, p, n), 0)
+    rest_q = np.clip(1 - np.bincount(owner, q * shared[cells], n), tiny, 1)
+    rest = rest_p * (np.log(np.maximum(rest_p, tiny)) - np.log(rest_q))
+    return np.maximum(np.bincount(owner, terms, n) + rest, 0)
+
+
+def known_entries(
+    block: TokenBlock,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Return all stored entries sorted by `token << 18 | id`: key, probability, in the nucleus."""
+    tokens = np.arange(block.logsumexp.size, dtype=np.int64)
+    top = np.repeat(tokens, block.top_counts) << 18 | block.top_ids
+    tail = np.repeat(tokens, block.tail_counts) << 18 | block.tail_ids
+    keys = np.concatenate([top, tail])
+    order = np.argsort(keys)
+    probs = np.concatenate([block.top_probs(), block.tail_probs()])[order]
+    return keys[order], probs, np.arange(keys.size)[order] < top.size
+
+
 # --------------------------------------------------------------------------------------------------
 # 7 Align with text
 # --------------------------------------------------------------------------------------------------
@@ -2807,7 +3639,26 @@ def analyze_token_probabilities(
     if conversation is None:
         ids, positions = stored_tokens(sample)
     else:
-        raise NotImplementedError
+        encoded = encode_conversation(
+            [dict(message) for message in conversation],
+            tokenizer,
+            chat_template=chat_template,
+            **options,
+        )
+        ids, positions = encoded.input_ids, encoded.token_positions
+    return align_tokens(sample, ids, positions, tokenizer, top_k=top_k, logit_bits=logit_bits)
+
+
+def align_tokens(
+    sample: Mapping[str, Any],
+    ids: npt.NDArray[Any],
+    positions: npt.NDArray[Any],
+    tokenizer: Any,
+    *,
+    top_k: int,
+    logit_bits: int,
+) -> ConversationAnalysis:
+    """Put a row beside a tokenized conversation, ids (S,) and extracted positions (N,)."""
     check_alignment(sample, ids, positions)
     tokens = analyze_tokens(sample, ids[positions], tokenizer, top_k=top_k, logit_bits=logit_bits)
     owner: dict[int, int] = {int(position): t for t, position in enumerate(positions)}
@@ -2897,6 +3748,175 @@ def decode_predictions(
         flat = [Prediction(*row) for row in rows]
         lists.append([flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())])
     return lists[0], lists[1]
+
+
+class TextSource:
+    """The conversations behind an output, tokenized as the run did.
+
+    Teacher, template and source are found from the output's settings; the source dataset is opened
+    when the first conversation is asked for.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], *, tokenizer: Any, chat_template: str | None = None
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        columns = [settings.get(f"{name}_col") for name in COLUMN_ROLES]
+        self._columns = ConversationColumns(*columns)
+        if self._columns.messages is not None:
+            self._columns = replace(self._columns, user=None, assistant=None, system=None)
+        self._rows: dict[int, int] | None = None
+
+    @cached_property
+    def source(self) -> Any:
+        """The source dataset, opened at the run's revision."""
+        if not self.settings.get("dataset"):
+            raise SourceError("the output does not say which dataset it was made from")
+        return open_source(
+            str(self.settings["dataset"]),
+            subset=self.settings.get("subset"),
+            split=str(self.settings.get("split") or "train"),
+            revision=self.settings.get("dataset_revision"),
+        )
+
+    def encode(self, index: int) -> EncodedConversation:
+        """Tokenize the conversation with this `index` and find its extracted tokens.
+
+        Raises:
+            SourceError: the source has no such conversation.
+            ConversationError: it cannot be rendered.
+        """
+        row = self._row_of(index)
+        return encode_row(
+            self.source[row],
+            self._columns,
+            self.tokenizer,
+            chat_template=self.chat_template,
+            include_think=bool(self.settings.get("include_think")),
+            include_end=bool(self.settings.get("include_end")),
+        )
+
+    def actual_tokens(self, block: TokenBlock) -> list[npt.NDArray[Any] | None]:
+        """Return the ids of each row's extracted tokens, None where row and text do not match."""
+        found: list[npt.NDArray[Any] | None] = []
+        for index, n in zip(block.index.tolist(), block.num_tokens.tolist(), strict=True):
+            encoded = self.encode(index)
+            fits = encoded.token_positions.size == n
+            found.append(encoded.input_ids[encoded.token_positions] if fits else None)
+        return found
+
+    def _row_of(self, index: int) -> int:
+        if self._columns.index is None:
+            row = index if 0 <= index < len(self.source) else None
+        else:
+            if self._rows is None:
+                ids = self.source[self._columns.index]
+                self._rows = {int(value): row for row, value in enumerate(ids)}
+            row = self._rows.get(index)
+        if row is None:
+            raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
+        return row
+
+
+COLUMN_ROLES = ("messages", "user", "assistant", "system", "index")
+
+
+def open_text(
+    dataset: str | Path | LogitDataset,
+    *,
+    model: str | None = None,
+    source: str | None = None,
+    tokenizer: Any = None,
+) -> TextSource:
+    """Find the teacher's tokenizer, the chat template and the source of an output by itself.
+
+    Args:
+        dataset: the output.
+        model: where the teacher is now, if not where the run found it.
+        source: where the conversations are now, if not where the run found them.
+        tokenizer: the teacher's, when it is loaded already.
+
+    Raises:
+        LogitsError: the output does not name them, or they are not there.
+    """
+    output = as_output(dataset)
+    settings = load_extraction_config(output)
+    name = model or settings.get("model")
+    if tokenizer is None:
+        if not name:
+            raise OpenError(f"{output.name} does not say which model it was made with (--model)")
+        revision = None if model else settings.get("model_revision")
+        tokenizer = load_tokenizer(str(name), revision=revision)
+    if source:
+        settings = {**settings, "dataset": source, "dataset_revision": None}
+    template = read_text(output.store, TEMPLATE_FILE)
+    return TextSource(settings, tokenizer=tokenizer, chat_template=template or None)
+
+
+def analyze_row(
+    dataset: LogitDataset, row: int, text: TextSource, *, top_k: int = 5
+) -> ConversationAnalysis:
+    """Put row `row` of an output beside its conversation, stored with it or read from the source.
+
+    Raises:
+        AlignmentError: the conversation does not have as many extracted tokens as the row.
+    """
+    sample = get_sample(dataset, row)
+    if all(name in sample for name in TOKEN_COLUMNS):
+        ids, positions = stored_tokens(sample)
+    else:
+        encoded = text.encode(sample["index"])
+        ids, positions = encoded.input_ids, encoded.token_positions
+    bits = int(text.settings.get("logit_bits") or 16)
+    analysis = align_tokens(
+        sample, ids, positions, text.tokenizer, top_k=top_k, logit_bits=bits
+    )
+    return replace(analysis, model=str(text.settings.get("model") or ""))
+
+
+def analyze_missing(text: TextSource, index: int) -> ConversationAnalysis:
+    """Show a conversation of the source that the output does not hold, as not extracted."""
+    note = "this conversation is not in the output"
+    try:
+        encoded = text.encode(index)
+    except ConversationError as error:
+        return ConversationAnalysis(index, [], [], note=f"{note}: {error}")
+    pieces: list[tuple[str, int | None]] = [
+        (piece, None) for piece in token_texts(encoded.input_ids, text.tokenizer)
+    ]
+    return ConversationAnalysis(index, [], pieces, note=note)
+
+
+def execute_analysis(
+    logit_dataset_id: str | Path | LogitDataset,
+    sample_index: int = 0,
+    *,
+    conversation: int | None = None,
+    model: str | None = None,
+    source: str | None = None,
+    tokenizer: Any = None,
+    top_k: int = 5,
+) -> ConversationAnalysis:
+    """Put one row of an output beside its conversation; everything is found from the output.
+
+    Args:
+        logit_dataset_id: the output.
+        sample_index: row number.
+        conversation: choose by `index` in the source instead; one that was not extracted is shown
+            as such.
+        model, source, tokenizer: see `open_text`.
+        top_k: predictions kept for each token.
+    """
+    dataset = as_output(logit_dataset_id)
+    text = open_text(dataset, model=model, source=source, tokenizer=tokenizer)
+    if conversation is None:
+        return analyze_row(dataset, sample_index, text, top_k=top_k)
+    row = row_numbers(dataset).get(conversation)
+    if row is None:
+        return analyze_missing(text, conversation)
+    return analyze_row(dataset, row, text, top_k=top_k)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2998,6 +4018,46 @@ def print_top_tokens(
         text = show_token(prediction.text).ljust(width)
         bar = draw_bar(prediction.probability)
         print(f"  {rank:3}  {text}  {prediction.probability:7.2%}  {paint(bar, 'cyan')}")
+
+
+def print_dataset_stats(stats: Any) -> None:
+    """Print the figures of a dataset: `DatasetStats`, or what `compute_dataset_stats` takes."""
+    if not isinstance(stats, DatasetStats):
+        stats = compute_dataset_stats(stats)
+    for label, value in stats.facts():
+        print(f"{label:24} {value:>14}")
+    print("nucleus sizes")
+    counts = np.add.reduceat(stats.nucleus.histogram, SIZE_CLASSES)
+    for low, high, count in zip(SIZE_CLASSES, (*SIZE_CLASSES[1:], 256), counts, strict=True):
+        label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
+        if count:
+            print(f"  {label:>10} {count:>12,}  {paint(draw_bar(count / counts.max()), 'cyan')}")
+
+
+SIZE_CLASSES = (1, 2, 3, 5, 9, 17, 33, 65, 129)
+
+
+def quick_explore(
+    name: str | Path | LogitDataset,
+    sample_index: int = 0,
+    *,
+    tokenizer: Any = None,
+    tokens: int = 3,
+) -> dict[str, Any]:
+    """Print what an output is, one of its rows and the row's first tokens; return the sample."""
+    dataset = as_output(name)
+    settings = dataset.settings
+    about = " ".join(f"{key}={settings[key]}" for key in ABOUT_RUN if key in settings)
+    print(f"{dataset.name}: {len(dataset):,} rows in {len(dataset.shards):,} shards")
+    print(show_text(about) if about else "(the shards do not say how they were made)")
+    sample = get_sample(dataset, sample_index)
+    print_sample_info(sample)
+    for t in range(min(tokens, sample["num_tokens"])):
+        print_top_tokens(sample, t, tokenizer, k=5)
+    return sample
+
+
+ABOUT_RUN = ("model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype")
 
 
 def draw_bar(share: float, width: int = 30) -> str:
@@ -3521,6 +4581,33 @@ def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
         return finish_figure(pyplot, figure)
 
 
+def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) -> Any:
+    """Plot how nucleus sizes are distributed over an output: counts, and the share up to a size.
+
+    Args:
+        stats: `NucleusSizeStats`, or what `analyze_nucleus_sizes` takes.
+        max_samples: rows to read at most.
+    """
+    if not isinstance(stats, NucleusSizeStats):
+        stats = analyze_nucleus_sizes(stats, max_samples)
+    sizes = np.arange(1, max(stats.max, 1) + 1)
+    counts = stats.histogram[1 : sizes.size + 1]
+    with plot_style() as (pyplot, colours):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
+        left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
+        left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
+        left.set_title(f"{stats.tokens:,} tokens of {stats.rows:,} rows")
+        share = 100 * np.cumsum(counts) / max(stats.tokens, 1)
+        right.step(sizes, share, where="post", color=colours[0])
+        for q, colour, line in ((50, colours[1], "--"), (95, colours[2], ":")):
+            label = f"{q}% within {stats.percentile(q):g}"
+            right.axvline(stats.percentile(q), color=colour, ls=line, lw=2, label=label)
+        right.set(xlabel="nucleus size (tokens)", ylabel="nuclei up to it (%)", ylim=(0, 101))
+        right.set_title(f"mean {stats.mean:.1f}, standard deviation {stats.std:.1f}")
+        right.legend(loc="lower right")
+        return finish_figure(pyplot, figure)
+
+
 # --------------------------------------------------------------------------------------------------
 # 10 Training
 # --------------------------------------------------------------------------------------------------
@@ -3530,36 +4617,202 @@ def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; a bad one exits 2."""
+EXIT_CODES = (
+    "exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that cannot be "
+    "opened; 3 --validate found violations"
+)
+VIOLATIONS_FOUND = 3
+
+
+def row_list(text: str) -> list[int]:
+    """Parse row numbers such as `3`, `0,5` or `0-4`; a leading minus counts from the end."""
+    rows: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(-?[0-9]{1,10})(?:-([0-9]{1,10}))?", part.strip())
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{part!r} is no row number or range")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or last - first >= 1000:
+            raise argparse.ArgumentTypeError(f"{part!r} is no range of 1 to 1000 rows")
+        rows += range(first, last + 1)
+    return rows
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="explore-logits",
         description="Look at an output of extract-logits: a folder, or a dataset on the Hub.",
+        epilog=EXIT_CODES,
     )
-    parser.add_argument("output", metavar="OUTPUT", help="folder, Parquet file or Hub dataset")
-    parser.add_argument("--split", default="train", help="split of OUTPUT (default: %(default)s)")
-    parser.add_argument("--sample", type=int, default=0, metavar="ROW", help="row to show")
-    parser.add_argument("--token", type=int, metavar="T", help="token of the row to show in full")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="predictions per token")
-    parser.add_argument("--model", help="teacher to take the tokenizer from (default: the run's)")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("output", metavar="OUTPUT", help="folder, Parquet file or Hub dataset")
+    add("--split", default="train", help="split of OUTPUT (default: %(default)s)")
+    what = parser.add_argument_group("what to show (default: --sample 0)")
+    add = what.add_argument
+    add("--sample", type=row_list, metavar="ROWS", help="rows, such as 3 or 0,5 or 0-4")
+    add("--conversation", type=int, metavar="ID", help="the row of this index in the source")
+    add("--token", type=int, metavar="T", help="predictions at this token of the row")
+    add("--html", metavar="FILE", help="write the rows, and with --stats those, as one page")
+    add("--plots", metavar="DIR", help="write the plots as PNG (needs the extra viz)")
+    add("--stats", action="store_true", help="sizes, covered probability, bytes per token")
+    add("--validate", action="store_true", help="check every row against the format")
+    add("--compare", metavar="OTHER", help="compare the distributions with another output's")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--top", type=positive_int, default=5, metavar="K", help="predictions a token (default: 5)")
+    add("--max-samples", type=positive_int, metavar="N", help="rows read by --stats at most")
+    add("--text", action="store_true", help="--stats: read the source too, for the agreement")
+    add("--model", help="where the teacher's tokenizer is now (default: as the run had it)")
+    add("--dataset", help="where the conversations are now (default: as the run had it)")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; a bad one exits 2."""
+    return build_parser().parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line: what was asked for on stdout, a JSON object as its last line."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no block characters
     try:
-        dataset = load_logit_dataset(args.output, args.split)
-        sample = get_sample(dataset, args.sample)
-        print_sample_info(sample)
-        tokens = [args.token] if args.token is not None else range(min(5, sample["num_tokens"]))
-        for t in tokens:
-            print_top_tokens(sample, t, k=args.top)
+        summary, code = run_commands(args)
+        print(json.dumps(summary))
+        sys.stdout.flush()
     except LogitsError as error:
-        print(f"explore-logits: {error}", file=sys.stderr)
+        log.error("explore-logits: %s", show_text(str(error)))
         return 2
-    print(json.dumps({"output": args.output, "rows": len(dataset), "sample": args.sample}))
-    return 0
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Do what the command line asks for; return what goes into the last line and the exit code."""
+    dataset = load_logit_dataset(args.output, args.split)
+    summary: dict[str, Any] = {"output": args.output, "shards": len(dataset.shards)}
+    if args.validate:
+        report = validate_output(dataset)
+        print(report)
+        rules = dict(report.counts)
+        summary |= {"rows": report.rows, "tokens": report.tokens, "violations": rules}
+        return summary, 0 if report.ok else VIOLATIONS_FOUND
+    if args.compare:
+        comparison = compare_outputs(dataset, args.compare)
+        print(comparison)
+        return summary | asdict(comparison), 0
+    summary["rows"] = len(dataset)
+    stats = show_stats(dataset, args) if args.stats else None
+    if stats is not None:
+        summary |= {"tokens": stats.tokens, "bytes_per_token": stats.bytes_per_token}
+    rows = chosen_rows(dataset, args)
+    if rows or args.conversation is not None:
+        summary |= show_rows(dataset, rows, args, stats)
+    elif args.html:
+        write_page(args.html, render_page([], stats=stats.to_html() if stats else ""))
+        summary["html"] = args.html
+    if args.plots:
+        summary["plots"] = write_plots(dataset, rows[0] if rows else 0, Path(args.plots))
+    return summary, 0
+
+
+def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
+    """Return the rows to show: those asked for, and row 0 when nothing else is."""
+    if args.conversation is not None:
+        row = row_numbers(dataset).get(args.conversation)
+        return [row] if row is not None else []
+    if args.sample is None and (args.stats or args.plots) and args.token is None:
+        return []
+    return args.sample if args.sample is not None else [0]
+
+
+def show_stats(dataset: LogitDataset, args: argparse.Namespace) -> DatasetStats:
+    """Print the figures of an output."""
+    text = open_text(dataset, model=args.model, source=args.dataset) if args.text else None
+    stats = compute_dataset_stats(
+        dataset,
+        max_samples=args.max_samples,
+        actual_tokens=text.actual_tokens if text else None,
+    )
+    print_dataset_stats(stats)
+    return stats
+
+
+def show_rows(
+    dataset: LogitDataset, rows: list[int], args: argparse.Namespace, stats: DatasetStats | None
+) -> dict[str, Any]:
+    """Print rows beside their text, or by token ids where there is none, and write their page."""
+    text, why = find_text(dataset, args)
+    if text is None and (args.html or not rows):
+        raise LogitsError(f"the text is needed for this: {why}")
+    for row in rows:
+        get_sample(dataset, row)  # a row that is not there is refused before anything is shown
+    analyses = []
+    if text is not None:
+        analyses = [analyze_row(dataset, row, text, top_k=args.top) for row in rows]
+        if not rows:
+            analyses = [analyze_missing(text, args.conversation)]
+    else:
+        log.warning("explore-logits: showing ids only: %s", show_text(str(why)))
+    if args.html:
+        page = render_page(analyses, stats=stats.to_html() if stats else "")
+        write_page(args.html, page)
+        return {"sample": rows, "html": args.html}
+    for analysis in analyses:
+        print(visualize_conversation_probabilities(analysis), end="\n\n")
+    for row in rows:
+        show_tokens(get_sample(dataset, row), args, text)
+    return {"sample": rows}
+
+
+def find_text(
+    dataset: LogitDataset, args: argparse.Namespace
+) -> tuple[TextSource | None, LogitsError | None]:
+    """Open the text behind an output if it can be found, and say why not."""
+    try:
+        return open_text(dataset, model=args.model, source=args.dataset), None
+    except LogitsError as error:
+        return None, error
+
+
+def show_tokens(
+    sample: Mapping[str, Any], args: argparse.Namespace, text: TextSource | None
+) -> None:
+    """Print what a sample holds and its most uncertain tokens, or the one asked for."""
+    print_sample_info(sample)
+    tokenizer = text.tokenizer if text else None
+    order = np.argsort(-sample["top_counts"], kind="stable")[:3]
+    for t in [args.token] if args.token is not None else sorted(order.tolist()):
+        print()
+        print_top_tokens(sample, t, tokenizer, k=args.top)
+
+
+def write_plots(dataset: LogitDataset, row: int, folder: Path) -> list[str]:
+    """Write every plot as PNG into a folder; return the files."""
+    sample = get_sample(dataset, row)
+    widest = int(np.argmax(sample["top_counts"])) if sample["num_tokens"] else 0
+    figures = {
+        "logit_distribution": plot_logit_distribution(sample, widest),
+        "nucleus_vs_sampled": plot_nucleus_vs_sampled(sample),
+        "nucleus_sizes": plot_nucleus_sizes(sample),
+        "nucleus_size_analysis": plot_nucleus_size_analysis(dataset),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png")
+    return [str(folder / f"{name}.png") for name in figures]
 
 
 if __name__ == "__main__":
