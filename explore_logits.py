@@ -1732,6 +1732,7 @@ TOKEN_COLUMNS = tuple(field.name for field in TOKEN_FIELDS)
 OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS)
 READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
 CONFIG_FILE = "extraction_config.json"
+CHECKPOINT_FILE = "checkpoint.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
@@ -1797,7 +1798,9 @@ class FileStore:
         return {file: Path(file).stat().st_size for file in self._files}
 
     def open(self, path: str) -> Any:
-        """Open a file to read by ranges."""
+        """Open a file to read by ranges; there are none but those that were named."""
+        if path not in self._files:
+            raise FileNotFoundError(path)
         return pa.OSFile(path)
 
 
@@ -1844,22 +1847,20 @@ Store = LocalStore | FileStore | HubStore
 class LogitDataset:
     """The rows of an output, in shard order; each is read from its own row group alone.
 
-    Iterating and `[i]` give rows as stored (a dictionary by column); `get_sample` decodes. A
-    shard's footer is read when a row in or behind it is asked for, and kept; of the data, only the
-    last row group.
+    Iterating and `[i]` give rows as stored (a dictionary by column); `get_sample` decodes. Which
+    shard a row is in follows from the output's `checkpoint.json`, else from the footers of the
+    shards before it. Footers are kept; of the data, only the last row group.
     """
 
     def __init__(self, store: Store, shards: Sequence[str]) -> None:
         self.name = store.name
         self.store = store
         self.shards = list(shards)
-        self._files: list[Any] = []
-        self._starts = [0]  # first row of every opened shard, then the end of the last
+        self._files: dict[int, Any] = {}
         self._kept: tuple[tuple[int, int], pa.Table] | None = None
 
     def __len__(self) -> int:
-        self.file(len(self.shards) - 1)
-        return self._starts[-1]
+        return sum(self.count_rows(shard) for shard in range(len(self.shards)))
 
     def __repr__(self) -> str:
         return f"LogitDataset({self.name!r}, {len(self.shards)} shards)"
@@ -1883,19 +1884,32 @@ class LogitDataset:
 
     def file(self, shard: int) -> Any:
         """Return the opened `pyarrow.parquet.ParquetFile` of a shard."""
-        while len(self._files) <= shard:
-            opened = open_parquet(self.store, self.shards[len(self._files)])
-            self._files.append(opened)
-            self._starts.append(self._starts[-1] + opened.metadata.num_rows)
+        if shard not in self._files:
+            self._files[shard] = open_parquet(self.store, self.shards[shard])
+            rows = self._files[shard].metadata.num_rows
+            if self._listed.get(self.shards[shard], rows) != rows:
+                self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
+
+    def count_rows(self, shard: int) -> int:
+        """Return the rows of a shard, from the checkpoint or its footer."""
+        listed = self._listed.get(self.shards[shard]) if shard not in self._files else None
+        return int(self.file(shard).metadata.num_rows) if listed is None else listed
+
+    @cached_property
+    def _listed(self) -> dict[str, int]:
+        return listed_rows(self.store)
 
     def locate_row(self, i: int) -> tuple[int, int]:
         """Return the shard that holds row `i` (negative: from the end) and its row there."""
-        number = i if i >= 0 else i + len(self)
+        left, listed = i if i >= 0 else i + len(self), len(self._listed)
         for shard in range(len(self.shards)):
-            self.file(shard)
-            if 0 <= number < self._starts[shard + 1]:
-                return shard, number - self._starts[shard]
+            size = self.count_rows(shard)
+            if 0 <= left < size:
+                self.file(shard)
+                # Opening it may show that the list is wrong: then look again, without it.
+                return (shard, left) if len(self._listed) == listed else self.locate_row(i)
+            left -= size
         raise RowError(f"{self.name} has {len(self)} rows, there is no row {i}")
 
     def read_row(self, i: int) -> pa.Table:
@@ -2070,6 +2084,16 @@ def read_text(store: Store, path: str) -> str | None:
     if len(data) > MAX_TEXT_BYTES:
         raise OpenError(f"{store.name}: {path} is larger than {MAX_TEXT_BYTES >> 20} MiB")
     return bytes(data).decode("utf-8", "replace")
+
+
+def listed_rows(store: Store) -> dict[str, int]:
+    """Return the rows of each shard as the output's checkpoint lists them; empty without one."""
+    try:
+        listed = json.loads(read_text(store, CHECKPOINT_FILE) or "{}")["shards"]
+        rows = {path: entry["figures"]["rows"] for path, entry in listed.items()}
+    except (OpenError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return rows if all(type(n) is int and n >= 0 for n in rows.values()) else {}
 
 
 def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
@@ -4661,7 +4685,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--conversation", type=int, metavar="ID", help="the row of this index in the source")
     add("--token", type=int, metavar="T", help="predictions at this token of the row")
     add("--html", metavar="FILE", help="write the rows, and with --stats those, as one page")
-    add("--plots", metavar="DIR", help="write the plots as PNG (needs the extra viz)")
+    add("--plot", metavar="FILE", help="write a picture of the nucleus sizes (extra viz)")
+    add("--plots", metavar="DIR", help="write every plot, of the first row shown, as PNG")
     add("--stats", action="store_true", help="sizes, covered probability, bytes per token")
     add("--validate", action="store_true", help="check every row against the format")
     add("--compare", metavar="OTHER", help="compare the distributions with another output's")
@@ -4723,6 +4748,10 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     elif args.html:
         write_page(args.html, render_page([], stats=stats.to_html() if stats else ""))
         summary["html"] = args.html
+    if args.plot:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
+        plot_nucleus_size_analysis(dataset, max_samples=args.max_samples).savefig(args.plot)
+        summary["plot"] = args.plot
     if args.plots:
         summary["plots"] = write_plots(dataset, rows[0] if rows else 0, Path(args.plots))
     return summary, 0
@@ -4733,7 +4762,7 @@ def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
     if args.conversation is not None:
         row = row_numbers(dataset).get(args.conversation)
         return [row] if row is not None else []
-    if args.sample is None and (args.stats or args.plots) and args.token is None:
+    if args.sample is None and (args.stats or args.plot or args.plots) and args.token is None:
         return []
     return args.sample if args.sample is not None else [0]
 
