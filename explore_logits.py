@@ -3080,13 +3080,13 @@ def histogram_svg(histogram: npt.NDArray[np.int64]) -> str:
     last = int(used[-1])
     heights = np.log1p(histogram[1 : last + 1]) / np.log1p(histogram.max())
     path = "".join(f"V{round(60 - 60 * float(height), 2)}h1" for height in heights)
-    left, right = f"{int(histogram.max()):,} tokens at most, by logarithm", f"size {last}"
+    middle = f"tokens by nucleus size, logarithmic, {int(histogram.max()):,} at most"
     return (
         '<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 '
         f'{last} 60" preserveAspectRatio="none" style="width:100%;height:5rem" role="img" '
         f'aria-label="histogram of nucleus sizes"><path d="M0 60{path}V60Z" fill="#3b82c4"/></svg>'
         '<figcaption style="display:flex;justify-content:space-between">'
-        f"<span>size 1</span><span>{left}</span><span>{right}</span></figcaption></figure>"
+        f"<span>1</span><span>{middle}</span><span>{last}</span></figcaption></figure>"
     )
 
 
@@ -4031,17 +4031,26 @@ def first_probs(block: TokenBlock) -> npt.NDArray[np.float64]:
 
 
 def print_top_tokens(
-    sample: Mapping[str, Any], t: int, tokenizer: Any = None, *, k: int = 10
+    sample: Mapping[str, Any],
+    t: int,
+    tokenizer: Any = None,
+    *,
+    k: int = 10,
+    actual: TokenAnalysis | None = None,
 ) -> None:
-    """Print the teacher's `k` likeliest tokens at token `t`, with bars."""
+    """Print the teacher's `k` likeliest tokens at token `t`, with bars, and the actual token."""
     predictions = decode_top_tokens(sample, t, tokenizer, k=k)
     size, mass = sample["top_counts"][t], get_nucleus_probability_mass(sample, t)
-    print(f"token {t}: nucleus of {size} covering {mass:.1%}")
+    there = ""
+    if actual is not None:
+        rank = f"rank {'' if actual.where == 'nucleus' else '≥ '}{actual.rank}"
+        there = f"; it is {show_token(actual.text)}, {show_probability(actual)}, {rank}"
+    print(f"token {t}: nucleus of {size} covering {mass:.1%}{there}")
     width = max(len(show_token(prediction.text)) for prediction in predictions)
-    for rank, prediction in enumerate(predictions, 1):
+    for rank_here, prediction in enumerate(predictions, 1):
         text = show_token(prediction.text).ljust(width)
         bar = draw_bar(prediction.probability)
-        print(f"  {rank:3}  {text}  {prediction.probability:7.2%}  {paint(bar, 'cyan')}")
+        print(f"  {rank_here:3}  {text}  {prediction.probability:7.2%}  {paint(bar, 'cyan')}")
 
 
 def print_dataset_stats(stats: Any) -> None:
@@ -4070,15 +4079,20 @@ def quick_explore(
 ) -> dict[str, Any]:
     """Print what an output is, one of its rows and the row's first tokens; return the sample."""
     dataset = as_output(name)
-    settings = dataset.settings
-    about = " ".join(f"{key}={settings[key]}" for key in ABOUT_RUN if key in settings)
-    print(f"{dataset.name}: {len(dataset):,} rows in {len(dataset.shards):,} shards")
-    print(show_text(about) if about else "(the shards do not say how they were made)")
+    print(describe_run(dataset))
     sample = get_sample(dataset, sample_index)
     print_sample_info(sample)
     for t in range(min(tokens, sample["num_tokens"])):
         print_top_tokens(sample, t, tokenizer, k=5)
     return sample
+
+
+def describe_run(dataset: LogitDataset) -> str:
+    """Say in one line how large an output is and how it was made."""
+    settings = dataset.settings
+    size = f"{len(dataset):,} rows in {len(dataset.shards):,} shards"
+    parts = [f"{name} {settings[name]}" for name in ABOUT_RUN if settings.get(name) is not None]
+    return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
 
 
 ABOUT_RUN = ("model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype")
@@ -4167,14 +4181,14 @@ PAGE_CSS = """
 :root {
   --bg: #ffffff; --fg: #1b1f24; --dim: #5f6a75; --line: #d5dbe1; --card: #f5f7f9;
   --bar: #0b62a8; --mark: #b3261e; --focus: #0b62a8;
-  --b1: #fff3e2; --b2: #fee0b8; --b3: #fdc27e; --b4: #fb9a42; --b5: #d95f0e; --b6: #8c2d04;
+  --b1: #fff3e2; --b2: #fee0b8; --b3: #fdc27e; --b4: #fb9a42; --b5: #c04c00; --b6: #7a2503;
   --t5: #ffffff; --t6: #ffffff;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --bg: #14171b; --fg: #e4e8ec; --dim: #98a3ae; --line: #363d45; --card: #1d2126;
     --bar: #5aa9e6; --mark: #ff9a8f; --focus: #8cc8ff;
-    --b1: #2b2417; --b2: #463417; --b3: #6b4a14; --b4: #96620f; --b5: #f0a03c; --b6: #ffdf9e;
+    --b1: #2b2417; --b2: #463417; --b3: #6b4a14; --b4: #86570c; --b5: #f0a03c; --b6: #ffdf9e;
     --t5: #14171b; --t6: #14171b;
   }
 }
@@ -4213,12 +4227,14 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: .4rem .7rem; }
 dt { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
-#pop { position: absolute; z-index: 5; width: min(23rem, calc(100vw - 1rem));
+#pop { position: absolute; z-index: 5; width: min(38rem, calc(100vw - 1rem));
   background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .6rem .8rem; font-size: .85rem;
   box-shadow: 0 4px 18px #0005; }
 #pop code { font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
-#pop .row { display: grid; grid-template-columns: minmax(3rem, 9rem) 1fr 4.2rem; gap: .5rem;
+#pop .both { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
+  gap: 0 1.5rem; }
+#pop .row { display: grid; grid-template-columns: minmax(3rem, 7rem) 1fr 3.8rem; gap: .5rem;
   align-items: center; }
 #pop .row bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
@@ -4242,17 +4258,19 @@ function make(parent, tag, name, text) {
   return node;
 }
 function percent(p) {
+  if (p > 0 && p < 1e-5) return p.toExponential(1);
   return (p >= 0.01 ? (100 * p).toFixed(1) : (100 * p).toPrecision(2)) + "%";
 }
-function rows(title, list, real) {
-  if (!list.length) return;
-  make(pop, "h3", "", title);
+function rows(parent, title, list, real) {
+  const part = make(parent, "div");
+  if (list.length) make(part, "h3", "", title);
   for (const [text, id, p] of list) {
-    const row = make(pop, "div", id === real ? "row real" : "row");
+    const row = make(part, "div", id === real ? "row real" : "row");
     make(row, "bdi", "", text).title = "id " + id;
     make(make(row, "div"), "div", "bar").style.width = 100 * Math.min(1, p) + "%";
     make(row, "span", "num", percent(p));
   }
+  return part;
 }
 function token(node) {
   return data[+node.closest("section").dataset.s][+node.dataset.t];
@@ -4269,9 +4287,10 @@ function fill(node) {
     "in the tail sample" : "not stored")));
   make(pop, "div", "dim", "nucleus of " + it.n + (it.n === 1 ? " token" : " tokens") +
     " covering " + percent(it.m));
-  rows("Likeliest", it.top, it.i);
-  rows("Tail sample, in the order drawn", it.tail.slice(0, 6), it.i);
-  if (it.tail.length > 6) make(pop, "div", "dim", "and " + (it.tail.length - 6) + " more");
+  const both = make(pop, "div", "both");
+  rows(both, "Likeliest", it.top, it.i);
+  const tail = rows(both, "Tail sample, in the order drawn", it.tail, it.i);
+  if (it.s > it.tail.length) make(tail, "div", "dim", "and " + (it.s - it.tail.length) + " more");
 }
 function place(node) {
   const box = node.getClientRects()[0] || node.getBoundingClientRect();
@@ -4291,7 +4310,10 @@ function show(node) {
   node.classList.add("on");
   node.setAttribute("aria-describedby", "pop");
   const line = node.closest("section").querySelector(".now");
-  if (line) for (const x of ["x1", "x2"]) line.setAttribute(x, +node.dataset.t + 0.5);
+  if (line) {
+    for (const x of ["x1", "x2"]) line.setAttribute(x, +node.dataset.t + 0.5);
+    line.removeAttribute("visibility");
+  }
 }
 function move(node, key) {
   const all = [...node.closest(".text").querySelectorAll(".tok")], at = all.indexOf(node);
@@ -4368,6 +4390,7 @@ def render_page(
     analyses: Sequence[ConversationAnalysis],
     *,
     title: str = "What the teacher expected",
+    about: str = "",
     stats: str = "",
 ) -> str:
     """Return a self-contained page of several conversations: one file, no network, both themes.
@@ -4375,6 +4398,7 @@ def render_page(
     Args:
         analyses: the conversations, in the order shown.
         title: heading and window title.
+        about: a line under the heading.
         stats: markup put before the conversations, such as `DatasetStats.to_html()`.
     """
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
@@ -4382,7 +4406,8 @@ def render_page(
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     sections = [render_sample(analysis, number) for number, analysis in enumerate(analyses)]
     heading = escape(title)
-    body = [f"<h1>{heading}</h1>", render_nav(analyses), render_legend(), stats, *sections]
+    line = f'<p class="dim">{escape(about)}</p>' if about else ""
+    body = [f"<h1>{heading}</h1>", line, render_nav(analyses), render_legend(), stats, *sections]
     return PAGE.format(
         policy=policy,
         title=heading,
@@ -4398,11 +4423,14 @@ def escape(text: str) -> str:
     return html.escape(show_text(text))
 
 
+TAIL_SHOWN = 6  # tail tokens listed in the page; how many more there are is said
+
+
 def token_data(token: TokenAnalysis) -> dict[str, Any]:
     """Return what the page shows when a token is chosen, under short names."""
     entries = {
         name: [[show_token(p.text), p.id, round_to(p.probability)] for p in predictions]
-        for name, predictions in (("top", token.predictions), ("tail", token.tail))
+        for name, predictions in (("top", token.predictions), ("tail", token.tail[:TAIL_SHOWN]))
     }
     return {
         "x": show_token(token.text),
@@ -4414,6 +4442,7 @@ def token_data(token: TokenAnalysis) -> dict[str, Any]:
         "w": token.where,
         "n": token.nucleus_size,
         "m": round_to(token.nucleus_mass),
+        "s": len(token.tail),
         **entries,
     }
 
@@ -4493,9 +4522,9 @@ def render_sparkline(tokens: Sequence[TokenAnalysis]) -> str:
     return (
         f'<figure><svg class="spark" data-n="{n}" viewBox="0 0 {n} 40" '
         f'preserveAspectRatio="none" role="img" aria-label="nucleus size along the conversation">'
-        f'<path class="area" d="M0 40{path}V40Z"/><line class="now" x1="-9" x2="-9" y1="0" '
-        f'y2="40"/></svg><div class="axis"><span>token 0</span><span>nucleus size, 1 to {peak}'
-        f"</span><span>token {n - 1}</span></div></figure>\n"
+        f'<path class="area" d="M0 40{path}V40Z"/><line class="now" x1="0" x2="0" y1="0" '
+        f'y2="40" visibility="hidden"/></svg><div class="axis"><span>token 0</span>'
+        f"<span>nucleus size, 1 to {peak}</span><span>token {n - 1}</span></div></figure>\n"
     )
 
 
@@ -4543,11 +4572,13 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
             label = f"tail sample, {tail.size} tokens (ranks unknown)"
             axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
         axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
-        for prediction in decode_top_tokens(sample, t, tokenizer, k=3):
-            place = (int(np.flatnonzero(ids == prediction.id)[0]) + 1, prediction.logit)
-            label = plain_label(prediction.text)
-            axes.annotate(label, place, xytext=(6, 4), textcoords="offset points", fontsize=9)
+        likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
+        names = [f"{100 * p.probability:5.1f}%  {plain_label(p.text)}" for p in likeliest]
+        frame = {"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round"}
+        axes.text(0.98, 0.86, "\n".join(names), va="top", ha="right", ma="left", bbox=frame,
+                  transform=axes.transAxes, family=["monospace", "sans-serif"])
         axes.set(xlabel="rank in the nucleus, then the tail sample", ylabel="logit (nats)")
+        axes.margins(y=0.12)
         axes.set_title(f"Token {t}: {get_nucleus_probability_mass(sample, t):.1%} in the nucleus")
         axes.legend()
         return finish_figure(pyplot, figure)
@@ -4596,8 +4627,10 @@ def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
         figure, (upper, lower) = pyplot.subplots(
             2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(3, 2)
         )
-        upper.bar(tokens, block.top_counts, width=1.0, color=colours[0])
-        upper.set(ylabel="nucleus size (tokens)")
+        edges = np.arange(tokens.size + 1) - 0.5
+        heights = np.append(block.top_counts, block.top_counts[-1:])
+        upper.fill_between(edges, heights, step="post", color=colours[0], linewidth=0)
+        upper.set(ylabel="nucleus size (tokens)", ylim=(0, None))
         upper.set_title(f"Conversation {sample['index']}: nucleus along the text")
         mass = sum_runs(block.top_probs(), block.top_starts)
         lower.plot(tokens, 100 * mass, ".", ms=4, color=colours[1])
@@ -4623,9 +4656,9 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
         left.set_title(f"{stats.tokens:,} tokens of {stats.rows:,} rows")
         share = 100 * np.cumsum(counts) / max(stats.tokens, 1)
         right.step(sizes, share, where="post", color=colours[0])
-        for q, colour, line in ((50, colours[1], "--"), (95, colours[2], ":")):
-            label = f"{q}% within {stats.percentile(q):g}"
-            right.axvline(stats.percentile(q), color=colour, ls=line, lw=2, label=label)
+        for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
+            size = stats.percentile(q)
+            right.plot([size], [q], marker, ms=9, color=colour, label=f"{q}% within {size:g}")
         right.set(xlabel="nucleus size (tokens)", ylabel="nuclei up to it (%)", ylim=(0, 101))
         right.set_title(f"mean {stats.mean:.1f}, standard deviation {stats.std:.1f}")
         right.legend(loc="lower right")
@@ -4746,7 +4779,7 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if rows or args.conversation is not None:
         summary |= show_rows(dataset, rows, args, stats)
     elif args.html:
-        write_page(args.html, render_page([], stats=stats.to_html() if stats else ""))
+        write_rows_page(args.html, dataset, [], stats)
         summary["html"] = args.html
     if args.plot:
         Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
@@ -4796,14 +4829,25 @@ def show_rows(
     else:
         log.warning("explore-logits: showing ids only: %s", show_text(str(why)))
     if args.html:
-        page = render_page(analyses, stats=stats.to_html() if stats else "")
-        write_page(args.html, page)
+        write_rows_page(args.html, dataset, analyses, stats)
         return {"sample": rows, "html": args.html}
-    for analysis in analyses:
-        print(visualize_conversation_probabilities(analysis), end="\n\n")
-    for row in rows:
-        show_tokens(get_sample(dataset, row), args, text)
+    for seen in analyses:
+        print(visualize_conversation_probabilities(seen), end="\n\n")
+    for number, row in enumerate(rows):
+        analysis = analyses[number] if analyses else None
+        show_tokens(get_sample(dataset, row), args, text, analysis)
     return {"sample": rows}
+
+
+def write_rows_page(
+    path: str,
+    dataset: LogitDataset,
+    analyses: Sequence[ConversationAnalysis],
+    stats: DatasetStats | None,
+) -> None:
+    """Write the page of chosen rows, with the figures of the output where there are any."""
+    about = describe_run(dataset)
+    write_page(path, render_page(analyses, about=about, stats=stats.to_html() if stats else ""))
 
 
 def find_text(
@@ -4817,15 +4861,22 @@ def find_text(
 
 
 def show_tokens(
-    sample: Mapping[str, Any], args: argparse.Namespace, text: TextSource | None
+    sample: Mapping[str, Any],
+    args: argparse.Namespace,
+    text: TextSource | None,
+    analysis: ConversationAnalysis | None,
 ) -> None:
-    """Print what a sample holds and its most uncertain tokens, or the one asked for."""
+    """Print what a sample holds and its most surprising tokens, or the one asked for."""
     print_sample_info(sample)
     tokenizer = text.tokenizer if text else None
-    order = np.argsort(-sample["top_counts"], kind="stable")[:3]
-    for t in [args.token] if args.token is not None else sorted(order.tolist()):
+    surprise = first_probs(sample_block(sample))
+    if analysis is not None:
+        surprise = np.array([token.log_probability for token in analysis.tokens])
+    for t in [args.token] if args.token is not None else sorted(np.argsort(surprise)[:3].tolist()):
+        check_token(sample, t)
         print()
-        print_top_tokens(sample, t, tokenizer, k=args.top)
+        actual = analysis.tokens[t] if analysis is not None else None
+        print_top_tokens(sample, t, tokenizer, k=args.top, actual=actual)
 
 
 def write_plots(dataset: LogitDataset, row: int, folder: Path) -> list[str]:
