@@ -3894,9 +3894,7 @@ def analyze_row(
         encoded = text.encode(sample["index"])
         ids, positions = encoded.input_ids, encoded.token_positions
     bits = int(text.settings.get("logit_bits") or 16)
-    analysis = align_tokens(
-        sample, ids, positions, text.tokenizer, top_k=top_k, logit_bits=bits
-    )
+    analysis = align_tokens(sample, ids, positions, text.tokenizer, top_k=top_k, logit_bits=bits)
     return replace(analysis, model=str(text.settings.get("model") or ""))
 
 
@@ -4575,8 +4573,17 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
         likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
         names = [f"{100 * p.probability:5.1f}%  {plain_label(p.text)}" for p in likeliest]
         frame = {"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round"}
-        axes.text(0.98, 0.86, "\n".join(names), va="top", ha="right", ma="left", bbox=frame,
-                  transform=axes.transAxes, family=["monospace", "sans-serif"])
+        axes.text(
+            0.98,
+            0.86,
+            "\n".join(names),
+            va="top",
+            ha="right",
+            ma="left",
+            bbox=frame,
+            transform=axes.transAxes,
+            family=["monospace", "sans-serif"],
+        )
         axes.set(xlabel="rank in the nucleus, then the tail sample", ylabel="logit (nats)")
         axes.margins(y=0.12)
         axes.set_title(f"Token {t}: {get_nucleus_probability_mass(sample, t):.1%} in the nucleus")
