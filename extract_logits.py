@@ -3970,12 +3970,17 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     with GracefulInterrupt() as interrupt:
-        deadline = TimedShutdown(config.max_runtime_minutes, elapsed_s=process_age_s())
         job = open_job(config)
         if config.verify_mask and not confirm_masks(job):
             raise ConfigError("stopped at --verify-mask: nothing was extracted")
         uploader = open_uploader(job, stopping=lambda: interrupt.stopping)
+        deadline = TimedShutdown(
+            config.max_runtime_minutes,
+            elapsed_s=process_age_s(),
+            upload_s=uploader.expected_upload_s,
+        )
         try:
+            uploader.load_pending_into_buffer()
             run = Extraction(job, uploader, lambda: interrupt.stopping or deadline.due())
             complete = run.extract()
             if complete or not interrupt.stopping:
@@ -4011,7 +4016,7 @@ def open_uploader(job: Job, *, stopping: Callable[[], bool]) -> StreamingHFUploa
 
 def exit_code(stored: Mapping[str, Any], complete: bool, stop_signal: int | None) -> int:
     """Return how the process ends, once everything that could be done is done."""
-    if not complete and stop_signal is not None:
+    if stop_signal is not None and not (complete and not stored["undelivered"]):
         return 128 + stop_signal
     if stored["undelivered"]:
         return EXIT_UNDELIVERED
