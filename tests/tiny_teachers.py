@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -40,8 +40,12 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 def tiny_model(
     vocab_size: int, *, padding: int = 0, spread: float = 4.0, twins: int = 0, seed: int = 0
-) -> Qwen2ForCausalLM:
-    """Return a Qwen2 of two layers and width 16.
+) -> LlamaForCausalLM:
+    """Return a Llama of two layers and width 16.
+
+    Not a Qwen2: with that family transformers loads the family's own tokenizer class, which adds a
+    token of its own to whatever was saved. The layers' weights are small enough for two float32
+    forwards to agree to 1e-6.
 
     Args:
         padding: embedding rows beyond the tokenizer's highest id, with the largest logits of all.
@@ -49,18 +53,19 @@ def tiny_model(
         twins: pairs of ids (i, i + twins) whose logits are equal bit by bit.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=vocab_size + padding, hidden_size=16, intermediate_size=32,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=512, tie_word_embeddings=False,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
-                weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        model.model.embed_tokens.weight.mul_(5.0)
         head = model.lm_head.weight
-        head.mul_(spread / 2.0)  # a normed hidden state of width 16 has length 4
+        head.mul_(spread / 0.8)  # a normed hidden state of width 16 has length 4
         head[vocab_size:].mul_(3.0)
         head[twins : 2 * twins] = head[:twins]
     return model

@@ -1,0 +1,164 @@
+"""Whole runs of the command, every row checked by the oracle.
+
+The embedded teacher with its conversations of every kind, and random teachers with vocabularies
+from 300 to 262,144 ids whose conversations use the lowest and the highest of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+from tiny_teachers import save_teacher
+
+from extract_logits import main
+
+TESTS = Path(__file__).parent
+EMBEDDED = TESTS / "teacher" / "model"
+CONVERSATIONS = TESTS / "teacher" / "conversations.jsonl"
+
+SHORT = [
+    [
+        {"role": "user", "content": "Two and two?"},
+        {"role": "assistant", "content": "Four. 四"},
+    ],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "<|im_start|> is what?"},
+        {"role": "assistant", "content": "A marker.\n"},
+    ],
+    [
+        {"role": "user", "content": "Say nothing."},
+        {"role": "assistant", "content": "…"},
+    ],
+]
+
+
+def write_conversations(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def run_command(model: Path, dataset: Path, folder: Path, *options: str) -> Path:
+    """Run the command in this process; return its output folder."""
+    output = folder / "output"
+    code = main([
+        "--model", str(model), "--dataset", str(dataset), "--output", str(output),
+        "--cache-dir", str(folder / "cache"), "--device", "cpu", *options,
+    ])  # fmt: skip
+    assert code == 0
+    return output
+
+
+def check(model: Path, dataset: Path, output: Path, **options: Any) -> oracle.Report:
+    conversations = oracle.read_conversations(dataset, index_col=options.pop("index_col", None))
+    return oracle.check_run(output, *oracle.load_reference(str(model)), conversations, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# The embedded teacher
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write conversations of every subject, with tools and with reasoning, 24 in all."""
+    lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    reasoning = [r for r in records if "reasoning_content" in json.dumps(r["messages"])][:3]
+    tools = [r for r in records if "tool_calls" in json.dumps(r["messages"])][:4]
+    chosen = {r["id"]: r for r in [*reasoning, *tools, *records[::22]]}
+    folder = tmp_path_factory.mktemp("source")
+    return write_conversations(folder / "some.jsonl", list(chosen.values())[:24])
+
+
+def test_every_row_of_a_run_of_the_embedded_teacher_is_right(
+    every_kind: Path, tmp_path: Path
+) -> None:
+    output = run_command(
+        EMBEDDED, every_kind, tmp_path,
+        "--index-col", "id", "--store-tokens", "--upload-every", "9",
+    )  # fmt: skip
+    report = check(EMBEDDED, every_kind, output, index_col="id")
+    assert report.rows == 24
+    assert report.shards >= 3
+    assert (report.nucleus_min, report.nucleus_max) == (1, 100)
+    assert report.max_logsumexp_error <= 1e-5
+
+
+@pytest.mark.slow
+def test_every_row_of_all_embedded_conversations_is_right(tmp_path: Path) -> None:
+    output = run_command(EMBEDDED, CONVERSATIONS, tmp_path)
+    report = check(EMBEDDED, CONVERSATIONS, output)
+    print(json.dumps(report.figures()))
+    assert report.rows == 240
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--reference-extraction"],
+        ["--max-batch-size", "1", "--top-p", "0.6"],
+        ["--top-p-max", "255", "--top-p", "0.9999", "--sampled-n", "3"],
+        ["--top-p", "1", "--top-p-max", "7", "--sampled-n", "0"],
+        ["--logit-bits", "6"],
+        ["--attn", "eager", "--max-batch-tokens", "300", "--seed", "7"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_with_other_options_is_right(
+    every_kind: Path, tmp_path: Path, options: list[str]
+) -> None:
+    lines = every_kind.read_text(encoding="utf-8").splitlines()[2:7]
+    few = write_conversations(tmp_path / "few.jsonl", map(json.loads, lines))
+    output = run_command(EMBEDDED, few, tmp_path, *options)
+    assert check(EMBEDDED, few, output).rows == 5
+
+
+def test_the_oracle_rejects_the_run_of_another_teacher(tmp_path: Path) -> None:
+    dataset = write_conversations(tmp_path / "short.jsonl", ({"messages": m} for m in SHORT))
+    one = save_teacher(tmp_path / "one", 300, seed=1)
+    two = save_teacher(tmp_path / "two", 300, seed=2)
+    output = run_command(one, dataset, tmp_path)
+    with pytest.raises(oracle.Violation, match="row 0 token 0"):
+        check(two, dataset, output)
+
+
+# --------------------------------------------------------------------------------------------------
+# Random teachers
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [300, 32_000, 70_000, 151_936, 262_144])
+def test_every_row_of_a_run_of_a_random_teacher_is_right(vocab_size: int, tmp_path: Path) -> None:
+    """Padding rows have the largest logits of all, a hundred pairs of ids tie exactly."""
+    dataset = write_conversations(tmp_path / "short.jsonl", ({"messages": m} for m in SHORT))
+    teacher = save_teacher(
+        tmp_path / "teacher", vocab_size, padding=64, twins=vocab_size // 3, seed=vocab_size
+    )
+    output = run_command(teacher, dataset, tmp_path, "--store-tokens")
+    report = check(teacher, dataset, output)
+    assert report.rows == 3
+    assert report.nucleus_max > 30
+    settings = oracle.Settings.from_output(output)
+    _, rows = oracle.read_run(output, settings)
+    stored = [i for r in rows.values() for t in r.tokens for i in t.top_ids + t.sampled_ids]
+    assert max(stored) > 0.98 * vocab_size
+    assert max(max(row.input_ids or []) for row in rows.values()) == vocab_size - 1
+
+
+def test_the_oracle_is_a_command_that_prints_its_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_conversations(tmp_path / "short.jsonl", ({"messages": m} for m in SHORT))
+    teacher = save_teacher(tmp_path / "teacher", 300)
+    output = run_command(teacher, dataset, tmp_path)
+    arguments = ["--model", str(teacher), "--dataset", str(dataset), "--output", str(output)]
+    assert oracle.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 3
