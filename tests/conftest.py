@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub speaks plain LFS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests" / "teacher" / "model"
