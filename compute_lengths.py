@@ -41,8 +41,10 @@ from explore_logits import (
     LENGTHS_SCHEMA,
     METADATA_LENGTHS,
     ConversationColumns,
+    ConversationError,
     LogitsError,
     SourceError,
+    encode_row,
     hash_template,
     import_extra,
     load_chat_template,
@@ -156,8 +158,9 @@ def get_transform_fn(
     """Build the function that measures a batch of rows.
 
     It takes a batch as `Dataset.map(batched=True, with_indices=True)` gives it: columns, and the
-    numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens` and
-    `reason`: None, or why the conversation cannot be used.
+    numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens`,
+    `reason` (None, or why the conversation cannot be used) and `detail` (a sentence on that, for
+    the batch's first row of each reason).
 
     Args:
         config: model, template and what to include.
@@ -179,7 +182,19 @@ def get_transform_fn(
             "length": length.tolist(),
             "num_tokens": num_tokens.tolist(),
             "reason": reasons,
+            "detail": [
+                explain(batch, place) if reason and reason not in reasons[:place] else None
+                for place, reason in enumerate(reasons)
+            ],
         }
+
+    def explain(batch: Batch, place: int) -> str | None:
+        row = {name: values[place] for name, values in batch.items()}
+        try:
+            encode_row(row, columns, tokenizer, chat_template=template)
+        except ConversationError as error:
+            return str(error)
+        return None
 
     return transform
 
@@ -319,11 +334,12 @@ def collect(batches: Iterable[Measured], *, total: int | None = None) -> Measure
     skipped: Counter[str] = Counter()
     with tqdm(total=total, unit=" rows", file=sys.stderr, disable=None) as bar:
         for batch in batches:
-            for index, reason in zip(batch["index"], batch["reason"], strict=True):
-                if reason is not None:
-                    if reason not in skipped:
-                        log.warning("index %d cannot be used: %s", index, reason)
-                    skipped[reason] += 1
+            for index, reason, detail in zip(
+                batch["index"], batch["reason"], batch["detail"], strict=True
+            ):
+                if reason is not None and reason not in skipped:
+                    log.warning("index %d cannot be used (%s): %s", index, reason, detail)
+                skipped.update([reason] if reason is not None else [])
             parts.append(np.array([batch[c] for c in LENGTHS_SCHEMA.names], np.int32))
             bar.update(len(batch["index"]))
     table = np.concatenate([np.zeros((3, 0), np.int32), *parts], axis=1)

@@ -1024,7 +1024,7 @@ def _render_dialects(
 ) -> tuple[Messages, str, list[Span]]:
     """Render the conversation in the first way of writing tool calls that the template takes."""
     refusal: ConversationError | None = None
-    for dialect in _dialects(messages):
+    for dialect in _dialects(messages, template):
         try:
             if template.marked:
                 text, spans = template.render_marked(dialect, tools)
@@ -1035,20 +1035,22 @@ def _render_dialects(
     raise refusal or ConversationError("empty", "the conversation has no messages")
 
 
-def _dialects(messages: Messages) -> Iterator[Messages]:
+def _dialects(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
     """Yield the ways of writing the same conversation that templates differ in.
 
-    Arguments of tool calls as an object, then as a JSON string; content that a message lacks left
-    out, then null.
+    Arguments of tool calls as an object, then as JSON text; content that a message lacks left out,
+    then null where the template asks for that (others would print "None").
     """
-    calling = any("tool_calls" in message for message in messages)
-    yield [_with_arguments(m, as_text=False) for m in messages] if calling else messages
-    if calling:
-        yield [_with_arguments(m, as_text=True) for m in messages]
-    if any("content" not in message for message in messages):
+    if not any("tool_calls" in message or "content" not in message for message in messages):
+        yield messages
+        return
+    texts = (False, True) if any("tool_calls" in message for message in messages) else (False,)
+    for as_text in texts:
+        yield [_with_arguments(m, as_text=as_text) for m in messages]
+    if re.search(r"content['\"]?\]? is (?:not )?none", template.source):
         nulls = [{"content": None, **message} for message in messages]
-        yield [_with_arguments(m, as_text=False) for m in nulls]
-        yield [_with_arguments(m, as_text=True) for m in nulls]
+        for as_text in texts:
+            yield [_with_arguments(m, as_text=as_text) for m in nulls]
 
 
 def _with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
