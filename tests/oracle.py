@@ -687,9 +687,13 @@ def check_run(
 
 
 def read_conversations(
-    dataset: Path, *, index_col: str | None = None, messages_col: str = "messages"
+    dataset: Path, said: Mapping[str, Any] | None = None
 ) -> dict[int, list[dict[str, Any]]]:
-    """Read the messages of a .jsonl, .json or .parquet file by index (default: row number)."""
+    """Read the conversations of a .jsonl, .json or .parquet file by index.
+
+    Args:
+        said: `extraction_config.json` of a run, for the names of the columns.
+    """
     if dataset.suffix == ".parquet":
         records = pq.read_table(dataset).to_pylist()
     elif dataset.suffix == ".json":
@@ -697,10 +701,23 @@ def read_conversations(
     else:
         lines = dataset.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in lines if line.strip()]
+    said = said or {}
+    index_col = said.get("index_col")
     return {
-        (record[index_col] if index_col else number): record[messages_col]
+        (record[index_col] if index_col else number): messages_of(record, said)
         for number, record in enumerate(records)
     }
+
+
+def messages_of(record: Mapping[str, Any], said: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not said.get("user_col"):
+        return record[said.get("messages_col") or "messages"]
+    columns = {"system": "system_col", "user": "user_col", "assistant": "assistant_col"}
+    return [
+        {"role": role, "content": record[said[column]]}
+        for role, column in columns.items()
+        if said.get(column) and record[said[column]]
+    ]
 
 
 def load_reference(model: str) -> tuple[Any, Any]:
@@ -717,11 +734,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True, type=Path, help=".jsonl, .json or .parquet")
     parser.add_argument("--output", required=True, type=Path, help="folder of the run")
-    parser.add_argument("--index-col")
     parser.add_argument("--skipped", type=int, nargs="*", default=[], help="rows rightly left out")
     parser.add_argument("--noise", type=float, default=OTHER_FORWARD.logit, help="nats per logit")
     args = parser.parse_args(argv)
-    conversations = read_conversations(args.dataset, index_col=args.index_col)
+    said = json.loads((args.output / "extraction_config.json").read_text(encoding="utf-8"))
+    conversations = read_conversations(args.dataset, said)
     tolerance = Tolerance(args.noise, args.noise, 2 * args.noise)
     template = args.output / "chat_template.jinja"
     report = check_run(

@@ -6,16 +6,18 @@ from 300 to 262,144 ids whose conversations use the lowest and the highest of th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 from tiny_teachers import save_teacher
 
-from extract_logits import main
+import extract_logits
 
 TESTS = Path(__file__).parent
 EMBEDDED = TESTS / "teacher" / "model"
@@ -48,7 +50,7 @@ def write_conversations(path: Path, records: Iterable[dict[str, Any]]) -> Path:
 def run_command(model: Path, dataset: Path, folder: Path, *options: str) -> Path:
     """Run the command in this process; return its output folder."""
     output = folder / "output"
-    code = main([
+    code = extract_logits.main([
         "--model", str(model), "--dataset", str(dataset), "--output", str(output),
         "--cache-dir", str(folder / "cache"), "--device", "cpu", *options,
     ])  # fmt: skip
@@ -56,9 +58,10 @@ def run_command(model: Path, dataset: Path, folder: Path, *options: str) -> Path
     return output
 
 
-def check(model: Path, dataset: Path, output: Path, **options: Any) -> oracle.Report:
-    conversations = oracle.read_conversations(dataset, index_col=options.pop("index_col", None))
-    return oracle.check_run(output, *oracle.load_reference(str(model)), conversations, **options)
+def check(model: Path, dataset: Path, output: Path) -> oracle.Report:
+    said = json.loads((output / "extraction_config.json").read_text(encoding="utf-8"))
+    conversations = oracle.read_conversations(dataset, said)
+    return oracle.check_run(output, *oracle.load_reference(str(model)), conversations)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +88,7 @@ def test_every_row_of_a_run_of_the_embedded_teacher_is_right(
         EMBEDDED, every_kind, tmp_path,
         "--index-col", "id", "--store-tokens", "--upload-every", "9",
     )  # fmt: skip
-    report = check(EMBEDDED, every_kind, output, index_col="id")
+    report = check(EMBEDDED, every_kind, output)
     assert report.rows == 24
     assert report.shards >= 3
     assert (report.nucleus_min, report.nucleus_max) == (1, 100)
@@ -121,6 +124,18 @@ def test_a_run_with_other_options_is_right(
     assert check(EMBEDDED, few, output).rows == 5
 
 
+def test_every_row_of_a_run_on_question_and_answer_columns_is_right(tmp_path: Path) -> None:
+    records = [
+        {"question": "One?", "answer": "Two.", "rules": "Add one.", "number": 900},
+        {"question": "Three?", "answer": "Four.\n", "rules": "", "number": 17},
+    ]
+    dataset = write_conversations(tmp_path / "qa.jsonl", records)
+    output = run_command(
+        EMBEDDED, dataset, tmp_path, "--system-col", "rules", "--index-col", "number"
+    )
+    assert check(EMBEDDED, dataset, output).rows == 2
+
+
 def test_the_oracle_rejects_the_run_of_another_teacher(tmp_path: Path) -> None:
     dataset = write_conversations(tmp_path / "short.jsonl", ({"messages": m} for m in SHORT))
     one = save_teacher(tmp_path / "one", 300, seed=1)
@@ -128,6 +143,87 @@ def test_the_oracle_rejects_the_run_of_another_teacher(tmp_path: Path) -> None:
     output = run_command(one, dataset, tmp_path)
     with pytest.raises(oracle.Violation, match="row 0 token 0"):
         check(two, dataset, output)
+
+
+# --------------------------------------------------------------------------------------------------
+# Faults planted in the script
+# --------------------------------------------------------------------------------------------------
+
+
+def position_of_the_token_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take each distribution one position early, as if p stood for p - 1."""
+    right = extract_logits.Teacher.iter_logits
+
+    def iter_logits(self: Any, sequences: Any, positions: Any, **options: Any) -> Any:
+        early = [np.maximum(p - 1, 1) for p in positions]
+        return right(self, sequences, early, **options)
+
+    monkeypatch.setattr(extract_logits.Teacher, "iter_logits", iter_logits)
+
+
+def logits_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = extract_logits.Teacher.iter_logits
+
+    def iter_logits(self: Any, sequences: Any, positions: Any, **options: Any) -> Any:
+        for logits in right(self, sequences, positions, **options):
+            yield logits.bfloat16().float()
+
+    monkeypatch.setattr(extract_logits.Teacher, "iter_logits", iter_logits)
+
+
+def change_extraction(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    right = extract_logits.extract_tokens
+
+    def extract_tokens(*args: Any, **options: Any) -> Any:
+        return change(right(*args, **options))
+
+    monkeypatch.setattr(extract_logits, "extract_tokens", extract_tokens)
+
+
+def crossing_token_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_extraction(
+        monkeypatch, lambda t: dataclasses.replace(t, top_counts=(t.top_counts - 1).clamp(min=1))
+    )
+
+
+def tail_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(tokens: Any) -> Any:
+        logits, order = tokens.sampled_logits.sort(dim=1, descending=True)
+        ids = tokens.sampled_ids.gather(1, order)
+        return dataclasses.replace(tokens, sampled_ids=ids, sampled_logits=logits)
+
+    change_extraction(monkeypatch, change)
+
+
+def range_of_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = extract_logits.quantize_rows
+
+    def quantize_rows(values: Any, counts: Any = None, **options: Any) -> Any:
+        return right(values, None, **options)
+
+    monkeypatch.setattr(extract_logits, "quantize_rows", quantize_rows)
+
+
+@pytest.mark.parametrize(
+    ("plant", "reason"),
+    [
+        (position_of_the_token_itself, "row 0 token 0: logsumexp"),
+        (logits_in_bf16, "row 0 token 0: "),
+        (crossing_token_left_out, "is below top_p"),
+        (tail_sorted, "not drawn by its law"),
+        (range_of_all_candidates, "nucleus min"),
+    ],
+)
+def test_a_fault_planted_in_the_script_is_found(
+    plant: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [[SHORT[0][0], {"role": "assistant", "content": "Four, of course. " * 8}]]
+    dataset = write_conversations(tmp_path / "d.jsonl", ({"messages": m} for m in SHORT + long))
+    teacher = save_teacher(tmp_path / "teacher", 300)
+    plant(monkeypatch)
+    output = run_command(teacher, dataset, tmp_path)
+    with pytest.raises(oracle.Violation, match=reason):
+        check(teacher, dataset, output)
 
 
 # --------------------------------------------------------------------------------------------------
