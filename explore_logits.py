@@ -1654,22 +1654,28 @@ class Lengths:
     settings: dict[str, Any]  # what it was measured with; empty where the file does not say
 
 
-def read_lengths(name: str) -> Lengths:
+def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     """Read a lengths dataset: a Parquet file, a folder of them, or a Hub id.
+
+    Args:
+        name: the file, folder or id.
+        length_col: the column of lengths, when others made the dataset.
 
     Raises:
         SourceError: no such file, a column is missing, or an index occurs twice.
     """
     store = open_store(name)
+    wanted = ["index", length_col]
     parts, settings = [], {}
     for path in find_shards(store.list_files(), name, "train"):
         with store.open(path) as file, parquet_errors(f"{name}/{path}"):
             table = pq.read_table(file)
-        missing = [column for column in ("index", "length") if column not in table.column_names]
+        missing = [column for column in wanted if column not in table.column_names]
         if missing:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
         settings = json.loads((table.schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
-        parts.append(table.select([c for c in LENGTHS_SCHEMA.names if c in table.column_names]))
+        known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
+        parts.append(table.select(known))
     table = pa.concat_tables(parts, promote_options="default")
     if any(column.null_count for column in table.columns):
         raise SourceError(f"lengths {name!r} hold null values")

@@ -23,6 +23,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -39,6 +40,7 @@ import signal
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -80,12 +82,13 @@ from explore_logits import (
     load_chat_template,
     load_extraction_config,
     load_tokenizer,
-    measure_conversations,
     open_source,
     pack_indices,
+    read_lengths,
     resolve_columns,
     shard_schema,
     source_columns,
+    source_id,
     source_revision,
 )
 
@@ -235,7 +238,7 @@ class ExtractionConfig:
     )
 
     length_col: str | None = option(
-        None, "column of the source that holds lengths in tokens", group="lengths"
+        None, "column with lengths in tokens, of --tokenized-dataset or the source", group="lengths"
     )
     tokenized_dataset: str | None = option(
         None, "lengths by compute_lengths.py: file, folder or Hub id", group="lengths"
@@ -327,8 +330,6 @@ class ExtractionConfig:
             raise ConfigError("--resume continues and --force-restart discards: give one of them")
         if (self.sample_subject is None) != (self.subject_col is None):
             raise ConfigError("--sample-subject and --subject-col need each other: give both")
-        if self.length_col and self.tokenized_dataset:
-            raise ConfigError("--length-col and --tokenized-dataset both give lengths: drop one")
         if (self.rank is None) != (self.world_size is None):
             raise ConfigError("--rank and --world-size need each other: give both")
         if self.rank is not None and self.world_size is not None and self.rank >= self.world_size:
@@ -342,7 +343,7 @@ class ExtractionConfig:
             "--limit": self.limit, "--sample-subject": self.sample_subject,
             "--start-offset": self.start_offset, "--random-sample": self.random_sample,
         }  # fmt: skip
-        given = [flag for flag, value in selecting.items() if value]
+        given = [flag for flag, value in selecting.items() if value not in (None, False, 0)]
         if self.full_dataset and given:
             raise ConfigError(f"--full-dataset takes every row: drop {' and '.join(given)}")
 
@@ -411,10 +412,13 @@ class RowEncoder:
             )
         except ConversationError as error:
             return SkippedRow(index, error.reason, str(error))
-        length = encoded.input_ids.size
-        if self.max_seq_len is not None and length > self.max_seq_len:
-            return too_long(index, length, self.max_seq_len)
+        if self.max_seq_len is not None and encoded.input_ids.size > self.max_seq_len:
+            return too_long(index, encoded.input_ids.size, self.max_seq_len)
         return EncodedRow(index, encoded.input_ids, encoded.token_positions)
+
+    def column_names(self) -> set[str]:
+        """Return the source columns that `encode` looks at."""
+        return {"tools", *(name for name in asdict(self.columns).values() if name is not None)}
 
 
 def too_long(index: int, length: int, max_seq_len: int) -> SkippedRow:
@@ -423,28 +427,122 @@ def too_long(index: int, length: int, max_seq_len: int) -> SkippedRow:
 
 
 class ConversationDataset(torch.utils.data.Dataset[EncodedRow | SkippedRow]):
-    """The selected conversations in source order, encoded when they are asked for."""
+    """The prepared conversations in source order, encoded when they are asked for."""
 
     def __init__(self, prepared: PreparedDataset, encoder: RowEncoder) -> None:
         self.prepared = prepared
         self.encoder = encoder
 
     def __len__(self) -> int:
-        return len(self.prepared.indices)
+        return self.prepared.indices.size
 
     def __getitem__(self, position: int) -> EncodedRow | SkippedRow:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[EncodedRow | SkippedRow]:
+        """Encode several conversations; the source is read once for all of them."""
         prepared = self.prepared
         if prepared.encoded is not None:
-            return prepared.encoded[position]
-        row = prepared.source[int(prepared.numbers[position])]
-        return self.encoder.encode(row, int(prepared.indices[position]))
+            return [prepared.encoded[position] for position in positions]
+        rows = prepared.source.__getitems__(prepared.numbers[positions].tolist())
+        indices = prepared.indices[positions].tolist()
+        return [self.encoder.encode(*pair) for pair in zip(rows, indices, strict=True)]
+
+
+class WorkerTask(torch.utils.data.Dataset[Any]):
+    """What a worker process of a `DataLoader` makes of each batch that its sampler hands over.
+
+    A refusal is returned, not raised: torch would put the worker's traceback into its message.
+    """
+
+    def __init__(self, make: Callable[[list[Any]], Any]) -> None:
+        self.make = make
+
+    def __getitems__(self, items: list[Any]) -> Any:
+        try:
+            return self.make(items)
+        except LogitsError as error:
+            return error
+
+
+class StopRequested(Exception):
+    """The run was told to stop while rows were read; nothing is wrong, and it can be resumed."""
+
+
+def run_ahead(
+    make: Callable[[list[Any]], Any],
+    batches: Iterable[list[Any]],
+    *,
+    processes: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Any]:
+    """Yield `make(batch)` of every batch, in order, made ahead in worker processes (0: in this).
+
+    `batches` is read in this process, and only so far ahead as keeps the workers busy.
+
+    Raises:
+        LogitsError: what `make` raised, as itself.
+        StopRequested: `should_stop` said so.
+    """
+    if processes:  # each conversation is tokenized by itself, so threads would only warn at a fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        WorkerTask(make),
+        batch_sampler=batches,
+        collate_fn=pass_through,
+        num_workers=processes,
+        prefetch_factor=4 if processes else None,
+        worker_init_fn=leave_signals_to_parent if processes else None,
+    )
+    results = iter(loader)
+    try:
+        for made in results:
+            if isinstance(made, LogitsError):
+                raise made
+            if should_stop():
+                raise StopRequested
+            yield made
+    finally:  # the last reference: the workers end now, not when a traceback is collected
+        del loader, results
+
+
+def pass_through(made: Any) -> Any:
+    """Return what was made as it is: the collate function of `run_ahead`."""
+    return made
+
+
+def leave_signals_to_parent(_: int) -> None:
+    """Make a worker outlive the signals that its whole group gets: the run still needs its rows.
+
+    Ctrl-C on a terminal and the SIGTERM of a batch system reach every process of a group. A worker
+    ends when its parent ends it or is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends the run
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait_for_end, daemon=True).start()
+
+
+def wait_for_end() -> None:
+    """End this process at a SIGTERM from its parent, and at no other."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def worker_processes(rows: int) -> int:
+    """Return how many processes are worth starting for that many rows; 0 is this one."""
+    if rows < 512:
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, (cpus or 1) - 1))
 
 
 # --------------------------------------------------------------------------------------------------
 # 2 Prepare
 # --------------------------------------------------------------------------------------------------
 
-INDEX_RANGE = 2**31  # the index column is int32
+INDEX_LIMIT = 2**31  # the index column is int32
 
 
 @dataclass(frozen=True)
@@ -452,12 +550,93 @@ class PreparedDataset:
     """The conversations of a job, or of one window of a stream, and what is known of them."""
 
     source: Any  # source[number] -> row
-    numbers: npt.NDArray[np.int64]  # (n,) row number in `source`
+    numbers: npt.NDArray[np.int64]  # (n,) row number in `source`, ascending
     indices: npt.NDArray[np.int64]  # (n,) id in the output
     lengths: npt.NDArray[np.int64]  # (n,) tokens of the rendered conversation
     num_tokens: npt.NDArray[np.int64] | None = None  # (n,) tokens to extract, where known
     skipped: list[SkippedRow] = field(default_factory=list)
     encoded: list[EncodedRow] | None = None  # (n,) where the rows were encoded already
+
+
+def prepare_dataset(
+    config: ExtractionConfig,
+    source: Any,
+    encoder: RowEncoder,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> PreparedDataset:
+    """Select the conversations of this worker and find their lengths.
+
+    Args:
+        config: the options of selection, lengths and workers.
+        source: a map-style `datasets.Dataset`.
+        encoder: measures the lengths that no option gives.
+        should_stop: asked between rows.
+
+    Raises:
+        DataError: no such column, bad ids, lengths that do not belong to this job, nothing left.
+        StopRequested: `should_stop` said so.
+    """
+    indices = read_source_indices(source, encoder.columns)
+    groups = None
+    if config.subject_col is not None:
+        groups = [
+            group_name(value) for value in read_column(source, config.subject_col).to_pylist()
+        ]
+    numbers = select_rows(indices, groups, config)
+    if not numbers.size:
+        raise DataError(
+            f"{config.dataset}: none of its {indices.size} rows is selected; "
+            "see --start-offset, --limit and --sample-subject"
+        )
+    if config.world_size is not None:
+        numbers = numbers[worker_of(indices[numbers], config.world_size) == config.rank]
+    used = [name for name in source.column_names if name in encoder.column_names()]
+    rows = PreparedDataset(
+        source.select_columns(used), numbers, indices[numbers], np.zeros_like(numbers)
+    )
+    return add_lengths(config, source, ConversationDataset(rows, encoder), should_stop)
+
+
+def read_column(source: Any, column: str) -> pa.ChunkedArray:
+    """Return a column of the source; one that is missing is an error that names those there are."""
+    if column not in source.column_names:
+        raise DataError(f"no column {column!r}; there are {', '.join(source.column_names)}")
+    return source.select_columns([column]).with_format("arrow")[:].column(column)
+
+
+def read_source_indices(source: Any, columns: ConversationColumns) -> npt.NDArray[np.int64]:
+    """Return the id of every row of the source: its number, or what the index column holds.
+
+    Raises:
+        SourceError: an id is no integer or does not fit int32; names the first.
+        DataError: an id occurs twice.
+    """
+    column = columns.index
+    if column is None:
+        if len(source) > INDEX_LIMIT:
+            raise DataError(f"{len(source)} rows: row numbers above int32 cannot be stored")
+        return np.arange(len(source))
+    values = read_column(source, column)
+    if len(values) and not (pa.types.is_integer(values.type) and values.null_count == 0):
+        for number, value in enumerate(values):
+            source_id({column: value.as_py()}, number, columns)
+    ids = values.to_numpy()
+    outside = np.flatnonzero((ids < -INDEX_LIMIT) | (ids >= INDEX_LIMIT))
+    if outside.size:
+        source_id({column: int(ids[outside[0]])}, int(outside[0]), columns)
+    unique, counts = np.unique(ids, return_counts=True)
+    if unique.size < ids.size:
+        raise repeated_index(int(unique[counts > 1][0]), column)
+    return ids.astype(np.int64)
+
+
+def repeated_index(value: int, column: str) -> DataError:
+    """Return the refusal of an id that occurs more than once."""
+    return DataError(
+        f"--index-col {column}: {value} occurs more than once, ids must be unique; "
+        "leave the option out to use row numbers"
+    )
 
 
 def mix_hash(values: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.uint64]:
@@ -484,17 +663,21 @@ def select_rows(
     """Return the row numbers of the job, ascending: a pure function of the source and the options.
 
     Rows are taken in source order, or with `random_sample` in an order that depends on the seed
-    and the row's index only. A group that `sample_subject` does not name falls under "*"; without
-    "*" it has no limit of its own.
+    and the row's index only. A group that `sample_subject` does not name has the limit of "*";
+    without "*" it has none.
     """
     numbers = np.arange(min(config.start_offset, indices.size), indices.size)
     if config.random_sample:
         numbers = numbers[np.argsort(mix_hash(indices[numbers], seed=config.seed), kind="stable")]
-    if groups is not None and config.sample_subject is not None:
-        allowed = GroupLimits(config.sample_subject)
-        taken = [allowed.take(groups[number]) for number in numbers]
-        numbers = numbers[np.asarray(taken, bool)]
+    if groups is not None:
+        allowed = GroupLimits(config.sample_subject or {})
+        numbers = numbers[[allowed.take(groups[number]) for number in numbers.tolist()]]
     return np.sort(numbers[: config.limit])
+
+
+def group_name(value: Any) -> str:
+    """Return the name of a row's group as --sample-subject spells it; null is the empty group."""
+    return "" if value is None else str(value)
 
 
 class GroupLimits:
@@ -504,276 +687,374 @@ class GroupLimits:
         self.limits = limits
         self.counts: Counter[str] = Counter()
 
-    def take(self, group: Any) -> bool:
+    def take(self, group: str) -> bool:
         """Count one row of the group; False when its group is full."""
-        name = "" if group is None else str(group)
-        limit = self.limits.get(name, self.limits.get("*"))
-        self.counts[name] += 1
-        return limit is None or self.counts[name] <= limit
+        limit = self.limits.get(group, self.limits.get("*"))
+        self.counts[group] += 1
+        return limit is None or self.counts[group] <= limit
 
 
-def read_indices(values: Sequence[Any], column: str) -> npt.NDArray[np.int64]:
-    """Check the ids of an index column: unique integers that fit int32.
-
-    Raises:
-        DataError: names the first value that is not, and its row.
-    """
-    for number, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise DataError(
-                f"--index-col {column}: row {number} holds {value!r}, ids must be integers"
-            )
-        if not -INDEX_RANGE <= value < INDEX_RANGE:
-            raise DataError(f"--index-col {column}: {value} in row {number} does not fit int32")
-    indices = np.asarray(values, np.int64)
-    unique, counts = np.unique(indices, return_counts=True)
-    if unique.size < indices.size:
-        repeated = int(unique[counts > 1][0])
-        raise DataError(
-            f"--index-col {column}: {repeated} occurs {int(counts.max())} times, ids must be "
-            "unique; leave the option out to use row numbers"
-        )
-    return indices
-
-
-def prepare_dataset(config: ExtractionConfig, source: Any, encoder: RowEncoder) -> PreparedDataset:
-    """Select the conversations of this worker and find their lengths.
-
-    Args:
-        config: selection and lengths options.
-        source: a map-style `datasets.Dataset`.
-        encoder: measures where no lengths are given.
-
-    Raises:
-        DataError: no such column, bad ids, lengths that do not belong to this job, nothing left.
-    """
-    column = encoder.columns.index
-    indices = np.arange(len(source)) if column is None else read_indices(source[column], column)
-    if indices.size > INDEX_RANGE:
-        raise DataError(f"{indices.size} rows: row numbers above int32 cannot be stored")
-    groups = None if config.subject_col is None else read_column(source, config.subject_col)
-    numbers = select_rows(indices, groups, config)
-    if not numbers.size:
-        raise DataError(
-            f"{config.dataset}: no row of {indices.size} is selected; "
-            "see --start-offset, --limit and --sample-subject"
-        )
-    if config.world_size is not None and config.world_size > 1:
-        numbers = numbers[worker_of(indices[numbers], config.world_size) == config.rank]
-    return find_lengths(config, source, encoder, numbers, indices[numbers])
-
-
-def read_column(source: Any, column: str) -> Sequence[Any]:
-    """Return a column of the source; one that is missing is an error that names those there are."""
-    if column not in source.column_names:
-        raise DataError(f"no column {column!r}; there are {', '.join(source.column_names)}")
-    values: Sequence[Any] = source[column]
-    return values
-
-
-def find_lengths(
+def add_lengths(
     config: ExtractionConfig,
     source: Any,
-    encoder: RowEncoder,
-    numbers: npt.NDArray[np.int64],
-    indices: npt.NDArray[np.int64],
+    dataset: ConversationDataset,
+    should_stop: Callable[[], bool],
 ) -> PreparedDataset:
-    """Take the lengths from where the options say, else measure; leave out what is too long."""
-    reasons: Mapping[int, str] = {}
-    num_tokens = None
+    """Take the lengths from where the options say, else measure; leave out what is not usable."""
+    rows, encoder = dataset.prepared, dataset.encoder
+    positions = np.arange(rows.numbers.size)
+    num_tokens: npt.NDArray[np.int64] | None = None
     if config.tokenized_dataset is not None:
-        lengths, num_tokens = join_lengths(config, encoder, indices)
+        lengths, num_tokens = join_lengths(config, encoder, rows.indices)
+        skipped = check_lengths(config, dataset, lengths, should_stop)
     elif config.length_col is not None:
-        lengths = np.asarray(read_column(source, config.length_col), np.int64)[numbers]
+        lengths, skipped = read_length_column(source, config.length_col)[rows.numbers], {}
     else:
-        lengths, num_tokens, reasons = measure_lengths(source, encoder, numbers)
-    skipped = [SkippedRow(int(indices[at]), reason) for at, reason in reasons.items()]
-    keep = np.ones(numbers.size, bool)
-    keep[list(reasons)] = False
+        lengths, num_tokens, skipped = measure_rows(dataset, positions, should_stop)
     if encoder.max_seq_len is not None:
-        over = keep & (lengths > encoder.max_seq_len)
-        keep &= ~over
-        skipped += [
-            too_long(int(indices[at]), int(lengths[at]), encoder.max_seq_len)
-            for at in np.flatnonzero(over)
-        ]
-    return PreparedDataset(
-        source,
-        numbers[keep],
-        indices[keep],
-        lengths[keep],
-        None if num_tokens is None else num_tokens[keep],
-        skipped,
+        for at in np.flatnonzero(lengths > encoder.max_seq_len).tolist():
+            skipped[at] = too_long(int(rows.indices[at]), int(lengths[at]), encoder.max_seq_len)
+    keep = np.ones(positions.size, bool)
+    keep[list(skipped)] = False
+    return replace(
+        rows,
+        numbers=rows.numbers[keep],
+        indices=rows.indices[keep],
+        lengths=lengths[keep],
+        num_tokens=None if num_tokens is None else num_tokens[keep],
+        skipped=list(skipped.values()),
     )
 
 
-def measure_lengths(
-    source: Any, encoder: RowEncoder, numbers: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[int, str]]:
-    """Render and tokenize every selected conversation in worker processes, counting only.
+def read_length_column(source: Any, column: str) -> npt.NDArray[np.int64]:
+    """Return the lengths that a column of the source holds: positive integers, in tokens."""
+    values = read_column(source, column)
+    if not pa.types.is_integer(values.type) or values.null_count:
+        raise DataError(f"--length-col {column}: holds {values.type} or nulls, not integers")
+    lengths = values.to_numpy().astype(np.int64)
+    if lengths.size and int(lengths.min()) < 1:
+        number = int(np.argmin(lengths))
+        raise DataError(
+            f"--length-col {column}: row {number} holds {lengths[number]}, lengths start at 1; "
+            "leave the option out to have them measured"
+        )
+    return lengths
+
+
+def join_lengths(
+    config: ExtractionConfig, encoder: RowEncoder, indices: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """Return lengths and tokens to extract of the conversations from --tokenized-dataset.
+
+    Rows are joined on `index`. Lengths are 0 where a conversation cannot be used; the tokens to
+    extract are None where the dataset does not hold them.
+
+    Raises:
+        SourceError: the lengths dataset cannot be read.
+        DataError: it was measured for another job, or lacks conversations of this one.
+    """
+    name = config.tokenized_dataset or ""
+    found = read_lengths(name, length_col=config.length_col or "length")
+    wanted = measure_settings(config, encoder)
+    differences = describe_differences(found.settings, wanted) if found.settings else []
+    if differences:
+        raise DataError(
+            f"--tokenized-dataset {name} was measured for another job: {'; '.join(differences)}; "
+            "run compute_lengths.py for this one, or leave the option out"
+        )
+    order = np.argsort(found.index)
+    places = np.searchsorted(found.index, indices, sorter=order)
+    rows = order[np.minimum(places, order.size - 1)] if order.size else np.zeros(0, np.int64)
+    present = found.index[rows] == indices if order.size else np.zeros(indices.size, bool)
+    if not present.all():
+        raise DataError(
+            f"--tokenized-dataset {name} lacks {int((~present).sum())} of the "
+            f"{indices.size} conversations, such as index {int(indices[~present][0])}: "
+            "run compute_lengths.py on the whole dataset, or leave the option out"
+        )
+    return found.length[rows], None if found.num_tokens is None else found.num_tokens[rows]
+
+
+SPOT_CHECKS = 16  # conversations whose length is measured again, spread over the job
+
+
+def check_lengths(
+    config: ExtractionConfig,
+    dataset: ConversationDataset,
+    lengths: npt.NDArray[np.int64],
+    should_stop: Callable[[], bool],
+) -> dict[int, SkippedRow]:
+    """Measure what a lengths dataset calls unusable, and a few conversations more.
 
     Returns:
-        lengths (n,), tokens to extract (n,), and the reasons of those that cannot be used by
-        their position in `numbers`.
+        The reasons of those that cannot be used, by position.
+
+    Raises:
+        DataError: the lengths are not those of this source, template and tokenizer.
     """
-    chosen = source if numbers.size == len(source) else source.select(numbers)
-    processes = worker_processes(numbers.size)
-    logger.info("measuring %d conversations in %d processes", numbers.size, max(1, processes))
-    measured = chosen.map(
-        measure_batch,
-        fn_kwargs={"encoder": encoder},
-        batched=True,
-        batch_size=256,
-        num_proc=processes or None,
-        remove_columns=chosen.column_names,
-        load_from_cache_file=False,
-        keep_in_memory=True,
-        desc="lengths",
+    spots = np.linspace(0, lengths.size - 1, SPOT_CHECKS, dtype=np.int64)[: lengths.size]
+    positions = np.union1d(np.flatnonzero(lengths == 0), spots)
+    whole = ConversationDataset(dataset.prepared, replace(dataset.encoder, max_seq_len=None))
+    measured, _, skipped = measure_rows(whole, positions, should_stop)
+    for at in np.flatnonzero(measured != lengths[positions])[:1].tolist():
+        position = positions[at]
+        raise DataError(
+            f"--tokenized-dataset {config.tokenized_dataset} says {lengths[position]} tokens for "
+            f"index {dataset.prepared.indices[position]}, there are {measured[at]}: "
+            "run compute_lengths.py again, or leave the option out"
+        )
+    return skipped
+
+
+def measure_settings(config: ExtractionConfig, encoder: RowEncoder) -> dict[str, Any]:
+    """Return what the lengths of this job depend on, as compute_lengths.py records it."""
+    return {
+        "model": config.model,
+        "model_revision": config.revision,
+        "dataset": config.dataset,
+        "dataset_revision": source_revision(config.dataset),
+        "subset": config.subset,
+        "split": config.split,
+        **{f"{name}_col": value for name, value in asdict(encoder.columns).items()},
+        "chat_template_sha256": hash_template(encoder.chat_template),
+        "include_think": config.include_think,
+        "include_end": config.include_end,
+    }
+
+
+def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say where recorded settings differ from those of this job; equal places are equal.
+
+    A local model or dataset may be named in several ways, and its files may have moved: paths are
+    compared in full, and not at all where the recorded revision, a digest of the files, agrees.
+    """
+    same_files = str(wanted["dataset_revision"]).startswith("sha256:") and (
+        found.get("dataset_revision") == wanted["dataset_revision"]
     )
-    lengths = np.asarray(measured["length"], np.int64)
-    num_tokens = np.asarray(measured["num_tokens"], np.int64)
-    reasons = {at: reason for at, reason in enumerate(measured["reason"]) if reason}
-    return lengths, num_tokens, reasons
+    differences = []
+    for name, value in wanted.items():
+        other = found.get(name)
+        if name == "dataset_revision" and None in (other, value):
+            continue  # the Hub was out of reach: nothing to compare
+        if name == "dataset" and same_files:
+            continue
+        if name in ("model", "dataset") and full_path(other) == full_path(value):
+            continue
+        if other != value:
+            differences.append(f"{name} {other!r}, here {value!r}")
+    return differences
 
 
-def measure_batch(batch: dict[str, list[Any]], *, encoder: RowEncoder) -> dict[str, list[Any]]:
-    """Map function over columns of rows: their lengths, tokens to extract, reasons to skip."""
-    measured = measure_conversations(
-        batch,
-        0,
-        columns=replace(encoder.columns, index=None),
-        tokenizer=encoder.tokenizer,
-        chat_template=encoder.chat_template,
-        include_think=encoder.include_think,
-        include_end=encoder.include_end,
+def full_path(name: Any) -> Any:
+    """Return the full path of a local file or folder; any other name as it is."""
+    return os.path.realpath(name) if isinstance(name, str) and os.path.exists(name) else name
+
+
+MEASURE_ROWS = 64  # conversations that a worker encodes at a time
+
+
+def measure_rows(
+    dataset: ConversationDataset,
+    positions: npt.NDArray[np.int64],
+    should_stop: Callable[[], bool],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[int, SkippedRow]]:
+    """Render and tokenize conversations in worker processes, keeping the counts only.
+
+    Returns:
+        lengths (n,) and tokens to extract (n,), both 0 where a conversation cannot be used, and
+        the reasons for those by position.
+    """
+    processes = worker_processes(positions.size)
+    if positions.size:
+        logger.info("measuring %d conversations in %d processes", positions.size, max(1, processes))
+    chunks = [positions[at : at + MEASURE_ROWS] for at in range(0, positions.size, MEASURE_ROWS)]
+    counts = np.zeros((2, positions.size), np.int64)
+    skipped: dict[int, SkippedRow] = {}
+    measured = run_ahead(
+        functools.partial(count_tokens, dataset),
+        [chunk.tolist() for chunk in chunks],
+        processes=processes,
+        should_stop=should_stop,
     )
-    return {"length": measured[1], "num_tokens": measured[2], "reason": measured[3]}
+    with tqdm(
+        total=positions.size, unit="row", desc="measuring", leave=False, dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        for number, (chunk, (found, reasons)) in enumerate(zip(chunks, measured, strict=True)):
+            counts[:, number * MEASURE_ROWS :][:, : chunk.size] = found
+            skipped |= reasons
+            bar.update(chunk.size)
+    return counts[0], counts[1], skipped
 
 
-def worker_processes(rows: int) -> int:
-    """Return how many processes are worth starting for that many rows; 0 is this one."""
-    return 0 if rows < 512 else max(1, min(8, (os.cpu_count() or 1) - 1))
+def count_tokens(
+    dataset: ConversationDataset, positions: list[int]
+) -> tuple[npt.NDArray[np.int64], dict[int, SkippedRow]]:
+    """Encode conversations and return their lengths and tokens to extract, (2, n), and skips."""
+    rows = dataset.__getitems__(positions)
+    skipped = {
+        position: row
+        for position, row in zip(positions, rows, strict=True)
+        if isinstance(row, SkippedRow)
+    }
+    sizes = [
+        (0, 0) if isinstance(row, SkippedRow) else (row.input_ids.size, row.token_positions.size)
+        for row in rows
+    ]
+    return np.asarray(sizes, np.int64).reshape(-1, 2).T, skipped
 
 
 class IdSet:
-    """A set of int32 ids in one bit per id of the blocks that occur."""
+    """A set of int32 ids in four bytes each, however they are spread."""
+
+    RECENT = 2**16  # ids held in a hash set before they are merged
 
     def __init__(self) -> None:
-        self.blocks: dict[int, bytearray] = {}
+        self.recent: set[int] = set()
+        self.merged = np.zeros(0, np.int32)  # ascending
 
     def add(self, value: int) -> bool:
         """Add an id; False when it was there already."""
-        block = self.blocks.setdefault(value >> 16, bytearray(8192))
-        byte, bit = (value & 0xFFFF) >> 3, 1 << (value & 7)
-        if block[byte] & bit:
+        at = int(np.searchsorted(self.merged, value))
+        if value in self.recent or (at < self.merged.size and int(self.merged[at]) == value):
             return False
-        block[byte] |= bit
+        self.recent.add(value)
+        if len(self.recent) == self.RECENT:
+            new = np.fromiter(self.recent, np.int32, self.RECENT)
+            self.merged = np.sort(np.concatenate([self.merged, new]), kind="stable")
+            self.recent.clear()
         return True
 
 
 def stream_rows(
-    config: ExtractionConfig, source: Any, column: str | None
+    config: ExtractionConfig, source: Any, columns: ConversationColumns
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield (index, row) of the selected rows of a stream, in its order.
 
-    Gives the same rows as `select_rows`. Memory does not grow with the rows' content: at most a
-    bit per id, and with `random_sample` a first pass holds eight bytes per row.
+    Gives the same rows as `select_rows`. Memory does not grow with what the rows hold: with an
+    index column it keeps four bytes per id, with `random_sample` a first pass sixteen per row.
     """
-    chosen = None
     if config.random_sample:
-        chosen = set(select_rows(*scan_stream(config, source, column), config).tolist())
-    limits = GroupLimits(config.sample_subject or {})
-    seen, taken = IdSet(), 0
+        indices, groups = scan_stream(config, source, columns)
+        chosen = select_rows(indices, groups, config)
+        yield from pick_rows(source, chosen, indices[chosen])
+        return
+    limits, seen, taken = GroupLimits(config.sample_subject or {}), IdSet(), 0
     for number, row in enumerate(source):
-        index = number if column is None else int(read_indices([row.get(column)], column)[0])
-        if column is not None and not seen.add(index):
-            raise DataError(f"--index-col {column}: {index} occurs twice, ids must be unique")
-        if chosen is not None:
-            wanted = number in chosen
-        elif number < config.start_offset:
-            wanted = False
-        else:
-            wanted = config.subject_col is None or limits.take(row.get(config.subject_col))
-        if not wanted:
+        index = source_id(row, number, columns)
+        if columns.index is not None and not seen.add(index):
+            raise repeated_index(index, columns.index)
+        if number < config.start_offset:
             continue
-        yield index, row
-        taken += 1
+        if config.subject_col is None or limits.take(group_name(row.get(config.subject_col))):
+            yield index, row
+            taken += 1
         if taken == config.limit:
             return
 
 
 def scan_stream(
-    config: ExtractionConfig, source: Any, column: str | None
+    config: ExtractionConfig, source: Any, columns: ConversationColumns
 ) -> tuple[npt.NDArray[np.int64], list[str] | None]:
     """Read the ids and the group names of a whole stream, once, before a random selection."""
-    names = [name for name in (column, config.subject_col) if name is not None]
-    ids: list[int] = []
+    ids = array("q")
     groups: list[str] = []
-    for number, row in enumerate(source.select_columns(names) if names else source):
-        ids.append(number if column is None else row[column])
+    for number, row in enumerate(source):
+        ids.append(source_id(row, number, columns))
         if config.subject_col is not None:
-            groups.append(sys.intern(str(row[config.subject_col] or "")))
-    indices = np.asarray(ids, np.int64) if column is None else read_indices(ids, column)
-    return indices, groups if config.subject_col is not None else None
+            groups.append(sys.intern(group_name(row.get(config.subject_col))))
+    indices = np.frombuffer(ids, np.int64)
+    unique, counts = np.unique(indices, return_counts=True)
+    if columns.index is not None and unique.size < indices.size:
+        raise repeated_index(int(unique[counts > 1][0]), columns.index)
+    return indices, None if config.subject_col is None else groups
+
+
+def pick_rows(
+    source: Any, numbers: npt.NDArray[np.int64], indices: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (index, row) of the rows of a stream with these numbers, which must ascend."""
+    wanted = zip(numbers.tolist(), indices.tolist(), strict=True)
+    next_number, index = next(wanted, (-1, 0))
+    for number, row in enumerate(source):
+        if number == next_number:
+            yield index, row
+            next_number, index = next(wanted, (-1, 0))
+        if next_number < 0:
+            return
 
 
 STREAM_WINDOW = 2048  # rows of a stream that are sorted into batches together
 
 
 def prepare_windows(
-    config: ExtractionConfig, source: Any, encoder: RowEncoder
+    config: ExtractionConfig,
+    source: Any,
+    encoder: RowEncoder,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[PreparedDataset]:
-    """Yield the job as one prepared dataset, or a stream as one per window of rows."""
+    """Yield the job as one prepared dataset, or a stream as one per window of rows.
+
+    Raises:
+        DataError, StopRequested: as `prepare_dataset` does.
+    """
     if not config.streaming:
-        yield prepare_dataset(config, source, encoder)
+        yield prepare_dataset(config, source, encoder, should_stop=should_stop)
         return
-    world_size = config.world_size or 1
-    rows = (
-        (index, row)
-        for index, row in stream_rows(config, source, encoder.columns.index)
-        if world_size == 1 or worker_of(np.asarray([index]), world_size)[0] == config.rank
+    encoded = itertools.chain.from_iterable(
+        run_ahead(
+            functools.partial(encode_rows, encoder),
+            chunk_rows(stream_share(config, source, encoder), MEASURE_ROWS),
+            processes=worker_processes(config.limit or STREAM_WINDOW),
+            should_stop=should_stop,
+        )
     )
-    while window := list(itertools.islice(rows, STREAM_WINDOW)):
-        yield encode_window(window, encoder)
+    while window := list(itertools.islice(encoded, STREAM_WINDOW)):
+        yield keep_window(window)
 
 
-def encode_window(
-    window: list[tuple[int, Mapping[str, Any]]], encoder: RowEncoder
-) -> PreparedDataset:
-    """Encode a window of a stream; its rows are then known by length, and kept as tokens only."""
-    processes = worker_processes(len(window))
-    loader = torch.utils.data.DataLoader(
-        [(row, index) for index, row in window],  # type: ignore[arg-type]
-        batch_size=64,
-        num_workers=processes,
-        collate_fn=functools.partial(encode_rows, encoder),
-        worker_init_fn=quiet_worker if processes else None,
-    )
-    results = [result for batch in loader for result in batch]
-    rows = [result for result in results if isinstance(result, EncodedRow)]
+def stream_share(
+    config: ExtractionConfig, source: Any, encoder: RowEncoder
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (index, row) of this worker's part of the selected rows, with the columns it uses."""
+    names = source_columns(source)
+    if config.subject_col is not None and config.subject_col not in names:
+        raise DataError(f"no column {config.subject_col!r}; there are {', '.join(names)}")
+    used = encoder.column_names() | {config.subject_col}
+    if source.column_names is not None:  # what is not decoded costs no time
+        source = source.select_columns([name for name in names if name in used])
+    for index, row in stream_rows(config, source, encoder.columns):
+        if worker_of(np.asarray([index]), config.world_size or 1)[0] == (config.rank or 0):
+            yield index, {name: value for name, value in row.items() if name in used}
+
+
+def chunk_rows(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield rows in lists of `size`, the last one shorter."""
+    left = iter(rows)
+    while chunk := list(itertools.islice(left, size)):
+        yield chunk
+
+
+def encode_rows(
+    encoder: RowEncoder, rows: Sequence[tuple[int, Mapping[str, Any]]]
+) -> list[EncodedRow | SkippedRow]:
+    """Encode rows of a stream, in a worker process."""
+    return [encoder.encode(row, index) for index, row in rows]
+
+
+def keep_window(window: Sequence[EncodedRow | SkippedRow]) -> PreparedDataset:
+    """Return a window of a stream as a prepared dataset of rows that are encoded already."""
+    rows = [row for row in window if isinstance(row, EncodedRow)]
     return PreparedDataset(
         source=None,
         numbers=np.arange(len(rows)),
         indices=np.asarray([row.index for row in rows], np.int64),
         lengths=np.asarray([row.input_ids.size for row in rows], np.int64),
         num_tokens=np.asarray([row.token_positions.size for row in rows], np.int64),
-        skipped=[result for result in results if isinstance(result, SkippedRow)],
+        skipped=[row for row in window if isinstance(row, SkippedRow)],
         encoded=rows,
     )
-
-
-def encode_rows(
-    encoder: RowEncoder, rows: Sequence[tuple[Mapping[str, Any], int]]
-) -> list[EncodedRow | SkippedRow]:
-    """Encode rows in a worker process."""
-    return [encoder.encode(row, index) for row, index in rows]
-
-
-def quiet_worker(_: int) -> None:
-    """Leave Ctrl-C to the main process, which stops its workers in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -889,19 +1170,17 @@ def make_sampler(
     )
 
 
-def make_loader(
-    dataset: ConversationDataset, sampler: TokenBudgetBatchSampler
-) -> torch.utils.data.DataLoader[Any]:
-    """Read and encode batches ahead of the teacher, in worker processes where it pays."""
+def load_batches(dataset: ConversationDataset, sampler: TokenBudgetBatchSampler) -> Iterator[Batch]:
+    """Yield the batches of the plan, read and encoded ahead of the teacher where it pays."""
     processes = 0 if dataset.prepared.encoded is not None else worker_processes(len(dataset))
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=Batch.collate,
-        num_workers=min(processes, 4),
-        prefetch_factor=4 if processes else None,
-        worker_init_fn=quiet_worker if processes else None,
+    yield from run_ahead(
+        functools.partial(read_batch, dataset), sampler, processes=min(processes, 4)
     )
+
+
+def read_batch(dataset: ConversationDataset, positions: list[int]) -> Batch:
+    """Encode the conversations of a batch, in a worker process."""
+    return Batch.collate(dataset.__getitems__(positions))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2633,8 +2912,17 @@ class FolderDestination:
         self.name = str(folder)
 
     def open(self) -> None:
+        """Refuse a folder that cannot be made; it is made with the first commit, not before."""
         with storage_errors(self.name):
-            (self.folder / "data").mkdir(parents=True, exist_ok=True)
+            nearest = next(place for place in self._places() if place.exists())
+            if not nearest.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is no folder")
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, f"no right to write in {nearest}")
+
+    def _places(self) -> list[Path]:
+        folder = (self.folder / "data").resolve()
+        return [folder, *folder.parents]
 
     def list_files(self) -> dict[str, ListedFile]:
         with storage_errors(self.name):
@@ -2656,6 +2944,8 @@ class FolderDestination:
 
     def commit(self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str]) -> None:
         removed = set(delete)
+        with storage_errors(self.name):
+            (self.folder / "data").mkdir(parents=True, exist_ok=True)
         with storage_errors(self.name), self._turn():
             for path in add:
                 if SHARD_NAME.fullmatch(path) and path not in removed and self._has(path):
@@ -4069,21 +4359,30 @@ class Extraction:
 
     def extract(self) -> bool:
         """Run to the end or until told to stop; True when no row is left."""
-        config, job = self.job.config, self.job
-        post = AsyncPostProcessor(
-            functools.partial(fetch_and_pack, schema=job.schema), self.deliver
-        )
+        pack = functools.partial(fetch_and_pack, schema=self.job.schema)
+        post = AsyncPostProcessor(pack, self.deliver)
         try:
             with logging_redirect_tqdm(), self.bar:
-                for prepared in prepare_windows(config, job.source, job.encoder):
-                    self.skip(prepared.skipped)
-                    if not self.extract_window(prepared, post):
-                        return False
+                complete = self.extract_windows(post)
                 post.flush()
         finally:
             post.shutdown()
-        if not (self.rows or self.done.size):
+        alone = self.job.config.world_size in (None, 1)  # one worker of many may have no row
+        if complete and alone and not (self.rows or self.done.size):
             raise DataError(f"nothing to extract: {describe_skips(self.skipped)}")
+        return complete
+
+    def extract_windows(self, post: AsyncPostProcessor) -> bool:
+        """Run the job window by window; False when told to stop before its end."""
+        job = self.job
+        windows = prepare_windows(job.config, job.source, job.encoder, should_stop=self.should_stop)
+        try:
+            for prepared in windows:
+                self.skip(prepared.skipped)
+                if not self.extract_window(prepared, post):
+                    return False
+        except StopRequested:
+            return False
         return True
 
     def extract_window(self, prepared: PreparedDataset, post: AsyncPostProcessor) -> bool:
@@ -4092,7 +4391,6 @@ class Extraction:
             return False
         for batch in self.remaining_batches(prepared):
             if self.should_stop():
-                post.flush()
                 return False
             self.submit(batch, post)
             self.retry_alone(post)
@@ -4124,7 +4422,7 @@ class Extraction:
             self.bar.total = self.job.config.limit
         else:
             self.bar.reset(total=int((~done).sum()))
-        yield from make_loader(ConversationDataset(prepared, self.job.encoder), sampler)
+        yield from load_batches(ConversationDataset(prepared, self.job.encoder), sampler)
 
     def process(self, batch: Batch) -> Iterator[tuple[Batch, GPUBatchResult]]:
         """Run a batch through the teacher, in halves where the device cannot hold it whole."""

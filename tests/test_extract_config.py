@@ -1,0 +1,212 @@
+"""Section 0 of `extract_logits.py`: one dataclass is the truth for every option."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+import pytest
+
+import extract_logits
+from extract_logits import ConfigError, ExtractionConfig, build_parser, parse_args
+
+REQUIRED = {"model": "m", "dataset": "d", "output": "./o"}
+ARGV = ["--model", "m", "--dataset", "d", "--output", "./o"]
+
+# Names and defaults that people script against; a change here is a change of what users type.
+DEFAULTS: dict[str, Any] = {
+    "revision": None, "trust_remote_code": False, "device": "auto", "dtype": "auto",
+    "attn": "auto", "subset": None, "split": "train", "streaming": False, "messages_col": None,
+    "user_col": "question", "assistant_col": "answer", "system_col": None, "index_col": None,
+    "limit": None, "start_offset": 0, "random_sample": False, "subject_col": None,
+    "sample_subject": None, "full_dataset": False, "seed": 42, "length_col": None,
+    "tokenized_dataset": None, "max_seq_len": None, "chat_template": None,
+    "include_think": False, "include_end": False, "verify_mask": False, "top_p": 0.98,
+    "top_p_max": 100, "sampled_n": 24, "logit_bits": 16, "store_tokens": False,
+    "batch_thresholds": None, "max_batch_size": None, "max_batch_tokens": None,
+    "private": False, "upload_every": 500, "upload_size_mb": None,
+    "cache_dir": ".logit_extraction_cache", "plan": False, "resume": False,
+    "force_restart": False, "max_runtime_minutes": None, "rank": None, "world_size": None,
+}  # fmt: skip
+
+# An option's text on the command line and the value that it means.
+SAMPLES: dict[str, tuple[str, Any]] = {
+    "batch_thresholds": ('{"512": 8, "1024": 4}', {512: 8, 1024: 4}),
+    "sample_subject": ('{"math": 20, "": 3, "*": 0}', {"math": 20, "": 3, "*": 0}),
+    "dtype": ("bfloat16", "bfloat16"),
+    "rank": ("0", 0),
+}
+PARTNERS = {
+    "sample_subject": ["--subject-col", "s"],
+    "subject_col": ["--sample-subject", "{}"],
+    "rank": ["--world-size", "8"],
+    "world_size": ["--rank", "1"],
+    "full_dataset": [],
+}
+
+
+def actions() -> dict[str, argparse.Action]:
+    return {action.dest: action for action in build_parser()._actions if action.dest != "help"}
+
+
+def make(**options: Any) -> ExtractionConfig:
+    return ExtractionConfig(**{**REQUIRED, **options})
+
+
+def test_the_parser_has_one_option_per_field_under_its_name() -> None:
+    assert {name: action.option_strings for name, action in actions().items()} == {
+        entry.name: ["--" + entry.name.replace("_", "-")] for entry in fields(ExtractionConfig)
+    }
+
+
+def test_every_option_keeps_its_name_and_default() -> None:
+    declared = {entry.name: entry.default for entry in fields(ExtractionConfig)}
+    assert {name for name, default in declared.items() if default is MISSING} == set(REQUIRED)
+    assert {name: declared[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_parser_takes_defaults_and_help_from_the_dataclass() -> None:
+    for entry in fields(ExtractionConfig):
+        action = actions()[entry.name]
+        assert action.required == (entry.default is MISSING), entry.name
+        assert action.default == (None if entry.default is MISSING else entry.default), entry.name
+        assert str(action.help).startswith(entry.metadata["help"]), entry.name
+
+
+def test_no_option_given_is_the_dataclass_with_its_defaults() -> None:
+    assert parse_args(ARGV) == ExtractionConfig(**REQUIRED)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in fields(ExtractionConfig)])
+def test_every_option_reaches_its_field_with_its_type(name: str) -> None:
+    hint = get_type_hints(ExtractionConfig)[name]
+    flag = "--" + name.replace("_", "-")
+    plain: dict[Any, tuple[str, Any]] = {
+        bool: ("", True), str: ("some text", "some text"), str | None: ("some text", "some text"),
+        int: ("7", 7), int | None: ("7", 7), float: ("0.5", 0.5), float | None: ("0.5", 0.5),
+    }  # fmt: skip
+    text, value = SAMPLES[name] if name in SAMPLES else plain[hint]
+    argv = [*ARGV, flag, *([text] if text else []), *PARTNERS.get(name, [])]
+    assert getattr(parse_args(argv), name) == value
+    assert type(getattr(parse_args(argv), name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("top_p", [1e-9, 0.5, 1], [0, -0.1, 1.0001, float("nan")]),
+        ("top_p_max", [1, 255], [0, 256]),
+        ("sampled_n", [0, 1000], [-1]),
+        ("logit_bits", [4, 16], [3, 17]),
+        ("limit", [1], [0, -5]),
+        ("start_offset", [0, 10**9], [-1]),
+        ("seed", [0, 2**63 - 1], [-1, 2**63]),
+        ("max_seq_len", [2], [1, 0]),
+        ("max_batch_size", [1], [0]),
+        ("max_batch_tokens", [1], [0]),
+        ("upload_every", [1], [0]),
+        ("upload_size_mb", [0.5], [0, -1, float("nan")]),
+        ("max_runtime_minutes", [0.01], [0, -1]),
+        ("dtype", ["float16"], ["float8", ""]),
+    ],
+)
+def test_a_value_is_taken_up_to_its_bounds_and_refused_beyond(
+    name: str, inside: list[Any], outside: list[Any]
+) -> None:
+    for value in inside:
+        assert getattr(make(**{name: value}), name) == value
+    flag = "--" + name.replace("_", "-")
+    for value in outside:
+        with pytest.raises(ConfigError, match=f"{flag} {value}"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"resume": True, "force_restart": True}, ["--resume", "--force-restart"]),
+        ({"sample_subject": {"a": 1}}, ["--sample-subject", "--subject-col"]),
+        ({"subject_col": "s"}, ["--sample-subject", "--subject-col"]),
+        ({"rank": 0}, ["--rank", "--world-size"]),
+        ({"world_size": 2}, ["--rank", "--world-size"]),
+        ({"rank": 2, "world_size": 2}, ["--rank 2", "--world-size 2"]),
+        ({"full_dataset": True, "limit": 5}, ["--full-dataset", "--limit"]),
+        ({"full_dataset": True, "start_offset": 5}, ["--full-dataset", "--start-offset"]),
+        ({"full_dataset": True, "random_sample": True}, ["--full-dataset", "--random-sample"]),
+        (
+            {"full_dataset": True, "sample_subject": {}, "subject_col": "s"},
+            ["--full-dataset", "--sample-subject"],
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    options: dict[str, Any], named: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        make(**options)
+    for flag in named:
+        assert flag in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_thresholds_have_integer_lengths_though_json_keys_are_strings() -> None:
+    parsed = parse_args([*ARGV, "--batch-thresholds", '{"512": 8, "1024": 4}'])
+    assert parsed.batch_thresholds == {512: 8, 1024: 4}
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--batch-thresholds", "{512: 8}"),
+        ("--batch-thresholds", "{}"),
+        ("--batch-thresholds", "[8, 4]"),
+        ("--batch-thresholds", '{"long": 8}'),
+        ("--batch-thresholds", '{"512": 0}'),
+        ("--batch-thresholds", '{"0": 4}'),
+        ("--batch-thresholds", '{"512": 1.5}'),
+        ("--batch-thresholds", '{"512": true}'),
+        ("--batch-thresholds", '{"512": 8'),
+        ("--sample-subject", '{"math": -1}'),
+        ("--sample-subject", '{"math": "many"}'),
+        ("--sample-subject", '"math"'),
+        ("--limit", "ten"),
+        ("--limit", "1.5"),
+        ("--top-p", "0.9o"),
+        ("--dtype", "float8"),
+    ],
+)
+def test_a_value_that_cannot_be_read_exits_2_with_one_line_that_names_it(
+    flag: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_args([*ARGV, flag, text])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.count("\n") == 1
+    assert flag in message
+    assert text in message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--top-p", "1.5"],
+        ["--rank", "3", "--world-size", "3"],
+        ["--resume", "--force-restart"],
+        ["--no-such-option"],
+    ],
+)
+def test_main_turns_a_refused_option_into_exit_2_and_one_line(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code: Any
+    try:
+        code = extract_logits.main([*ARGV, *argv])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert argv[0] in err
