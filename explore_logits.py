@@ -811,8 +811,8 @@ class ChatTemplate:
 
     @cached_property
     def closing(self) -> re.Pattern[str]:
-        """Match an end of turn (group 1) after which only blanks and added tokens come."""
-        return re.compile(rf"{self.ending_anywhere.pattern}(?:\s|{self.tokens.pattern})*\Z")
+        """Match text whose last end of turn (group 1) only blanks and added tokens follow."""
+        return re.compile(rf"(?s:.*){self.ending_anywhere.pattern}(?:\s|{self.tokens.pattern})*\Z")
 
     def render(self, messages: Messages, tools: Any = None, *, prompt: bool = False) -> str:
         """Render a conversation; `prompt` appends the generation prompt.
@@ -839,13 +839,15 @@ class ChatTemplate:
                 conversations=[messages], chat_template=self.source, tools=tools,
                 **options, **self.special,
             )  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConversationError("refused_by_template", f"the template says: {why}") from error
         return texts[0], sorted(spans[0]) if spans else []
 
 
 _RENDER_LOCK = threading.Lock()
+# What Python raises inside a template that meets data it was not written for.
+_TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -1110,12 +1112,12 @@ def _after_prompts(rendering: _Rendering, spans: list[Span]) -> list[Span]:
 def _marked_end(rendering: _Rendering, start: int, end: int, *, keep: bool) -> int:
     """Return where the turn of a marked span ends: right after its end-of-turn token."""
     template, text = rendering.template, rendering.text
-    inside = template.closing.search(text, start, end)
-    if inside:
-        return end if keep else inside.end(1)
     after = template.ending.match(text, end)
     if after:
         return after.end()
+    inside = template.closing.match(text, start, end)
+    if inside:
+        return end if keep else inside.end(1)
     loose = re.compile(template.tokens.pattern + r"(\s+)\Z").search(text, start, end)
     return loose.start(1) if loose and not keep else end
 

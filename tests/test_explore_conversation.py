@@ -1,0 +1,509 @@
+"""Messages, rendering and the choice of tokens, on templates and tokenizers made here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from chat_shapes import TEACHER, says, tokenizer_for, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizer
+
+import explore_logits
+from explore_logits import (
+    ConversationColumns,
+    ConversationError,
+    LogitsError,
+    TemplateError,
+    encode_conversation,
+    encode_row,
+    format_mask_preview,
+    load_chat_template,
+    load_tokenizer,
+    measure_conversations,
+    prepare_template,
+    read_conversation,
+    read_tools,
+    token_positions_of,
+)
+
+MESSAGES = ConversationColumns(messages="messages")
+PLAIN = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|end|>\n{% endgeneration %}{% else %}{{ m.content }}<|end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+THINKS = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last "
+    "and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+CHAT = [user("amber?"), says("Birch bark."), user("cedar?"), says("Dune.")]
+
+
+def extracted(messages: list[dict[str, Any]], template: str, **options: Any) -> list[str]:
+    """Return the extracted stretches of a conversation as text."""
+    tokenizer = tokenizer_for(template)
+    encoded = encode_conversation(messages, tokenizer, **options)
+    runs = np.split(
+        encoded.token_positions, np.flatnonzero(np.diff(encoded.token_positions) > 1) + 1
+    )
+    return [tokenizer.decode(encoded.input_ids[run].tolist()) for run in runs]
+
+
+# Rows to messages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]',
+        {"role": ["user", "assistant"], "content": ["a", "b"]},
+        [
+            {"role": "user", "content": [{"type": "text", "text": "a"}], "name": None},
+            {"role": "assistant", "content": ["b"], "tool_calls": [], "reasoning_content": None},
+        ],
+        np.array([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
+    ],
+)
+def test_both_dialects_and_every_way_of_storing_them_give_the_same_messages(value: Any) -> None:
+    assert read_conversation({"messages": value}, MESSAGES) == [user("a"), says("b")]
+
+
+def test_roles_of_the_other_dialect_are_translated() -> None:
+    names = ["system", "human", "function_call", "observation", "gpt"]
+    row = {"messages": [{"from": name, "value": "x"} for name in names]}
+    roles = [message["role"] for message in read_conversation(row, MESSAGES)]
+    assert roles == ["system", "user", "assistant", "tool", "assistant"]
+
+
+def test_nulls_that_arrow_adds_are_dropped_at_every_depth() -> None:
+    call = {"function": {"name": "f", "arguments": {"town": "Lima", "day": None}}, "id": None}
+    row = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    assert read_conversation(row, MESSAGES)[1] == {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"town": "Lima"}}}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "null"),
+        ([], "empty"),
+        ("hello", "malformed"),
+        (7, "malformed"),
+        (["hello"], "malformed"),
+        ([{"content": "a"}], "malformed"),
+        ([user("a"), {"role": "assistant", "content": None}], "null"),
+        ([user("a"), says(" \n")], "empty"),
+        ([user("a"), says("b", content=3)], "malformed"),
+        ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
+    ],
+)
+def test_a_conversation_that_cannot_be_used_says_why(value: Any, reason: str) -> None:
+    with pytest.raises(ConversationError) as caught:
+        read_conversation({"messages": value}, MESSAGES)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"q": "a", "a": "b", "s": "c"},
+            [{"role": "system", "content": "c"}, user("a"), says("b")],
+        ),
+        ({"q": "a", "a": "b", "s": None}, [user("a"), says("b")]),
+        ({"q": "a", "a": "b", "s": "  "}, [user("a"), says("b")]),
+        ({"q": 6, "a": 42.5, "s": None}, [user("6"), says("42.5")]),
+        ({"q": None, "a": "b", "s": None}, "null"),
+        ({"q": float("nan"), "a": "b", "s": None}, "null"),
+        ({"q": "a", "a": " ", "s": None}, "empty"),
+        ({"q": "a", "a": ["b"], "s": None}, "malformed"),
+    ],
+)
+def test_single_turn_columns_make_a_conversation(row: dict[str, Any], expected: Any) -> None:
+    columns = ConversationColumns(user="q", assistant="a", system="s")
+    if isinstance(expected, list):
+        assert read_conversation(row, columns) == expected
+        return
+    with pytest.raises(ConversationError) as caught:
+        read_conversation(row, columns)
+    assert caught.value.reason == expected
+
+
+def test_tools_come_from_a_list_or_from_json() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert read_tools({"tools": [tool | {"strict": None}]}) == [tool]
+    assert read_tools({"tools": '[{"type": "function", "function": {"name": "f"}}]'}) == [tool]
+    assert read_tools({}) is read_tools({"tools": None}) is read_tools({"tools": "[]"}) is None
+    with pytest.raises(ConversationError):
+        read_tools({"tools": [1]})
+
+
+# What is extracted --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_turns_are_extracted_with_their_end_and_nothing_else(template: str) -> None:
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_what_follows_the_end_comes_with_include_end(template: str) -> None:
+    assert extracted(CHAT, template, include_end=True) == ["Birch bark.<|end|>\n", "Dune.<|end|>\n"]
+
+
+def test_think_tags_of_the_template_come_with_include_think() -> None:
+    assert extracted(CHAT, THINKS)[1] == "Dune.<|end|>"
+    assert extracted(CHAT, THINKS, include_think=True)[1] == "<think>\n\n</think>\n\nDune.<|end|>"
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, THINKS])
+@pytest.mark.parametrize(
+    "said", ["<think>\nIvy\n</think>\n\nDune.", "<think>\n\n</think>\n\nDune."]
+)
+def test_think_tags_of_the_data_are_always_extracted(template: str, said: str) -> None:
+    assert extracted([user("amber?"), says(said)], template) == [f"{said}<|end|>"]
+
+
+def test_blanks_of_the_data_after_inserted_think_tags_are_kept() -> None:
+    for template in (THINKS, THINKS.replace("{{ m.content }}", "{{ m.content.lstrip('\n') }}")):
+        kept = "\nDune." if template is THINKS else "Dune."
+        encoded = encode_conversation([user("amber?"), says("\nDune.")], tokenizer_for(template))
+        place = encoded.text.index("</think>\n\n") + len("</think>\n\n")
+        assert encoded.text[place:].startswith(kept)
+        first = encoded.token_positions[0]
+        tokenizer = tokenizer_for(template)
+        offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)
+        start, end = offsets["offset_mapping"][first]
+        assert start <= place < end
+
+
+def test_an_end_of_turn_outside_the_markers_is_taken_in() -> None:
+    template = MARKED.replace(
+        "{{ m.content }}<|end|>\n{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|end|>\n"
+    )
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+
+
+def test_a_role_header_inside_the_markers_is_left_out() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|start|>assistant\n"
+        "{{ m.content }}<|end|>\n{% endgeneration %}{% else %}<|start|>{{ m.role }}\n"
+        "{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+    follow = [*CHAT, says("Echo.")]
+    assert extracted(follow, template) == ["Birch bark.<|end|>", "Dune.<|end|>", "Echo.<|end|>"]
+
+
+def test_markers_that_mark_nothing_fall_through_to_differential_rendering() -> None:
+    template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and m.trained")
+    encoded = encode_conversation(CHAT, tokenizer_for(template))
+    assert encoded.way == "differential"
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+
+
+def test_markers_that_miss_the_content_are_not_believed() -> None:
+    template = MARKED.replace(
+        "{% generation %}{{ m.content }}<|end|>\n{% endgeneration %}",
+        "{% generation %}{% endgeneration %}{{ m.content }}<|end|>\n",
+    )
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+
+
+def test_markers_may_leave_turns_out() -> None:
+    template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    assert extracted(CHAT, template) == ["Dune.<|end|>"]
+
+
+def test_a_template_without_a_generation_prompt_keeps_its_headers_out() -> None:
+    template = PLAIN[: PLAIN.index("{% if add")]
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+
+
+def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
+    template = PLAIN.replace("<|end|>", "\n### End")
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.chat_template = template.replace("<|start|>", "### ")
+    encoded = encode_conversation(CHAT, tokenizer)
+    text = tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist())
+    assert "Birch bark.\n###" in text
+    assert "user" not in text
+    assert "assistant" not in text
+
+
+def test_a_template_that_ends_no_turn_has_no_end() -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    tokenizer = tokenizer_for(template + "{# <|user|><|assistant|> #}")
+    encoded = encode_conversation(CHAT, tokenizer)
+    taken = tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist())
+    assert taken == "Birch bark.Dune."
+    assert encoded.end_of_turn is None
+
+
+def test_the_first_token_is_never_extracted() -> None:
+    turn = "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+    template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    encoded = encode_conversation([says("Birch bark.")], tokenizer_for(template))
+    assert encoded.token_positions[0] == 1
+    assert encoded.token_positions.size == encoded.input_ids.size - 1
+
+
+def test_results_have_the_promised_types() -> None:
+    encoded = encode_conversation(CHAT, tokenizer_for(PLAIN))
+    assert encoded.input_ids.dtype == encoded.token_positions.dtype == np.int32
+    assert (np.diff(encoded.token_positions) > 0).all()
+    assert (encoded.way, encoded.end_of_turn) == ("differential", "<|end|>")
+
+
+def test_arguments_as_an_object_or_as_text_render_alike() -> None:
+    template = PLAIN.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments | items | list }}"
+        "{% endfor %}",
+    )
+    texts = []
+    for arguments in ({"town": "Lima"}, '{"town": "Lima"}'):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        messages = [user("amber?"), says("", tool_calls=[call])]
+        texts.append(encode_conversation(messages, tokenizer_for(template)).text)
+    assert texts[0] == texts[1]
+    assert "[('town', 'Lima')]" in texts[0]
+
+
+MARKUP = ("<|end|>", "<|start|>", "<|start|>assistant\n", "</think>", "\u200d", "👩", " ", "\n")
+TEXT = st.lists(
+    st.sampled_from(MARKUP) | st.characters(codec="utf-8", exclude_categories=("Cs", "Co")),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), TEXT), min_size=1, max_size=6))
+def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str, str]]) -> None:
+    """The template is simple enough to be written again in Python, spans and all."""
+    if not any(role == "assistant" for role, _ in turns):
+        return
+    text, wanted = "", []
+    for role, content in turns:
+        text += f"<|start|>{role}\n"
+        if role == "assistant":
+            wanted.append((len(text), len(text) + len(content) + len("<|end|>")))
+        text += f"{content}<|end|>\n"
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for template in (PLAIN, MARKED):
+        rendered = explore_logits.render_conversation(
+            messages, prepare_template(tokenizer_for(template))
+        )
+        assert rendered.text == text
+        assert rendered.spans == wanted
+
+
+# Tokens -------------------------------------------------------------------------------------------
+
+
+def test_a_token_across_a_border_belongs_to_the_assistant() -> None:
+    starts, ends = np.array([0, 2, 4, 4, 6, 9]), np.array([2, 4, 6, 6, 9, 11])
+    assert token_positions_of([(5, 6)], starts, ends).tolist() == [2, 3]
+    assert token_positions_of([(3, 7)], starts, ends).tolist() == [1, 2, 3, 4]
+    assert token_positions_of([(0, 4), (9, 10)], starts, ends).tolist() == [1, 5]
+
+
+def test_tokens_without_characters_count_inside_a_span_only() -> None:
+    starts, ends = np.array([0, 3, 3, 5, 7]), np.array([3, 3, 5, 5, 7])
+    assert token_positions_of([(3, 7)], starts, ends).tolist() == [1, 2, 3]
+    assert token_positions_of([(0, 3)], starts, ends).tolist() == []
+    assert token_positions_of([(5, 6)], starts, ends).tolist() == [3]
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """A tokenizer without offsets: the fast one's ids, pieces and decoding."""
+
+    def __init__(self, inner: Any, **options: Any) -> None:
+        self.inner = inner
+        super().__init__(**options)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.inner)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.inner.get_vocab())
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(self.inner.tokenize(text))
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return int(self.inner.convert_tokens_to_ids(token))
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return str(self.inner.convert_ids_to_tokens(index))
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return str(self.inner.convert_tokens_to_string(tokens))
+
+
+@cache
+def slow_tokenizer() -> SlowTokenizer:
+    """Return a slow tokenizer with the plain template."""
+    tokenizer = SlowTokenizer(tokenizer_for(PLAIN))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+@pytest.mark.parametrize("said", ["Birch bark.", "樺 👩‍🚀 é e\u0301 بِرْش", "  two  \n\n blanks "])
+def test_a_slow_tokenizer_is_aligned_by_decoding(said: str) -> None:
+    messages = [user("amber 🌲?"), says(said)]
+    assert not slow_tokenizer().is_fast
+    slow = encode_conversation(messages, slow_tokenizer())
+    fast = encode_conversation(messages, tokenizer_for(PLAIN))
+    assert slow.input_ids.tolist() == fast.input_ids.tolist()
+    assert slow.token_positions.tolist() == fast.token_positions.tolist()
+
+
+def test_a_slow_tokenizer_that_does_not_spell_the_text_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = slow_tokenizer()
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: "x" * len(ids))
+    with pytest.raises(TemplateError, match="do not spell the text"):
+        encode_conversation(CHAT, tokenizer)
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_without_an_assistant_says_so() -> None:
+    with pytest.raises(ConversationError) as caught:
+        encode_conversation([user("amber?")], tokenizer_for(PLAIN))
+    assert caught.value.reason == "no_assistant"
+
+
+def test_a_refusal_of_the_template_is_quoted() -> None:
+    template = PLAIN + "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+    with pytest.raises(ConversationError, match="too long") as caught:
+        encode_conversation(CHAT, tokenizer_for(template))
+    assert caught.value.reason == "refused_by_template"
+
+
+@pytest.mark.parametrize(
+    "template", ["", "{{ messages[0].content }}", "{{ raise_exception('never') }}", "{{ 1 / 0 }}"]
+)
+def test_a_template_that_shows_no_assistant_is_refused_for_all(template: str) -> None:
+    with pytest.raises(TemplateError, match="--chat-template"):
+        encode_conversation(CHAT, tokenizer_for(PLAIN), chat_template=template)
+
+
+def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Any) -> None:
+    tokenizer = tokenizer_for(PLAIN)
+    assert load_chat_template(None, tokenizer) == PLAIN
+    (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
+    assert load_chat_template(str(tmp_path / "t.jinja"), tokenizer) == MARKED
+
+
+def test_a_template_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.chat_template = None
+    with pytest.raises(TemplateError, match=r"no chat template.*--chat-template"):
+        load_chat_template(None, tokenizer)
+    with pytest.raises(TemplateError, match=r"none\.jinja"):
+        load_chat_template(str(tmp_path / "none.jinja"), tokenizer)
+    (tmp_path / "t.jinja").write_text("a\n{% for %}", encoding="utf-8")
+    with pytest.raises(TemplateError, match="line 2"):
+        load_chat_template(str(tmp_path / "t.jinja"), tokenizer)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Any) -> None:
+    with pytest.raises(LogitsError, match="nowhere"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_the_reason_survives_the_way_out_of_a_process() -> None:
+    error = pickle.loads(pickle.dumps(ConversationError("null", "it is null")))
+    assert (error.reason, str(error)) == ("null", "it is null")
+
+
+# Together -----------------------------------------------------------------------------------------
+
+
+def test_measuring_keeps_every_row_and_counts_why_some_cannot_be_used() -> None:
+    rows = [
+        {"id": 70, "messages": CHAT},
+        {"id": 71, "messages": None},
+        {"id": 72, "messages": [user("amber?")]},
+    ]
+    columns = ConversationColumns(messages="messages", index="id")
+    encoded = encode_row(rows[0], columns, tokenizer_for(PLAIN))
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    for form in (rows, batch):
+        index, length, count, reasons = measure_conversations(
+            form, 500, columns=columns, tokenizer=tokenizer_for(PLAIN)
+        )
+        assert index.tolist() == [70, 71, 72]
+        assert length.tolist() == [encoded.input_ids.size, 0, 0]
+        assert count.tolist() == [encoded.token_positions.size, 0, 0]
+        assert reasons == [None, "null", "no_assistant"]
+
+
+def test_threads_get_the_spans_of_their_own_conversation() -> None:
+    """1,200 conversations over 8 threads; transformers' own mask is wrong in such a test."""
+    chats = [[user("amber?" * (n % 7)), says("Birch bark. " * (1 + n % 5))] for n in range(1200)]
+    template = prepare_template(tokenizer_for(MARKED))
+    alone = [explore_logits.render_conversation(chat, template).spans for chat in chats]
+    with ThreadPoolExecutor(8) as pool:
+        together = pool.map(
+            lambda chat: explore_logits.render_conversation(chat, template).spans, chats
+        )
+        assert list(together) == alone
+
+
+def _encode_in_a_process(_: int) -> list[int]:
+    return encode_conversation(CHAT, tokenizer_for(MARKED)).token_positions.tolist()
+
+
+def test_a_forked_process_gives_the_same() -> None:
+    expected = _encode_in_a_process(0)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.map(_encode_in_a_process, range(2)) == [expected] * 2
+
+
+def test_the_preview_marks_the_extracted_tokens_and_says_how_they_were_found() -> None:
+    tokenizer = tokenizer_for(PLAIN)
+    encoded = encode_conversation([user("amber\x1b[2J?"), says("Birch\nbark.")], tokenizer)
+    shown = format_mask_preview(encoded, tokenizer)
+    assert "⟦Birch⟧\n⟦bark.<|end|>⟧" in shown
+    assert "differential rendering" in shown.splitlines()[0]
+    assert "'<|end|>'" in shown.splitlines()[0]
+    count, total = encoded.token_positions.size, encoded.input_ids.size
+    assert shown.startswith(f"{count} of {total} tokens extracted")
+    assert "\x1b" not in shown
+    coloured = format_mask_preview(encoded, tokenizer, color=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    assert plain == shown.replace("⟦", "").replace("⟧", "")
+    assert "\x1b[2J" not in coloured
+
+
+def test_the_preview_cuts_long_stretches() -> None:
+    tokenizer = tokenizer_for(PLAIN)
+    encoded = encode_conversation([user("amber " * 5000), says("Birch.")], tokenizer)
+    shown = format_mask_preview(encoded, tokenizer, max_run_chars=100)
+    assert len(shown) < 600
+    assert re.search(r"… [\d,]+ characters …", shown)
