@@ -2662,7 +2662,7 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._writer: pq.ParquetWriter | None = None
         self._group: list[pa.Table] = []
-        self._group_tokens = 0
+        self._group_tokens = self._group_bytes = 0
         self._raw_bytes = 0  # of the row groups written
         self._notes: list[tuple[int, Figures]] = []
 
@@ -2676,7 +2676,7 @@ class ShardWriter:
         """Bytes on disk, plus the rows still in memory at the ratio of those written."""
         written = self._file.tell() if self._file else 0
         ratio = written / self._raw_bytes if self._raw_bytes else 0.9
-        return written + int(ratio * sum(row.nbytes for row in self._group))
+        return written + int(ratio * self._group_bytes)
 
     def add(self, row: pa.Table) -> None:
         """Append a table of one row, with or without `_mass` and `_actual`."""
@@ -2684,6 +2684,7 @@ class ShardWriter:
         self._notes.append((row["index"][0].as_py(), figures))
         self._group.append(row.select(self._schema.names))
         self._group_tokens += figures.tokens
+        self._group_bytes += self._group[-1].nbytes
         if len(self._group) == ROW_GROUP_ROWS or self._group_tokens >= ROW_GROUP_TOKENS:
             self._write_group()
 
@@ -2694,7 +2695,7 @@ class ShardWriter:
             self._writer = open_parquet_writer(self._file, self._schema)
         self._writer.write_table(group, row_group_size=group.num_rows)
         self._raw_bytes += group.nbytes
-        self._group, self._group_tokens = [], 0
+        self._group, self._group_tokens, self._group_bytes = [], 0, 0
 
     def close(self, path: Path) -> LocalShard:
         """Finish the file and give it its name once its bytes are on the disk."""
@@ -3183,7 +3184,7 @@ class CommitPace:
 
 def is_local_output(output: str) -> bool:
     """Tell whether `--output` means a folder rather than a Hub repository."""
-    return output.startswith((".", "/", "~")) or Path(output).is_dir()
+    return output.startswith((".", "/", "~")) or (output != "" and Path(output).is_dir())
 
 
 def open_destination(

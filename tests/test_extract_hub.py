@@ -315,7 +315,7 @@ def test_a_person_may_edit_the_card_while_the_run_goes_on(
 
 def test_a_card_that_was_there_before_is_kept_below_the_line() -> None:
     figures = extract_logits.Figures(rows=1, tokens=10)
-    kinds = {"figures": figures, "shards": 1, "size_bytes": 2000}
+    kinds: dict[str, Any] = {"figures": figures, "shards": 1, "size_bytes": 2000}
     card = make_card("a/b", SETTINGS, previous="Hello.\n", **kinds)
     assert card.endswith(f"{extract_logits.CARD_LINE}\n\nHello.\n")
     assert make_card("a/b", SETTINGS, previous=card, **kinds) == card

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
+import resource
+import signal
+import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.parquet as pq
 import pytest
+from forked import Child
 from shard_rows import SETTINGS, make_row, make_rows, make_schema
 
-from extract_logits import ConfigError, StreamingHFUploader
+from extract_logits import (
+    ROW_GROUP_ROWS,
+    ROW_GROUP_TOKENS,
+    ConfigError,
+    HubError,
+    StreamingHFUploader,
+    cache_key,
+    open_destination,
+)
 
 
 def open_uploader(folder: Path, **options: Any) -> StreamingHFUploader:
@@ -170,3 +184,274 @@ def test_two_live_runs_cannot_share_a_cache(tmp_path: Path) -> None:
         open_uploader(tmp_path, resume=True)
     uploader.shutdown()
     open_uploader(tmp_path, resume=True).shutdown()
+
+
+def run_to_end(folder: Path, stop: int, **options: Any) -> dict[str, Any]:
+    """Run over rows 0..stop as the next run of a job does, and return its summary."""
+    uploader = open_uploader(folder, **{"resume": True, **options})
+    uploader.load_pending_into_buffer()
+    feed(uploader, 0, stop)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    return uploader.summary()
+
+
+def cache_of(folder: Path) -> Path:
+    """Return the folder of the local state."""
+    (found,) = (folder / "cache").glob("*/")
+    return found
+
+
+def test_shards_closed_but_not_delivered_are_delivered_by_the_next_run(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    for first in range(0, 25, 5):
+        uploader.add_sample(make_rows(range(first, first + 5)))  # never flushed
+    uploader.save_pending_locally()
+    uploader.shutdown()
+    assert not listed(tmp_path / "out")
+    uploader = open_uploader(tmp_path, resume=True)
+    assert uploader.get_resume_info().pending.tolist() == list(range(25))
+    assert uploader.get_resume_info().next_part == 2
+    uploader.shutdown()
+    assert run_to_end(tmp_path, 25)["rows"] == 25
+    assert listed(tmp_path / "out") == Counter(range(25))
+    assert not list(tmp_path.glob("cache/**/*.parquet"))
+
+
+def test_rows_are_not_done_before_a_shard_that_is_listed_holds_them(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    uploader.add_sample(make_rows(range(9)))
+    uploader.save_pending_locally()
+    uploader.shutdown()
+    assert open_uploader(tmp_path, output="other").get_resume_info().done.size == 0
+    uploader = open_uploader(tmp_path, resume=True)
+    assert uploader.get_resume_info().done.size == 0
+    uploader.shutdown()
+
+
+def test_an_id_that_is_done_pending_or_buffered_is_never_added_again(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 14)
+    uploader.add_sample(make_rows([3, 12, 12, 13]))
+    uploader.save_pending_locally()
+    uploader.shutdown()
+    uploader = open_uploader(tmp_path, resume=True)
+    uploader.add_sample(make_rows([2, 11, 20]))
+    uploader.load_pending_into_buffer()
+    uploader.add_sample(make_rows([2, 11, 20]))
+    uploader.flush(final=True)
+    uploader.shutdown()
+    assert listed(tmp_path / "out") == Counter([*range(14), 20])
+
+
+def test_half_written_files_are_removed_and_damaged_or_foreign_ones_survived(
+    tmp_path: Path,
+) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 5)
+    uploader.save_pending_locally()
+    for index in range(5, 20):
+        uploader.add_sample(make_rows([index]))
+    uploader.shutdown()
+    cache = cache_of(tmp_path)
+    (part,) = cache.glob("part-*.parquet")
+    part.write_bytes(part.read_bytes()[:-100])
+    (cache / "under-way.parquet.tmp").write_bytes(b"PAR1 half")
+    (cache / "backup_part-00007.parquet").write_bytes(b"")
+    (cache / "notes.txt").write_text("mine")
+    pq.write_table(make_rows(range(50, 60)), cache / "pending" / "pending-00009.parquet")
+    pq.write_table(make_rows(range(60, 70)), cache / "pending" / "foreign.parquet")
+    data = tmp_path / "out/data"
+    (data / ".part-00000.parquet.tmp").write_bytes(b"PAR1 half")
+    (data / "foreign.txt").write_text("mine")
+    assert run_to_end(tmp_path, 20)["rows"] == 20
+    assert listed(tmp_path / "out") == Counter(range(20))
+    assert (cache / "notes.txt").exists()
+    assert (cache / "unreadable_part-00000.parquet").exists()
+    assert (cache / "pending" / "unreadable_pending-00009.parquet").exists()
+    assert (cache / "pending" / "foreign.parquet").exists()
+    assert not list(cache.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"shards": {"data/x": 3}}', "older"])
+def test_a_checkpoint_that_is_missing_broken_or_old_loses_nothing(
+    tmp_path: Path, content: bytes | str | None
+) -> None:
+    checkpoint = tmp_path / "out/checkpoint.json"
+    run_to_end(tmp_path, 10)
+    older = checkpoint.read_bytes()
+    run_to_end(tmp_path, 25)
+    whole = checkpoint.read_bytes()
+    if content is None:
+        checkpoint.unlink()
+    else:
+        checkpoint.write_bytes(older if isinstance(content, str) else content)
+    uploader = open_uploader(tmp_path, resume=True)
+    assert uploader.get_resume_info().done.tolist() == list(range(25))
+    uploader.flush(final=True)
+    uploader.shutdown()
+    restored = json.loads(checkpoint.read_bytes())
+    wanted = json.loads(whole)
+    for record in [*restored["shards"].values(), *wanted["shards"].values()]:
+        record.pop("sha256")  # of a local shard only the checkpoint knew it
+    assert restored == wanted
+
+
+def test_a_damaged_shard_in_the_output_is_named_with_the_remedy(tmp_path: Path) -> None:
+    run_to_end(tmp_path, 20)
+    shard = tmp_path / "out/data/part-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-50])
+    with pytest.raises(ConfigError, match=r"data/part-00001.parquet .* damaged.*delete it"):
+        open_uploader(tmp_path, resume=True)
+    shard.unlink()
+    assert run_to_end(tmp_path, 20)["rows"] == 20
+    assert listed(tmp_path / "out") == Counter(range(20))
+
+
+def test_a_cache_that_holds_rows_of_other_settings_is_refused(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 5)
+    uploader.save_pending_locally()
+    uploader.shutdown()
+    with pytest.raises(ConfigError, match="--resume"):
+        open_uploader(tmp_path)
+    with pytest.raises(ConfigError, match="seed: 42 there, 43 now"):
+        open_uploader(tmp_path, resume=True, settings={**SETTINGS, "seed": 43})
+    uploader = open_uploader(tmp_path, force_restart=True, settings={**SETTINGS, "seed": 43})
+    assert uploader.get_resume_info().pending.size == 0
+    uploader.shutdown()
+
+
+def test_pending_rows_that_fill_several_shards_are_split(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path, upload_every=100)
+    feed(uploader, 0, 37)
+    uploader.save_pending_locally()
+    uploader.shutdown()
+    assert run_to_end(tmp_path, 40)["rows"] == 40
+    sizes = [pq.read_metadata(p).num_rows for p in sorted(tmp_path.glob("out/data/*"))]
+    assert sizes == [10, 10, 10, 10]
+    assert not list(tmp_path.glob("cache/**/*.parquet"))
+
+
+def test_figures_survive_pending_files_resume_and_a_lost_checkpoint(tmp_path: Path) -> None:
+    for number in range(4):
+        uploader = open_uploader(tmp_path, resume=True)
+        uploader.load_pending_into_buffer()
+        feed(uploader, number * 6, number * 6 + 6)
+        uploader.save_pending_locally()
+        uploader.shutdown()
+        (tmp_path / "out/checkpoint.json").unlink(missing_ok=True)
+    run_to_end(tmp_path, 24)
+    card = (tmp_path / "out/README.md").read_text()
+    tokens = sum(make_row(index)["num_tokens"] for index in range(24))
+    nucleus = sum(int(make_row(index)["top_counts"].sum()) for index in range(24))
+    assert f"| tokens | {tokens:,} |" in card
+    assert f"| mean nucleus | {nucleus / tokens:.1f} tokens |" in card
+    assert "| probability covered by the nucleus | 0.9900 on average |" in card
+    assert "| probability of the actual token | 0.5000 on average |" in card
+
+
+def test_shards_close_at_the_asked_encoded_size(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path, upload_size_mb=2)
+    for first in range(0, 500, 10):
+        uploader.add_sample(make_rows(range(first, first + 10), tokens=200))
+        if uploader.should_flush():
+            uploader.flush()
+    uploader.flush(final=True)
+    uploader.shutdown()
+    sizes = [p.stat().st_size for p in sorted(tmp_path.glob("out/data/*"))]
+    assert len(sizes) > 3
+    assert all(abs(size - 2_000_000) < 150_000 for size in sizes[:-1])
+    assert listed(tmp_path / "out") == Counter(range(500))
+
+
+def test_row_groups_stay_small_so_that_one_row_is_cheap_to_read(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path, upload_every=200)
+    uploader.add_sample(make_rows(range(150), tokens=5))
+    uploader.add_sample(make_rows(range(150, 200), tokens=1000))
+    uploader.flush(final=True)
+    uploader.shutdown()
+    file = pq.ParquetFile(tmp_path / "out/data/part-00000.parquet")
+    for number in range(file.num_row_groups):
+        tokens = file.read_row_group(number, ["num_tokens"])["num_tokens"].to_pylist()
+        assert len(tokens) <= ROW_GROUP_ROWS
+        assert sum(tokens[:-1]) < ROW_GROUP_TOKENS
+    assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+    assert file.schema_arrow.equals(make_schema())
+
+
+def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
+    tmp_path: Path,
+) -> None:
+    def work(limit: int, output: IO[str]) -> None:
+        uploader = open_uploader(tmp_path, resume=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        uploader.load_pending_into_buffer()
+        try:
+            feed(uploader, 0, 100)
+            uploader.flush(final=True)
+        except HubError as error:
+            output.write(str(error))
+        uploader.shutdown()
+
+    for limit in (3000, 12_000):  # without and with room for pending rows
+        code, said = Child(functools.partial(work, limit)).finish()
+        assert code == 0
+        assert re.search("cannot write .*File too large.*--resume", said), said
+    assert run_to_end(tmp_path, 100)["rows"] == 100
+    assert listed(tmp_path / "out") == Counter(range(100))
+
+
+def test_an_output_that_goes_away_is_a_clear_error_and_the_rows_stay(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 12)
+    uploader.flush()
+    while uploader.is_uploading():
+        time.sleep(0.01)
+    (tmp_path / "out/data").rename(tmp_path / "away")
+    uploader.add_sample(make_rows(range(12, 25)))
+    with pytest.raises(HubError, match=r"cannot write .*--resume"):
+        uploader.flush(final=True)
+    uploader.shutdown()
+    (tmp_path / "away").rename(tmp_path / "out/data")
+    assert run_to_end(tmp_path, 25)["rows"] == 25
+    assert listed(tmp_path / "out") == Counter(range(25))
+
+
+def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
+    def work(_: IO[str]) -> None:
+        feed(open_uploader(tmp_path), 0, 15)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert Child(work).wait() == -signal.SIGKILL
+    assert run_to_end(tmp_path, 25)["rows"] == 25
+    assert listed(tmp_path / "out") == Counter(range(25))
+
+
+def test_a_worker_process_that_outlives_the_run_does_not_keep_its_lock(tmp_path: Path) -> None:
+    def work(_: IO[str]) -> None:
+        uploader = open_uploader(tmp_path)
+        Child(lambda _: time.sleep(2))
+        assert uploader.summary()["rows"] == 0
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert Child(work).wait() == -signal.SIGKILL
+    open_uploader(tmp_path, resume=True).shutdown()
+
+
+@pytest.mark.parametrize("output", ["nothing-such", "a/b/c", "user/", ""])
+def test_an_output_that_is_neither_folder_nor_repository_is_refused(output: str) -> None:
+    with pytest.raises(ConfigError, match="neither"):
+        open_destination(output)
+
+
+def test_the_state_of_two_outputs_never_mixes(tmp_path: Path) -> None:
+    keys = {
+        cache_key("user/logits"),
+        cache_key("./logits"),
+        cache_key("../logits"),
+        cache_key("user/logits", rank=0, world_size=2),
+        cache_key("user/logits", rank=1, world_size=2),
+    }
+    assert len(keys) == 5
+    assert cache_key(str(tmp_path)) == cache_key(f"{tmp_path}/")

@@ -1,0 +1,92 @@
+"""Signals and the runtime limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import IO
+
+import pytest
+from forked import Child
+
+import extract_logits
+from extract_logits import GracefulInterrupt, TimedShutdown, process_age_s
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_first_signal_asks_to_stop(number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    with GracefulInterrupt() as interrupt:
+        assert not interrupt.stopping
+        assert interrupt.exit_code == 0
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert interrupt.stopping
+        assert interrupt.signal == number
+        assert interrupt.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_leaves_at_once(number: int, code: int) -> None:
+    def work(output: IO[str]) -> None:
+        with GracefulInterrupt() as interrupt:
+            output.write("ready\n")
+            while not interrupt.stopping:
+                time.sleep(0.01)
+            output.write("stopping\n")
+            time.sleep(60)
+
+    child = Child(work)
+    for word in ("ready", "stopping"):
+        assert child.output.readline().strip() == word
+        child.send(number)
+    assert child.wait(timeout_s=10) == code
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def enter() -> None:
+        with GracefulInterrupt() as interrupt:
+            seen.append((interrupt.stopping, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+def test_the_deadline_keeps_time_for_one_more_step_and_the_final_upload(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(extract_logits.time, "monotonic", lambda: clock[0])
+    upload_s = [0.0]
+    deadline = TimedShutdown(10, elapsed_s=120, upload_s=lambda: upload_s[0])
+    assert deadline.left_s() == 480
+    for second in range(0, 450, 30):  # steps of 30 s
+        clock[0] = second
+        assert not deadline.due()
+    upload_s[0] = 31.0  # 60 s are left
+    assert deadline.due()
+    upload_s[0] = 0.0
+    assert not deadline.due()
+    clock[0] = 450
+    assert deadline.due()
+
+
+def test_without_a_limit_the_deadline_never_comes() -> None:
+    deadline = TimedShutdown(None, elapsed_s=1e9)
+    assert not deadline.due()
+    assert not deadline.due()
+
+
+def test_the_age_of_the_process_counts_its_imports() -> None:
+    age_s = process_age_s()
+    assert 0 < age_s < 3600
+    time.sleep(0.05)
+    assert 0.03 < process_age_s() - age_s < 5
