@@ -1862,10 +1862,11 @@ class LogitDataset:
     shards before it. Footers are kept; of the data, only the last row group.
     """
 
-    def __init__(self, store: Store, shards: Sequence[str]) -> None:
+    def __init__(self, store: Store, sizes: Mapping[str, int]) -> None:
         self.name = store.name
         self.store = store
-        self.shards = list(shards)
+        self.shards = list(sizes)
+        self.sizes = dict(sizes)  # bytes of each shard
         self._files: dict[int, Any] = {}
         self._kept: tuple[tuple[int, int], pa.Table] | None = None
 
@@ -1908,7 +1909,7 @@ class LogitDataset:
 
     @cached_property
     def _listed(self) -> dict[str, int]:
-        return listed_rows(self.store)
+        return listed_rows(self.store, self.sizes)
 
     def locate_row(self, i: int) -> tuple[int, int]:
         """Return the shard that holds row `i` (negative: from the end) and its row there."""
@@ -2028,8 +2029,8 @@ def open_store(name: str | Path) -> Store:
     return HubStore(repo, revision=revision or None)
 
 
-def find_shards(files: Iterable[str], name: str, split: str) -> list[str]:
-    """Choose the Parquet files of a split, in order of shard number.
+def find_shards(files: Mapping[str, int], name: str, split: str) -> dict[str, int]:
+    """Choose the Parquet files of a split, with their sizes, in order of shard number.
 
     Files under `data/` win over others; a file whose path names no split belongs to `train`.
     """
@@ -2043,7 +2044,7 @@ def find_shards(files: Iterable[str], name: str, split: str) -> list[str]:
         splits.setdefault(found[1] if found else "train", []).append(path)
     if split not in splits:
         raise OpenError(f"{name} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return sorted(splits[split], key=natural_key)
+    return {path: files[path] for path in sorted(splits[split], key=natural_key)}
 
 
 def natural_key(path: str) -> list[tuple[int, int | str]]:
@@ -2074,13 +2075,13 @@ def load_logit_dataset(
         if not name:
             raise OpenError("the list of files is empty")
         store: Store = FileStore(name)
-        return LogitDataset(store, list(store.list_files()))
+        return LogitDataset(store, store.list_files())
     store = open_store(name)
     if isinstance(store, FileStore):
-        return LogitDataset(store, list(store.list_files()))
+        return LogitDataset(store, store.list_files())
     shards = find_shards(store.list_files(), store.name, split)
     if isinstance(store, HubStore) and not streaming:
-        store = store.download(shards)
+        store = store.download(list(shards))
     return LogitDataset(store, shards)
 
 
@@ -2096,11 +2097,12 @@ def read_text(store: Store, path: str) -> str | None:
     return bytes(data).decode("utf-8", "replace")
 
 
-def listed_rows(store: Store) -> dict[str, int]:
-    """Return the rows of each shard as the output's checkpoint lists them; empty without one."""
+def listed_rows(store: Store, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the rows of the shards that the output's checkpoint lists at their present size."""
     try:
         listed = json.loads(read_text(store, CHECKPOINT_FILE) or "{}")["shards"]
-        rows = {path: entry["figures"]["rows"] for path, entry in listed.items()}
+        same = {path: entry for path, entry in listed.items() if entry["bytes"] == sizes.get(path)}
+        rows = {path: entry["figures"]["rows"] for path, entry in same.items()}
     except (OpenError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return rows if all(type(n) is int and n >= 0 for n in rows.values()) else {}
@@ -2879,8 +2881,7 @@ def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
             columns.update({name: table.column(name).nbytes for name in table.column_names})
     total = columns.total()
     if isinstance(dataset, LogitDataset):
-        sizes = dataset.store.list_files()
-        total = sum(sizes[shard] for shard in dataset.shards)
+        total = sum(dataset.sizes.values())
         for shard in range(len(dataset.shards)):
             columns.update(stored_bytes(dataset.file(shard).metadata))
     return BytesPerTokenStats(tokens, total, dict(columns), not in_files)
@@ -3171,7 +3172,7 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     config = validate_config(dataset, report)
     places: list[tuple[str, npt.NDArray[np.int64]]] = []
     for shard in dataset.shards:
-        alone = LogitDataset(dataset.store, [shard])
+        alone = LogitDataset(dataset.store, {shard: dataset.sizes[shard]})
         found: list[npt.NDArray[np.int64]] = []
         try:
             settings = validate_footer(alone, config, report)
@@ -3445,6 +3446,7 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         largest: how many of the most different tokens to name.
     """
     one, two = as_dataset(first), as_dataset(second)
+    bits = two.settings.get("logit_bits", 16) if isinstance(two, LogitDataset) else 16
     known = row_numbers(two)
     sums: Counter[str] = Counter()
     worst: list[tuple[float, int, int]] = []
@@ -3459,7 +3461,7 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
             sums["unequal"] += 1
             continue
         a, b = sample_block(sample), sample_block(other)
-        divergence = bound_divergence(a, b)
+        divergence = bound_divergence(a, b, logit_bits=int(bits))
         same = int((a.top_ids[a.top_starts[:-1]] == b.top_ids[b.top_starts[:-1]]).sum())
         sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
@@ -3487,12 +3489,15 @@ def row_numbers(dataset: Any) -> dict[int, int]:
     return {int(index): row for row, index in enumerate(indices)}
 
 
-def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
+def bound_divergence(
+    a: TokenBlock, b: TokenBlock, *, logit_bits: int = 16
+) -> npt.NDArray[np.float64]:
     """Return the least KL(a ‖ b) in nats that the stored entries allow, (T,).
 
     The vocabulary is cut into the ids whose probability is known in `a`, and known in `b` or in
     a's nucleus, and one cell for the rest. Where `b` does not store an id, it counts with the most
-    that it can have there. Merging cells and raising b's probabilities both lower the divergence.
+    that it can have there. Merging cells and raising b's probabilities both lower the divergence;
+    what remains is the error of quantization, of `logit_bits` in b.
     """
     keys_a, probs_a, top_a = known_entries(a)
     keys_b, probs_b, _ = known_entries(b)
@@ -3501,13 +3506,14 @@ def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
     cells = shared | top_a
     owner = keys_a[cells] >> 18
     p = probs_a[cells]
-    most = np.exp(unstored_bound(b))[owner]
+    most = np.exp(unstored_bound(b, logit_bits))[owner]
     q = np.where(shared[cells], probs_b[place[cells]], most)
     n = a.logsumexp.size
     tiny = np.finfo(np.float64).tiny
     terms = p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))
     rest_p = np.maximum(1 - np.bincount(owner, p, n), 0)
-    rest_q = np.clip(1 - np.bincount(owner, q * shared[cells], n), tiny, 1)
+    known_q = np.bincount(owner, q * shared[cells], n)
+    rest_q = np.clip(1 - known_q * np.minimum(*quantization_loss(b, logit_bits)), 1e-9, 1)
     rest = rest_p * (np.log(np.maximum(rest_p, tiny)) - np.log(rest_q))
     return np.maximum(np.bincount(owner, terms, n) + rest, 0)
 
@@ -3586,13 +3592,21 @@ def score_tokens(
 
 def unstored_bound(block: TokenBlock, logit_bits: int = 16) -> npt.NDArray[np.float64]:
     """Return the largest log-probability that a token stored nowhere can have, (T,)."""
-    half_step = 0.5 / (2**logit_bits - 1)
-    top_slack = np.exp(-half_step * (block.top_max.astype(np.float64) - block.top_min))
-    tail_slack = np.exp(-half_step * (block.tail_max.astype(np.float64) - block.tail_min))
-    stored = sum_runs(block.top_probs(), block.top_starts) * top_slack
-    stored += sum_runs(block.tail_probs(), block.tail_starts) * tail_slack
+    top_loss, tail_loss = quantization_loss(block, logit_bits)
+    stored = sum_runs(block.top_probs(), block.top_starts) * top_loss
+    stored += sum_runs(block.tail_probs(), block.tail_starts) * tail_loss
     left = np.log(np.maximum(1 - stored, np.finfo(np.float64).tiny))
     return np.minimum(left, block.top_min - block.logsumexp)
+
+
+def quantization_loss(
+    block: TokenBlock, logit_bits: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the least ratio of a true to a decoded probability, (T,) in nucleus and in tail."""
+    half_step = 0.5 / (2**logit_bits - 1)
+    top_span = block.top_max.astype(np.float64) - block.top_min
+    tail_span = block.tail_max.astype(np.float64) - block.tail_min
+    return np.exp(-half_step * top_span), np.exp(-half_step * tail_span)
 
 
 @dataclass(frozen=True)

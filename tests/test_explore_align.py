@@ -1,0 +1,315 @@
+"""Putting rows beside their text: the right token at the right place, exact or honestly bounded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHATS, TEACHER, run_script
+from small_output import SETTINGS, extract_row, random_logits, random_rows, write_output
+
+import explore_logits as explore
+from explore_logits import (
+    AlignmentError,
+    OpenError,
+    SourceError,
+    analyze_token_probabilities,
+    compute_dataset_stats,
+    encode_conversation,
+    execute_analysis,
+    get_sample,
+    load_logit_dataset,
+    load_tokenizer,
+    open_text,
+)
+
+VOCAB = 5000
+RUN = SETTINGS | {
+    "model": str(TEACHER),
+    "dataset": str(CHATS),
+    "messages_col": "messages",
+    "user_col": None,
+    "assistant_col": None,
+    "index_col": "id",
+    "vocab_size": VOCAB,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(str(TEACHER))
+
+
+@pytest.fixture(scope="module")
+def short_chats(chats: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Six conversations of the source, not its first, in another order."""
+    chosen = sorted(chats[40:], key=lambda row: len(json.dumps(row)))[10:16]
+    return chosen[::-1]
+
+
+@pytest.fixture(scope="module")
+def logits(short_chats: list[dict[str, Any]], tokenizer: Any) -> list[np.ndarray]:
+    """Made-up teacher logits (N, V) for the extracted tokens of each conversation."""
+    rng = np.random.default_rng(17)
+    made = []
+    for row in short_chats:
+        encoded = encode_conversation(row["messages"], tokenizer)
+        part = random_logits(rng, encoded.token_positions.size, VOCAB)
+        actual = encoded.input_ids[encoded.token_positions]
+        part[np.arange(actual.size), actual] += rng.choice([0.0, 8.0, 20.0], actual.size)
+        made.append(part.astype(np.float32))
+    return made
+
+
+@pytest.fixture(scope="module")
+def output(
+    tmp_path_factory: pytest.TempPathFactory,
+    short_chats: list[dict[str, Any]],
+    logits: list[np.ndarray],
+) -> Path:
+    """An output over the embedded conversations, with rows in the order of `short_chats`."""
+    rng = np.random.default_rng(18)
+    rows = [
+        extract_row(part, RUN, rng, index=row["id"])
+        for row, part in zip(short_chats, logits, strict=True)
+    ]
+    return write_output(tmp_path_factory.mktemp("align"), rows, settings=RUN, rows_per_shard=4)
+
+
+def true_figures(logits: np.ndarray, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return log-probability and rank of the actual tokens from the full logits."""
+    wide = logits.astype(np.float64)
+    total = np.log(np.exp(wide - wide.max()).sum(axis=1)) + wide.max()
+    chosen = wide[np.arange(actual.size), actual]
+    return chosen - total, 1 + (wide > chosen[:, None]).sum(axis=1)
+
+
+def test_probability_and_rank_are_exact_or_bound_the_truth(
+    output: Path, short_chats: list[dict[str, Any]], logits: list[np.ndarray], tokenizer: Any
+) -> None:
+    dataset = load_logit_dataset(output)
+    places = []
+    for row, (chat, part) in enumerate(zip(short_chats, logits, strict=True)):
+        analysis = analyze_token_probabilities(
+            get_sample(dataset, row), chat["messages"], tokenizer, top_k=3
+        )
+        actual = np.array([token.id for token in analysis.tokens])
+        log_probs, ranks = true_figures(part, actual)
+        for token, log_prob, rank in zip(analysis.tokens, log_probs, ranks, strict=True):
+            places.append(token.where)
+            assert token.exact == (token.where != "not stored")
+            if token.exact:
+                assert token.log_probability == pytest.approx(log_prob, abs=1e-3)
+            else:
+                assert token.log_probability >= log_prob
+            assert token.probability == pytest.approx(np.exp(token.log_probability))
+            if token.where == "nucleus":
+                assert token.rank == rank
+            else:
+                assert token.nucleus_size < token.rank <= rank
+            assert len(token.predictions) == min(3, token.nucleus_size)
+            assert len(token.tail) == 24
+    assert {"nucleus", "not stored"} <= set(places)
+
+
+@pytest.mark.parametrize("bits", [16, 6])
+def test_no_token_of_the_vocabulary_escapes_its_bound(bits: int) -> None:
+    settings = SETTINGS | {"vocab_size": 300, "logit_bits": bits, "top_p": 0.9, "top_p_max": 20}
+    rng = np.random.default_rng(23)
+    logits = random_logits(rng, 12, 300)
+    row = extract_row(logits, settings, rng, index=0)
+    block = explore.sample_block(get_sample([row]))
+    step = 2 * (block.top_max - block.tail_min).max() / (2**bits - 1)
+    where = set()
+    for token in range(300):
+        actual = np.full(12, token)
+        scores = explore.score_tokens(block, actual, logit_bits=bits)
+        log_probs, ranks = true_figures(logits, actual)
+        error = scores.log_probability - log_probs
+        assert (np.abs(error[scores.exact]) <= step).all()
+        assert (error[~scores.exact] >= -1e-9).all()
+        assert (scores.rank[scores.in_nucleus] == ranks[scores.in_nucleus]).all() or bits < 16
+        assert (scores.rank[~scores.in_nucleus] <= ranks[~scores.in_nucleus]).all()
+        assert (scores.exact == (scores.in_nucleus | scores.in_tail)).all()
+        where |= set(zip(scores.in_nucleus.tolist(), scores.in_tail.tolist(), strict=True))
+    assert where == {(True, False), (False, True), (False, False)}
+
+
+def test_a_bound_is_as_tight_as_what_is_stored_allows() -> None:
+    # Three tokens: 0.6 in the nucleus, 0.3 drawn in the tail, so 0.1 is left for the third.
+    logits = np.log(np.array([[0.6, 0.3, 0.1]])).astype(np.float32)
+    settings = SETTINGS | {"top_p": 0.5, "sampled_n": 1, "vocab_size": 3}
+    for seed in range(20):
+        row = extract_row(logits, settings, np.random.default_rng(seed), index=0)
+        if row["sampled_indices_low"] == [1]:
+            break
+    block = explore.sample_block(get_sample([row]))
+    scores = explore.score_tokens(block, np.array([2]))
+    assert not scores.exact[0]
+    assert np.exp(scores.log_probability[0]) == pytest.approx(0.1, rel=1e-4)
+    assert scores.rank[0] == 2
+    in_tail = explore.score_tokens(block, np.array([1]))
+    assert in_tail.exact[0]
+    assert np.exp(in_tail.log_probability[0]) == pytest.approx(0.3, rel=1e-5)
+
+
+def test_everything_is_found_from_the_output_itself(
+    output: Path, short_chats: list[dict[str, Any]], tokenizer: Any
+) -> None:
+    for row, chat in enumerate(short_chats):
+        analysis = execute_analysis(output, row)
+        assert analysis.index == chat["id"]
+        assert analysis.model == str(TEACHER)
+        encoded = encode_conversation(chat["messages"], tokenizer)
+        extracted = encoded.input_ids[encoded.token_positions].tolist()
+        assert [token.id for token in analysis.tokens] == extracted
+        assert [t for _, t in analysis.pieces if t is not None] == list(range(len(extracted)))
+        if all(ord(c) < 128 for c in encoded.text):
+            assert "".join(text for text, _ in analysis.pieces) == encoded.text
+
+
+def test_a_conversation_can_be_chosen_by_its_index(
+    output: Path, short_chats: list[dict[str, Any]]
+) -> None:
+    chosen = short_chats[4]["id"]
+    by_index = execute_analysis(output, conversation=chosen)
+    assert by_index.index == chosen
+    assert by_index.tokens == execute_analysis(output, 4).tokens
+
+
+def test_a_conversation_that_was_not_extracted_is_shown_as_such(
+    output: Path, chats: list[dict[str, Any]]
+) -> None:
+    missing = execute_analysis(output, conversation=chats[0]["id"])
+    assert missing.tokens == []
+    assert "not in the output" in missing.note
+    assert all(t is None for _, t in missing.pieces)
+    assert len(missing.pieces) > 5
+    shown = explore.visualize_conversation_probabilities(missing)
+    assert "not extracted" in shown
+    with pytest.raises(SourceError, match="no conversation 999999"):
+        execute_analysis(output, conversation=999_999)
+
+
+def test_another_number_of_tokens_is_an_error_that_names_both(
+    output: Path, short_chats: list[dict[str, Any]], tokenizer: Any
+) -> None:
+    sample = get_sample(output, 0)
+    messages = [dict(message) for message in short_chats[0]["messages"]]
+    messages[-1] = {**messages[-1], "content": "Quite another answer, and a longer one at that."}
+    expected = encode_conversation(messages, tokenizer).token_positions.size
+    assert expected != sample["num_tokens"]
+    with pytest.raises(AlignmentError) as caught:
+        analyze_token_probabilities(sample, messages, tokenizer)
+    assert f"holds {sample['num_tokens']} tokens" in str(caught.value)
+    assert f"has {expected} to extract" in str(caught.value)
+
+
+def test_the_template_of_the_output_is_the_one_that_is_used(
+    output: Path, short_chats: list[dict[str, Any]], tmp_path: Path, tokenizer: Any
+) -> None:
+    rng = np.random.default_rng(5)
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    chat = next(c for c in short_chats if all("tool_calls" not in m for m in c["messages"]))
+    encoded = encode_conversation(chat["messages"], tokenizer, chat_template=template)
+    part = random_logits(rng, encoded.token_positions.size, VOCAB)
+    rows = [extract_row(part, RUN, rng, index=chat["id"])]
+    made = write_output(tmp_path, rows, settings=RUN, chat_template=template)
+    analysis = execute_analysis(made, 0)
+    assert [token.id for token in analysis.tokens] == (
+        encoded.input_ids[encoded.token_positions].tolist()
+    )
+
+
+def test_stored_text_needs_no_source(tmp_path: Path, tokenizer: Any) -> None:
+    settings = RUN | {"store_tokens": True, "dataset": "./gone.jsonl"}
+    rows = random_rows(2, settings=settings, tokens=6)
+    analysis = execute_analysis(write_output(tmp_path, rows, settings=settings), 1)
+    ids = np.array(rows[1]["input_ids"])
+    assert [token.id for token in analysis.tokens] == ids[rows[1]["token_positions"]].tolist()
+    assert len(analysis.pieces) == ids.size
+    without = random_rows(1, settings=RUN, tokens=6)
+    with pytest.raises(AlignmentError, match="--store-tokens"):
+        analyze_token_probabilities(get_sample(without), None, tokenizer)
+
+
+def test_a_source_or_model_that_moved_can_be_given(output: Path, tmp_path: Path) -> None:
+    moved = RUN | {"model": "./gone", "dataset": "./gone.jsonl"}
+    for name in ("data", "chat_template.jinja"):
+        (tmp_path / name).symlink_to(output / name)
+    (tmp_path / "extraction_config.json").write_text(json.dumps(moved))
+    with pytest.raises(OpenError):
+        execute_analysis(tmp_path, 0)
+    copy = write_output(tmp_path / "copy", random_rows(1, settings=moved), settings=moved)
+    text = open_text(copy, model=str(TEACHER), source=str(CHATS))
+    assert text.encode(json.loads(CHATS.read_text().splitlines()[3])["id"]).input_ids.size > 3
+    with pytest.raises(explore.LogitsError, match="gone"):
+        open_text(copy)
+
+
+def test_figures_over_the_text_count_only_rows_that_fit(output: Path) -> None:
+    text = open_text(output)
+    stats = compute_dataset_stats(output, actual_tokens=text.actual_tokens)
+    assert stats.known == stats.tokens
+    analyses = [execute_analysis(output, row) for row in range(6)]
+    tokens = [token for analysis in analyses for token in analysis.tokens]
+    assert stats.in_nucleus == pytest.approx(np.mean([t.where == "nucleus" for t in tokens]))
+    assert stats.agreement == pytest.approx(np.mean([t.rank == 1 for t in tokens]))
+    assert stats.mean_log_probability == pytest.approx(
+        np.mean([token.log_probability for token in tokens])
+    )
+
+
+def test_an_analysis_becomes_a_data_frame(output: Path) -> None:
+    analysis = execute_analysis(output, 2)
+    frame = analysis.to_pandas()
+    assert len(frame) == len(analysis.tokens)
+    assert frame["log_probability"].mean() == pytest.approx(analysis.mean_log_probability)
+    empty = dataclasses.replace(analysis, tokens=[])
+    assert list(empty.to_pandas().columns) == list(frame.columns)
+
+
+def test_a_slow_terminal_gets_marks_instead_of_colours(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    analysis = execute_analysis(output, 1)
+    plain = explore.visualize_conversation_probabilities(analysis)
+    assert "\x1b" not in plain
+    unlikely = [token for token in analysis.tokens if token.probability < 0.5]
+    assert plain.count("{") >= len(unlikely)
+    assert "{≤" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = explore.visualize_conversation_probabilities(analysis)
+    assert "\x1b[" in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert explore.visualize_conversation_probabilities(analysis) == plain
+
+
+def test_the_command_shows_a_row_beside_its_text(output: Path) -> None:
+    done = run_script("explore_logits.py", output, "--sample", "2", "--top", "3")
+    assert done.code == 0, done.stderr
+    assert "<|im_start|>assistant" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert done.summary["sample"] == [2]
+
+
+def test_the_command_shows_ids_where_the_text_is_gone(tmp_path: Path) -> None:
+    settings = RUN | {"model": "./gone"}
+    rows = random_rows(3, settings=settings)
+    made = write_output(tmp_path, rows, settings=settings)
+    done = run_script("explore_logits.py", made, "--sample", "1", "--token", "0")
+    assert done.code == 0, done.stderr
+    assert "showing ids only" in done.stderr
+    assert f"#{get_sample(rows, 1)['top_indices'][0][0]}" in done.stdout
+    page = run_script("explore_logits.py", made, "--html", tmp_path / "page.html")
+    assert page.code == 2
+    assert "the text is needed" in page.stderr

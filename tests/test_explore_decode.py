@@ -1,0 +1,246 @@
+"""Decoding rows and tokens: the vectorised answers equal a plain loop over the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_output import SETTINGS, pack_entries, random_logits, random_rows, rows_to_table
+
+import explore_logits as explore
+from explore_logits import (
+    FormatError,
+    RowError,
+    decode_rows,
+    decode_top_tokens,
+    dequantize_all_logits,
+    dequantize_sampled_logits,
+    dequantize_top_logits,
+    get_nucleus_probability_mass,
+    get_sample,
+    iter_samples,
+    logits_to_probs,
+    print_sample_info,
+    print_top_tokens,
+)
+
+ROWS = random_rows(12, settings=SETTINGS | {"vocab_size": 262_144, "top_p_max": 40}, tokens=6)
+
+
+def loop_decode(row: dict[str, Any], part: str) -> list[tuple[list[int], list[float]]]:
+    """Decode a stored row token by token with plain Python, from the written definition."""
+    high = row[f"{part}_indices_high"]
+    flat = [
+        low | (high[i // 4] >> (2 * (i % 4)) & 3) << 16
+        for i, low in enumerate(row[f"{part}_indices_low"])
+    ]
+    m = len(row["sampled_indices_low"]) // row["num_tokens"]
+    counts = row["top_counts"] if part == "top" else [m] * row["num_tokens"]
+    tokens, start = [], 0
+    for t, count in enumerate(counts):
+        low, top = row[f"{part}_min"][t], row[f"{part}_max"][t]
+        levels = row[f"{part}_logits_quantized"][start : start + count]
+        logits = [q / 65535 * (top - low) + low for q in levels]
+        tokens.append((flat[start : start + count], logits))
+        start += count
+    return tokens
+
+
+def test_a_whole_row_decodes_as_the_plain_loop_does() -> None:
+    for sample, row in zip(iter_samples(ROWS), ROWS, strict=True):
+        top, tail = loop_decode(row, "top"), loop_decode(row, "sampled")
+        for t in range(row["num_tokens"]):
+            ids, logits = dequantize_top_logits(sample, t)
+            assert ids.tolist() == top[t][0]
+            np.testing.assert_allclose(logits, top[t][1], rtol=1e-14)
+            ids, logits = dequantize_sampled_logits(sample, t)
+            assert ids.tolist() == tail[t][0]
+            np.testing.assert_allclose(logits, tail[t][1], rtol=1e-14)
+            both, _ = dequantize_all_logits(sample, t)
+            assert both.tolist() == top[t][0] + tail[t][0]
+
+
+def test_all_tokens_at_once_are_the_tokens_one_by_one() -> None:
+    for sample in iter_samples(ROWS):
+        for decode in (dequantize_top_logits, dequantize_sampled_logits):
+            ids, logits = decode(sample)
+            parts = [decode(sample, t) for t in range(sample["num_tokens"])]
+            assert ids.tolist() == np.concatenate([part[0] for part in parts]).tolist()
+            assert logits.tolist() == np.concatenate([part[1] for part in parts]).tolist()
+
+
+def test_rows_whose_packed_bits_end_inside_a_byte_do_not_run_into_the_next() -> None:
+    # Sizes 1..9 entries: every remainder modulo four, next to each other in one block.
+    rng = np.random.default_rng(5)
+    rows = []
+    for size in range(1, 10):
+        ids = [rng.choice(262_144, size=size, replace=False)]
+        logits = np.zeros((1, 262_144), np.float32)
+        logits[0, ids[0]] = np.arange(size, 0, -1)
+        row = {
+            "index": size,
+            "num_tokens": 1,
+            **pack_entries("top", ids, logits, SETTINGS),
+            "top_counts": [size],
+            **pack_entries("sampled", [ids[0][:0]], logits, SETTINGS | {"sampled_n": 0}),
+            "logsumexp": [12.0],
+        }
+        rows.append({**row, "sampled_min": [], "sampled_max": []})
+        sample = get_sample(rows, size - 1)
+        assert sample["top_indices"][0].tolist() == ids[0].tolist()
+    block = decode_rows(rows_to_table(rows))
+    assert block.top_counts.tolist() == list(range(1, 10))
+    assert block.tail_ids.size == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.integers(1, 6))
+def test_blocks_do_not_depend_on_how_rows_are_grouped(seed: int, rows: int, at_once: int) -> None:
+    made = random_rows(rows, seed=seed, tokens=4, settings=SETTINGS | {"vocab_size": 140})
+    table = rows_to_table(made)
+    whole = decode_rows(table)
+    parts = [decode_rows(table.slice(i, at_once)) for i in range(0, rows, at_once)]
+    for name in ("index", "top_ids", "top_q", "tail_ids", "tail_q", "logsumexp", "top_min"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(getattr(whole, name), joined)
+
+
+def test_decoding_a_slice_of_a_larger_table_reads_the_right_rows() -> None:
+    table = rows_to_table(ROWS)
+    chunked = pa.concat_tables([table.slice(0, 5), table.slice(5)])
+    for source in (table, chunked):
+        assert decode_rows(source.slice(3, 4)).index.tolist() == [3, 4, 5, 6]
+
+
+def test_a_sample_and_its_block_are_the_same_thing() -> None:
+    sample = get_sample(ROWS, 3)
+    again = explore.block_sample(explore.sample_block(sample), 0)
+    assert sample.keys() == again.keys()
+    assert [ids.tolist() for ids in again["top_indices"]] == [
+        ids.tolist() for ids in sample["top_indices"]
+    ]
+
+
+# Probabilities ------------------------------------------------------------------------------------
+
+
+def test_probabilities_are_the_teachers_own() -> None:
+    rng = np.random.default_rng(11)
+    logits = random_logits(rng, 1, 600)[0].astype(np.float64)
+    total = np.log(np.exp(logits).sum())
+    np.testing.assert_allclose(logits_to_probs(logits, total).sum(), 1, rtol=1e-12)
+    np.testing.assert_allclose(logits_to_probs(logits), np.exp(logits - total), rtol=1e-12)
+    assert logits_to_probs([1e4, 1e4 - 1]).sum() == pytest.approx(1)
+    assert logits_to_probs(np.zeros(0)).size == 0
+
+
+def test_the_mass_of_a_nucleus_is_what_its_tokens_sum_to() -> None:
+    sample = get_sample(ROWS, 2)
+    masses = get_nucleus_probability_mass(sample)
+    for t in range(sample["num_tokens"]):
+        _, logits = dequantize_top_logits(sample, t)
+        plain = float(np.exp(logits - sample["logsumexp"][t]).sum())
+        assert get_nucleus_probability_mass(sample, t) == pytest.approx(plain)
+        assert masses[t] == pytest.approx(plain)
+
+
+def test_the_top_tokens_are_the_first_of_the_nucleus() -> None:
+    sample = get_sample(ROWS, 2)
+    predictions = decode_top_tokens(sample, 0, k=3)
+    assert [p.id for p in predictions] == sample["top_indices"][0][:3].tolist()
+    assert [p.text for p in predictions] == [f"#{p.id}" for p in predictions]
+    assert predictions[0].probability == pytest.approx(
+        float(np.exp(sample["top_max"][0] - sample["logsumexp"][0]))
+    )
+
+
+@pytest.mark.parametrize("t", [6, -7, 1000])
+def test_a_token_that_is_not_there_is_an_error_that_says_how_many_there_are(t: int) -> None:
+    sample = get_sample(random_rows(1, tokens=1), 0)
+    for decode in (dequantize_top_logits, dequantize_all_logits, decode_top_tokens):
+        with pytest.raises(RowError, match="1 tokens"):
+            decode(sample, t)
+
+
+# Text of tokens -----------------------------------------------------------------------------------
+
+
+class Pieces:
+    """A tokenizer of a few vocabulary entries, byte-level and sentencepiece alike."""
+
+    vocabulary = ("Ġhello", "ðŁ", "ĺĢ", "<0xE2>", "▁word", "ï¿½", "Ġâľ", "é")
+    decoded = (" hello", "\ufffd", "\ufffd\ufffd", "\ufffd", "word", "\ufffd", " \ufffd", "é")
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decoded[ids[0]]
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.vocabulary[token]
+
+
+def test_tokens_that_are_half_a_character_show_their_bytes() -> None:
+    assert explore.token_texts(range(9), Pieces()) == [
+        " hello",
+        "⟨F0 9F⟩",
+        "⟨98 80⟩",
+        "⟨E2⟩",
+        " word",
+        "\ufffd",  # the replacement character itself, as a whole character
+        " ⟨E2 9C⟩",
+        "é",
+        "#8",
+    ]
+
+
+def test_the_byte_alphabet_is_one_to_one() -> None:
+    assert sorted(explore.byte_alphabet().values()) == list(range(256))
+
+
+# Printing -----------------------------------------------------------------------------------------
+
+
+def test_printing_a_sample_says_sizes_and_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = get_sample(ROWS, 2)
+    print_sample_info(sample)
+    print_top_tokens(sample, 0, k=4)
+    shown = capsys.readouterr().out
+    assert f"conversation 2: {sample['num_tokens']} tokens" in shown
+    assert f"#{sample['top_indices'][0][0]}" in shown
+    assert shown.count("%") > 6
+
+
+# Damage -------------------------------------------------------------------------------------------
+
+STRUCTURE = {
+    "num_tokens": {"num_tokens": 99},
+    "counts": {"top_counts": [1]},
+    "sum of counts": {"top_counts": [255] * ROWS[3]["num_tokens"]},
+    "low ids": {"top_indices_low": [1, 2, 3]},
+    "high bits": {"top_indices_high": b""},
+    "levels": {"top_logits_quantized": [0]},
+    "minima": {"top_min": [0.0]},
+    "maxima": {"top_max": []},
+    "tail ids": {"sampled_indices_low": [5]},
+    "tail levels": {"sampled_logits_quantized": []},
+    "tail high bits": {"sampled_indices_high": b"\0" * 999},
+    "tail minima": {"sampled_min": [1.0]},
+    "log-sum-exp": {"logsumexp": []},
+    "null list": {"top_counts": None},
+    "null value": {"logsumexp": [None] * ROWS[3]["num_tokens"]},
+    "null number": {"index": None},
+}
+
+
+@pytest.mark.parametrize("change", STRUCTURE.values(), ids=STRUCTURE.keys())
+def test_a_row_whose_lists_do_not_fit_is_refused_by_number(change: dict[str, Any]) -> None:
+    rows = [*ROWS[:3], {**ROWS[3], **change}, *ROWS[4:6]]
+    with pytest.raises(FormatError, match="row 3: "):
+        list(iter_samples(rows))
+    assert get_sample(rows, 2)["index"] == 2

@@ -1,0 +1,126 @@
+"""Pack and unpack, quantize and dequantize: inverse pairs, for every length and every id."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from explore_logits import (
+    MAX_TOKEN_ID,
+    SCHEMA,
+    FormatError,
+    dequantize_logits,
+    pack_indices,
+    quantize_logits,
+    shard_schema,
+    unpack_indices,
+)
+
+CONTRACT_COLUMNS = [
+    ("index", "int32"),
+    ("num_tokens", "int32"),
+    ("top_indices_low", "list<uint16>"),
+    ("top_indices_high", "binary"),
+    ("top_logits_quantized", "list<uint16>"),
+    ("top_counts", "list<uint8>"),
+    ("top_min", "list<float>"),
+    ("top_max", "list<float>"),
+    ("sampled_indices_low", "list<uint16>"),
+    ("sampled_indices_high", "binary"),
+    ("sampled_logits_quantized", "list<uint16>"),
+    ("sampled_min", "list<float>"),
+    ("sampled_max", "list<float>"),
+    ("logsumexp", "list<double>"),
+]
+IDS = st.integers(0, MAX_TOKEN_ID)
+
+
+def test_the_schema_has_the_fourteen_columns_in_order() -> None:
+    kinds = [(field.name, str(field.type).replace("element", "item")) for field in SCHEMA]
+    assert [(name, kind.replace("item: ", "")) for name, kind in kinds] == CONTRACT_COLUMNS
+
+
+def test_stored_tokens_add_two_columns_at_the_end() -> None:
+    assert shard_schema(store_tokens=True).names == [*SCHEMA.names, "input_ids", "token_positions"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(IDS, max_size=17))
+def test_unpacking_what_was_packed_gives_it_back(ids: list[int]) -> None:
+    low, high = pack_indices(ids)
+    assert low.dtype == np.uint16
+    assert len(high) == -(-len(ids) // 4)
+    assert unpack_indices(low, high).tolist() == ids
+
+
+@pytest.mark.parametrize("length", range(18))
+def test_every_length_survives_packing_at_the_ends_of_the_range(length: int) -> None:
+    for first in (0, 0xFFFF, 0x10000, 0x1FFFF, 0x20000, MAX_TOKEN_ID):
+        ids = [(first + 65_537 * i) % (MAX_TOKEN_ID + 1) for i in range(length)]
+        assert unpack_indices(*pack_indices(ids)).tolist() == ids
+
+
+def test_every_id_of_the_format_survives_packing() -> None:
+    ids = np.arange(MAX_TOKEN_ID + 1)
+    assert np.array_equal(unpack_indices(*pack_indices(ids)), ids)
+
+
+def test_packed_bytes_are_as_written_down() -> None:
+    low, high = pack_indices([0x00001, 0x10002, 0x20003, 0x30004, 0x10005])
+    assert low.tolist() == [1, 2, 3, 4, 5]
+    assert high == bytes([0b11_10_01_00, 0b00_00_00_01])
+
+
+@given(st.lists(st.lists(IDS, max_size=5), max_size=6))
+def test_counts_cut_the_ids_into_tokens(tokens: list[list[int]]) -> None:
+    flat = [token for part in tokens for token in part]
+    parts = unpack_indices(*pack_indices(flat), counts=[len(part) for part in tokens])
+    assert [part.tolist() for part in parts] == tokens
+
+
+@pytest.mark.parametrize("bad", [MAX_TOKEN_ID + 1, 2**31 - 1, -1])
+def test_an_id_outside_the_format_is_refused_by_name(bad: int) -> None:
+    with pytest.raises(FormatError, match=str(bad)):
+        pack_indices([5, bad])
+
+
+def test_bytes_or_counts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(FormatError, match="need 2 high bytes, found 1"):
+        unpack_indices(np.arange(5), b"\0")
+    with pytest.raises(FormatError, match="sum to 4"):
+        unpack_indices(np.arange(5), b"\0\0", counts=[2, 2])
+    with pytest.raises(FormatError, match="integers"):
+        pack_indices([1.5])
+
+
+LOGITS = hnp.arrays(
+    np.float32, st.integers(1, 40), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LOGITS, st.integers(4, 16))
+def test_dequantized_logits_are_within_half_a_step(logits: np.ndarray, bits: int) -> None:
+    q, vmin, vmax = quantize_logits(logits, bits=bits)
+    back = dequantize_logits(q, vmin, vmax)
+    half_step = (float(vmax[0]) - float(vmin[0])) / (2**bits - 1) / 2
+    # One level of the 65,536 grid more: 2**bits - 1 does not always divide 65,535.
+    slack = (float(vmax[0]) - float(vmin[0])) / 65535 / 2 if bits < 16 else 0.0
+    assert np.abs(back - logits).max() <= half_step + slack + 1e-9 * np.abs(logits).max()
+    assert back.min() == logits.min()
+    assert back.max() == logits.max()
+
+
+def test_equal_logits_quantize_to_zero_and_come_back() -> None:
+    q, vmin, vmax = quantize_logits([3.5, 3.5, 7.0], counts=[2, 1])
+    assert q.tolist() == [0, 0, 0]
+    assert dequantize_logits(q, vmin.repeat([2, 1]), vmax.repeat([2, 1])).tolist() == [3.5, 3.5, 7]
+
+
+def test_fewer_bits_keep_the_levels_and_the_ends() -> None:
+    q, _, _ = quantize_logits(np.linspace(0, 1, 1000), bits=4)
+    assert len(set(q.tolist())) == 16
+    assert (q.min(), q.max()) == (0, 65535)

@@ -1,0 +1,457 @@
+"""Opening outputs: any row at once, from any kind of dataset, and nothing that should not be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from loopback_hub import LoopbackHub
+from small_output import SETTINGS, random_rows, rows_to_table, write_output
+
+import explore_logits as explore
+from explore_logits import (
+    FormatError,
+    LogitDataset,
+    OpenError,
+    RowError,
+    get_sample,
+    iter_samples,
+    load_extraction_config,
+    load_logit_dataset,
+)
+
+ROWS = random_rows(20)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty rows in three shards of three row groups each."""
+    return write_output(tmp_path_factory.mktemp("output"), ROWS)
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        pairs = zip(one[name], two[name], strict=True) if isinstance(one[name], list) else None
+        for a, b in pairs or [(one[name], two[name])]:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+            assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+
+
+def expected(row: int) -> dict[str, Any]:
+    return get_sample([ROWS[row]])
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def test_a_sample_holds_what_was_written(output: Path) -> None:
+    sample, row = get_sample(load_logit_dataset(output), 13), ROWS[13]
+    assert (sample["index"], sample["num_tokens"]) == (row["index"], row["num_tokens"])
+    ids = explore.unpack_indices(row["top_indices_low"], row["top_indices_high"])
+    assert np.concatenate(sample["top_indices"]).tolist() == ids.tolist()
+    assert [part.size for part in sample["top_indices"]] == row["top_counts"]
+    assert (
+        np.concatenate(sample["sampled_logits_quantized"]).tolist()
+        == (row["sampled_logits_quantized"])
+    )
+    assert sample["logsumexp"].tolist() == row["logsumexp"]
+    assert {part.dtype for part in sample["top_indices"]} == {np.dtype(np.int32)}
+    assert {part.dtype for part in sample["top_logits_quantized"]} == {np.dtype(np.uint16)}
+
+
+def test_every_row_can_be_read_in_any_order(output: Path) -> None:
+    dataset = load_logit_dataset(output)
+    order = np.random.default_rng(3).permutation(20)
+    for row in order.tolist():
+        assert_same(get_sample(dataset, row), expected(row))
+    assert len(dataset) == 20
+    assert_same(get_sample(dataset, -1), expected(19))
+
+
+@pytest.mark.parametrize("row", [20, -21, 10**9])
+def test_a_row_that_is_not_there_is_an_error_that_says_how_many_there_are(
+    output: Path, row: int
+) -> None:
+    with pytest.raises(RowError, match="20 rows"):
+        get_sample(load_logit_dataset(output), row)
+    with pytest.raises(IndexError):
+        load_logit_dataset(output)[row]
+
+
+def test_one_row_reads_one_row_group(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+
+    class Counting:
+        def __init__(self, path: Path) -> None:
+            self.file = open(path, "rb")  # noqa: SIM115 - closed with the reader
+            self.closed = False
+
+        def read(self, n: int = -1) -> bytes:
+            start = self.file.tell()
+            data = self.file.read(n)
+            read.append((start, len(data)))
+            return data
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    store = explore.LocalStore(output)
+    monkeypatch.setattr(store, "open", lambda path: Counting(output / path))
+    dataset = LogitDataset(store, {"data/part-00001.parquet": 0})
+    group = dataset.file(0).metadata.row_group(1)
+    size = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+    begin = min(column_start(group.column(i)) for i in range(group.num_columns))
+    read.clear()
+    assert_same(get_sample(dataset, 4), expected(12))  # row 4 of the shard: its second group
+    assert sum(n for _, n in read) <= size
+    assert all(begin <= start and start + n <= begin + size for start, n in read)
+    read.clear()
+    get_sample(dataset, 5)
+    assert read == []  # the same row group is kept
+
+
+def column_start(column: Any) -> int:
+    pages = [column.data_page_offset, column.dictionary_page_offset or column.data_page_offset]
+    return min(pages)
+
+
+def test_all_kinds_of_datasets_give_the_same_samples(output: Path) -> None:
+    mapped = datasets.load_dataset("parquet", data_dir=str(output / "data"), split="train")
+    streamed = datasets.load_dataset(
+        "parquet", data_dir=str(output / "data"), split="train", streaming=True
+    )
+    files = sorted((output / "data").glob("*.parquet"))
+    kinds = {
+        "folder by name": str(output),
+        "folder by path": output,
+        "list of files": files,
+        "opened": load_logit_dataset(output),
+        "datasets.Dataset": mapped,
+        "datasets.Dataset with a format": mapped.with_format("torch"),
+        "datasets.IterableDataset": streamed,
+        "pyarrow table": rows_to_table(ROWS),
+        "list of rows": ROWS,
+        "rows as stored": list(load_logit_dataset(output)),
+    }
+    for kind in kinds.values():
+        assert_same(get_sample(kind, 13), expected(13))
+        assert [s["index"] for s in iter_samples(kind, limit=9)] == list(range(9))
+
+
+def test_reading_does_not_change_what_was_given(output: Path) -> None:
+    mapped = datasets.load_dataset("parquet", data_dir=str(output / "data"), split="train")
+    shaped = mapped.with_format("numpy", columns=["index"])
+    before = (shaped.format, shaped._fingerprint)
+    get_sample(mapped, 7)
+    get_sample(mapped.with_format("numpy"), 7)
+    assert (shaped.format, shaped._fingerprint) == before
+    streamed = mapped.to_iterable_dataset()
+    get_sample(streamed, 7)
+    assert next(iter(streamed))["index"] == 0
+
+
+def test_a_stream_says_that_it_has_no_such_row(output: Path) -> None:
+    streamed = datasets.load_dataset(
+        "parquet", data_dir=str(output / "data"), split="train", streaming=True
+    )
+    for row in (20, -1):
+        with pytest.raises(RowError, match="stream"):
+            get_sample(streamed, row)
+
+
+def test_optional_columns_may_be_missing(tmp_path: Path) -> None:
+    table = rows_to_table(ROWS[:4]).replace_schema_metadata(None)
+    missing = [name for name in explore.OPTIONAL_COLUMNS if name in table.column_names]
+    pq.write_table(table.drop_columns(missing), tmp_path / "old.parquet")
+    sample = get_sample(load_logit_dataset(tmp_path), 2)
+    assert sample["index"] == 2  # the row number, for want of better
+    assert sample["num_tokens"] == ROWS[2]["num_tokens"]
+    assert all(part.size == 0 for part in sample["sampled_indices"])
+    assert explore.dequantize_all_logits(sample, 0)[0].size == ROWS[2]["top_counts"][0]
+
+
+def test_a_needed_column_that_is_missing_is_named() -> None:
+    with pytest.raises(FormatError, match="no column 'top_counts'"):
+        get_sample(rows_to_table(ROWS[:1]).drop_columns(["top_counts"]))
+
+
+def test_wider_types_are_accepted_when_nothing_is_lost() -> None:
+    table = rows_to_table(ROWS[:2])
+    wide = pa.schema(
+        [
+            pa.field(
+                field.name,
+                pa.large_list(pa.int64())
+                if field.type in (pa.list_(pa.uint16()), pa.list_(pa.uint8()))
+                else field.type,
+            )
+            for field in table.schema
+        ]
+    )
+    assert_same(get_sample(table.cast(wide), 1), get_sample(table, 1))
+    rows = [{**ROWS[0], "top_counts": [300, *ROWS[0]["top_counts"][1:]]}]
+    foreign = pa.Table.from_pylist(rows, schema=wide)
+    with pytest.raises(FormatError, match="top_counts"):
+        get_sample(foreign)
+
+
+def test_empty_tails_are_read() -> None:
+    settings = SETTINGS | {"sampled_n": 0}
+    rows = random_rows(3, settings=settings)
+    sample = get_sample(rows, 1)
+    assert [part.size for part in sample["sampled_indices"]] == [0] * sample["num_tokens"]
+    rows = [{**row, "sampled_min": [], "sampled_max": []} for row in rows]
+    assert get_sample(rows, 1)["sampled_min"].tolist() == [0.0] * sample["num_tokens"]
+
+
+def test_stored_text_comes_with_the_sample() -> None:
+    settings = SETTINGS | {"store_tokens": True}
+    rows = random_rows(3, settings=settings)
+    sample = get_sample(rows, 1)
+    assert sample["input_ids"].tolist() == rows[1]["input_ids"]
+    assert sample["token_positions"].tolist() == rows[1]["token_positions"]
+
+
+# Names, splits, settings --------------------------------------------------------------------------
+
+
+def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        pq.write_table(rows_to_table(ROWS[:2]), tmp_path / f"{name}.parquet")
+    assert load_logit_dataset(tmp_path, "test").shards == ["test-00000-of-00001.parquet"]
+    with pytest.raises(OpenError, match=r"no split 'dev'; it has test, train"):
+        load_logit_dataset(tmp_path, "dev")
+
+
+def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for part in (99999, 100000, 2):
+        pq.write_table(rows_to_table(ROWS[:1]), tmp_path / f"data/part-{part:05d}.parquet")
+    shards = load_logit_dataset(tmp_path).shards
+    assert [int(name[10:-8]) for name in shards] == [2, 99999, 100000]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "no such folder or file"),
+        ("/nowhere/at/all", "no such folder or file"),
+        ("not a name", "no such folder or file"),
+        ([], "empty"),
+        (["./nowhere.parquet"], "no such file"),
+    ],
+)
+def test_an_output_that_is_not_there_is_refused(name: Any, message: str) -> None:
+    with pytest.raises(OpenError, match=message):
+        load_logit_dataset(name)
+
+
+def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OpenError, match="holds no Parquet files"):
+        load_logit_dataset(tmp_path)
+
+
+def test_the_settings_come_from_the_file_or_from_a_shard(output: Path, tmp_path: Path) -> None:
+    assert load_extraction_config(output) == SETTINGS
+    alone = write_output(tmp_path, ROWS[:2])
+    (alone / "extraction_config.json").unlink()
+    assert load_extraction_config(alone) == SETTINGS
+    pq.write_table(rows_to_table(ROWS[:2]).replace_schema_metadata(None), tmp_path / "bare.parquet")
+    with pytest.raises(OpenError, match="no settings"):
+        load_extraction_config(tmp_path / "bare.parquet")
+
+
+def test_a_checkpoint_of_other_files_is_not_believed(output: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    counts = {f"part-{part:05d}.parquet": rows for part, rows in enumerate((8, 8, 4))}
+    entries = {}
+    for name, rows in counts.items():
+        data = (output / "data" / name).read_bytes()
+        (tmp_path / "data" / name).write_bytes(data)
+        entries[f"data/{name}"] = {"bytes": len(data), "figures": {"rows": rows}}
+    stale = {path: {"bytes": 17, "figures": {"rows": 1}} for path in entries}
+    odd = {path: {**entry, "figures": {"rows": "many"}} for path, entry in entries.items()}
+    texts = [json.dumps({"shards": shards}) for shards in (entries, stale, odd, 3)]
+    for text in (*texts, "[]", "{", "[" * 100_000):
+        (tmp_path / "checkpoint.json").write_text(text)
+        for row in (0, 12, 15, 19):
+            assert_same(get_sample(load_logit_dataset(tmp_path), row), expected(row))
+    entries["data/part-00001.parquet"]["figures"] = {"rows": 9}
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"shards": entries}))
+    assert_same(get_sample(load_logit_dataset(tmp_path), 16), expected(16))
+
+
+# Untrusted files ----------------------------------------------------------------------------------
+
+
+def test_a_link_out_of_the_folder_is_not_followed(output: Path, tmp_path: Path) -> None:
+    inside = tmp_path / "output"
+    (inside / "data").mkdir(parents=True)
+    (inside / "data/part-00000.parquet").symlink_to(output / "data/part-00000.parquet")
+    with pytest.raises(OpenError, match="holds no Parquet files"):
+        load_logit_dataset(inside)
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"model": "mine"}')
+    (inside / "data/part-00000.parquet").unlink()
+    pq.write_table(rows_to_table(ROWS[:1]), inside / "data/part-00000.parquet")
+    (inside / "extraction_config.json").symlink_to(secret)
+    with pytest.raises(OpenError, match="outside"):
+        load_extraction_config(inside)
+    with pytest.raises(OpenError, match="outside"):
+        explore.LocalStore(inside).open("../secret.json")
+
+
+def test_links_of_the_hubs_own_cache_are_followed(output: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "data"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "1").write_bytes((output / "data/part-00000.parquet").read_bytes())
+    (snapshot / "part-00000.parquet").symlink_to("../../../blobs/1")
+    assert_same(get_sample(load_logit_dataset(snapshot.parent), 3), expected(3))
+
+
+def test_a_row_group_that_announces_too_much_is_refused_before_it_is_read(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explore, "MAX_GROUP_BYTES", 1000)
+    with pytest.raises(OpenError, match="smaller row groups"):
+        get_sample(load_logit_dataset(output), 0)
+
+
+def test_a_bomb_of_few_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explore, "MAX_GROUP_VALUES", 2**20)
+    name = "top_logits_quantized"
+    table = rows_to_table([{**ROWS[0], "num_tokens": 1}])
+    zeros = pa.array(np.zeros(2**20 + 1, np.uint16))
+    big = pa.ListArray.from_arrays([0, len(zeros)], zeros)
+    bomb = table.set_column(table.column_names.index(name), name, big)
+    pq.write_table(bomb, tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 20_000
+    for read in (lambda: get_sample(tmp_path, 0), lambda: list(iter_samples(tmp_path))):
+        with pytest.raises(OpenError, match="smaller row groups"):
+            read()
+
+
+def test_counts_that_promise_more_than_there_is_are_refused_without_memory() -> None:
+    for change in ({"num_tokens": 2**31 - 1}, {"top_counts": [255] * ROWS[0]["num_tokens"]}):
+        with pytest.raises(FormatError, match="row 0: "):
+            get_sample([{**ROWS[0], **change}])
+
+
+@pytest.mark.parametrize("name", ["extraction_config.json", "chat_template.jinja"])
+def test_an_absurdly_large_text_file_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_output(tmp_path, ROWS[:1])
+    (tmp_path / name).write_text(" " * 2000)
+    monkeypatch.setattr(explore, "MAX_TEXT_BYTES", 1000)
+    with pytest.raises(OpenError, match=name):
+        explore.read_text(explore.LocalStore(tmp_path), name)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "zero", "garbage", "flip"])
+def test_a_damaged_file_is_a_format_error_that_names_it(tmp_path: Path, damage: str) -> None:
+    write_output(tmp_path, ROWS[:8])
+    shard = tmp_path / "data/part-00000.parquet"
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[100:4000:7] = bytes(len(data[100:4000:7]))
+    content = {"truncate": data[: len(data) // 2], "zero": b"", "garbage": b"PAR1" * 40}
+    shard.write_bytes(bytes(content.get(damage, data)))
+    with pytest.raises(FormatError, match=r"part-00000\.parquet"):
+        list(iter_samples(tmp_path))
+
+
+# The Hub ------------------------------------------------------------------------------------------
+
+HUB_READER = """
+import json, sys, urllib.request, os
+from explore_logits import get_sample, load_logit_dataset, load_extraction_config, LogitsError
+
+def log():
+    with urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/_ctl/log") as answer:
+        return json.load(answer)
+
+def fetched(since):
+    return [e["n"] for e in log()[since:] if e["m"] == "GET" and e["range"]]
+
+result = {}
+dataset = load_logit_dataset("user/logits")
+sample = get_sample(dataset, 17)
+result["first"] = sum(fetched(0))
+result["shards opened"] = len(dataset._files)
+opening = len(log())
+other = get_sample(dataset, 22)
+result["index"], result["other"] = sample["index"], other["index"]
+result["second"] = sum(fetched(opening))
+result["requests"] = len(fetched(opening))
+size = lambda group: sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+result["groups"] = [size(dataset.file(1).metadata.row_group(i)) for i in (2, 5)]
+result["rows"] = len(dataset)
+result["model"] = load_extraction_config("user/logits")["model"]
+local = load_logit_dataset("user/logits", streaming=False)
+result["local"] = [type(local.store).__name__, get_sample(local, 17)["index"]]
+result["model local"] = load_extraction_config(local)["model"]
+try:
+    load_logit_dataset("user/nothing")
+except LogitsError as error:
+    result["missing"] = str(error)
+print(json.dumps(result))
+"""
+
+
+def test_over_the_hub_one_row_costs_a_footer_and_a_row_group(tmp_path: Path) -> None:
+    rows = random_rows(24, settings=SETTINGS | {"vocab_size": 2000}, tokens=90)
+    output = write_output(tmp_path / "out", rows, rows_per_shard=12, rows_per_group=2)
+    files = {f"data/{path.name}": path.stat().st_size for path in (output / "data").iterdir()}
+    shards = {path: {"bytes": n, "figures": {"rows": 12}} for path, n in files.items()}
+    (output / "checkpoint.json").write_text(json.dumps({"shards": shards}))
+    with LoopbackHub(root=str(tmp_path / "hub")) as hub:
+        environment = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": "hf_loopback",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(ROOT),
+        }
+        upload = (
+            "import huggingface_hub as h; api = h.HfApi();"
+            "api.create_repo('user/logits', repo_type='dataset');"
+            f"kind = dict(repo_type='dataset', folder_path={str(output)!r});"
+            "api.upload_folder(repo_id='user/logits', **kind);"
+            "import urllib.request, os;"
+            "urllib.request.urlopen(os.environ['HF_ENDPOINT'] + '/_ctl/clear', data=b'')"
+        )
+        for script in (upload, HUB_READER):
+            done = subprocess.run(
+                [sys.executable, "-c", script],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=120,
+            )
+            assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"files {files}; {result}")
+    assert (result["index"], result["other"], result["rows"]) == (17, 22, 24)
+    assert result["shards opened"] == 1  # the checkpoint says which shard holds row 17
+    # The footer is read with the 64 KiB at the end of the file, a row group exactly once.
+    assert result["first"] <= 2**16 + result["groups"][0] + 1000
+    assert result["second"] <= result["groups"][1] + 1000
+    assert result["requests"] <= 14
+    assert sum(result["groups"]) < min(files.values()) / 2
+    assert result["model"] == result["model local"] == SETTINGS["model"]
+    assert result["local"] == ["LocalStore", 17]
+    assert "no dataset 'user/nothing'" in result["missing"]

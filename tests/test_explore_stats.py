@@ -1,0 +1,293 @@
+"""Figures over outputs, and the comparison of two: exact against plain numpy and full logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from conftest import run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_output import SETTINGS, extract_row, random_logits, random_rows, write_output
+
+import explore_logits as explore
+from explore_logits import (
+    LogitsError,
+    NucleusSizeStats,
+    analyze_nucleus_sizes,
+    compare_outputs,
+    compute_bytes_per_token_stats,
+    compute_dataset_stats,
+    get_nucleus_probability_mass,
+    iter_samples,
+    load_logit_dataset,
+    print_dataset_stats,
+)
+
+STORED = SETTINGS | {"store_tokens": True}
+ROWS = random_rows(30, settings=STORED, tokens=20)
+SIZES = np.concatenate([row["top_counts"] for row in ROWS])
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_output(tmp_path_factory.mktemp("stats"), ROWS, settings=STORED)
+
+
+# Nucleus sizes ------------------------------------------------------------------------------------
+
+
+def assert_describes(stats: NucleusSizeStats, sizes: np.ndarray) -> None:
+    assert (stats.tokens, stats.min, stats.max) == (sizes.size, sizes.min(), sizes.max())
+    assert stats.mean == pytest.approx(sizes.mean(), rel=1e-14)
+    assert stats.std == pytest.approx(sizes.std(), rel=1e-12, abs=1e-12)
+    for q in (0, 0.1, 1, 5, 25, 33.3, 50, 75, 95, 99, 100):
+        assert stats.percentile(q) == pytest.approx(np.percentile(sizes, q), abs=1e-9)
+
+
+def test_nucleus_sizes_are_exact_for_every_kind_of_dataset(output: Path) -> None:
+    mapped = datasets.load_dataset("parquet", data_dir=str(output / "data"), split="train")
+    for kind in (output, str(output), load_logit_dataset(output), mapped, ROWS,
+                 mapped.to_iterable_dataset()):  # fmt: skip
+        stats = analyze_nucleus_sizes(kind)
+        assert stats.rows == 30
+        assert_describes(stats, SIZES)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 255), min_size=1, max_size=60))
+def test_the_histogram_gives_what_numpy_gives_on_the_sizes_themselves(sizes: list[int]) -> None:
+    stats = NucleusSizeStats(np.bincount(sizes, minlength=256), 1)
+    assert_describes(stats, np.array(sizes))
+
+
+def test_counting_stays_exact_past_what_a_float_can_count() -> None:
+    histogram = np.zeros(256, np.int64)
+    histogram[[1, 255]] = 10**12 + 1, 10**12
+    stats = NucleusSizeStats(histogram, 1)
+    assert stats.tokens == 2 * 10**12 + 1
+    assert stats.percentile(50) == 1
+    assert stats.std == pytest.approx(127, rel=1e-9)
+
+
+def test_fewer_rows_can_be_asked_for(output: Path) -> None:
+    stats = analyze_nucleus_sizes(output, max_samples=7)
+    assert stats.rows == 7
+    assert_describes(stats, np.concatenate([row["top_counts"] for row in ROWS[:7]]))
+
+
+def test_no_rows_give_zeros() -> None:
+    stats = analyze_nucleus_sizes([])
+    assert (stats.tokens, stats.min, stats.max, stats.mean, stats.std) == (0, 0, 0, 0, 0)
+    assert stats.percentile(50) == 0
+
+
+@pytest.mark.parametrize("batch", [1, 50, 10**6])
+def test_a_device_counts_the_same(
+    output: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explore, "COUNT_BATCH", batch)
+    counted = analyze_nucleus_sizes(output, device="cpu")
+    np.testing.assert_array_equal(counted.histogram, analyze_nucleus_sizes(output).histogram)
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_the_same(output: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    counted = analyze_nucleus_sizes(output, device="cuda")
+    np.testing.assert_array_equal(counted.histogram, analyze_nucleus_sizes(output).histogram)
+
+
+def test_a_device_that_is_not_there_is_named(output: Path) -> None:
+    import torch
+
+    device = "cuda" if not torch.cuda.is_available() else "nonsense"
+    with pytest.raises(LogitsError, match=device):
+        analyze_nucleus_sizes(output, device=device)
+
+
+def test_sizes_are_read_from_one_column_alone(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    plain = explore.LogitDataset.iter_shard
+
+    def spy(self: Any, shard: int, columns: Any, **how: Any) -> Any:
+        asked.append(list(columns))
+        return plain(self, shard, columns, **how)
+
+    monkeypatch.setattr(explore.LogitDataset, "iter_shard", spy)
+    analyze_nucleus_sizes(output)
+    assert asked == [["top_counts"]] * 4
+
+
+def test_a_notebook_shows_a_table_and_a_picture() -> None:
+    shown = analyze_nucleus_sizes(ROWS)._repr_html_()
+    assert "<table>" in shown
+    assert "<svg" in shown
+    assert f">{SIZES.size:,}<" in shown
+    assert "percentile 95" in str(analyze_nucleus_sizes(ROWS))
+
+
+# Whole outputs ------------------------------------------------------------------------------------
+
+
+def test_dataset_figures_equal_a_loop_over_tokens(output: Path) -> None:
+    stats = compute_dataset_stats(output)
+    masses, firsts, tails, log_probs, places = [], [], [], [], []
+    for sample in iter_samples(ROWS):
+        actual = sample["input_ids"][sample["token_positions"]]
+        for t in range(sample["num_tokens"]):
+            mass = get_nucleus_probability_mass(sample, t)
+            ids, logits = explore.dequantize_top_logits(sample, t)
+            tail_ids, tail = explore.dequantize_sampled_logits(sample, t)
+            total = sample["logsumexp"][t]
+            masses.append(mass)
+            firsts.append(np.exp(logits[0] - total))
+            tails.append(np.exp(tail - total).sum())
+            in_top, in_tail = actual[t] in ids, actual[t] in tail_ids
+            places.append((actual[t] == ids[0], in_top, in_tail))
+            if in_top or in_tail:
+                everything = dict(zip([*ids, *tail_ids], [*logits, *tail], strict=True))
+                log_probs.append(everything[actual[t]] - total)
+            else:
+                log_probs.append(np.log(min(np.exp(logits[-1] - total), 1 - mass - tails[-1])))
+    assert stats.rows == 30
+    assert stats.tokens == stats.known == len(masses)
+    assert stats.mean_mass == pytest.approx(np.mean(masses))
+    assert stats.min_mass == pytest.approx(np.min(masses))
+    assert stats.mean_first == pytest.approx(np.mean(firsts))
+    assert stats.mean_tail_mass == pytest.approx(np.mean(tails))
+    capped = (np.array(masses) < 0.98 - 1e-4) & (SIZES == 100)
+    assert stats.capped == pytest.approx(capped.mean())
+    agreement = (stats.agreement, stats.in_nucleus, stats.in_tail)
+    assert agreement == pytest.approx(np.mean(places, axis=0))
+    assert 0 < stats.in_tail < stats.agreement < stats.in_nucleus < 1  # the rows show every case
+    assert stats.mean_log_probability == pytest.approx(np.mean(log_probs), abs=2e-3)
+
+
+def test_without_text_nothing_is_said_about_the_actual_token(tmp_path: Path) -> None:
+    stats = compute_dataset_stats(write_output(tmp_path, random_rows(5)))
+    assert (stats.known, stats.agreement, stats.mean_log_probability) == (0, None, None)
+    assert not any("actual" in label for label, _ in stats.facts())
+
+
+def test_rows_without_settings_have_no_share_of_capped_nuclei() -> None:
+    assert compute_dataset_stats(ROWS).capped is None
+
+
+def test_printed_figures_come_with_the_sizes(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_dataset_stats(str(output))
+    shown = capsys.readouterr().out
+    assert "covered by nucleus" in shown
+    assert "65 to 128" in shown
+    assert "█" in shown
+
+
+def test_bytes_per_token_are_the_files_divided_by_the_tokens(output: Path) -> None:
+    stats = compute_bytes_per_token_stats(output)
+    total = sum(path.stat().st_size for path in (output / "data").iterdir())
+    assert (stats.total_bytes, stats.tokens) == (total, SIZES.size)
+    assert stats.bytes_per_token == pytest.approx(total / SIZES.size)
+    assert set(stats.column_bytes) == set(explore.READ_COLUMNS)
+    assert 0 < sum(stats.column_bytes.values()) < total
+    assert "top_logits_quantized" in stats._repr_html_()
+
+
+def test_bytes_of_rows_in_memory_are_counted_too() -> None:
+    stats = compute_bytes_per_token_stats(ROWS)
+    assert stats.in_memory
+    assert stats.tokens == SIZES.size
+    assert stats.column_bytes["logsumexp"] >= 8 * SIZES.size
+
+
+# Comparison ---------------------------------------------------------------------------------------
+
+
+def rows_of(logits: list[np.ndarray], *, seed: int, first: int = 0, **changes: Any) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    made = SETTINGS | {"vocab_size": logits[0].shape[1], **changes}
+    return [extract_row(part, made, rng, index=first + i) for i, part in enumerate(logits)]
+
+
+def true_divergence(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    p, q = (
+        part.astype(np.float64) - np.log(np.exp(part.astype(np.float64)).sum(axis=1, keepdims=True))
+        for part in (one, two)
+    )
+    return (np.exp(p) * (p - q)).sum(axis=1)
+
+
+def test_an_output_compared_with_itself_differs_nowhere(output: Path) -> None:
+    same = compare_outputs(output, output)
+    assert (same.common_rows, same.unequal_rows, same.tokens) == (30, 0, SIZES.size)
+    assert (same.mean_divergence, same.max_divergence, same.max_logsumexp) == (0, 0, 0)
+    assert same.same_first == 1
+    assert same.largest == []
+
+
+def test_another_tail_of_the_same_teacher_is_no_difference() -> None:
+    logits = [random_logits(np.random.default_rng(i), 8, 500) for i in range(6)]
+    seen = compare_outputs(rows_of(logits, seed=1), rows_of(logits, seed=2))
+    assert seen.max_divergence < 1e-4
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("cap", [5, 100])
+def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(
+    noise: float, cap: int
+) -> None:
+    rng = np.random.default_rng(7)
+    one = [random_logits(rng, 8, 500) for _ in range(6)]
+    two = [part + noise * rng.standard_normal(part.shape).astype(np.float32) for part in one]
+    a, b = (
+        explore.decode_rows(explore.rows_table(rows_of(part, seed=i, top_p_max=cap)))
+        for i, part in enumerate((one, two))
+    )
+    bound = explore.bound_divergence(a, b)
+    truth = true_divergence(np.concatenate(one), np.concatenate(two))
+    assert (bound <= truth + 1e-6).all()
+    covered = explore.sum_runs(a.top_probs(), a.top_starts) >= 0.97
+    assert covered.sum() >= 8
+    if noise > 0.1:  # 4e-5 nats drown in quantization
+        assert bound[covered].sum() > 0.5 * truth[covered].sum()
+
+
+def test_two_teachers_that_never_agree_are_far_apart() -> None:
+    one, two = np.zeros((2, 4, 300), np.float32)
+    one[:, 5], two[:, 9] = 14.0, 14.0
+    seen = compare_outputs(rows_of([one], seed=1), rows_of([two], seed=2))
+    assert seen.mean_divergence > 4
+    assert seen.same_first == 0
+
+
+def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> None:
+    rng = np.random.default_rng(3)
+    logits = [random_logits(rng, 5, 300) for _ in range(8)]
+    changed = [part.copy() for part in logits]
+    changed[4][3, :50] += 4
+    shorter = changed[6][:2]
+    other = rows_of([*changed[:6], shorter], seed=1)[::-1]  # row order differs, index 7 is missing
+    seen = compare_outputs(rows_of(logits, seed=1), other)
+    assert (seen.rows, seen.common_rows, seen.unequal_rows) == ((8, 7), 7, 1)
+    assert seen.largest[0][1:] == (4, 3)
+    assert "conversation 4, token 3" in str(seen)
+
+
+def test_the_command_compares_two_outputs(tmp_path: Path) -> None:
+    one = write_output(tmp_path / "one", ROWS[:6], settings=STORED)
+    two = write_output(tmp_path / "two", ROWS[3:9], settings=STORED)
+    done = run_script("explore_logits.py", one, "--compare", two)
+    assert done.code == 0, done.stderr
+    assert done.summary["common_rows"] == 3
+    assert "rows in common      3 of 6 and 6" in done.stdout
+    assert json.dumps(done.summary)

@@ -1,0 +1,364 @@
+"""Validation: an output that is sound passes, and every kind of damage is caught and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run_script
+from small_output import SETTINGS, random_rows, rows_to_table, write_output
+
+import explore_logits as explore
+from explore_logits import ValidationReport, pack_indices, unpack_indices, validate_output
+
+STORED = SETTINGS | {"store_tokens": True}
+ROWS = random_rows(18, settings=STORED, seed=8)
+SHARD, ROW = "data/part-00001.parquet", 5  # where the damage is done: row 13 of the output
+
+Row = dict[str, Any]
+
+
+def first_token(row: Row, *, least: int = 2) -> tuple[int, int]:
+    """Return a token whose nucleus holds at least `least` entries, and where they begin."""
+    starts = np.concatenate(([0], np.cumsum(row["top_counts"])))
+    token = int(np.flatnonzero(np.array(row["top_counts"]) >= least)[0])
+    return token, int(starts[token])
+
+
+def change_ids(row: Row, part: str, change: Callable[[np.ndarray], None]) -> None:
+    ids = np.array(unpack_indices(row[f"{part}_indices_low"], row[f"{part}_indices_high"]))
+    change(ids)
+    low, high = pack_indices(ids)
+    row[f"{part}_indices_low"], row[f"{part}_indices_high"] = low.tolist(), high
+
+
+def set_item(name: str, place: int, value: Any) -> Callable[[Row], None]:
+    def damage(row: Row) -> None:
+        row[name] = [*row[name]]
+        row[name][place] = value
+
+    return damage
+
+
+def drop_item(name: str) -> Callable[[Row], None]:
+    def damage(row: Row) -> None:
+        row[name] = row[name][:-1]
+
+    return damage
+
+
+def swap_levels(row: Row) -> None:
+    _, at = first_token(row, least=4)
+    levels = [*row["top_logits_quantized"]]
+    levels[at + 1], levels[at + 2] = levels[at + 2], levels[at + 1]
+    row["top_logits_quantized"] = levels
+
+
+def repeat_nucleus_id(row: Row) -> None:
+    _, at = first_token(row)
+    change_ids(row, "top", lambda ids: ids.__setitem__(at + 1, ids[at]))
+
+
+def tail_from_nucleus(row: Row) -> None:
+    top = unpack_indices(row["top_indices_low"], row["top_indices_high"])
+    change_ids(row, "sampled", lambda ids: ids.__setitem__(0, top[0]))
+
+
+def repeat_tail_id(row: Row) -> None:
+    change_ids(row, "sampled", lambda ids: ids.__setitem__(1, ids[0]))
+
+
+def id_beyond(part: str) -> Callable[[Row], None]:
+    def damage(row: Row) -> None:
+        change_ids(row, part, lambda ids: ids.__setitem__(-1, SETTINGS["vocab_size"] + 7))
+
+    return damage
+
+
+def low_top_level(row: Row) -> None:
+    _, at = first_token(row)
+    row["top_logits_quantized"] = [*row["top_logits_quantized"]]
+    row["top_logits_quantized"][at] = 65_534
+
+
+def shift_range(name: str, by: float) -> Callable[[Row], None]:
+    def damage(row: Row) -> None:
+        token, _ = first_token(row)
+        for end in ("min", "max"):
+            values = [*row[f"{name}_{end}"]]
+            values[token] += by
+            row[f"{name}_{end}"] = values
+
+    return damage
+
+
+def swap_range(row: Row) -> None:
+    token, _ = first_token(row)
+    low, high = [*row["top_min"]], [*row["top_max"]]
+    low[token], high[token] = high[token], low[token]
+    row["top_min"], row["top_max"] = low, high
+
+
+def unordered_ties(row: Row) -> None:
+    token, at = first_token(row)
+    size = row["top_counts"][token]
+    row["top_logits_quantized"] = [*row["top_logits_quantized"]]
+    row["top_logits_quantized"][at : at + size] = [0] * size
+    change_ids(row, "top", lambda ids: ids[at : at + size].sort())
+    change_ids(row, "top", lambda ids: ids.__setitem__(slice(at, at + 2), ids[[at + 1, at]]))
+    row["top_min"] = [*row["top_min"]]
+    row["top_min"][token] = row["top_max"][token]
+
+
+def shrink_nucleus(row: Row) -> None:
+    """Drop the last entry of an uncapped nucleus, ids, level and count."""
+    counts = np.array(row["top_counts"])
+    token = int(np.flatnonzero((counts >= 2) & (counts < SETTINGS["top_p_max"]))[0])
+    end = int(counts[: token + 1].sum())
+    ids = unpack_indices(row["top_indices_low"], row["top_indices_high"])
+    low, high = pack_indices(np.delete(ids, end - 1))
+    row["top_indices_low"], row["top_indices_high"] = low.tolist(), high
+    levels = np.delete(row["top_logits_quantized"], end - 1)
+    levels[end - 2] = 0
+    row["top_logits_quantized"] = levels.tolist()
+    counts[token] -= 1
+    row["top_counts"] = counts.tolist()
+
+
+def lower_logsumexp(by: float) -> Callable[[Row], None]:
+    def damage(row: Row) -> None:
+        row["logsumexp"] = [value - by for value in row["logsumexp"]]
+
+    return damage
+
+
+def lower_tail(row: Row) -> None:
+    row["sampled_logits_quantized"] = [
+        min(level, 60_000) for level in row["sampled_logits_quantized"]
+    ]
+
+
+def split_tail(row: Row) -> None:
+    for name in ("sampled_indices_low", "sampled_logits_quantized"):
+        row[name] = row[name][: len(row[name]) // 2]
+    row["sampled_indices_high"] = pack_indices(row["sampled_indices_low"])[1]
+
+
+def empty_row(row: Row) -> None:
+    for name in row:
+        if isinstance(row[name], list):
+            row[name] = []
+    row |= {"num_tokens": 0, "top_indices_high": b"", "sampled_indices_high": b""}
+
+
+MUTATIONS: dict[str, tuple[str, Callable[[Row], None]]] = {
+    "a null list": ("null", lambda row: row.update(top_min=None)),
+    "a null inside a list": ("null", set_item("logsumexp", 0, None)),
+    "num_tokens too large": ("length", lambda row: row.update(num_tokens=2**31 - 1)),
+    "no tokens at all": ("length", empty_row),
+    "a count missing": ("length", drop_item("top_counts")),
+    "a low id missing": ("length", drop_item("top_indices_low")),
+    "a byte of high bits missing": ("length", drop_item("top_indices_high")),
+    "a level missing": ("length", drop_item("top_logits_quantized")),
+    "a minimum missing": ("length", drop_item("top_min")),
+    "a maximum missing": ("length", drop_item("top_max")),
+    "a log-sum-exp missing": ("length", drop_item("logsumexp")),
+    "a tail id missing": ("length", drop_item("sampled_indices_low")),
+    "a tail level missing": ("length", drop_item("sampled_logits_quantized")),
+    "a tail minimum missing": ("length", drop_item("sampled_min")),
+    "a position missing": ("length", drop_item("token_positions")),
+    "fewer tail tokens than drawn": ("tail count", split_tail),
+    "a negative index": ("index", lambda row: row.update(index=-5)),
+    "a conversation twice": ("twice", lambda row: row.update(index=ROWS[2]["index"])),
+    "a nucleus id beyond the vocabulary": ("id", id_beyond("top")),
+    "a tail id beyond the vocabulary": ("id", id_beyond("sampled")),
+    "an id twice in the nucleus": ("duplicate", repeat_nucleus_id),
+    "an id twice in the tail": ("duplicate", repeat_tail_id),
+    "a nucleus id in the tail": ("duplicate", tail_from_nucleus),
+    "ascending nucleus logits": ("order", swap_levels),
+    "ties with descending ids": ("ties", unordered_ties),
+    "levels that do not reach the maximum": ("quantization", low_top_level),
+    "tail levels that do not reach the maximum": ("quantization", lower_tail),
+    "a range upside down": ("range", swap_range),
+    "a range that is not a number": ("range", set_item("top_max", 0, float("nan"))),
+    "an infinite range": ("range", set_item("sampled_max", 0, float("inf"))),
+    "a tail above the nucleus": ("tail", shift_range("sampled", 30.0)),
+    "a log-sum-exp that is not finite": ("logsumexp", set_item("logsumexp", 0, float("-inf"))),
+    "a log-sum-exp below the largest logit": ("logsumexp", lower_logsumexp(40.0)),
+    "probabilities over one": ("sum", lower_logsumexp(0.5)),
+    "a nucleus short of top_p": ("mass", shrink_nucleus),
+    "a nucleus with less mass": ("mass", lower_logsumexp(-0.2)),
+    "a nucleus larger than needed": ("minimal", shift_range("top", 0.5)),
+    "a position past the text": ("positions", set_item("token_positions", -1, 10**6)),
+    "a position at the very start": ("positions", set_item("token_positions", 0, 0)),
+    "positions that do not ascend": ("positions", set_item("token_positions", -1, 1)),
+    "a text token beyond the vocabulary": ("text", set_item("input_ids", 0, 10**6)),
+}
+
+
+def damaged_output(folder: Path, damage: Callable[[Row], None]) -> Path:
+    rows = [dict(row) for row in ROWS]
+    damage(rows[8 + ROW])
+    return write_output(folder, rows, settings=STORED)
+
+
+def test_a_sound_output_has_no_violations(tmp_path: Path) -> None:
+    for number, changes in enumerate((STORED, SETTINGS, {**SETTINGS, "logit_bits": 6},
+                                      {**SETTINGS, "sampled_n": 0}, {**SETTINGS, "top_p": 1.0,
+                                      "top_p_max": 255})):  # fmt: skip
+        rows = random_rows(12, settings=changes, seed=number)
+        report = validate_output(write_output(tmp_path / str(number), rows, settings=changes))
+        assert report.ok, str(report)
+        assert (report.shards, report.rows) == (2, 12)
+
+
+def test_there_are_enough_kinds_of_damage() -> None:
+    assert len(MUTATIONS) + len(FILE_DAMAGE) >= 25
+
+
+@pytest.mark.parametrize(("rule", "damage"), MUTATIONS.values(), ids=MUTATIONS.keys())
+def test_damage_to_a_row_is_caught_and_named(
+    tmp_path: Path, rule: str, damage: Callable[[Row], None]
+) -> None:
+    report = validate_output(damaged_output(tmp_path, damage))
+    assert not report.ok
+    assert rule in report.counts, str(report)
+    named = [violation for violation in report.violations if violation.rule == rule]
+    assert {(violation.shard, violation.row) for violation in named} == {(SHARD, ROW)}
+    assert all(violation.row in (ROW, None) for violation in report.violations)
+    assert report.rows == 18
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def rewrite(shard: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.read_table(shard)), shard)
+
+
+def swap_columns(table: pa.Table) -> pa.Table:
+    names = table.column_names
+    names[2], names[4] = names[4], names[2]
+    return table.select(names)
+
+
+def retype(table: pa.Table) -> pa.Table:
+    place = table.column_names.index("top_min")
+    return table.set_column(place, "top_min", table["top_min"].cast(pa.list_(pa.float64())))
+
+
+def other_settings(table: pa.Table) -> pa.Table:
+    metadata = rows_to_table([], settings=STORED | {"seed": 43, "top_p": 0.9}).schema.metadata
+    return table.replace_schema_metadata(metadata)
+
+
+def cut(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-200])
+
+
+def scribble(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[40:400] = bytes(360)
+    shard.write_bytes(bytes(data))
+
+
+FILE_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "truncated": ("unreadable", cut),
+    "empty file": ("unreadable", lambda shard: shard.write_bytes(b"")),
+    "no Parquet at all": ("unreadable", lambda shard: shard.write_text("hello " * 100)),
+    "damaged pages": ("unreadable", scribble),
+    "no rows": ("empty", lambda s: rewrite(s, lambda table: table.slice(0, 0))),
+    "a column missing": ("columns", lambda s: rewrite(s, lambda t: t.drop_columns(["top_max"]))),
+    "columns in another order": ("columns", lambda s: rewrite(s, swap_columns)),
+    "a column too many": (
+        "columns",
+        lambda s: rewrite(s, lambda t: t.append_column("extra", t["index"])),
+    ),
+    "another type": ("type", lambda s: rewrite(s, retype)),
+    "no metadata": (
+        "metadata",
+        lambda s: rewrite(s, lambda t: t.replace_schema_metadata(None)),
+    ),
+    "another run's settings": ("settings", lambda s: rewrite(s, other_settings)),
+    "the shard twice": (
+        "twice",
+        lambda s: (s.parent / "part-00007.parquet").write_bytes(s.read_bytes()),
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "damage"), FILE_DAMAGE.values(), ids=FILE_DAMAGE.keys())
+def test_damage_to_a_file_is_caught_and_named(
+    tmp_path: Path, rule: str, damage: Callable[[Path], Any]
+) -> None:
+    damage(write_output(tmp_path, ROWS, settings=STORED) / SHARD)
+    report = validate_output(tmp_path)
+    assert rule in report.counts, str(report)
+    shards = {violation.shard for violation in report.violations}
+    assert shards == {"data/part-00007.parquet" if rule == "twice" else SHARD}
+
+
+def test_damaged_settings_are_reported_and_the_rows_still_checked(tmp_path: Path) -> None:
+    output = damaged_output(tmp_path, swap_levels)
+    (output / "extraction_config.json").write_text("{not json")
+    report = validate_output(output)
+    assert {"settings", "order"} <= report.counts.keys()
+
+
+def test_several_kinds_of_damage_are_all_reported(tmp_path: Path) -> None:
+    rows = [dict(row) for row in ROWS]
+    chosen = [MUTATIONS[name] for name in ("a null list", "ascending nucleus logits")]
+    chosen += [MUTATIONS["an id twice in the tail"], MUTATIONS["a position missing"]]
+    places = (0, 8 + ROW, 16, 17)
+    for place, (_, damage) in zip(places, chosen, strict=True):
+        damage(rows[place])
+    report = validate_output(write_output(tmp_path, rows, settings=STORED))
+    assert {rule for rule, _ in chosen} <= report.counts.keys()
+    assert {violation.shard[-13:-8] for violation in report.violations} == {
+        "00000", "00001", "00002",
+    }  # fmt: skip
+
+
+def test_a_flood_of_violations_is_counted_but_not_listed(tmp_path: Path) -> None:
+    rows = [dict(row) for row in ROWS]
+    for row in rows:
+        lower_logsumexp(40.0)(row)
+    report = validate_output(write_output(tmp_path, rows, settings=STORED))
+    tokens = sum(row["num_tokens"] for row in rows)
+    assert report.counts["logsumexp"] == tokens
+    assert len(report.violations) <= 3 * 10 * len(report.counts)
+    assert f"logsumexp {tokens}" in str(report)
+
+
+def test_a_report_names_shard_row_token_and_rule(tmp_path: Path) -> None:
+    text = str(validate_output(damaged_output(tmp_path, swap_levels)))
+    assert f"{SHARD}, row {ROW}, token " in text
+    assert "order: nucleus logits ascend" in text
+
+
+def test_hostile_names_do_not_reach_the_terminal() -> None:
+    report = ValidationReport("x")
+    report.add(explore.Violation("data/a.parquet", 1, None, "settings", "\x1b[2Jgone"))
+    assert "\x1b" not in str(report)
+
+
+def test_the_command_exits_3_and_names_shard_and_row(tmp_path: Path) -> None:
+    done = run_script("explore_logits.py", damaged_output(tmp_path, swap_levels), "--validate")
+    assert done.code == 3
+    assert f"{SHARD}, row {ROW}" in done.stdout
+    assert done.summary["violations"] == {"order": 1}
+
+
+def test_the_command_exits_0_on_a_sound_output(tmp_path: Path) -> None:
+    done = run_script(
+        "explore_logits.py", write_output(tmp_path, ROWS, settings=STORED), "--validate"
+    )
+    assert done.code == 0, done.stdout
+    assert done.summary["violations"] == {}
+    assert json.loads(json.dumps(done.summary))["rows"] == 18
