@@ -463,13 +463,11 @@ def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **opt
     datasets = import_extra("datasets")
     try:
         return datasets.load_dataset(builder, **options)
-    except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError, pa.ArrowInvalid) as e:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if file is not None and file.suffix == ".jsonl":
             for _ in read_json_lines(str(file)):  # names the line that is not JSON
                 pass
-        raise SourceError(f"dataset {dataset!r} cannot be read: {_root_cause(e)}") from e
-    except (OSError, ValueError, RuntimeError) as e:  # hub errors are OSErrors
-        raise SourceError(_describe_load_error(dataset, options, e)) from e
+        raise SourceError(_describe_load_error(dataset, options, error)) from error
 
 
 def _root_cause(error: BaseException) -> str:
@@ -482,17 +480,19 @@ def _root_cause(error: BaseException) -> str:
 
 def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Exception) -> str:
     """Say in one line why a dataset could not be opened and what to change."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     found = re.search(r"Should be one of \[(.*?)\]|Available splits: \[(.*?)\]", str(error))
     if found:
         names = re.findall(r"'([^']+)'", found.group(1) or found.group(2))
         return _no_split(dataset, str(options.get("split")), names)
-    if "BuilderConfig" in text or "Config name is missing" in text:
-        why = " ".join(str(error).split())
+    kind = type(error).__name__
+    if kind == "DatasetGenerationError":
+        return f"dataset {dataset!r} cannot be read: {_root_cause(error)}"
+    why = " ".join(str(error).split()) or kind
+    if "BuilderConfig" in why or "Config name is missing" in why:
         return f"dataset {dataset!r}, --subset {options.get('name')}: {why}"
-    if type(error).__name__ in ("DatasetNotFoundError", "DataFilesNotFoundError"):
-        text += " (is the name right, and are you logged in? hf auth login)"
-    return f"dataset {dataset!r} cannot be opened: {text}"
+    if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
+        why += " (is the name right, and are you logged in? hf auth login)"
+    return f"dataset {dataset!r} cannot be opened: {why}"
 
 
 def source_columns(dataset: Any) -> list[str]:
@@ -1669,8 +1669,11 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     store = open_store(name)
     wanted = ["index", length_col]
     parts, settings = [], {}
-    for path in find_shards(store.list_files(), name, "train"):
-        with store.open(path) as file, parquet_errors(f"{name}/{path}"):
+    files = [path for path in store.list_files() if path.endswith(".parquet")]
+    if not files:
+        raise SourceError(f"lengths {name!r}: no Parquet file there")
+    for path in sorted(files):
+        with store.open(path) as file, parquet_errors(path):
             table = pq.read_table(file)
         missing = [column for column in wanted if column not in table.column_names]
         if missing:

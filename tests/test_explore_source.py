@@ -1,0 +1,332 @@
+"""Opening chat datasets: every kind of file, columns, ids, and errors that name the remedy."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+
+from explore_logits import (
+    LENGTHS_SCHEMA,
+    METADATA_LENGTHS,
+    ConversationColumns,
+    SourceError,
+    open_source,
+    read_conversation,
+    read_lengths,
+    read_tools,
+    resolve_columns,
+    source_columns,
+    source_id,
+    source_revision,
+)
+
+MESSAGES = ConversationColumns(messages="messages")
+ROWS: list[dict[str, Any]] = [
+    {
+        "id": 7,
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    },
+    {
+        "id": 9,
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "c"}]},
+            {
+                "role": "assistant",
+                "content": "d",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}],
+            },
+            {"role": "tool", "content": "e"},
+            {
+                "role": "assistant",
+                "content": "g",
+                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+            },
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    },
+]
+PLAIN_ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` caches inside the test's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    """Write a JSON-lines file; a str goes in as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    text = "\n".join(lines) + "\n"
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+def write_json(path: Path, rows: list[Any]) -> Path:
+    """Write a JSON array."""
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a CSV file with a header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a Parquet file."""
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, list[Any]], Path]] = {
+    "rows.jsonl": write_lines,
+    "rows.jsonl.gz": write_lines,
+    "rows.json": write_json,
+    "rows.csv": write_csv,
+    "rows.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_its_rows(name: str, streaming: bool, tmp_path: Path) -> None:
+    path = WRITERS[name](tmp_path / name, PLAIN_ROWS)
+    source = open_source(str(path), streaming=streaming)
+    assert isinstance(source, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert source_columns(source) == ["question", "answer"]
+    assert list(source) == PLAIN_ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_differ_in_type_give_the_same_conversations(
+    streaming: bool, tmp_path: Path
+) -> None:
+    source = open_source(str(write_lines(tmp_path / "r.jsonl", ROWS)), streaming=streaming)
+    assert set(source_columns(source)) == {"id", "messages", "tools"}
+    got = [read_conversation(row, MESSAGES) for row in source]
+    assert got == [read_conversation(row, MESSAGES) for row in ROWS]
+    assert [read_tools(row) for row in source] == [None, ROWS[1]["tools"]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    write_parquet(folder / "train-00000.parquet", PLAIN_ROWS[:2])
+    write_parquet(folder / "train-00001.parquet", PLAIN_ROWS[2:])
+    write_parquet(folder / "test-00000.parquet", PLAIN_ROWS[:1])
+    assert list(open_source(str(folder), streaming=streaming)) == PLAIN_ROWS
+    assert list(open_source(str(folder), split="test", streaming=streaming)) == PLAIN_ROWS[:1]
+    with pytest.raises(SourceError, match=r"it has .*test"):
+        open_source(str(folder), split="dev", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_save_to_disk_wrote_opens(streaming: bool, tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(PLAIN_ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "dev": saved}).save_to_disk(tmp_path / "two")
+    assert list(open_source(str(tmp_path / "one"), streaming=streaming)) == PLAIN_ROWS
+    assert list(open_source(str(tmp_path / "two"), split="dev", streaming=streaming)) == PLAIN_ROWS
+    with pytest.raises(SourceError, match="it has train, dev"):
+        open_source(str(tmp_path / "two"), split="test", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_split_that_is_not_there_names_those_that_are(
+    name: str, streaming: bool, tmp_path: Path
+) -> None:
+    path = WRITERS[name](tmp_path / name, PLAIN_ROWS)
+    with pytest.raises(SourceError, match=r"no split 'dev'; it has train \(--split\)"):
+        open_source(str(path), split="dev", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("bad", ['{"messages": [', "[1, 2]", "hello"])
+def test_a_malformed_line_is_named(bad: str, streaming: bool, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [*ROWS, "", bad, ROWS[0]])
+    with pytest.raises(SourceError, match="line 4"):
+        list(open_source(str(path), streaming=streaming))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "none.jsonl", "no such file"),
+        (lambda p: p / "none", "no such file"),
+        (lambda p: write_lines(p / "r.txt", ["x"]), "unknown kind of file"),
+        (lambda p: p, "no .jsonl"),
+        (lambda p: (p / "e.jsonl").touch() or p / "e.jsonl", "empty"),
+        (lambda p: (p / "b.parquet").write_text("x") and p / "b.parquet", "cannot be"),
+        (lambda p: (p / "b.json").write_text("[1") and p / "b.json", "cannot be"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_line(
+    make: Callable[[Path], Path], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(str(make(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="nobody/nothing") as caught:
+        open_source("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+# Columns and ids ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (["id", "messages"], {}, ConversationColumns(messages="messages")),
+        (["conversations", "messages"], {}, ConversationColumns(messages="messages")),
+        (["conversation"], {}, ConversationColumns(messages="conversation")),
+        (["a", "chat"], {"messages_col": "chat"}, ConversationColumns(messages="chat")),
+        (["question", "answer"], {}, ConversationColumns(user="question", assistant="answer")),
+        (
+            ["q", "a", "s", "i", "messages"],
+            {"user_col": "q", "assistant_col": "a", "system_col": "s", "index_col": "i"},
+            ConversationColumns(user="q", assistant="a", system="s", index="i"),
+        ),
+        (
+            ["question", "answer", "messages"],
+            {"index_col": "question"},
+            ConversationColumns(messages="messages", index="question"),
+        ),
+    ],
+)
+def test_columns_are_found(
+    names: list[str], options: dict[str, str], expected: ConversationColumns
+) -> None:
+    assert resolve_columns(names, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({}, "--messages-col"),
+        ({"user_col": "left"}, "--user-col"),
+        ({"messages_col": "none"}, "--messages-col"),
+        ({"user_col": "left", "assistant_col": "right", "system_col": "s"}, "--system-col"),
+        ({"user_col": "left", "assistant_col": "right", "index_col": "i"}, "--index-col"),
+    ],
+)
+def test_a_column_that_is_not_there_names_those_that_are(
+    options: dict[str, str], flag: str
+) -> None:
+    with pytest.raises(SourceError, match="the dataset has left, right") as caught:
+        resolve_columns(["left", "right"], **options)
+    assert flag in str(caught.value)
+
+
+def test_the_id_is_the_row_number_or_the_integer_of_the_column() -> None:
+    by_column = ConversationColumns(messages="m", index="id")
+    assert source_id({"id": 3}, 12, ConversationColumns(messages="m")) == 12
+    assert source_id({"id": 3}, 12, by_column) == 3
+    assert source_id({"id": np.int64(4)}, 12, by_column) == 4
+    for value in ("3", 3.0, None, True, 2**31, -(2**31) - 1):
+        with pytest.raises(SourceError, match=r"row 12.*--index-col"):
+            source_id({"id": value}, 12, by_column)
+
+
+def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", PLAIN_ROWS)
+    first = source_revision(str(path))
+    assert first is not None
+    assert first == source_revision(str(path))
+    write_lines(path, [*PLAIN_ROWS, PLAIN_ROWS[0]])
+    assert source_revision(str(path)) != first
+    assert source_revision(str(tmp_path)) not in (None, first)
+
+
+# Lengths ------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_read_with_what_they_were_measured_with(tmp_path: Path) -> None:
+    schema = LENGTHS_SCHEMA.with_metadata({METADATA_LENGTHS: b'{"model": "m"}'})
+    table = pa.table([[3, 1], [10, 20], [5, 6]], schema=schema)
+    pq.write_table(table, tmp_path / "lengths.parquet")
+    for name in (tmp_path, tmp_path / "lengths.parquet"):
+        lengths = read_lengths(str(name))
+        assert lengths.index.tolist() == [3, 1]
+        assert lengths.length.tolist() == [10, 20]
+        assert lengths.num_tokens is not None
+        assert lengths.num_tokens.tolist() == [5, 6]
+        assert lengths.settings == {"model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"index": [1, 1], "length": [2, 3]}, "occurs twice"),
+        ({"index": [1, 2]}, "no column length"),
+        ({"index": [1, None], "length": [2, 3]}, "null"),
+    ],
+)
+def test_lengths_that_cannot_be_joined_are_refused(
+    columns: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
+    with pytest.raises(SourceError, match=message):
+        read_lengths(str(tmp_path / "l.parquet"))
+
+
+def test_lengths_without_num_tokens_are_accepted(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"index": [2, 1], "length": [2, 3]}), tmp_path / "l.parquet")
+    lengths = read_lengths(str(tmp_path / "l.parquet"))
+    assert lengths.num_tokens is None
+    assert lengths.settings == {}
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+WATCH = """
+import resource, sys
+from explore_logits import open_source
+peaks = []
+for path in sys.argv[1:]:
+    rows = sum(1 for _ in open_source(path, streaming=True))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(*peaks)
+"""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_memory_stays_flat_while_a_stream_grows_tenfold(kind: str, tmp_path: Path) -> None:
+    """The larger file decodes to 80 MB more than the smaller one; 30 MB are allowed."""
+    row = {"messages": [{"role": "user", "content": "word " * 800}] * 2}
+    paths = []
+    for name, count in (("small", 1_000), ("large", 10_000)):
+        write = WRITERS[f"rows.{kind}"]
+        paths.append(str(write(tmp_path / f"{name}.{kind}", [row] * count)))
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, *paths],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    small, large = map(int, done.stdout.split())
+    assert large - small < 30, f"peak memory grew from {small} to {large} MB"
