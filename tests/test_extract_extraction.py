@@ -6,12 +6,15 @@ would raise a false alarm.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import extract_logits as el
 from explore_logits import quantize_logits
@@ -269,6 +272,106 @@ def test_rows_that_are_not_contiguous_are_read_right(reference: bool) -> None:
     )
     assert torch.equal(got.sampled_ids, want.sampled_ids)
     assert torch.equal(got.top_ids, want.top_ids)
+
+
+# The law of the tail: every ordered draw as often as sequential sampling without replacement says.
+# Each test compares 336 kinds of draws by chi-square and alarms below 1e-7, so a fresh seed would
+# raise a false alarm in one run of these sixteen in a million.
+
+TAIL_IDS = [0, 5, 63, 64, 70, 130, 131, 190]  # of four blocks, the last ragged; nucleus: 66
+TAIL_LOGITS = {
+    "flat": [0.0] * 8,
+    "graded": [0.4 * i for i in range(8)],
+    "torn": [0.0, 3.0, -1.0, 3.0, 0.5, 2.9, 1.0, -0.5],
+    "tiny": [-700.0 - 0.3 * i for i in range(8)],
+    "underflowing": [-5000.0 + 0.3 * i for i in range(8)],
+    "beside_others_that_underflow": [-900.0 + 0.3 * i for i in range(7)] + [-2.0],
+    "float16_range": [-60000.0] * 5 + [-60000.5, -59999.5, -60001.0],
+    "one_block": [0.0, 0.7, -0.5] + [-math.inf] * 5,
+}
+
+
+def draw_probabilities(logits: list[float], draws: int) -> dict[tuple[int, ...], float]:
+    """Probability of each ordered draw without replacement, by successive softmax."""
+    ordered = {}
+    possible = [i for i, x in enumerate(logits) if x > -math.inf]
+    for draw in itertools.permutations(possible, draws):
+        left, log_p = list(possible), 0.0
+        for i in draw:
+            top = max(logits[j] for j in left)
+            log_p += logits[i] - top - math.log(sum(math.exp(logits[j] - top) for j in left))
+            left.remove(i)
+        ordered[draw] = math.exp(log_p)
+    return ordered
+
+
+def chi_square_p(
+    counts: Counter[tuple[int, ...]], probabilities: dict[tuple[int, ...], float]
+) -> float:
+    """p-value of counts under probabilities; kinds expected less than 8 times are one kind."""
+    total = counts.total()
+    big = [draw for draw, p in probabilities.items() if p * total >= 8]
+    observed = [counts[draw] for draw in big]
+    expected = [probabilities[draw] * total for draw in big]
+    if len(big) < len(probabilities):
+        observed.append(total - sum(observed))
+        expected.append(total - sum(expected))
+    if expected[-1] < 1e-6 * total and observed[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+    return float(stats.chi2.sf(statistic, max(1, len(expected) - 1)))
+
+
+def tail_counts(
+    row: torch.Tensor, *, reference: bool, draws: int = 3, rows: int = 15_000
+) -> Counter[tuple[int, ...]]:
+    got = extract(
+        row.expand(rows, -1),
+        top_p=0.5,
+        top_p_max=1,
+        sampled_n=draws,
+        reference=reference,
+        index=torch.arange(rows) // 200,
+        position=torch.arange(rows) % 200 + 1,
+    )
+    assert set(got.top_ids[:, 0].tolist()) == {66}
+    return Counter(map(tuple, got.sampled_ids.tolist()))
+
+
+@PATHS
+@pytest.mark.parametrize("kind", sorted(TAIL_LOGITS))
+def test_the_tail_is_drawn_one_by_one_in_proportion_to_what_is_left(
+    kind: str, reference: bool
+) -> None:
+    row = torch.full((1, 197), -math.inf)
+    row[0, TAIL_IDS] = torch.tensor(TAIL_LOGITS[kind])
+    row[0, 66] = 9.0
+    logits = [float(row[0, i]) for i in TAIL_IDS]
+    want = {
+        tuple(TAIL_IDS[i] for i in draw): p for draw, p in draw_probabilities(logits, 3).items()
+    }
+    counts = tail_counts(row, reference=reference)
+    assert set(counts) <= set(want)
+    assert chi_square_p(counts, want) > 1e-7
+
+
+@PATHS
+def test_single_draws_from_a_whole_vocabulary_follow_its_probabilities(reference: bool) -> None:
+    row = trained_like(1, 700, seed=4)
+    row[0, 66] = 60.0
+    probabilities = torch.softmax(row[0].double().index_fill(0, torch.tensor([66]), -math.inf), 0)
+    want = {(i,): float(p) for i, p in enumerate(probabilities) if i != 66}
+    counts = tail_counts(row, reference=reference, draws=1)
+    assert chi_square_p(counts, want) > 1e-7  # false alarm: one fresh seed in ten million
+
+
+def test_chi_square_notices_a_law_that_is_a_fifth_off() -> None:
+    row = torch.full((1, 197), -math.inf)
+    row[0, TAIL_IDS] = torch.tensor(TAIL_LOGITS["graded"])
+    row[0, 66] = 9.0
+    off = [x + 0.2 * (i == 3) for i, x in enumerate(TAIL_LOGITS["graded"])]
+    want = {tuple(TAIL_IDS[i] for i in draw): p for draw, p in draw_probabilities(off, 3).items()}
+    assert chi_square_p(tail_counts(row, reference=False, rows=60_000), want) < 1e-7
 
 
 # Quantization and transfer
