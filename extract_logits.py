@@ -4509,18 +4509,20 @@ class Extraction:
         self.rows = self.tokens = self.batches = 0
         self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
         self.teacher: Teacher | None = None
-        self.bar = open_bar()
+        self.bar: tqdm[Any] | None = None
 
     def extract(self) -> bool:
         """Run to the end or until told to stop; True when no row is left."""
         pack = functools.partial(fetch_and_pack, schema=self.job.schema)
         post = AsyncPostProcessor(pack, self.deliver)
         try:
-            with logging_redirect_tqdm(), self.bar:
+            with logging_redirect_tqdm():
                 complete = self.extract_windows(post)
                 post.flush()
         finally:
             post.shutdown()
+            if self.bar is not None:
+                self.bar.close()
         alone = self.job.config.world_size in (None, 1)  # one worker of many may have no row
         if complete and alone and not (self.rows or self.done.size):
             raise DataError(f"nothing to extract: {describe_skips(self.skipped)}")
@@ -4572,10 +4574,10 @@ class Extraction:
         sampler = make_sampler(
             self.job.config, prepared, device_type=self.teacher.device.type, done=done
         )
-        if self.job.config.streaming:
-            self.bar.total = self.job.config.limit
-        else:
-            self.bar.reset(total=int((~done).sum()))
+        if self.bar is None:
+            self.bar = open_bar(
+                self.job.config.limit if self.job.config.streaming else int((~done).sum())
+            )
         yield from load_batches(ConversationDataset(prepared, self.job.encoder), sampler)
 
     def process(self, batch: Batch) -> Iterator[tuple[Batch, GPUBatchResult]]:
@@ -4659,6 +4661,8 @@ class Extraction:
 
     def show(self, rows: int) -> None:
         """Advance the bar: rows, tokens/s, buffer fill, an arrow while an upload is under way."""
+        if self.bar is None:
+            return
         self.bar.update(rows)
         seconds = max(1e-9, float(self.bar.format_dict["elapsed"]))
         arrow = " ⬆" if self.uploader.is_uploading() else ""
@@ -4682,14 +4686,14 @@ class Extraction:
         }
 
 
-def open_bar() -> tqdm[Any]:
-    """Make the progress bar on stderr, not shown yet; into a file it is written seldom."""
+def open_bar(total: int | None) -> tqdm[Any]:
+    """Show the progress bar on stderr; into a file it is written seldom."""
     return tqdm(
+        total=total,
         unit="row",
         file=sys.stderr,
         mininterval=0.2 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
-        delay=1e-6,  # first shown with the first batch, below what the start has logged
     )
 
 
@@ -4791,10 +4795,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(HideTokens())
     try:
         summary = run_extraction(parse_args(argv))
     except LogitsError as error:
-        sys.stderr.write(f"extract_logits.py: {error}\n")
+        sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
         return EXIT_UNDELIVERED if isinstance(error, HubError) else EXIT_BAD_INPUT
     print(json.dumps(summary))  # noqa: T201
     return int(summary["exit_code"])
