@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test chaos lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,6 +49,10 @@ demo: demo/report.html
 # make test    lint, types and tests
 test: .venv/.done
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
+
+# make chaos   200 runs, killed and disturbed at random (10 minutes)
+chaos: .venv/.done
+	$(PY) tests/chaos.py --runs 200 --seed 1
 
 # make lint    ruff and mypy
 lint: .venv/.done

@@ -69,9 +69,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from explore_logits import (
+    CONFIG_FILE,
     FORMAT_VERSION,
     MAX_TOKEN_ID,
     METADATA_SETTINGS,
+    TEMPLATE_FILE,
     ConversationColumns,
     ConversationError,
     FormatError,
@@ -80,7 +82,6 @@ from explore_logits import (
     format_mask_preview,
     hash_template,
     load_chat_template,
-    load_extraction_config,
     load_tokenizer,
     open_source,
     pack_indices,
@@ -3039,6 +3040,9 @@ class Destination(Protocol):
     name: str
     detects_changes: bool  # a commit fails when somebody else has changed the output
 
+    def exists(self) -> bool:
+        """Tell whether it is there, and readable."""
+
     def open(self) -> None:
         """Create it where it does not exist, and make sure that it can be written."""
 
@@ -3064,6 +3068,9 @@ class FolderDestination:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self.name = str(folder)
+
+    def exists(self) -> bool:
+        return self.folder.is_dir()
 
     def open(self) -> None:
         """Refuse a folder that cannot be made; it is made with the first commit, not before."""
@@ -3158,23 +3165,30 @@ class HubDestination:
         self._api = HfApi(endpoint=endpoint, token=token)
         self._head: str | None = None
 
+    def exists(self) -> bool:
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with hub_errors(self.name):
+            try:
+                self._api.repo_info(self.name, repo_type="dataset")
+            except RepositoryNotFoundError:
+                return False
+        return True
+
     def open(self) -> None:
         """Create the repository, or make sure that the token may write to it.
 
         Raises:
             ConfigError: `--private`, but it exists and is public.
         """
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         with hub_errors(self.name):
-            try:
-                info = self._api.repo_info(self.name, repo_type="dataset")
-            except RepositoryNotFoundError:
+            if not self.exists():
                 self._api.create_repo(
                     self.name, repo_type="dataset", private=self._private, exist_ok=True
                 )
                 return
             self._api.auth_check(self.name, repo_type="dataset", write=True)
+            info = self._api.repo_info(self.name, repo_type="dataset")
         if self._private and not info.private:
             raise ConfigError(
                 f"{self.name} exists and is public: make it private in its settings on the Hub, or "
@@ -3356,6 +3370,22 @@ def open_destination(
             f"starts with . / ~: write ./{output} for a folder"
         )
     return HubDestination(output, private=private, endpoint=endpoint, token=token)
+
+
+def read_recorded_settings(output: str) -> dict[str, Any]:
+    """Return extraction_config.json of an output, {} when there is none that can be read.
+
+    Raises:
+        HubError: the output refused or was out of reach.
+    """
+    destination = open_destination(output)
+    if not retry(destination.exists) or CONFIG_FILE not in retry(destination.list_files):
+        return {}
+    try:
+        settings = json.loads(retry(lambda: destination.read(CONFIG_FILE)))
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def cache_key(output: str, *, rank: int = 0, world_size: int = 1) -> str:
@@ -4107,8 +4137,8 @@ class StreamingHFUploader:
         own = {name: record for name, record in records.items() if self._is_own(name)}
         worker = f"-w{self._rank:02d}" if self._world_size > 1 else ""
         files = {
-            "extraction_config.json": encode_settings(self._settings),
-            "chat_template.jinja": self._chat_template.encode(),
+            CONFIG_FILE: encode_settings(self._settings),
+            TEMPLATE_FILE: self._chat_template.encode(),
         }
         if final or self._world_size == 1 or "README.md" not in self._side:
             files["README.md"] = make_card(
@@ -4346,11 +4376,8 @@ def pin_revisions(config: ExtractionConfig) -> tuple[ExtractionConfig, str | Non
         The configuration, with the recorded revision where none was asked for, and the commit of
         a source on the Hub; None for local files, which have no history to go back to.
     """
-    if not config.resume:
-        return config, None
-    try:
-        recorded = load_extraction_config(config.output)
-    except LogitsError:  # nothing there yet, or nothing readable: opening the output will tell
+    recorded = read_recorded_settings(config.output) if config.resume else {}
+    if not recorded:
         return config, None
     if config.revision is None and recorded.get("model") == config.model:
         config = replace(config, revision=recorded.get("model_revision"))
@@ -4794,7 +4821,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # a line for every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.addFilter(HideTokens())
     try:

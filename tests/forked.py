@@ -43,22 +43,27 @@ class Child:
         finally:
             os._exit(code)
 
+    def ended(self) -> bool:
+        """Tell whether the child has ended."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status is not None
+
     def send(self, number: int) -> None:
         """Send a signal, if the child still lives."""
-        if self._status is None:
+        if not self.ended():
             os.kill(self.pid, number)
 
     def wait(self, timeout_s: float = 120.0) -> int:
         """Return the exit code, negative for a signal; kill the child at the timeout."""
         end = time.monotonic() + timeout_s
-        while self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._status = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
+        while not self.ended():
+            if time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)
-            else:
-                time.sleep(0.005)
+            time.sleep(0.005)
+        assert self._status is not None
         return self._status
 
     def finish(self) -> tuple[int, str]:
