@@ -88,13 +88,11 @@ def float32_row(logits: np.ndarray) -> np.ndarray:
 
 
 def make_cases(trials: int = 20_000) -> list[Case]:
-    """Return vanishing, crowded, peaked, flat and natural rows, the cheap ones first.
+    """Return rows of up to 64 tokens: vanishing, crowded, peaked and flat, the cheap ones first.
 
     They are the same whatever the seed of the draws.
     """
     rng = np.random.default_rng(7)
-    shuffle = rng.permutation
-    zipf = -1.1 * np.log(np.arange(1, 5001))
     tiny = np.concatenate([[0.0], -700 - np.linspace(0, 4, 30)])
     steps = np.concatenate([[0.0, -1.0, -2.0], -700 - np.linspace(0, 3, 20), [-760, -761, -800]])
     deep = np.concatenate([[0.0], -3000 - np.linspace(0, 2.5, 12)])
@@ -110,11 +108,35 @@ def make_cases(trials: int = 20_000) -> list[Case]:
         ("steep", -0.7 * np.arange(40.0), 3, 8, 1.0),
         ("peaked", np.concatenate([[9.0], rng.normal(0, 2, 47)]), 1, 12, 1.0),
         ("flat", np.zeros(64), 4, 24, 0.5),
-        ("natural, large", zipf, 20, 24, 0.5),
-        ("flat, large", rng.normal(0, 0.3, 8192), 1, 24, 0.25),
     ]
+    return as_cases(rows, rng, trials)
+
+
+def make_large_cases(trials: int = 4_000) -> list[Case]:
+    """Return rows of 1,000 to 8,192 tokens: what a method that works by blocks can get wrong."""
+    rng = np.random.default_rng(8)
+    vanishing = np.concatenate([[0.0], -700 + rng.normal(0, 2, 2000)])
+    ordinary = np.concatenate([[0.0], rng.uniform(-3, -1, 10), -760 + rng.normal(0, 2, 2000)])
+    uneven = np.where(np.arange(1000) // 64 % 3 == 1, 0.0, -4.0) + rng.normal(0, 1, 1000)
+    rows = [
+        ("natural, large", -1.1 * np.log(np.arange(1, 5001)), 20, 24, 1.0),
+        ("flat, large", rng.normal(0, 0.3, 8192), 1, 24, 0.5),
+        ("peaked tail, large", -2.5 * np.log(np.arange(1, 3001)), 2, 24, 1.0),
+        ("geometric, large", -0.5 * np.arange(1500.0), 1, 16, 0.5),
+        ("exp(-700), large", vanishing, 1, 24, 0.5),
+        ("exp(-760) after ordinary ones, large", ordinary, 1, 24, 0.5),
+    ]
+    cases = as_cases(rows, rng, trials)
+    in_blocks = Case("uneven blocks", float32_row(uneven), 3, 24, trials)
+    return [*cases, in_blocks]
+
+
+def as_cases(
+    rows: list[tuple[str, np.ndarray, int, int, float]], rng: np.random.Generator, trials: int
+) -> list[Case]:
+    """Shuffle the ids of each row, so that likely tokens stand anywhere."""
     return [
-        Case(name, float32_row(shuffle(np.asarray(row))), nucleus, m, int(trials * share))
+        Case(name, float32_row(rng.permutation(row)), nucleus, m, int(trials * share))
         for name, row, nucleus, m, share in rows
     ]
 
@@ -248,12 +270,14 @@ def uniforms(log_p: np.ndarray, ranks: np.ndarray, seed: int) -> np.ndarray:
     is left, likeliest first.
     """
     rng = np.random.default_rng([seed, 1952])  # no stream that a sampler may use as well
-    if len(log_p) <= 100:
-        return uniforms_small(log_p, ranks, rng)
-    return uniforms_large(np.exp(log_p), ranks, rng)
+    if np.exp(log_p[ranks.shape[1] :]).sum() > 1e-3:  # whatever was drawn, this much is left
+        return uniforms_by_difference(np.exp(log_p), ranks, rng)
+    step = max(1, 1_000_000 // len(log_p))
+    parts = [ranks[start : start + step] for start in range(0, len(ranks), step)]
+    return np.concatenate([uniforms_afresh(log_p, part, rng) for part in parts])
 
 
-def uniforms_small(log_p: np.ndarray, ranks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def uniforms_afresh(log_p: np.ndarray, ranks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Recompute the weights from what is left at each draw, so that nothing underflows."""
     trials, m = ranks.shape
     left = np.tile(log_p, (trials, 1))
@@ -268,7 +292,9 @@ def uniforms_small(log_p: np.ndarray, ranks: np.ndarray, rng: np.random.Generato
     return numbers
 
 
-def uniforms_large(p: np.ndarray, ranks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def uniforms_by_difference(
+    p: np.ndarray, ranks: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Subtract what was drawn; right where the draws leave most of the mass."""
     trials, m = ranks.shape
     before_all = np.concatenate([[0.0], p.cumsum()])
@@ -345,7 +371,7 @@ def check_tail_law(
         LawViolation: with the row, the test and the p-value, at the first test that fails;
             once in 1e6 for a right sampler.
     """
-    cases = make_cases() if cases is None else cases
+    cases = [*make_cases(), *make_large_cases()] if cases is None else cases
     threshold = FALSE_ALARM / (MAX_TESTS * len(cases))
     found = []
     for k, case in enumerate(cases):

@@ -149,15 +149,27 @@ def test_logits_are_not_modified(reference: bool) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def sampler(*, reference: bool, vary: str = "position") -> tail_law.Draw:
-    """Return extraction as a tail sampler; a trial is another position, index or seed."""
+def settings_for(case_probs: np.ndarray, count: int, m: int, *, loose: bool) -> tuple[float, int]:
+    """Return top_p and K that make the `count` likeliest tokens the nucleus.
+
+    A loose cap leaves likely tokens between the nucleus and the cap, a tight one leaves none.
+    """
+    if not loose:
+        return 1.0, count
+    p = np.sort(np.exp(case_probs))[::-1]
+    held = np.concatenate([[0.0], p.cumsum()])
+    return float(held[count - 1] + held[count]) / 2, min(100, len(p) - m)
+
+
+def sampler(*, reference: bool, loose: bool = False, vary: str = "position") -> tail_law.Draw:
+    """Return extraction as a tail sampler; a trial is another position or another index."""
 
     def draw(
         log_probs: np.ndarray, nucleus: np.ndarray, m: int, n_trials: int, seed: int
     ) -> np.ndarray:
-        row = torch.from_numpy(log_probs).float()
-        cap, parts = int(nucleus.sum()), []
-        rows_n = max(1, 4_000_000 // len(row))
+        row, count = torch.from_numpy(log_probs).float(), int(nucleus.sum())
+        top_p, cap = settings_for(log_probs, count, m, loose=loose)
+        parts, rows_n = [], max(1, 4_000_000 // len(row))
         for start in range(0, n_trials, rows_n):
             trial = torch.arange(start, min(start + rows_n, n_trials))
             still = torch.full_like(trial, 5)
@@ -165,27 +177,34 @@ def sampler(*, reference: bool, vary: str = "position") -> tail_law.Draw:
                 row.expand(len(trial), -1),
                 trial if vary == "index" else still,
                 trial if vary == "position" else still,
-                top_p=1.0, top_p_max=cap, sampled_n=m, seed=seed, reference=reference,
+                top_p=top_p, top_p_max=cap, sampled_n=m, seed=seed, reference=reference,
             )  # fmt: skip
-            assert (found.top_counts == cap).all()
-            assert set(found.top_ids[0, :cap].tolist()) == set(np.flatnonzero(nucleus).tolist())
+            assert (found.top_counts == count).all()
+            assert set(found.top_ids[0, :count].tolist()) == set(np.flatnonzero(nucleus).tolist())
             parts.append(found.sampled_ids.numpy())
         return np.concatenate(parts)
 
     return draw
 
 
-@pytest.mark.parametrize("vary", ["position", "index"])
-def test_the_fast_tail_follows_the_law(vary: str) -> None:
+@pytest.mark.parametrize("loose", [False, True], ids=["tight cap", "loose cap"])
+@pytest.mark.parametrize("large", [False, True], ids=["small rows", "large rows"])
+def test_the_fast_tail_follows_the_law(large: bool, loose: bool) -> None:
     """One false alarm in 1e6 seeds; this seed is fixed."""
-    cases = tail_law.make_cases(20_000 if vary == "position" else 4000)
-    tail_law.check_tail_law(sampler(reference=False, vary=vary), cases=cases)
+    trials = 5_000 if loose else 15_000
+    cases = tail_law.make_large_cases() if large else tail_law.make_cases(trials)
+    tail_law.check_tail_law(sampler(reference=False, loose=loose), cases=cases)
 
 
 def test_the_reference_tail_follows_the_law() -> None:
-    cases = [c for c in tail_law.make_cases(10_000) if len(c.log_probs) <= 100]
-    cases += [c for c in tail_law.make_cases(1000) if len(c.log_probs) > 100]
+    cases = [*tail_law.make_cases(10_000), *tail_law.make_large_cases(600)]
     tail_law.check_tail_law(sampler(reference=True), cases=cases)
+
+
+@BOTH
+def test_trials_of_neighbouring_conversations_are_independent(reference: bool) -> None:
+    cases = [*tail_law.make_cases(2000), tail_law.make_large_cases(500)[0]]
+    tail_law.check_tail_law(sampler(reference=reference, vary="index"), cases=cases)
 
 
 @BOTH

@@ -48,8 +48,8 @@ def one_by_one(
     return drawn
 
 
-SMALL = [case for case in tail_law.make_cases() if len(case.log_probs) <= 100]
-LARGE = [case for case in tail_law.make_cases(4000) if len(case.log_probs) > 100]
+SMALL = tail_law.make_cases()
+LARGE = tail_law.make_large_cases(2000)
 
 
 def check_counts(outcomes: list[tail_law.Outcome], cases: list[Case]) -> None:
@@ -103,8 +103,8 @@ def test_both_ways_to_make_uniforms_agree() -> None:
     case = Case(case.name, case.log_probs, case.nucleus_n, case.sampled_n, 500)
     _, p = tail_law.tail_probs(case)
     ranks = tail_law.ranks_of(case, drawn)
-    small = tail_law.uniforms_small(np.log(p), ranks, np.random.default_rng(4))
-    large = tail_law.uniforms_large(p, ranks, np.random.default_rng(4))
+    small = tail_law.uniforms_afresh(np.log(p), ranks, np.random.default_rng(4))
+    large = tail_law.uniforms_by_difference(p, ranks, np.random.default_rng(4))
     np.testing.assert_allclose(small, large, atol=1e-9)
 
 
@@ -218,6 +218,15 @@ def bf16_log_probs(*args: Any) -> np.ndarray:
     return exponential_race(rounded.astype(np.float64), *args[1:])
 
 
+def first_repeat_ends_the_race(*args: Any) -> np.ndarray:
+    """Drop repeats of 40 draws with replacement, then fill up with the likeliest of the rest."""
+    drawn = with_replacement(args[0], args[1], 40, args[3], args[4])
+    by_rank = np.argsort(-np.where(args[1], -np.inf, args[0]))[:64]
+    fill = np.tile(by_rank, (len(drawn), 1))
+    rows = np.concatenate([drawn, fill], axis=1).tolist()
+    return np.array([list(dict.fromkeys(row))[: args[2]] for row in rows])
+
+
 def the_likeliest(*args: Any) -> np.ndarray:
     keys = np.where(args[1], -np.inf, args[0])
     return np.tile(first_of(keys[None], args[2]), (args[3], 1))
@@ -244,7 +253,13 @@ def test_a_biased_sampler_is_rejected_at_every_seed(draw: tail_law.Draw) -> None
             check_tail_law(draw, cases=SMALL, seed=seed)
 
 
-@pytest.mark.parametrize("draw", [gumbel_of_scale(0.9), gumbel_of_scale(1.1), sorted_by_id])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        gumbel_of_scale(0.9), gumbel_of_scale(1.1), sorted_by_id, underflow_in_float32,
+        floor_at_1e_38, first_repeat_ends_the_race,
+    ],
+)  # fmt: skip
 def test_a_biased_sampler_is_rejected_on_large_rows(draw: tail_law.Draw) -> None:
     with pytest.raises(LawViolation):
         check_tail_law(draw, cases=LARGE)
