@@ -1243,12 +1243,13 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
             f"{config.model}; give at most {limit}"
         )
     logger.info(
-        "teacher %s on %s, %s, attention %s; head %s; %s: %s",
+        "teacher %s on %s in %s, attention %s, head %s in %s; %s: %s",
         config.model,
         teacher.device,
         str(teacher.dtype).removeprefix("torch."),
         model.config._attn_implementation,
         teacher.head,
+        str(teacher.head_dtype).removeprefix("torch."),
         teacher.layout,
         teacher.layout_reason,
     )
@@ -1500,6 +1501,7 @@ class Teacher:
         layout: how several conversations go through together: "packed" (a batch for which that
             is not cheaper is padded), "padded" or "single".
         layout_reason: why, for the log.
+        padding: the right way to pad; None where there is none.
         head: "chunked" (apart from the body, at the wanted positions) or "forward" (with it).
         head_dtype: in which the head multiplies; float32 unless it is no plain linear layer.
     """
@@ -1517,6 +1519,7 @@ class Teacher:
             if getattr(model.config, name, False):
                 setattr(model.config, name, False)  # memory that nothing here reads
         self.body: Any = None
+        self.padding: Layout | None = None
         self.head, self.head_reason = self._choose_head()
         self.head_dtype = torch.float32 if is_plain_linear(self._output()) else self.dtype
         self.layout, self.layout_reason = self._choose_layout()
@@ -1573,8 +1576,7 @@ class Teacher:
             rows = [torch.from_numpy(np.asarray(sequences[i], np.int64)) for i in part]
             wanted = [torch.from_numpy(np.asarray(token_positions[i], np.int64)) - 1 for i in part]
             if any(len(positions) for positions in wanted):
-                packed = self.layout == "packed" and self._packing_is_cheaper(rows)
-                inputs, starts = pack_rows(rows) if packed else pad_rows(rows)
+                inputs, starts = self._lay_out(rows)
                 yield from self._chunks(inputs, flatten(wanted, starts), size)
 
     def _check_ids(self, sequences: Sequence[npt.NDArray[np.int32]]) -> None:
@@ -1594,6 +1596,12 @@ class Teacher:
         runs = itertools.groupby(range(len(lengths)), key=lambda i: lengths[i] > edge)
         return [list(run) for _, run in runs]
 
+    def _lay_out(self, rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
+        """Return the inputs of one forward pass and where each row starts in its output."""
+        if self.layout == "packed" and (self.padding is None or self._packing_is_cheaper(rows)):
+            return pack_rows(rows)
+        return (self.padding or pad_rows)(rows)
+
     def _packing_is_cheaper(self, rows: list[torch.Tensor]) -> bool:
         """Compare one packed row with padded ones: linear layers and squares of attention.
 
@@ -1601,10 +1609,11 @@ class Teacher:
         """
         if "flash" in str(self.model.config._attn_implementation):
             return True
-        # 24 H² operations a token and layer in the linear part, 4 S H in attention
-        linear = 6 * (getattr(self.model.config.get_text_config(), "hidden_size", None) or 1024)
+        # a token and layer: 24 H² operations in linear layers, 2 S H in causal attention over S
+        # tokens, 4 T H under a mask over T; here in units of 2 H
+        linear = 12 * (getattr(self.model.config.get_text_config(), "hidden_size", None) or 1024)
         total, longest = sum(len(row) for row in rows), max(len(row) for row in rows)
-        return total * (linear + total) < len(rows) * longest * (linear + longest)
+        return total * (linear + 2 * total) < len(rows) * longest * (linear + longest)
 
     def _chunks(
         self, inputs: dict[str, Any], flat: torch.Tensor, size: int
@@ -1734,31 +1743,32 @@ class Teacher:
         """Compare layouts with one conversation at a time; return the fastest that is right."""
         if self.head == "forward":
             return "single", f"the head cannot be run apart: {self.head_reason}"
-        packed = self._layout_problem(pack_rows)
+        problems = self._layout_problems()
+        packed, padded, masked = (problems[layout] for layout in LAYOUTS)
+        self.padding = next((pad for pad in LAYOUTS[1:] if problems[pad] is None), None)
         if packed is None:
             return "packed", "packed into one row, conversations get the logits they get alone"
-        padded = self._layout_problem(pad_rows)
-        if padded is None:
-            return "padded", f"packing is wrong here ({packed}), right padding is right"
-        return "single", f"packing is wrong here ({packed}), and so is right padding ({padded})"
+        if self.padding is not None:
+            return "padded", f"no packing ({packed}); right padding gets the same logits"
+        return "single", f"no packing ({packed}), no padding ({masked or padded})"
 
-    def _layout_problem(self, layout: Layout) -> str | None:
-        """Return what is wrong when probe conversations share a pass laid out so, None if nothing.
+    def _layout_problems(self) -> dict[Layout, str | None]:
+        """Return what is wrong when probe conversations share a pass, by layout, None: nothing.
 
         A probe of a few dozen tokens never meets the edge of a window of thousands, so it runs
         once more for each window with that window made a few tokens long.
         """
-        if layout is pack_rows and "position_ids" not in signature(self.model.forward).parameters:
-            return "the model takes no position_ids"
         full = self._probe_alone()
-        problem = self._probe_problem(layout, full)
+        problems = {layout: self._probe_problem(layout, full) for layout in LAYOUTS}
         for name in self._windows():
             with shrunken(self.model, name):
                 alone = self._probe_alone()
-                if layout is pack_rows and self._differ(alone, full) is None:
-                    problem = problem or f"{name} is out of the probe's reach"
-                problem = problem or self._probe_problem(layout, alone, f" at the edge of {name}")
-        return problem
+                if self._differ(alone, full) is None:
+                    problems[pack_rows] = problems[pack_rows] or f"{name} is out of reach"
+                for layout in LAYOUTS:
+                    edge = f" at the edge of {name}"
+                    problems[layout] = problems[layout] or self._probe_problem(layout, alone, edge)
+        return problems
 
     def _windows(self) -> list[str]:
         """Return the names of the model's windows that are shorter than its longest input."""
@@ -1779,15 +1789,18 @@ class Teacher:
     def _probe_problem(
         self, layout: Layout, alone: list[torch.Tensor], where: str = ""
     ) -> str | None:
-        """Compare the probe laid out so with `alone`, and with another first conversation."""
+        """Compare the probe laid out so with `alone`, and packed with another first row."""
+        if layout is pack_rows and "position_ids" not in signature(self.model.forward).parameters:
+            return "the model takes no position_ids"
         rows = probe_rows(self.vocab_size)
         try:
-            together = self._probe(layout, rows)
-            other = self._probe(layout, [rows[0].flip(0), *rows[1:]])
+            together = other = self._probe(layout, rows)
+            if layout is pack_rows:
+                other = self._probe(layout, [rows[0].flip(0), *rows[1:]])
         except (TypeError, ValueError, HeadDiffersError) as error:
             return f"the model refuses it{where}: {first_line(error)}"
         leak = float(disagreement(other[-1], together[-1]).max())
-        if layout is pack_rows and not leak <= LEAK:
+        if not leak <= LEAK:
             return (
                 f"a conversation changes the next one's logits by {leak:.1g} of their spread{where}"
             )
@@ -1818,16 +1831,22 @@ def flatten(positions: list[torch.Tensor], starts: list[int]) -> torch.Tensor:
 
 
 def pad_rows(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
-    """Return the inputs (B, S) of right-padded rows and where each row starts when flattened."""
-    longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    needed = any(len(row) < longest for row in rows)
-    inputs = {"input_ids": ids, "attention_mask": mask if needed else None}
-    return inputs, [i * longest for i in range(len(rows))]
+    """Return the inputs (B, S) of right-padded rows and where each row starts when flattened.
+
+    A causal model sees nothing to the right, so it needs no mask, and without one attention runs
+    in its fastest kernel.
+    """
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    starts = [i * ids.shape[1] for i in range(len(rows))]
+    return {"input_ids": ids, "attention_mask": None}, starts
+
+
+def pad_rows_with_mask(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
+    """Return what `pad_rows` does, with the mask that says which tokens are real."""
+    inputs, starts = pad_rows(rows)
+    real = [torch.ones_like(row) for row in rows]
+    inputs["attention_mask"] = torch.nn.utils.rnn.pad_sequence(real, batch_first=True)
+    return inputs, starts
 
 
 def pack_rows(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
@@ -1844,6 +1863,9 @@ def pack_rows(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
         "attention_mask": None,
     }
     return inputs, starts
+
+
+LAYOUTS: tuple[Layout, ...] = (pack_rows, pad_rows, pad_rows_with_mask)  # in order of preference
 
 
 def disagreement(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

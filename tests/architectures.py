@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extract_logits import Teacher
+from extract_logits import LAYOUTS, Layout, Teacher, pack_rows
 
 VOCAB = 96
 SMALL = {
@@ -151,6 +151,7 @@ class Row:
     architecture: str
     packed: float | None
     padded: float | None
+    masked: float | None  # padded with a mask
     layout: str  # what the teacher chose by itself
     difference: float  # and how far that is off
     head: str
@@ -203,16 +204,17 @@ def largest_difference(teacher: Teacher, lengths: tuple[int, ...] = LENGTHS) -> 
     return float((got - torch.cat(plain)[:, : teacher.vocab_size]).abs().max())
 
 
-def forced_difference(teacher: Teacher, layout: str) -> float | None:
+def forced_difference(teacher: Teacher, layout: Layout) -> float | None:
     """Return `largest_difference` with every batch laid out so, None when the model refuses."""
-    before = teacher.layout
-    teacher.layout = layout
+    before = teacher.layout, teacher.padding
+    teacher.layout = "packed" if layout is pack_rows else "padded"
+    teacher.padding = None if layout is pack_rows else layout
     try:
         return largest_difference(teacher)
     except (TypeError, ValueError):
         return None
     finally:
-        teacher.layout = before
+        teacher.layout, teacher.padding = before
 
 
 def always_pack(teacher: Teacher) -> Teacher:
@@ -226,8 +228,7 @@ def measure(family: str, **changes: Any) -> Row:
     teacher = always_pack(Teacher(tiny_model(family, **changes)))
     return Row(
         family,
-        forced_difference(teacher, "packed"),
-        forced_difference(teacher, "padded"),
+        *(forced_difference(teacher, layout) for layout in LAYOUTS),
         teacher.layout,
         largest_difference(teacher),
         teacher.head,
@@ -238,17 +239,17 @@ def measure(family: str, **changes: Any) -> Row:
 def table(rows: list[Row]) -> str:
     """Return the rows in Markdown."""
     lines = [
-        "| architecture | packed | padded | chosen | max difference | head | why |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | packed | padded | with a mask | chosen | max difference | head | why |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        packed, padded = (
-            "refused" if off is None else f"{off:.0e}" for off in (row.packed, row.padded)
+        forced = " | ".join(
+            "refused" if off is None else f"{off:.0e}"
+            for off in (row.packed, row.padded, row.masked)
         )
-        lines.append(
-            f"| {row.architecture} | {packed} | {padded} | {row.layout} | {row.difference:.0e} "
-            f"| {row.head} | {row.reason} |"
-        )
+        why = "" if row.layout == "packed" else row.reason.split(";")[0]
+        chosen = f"{row.layout} | {row.difference:.0e} | {row.head} | {why}"
+        lines.append(f"| {row.architecture} | {forced} | {chosen} |")
     return "\n".join(lines)
 
 
