@@ -1,0 +1,406 @@
+"""compute_lengths: the counts are extraction's, whatever the processes; output, Hub, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import CHATS, TEACHER, run_script
+from huggingface_hub import HfApi
+from loopback_hub import LoopbackHub
+
+import compute_lengths
+from compute_lengths import (
+    LengthsConfig,
+    LengthsError,
+    MeasuredSource,
+    collect,
+    find_percentiles,
+    format_histogram,
+    format_report,
+    get_transform_fn,
+    main,
+    measure_source,
+    parse_args,
+    push_lengths,
+    write_lengths,
+)
+from explore_logits import (
+    ConversationColumns,
+    SourceError,
+    encode_row,
+    hash_template,
+    load_tokenizer,
+    open_source,
+    read_lengths,
+)
+
+COLUMNS = ConversationColumns(messages="messages", index="id")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` caches inside the test's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[int, tuple[int, int]]:
+    """Lengths and tokens of the embedded conversations by id, counted one by one."""
+    tokenizer = load_tokenizer(str(TEACHER))
+    found = {}
+    for line in CHATS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        encoded = encode_row(row, COLUMNS, tokenizer)
+        found[row["id"]] = (encoded.input_ids.size, encoded.token_positions.size)
+    return found
+
+
+def make_config(**options: Any) -> LengthsConfig:
+    """Return a configuration for the embedded teacher and conversations."""
+    return LengthsConfig(**{"model": str(TEACHER), "dataset": str(CHATS), **options})
+
+
+def as_dict(path: Path) -> dict[int, tuple[int, int]]:
+    """Return the content of a lengths file by index."""
+    table = pq.read_table(path).to_pydict()
+    pairs = zip(table["length"], table["num_tokens"], strict=True)
+    return dict(zip(table["index"], pairs, strict=True))
+
+
+# As a user runs it --------------------------------------------------------------------------------
+
+
+def test_the_script_counts_what_extraction_would_and_reports_it(
+    tmp_path: Path, expected: dict[int, tuple[int, int]]
+) -> None:
+    done = run_script(
+        "compute_lengths.py", "--model", TEACHER, "--dataset", CHATS, "--index-col", "id",
+        "--output-dir", tmp_path, "--num-proc", "1",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert as_dict(tmp_path / "lengths.parquet") == expected
+    totals = np.sum(list(expected.values()), axis=0).tolist()
+    summary = done.summary
+    assert [summary["total_length"], summary["total_num_tokens"]] == totals
+    assert (summary["rows"], summary["usable"], summary["skipped"]) == (400, 400, {})
+    assert summary["output"] == str(tmp_path / "lengths.parquet")
+    assert "share up to here" in done.stdout
+    assert re.search(r"num_tokens +[\d,]+", done.stdout)
+    assert "measuring" in done.stderr
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_many_processes_give_the_same_counts_in_the_same_order(
+    streaming: bool, expected: dict[int, tuple[int, int]]
+) -> None:
+    config = make_config(num_proc=2, batch_size=70)
+    source = open_source(str(CHATS), streaming=streaming)
+    batches = list(measure_source(config, source, COLUMNS, None))
+    assert [len(batch["index"]) for batch in batches] == [70] * 5 + [50]
+    measured = collect(batches)
+    pairs = zip(measured.length.tolist(), measured.num_tokens.tolist(), strict=True)
+    assert dict(zip(measured.index.tolist(), pairs, strict=True)) == expected
+    assert measured.index.tolist() == list(expected)
+
+
+def test_the_file_says_what_it_was_measured_with(tmp_path: Path) -> None:
+    code = main(
+        [
+            "--model", str(TEACHER), "--dataset", str(CHATS), "--num-proc", "1",
+            "--output-dir", str(tmp_path), "--filename", "l.parquet", "--include-end",
+        ]
+    )  # fmt: skip
+    assert code == 0
+    lengths = read_lengths(str(tmp_path / "l.parquet"))
+    template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
+    assert lengths.index.tolist() == list(range(400))
+    settings = dict(lengths.settings)
+    assert settings.pop("dataset_revision").startswith("sha256:")
+    assert settings == {
+        "model": str(TEACHER), "model_revision": None, "dataset": str(CHATS), "subset": None,
+        "split": "train", "messages_col": "messages", "user_col": None, "assistant_col": None,
+        "system_col": None, "index_col": None, "chat_template_sha256": hash_template(template),
+        "include_think": False, "include_end": True,
+    }  # fmt: skip
+    assert [field.name for field in pq.read_schema(tmp_path / "l.parquet")] == [
+        "index", "length", "num_tokens",
+    ]  # fmt: skip
+    assert {str(field.type) for field in pq.read_schema(tmp_path / "l.parquet")} == {"int32"}
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(
+    write_chats: Callable[[list[Any]], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    path = write_chats(
+        [{"messages": m} for m in (chat, None, [], chat[:1], chat, [{"role": "assistant"}])]
+    )
+    options = ["--model", str(TEACHER), "--dataset", str(path), "--output-dir", str(tmp_path)]
+    assert main([*options, "--num-proc", "1"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["skipped"] == {"null": 2, "empty": 1, "no_assistant": 1}
+    assert (summary["rows"], summary["usable"]) == (6, 2)
+    found = as_dict(tmp_path / "lengths.parquet")
+    assert list(found) == [0, 1, 2, 3, 4, 5]
+    assert [index for index, counts in found.items() if counts == (0, 0)] == [1, 2, 3, 5]
+    assert found[0] == found[4]
+    assert "index 1 cannot be used (null)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "nowhere.jsonl"], "no such file"),
+        (["--split", "dev"], "it has train"),
+        (["--messages-col", "talk"], "the dataset has id"),
+        (["--index-col", "subject"], "not an integer"),
+        (["--model", "./nowhere"], "nowhere"),
+        (["--chat-template", "none.jinja"], r"none\.jinja"),
+        (["--push-to-hub"], "--output-repo"),
+        (["--output-repo", "a/b"], "--push-to-hub"),
+        (["--private"], "--push-to-hub"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--num-proc", "-1"], "--num-proc -1"),
+        (["--filename", "a/b.parquet"], "--filename"),
+        (["--filename", "lengths.csv"], "--filename"),
+        (["--output-dir", str(CHATS)], "cannot write"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_one_line(
+    options: list[str], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    argv = ["--model", str(TEACHER), "--dataset", str(CHATS), "--output-dir", str(tmp_path)]
+    assert main([*argv, "--num-proc", "1", *options]) == 2
+    last = caplog.records[-1].getMessage()
+    assert re.search(message, last)
+    assert "\n" not in last
+
+
+def test_a_wrong_command_line_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--model", "m"], ["--model", "m", "--dataset", "d", "--batch-size", "many"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 2
+        assert "--" in capsys.readouterr().err
+
+
+def test_a_duplicate_id_is_refused(
+    write_chats: Callable[[list[Any]], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    path = write_chats([{"id": n, "messages": chat} for n in (4, 5, 4)])
+    options = ["--model", str(TEACHER), "--dataset", str(path), "--output-dir", str(tmp_path)]
+    assert main([*options, "--index-col", "id"]) == 2
+    assert "index 4 occurs twice" in caplog.text
+    assert not (tmp_path / "lengths.parquet").exists()
+
+
+def test_a_dataset_without_a_usable_conversation_is_refused(
+    write_chats: Callable[[list[Any]], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_chats([{"messages": None}] * 3)
+    options = ["--model", str(TEACHER), "--dataset", str(path), "--output-dir", str(tmp_path)]
+    assert main(options) == 2
+    assert "no conversation can be used: 3 null" in caplog.text
+    assert not (tmp_path / "lengths.parquet").exists()
+
+
+# Options ------------------------------------------------------------------------------------------
+
+
+def test_the_parser_and_the_dataclass_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = parse_args(["--model", "m", "--dataset", "d"])
+    for entry in fields(LengthsConfig):
+        if entry.default is not MISSING:
+            assert getattr(parsed, entry.name) == entry.default, entry.name
+    seen: list[str] = []
+    add = argparse._ArgumentGroup.add_argument
+
+    def record(group: Any, flag: str, **how: Any) -> Any:
+        seen.append(flag)
+        return add(group, flag, **how)
+
+    monkeypatch.setattr(argparse._ArgumentGroup, "add_argument", record)
+    parse_args(["--model", "m", "--dataset", "d"])
+    flags = [flag for flag in seen if flag.startswith("--") and flag != "--help"]
+    assert flags == ["--" + entry.name.replace("_", "-") for entry in fields(LengthsConfig)]
+
+
+def test_every_option_reaches_its_field() -> None:
+    config = parse_args(
+        [
+            "--model", "m", "--dataset", "d", "--subset", "s", "--split", "x", "--user-col", "u",
+            "--assistant-col", "a", "--system-col", "y", "--messages-col", "c", "--index-col", "i",
+            "--chat-template", "t", "--batch-size", "7", "--num-proc", "3", "--streaming",
+            "--output-dir", "o", "--filename", "f.parquet", "--output-repo", "r/r",
+            "--push-to-hub", "--private", "--include-think", "--include-end", "--revision", "v",
+            "--trust-remote-code",
+        ]
+    )  # fmt: skip
+    assert vars(config) == {
+        "model": "m", "dataset": "d", "subset": "s", "split": "x", "user_col": "u",
+        "assistant_col": "a", "system_col": "y", "messages_col": "c", "index_col": "i",
+        "chat_template": "t", "batch_size": 7, "num_proc": 3, "streaming": True,
+        "output_dir": "o", "filename": "f.parquet", "output_repo": "r/r", "push_to_hub": True,
+        "private": True, "include_think": True, "include_end": True, "revision": "v",
+        "trust_remote_code": True,
+    }  # fmt: skip
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+def test_the_transform_maps_a_dataset(expected: dict[int, tuple[int, int]]) -> None:
+    source = open_source(str(CHATS)).select(range(40))
+    transform = get_transform_fn(make_config(), COLUMNS)
+    mapped = source.map(
+        transform, batched=True, with_indices=True, batch_size=16,
+        remove_columns=source.column_names,
+    )  # fmt: skip
+    found = {row["index"]: (row["length"], row["num_tokens"]) for row in mapped}
+    assert found == {index: expected[index] for index in source["id"]}
+
+
+def test_single_turn_columns_are_measured(tmp_path: Path) -> None:
+    path = tmp_path / "qa.csv"
+    path.write_text("question,answer\nWhy?,Because.\nHow?,\n", encoding="utf-8")
+    source = open_source(str(path))
+    columns = ConversationColumns(user="question", assistant="answer")
+    (batch,) = measure_source(make_config(num_proc=1), source, columns, None)
+    assert batch["length"][0] > 0
+    assert batch["reason"] == [None, "null"]
+    assert batch["detail"][1] == "column 'answer' is null"
+
+
+def test_a_worker_that_dies_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages }}", encoding="utf-8")
+    config = make_config(num_proc=2, batch_size=100, model=str(tmp_path))  # loads nothing, dies
+    source = open_source(str(CHATS))
+    with pytest.raises(LengthsError, match="--num-proc"):
+        list(measure_source(config, source, COLUMNS, None))
+
+
+def test_percentiles_are_values_that_occur() -> None:
+    values = np.array([5, 1, 9, 9, 3], np.int32)
+    found = find_percentiles(values)
+    assert found["p50"] == 5
+    assert found["p1"] == 1
+    assert found["p100"] == 9
+    assert found["p25"] == 3
+
+
+def test_the_histogram_counts_every_value_once() -> None:
+    values = np.array([1, 2, 3, 4, 7, 8, 1000, 1023, 1024], np.int32)
+    lines = format_histogram(values).splitlines()
+    rows = [re.match(r" *([\d,]+)-([\d,]+) +#* +([\d,]+) +([\d.]+)%$", line) for line in lines]
+    assert all(rows)
+    bins = [[int(part.replace(",", "")) for part in row.groups()[:3]] for row in rows if row]
+    for low, high, count in bins:
+        assert count == np.sum((values >= low) & (values <= high))
+    assert sum(count for *_, count in bins) == values.size
+    assert lines[-1].endswith("100.00%")
+
+
+def test_the_report_names_what_was_skipped() -> None:
+    measured = MeasuredSource(
+        np.arange(3, dtype=np.int32), np.array([10, 0, 300], np.int32),
+        np.array([4, 0, 100], np.int32), {"null": 1},
+    )  # fmt: skip
+    report = format_report(measured)
+    assert "2 of 3 conversations can be used; skipped: 1 null" in report
+
+
+def test_an_empty_source_is_refused() -> None:
+    with pytest.raises(SourceError, match="no rows"):
+        collect([])
+
+
+# The Hub ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A loopback Hub that `huggingface_hub` takes for the Hub; retries do not wait."""
+    monkeypatch.setattr(compute_lengths.time, "sleep", lambda _: None)
+    with LoopbackHub() as server:
+        api = HfApi(endpoint=server.endpoint, token=server.token)
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+        yield server
+
+
+def push(tmp_path: Path) -> Path:
+    """Write a small lengths file and push it."""
+    measured = MeasuredSource(*np.array([[0, 1], [10, 20], [3, 4]], np.int32), {})
+    config = make_config(output_repo="tester/lengths", push_to_hub=True, private=True)
+    settings = compute_lengths.describe_measure(config, COLUMNS, "{{ messages }}")
+    path = tmp_path / "lengths.parquet"
+    write_lengths(measured, settings, path)
+    push_lengths(config, measured, settings, path)
+    return path
+
+
+def test_a_push_lands_in_one_commit_with_a_card(hub: LoopbackHub, tmp_path: Path) -> None:
+    path = push(tmp_path)
+    assert hub.content("tester/lengths", "data/lengths.parquet") == path.read_bytes()
+    card = hub.content("tester/lengths", "README.md").decode()
+    assert 'load_dataset("tester/lengths"' in card
+    assert "path: data/lengths.parquet" in card
+    commits = [line for line in hub.log if "/commit/" in line["path"]]
+    assert len(commits) == 1
+    assert pq.read_table(io.BytesIO(path.read_bytes())).num_rows == 2
+
+
+def test_a_push_is_tried_again_when_the_hub_is_in_trouble(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.fault("POST .*/commit/", status=503, count=2)
+    push(tmp_path)
+    assert "data/lengths.parquet" in hub.files("tester/lengths")
+
+
+def test_a_push_that_is_refused_says_where_the_file_is_kept(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    hub.fault("POST .*/commit/", status=403, count=9)
+    with pytest.raises(LengthsError, match=r"kept as .*lengths\.parquet"):
+        push(tmp_path)
+    assert (tmp_path / "lengths.parquet").exists()
+
+
+def test_a_hub_dataset_is_measured_and_pushed_from_the_command_line(tmp_path: Path) -> None:
+    with LoopbackHub() as server:
+        api = HfApi(endpoint=server.endpoint, token=server.token)
+        api.create_repo("tester/chats", repo_type="dataset")
+        api.upload_file(
+            path_or_fileobj=CHATS, path_in_repo="train.jsonl", repo_id="tester/chats",
+            repo_type="dataset",
+        )  # fmt: skip
+        done = run_script(
+            "compute_lengths.py", "--model", TEACHER, "--dataset", "tester/chats", "--num-proc", 1,
+            "--output-dir", tmp_path, "--output-repo", "tester/lengths", "--push-to-hub",
+            HF_ENDPOINT=server.endpoint, HF_TOKEN=server.token, HF_HUB_OFFLINE="0",
+            HF_HOME=str(tmp_path / "home"),
+        )  # fmt: skip
+        assert done.code == 0, done.stderr
+        assert done.summary["repo"] == "tester/lengths"
+        assert done.summary["rows"] == 400
+        lengths = read_lengths(str(tmp_path / "lengths.parquet"))
+        sha = api.dataset_info("tester/chats").sha
+        assert lengths.settings["dataset_revision"] == sha
+        there = server.content("tester/lengths", "data/lengths.parquet")
+        assert there == (tmp_path / "lengths.parquet").read_bytes()
