@@ -925,20 +925,21 @@ def _probe_ends(
     A single added token between content and the next content is that message's header, not an end.
     """
     tail = text[text.find(says[asked]) + len(says[asked]) :]
-    ends = [_first_tokens(tail, template.tokens)]
-    longer = _try_render(template, chat)
-    if longer is not None and says[asked] in longer and says[asked + 1] in longer and ends[0]:
-        gap = longer.split(says[asked], 1)[1].split(says[asked + 1], 1)[0]
-        first = re.match(r"\s*(" + template.tokens.pattern[:-1] + ")", gap)
-        if first and not gap.startswith(ends[0]) and gap[first.end() :].strip():
-            ends.append(first.group())
-    return tuple(sorted({end for end in ends if end}, key=len, reverse=True))
+    longer = _try_render(template, chat) or ""
+    gap = longer.partition(says[asked])[2].partition(says[asked + 1])[0]
+    run = re.compile(r"\s*" + template.tokens.pattern).match(tail)
+    ends = [run.group() if run else _plain_end(tail, gap)]
+    first = re.match(r"\s*(" + template.tokens.pattern[:-1] + ")", gap)
+    if ends[0] and first and not gap.startswith(ends[0]) and gap[first.end() :].strip():
+        ends.append(first.group())
+    return tuple(sorted({end for end in ends if end.strip()}, key=len, reverse=True))
 
 
-def _first_tokens(tail: str, tokens: re.Pattern[str]) -> str:
-    """Return the first run of added tokens in `tail`, or its first word where none starts it."""
-    run = re.compile(r"\s*" + tokens.pattern).match(tail) or re.compile(r"\s*\S+").match(tail)
-    return run.group() if run else ""
+def _plain_end(tail: str, gap: str) -> str:
+    """Return an end of turn that is no token of its own: what `tail` and `gap` share, in words."""
+    if not gap or gap.startswith(tail):
+        return tail.rstrip()
+    return re.sub(r"\S*\Z", "", tail[: _shared_prefix(tail, gap)]).rstrip()
 
 
 def _try_render(template: ChatTemplate, messages: Messages, tools: Any = None, **how: Any) -> Any:
@@ -1004,21 +1005,42 @@ def render_conversation(
     come with `include_think`, what follows the end of the turn with `include_end`.
 
     Raises:
-        ConversationError: "no_assistant", "refused_by_template".
+        ConversationError: "no_assistant", "refused_by_template", "unaligned".
     """
     if not any(message.get("role") == "assistant" for message in messages):
         raise ConversationError("no_assistant", "no message has the role assistant")
-    messages, text, marked = _render_dialects(messages, template, tools)
-    rendering = _Rendering(messages, template, tools, text, _unused_mark(text))
-    if marked:
-        spans = _marked_turns(rendering, marked, include_end=include_end)
-    else:
-        spans = _differential_turns(rendering, include_end=include_end)
+    rendering, marked, spans = _settled_spans(messages, template, tools, include_end=include_end)
     if not include_think:
         spans = _without_inserted_think(rendering, spans)
-    way = "generation" if marked else "differential"
+    text, way = rendering.text, "generation" if marked else "differential"
     end = next((e.strip() for e in template.ends for a, b in spans if e in text[a:b]), None)
     return RenderedConversation(text, spans, way, end)
+
+
+def _settled_spans(
+    messages: Messages, template: ChatTemplate, tools: Any, *, include_end: bool
+) -> tuple[_Rendering, bool, list[Span]]:
+    """Render and find the turns, again where the clock changed the text meanwhile.
+
+    Returns:
+        The rendering, whether the template's markers were used, and the spans.
+    """
+    for _ in range(3):
+        dialect, text, marked = _render_dialects(messages, template, tools)
+        rendering = _Rendering(dialect, template, tools, text, _unused_mark(text))
+        spans: list[Span] | None = None
+        try:
+            if marked:
+                spans = _marked_turns(rendering, marked, include_end=include_end)
+            else:
+                spans = _differential_turns(rendering, include_end=include_end)
+        except ConversationError:
+            if "strftime_now" not in template.source:
+                raise
+        unchanged = "strftime_now" not in template.source or rendering.render(dialect) == text
+        if unchanged and spans is not None:
+            return rendering, bool(marked), spans
+    raise ConversationError("unaligned", "the template prints the time, which goes on")
 
 
 def _render_dialects(

@@ -14,7 +14,8 @@ import pytest
 from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import explore_logits
 from explore_logits import (
@@ -238,15 +239,120 @@ def test_a_template_without_a_generation_prompt_keeps_its_headers_out() -> None:
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
-def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
-    template = PLAIN.replace("<|end|>", "\n### End")
+@pytest.mark.parametrize(
+    ("end", "after"), [("\n### End", "\n"), ("</s>", " "), ("<|x|>", "\n<|y|>")]
+)
+def test_an_end_of_turn_that_is_plain_text_is_found_too(end: str, after: str) -> None:
+    template = PLAIN.replace("<|end|>\n{% endfor %}", end + "{{ '\n' }}{% endfor %}") + (
+        after if after.strip() else ""
+    )
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    tokenizer.chat_template = template.replace("<|start|>", "### ")
-    encoded = encode_conversation(CHAT, tokenizer)
-    text = tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist())
-    assert "Birch bark.\n###" in text
-    assert "user" not in text
-    assert "assistant" not in text
+    template = prepare_template(tokenizer, template.replace("<|start|>", "### "))
+    rendered = explore_logits.render_conversation(CHAT, template)
+    taken = [rendered.text[a:b] for a, b in rendered.spans]
+    assert taken == [f"Birch bark.{end}", f"Dune.{end}"]
+
+
+WELL_KNOWN = {
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+        "{% else %}{{ ' ' + m.content|trim + eos_token }}{% endif %}{% endfor %}",
+        " {}<eos>",
+    ),
+    "llama 2": (
+        "{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        " {} <eos>",
+    ),
+    "zephyr": (
+        "{% for m in messages %}\n{{ '<|' + m.role + '|>\n' + m.content + eos_token }}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+        "{% endfor %}",
+        "{}<eos>",
+    ),
+    "vicuna": (
+        "Hello.{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ ' USER: ' + m.content }}{% else %}"
+        "{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
+        " {}<eos>",
+    ),
+    "olmo 2": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+        "{% if m.role == 'user' %}{{ '\n' }}{% else %}{{ eos_token }}"
+        "{% if not loop.last %}{{ '\n' }}"
+        "{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        "{}<eos>",
+    ),
+    "phi 4": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        "{}<|im_end|>",
+    ),
+    "smollm 3": (
+        "{% for m in messages %}"
+        "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+        "{% else %}{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "{}<|im_end|>",
+    ),
+    "deepseek 3.1": (
+        "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+        "{% else %}<|Assistant|>"
+        "</think>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|></think>{% endif %}",
+        "{}<eos>",
+    ),
+    "always thinking": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        "{}<|im_end|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WELL_KNOWN)
+def test_formats_of_well_known_families_give_the_turns(name: str) -> None:
+    template, form = WELL_KNOWN[name]
+    rendered = explore_logits.render_conversation(CHAT, prepare_template(tokenizer_for(template)))
+    taken = [rendered.text[a:b] for a, b in rendered.spans]
+    assert taken == [form.format("Birch bark."), form.format("Dune.")]
+
+
+class Clock:
+    """Stands in for `datetime`: shows each of the times once, then the last one for ever."""
+
+    def __init__(self, times: list[str]) -> None:
+        self.times = times
+
+    def now(self) -> Clock:
+        """Return itself."""
+        return self
+
+    def strftime(self, _: str) -> str:
+        """Return the time."""
+        return self.times.pop(0) if len(self.times) > 1 else self.times[0]
+
+
+def test_a_clock_that_changes_the_text_while_it_is_looked_at_does_no_harm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dated = "{{ strftime_now('%H:%M') }}" + PLAIN
+    template = prepare_template(tokenizer_for(dated))
+    where = "transformers.utils.chat_template_utils.datetime"
+    for calls in range(1, 8):
+        monkeypatch.setattr(where, Clock(["09:59"] * calls + ["10:00"]))
+        rendered = explore_logits.render_conversation(CHAT, template)
+        taken = [rendered.text[a:b] for a, b in rendered.spans]
+        assert taken == ["Birch bark.<|end|>", "Dune.<|end|>"]
+    monkeypatch.setattr(where, Clock([f"{n:05}" for n in range(9999)]))
+    with pytest.raises(ConversationError, match="time"):
+        explore_logits.render_conversation(CHAT, template)
 
 
 def test_a_template_that_ends_no_turn_has_no_end() -> None:
@@ -331,6 +437,41 @@ def test_tokens_without_characters_count_inside_a_span_only() -> None:
     assert token_positions_of([(3, 7)], starts, ends).tolist() == [1, 2, 3]
     assert token_positions_of([(0, 3)], starts, ends).tolist() == []
     assert token_positions_of([(5, 6)], starts, ends).tolist() == [3]
+
+
+def byte_fallback_tokenizer() -> Any:
+    """Return a tokenizer like Llama 2's: blanks as ▁, bytes for characters it does not know."""
+    pieces = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyzBD.?",
+    ]
+    model = models.BPE(
+        {piece: n for n, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
+    )
+    inner = Tokenizer(model)
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+@pytest.mark.parametrize("said", ["👩‍🚀", "a 樺 b", "樺", " é"])
+def test_all_bytes_of_a_character_are_extracted(said: str) -> None:
+    tokenizer = byte_fallback_tokenizer()
+    encoded = encode_conversation([user("樺?"), says(said)], tokenizer)
+    taken = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.token_positions].tolist())
+    data = b"".join(
+        bytes.fromhex(piece[3:5]) if piece.startswith("<0x") else piece.encode() for piece in taken
+    )
+    assert data.decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
 
 
 class SlowTokenizer(PreTrainedTokenizer):
