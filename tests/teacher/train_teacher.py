@@ -147,12 +147,13 @@ def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
 
 def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation and the spans of characters that are generated."""
-    texts, spans = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[row["messages"]],
         chat_template=chat_template,
         return_assistant_tokens_mask=True,
     )
-    return texts[0], spans[0]
+    (text,), (spans,) = rendered
+    return text, spans
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerFast) -> Encoded:
@@ -339,7 +340,7 @@ def load_held_out(tokenizer: PreTrainedTokenizerFast, *, longest: int) -> list[E
 
 def evaluate_folder(folder: Path) -> dict[str, Any]:
     """Load a saved teacher in float32 and return its figures on the held-out conversations."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     samples = load_held_out(tokenizer, longest=model.config.max_position_embeddings)
     sizes = nucleus_sizes(model, samples, vocab_size=len(tokenizer))
@@ -381,7 +382,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
