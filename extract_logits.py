@@ -2250,8 +2250,12 @@ def drop_nucleus(
 
 
 def sample_tail(
-    logits: torch.Tensor, states: torch.Tensor, weights: torch.Tensor, *,
-    edge: tuple[torch.Tensor, torch.Tensor], sampled_n: int,
+    logits: torch.Tensor,
+    states: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    edge: tuple[torch.Tensor, torch.Tensor],
+    sampled_n: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw M tokens without replacement from outside the nucleus, in order.
 
@@ -2799,15 +2803,42 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file so that, whatever happens, it holds the old bytes or the new ones."""
+def write_durably(path: Path, content: bytes | Path) -> None:
+    """Replace a file so that, whatever happens, it holds the old content or the new one.
+
+    A `Path` is a file whose content is durable already: it is linked where that is possible.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)
+    try:
+        if isinstance(content, bytes) or not link_file(content, temporary):
+            with temporary.open("wb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    copy_file(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+
+
+def link_file(source: Path, target: Path) -> bool:
+    """Give a file a second name; False where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def copy_file(source: Path, target: IO[bytes]) -> None:
+    """Append a file's content to an open one."""
+    with source.open("rb") as file:
+        shutil.copyfileobj(file, target, 1 << 20)
 
 
 @contextmanager
@@ -3136,7 +3167,7 @@ class FolderDestination:
             for path in sorted(removed):  # first, or a crash would leave old rows beside new ones
                 (self.folder / path).unlink(missing_ok=True)
             for path, content in add.items():
-                self._put(path, content)
+                write_durably(self.folder / path, content)
 
     def _has(self, path: str) -> bool:
         return (self.folder / path).exists()
@@ -3151,20 +3182,6 @@ class FolderDestination:
             yield
         finally:
             os.close(handle)
-
-    def _put(self, path: str, content: Path | bytes) -> None:
-        target = self.folder / path
-        if isinstance(content, bytes):
-            write_durably(target, content)
-            return
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        with content.open("rb") as source, temporary.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_directory(target.parent)
 
 
 class HubDestination:
@@ -3188,14 +3205,17 @@ class HubDestination:
         self._head: str | None = None
 
     def exists(self) -> bool:
+        return self._find() is not None
+
+    def _find(self) -> Any:
+        """Return what the Hub says of the repository, None when it has none of that name."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         with hub_errors(self.name):
             try:
-                self._api.repo_info(self.name, repo_type="dataset")
+                return self._api.repo_info(self.name, repo_type="dataset")
             except RepositoryNotFoundError:
-                return False
-        return True
+                return None
 
     def open(self) -> None:
         """Create the repository, or make sure that the token may write to it.
@@ -3203,14 +3223,14 @@ class HubDestination:
         Raises:
             ConfigError: `--private`, but it exists and is public.
         """
+        info = self._find()
         with hub_errors(self.name):
-            if not self.exists():
+            if info is None:
                 self._api.create_repo(
                     self.name, repo_type="dataset", private=self._private, exist_ok=True
                 )
                 return
             self._api.auth_check(self.name, repo_type="dataset", write=True)
-            info = self._api.repo_info(self.name, repo_type="dataset")
         if self._private and not info.private:
             raise ConfigError(
                 f"{self.name} exists and is public: make it private in its settings on the Hub, or "
@@ -3314,7 +3334,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         ) from None
     except HfHubHTTPError as error:
         raise explain_refusal(error.response, error.server_message or "", repo) from None
-    except (HTTPError, ConnectionError, TimeoutError) as error:
+    except (HTTPError, OSError, json.JSONDecodeError) as error:  # lines, proxies, Xet's own
         raise PassingError(hide_tokens(f"{repo}: {type(error).__name__}: {error}")) from None
     except RuntimeError as error:  # of a transfer: LFS wraps what happened, Xet raises it bare
         raise PassingError(hide_tokens(f"{repo}: {error} {error.__cause__ or ''}")) from None
@@ -4100,7 +4120,8 @@ class StreamingHFUploader:
             if self._stop.is_set():
                 return
             logger.warning("kept %d shards in %s: %s", len(shards), self._cache.folder, error)
-            self._backups += [self._cache.make_backup(shard) for shard in shards]
+            with storage_errors(str(self._cache.folder)):
+                self._backups += [self._cache.make_backup(shard) for shard in shards]
         with self._lock:
             for _ in shards:
                 self._waiting.popleft()
@@ -4133,8 +4154,13 @@ class StreamingHFUploader:
         self._note_delivery([*shards, *landed])
 
     def _look_again(self, shards: list[LocalShard]) -> None:
-        """List the output again and make sure that nobody else writes the same parts."""
+        """List the output again and make sure that nobody else writes or removes the same parts."""
         self._state.files = files = self._destination.list_files()
+        if gone := sorted(self._state.records.keys() - files.keys()):
+            raise HubError(
+                f"{gone[0]} ({len(gone)} in all) has gone from {self._destination.name}: put it "
+                "back, or not, and continue with --resume, which extracts again what is missing"
+            )
         self._side = {
             path: self._destination.read(path)
             for path in self._side_files(self._state.records, final=True)

@@ -40,7 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests" / "teacher" / "model"
 CHATS = ROOT / "tests" / "teacher" / "conversations.jsonl"
 ROWS = 24
-ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice", "runtime limit", "none")
+ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice", "runtime limit")
+FREE_RUNS = 0.1  # share of runs that nobody ends
 FAULT_RATES = (0.0, 0.03, 0.1, 0.3)
 EXPECTED_CODES = {0, 4, 75, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
 
@@ -110,7 +111,7 @@ class Driver:
         self.endpoint = endpoint
         self.random = random.Random(seed)
         self.tally = Tally()
-        self.typical_s = 5.0  # an undisturbed run
+        self.typical_s = 5.0  # of a run that ends by itself
 
     def run(self, output: str, cache: Path, *options: object) -> Any:
         """Start one run in a process of its own."""
@@ -138,9 +139,10 @@ class Driver:
         rate = self.random.choice(FAULT_RATES)
         chaos = {"rate": rate, "seed": self.random.getrandbits(32)}
         ask_hub(self.endpoint, "/_ctl/chaos", chaos)
-        end = self.random.choice(ENDS)
-        delay_s = self.random.uniform(0.0, 1.2 * self.typical_s)
+        end = "none" if self.random.random() < FREE_RUNS else self.random.choice(ENDS)
+        delay_s = self.random.uniform(0.0, self.typical_s)
         limit = ("--max-runtime-minutes", delay_s / 60) if end == "runtime limit" else ()
+        begun = time.monotonic()
         child = self.run(output, cache, "--resume", *limit)
         if end.startswith("SIG"):
             end_by = time.monotonic() + delay_s
@@ -151,6 +153,8 @@ class Driver:
                 time.sleep(self.random.uniform(0, 0.05))
         code = child.wait()
         child.output.close()
+        if code == 0:
+            self.typical_s += 0.3 * (time.monotonic() - begun - self.typical_s)
         self.tally.runs += 1
         self.tally.codes[code] += 1
         if code != 0:

@@ -262,6 +262,7 @@ def test_half_written_files_are_removed_and_damaged_or_foreign_ones_survived(
     pq.write_table(make_rows(range(50, 60)), cache / "pending" / "pending-00009.parquet")
     pq.write_table(make_rows(range(60, 70)), cache / "pending" / "foreign.parquet")
     data = tmp_path / "out/data"
+    data.mkdir(parents=True, exist_ok=True)
     (data / ".part-00000.parquet.tmp").write_bytes(b"PAR1 half")
     (data / "foreign.txt").write_text("mine")
     assert run_to_end(tmp_path, 20)["rows"] == 20
@@ -402,7 +403,7 @@ def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
     assert listed(tmp_path / "out") == Counter(range(100))
 
 
-def test_an_output_that_goes_away_is_a_clear_error_and_the_rows_stay(tmp_path: Path) -> None:
+def test_shards_that_go_away_are_a_clear_error_and_the_rows_stay(tmp_path: Path) -> None:
     uploader = open_uploader(tmp_path)
     feed(uploader, 0, 12)
     uploader.flush()
@@ -410,7 +411,7 @@ def test_an_output_that_goes_away_is_a_clear_error_and_the_rows_stay(tmp_path: P
         time.sleep(0.01)
     (tmp_path / "out/data").rename(tmp_path / "away")
     uploader.add_sample(make_rows(range(12, 25)))
-    with pytest.raises(HubError, match=r"cannot write .*--resume"):
+    with pytest.raises(HubError, match=r"part-00000.parquet .* has gone .*--resume"):
         uploader.flush(final=True)
     uploader.shutdown()
     (tmp_path / "away").rename(tmp_path / "out/data")
@@ -443,6 +444,18 @@ def test_a_worker_process_that_outlives_the_run_does_not_keep_its_lock(tmp_path:
 def test_an_output_that_is_neither_folder_nor_repository_is_refused(output: str) -> None:
     with pytest.raises(ConfigError, match="neither"):
         open_destination(output)
+
+
+def test_an_output_on_another_file_system_gets_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert run_to_end(tmp_path, 25)["rows"] == 25
+    assert listed(tmp_path / "out") == Counter(range(25))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_the_state_of_two_outputs_never_mixes(tmp_path: Path) -> None:
