@@ -58,7 +58,7 @@ from dataclasses import (
 from email.utils import parsedate_to_datetime
 from inspect import signature
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol, TypeVar, get_args, get_type_hints
+from typing import IO, Any, NoReturn, Protocol, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -1966,7 +1966,7 @@ SPLITMIX_STEP = 0x9E3779B97F4A7C15 - 2**64  # the constants as int64, which is w
 SPLITMIX_FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 REFERENCE_AT_ONCE = 2**20  # logits per float64 temporary of the plain implementation: 8 MB
-LOWEST = -1e30  # in place of a maximum of -inf
+LOWEST = torch.finfo(torch.float32).min  # for a maximum of -inf: -inf minus -inf would be NaN
 BLOCK = 64  # vocabulary ids per block of the fast path
 WEIGHED_AT_ONCE = {"cpu": 2**17, "cuda": 2**24}  # logits in its first look: 0.5 MB, 64 MB
 HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**23}  # and in its second: a few temporaries of 4, 64 MB
@@ -1993,9 +1993,11 @@ class ExtractedTokens:
     usable: torch.Tensor  # (N,) bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class GPUBatchResult:
     """All that is kept of one batch, quantized; tensors on the device, or numpy after `to_host`."""
+
+    ready = cast(Any, None)  # the CUDA event behind the last kernel; no annotation, so no field
 
     logsumexp: Any  # (N,) float64
     nucleus_mass: Any  # (N,) float64, probability inside the nucleus
@@ -2012,18 +2014,40 @@ class GPUBatchResult:
     usable: Any  # (N,) bool
 
     def to_host(self) -> GPUBatchResult:
-        """Return the same as numpy arrays, by one device-to-host transfer."""
+        """Return the same as numpy arrays, by one device-to-host transfer.
+
+        On CUDA it waits for this batch alone, not for what was launched after it, so another
+        thread can fetch a batch while the next one runs.
+        """
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # keeps alignment
-        parts = [tensors[name].contiguous().view(torch.uint8).flatten() for name in names]
-        buffer = torch.cat(parts).cpu().numpy()
+        buffer = fetch_bytes([tensors[name] for name in names], self.ready)
         arrays, start = {}, 0
-        for name, part in zip(names, parts, strict=True):
-            raw = buffer[start : start + part.numel()]
-            dtype = torch.empty(0, dtype=tensors[name].dtype).numpy().dtype
-            arrays[name] = raw.view(dtype).reshape(tuple(tensors[name].shape))
-            start += part.numel()
+        for name in names:
+            tensor = tensors[name]
+            raw = buffer[start : start + tensor.nbytes]
+            dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+            arrays[name] = raw.view(dtype).reshape(tuple(tensor.shape))
+            start += tensor.nbytes
         return GPUBatchResult(**arrays)
+
+
+def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8]:
+    """Return the bytes of tensors one after the other, by one transfer, once `ready` has passed."""
+
+    def joined() -> torch.Tensor:
+        return torch.cat([t.contiguous().view(torch.uint8).flatten() for t in tensors])
+
+    if ready is None:
+        return joined().cpu().numpy()
+    stream = torch.cuda.Stream(tensors[0].device)
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        source = joined()
+        host = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
+        host.copy_(source, non_blocking=True)
+    stream.synchronize()
+    return host.numpy()
 
 
 Tokens = TypeVar("Tokens", ExtractedTokens, GPUBatchResult)
@@ -2067,7 +2091,10 @@ def gpu_process_batch(
         at_actual = logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float()
         parts.append(quantize_tokens(tokens, at_actual, bits=logit_bits))
         start += logits.shape[0]
-    return concatenate(parts)
+    result = concatenate(parts)
+    if result.logsumexp.is_cuda:
+        result.ready = torch.cuda.current_stream(result.logsumexp.device).record_event()
+    return result
 
 
 def extract_tokens(
@@ -2175,7 +2202,8 @@ def extract_by_blocks(
     counts = count_nucleus(top_logits.double(), logsumexp, top_p=top_p)
     nucleus = column_numbers(at) < counts.unsqueeze(1)
     held.flatten(1).scatter_(1, at, top_logits.masked_fill(nucleus, float("-inf")))
-    weights.scatter_(1, blocks, held.logsumexp(-1).double())
+    held_max, held_sum = sum_blocks(held)
+    weights.scatter_(1, blocks, held_max.double() + held_sum.double().log_())
     last = (counts - 1).unsqueeze(1)
     edge = (top_logits.gather(1, last).unsqueeze(2), top_ids.gather(1, last).unsqueeze(2))
     sampled_ids, complete = sample_tail(logits, states, weights, edge=edge, sampled_n=sampled_n)
@@ -2187,26 +2215,75 @@ def extract_by_blocks(
 def weigh_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return maximum and log-sum-exp of each block of vocabulary ids, in one read.
 
-    Each block is summed against its own maximum, so nothing underflows however small it is.
-
     Returns:
         (N, C) float32 and (N, C) float64 with the errors of float32 sums; C = V / 64 rounded up.
     """
-    maxima_of, weights_of = [], []
-    for values in split_blocks(logits):
-        count = values.shape[1]
-        maxima, sums = torch.empty(2, len(values), count, device=logits.device)
-        step = max(1, WEIGHED_AT_ONCE[logits.device.type] // (count * BLOCK))
-        buffer = torch.empty(step, count, BLOCK, device=logits.device)
-        for at in row_slices(len(values), step):
-            shifted = buffer[: len(values[at])]
-            maxima[at] = values[at].amax(-1)
-            floor = maxima[at].clamp(min=LOWEST).unsqueeze(2)  # -inf minus -inf would be NaN
-            torch.sub(values[at], floor, out=shifted)
-            torch.sum(shifted.exp_(), -1, out=sums[at])
-        maxima_of.append(maxima)
-        weights_of.append(maxima.double() + sums.double().log_())
-    return torch.cat(maxima_of, 1), torch.cat(weights_of, 1)
+    if logits.is_cuda and block_kernel() is not None:
+        maxima, sums = sum_blocks_by_kernel(logits)
+    else:
+        parts = [sum_blocks(values) for values in split_blocks(logits)]
+        maxima, sums = torch.cat([m for m, _ in parts], 1), torch.cat([s for _, s in parts], 1)
+    return maxima, maxima.double() + sums.double().log_()
+
+
+def sum_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the maximum of each block and its sum of exp(logit - maximum), (N, C) float32.
+
+    Against its own maximum no block underflows, however small it is.
+
+    Args:
+        values: (N, C, W) logits.
+    """
+    rows, count, width = values.shape
+    maxima, sums = torch.empty(2, rows, count, device=values.device)
+    step = max(1, WEIGHED_AT_ONCE[values.device.type] // (count * width))
+    buffer = torch.empty(min(step, rows), count, width, device=values.device)
+    for at in row_slices(rows, step):
+        shifted = buffer[: len(values[at])]
+        maxima[at] = values[at].amax(-1)
+        torch.sub(values[at], maxima[at].clamp(min=LOWEST).unsqueeze(2), out=shifted)
+        torch.sum(shifted.exp_(), -1, out=sums[at])
+    return maxima, sums
+
+
+def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `sum_blocks` does, for (N, V) logits, in one Triton kernel that reads them once."""
+    rows, vocab = logits.shape
+    count, group = -(-vocab // BLOCK), 32
+    maxima, sums = torch.empty(2, rows, count, device=logits.device)
+    grid = (rows, -(-count // group))
+    with torch.cuda.device_of(logits):
+        block_kernel()[grid](
+            logits, logits.stride(0), maxima, sums, vocab, count, BLOCK=BLOCK, GROUP=group
+        )
+    return maxima, sums
+
+
+@functools.cache
+def block_kernel() -> Any:
+    """Build the Triton kernel of `sum_blocks_by_kernel`; None where Triton is not installed."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit
+    def kernel(  # type: ignore[no-untyped-def]
+        logits, row_stride, maxima, sums, vocab, count, BLOCK: tl.constexpr, GROUP: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)  # rows times vocabulary exceeds 32 bits
+        block = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+        ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
+        values = values.to(tl.float32)
+        top = tl.max(values, axis=1)
+        floor = tl.maximum(top, -3.4028234663852886e38)  # LOWEST
+        total = tl.sum(tl.exp(values - floor[:, None]), axis=1)
+        tl.store(maxima + row * count + block, top, mask=block < count)
+        tl.store(sums + row * count + block, total, mask=block < count)
+
+    return kernel
 
 
 def split_blocks(logits: torch.Tensor) -> list[torch.Tensor]:

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -372,6 +377,144 @@ def test_chi_square_notices_a_law_that_is_a_fifth_off() -> None:
     off = [x + 0.2 * (i == 3) for i, x in enumerate(TAIL_LOGITS["graded"])]
     want = {tuple(TAIL_IDS[i] for i in draw): p for draw, p in draw_probabilities(off, 3).items()}
     assert chi_square_p(tail_counts(row, reference=False, rows=60_000), want) < 1e-7
+
+
+# The fast path against itself without its shortcuts, under noise, and at full size
+
+
+def race_all_blocks(
+    logits: torch.Tensor, counts: torch.Tensor, states: torch.Tensor, m: int
+) -> list[list[int]]:
+    """The fast path's draw with every block in the race, row by row in plain float64."""
+    tails = []
+    for row, count, state in zip(logits, counts.tolist(), states, strict=True):
+        x = row.double()
+        x[el.top_k_ids(row.unsqueeze(0), count)[0]] = -math.inf
+        arrivals = torch.full_like(x, math.inf)
+        for block in range(-(-x.numel() // 64)):
+            ids = torch.arange(64 * block, min(64 * block + 64, x.numel()))
+            ids = ids[x[ids] > -math.inf]
+            if ids.numel():
+                start = el.exponential_clocks(state, torch.tensor([2**32 + block])).log() - x[
+                    ids
+                ].logsumexp(0)
+                clocks = el.exponential_clocks(state, ids).log() - x[ids]
+                later = clocks + (-torch.expm1(clocks.min() - clocks)).log()
+                arrivals[ids] = torch.logaddexp(start, later)
+        tails.append(arrivals.argsort()[:m].tolist())
+    return tails
+
+
+def test_blocks_left_out_of_the_race_never_hold_a_winner(logits: torch.Tensor) -> None:
+    got = extract(logits)
+    rows = torch.arange(logits.shape[0])
+    states = el.row_states(rows // 7, rows % 7 + 1, seed=42)
+    assert got.sampled_ids.tolist() == race_all_blocks(logits, got.top_counts, states, 24)
+
+
+def test_fast_and_reference_agree_on_every_row(logits: torch.Tensor) -> None:
+    fast, plain = extract(logits), extract(logits, reference=True)
+    assert (fast.logsumexp - plain.logsumexp).abs().le(1e-8 + 1e-15 * plain.logsumexp.abs()).all()
+    assert torch.equal(fast.top_counts, plain.top_counts)
+    assert torch.equal(fast.usable, plain.usable)
+    nucleus = torch.arange(100) < plain.top_counts.unsqueeze(1)
+    assert torch.equal(fast.top_ids[nucleus], plain.top_ids[nucleus])
+    assert torch.equal(fast.top_logits[nucleus], plain.top_logits[nucleus])
+
+
+@pytest.mark.parametrize("vocab", [32_000, 151_936, 151_669, 262_144])
+def test_fast_and_reference_agree_on_whole_vocabularies(vocab: int) -> None:
+    test_fast_and_reference_agree_on_every_row(trained_like(4, vocab))
+
+
+@PATHS
+def test_rounding_noise_seldom_changes_a_tail(reference: bool) -> None:
+    logits = trained_like(400, 5021)
+    noise = 1e-6 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    before, after = (
+        extract(logits, reference=reference),
+        extract(logits * (1 + noise), reference=reference),
+    )
+    changed = (before.sampled_ids != after.sampled_ids).any(1)
+    assert int(changed.sum()) <= 6  # seen: one row in a thousand
+
+
+def test_no_rows_give_no_tokens() -> None:
+    got = extract(torch.zeros(0, 5021))
+    assert got.top_ids.shape == (0, 100)
+    assert got.sampled_ids.shape == (0, 24)
+
+
+@PATHS
+def test_top_k_goes_by_logit_then_id(reference: bool) -> None:
+    row = torch.tensor([[1.0, -0.0, 2.0, 0.0, 2.0, -3.0, 0.0, 1.0]])
+    got = extract(row, top_p=1.0, top_p_max=8, sampled_n=0, reference=reference)
+    assert got.top_ids[0].tolist() == [2, 4, 0, 7, 1, 3, 6, 5]
+
+
+INTERPRETED = """
+import sys
+import torch
+import extract_logits as el
+from test_extract_extraction import CASES
+for name in sys.argv[1:]:
+    logits = CASES[name]()[:6]
+    m, s = el.sum_blocks_by_kernel(logits)
+    parts = [el.sum_blocks(v) for v in el.split_blocks(logits)]
+    maxima, sums = (torch.cat(p, 1) for p in zip(*parts, strict=True))
+    assert torch.equal(m, maxima), name
+    torch.testing.assert_close(s, sums, rtol=1e-6, atol=0)
+    print(name)
+broken = CASES["trained_not_multiple_of_64"]()[:6]
+broken[0, 70], broken[1, 5020], broken[2] = float("nan"), float("inf"), float("-inf")
+m, s = el.sum_blocks_by_kernel(broken)
+lse = (m.double() + s.double().log()).logsumexp(-1)
+assert lse.isfinite().tolist() == [False, False, False] + [True] * 3
+"""
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None,
+    reason="triton is not installed (no wheel of torch for a CPU has it)",
+)
+def test_the_kernel_does_what_the_torch_path_does() -> None:
+    cases = [
+        "trained_multiple_of_64",
+        "trained_not_multiple_of_64",
+        "trained_bfloat16",
+        "trained_float16",
+        "minus_infinity",
+        "underflowing_tail",
+        "just_enough_vocabulary",
+    ]
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(["tests", ".", os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, *cases],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == cases
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_what_a_cpu_gives(logits: torch.Tensor) -> None:
+    rows = torch.arange(logits.shape[0])
+    want = extract(logits)
+    got = extract(logits.cuda(), index=(rows // 7).cuda(), position=(rows % 7 + 1).cuda())
+    nucleus = torch.arange(100) < want.top_counts.unsqueeze(1)
+    assert torch.equal(got.top_counts.cpu(), want.top_counts)
+    assert torch.equal(got.top_ids.cpu()[nucleus], want.top_ids[nucleus])
+    assert torch.equal(got.sampled_ids.cpu(), want.sampled_ids)
+    assert (got.logsumexp.cpu() - want.logsumexp).abs().max() < 1e-7
 
 
 # Quantization and transfer
