@@ -4274,7 +4274,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: .4rem .7rem; }
 dt { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
-#pop { position: absolute; z-index: 5; width: min(38rem, calc(100vw - 1rem));
+#pop { position: absolute; z-index: 5; width: min(38rem, calc(100% - 1rem));
   background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .6rem .8rem; font-size: .85rem;
   box-shadow: 0 4px 18px #0005; }
@@ -4496,7 +4496,9 @@ def token_data(token: TokenAnalysis) -> dict[str, Any]:
 
 def round_to(value: float, digits: int = 4) -> float:
     """Round to significant digits; what is not finite becomes the nearest number JSON has."""
-    return float(f"{np.nan_to_num(value):.{digits}g}")
+    if not math.isfinite(value):
+        return 0.0 if math.isnan(value) else math.copysign(sys.float_info.max, value)
+    return float(f"{value:.{digits}g}")
 
 
 def render_nav(analyses: Sequence[ConversationAnalysis]) -> str:
