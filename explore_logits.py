@@ -225,7 +225,9 @@ def pack_indices(ids: npt.ArrayLike) -> tuple[npt.NDArray[np.uint16], bytes]:
     return low, high.astype(np.uint8).tobytes()
 
 
-def unpack_indices(low: npt.ArrayLike, high: bytes, counts: npt.ArrayLike | None = None) -> Any:
+def unpack_indices(
+    low: npt.ArrayLike, high: bytes | npt.NDArray[np.uint8], counts: npt.ArrayLike | None = None
+) -> Any:
     """Join packed token ids again: the inverse of `pack_indices`.
 
     Args:
@@ -2416,13 +2418,12 @@ def null_faults(table: pa.Table) -> list[Fault]:
     """Find rows that hold a null, alone or inside a list."""
     faults = []
     for name in table.column_names:
-        column = table.column(name)
-        missing = column.is_null().to_numpy()
-        if pa.types.is_nested(column.type):
-            inner = column.combine_chunks()
-            nulls = pc.list_flatten(inner).is_null().to_numpy(zero_copy_only=False)
-            parents = pc.list_parent_indices(inner).to_numpy(zero_copy_only=False)
-            missing[parents[nulls]] = True
+        column = table.column(name).combine_chunks()
+        missing = column.is_null().to_numpy(zero_copy_only=False).copy()
+        inner = pc.list_flatten(column) if pa.types.is_nested(column.type) else None
+        if inner is not None and inner.null_count:
+            parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+            missing[parents[inner.is_null().to_numpy(zero_copy_only=False)]] = True
         message = f"{name} holds a null"
         faults += [Fault(int(row), None, "null", message) for row in np.flatnonzero(missing)]
     return faults
@@ -2458,11 +2459,10 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
 
 
 def unpack_rows(low: Ragged, high: Ragged) -> npt.NDArray[np.int32]:
-    """Join the packed ids of many rows at once; each row's high bits start on a byte."""
-    slot = np.arange(low.values.size) - np.repeat(low.starts[:-1], low.lengths)
-    byte = np.repeat(high.starts[:-1], low.lengths) + (slot >> 2)
-    bits = high.values[byte] >> ((slot & 3) << 1).astype(np.uint8) & 3
-    return low.values.astype(np.int32) | bits.astype(np.int32) << 16
+    """Join the packed ids of many rows; each row's high bits start on a byte."""
+    ends = zip(itertools.pairwise(low.starts), itertools.pairwise(high.starts), strict=True)
+    rows = [unpack_indices(low.values[a:b], high.values[c:d]) for (a, b), (c, d) in ends]
+    return np.concatenate(rows) if rows else np.zeros(0, np.int32)
 
 
 def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
@@ -4593,8 +4593,8 @@ def write_page(path: str | Path, page: str) -> None:
 @contextlib.contextmanager
 def plot_style() -> Iterator[tuple[Any, Any]]:
     """Yield pyplot and the colour-blind-safe palette, with the house style while it lasts."""
-    seaborn = import_extra("seaborn", "viz")
     pyplot = import_extra("matplotlib.pyplot", "viz")
+    seaborn = import_extra("seaborn", "viz")
     style = {"axes.titlesize": 11, "axes.labelsize": 10, "figure.dpi": 110, "font.size": 10}
     with pyplot.rc_context(), seaborn.axes_style("whitegrid"), pyplot.rc_context(style):
         yield pyplot, seaborn.color_palette("colorblind")

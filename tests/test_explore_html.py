@@ -405,7 +405,8 @@ function back(node) {
     if (!/^rgba.*, 0\\)$/.test(colour)) return colour;
   }
 }
-return [...document.querySelectorAll("h1, .dim, .legend span, .tok, .out, dt, dd, #pop :not(.bar)")].map(node => {
+const shown = "h1, .dim, .legend span, .tok, .out, dt, dd, #pop :not(.bar)";
+return [...document.querySelectorAll(shown)].map(node => {
   const one = light(getComputedStyle(node).color), two = light(back(node));
   return [(Math.max(one, two) + .05) / (Math.min(one, two) + .05), node.className];
 });
@@ -477,15 +478,15 @@ def test_a_script_that_is_not_ours_is_refused_by_the_page_itself(
     explore.write_page(tmp_path / "page.html", page)
     browser.get((tmp_path / "page.html").as_uri())
     assert browser.execute_script("return window.hacked") is None
-    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+    assert any(
+        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
+    )
 
 
 def test_a_long_conversation_opens_quickly(show: Any) -> None:
     rows = random_rows(1, settings=STORED, tokens=2, seed=1)
     short = analysis_of(rows[0]).tokens
-    tokens = [
-        explore.replace(short[i % len(short)], t=i, text=" word") for i in range(5_000)
-    ]
+    tokens = [explore.replace(short[i % len(short)], t=i, text=" word") for i in range(5_000)]
     long = ConversationAnalysis(1, tokens, [(" word", t) for t in range(5_000)])
     browser = show(render_page([long]))
     ready = browser.execute_script(

@@ -1,0 +1,133 @@
+"""Decode the nuclei of 1,000,000 stored tokens, all at once and token by token.
+
+    python tests/bench_decode.py [--tokens 1000000]
+
+Writes one shard of random rows, reads it back and prints one JSON line: seconds for the million
+tokens by whole rows (ids, logits and probabilities), and for the same by a loop over tokens, which
+is timed on every 20th row and scaled up. Both must give the same sums before a time is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from explore_logits import (  # noqa: E402 - run as a script, from anywhere
+    FormatError,
+    block_samples,
+    dequantize_top_logits,
+    iter_blocks,
+    logits_to_probs,
+    pack_indices,
+    shard_schema,
+)
+
+ROW_TOKENS = 1000
+
+
+def write_shard(path: Path, tokens: int) -> None:
+    """Write rows of 1,000 tokens whose nuclei hold 1 to 100 entries, 28 on average, and no tail."""
+    rng = np.random.default_rng(0)
+    schema = shard_schema(settings={"top_p": 0.98, "top_p_max": 100, "sampled_n": 0})
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for index in range(tokens // ROW_TOKENS):
+            counts = np.minimum(rng.geometric(1 / 34, ROW_TOKENS), 100)
+            entries = int(counts.sum())
+            low, high = pack_indices(rng.integers(0, 151_936, entries))
+            ranges = rng.normal(10, 3, (2, ROW_TOKENS)).astype(np.float32)
+            row = {
+                "index": index,
+                "num_tokens": ROW_TOKENS,
+                "top_indices_low": low,
+                "top_indices_high": high,
+                "top_logits_quantized": rng.integers(0, 65536, entries),
+                "top_counts": counts,
+                "top_min": ranges.min(axis=0),
+                "top_max": ranges.max(axis=0),
+                "sampled_indices_low": [],
+                "sampled_indices_high": b"",
+                "sampled_logits_quantized": [],
+                "sampled_min": [],
+                "sampled_max": [],
+                "logsumexp": ranges.max(axis=0) + 0.1,
+            }
+            writer.write_table(pa.Table.from_pylist([row], schema=schema))
+
+
+def decode_at_once(path: Path) -> tuple[float, float, int]:
+    """Return seconds, a checksum of all rows, and the number of entries."""
+    start, check, entries = time.perf_counter(), 0.0, 0
+    for block in iter_blocks(path):
+        check += float(block.top_probs().sum()) + float(block.top_ids.sum(dtype=np.int64))
+        entries += block.top_ids.size
+    return time.perf_counter() - start, check, entries
+
+
+def decode_by_token(path: Path, every: int) -> tuple[float, float]:
+    """Return seconds per row and a checksum, from a loop over the tokens of every so many rows."""
+    seconds, check, rows = 0.0, 0.0, 0
+    for block in iter_blocks(path):
+        samples = [sample for sample in block_samples(block) if sample["index"] % every == 0]
+        start = time.perf_counter()
+        for sample in samples:
+            for t in range(sample["num_tokens"]):
+                ids, logits = dequantize_top_logits(sample, t)
+                check += float(logits_to_probs(logits, sample["logsumexp"][t]).sum())
+                check += float(ids.sum(dtype=np.int64))
+        seconds += time.perf_counter() - start
+        rows += len(samples)
+    return seconds / max(rows, 1), check
+
+
+def check_sum(path: Path, every: int) -> float:
+    """Return the checksum of every so many rows, decoded at once."""
+    total = 0.0
+    for block in iter_blocks(path):
+        owner = np.repeat(np.arange(block.index.size), block.num_tokens)
+        kept = np.repeat((block.index % every == 0)[owner], block.top_counts)
+        total += float(block.top_probs()[kept].sum())
+        total += float(block.top_ids[kept].sum(dtype=np.int64))
+    return total
+
+
+def main() -> None:
+    """Run the benchmark and print its JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    tokens = parser.parse_args().tokens
+    every = 20 if tokens >= 100_000 else 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part-00000.parquet"
+        write_shard(path, tokens)
+        at_once, _, entries = decode_at_once(path)
+        per_row, check = decode_by_token(path, every)
+        if not np.isclose(check, check_sum(path, every), rtol=1e-9):
+            raise FormatError("the two ways do not decode the same")
+    by_token = per_row * (tokens / ROW_TOKENS)
+    figures = {
+        "benchmark": "decode",
+        "tokens": tokens,
+        "entries": entries,
+        "at_once_s": round(at_once, 3),
+        "by_token_s": round(by_token, 3),
+        "ratio": round(by_token / at_once, 1),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The command line of explore_logits: what it prints, its exit codes, and its light import."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CHATS, ROOT, TEACHER, run_script
+from small_output import SETTINGS, random_rows, write_output
+
+import explore_logits
+from explore_logits import build_parser, main, parse_args, row_list
+
+STORED = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
+HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib", "seaborn", "huggingface_hub",
+         "termcolor", "jinja2", "selenium")  # fmt: skip
+
+
+PROMISED = (
+    "SCHEMA", "pack_indices", "unpack_indices", "quantize_logits", "dequantize_logits",
+    "load_logit_dataset", "get_sample", "iter_samples", "load_extraction_config",
+    "dequantize_top_logits", "dequantize_sampled_logits", "dequantize_all_logits",
+    "logits_to_probs", "get_nucleus_probability_mass", "decode_top_tokens", "print_top_tokens",
+    "print_sample_info", "analyze_token_probabilities", "visualize_conversation_probabilities",
+    "analyze_nucleus_sizes", "NucleusSizeStats", "compute_dataset_stats", "print_dataset_stats",
+    "compute_bytes_per_token_stats", "plot_logit_distribution", "plot_nucleus_vs_sampled",
+    "plot_nucleus_sizes", "plot_nucleus_size_analysis", "quick_explore", "execute_analysis",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = random_rows(10, settings=STORED, tokens=30)
+    return write_output(tmp_path_factory.mktemp("cli"), rows, settings=STORED)
+
+
+# The module itself --------------------------------------------------------------------------------
+
+
+def test_importing_needs_the_standard_library_numpy_and_pyarrow_only() -> None:
+    script = f"import sys, explore_logits; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_is_quick() -> None:
+    def seconds(script: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+        return time.perf_counter() - start
+
+    # The least of several runs: what else the machine does only ever adds.
+    light = min(seconds("import explore_logits") for _ in range(5))
+    bare = min(seconds("import numpy, pyarrow.parquet") for _ in range(5))
+    print(f"import {light:.2f} s, of which numpy and pyarrow {bare:.2f} s")
+    assert light < max(1.0, 2 * bare)
+
+
+def test_reading_a_local_output_imports_nothing_heavier(output: Path) -> None:
+    heavy = [name for name in HEAVY if name != "pandas"]  # pyarrow looks for it by itself
+    script = (
+        f"import sys, explore_logits as e; name = {str(output)!r}; s = e.get_sample(name, 3);"
+        "e.print_top_tokens(s, 0); e.validate_output(name);"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "remedy"),
+    [
+        ("matplotlib", "e.plot_nucleus_sizes(s)", "logit-extraction[viz]"),
+        ("seaborn", "e.plot_nucleus_sizes(s)", "logit-extraction[viz]"),
+        ("torch", "e.analyze_nucleus_sizes(d, device='cpu')", "pip install torch"),
+        ("huggingface_hub", "e.load_logit_dataset('user/name')", "pip install huggingface_hub"),
+        ("transformers", "e.load_tokenizer('user/name')", "pip install transformers"),
+        ("datasets", "e.open_source('user/name')", "pip install datasets"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(
+    output: Path, module: str, call: str, remedy: str
+) -> None:
+    script = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"import explore_logits as e\nd = {str(output)!r}\ns = e.get_sample(d)\n"
+        f"try:\n    {call}\nexcept e.LogitsError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"{module} is needed" in done.stdout
+    assert remedy in done.stdout
+
+
+def test_all_names_of_the_module_exist_and_are_sorted_out() -> None:
+    names = explore_logits.__all__
+    assert len(set(names)) == len(names)
+    assert all(hasattr(explore_logits, name) for name in names)
+    assert set(PROMISED) <= set(names)
+
+
+def test_nothing_is_printed_outside_of_what_prints() -> None:
+    tree = ast.parse((ROOT / "explore_logits.py").read_text(encoding="utf-8"))
+    printing = {
+        function.name
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and call.func.id == "print"
+    }
+    shows = ("print_", "show_", "run_commands", "quick_explore", "main")
+    assert all(name.startswith(shows) for name in printing), printing
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+def test_rows_are_numbers_lists_and_ranges() -> None:
+    assert row_list("3") == [3]
+    assert row_list("0,5,-1") == [0, 5, -1]
+    assert row_list("2-4,9") == [2, 3, 4, 9]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["out", "--sample", "many"],
+        ["out", "--sample", "5-2"],
+        ["out", "--sample", "0-99999999"],
+        ["out", "--top", "0"],
+        ["out", "--max-samples", "-3"],
+        ["out", "--unknown"],
+    ],
+)
+def test_a_bad_command_line_exits_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(arguments)
+    assert caught.value.code == 2
+    assert "explore-logits: error" in capsys.readouterr().err
+
+
+def test_the_help_fits_80_columns_and_names_the_exit_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = build_parser().format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "3 --validate found" in text
+    for flag in ("--sample", "--html", "--stats", "--validate", "--compare", "--plot"):
+        assert flag in text
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere"], "no such folder or file: ./nowhere"),
+        (["{output}", "--sample", "10"], "10 rows, there is no row 10"),
+        (["{output}", "--split", "test"], "no split 'test'; it has train"),
+        (["{output}", "--token", "999"], "there is no token 999"),
+        (["{output}", "--compare", "./nowhere"], "no such folder or file: ./nowhere"),
+    ],
+)
+def test_what_is_not_there_exits_2_with_one_line(
+    output: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert main([part.format(output=output) for part in arguments]) == 2
+    assert len(caplog.messages) == 1
+    assert message in caplog.messages[0]
+    assert "{" not in capsys.readouterr().out.splitlines()[-1:]
+
+
+def test_the_last_line_is_one_json_object_whatever_was_asked(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, picture = tmp_path / "page.html", tmp_path / "plot.png"
+    for arguments in (
+        ["--sample", "1,-1"],
+        ["--stats"],
+        ["--validate"],
+        ["--compare", str(output)],
+        ["--sample", "0-3", "--stats", "--html", str(page), "--plot", str(picture)],
+        ["--plots", str(tmp_path / "plots")],
+        ["--conversation", "4", "--token", "0"],
+    ):
+        assert main([str(output), *arguments]) == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert summary["output"] == str(output)
+        assert summary["rows"] in (10, [10, 10])
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<section id=") == 4
+    assert "bytes per token" in text
+    assert picture.stat().st_size > 5000
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 4
+
+
+def test_a_row_is_shown_with_its_predictions(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(output), "--sample", "3", "--top", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "conversation 3:" in shown
+    assert "typical probability" in shown
+    assert set(shown) & set("█▏▎▍▌▋▊▉")
+    assert shown.count("\n    4  ") >= 1
+
+
+def test_the_script_runs_where_the_terminal_knows_ascii_only(output: Path) -> None:
+    done = run_script("explore_logits.py", output, "--stats", PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.code == 0, done.stderr
+    assert done.summary["rows"] == 10
+
+
+def test_a_reader_that_stops_early_is_no_error(output: Path) -> None:
+    command = [sys.executable, str(ROOT / "explore_logits.py"), str(output), "--validate"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0

@@ -1,0 +1,107 @@
+"""The plots: each returns a figure that says what it shows, in units, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from small_output import SETTINGS, random_rows
+
+import explore_logits as explore
+from explore_logits import (
+    LogitsError,
+    analyze_nucleus_sizes,
+    get_sample,
+    plot_logit_distribution,
+    plot_nucleus_size_analysis,
+    plot_nucleus_sizes,
+    plot_nucleus_vs_sampled,
+)
+
+matplotlib.use("Agg")
+ROWS = random_rows(12, tokens=40, seed=3)
+SAMPLE = max((get_sample(ROWS, row) for row in range(12)), key=lambda s: s["num_tokens"])
+NO_TAIL = get_sample(random_rows(2, settings=SETTINGS | {"sampled_n": 0}), 1)
+ONE_TOKEN = get_sample(random_rows(1, tokens=1), 0)
+PLOTS: dict[str, Callable[[], Any]] = {
+    "logits": lambda: plot_logit_distribution(SAMPLE, 3),
+    "logits of a nucleus of one": lambda: plot_logit_distribution(
+        SAMPLE, int(np.argmin(SAMPLE["top_counts"]))
+    ),
+    "nucleus against tail": lambda: plot_nucleus_vs_sampled(SAMPLE),
+    "no tail": lambda: plot_nucleus_vs_sampled(NO_TAIL),
+    "sizes": lambda: plot_nucleus_sizes(SAMPLE),
+    "sizes of one token": lambda: plot_nucleus_sizes(ONE_TOKEN),
+    "size analysis": lambda: plot_nucleus_size_analysis(analyze_nucleus_sizes(ROWS)),
+    "size analysis of an output": lambda: plot_nucleus_size_analysis(ROWS, max_samples=5),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS.keys())
+def test_a_plot_returns_a_figure_with_labelled_axes(
+    plot: Callable[[], Any], tmp_path: Path
+) -> None:
+    from matplotlib import pyplot
+
+    before = dict(matplotlib.rcParams)
+    figure = plot()
+    assert pyplot.get_fignums() == []  # a notebook shows it once, as the result
+    assert dict(matplotlib.rcParams) == before
+    figure.savefig(tmp_path / "plot.png")
+    image = pyplot.imread(tmp_path / "plot.png")
+    assert image.shape[1] > 600
+    assert np.ptp(image[..., :3]) > 0.5
+    axes = figure.axes
+    assert all(axis.get_ylabel() for axis in axes)
+    assert axes[-1].get_xlabel()
+    assert any(axis.get_title() for axis in axes)
+
+
+def test_axes_name_their_units() -> None:
+    labels = " ".join(
+        axis.get_xlabel() + axis.get_ylabel() for plot in PLOTS.values() for axis in plot().axes
+    )
+    for unit in ("(nats)", "(tokens)", "(%)"):
+        assert unit in labels
+
+
+def test_the_plotted_sizes_are_the_samples() -> None:
+    figure = plot_nucleus_sizes(SAMPLE)
+    outline = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert outline[:, 1].max() == SAMPLE["top_counts"].max()
+    covered = figure.axes[1].lines[0].get_ydata()
+    assert covered == pytest.approx(100 * explore.get_nucleus_probability_mass(SAMPLE))
+
+
+def test_hostile_text_is_a_label_like_any_other(tmp_path: Path) -> None:
+    class Vocabulary:
+        def __len__(self) -> int:
+            return 600
+
+        def decode(self, ids: list[int]) -> str:
+            return "$\\frac{1}{0}$ _^ \x1b" + "x" * 50
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return "x"
+
+    figure = plot_logit_distribution(SAMPLE, 0, tokenizer=Vocabulary())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font has no picture of an escape
+        figure.savefig(tmp_path / "plot.png")
+
+
+def test_a_token_that_is_not_there_is_refused() -> None:
+    with pytest.raises(LogitsError, match="there is no token"):
+        plot_logit_distribution(SAMPLE, 10**6)
