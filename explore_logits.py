@@ -4424,6 +4424,13 @@ document.addEventListener("keydown", event => {
     focus(move(node, event.key));
   }
 });
+function follow() {
+  const at = /^#s([0-9]+)-t([0-9]+)$/.exec(location.hash);
+  const node = at && document.querySelector("#s" + at[1] + ' .tok[data-t="' + at[2] + '"]');
+  if (node) { node.scrollIntoView({block: "center"}); focus(node); }
+}
+addEventListener("hashchange", follow);
+follow();
 """
 
 
@@ -4441,6 +4448,8 @@ def render_page(
     stats: str = "",
 ) -> str:
     """Return a self-contained page of several conversations: one file, no network, both themes.
+
+    `page.html#s1-t40` opens it at token 40 of the second conversation.
 
     Args:
         analyses: the conversations, in the order shown.

@@ -461,6 +461,18 @@ def test_the_popup_never_hides_its_token(show: Any, plain: list[ConversationAnal
         assert apart, (t, one, two)
 
 
+def test_a_link_leads_to_a_token(
+    browser: Any, plain: list[ConversationAnalysis], tmp_path: Path
+) -> None:
+    explore.write_page(tmp_path / "page.html", render_page(plain))
+    browser.get((tmp_path / "page.html").as_uri() + "#s2-t30")
+    assert focused(browser) == 30
+    assert f"id {plain[2].tokens[30].id}, token 30" in find(browser, "#pop")[0].text
+    for nowhere in ("#s9-t1", "#s0-t99999", "#s0-t1]", "#"):
+        browser.get((tmp_path / "page.html").as_uri() + nowhere)
+        assert browser.get_log("browser") == []
+
+
 def test_without_scripts_the_text_and_its_colours_are_there(
     browser: Any, plain: list[ConversationAnalysis], tmp_path: Path
 ) -> None:

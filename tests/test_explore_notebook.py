@@ -1,0 +1,58 @@
+"""The notebook in docs runs from top to bottom on an output of the embedded teacher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATS, ROOT, TEACHER, run_script
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+NOTEBOOK = ROOT / "docs" / "explore.ipynb"
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("notebook")
+    done = run_script(
+        "extract_logits.py", "--model", TEACHER, "--dataset", CHATS, "--index-col", "id",
+        "--limit", 12, "--output", folder / "logits", "--cache-dir", folder / "cache",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    os.environ["LOGITS"] = str(folder / "logits")
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    run = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    client = nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=run)
+    return client.execute()
+
+
+def outputs(book: Any, kind: str) -> list[str]:
+    return [
+        str(output["data"][kind])
+        for cell in book.cells
+        for output in cell.get("outputs", [])
+        if kind in output.get("data", {})
+    ]
+
+
+def test_it_runs_and_shows_tables_pictures_and_the_page(executed: Any) -> None:
+    assert len(outputs(executed, "image/png")) == 4  # each figure once
+    shown = outputs(executed, "text/html")
+    assert sum("<iframe srcdoc=" in text for text in shown) == 1
+    assert sum("<table>" in text for text in shown) >= 3
+    printed = "".join(
+        output.get("text", "") for cell in executed.cells for output in cell.get("outputs", [])
+    )
+    assert "valid: 1 shards, 12 rows" in printed
+    assert "KL, mean and max    0 and 0 nats" in printed
+
+
+def test_it_is_committed_without_outputs() -> None:
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert len(cells) > 10
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+    assert Path(NOTEBOOK).stat().st_size < 20_000
