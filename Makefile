@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help demo test chaos lint clean
+.PHONY: help images demo test chaos lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,7 +36,7 @@ demo/logits/checkpoint.json: demo/lengths/lengths.parquet $(SCRIPTS) $(wildcard 
 	touch $@
 
 demo/report.html demo/nucleus.png &: demo/logits/checkpoint.json
-	$(PY) explore_logits.py demo/logits --sample 3 --html demo/report.html \
+	$(PY) explore_logits.py demo/logits --sample 0-5 --stats --html demo/report.html \
 	  --plot demo/nucleus.png
 
 # make demo    lengths, extraction, exploration on the embedded teacher
@@ -59,6 +59,10 @@ lint: .venv/.done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# make images  the pictures in docs/images, from the demo (chromium for those of the page)
+images: demo/logits/checkpoint.json
+	$(PY) docs/make_images.py demo/logits
 
 # make clean   remove what the other targets made, but the environment
 clean:
