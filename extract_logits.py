@@ -459,7 +459,9 @@ class WorkerTask(torch.utils.data.Dataset[Any]):
     def __init__(self, make: Callable[[list[Any]], Any]) -> None:
         self.make = make
 
-    def __getitems__(self, items: list[Any]) -> Any:
+    def __getitems__(self, items: list[Any] | LogitsError) -> Any:
+        if isinstance(items, LogitsError):
+            return items
         try:
             return self.make(items)
         except LogitsError as error:
@@ -482,14 +484,14 @@ def run_ahead(
     `batches` is read in this process, and only so far ahead as keeps the workers busy.
 
     Raises:
-        LogitsError: what `make` raised, as itself.
+        LogitsError: what `make` or `batches` raised, as itself, after all that came before.
         StopRequested: `should_stop` said so.
     """
     if processes:  # each conversation is tokenized by itself, so threads would only warn at a fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         WorkerTask(make),
-        batch_sampler=batches,
+        batch_sampler=end_with_error(batches),
         collate_fn=pass_through,
         num_workers=processes,
         prefetch_factor=4 if processes else None,
@@ -505,6 +507,17 @@ def run_ahead(
             yield made
     finally:  # the last reference: the workers end now, not when a traceback is collected
         del loader, results
+
+
+def end_with_error(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches and, where reading them is refused, the refusal as the last one.
+
+    An error that leaves a sampler would tear down the workers before their rows have come.
+    """
+    try:
+        yield from batches
+    except LogitsError as error:
+        yield error
 
 
 def pass_through(made: Any) -> Any:
@@ -808,12 +821,16 @@ def check_lengths(
 
 
 def measure_settings(config: ExtractionConfig, encoder: RowEncoder) -> dict[str, Any]:
-    """Return what the lengths of this job depend on, as compute_lengths.py records it."""
+    """Return what the lengths of this job depend on, as compute_lengths.py records it.
+
+    Of a dataset on the Hub no commit is compared: most commits change no row.
+    """
+    local = os.path.exists(os.path.expanduser(config.dataset))
     return {
         "model": config.model,
         "model_revision": config.revision,
         "dataset": config.dataset,
-        "dataset_revision": source_revision(config.dataset),
+        "dataset_revision": source_revision(config.dataset) if local else None,
         "subset": config.subset,
         "split": config.split,
         **{f"{name}_col": value for name, value in asdict(encoder.columns).items()},
@@ -824,19 +841,19 @@ def measure_settings(config: ExtractionConfig, encoder: RowEncoder) -> dict[str,
 
 
 def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say where recorded settings differ from those of this job; equal places are equal.
+    """Say where recorded settings differ from those of this job.
 
-    A local model or dataset may be named in several ways, and its files may have moved: paths are
-    compared in full, and not at all where the recorded revision, a digest of the files, agrees.
+    Names of local files and folders are compared as full paths, and that of the dataset not at all
+    where the recorded revision, a digest of the files, agrees. A revision that one of the two does
+    not name is not compared.
     """
-    same_files = str(wanted["dataset_revision"]).startswith("sha256:") and (
-        found.get("dataset_revision") == wanted["dataset_revision"]
-    )
+    revision = wanted["dataset_revision"]
+    same_files = revision is not None and found.get("dataset_revision") == revision
     differences = []
     for name, value in wanted.items():
         other = found.get(name)
-        if name == "dataset_revision" and None in (other, value):
-            continue  # the Hub was out of reach: nothing to compare
+        if name.endswith("_revision") and None in (other, value):
+            continue
         if name == "dataset" and same_files:
             continue
         if name in ("model", "dataset") and full_path(other) == full_path(value):
@@ -848,7 +865,8 @@ def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 
 def full_path(name: Any) -> Any:
     """Return the full path of a local file or folder; any other name as it is."""
-    return os.path.realpath(name) if isinstance(name, str) and os.path.exists(name) else name
+    path = os.path.expanduser(name) if isinstance(name, str) else None
+    return os.path.realpath(path) if path is not None and os.path.exists(path) else name
 
 
 MEASURE_ROWS = 64  # conversations that a worker encodes at a time
