@@ -1,0 +1,189 @@
+"""Section 3 of `extract_logits.py`: batches of like length, longest first, within the limits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extract_logits import (
+    Batch,
+    EncodedRow,
+    ExtractionConfig,
+    PreparedDataset,
+    SkippedRow,
+    TokenBudgetBatchSampler,
+    make_sampler,
+    parse_args,
+)
+
+LENGTHS = st.lists(st.integers(1, 5000), max_size=200)
+LIMIT = st.none() | st.integers(1, 9000)
+THRESHOLDS = st.none() | st.dictionaries(st.integers(1, 5000), st.integers(1, 40), min_size=1)
+
+
+def log_normal_lengths(count: int = 20_000) -> Any:
+    """Lengths as chat datasets have them: median 450 tokens, 1 in 100 above 4,600."""
+    return np.random.default_rng(3).lognormal(np.log(450), 1.0, count).astype(int).clip(8, 32_768)
+
+
+def padding_share(lengths: Any, batches: Any) -> float:
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - int(lengths.sum()) / padded
+
+
+def row(index: int, size: int = 4) -> EncodedRow:
+    return EncodedRow(index, np.arange(size, dtype=np.int32), np.arange(1, size, dtype=np.int32))
+
+
+@given(lengths=LENGTHS, tokens=LIMIT, size=LIMIT, thresholds=THRESHOLDS)
+def test_every_row_is_in_exactly_one_batch_longest_first_within_every_limit(
+    lengths: list[int], tokens: int | None, size: int | None, thresholds: dict[int, int] | None
+) -> None:
+    sampler = TokenBudgetBatchSampler(
+        lengths, max_batch_tokens=tokens, max_batch_size=size, thresholds=thresholds
+    )
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    assert Counter(at for batch in batches for at in batch) == Counter(range(len(lengths)))
+    order = [lengths[at] for batch in batches for at in batch]
+    assert order == sorted(order, reverse=True)
+    for batch in batches:
+        longest = max(lengths[at] for at in batch)
+        if len(batch) > 1:
+            assert tokens is None or len(batch) * longest <= tokens
+            assert size is None or len(batch) <= size
+            if thresholds is not None:
+                fitting = [n for top, n in sorted(thresholds.items()) if longest <= top]
+                assert len(batch) <= (fitting[0] if fitting else 1)
+
+
+@given(lengths=LENGTHS, tokens=LIMIT, size=LIMIT, thresholds=THRESHOLDS)
+def test_no_batch_but_the_last_has_room_for_the_next_row(
+    lengths: list[int], tokens: int | None, size: int | None, thresholds: dict[int, int] | None
+) -> None:
+    sampler = TokenBudgetBatchSampler(
+        lengths, max_batch_tokens=tokens, max_batch_size=size, thresholds=thresholds
+    )
+    for batch in list(sampler)[:-1]:
+        longest, wanted = max(lengths[at] for at in batch), len(batch) + 1
+        full = [wanted > (size or 256), tokens is not None and wanted * longest > tokens]
+        if thresholds is not None:
+            full.append(
+                wanted > next((n for top, n in sorted(thresholds.items()) if longest <= top), 1)
+            )
+        assert any(full)
+
+
+def test_rows_of_equal_length_keep_the_order_of_the_source() -> None:
+    assert list(TokenBudgetBatchSampler([5, 9, 5, 9, 5], max_batch_size=2)) == [[1, 3], [0, 2], [4]]
+
+
+def test_thresholds_may_have_the_string_keys_of_json() -> None:
+    lengths = [4000, 1025, *[1024] * 4, 513, *[512] * 9]
+    for thresholds in ({512: 8, 1024: 4}, {"512": 8, "1024": 4}, {"1024": 4, "512": 8}):
+        sampler = TokenBudgetBatchSampler(lengths, thresholds=thresholds)  # type: ignore[arg-type]
+        assert [len(batch) for batch in sampler] == [1, 1, 4, 4, 6]
+
+
+def test_a_row_above_the_token_budget_makes_a_batch_of_its_own() -> None:
+    assert list(TokenBudgetBatchSampler([50, 900, 40], max_batch_tokens=100)) == [[1], [0, 2]]
+
+
+def test_done_rows_leave_the_plan_as_it_is() -> None:
+    lengths = log_normal_lengths(500)
+    plan = list(TokenBudgetBatchSampler(lengths, max_batch_tokens=4096))
+    done = np.zeros(500, bool)
+    done[[at for batch in plan[::2] for at in batch]] = True
+    halved = next(batch for batch in plan[1::2] if len(batch) > 1)
+    done[halved[0]] = True  # one row of a batch is done, another is not
+    left = list(TokenBudgetBatchSampler(lengths, max_batch_tokens=4096, done=done))
+    assert left == plan[1::2]
+
+
+def test_nothing_is_left_when_all_is_done_and_nothing_comes_of_nothing() -> None:
+    assert list(TokenBudgetBatchSampler([3, 2], done=np.ones(2, bool))) == []
+    assert list(TokenBudgetBatchSampler([])) == []
+
+
+@pytest.mark.parametrize("budget", [4096, 16384])
+def test_little_of_a_batch_is_padding(budget: int) -> None:
+    lengths = log_normal_lengths()
+    sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=budget)
+    share = padding_share(lengths, sampler.batches)
+    shuffled = np.split(np.random.default_rng(0).permutation(len(lengths)), len(lengths) // 16)
+    print(f"padding at {budget} tokens {share:.2%}; in 16s at random "
+          f"{padding_share(lengths, shuffled):.0%}")  # fmt: skip
+    assert share < 0.01
+    assert padding_share(lengths, shuffled) > 0.5
+
+
+def prepared(lengths: list[int]) -> PreparedDataset:
+    numbers = np.arange(len(lengths))
+    return PreparedDataset(None, numbers, numbers, np.asarray(lengths))
+
+
+def plan_of(lengths: list[int], *flags: str, device: str = "cpu") -> list[list[int]]:
+    config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
+    nothing = np.zeros(len(lengths), bool)
+    return list(make_sampler(config, prepared(lengths), device_type=device, done=nothing))
+
+
+def test_without_options_the_device_sets_the_token_budget() -> None:
+    lengths = [1000] * 100
+    assert len(plan_of(lengths)[0]) == 4
+    assert len(plan_of(lengths, device="mps")[0]) == 8
+    assert len(plan_of(lengths, device="cuda")[0]) == 16
+    assert len(plan_of(lengths, device="some-new-device")[0]) == 4
+    assert len(plan_of([1] * 1000)[0]) == 256
+
+
+def test_options_replace_the_default_budget_and_hold_together() -> None:
+    lengths = [100] * 100
+    assert len(plan_of(lengths, "--max-batch-tokens", "700")[0]) == 7
+    assert len(plan_of(lengths, "--max-batch-size", "3")[0]) == 3
+    assert len(plan_of(lengths, "--batch-thresholds", '{"99": 60, "100": 50}')[0]) == 50
+    assert (
+        len(plan_of(lengths, "--batch-thresholds", '{"100": 50}', "--max-batch-size", "9")[0]) == 9
+    )
+    assert len(
+        plan_of(lengths, "--batch-thresholds", '{"100": 50}', "--max-batch-tokens", "800")[0]
+    ) == 8  # fmt: skip
+
+
+def test_a_batch_parts_the_rows_it_runs_from_those_it_skips() -> None:
+    skipped = SkippedRow(7, "empty")
+    batch = Batch.collate([row(3, 5), skipped, row(4, 3)])
+    assert [each.index for each in batch.rows] == [3, 4]
+    assert batch.skipped == [skipped]
+    assert batch.num_tokens == 4 + 2
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_halves_hold_every_row_once_in_order(count: int) -> None:
+    batch = Batch([row(n) for n in range(count)], [SkippedRow(99, "empty")])
+    first, second = batch.halves()
+    assert [each.index for each in first.rows + second.rows] == list(range(count))
+    assert first.rows
+    assert second.rows
+    assert first.skipped + second.skipped == batch.skipped
+
+
+def test_a_plan_of_a_million_rows_takes_seconds() -> None:
+    """0.5 s here; a sampler that looks at every row for every batch would take an hour."""
+    import time
+
+    lengths = log_normal_lengths(1_000_000)
+    start = time.process_time()
+    TokenBudgetBatchSampler(lengths, max_batch_tokens=16384)
+    assert time.process_time() - start < 20
+
+
+def test_the_configuration_takes_what_the_sampler_takes() -> None:
+    config = ExtractionConfig(model="m", dataset="d", output="./o", batch_thresholds={512: 8})
+    sampler = make_sampler(config, prepared([512, 513]), device_type="cpu", done=np.zeros(2, bool))
+    assert list(sampler) == [[1], [0]]
