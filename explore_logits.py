@@ -976,6 +976,7 @@ _OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|cha
 _CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
 _THINK_TAG = re.compile(f"{_OPEN}|{_CLOSE}", re.IGNORECASE)
 _EMPTY_THINK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}\s*", re.IGNORECASE)
+_EMPTY_THINK_OR_NONE = re.compile(rf"(?:{_EMPTY_THINK.pattern})?", re.IGNORECASE)
 _OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
 
 
@@ -1173,6 +1174,11 @@ class _Rendering:
         text: str | None = _try_render(self.template, messages, self.tools, prompt=prompt)
         return text
 
+    @cached_property
+    def places(self) -> dict[int, Span]:
+        """Where plain turns say what they say, by message number."""
+        return _find_plain_contents(self)
+
     def replaced(self, number: int, message: Mapping[str, Any]) -> Messages:
         """Return the messages with one of them replaced."""
         return [*self.messages[:number], dict(message), *self.messages[number + 1 :]]
@@ -1220,12 +1226,56 @@ def _find_turn(rendering: _Rendering, number: int, floor: int) -> _Turn | None:
         turn = _find_calling_turn(rendering, number, floor)
         if turn is not None:
             return turn
-    variant = _replaced_content(rendering, number)
-    if variant is None:
+    place = _find_content(rendering, number)
+    if place is None:
         return None
-    first, last = _changed(rendering.text, variant)
-    start = _turn_start(rendering, number, floor, variant, first)
-    return _Turn(number, start, [(start, max(start, last))])
+    start = _turn_start(rendering, number, floor, place[0])
+    return _Turn(number, start, [(start, max(start, place[1]))])
+
+
+def _find_content(rendering: _Rendering, number: int) -> Span | None:
+    """Return where what is said in turn `number` stands; None if the template does not show it."""
+    if number in rendering.places:
+        return rendering.places[number]
+    variant = _replaced_content(rendering, number)
+    return None if variant is None else _changed(rendering.text, variant)
+
+
+def _find_plain_contents(rendering: _Rendering) -> dict[int, Span]:
+    """Find what all plain turns say by one rendering instead of one each.
+
+    Returns:
+        Place by message number; nothing unless the text is that rendering with each mark replaced
+        by the turn's content, whole or stripped.
+    """
+    messages, text, mark = list(rendering.messages), rendering.text, rendering.mark
+    plain = [number for number, message in enumerate(messages) if _is_plain_answer(message)]
+    contents = [messages[number]["content"] for number in plain]
+    for number in plain:
+        messages[number] = {**messages[number], "content": mark}
+    head, *rest = (rendering.render(messages) or "").split(mark)
+    if len(rest) != len(plain) or not text.startswith(head):
+        return {}
+    places, end = {}, len(head)
+    for number, content, after in zip(plain, contents, rest, strict=True):
+        forms = (content, content.strip(), content.rstrip(), content.lstrip())
+        shown = next((f for f in forms if text.startswith(f + after, end)), None)
+        if shown is None:
+            return {}
+        places[number] = (end, end + len(shown))
+        end += len(shown) + len(after)
+    return places if end == len(text) else {}
+
+
+def _is_plain_answer(message: Mapping[str, Any]) -> bool:
+    """Tell whether a message is the assistant's and holds text without reasoning or calls."""
+    content = message.get("content")
+    return (
+        message["role"] == "assistant"
+        and isinstance(content, str)
+        and not any(message.get(key) for key in ("tool_calls", *_REASONING_KEYS))
+        and not _THINK_TAG.search(content)
+    )
 
 
 def _replaced_content(rendering: _Rendering, number: int) -> str | None:
@@ -1244,15 +1294,16 @@ def _changed(text: str, variant: str) -> Span:
     return first, len(text) - _shared_suffix(text[first:], variant[first:])
 
 
-def _turn_start(rendering: _Rendering, number: int, floor: int, variant: str, first: int) -> int:
+def _turn_start(rendering: _Rendering, number: int, floor: int, first: int) -> int:
     """Return where turn `number` starts: at the end of the generation prompt before it.
 
     A think tag at the end of the prompt is part of it only where the text goes on like the prompt.
-    `variant` is the rendering with the turn's content replaced, `first` where it begins to differ.
+    What the turn says begins at `first`.
     """
     text, prompt = rendering.text, rendering.template.prompt
-    if prompt and text.endswith(prompt, floor, first):
-        return first
+    near = text.rfind(prompt, floor, first) + len(prompt)
+    if prompt and near >= len(prompt) and _EMPTY_THINK_OR_NONE.fullmatch(text, near, first):
+        return near
     asked = rendering.render(rendering.messages[:number], prompt=True)
     if asked is not None and len(asked) >= floor and text.startswith(asked):
         start = len(asked)
@@ -1262,7 +1313,7 @@ def _turn_start(rendering: _Rendering, number: int, floor: int, variant: str, fi
     before = rendering.render(rendering.messages[:number])
     if asked is not None and before is not None and asked.startswith(before):
         header = len(before) + len(_bare(asked[len(before) :]))
-        if len(before) >= floor and variant[:first].startswith(asked[:header]):
+        if floor <= len(before) and header <= first and text.startswith(asked[:header]):
             return header
     return _start_by_removal(rendering, number, floor, first)
 
@@ -1289,7 +1340,7 @@ def _find_calling_turn(rendering: _Rendering, number: int, floor: int) -> _Turn 
         return None
     first, last = _changed(rendering.text, variant)
     first = min(first, _calls_start(rendering, number, floor, first))
-    start = _turn_start(rendering, number, floor, variant, first)
+    start = _turn_start(rendering, number, floor, first)
     end = last + _closing_length(rendering, number, called, last)
     said = _shown_content(rendering, number)
     if said is None or said[1] <= end:
@@ -1426,9 +1477,8 @@ def _after_inserted_think(rendering: _Rendering, a: int, b: int, number: int) ->
     if found is None:
         return a
     tag_end = a + len(text[a : found.end()].rstrip())
-    variant = _replaced_content(rendering, number)  # tells the template's blanks from the data's
-    first = found.end() if variant is None else _shared_prefix(text, variant)
-    return min(found.end(), first) if first >= tag_end else found.end()
+    place = _find_content(rendering, number)  # tells the template's blanks from the data's
+    return min(found.end(), place[0]) if place and place[0] >= tag_end else found.end()
 
 
 # Tokens -------------------------------------------------------------------------------------------
