@@ -706,6 +706,8 @@ def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     tools = _without_nulls(_parsed_json(row.get("tools")))
     if not tools or isinstance(tools, str):
         return None
+    if isinstance(tools, list):
+        tools = [_parsed_json(tool) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConversationError("malformed", "column 'tools' is no list of tool schemas")
     return tools
@@ -784,7 +786,7 @@ class ChatTemplate:
     Attributes:
         source: Jinja source.
         special: names and values of the tokenizer's special tokens, for the template.
-        tokens: matches one or more added tokens of the tokenizer, back to back.
+        added: the tokenizer's added tokens, blank ones left out; longest first.
         parts: content must be given as a list of text parts.
         marked: `{% generation %}` markers are there and cover the assistant's content.
         marks_prompt: those markers cover part of the generation prompt, too.
@@ -794,12 +796,17 @@ class ChatTemplate:
 
     source: str
     special: Mapping[str, str]
-    tokens: re.Pattern[str]
+    added: tuple[str, ...]
     parts: bool = False
     marked: bool = False
     marks_prompt: bool = False
     prompt: str = ""
     ends: tuple[str, ...] = ()
+
+    @cached_property
+    def tokens(self) -> re.Pattern[str]:
+        """Match one or more added tokens back to back."""
+        return re.compile("(?:" + ("|".join(map(re.escape, self.added)) or "(?!)") + ")+")
 
     @cached_property
     def ending(self) -> re.Pattern[str]:
@@ -875,9 +882,10 @@ def prepare_template(tokenizer: Any, chat_template: str | None = None) -> ChatTe
 def _probe_template(
     tokenizer: Any, source: str, special: tuple[tuple[str, str], ...], _size: int
 ) -> ChatTemplate:
-    added = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}, key=len)
-    tokens = re.compile("(?:" + ("|".join(map(re.escape, reversed(added))) or "(?!)") + ")+")
-    plain = ChatTemplate(source, dict(special), tokens)
+    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    added = {token for token in added if token.strip("\u2581 \t\n\r")}  # Gemma adds line breaks
+    longest_first = tuple(sorted(added, key=lambda token: (-len(token), token)))
+    plain = ChatTemplate(source, dict(special), longest_first)
     for template in (plain, replace(plain, parts=True)):
         for opening in ((), ("system",)):
             facts = _probe_turns(template, opening)
@@ -1028,6 +1036,7 @@ def _settled_spans(
     Returns:
         The rendering, whether the template's markers were used, and the spans.
     """
+    timeless = "strftime_now" not in template.source
     for _ in range(3):
         dialect, text, marked = _render_dialects(messages, template, tools)
         rendering = _Rendering(dialect, template, tools, text, _unused_mark(text))
@@ -1038,10 +1047,9 @@ def _settled_spans(
             else:
                 spans = _differential_turns(rendering, include_end=include_end)
         except ConversationError:
-            if "strftime_now" not in template.source:
+            if timeless:
                 raise
-        unchanged = "strftime_now" not in template.source or rendering.render(dialect) == text
-        if unchanged and spans is not None:
+        if spans is not None and (timeless or rendering.render(dialect) == text):
             return rendering, bool(marked), spans
     raise ConversationError("unaligned", "the template prints the time, which goes on")
 
@@ -1143,8 +1151,8 @@ def _marked_end(rendering: _Rendering, start: int, end: int, *, keep: bool) -> i
     inside = template.closing.match(text, start, end)
     if inside:
         return end if keep else inside.end(1)
-    loose = re.compile(template.tokens.pattern + r"(\s+)\Z").search(text, start, end)
-    return loose.start(1) if loose and not keep else end
+    written = start + len(text[start:end].rstrip())
+    return written if not keep and text.endswith(template.added, start, written) else end
 
 
 # Differential rendering ---------------------------------------------------------------------------

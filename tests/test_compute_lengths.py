@@ -82,23 +82,27 @@ def as_dict(path: Path) -> dict[int, tuple[int, int]]:
 # As a user runs it --------------------------------------------------------------------------------
 
 
-def test_the_script_counts_what_extraction_would_and_reports_it(
-    tmp_path: Path, expected: dict[int, tuple[int, int]]
+def test_the_counts_are_what_extraction_would_take_and_are_reported(
+    tmp_path: Path,
+    expected: dict[int, tuple[int, int]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run_script(
-        "compute_lengths.py", "--model", TEACHER, "--dataset", CHATS, "--index-col", "id",
-        "--output-dir", tmp_path, "--num-proc", "1",
+    code = main(
+        [
+            "--model", str(TEACHER), "--dataset", str(CHATS), "--index-col", "id",
+            "--output-dir", str(tmp_path), "--num-proc", "1",
+        ]
     )  # fmt: skip
-    assert done.code == 0, done.stderr
+    shown = capsys.readouterr().out
+    assert code == 0
     assert as_dict(tmp_path / "lengths.parquet") == expected
     totals = np.sum(list(expected.values()), axis=0).tolist()
-    summary = done.summary
+    summary = json.loads(shown.splitlines()[-1])
     assert [summary["total_length"], summary["total_num_tokens"]] == totals
     assert (summary["rows"], summary["usable"], summary["skipped"]) == (400, 400, {})
     assert summary["output"] == str(tmp_path / "lengths.parquet")
-    assert "share up to here" in done.stdout
-    assert re.search(r"num_tokens +[\d,]+", done.stdout)
-    assert "measuring" in done.stderr
+    assert "share up to here" in shown
+    assert re.search(r"num_tokens +[\d,]+", shown)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -398,6 +402,9 @@ def test_a_hub_dataset_is_measured_and_pushed_from_the_command_line(tmp_path: Pa
         )  # fmt: skip
         assert done.code == 0, done.stderr
         assert done.summary["repo"] == "tester/lengths"
+        assert "share up to here" in done.stdout
+        assert "measuring" in done.stderr
+        assert "measuring" not in done.stdout
         assert done.summary["rows"] == 400
         lengths = read_lengths(str(tmp_path / "lengths.parquet"))
         sha = api.dataset_info("tester/chats").sha

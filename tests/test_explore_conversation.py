@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -151,6 +152,7 @@ def test_tools_come_from_a_list_or_from_json() -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     assert read_tools({"tools": [tool | {"strict": None}]}) == [tool]
     assert read_tools({"tools": '[{"type": "function", "function": {"name": "f"}}]'}) == [tool]
+    assert read_tools({"tools": ['{"type": "function", "function": {"name": "f"}}']}) == [tool]
     assert read_tools({}) is read_tools({"tools": None}) is read_tools({"tools": "[]"}) is None
     with pytest.raises(ConversationError):
         read_tools({"tools": [1]})
@@ -200,6 +202,32 @@ def test_an_end_of_turn_outside_the_markers_is_taken_in() -> None:
         "{{ m.content }}<|end|>\n{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|end|>\n"
     )
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_added_tokens_that_are_blank_do_not_count_as_ends(template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.add_tokens(["\n", "\n\n", "  ", "Birch"])
+    tokenizer.chat_template = template
+    encoded = encode_conversation(CHAT, tokenizer)
+    assert encoded.end_of_turn == "<|end|>"
+    taken = tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist())
+    assert taken == "Birch bark.<|end|>Dune.<|end|>"
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_thousands_of_added_tokens_do_not_slow_it_down(template: str) -> None:
+    """Two seconds are allowed for 48,000 characters; trying every token at each takes minutes."""
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.add_tokens([f"<unused{n}>" for n in range(6000)] + ["<|start|>", "<|end|>"])
+    tokenizer.chat_template = template
+    prepared = prepare_template(tokenizer)
+    chat = [user("amber?"), says("Birch bark <and> more. " * 2000 + "<unused7> \n")]
+    began = time.process_time()
+    rendered = explore_logits.render_conversation(chat, prepared)
+    assert time.process_time() - began < 2
+    assert len(rendered.spans) == 1
 
 
 def test_a_role_header_inside_the_markers_is_left_out() -> None:
