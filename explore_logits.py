@@ -463,6 +463,9 @@ def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
 def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **options: Any) -> Any:
     """Call `datasets.load_dataset` and turn what it raises into one line that says what to do."""
     datasets = import_extra("datasets")
+    log = logging.getLogger("datasets.packaged_modules")  # tells with a traceback what is raised
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         return datasets.load_dataset(builder, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
@@ -470,6 +473,8 @@ def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **opt
             for _ in read_json_lines(str(file)):  # names the line that is not JSON
                 pass
         raise SourceError(_describe_load_error(dataset, options, error)) from error
+    finally:
+        log.setLevel(level)
 
 
 def _root_cause(error: BaseException) -> str:

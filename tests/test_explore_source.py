@@ -164,10 +164,13 @@ def test_a_split_that_is_not_there_names_those_that_are(
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("bad", ['{"messages": [', "[1, 2]", "hello"])
-def test_a_malformed_line_is_named(bad: str, streaming: bool, tmp_path: Path) -> None:
+def test_a_malformed_line_is_named(
+    bad: str, streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_lines(tmp_path / "r.jsonl", [*ROWS, "", bad, ROWS[0]])
     with pytest.raises(SourceError, match="line 4"):
         list(open_source(str(path), streaming=streaming))
+    assert "Failed to load" not in caplog.text
 
 
 @pytest.mark.parametrize(
