@@ -1834,6 +1834,17 @@ READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
 CONFIG_FILE = "extraction_config.json"
 CHECKPOINT_FILE = "checkpoint.json"
 TEMPLATE_FILE = "chat_template.jinja"
+SETTING_RANGES = {
+    "top_p": (0, 1),
+    "top_p_max": (1, 255),
+    "sampled_n": (0, MAX_TOKEN_ID),
+    "logit_bits": (4, 16),
+    "vocab_size": (1, MAX_TOKEN_ID + 1),
+}
+SETTING_TEXTS = (
+    *("model", "model_revision", "dataset", "dataset_revision", "subset", "split"),
+    *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
+)
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
 MAX_GROUP_VALUES = 2**28
@@ -2066,9 +2077,14 @@ def parquet_errors(name: str) -> Iterator[None]:
 def open_parquet(store: Store, path: str) -> Any:
     """Open a shard of a store; only its footer is read."""
     with parquet_errors(path):
-        return pq.ParquetFile(
-            store.open(path), pre_buffer=isinstance(store, HubStore), thrift_string_size_limit=2**26
+        file = pq.ParquetFile(
+            store.open(path),
+            pre_buffer=isinstance(store, HubStore),
+            thrift_string_size_limit=2**26,
+            page_checksum_verification=True,
         )
+        file.schema_arrow.names  # noqa: B018 - read here, where an unreadable one is reported
+        return file
 
 
 def check_group_size(group: Any, name: str) -> None:
@@ -2093,14 +2109,44 @@ def table_settings(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[st
 
 
 def parse_settings(text: bytes, name: str) -> dict[str, Any]:
-    """Parse the settings of a run, a JSON object."""
+    """Parse the settings of a run: a JSON object whose known entries are of the right kind.
+
+    Raises:
+        FormatError: they are not; names the entry.
+    """
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name}: the settings are not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise FormatError(f"{name}: the settings are no JSON object")
+    for entry, (low, high) in SETTING_RANGES.items():
+        value = settings.get(entry)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and low <= value <= high):
+            raise FormatError(f"{name}: {entry} is {value!r:.40}, not a number in {low}..{high}")
+    for entry in SETTING_TEXTS:
+        if not isinstance(settings.get(entry), (str, type(None))):
+            raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not text")
     return settings
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """What the settings of a run say about its rows; the widest where they do not say."""
+
+    top_p: float = 0.0
+    top_p_max: int = 255
+    sampled_n: int | None = None
+    logit_bits: int = 16
+    vocab_size: int = MAX_TOKEN_ID + 1
+    store_tokens: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> RunLimits:
+        """Take the limits out of a run's settings."""
+        names = [entry.name for entry in fields(cls) if settings.get(entry.name) is not None]
+        return cls(**{name: settings[name] for name in names})
 
 
 def open_store(name: str | Path) -> Store:
@@ -2970,8 +3016,9 @@ def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
     total = columns.total()
     if isinstance(dataset, LogitDataset):
         total = sum(dataset.sizes.values())
-        for shard in range(len(dataset.shards)):
-            columns.update(stored_bytes(dataset.file(shard).metadata))
+        for shard, name in enumerate(dataset.shards):
+            with parquet_errors(name):
+                columns.update(stored_bytes(dataset.file(shard).metadata))
     return BytesPerTokenStats(tokens, total, dict(columns), not in_files)
 
 
@@ -3068,16 +3115,16 @@ def compute_dataset_stats(
         FormatError: a row is not in the shard format.
     """
     dataset = as_dataset(dataset)
-    settings = dataset.settings if isinstance(dataset, LogitDataset) else {}
+    limits = RunLimits.of(dataset.settings if isinstance(dataset, LogitDataset) else {})
     sums: Counter[str] = Counter()
     histogram, least = np.zeros(256, np.int64), 1.0
     for block in iter_blocks(dataset, limit=max_samples):
         histogram += np.bincount(block.top_counts, minlength=256)
         mass = sum_runs(block.top_probs(), block.top_starts)
         least = min(least, float(mass.min(initial=1.0)))
-        sums.update(sum_block(block, mass, settings))
+        sums.update(sum_block(block, mass, limits))
         rows = (actual_tokens or stored_actual_tokens)(block)
-        sums.update(sum_agreement(block, rows, logit_bits=int(settings.get("logit_bits", 16))))
+        sums.update(sum_agreement(block, rows, logit_bits=limits.logit_bits))
     tokens, known = max(int(histogram.sum()), 1), sums["known"]
     about_text = {name: sums[name] / known if known else None for name in AGREEMENT}
     cost = None
@@ -3091,7 +3138,7 @@ def compute_dataset_stats(
         min_mass=least,
         mean_tail_mass=sums["tail"] / tokens,
         mean_first=sums["first"] / tokens,
-        capped=sums["capped"] / tokens if "top_p" in settings else None,
+        capped=sums["capped"] / tokens if limits.top_p else None,
         known=int(known),
         bytes_per_token=cost,
         **about_text,
@@ -3102,24 +3149,24 @@ AGREEMENT = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
 
 
 def sum_block(
-    block: TokenBlock, mass: npt.NDArray[np.float64], settings: Mapping[str, Any]
+    block: TokenBlock, mass: npt.NDArray[np.float64], limits: RunLimits
 ) -> dict[str, Any]:
     """Sum over a block what `DatasetStats` averages."""
-    short = mass < settings.get("top_p", 0.0) - mass_tolerance(block, mass, settings)
+    short = mass < limits.top_p - mass_tolerance(block, mass, limits.logit_bits)
     return {
         "rows": block.index.size,
         "mass": float(mass.sum()),
         "tail": float(block.tail_probs().sum()),
         "first": float(first_probs(block).sum()),
-        "capped": int((short & (block.top_counts >= settings.get("top_p_max", 255))).sum()),
+        "capped": int((short & (block.top_counts >= limits.top_p_max)).sum()),
     }
 
 
 def mass_tolerance(
-    block: TokenBlock, mass: npt.NDArray[np.float64], settings: Mapping[str, Any]
+    block: TokenBlock, mass: npt.NDArray[np.float64], logit_bits: int
 ) -> npt.NDArray[np.float64]:
     """Return how far each nucleus' decoded mass can be off: half a step, and float32's share."""
-    half_step = 0.5 / (2 ** int(settings.get("logit_bits", 16)) - 1)
+    half_step = 0.5 / (2**logit_bits - 1)
     span = block.top_max.astype(np.float64) - block.top_min
     return mass * np.expm1(half_step * span) + 2e-5
 
@@ -3240,6 +3287,7 @@ class ValidationReport:
         return "\n".join([*lines, f"{self.name}: {total:,} violations ({kinds}) in {seen}"])
 
 
+MACHINE_SETTINGS = {"attn", "versions"}  # may differ between the machines of one run
 MAX_REPORTED = 10  # violations shown of each rule in each shard
 
 
@@ -3250,7 +3298,7 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     throughout; list lengths; ids in range and never twice for a token; order, quantization and
     finite ranges; the nucleus covers top_p or is cut by the cap, and is no larger than needed; no
     tail token above the nucleus; probabilities that sum to 1 at most; positions of stored tokens;
-    no conversation twice.
+    no conversation twice; the shards that the checkpoint lists.
 
     Raises:
         OpenError: there is no such output; what is wrong inside it is reported, not raised.
@@ -3265,12 +3313,13 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
         try:
             settings = validate_footer(alone, config, report)
             config = config or settings
-            validate_shard(alone, settings, report, found)
+            validate_shard(alone, RunLimits.of(settings), report, found)
         except LogitsError as error:
             row = sum(part.size for part in found)
             report.add(Violation(shard, row if row else None, None, "unreadable", str(error)))
         places.append((shard, np.concatenate(found) if found else np.zeros(0, np.int64)))
     validate_unique(places, report)
+    validate_checkpoint(dataset, report)
     return report
 
 
@@ -3303,10 +3352,15 @@ def validate_footer(
     version = (schema.metadata or {}).get(METADATA_VERSION)
     if version != str(FORMAT_VERSION).encode():
         add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
-    settings = dataset.settings
-    if not settings:
-        add("metadata", "holds no settings of its run")
-    differ = [name for name in settings if name in config and settings[name] != config[name]]
+    settings: dict[str, Any] = {}
+    try:
+        settings = dataset.settings
+        if not settings:
+            add("metadata", "holds no settings of its run")
+    except FormatError as error:
+        add("settings", str(error))
+    names = (settings.keys() & config.keys()) - MACHINE_SETTINGS
+    differ = [name for name in names if settings[name] != config[name]]
     if differ:
         add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
     if not len(dataset):
@@ -3316,7 +3370,7 @@ def validate_footer(
 
 def validate_shard(
     dataset: LogitDataset,
-    settings: Mapping[str, Any],
+    limits: RunLimits,
     report: ValidationReport,
     found: list[npt.NDArray[np.int64]],
 ) -> None:
@@ -3331,8 +3385,8 @@ def validate_shard(
         good = np.array([row for row in range(table.num_rows) if row not in bad], np.int64)
         sound = read_columns(table.take(good)) if bad else columns
         block = build_block(sound, first)
-        validate_block(block, settings, report, shard=shard, rows=first + good)
-        found.append(np.asarray(columns["index"], np.int64))
+        validate_block(block, limits, report, shard=shard, rows=first + good)
+        found.append(np.asarray(columns.get("index", np.zeros(0)), np.int64))
         first += table.num_rows
         report.rows += table.num_rows
         report.tokens += int(block.num_tokens.sum())
@@ -3340,7 +3394,7 @@ def validate_shard(
 
 def validate_block(
     block: TokenBlock,
-    settings: Mapping[str, Any],
+    limits: RunLimits,
     report: ValidationReport,
     *,
     shard: str,
@@ -3354,7 +3408,7 @@ def validate_block(
         report.add(Violation(shard, int(rows[number]), None, "length", "the row holds no tokens"))
     with np.errstate(all="ignore"):  # whatever a damaged file holds
         groups = (entry_rules, range_rules, mass_rules, text_rules)
-        rules = [rule for group in groups for rule in group(block, settings)]
+        rules = [rule for group in groups for rule in group(block, limits)]
     for rule in rules:
         tokens = np.flatnonzero(rule.broken)
         for token in tokens[:MAX_REPORTED]:
@@ -3382,15 +3436,15 @@ def any_in_run(
     return np.diff(to_starts(flags)[starts]) > 0
 
 
-def entry_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     """Yield the rules on counts, ids and their order."""
-    counts, cap = block.top_counts, int(settings.get("top_p_max", 255))
+    counts, cap = block.top_counts, limits.top_p_max
     bad = (counts < 1) | (counts > cap)
     yield Rule("count", bad, f"nucleus of {{}} tokens, allowed are 1 to {cap}", (counts,))
-    tail, drawn = block.tail_counts, settings.get("sampled_n")
+    tail, drawn = block.tail_counts, limits.sampled_n
     if drawn is not None:
         yield Rule("tail count", tail != drawn, f"{{}} tail tokens instead of {drawn}", (tail,))
-    vocab = vocabulary_size(settings)
+    vocab = limits.vocab_size
     high = any_in_run(block.top_ids >= vocab, block.top_starts)
     high |= any_in_run(block.tail_ids >= vocab, block.tail_starts)
     yield Rule("id", high, f"a token id beyond the vocabulary of {vocab}")
@@ -3405,11 +3459,6 @@ def entry_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule
     yield Rule("ties", any_in_run(ties, block.top_starts), "equal logits, but ids do not ascend")
 
 
-def vocabulary_size(settings: Mapping[str, Any]) -> int:
-    """Return V of the run; what the format can hold where the settings do not say."""
-    return int(settings.get("vocab_size") or MAX_TOKEN_ID + 1)
-
-
 def repeated_ids(block: TokenBlock) -> npt.NDArray[np.bool_]:
     """Say of each token whether an id occurs twice in its nucleus and tail sample."""
     keys, _, _ = known_entries(block)
@@ -3418,9 +3467,9 @@ def repeated_ids(block: TokenBlock) -> npt.NDArray[np.bool_]:
     return broken
 
 
-def range_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     """Yield the rules on quantization ranges and levels, for nucleus and tail."""
-    steps = 2 ** int(settings.get("logit_bits", 16)) - 1
+    steps = 2**limits.logit_bits - 1
     for part, q, starts, low, high in (
         ("nucleus", block.top_q, block.top_starts, block.top_min, block.top_max),
         ("tail", block.tail_q, block.tail_starts, block.tail_min, block.tail_max),
@@ -3442,37 +3491,37 @@ def range_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule
     yield Rule("tail", above, message, (block.tail_max, block.top_min))
 
 
-def mass_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     """Yield the rules on the log-sum-exp and on probabilities."""
-    lse, top_p, counts = block.logsumexp, settings.get("top_p", 0.0), block.top_counts
+    lse, top_p, counts = block.logsumexp, limits.top_p, block.top_counts
     least = block.top_max - 1e-4 * np.maximum(1, np.abs(block.top_max))
     message = "log-sum-exp {:g} beside a logit of {:g}"
     sound = np.isfinite(lse) & (lse >= least)
     yield Rule("logsumexp", ~sound, message, (lse, block.top_max))
     probs = block.top_probs()
     mass = sum_runs(probs, block.top_starts)
-    tolerance = mass_tolerance(block, mass, settings)
+    tolerance = mass_tolerance(block, mass, limits.logit_bits)
     total = mass + sum_runs(block.tail_probs(), block.tail_starts)
     yield Rule("sum", total > 1 + 2 * tolerance, "probabilities sum to {:.6f}", (total,))
-    short = (mass < top_p - tolerance) & (counts < settings.get("top_p_max", 255))
+    short = (mass < top_p - tolerance) & (counts < limits.top_p_max)
     message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
-    yield Rule("mass", short & (counts < vocabulary_size(settings)), message, (counts, mass))
+    yield Rule("mass", short & (counts < limits.vocab_size), message, (counts, mass))
     rest = mass.copy()
     rest[counts > 0] -= probs[block.top_starts[1:][counts > 0] - 1]
     needless = (rest > top_p + tolerance) & (counts > 1) & (top_p > 0)
     yield Rule("minimal", needless, "covers {:.6f} even without its last token", (rest,))
 
 
-def text_rules(block: TokenBlock, settings: Mapping[str, Any]) -> Iterator[Rule]:
+def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     """Yield the rules on stored text; a broken row is named by its first token."""
     lost, foreign, unsorted = np.zeros((3, block.logsumexp.size), bool)
     firsts = block.row_starts[:-1]
     if block.tokens is None:
-        lost[firsts[block.num_tokens > 0]] = bool(settings.get("store_tokens"))
+        lost[firsts[block.num_tokens > 0]] = limits.store_tokens
     else:
         for first, ids, positions in zip(firsts, *block.tokens, strict=True):
             if positions.size:
-                foreign[first] = ((ids < 0) | (ids >= vocabulary_size(settings))).any()
+                foreign[first] = ((ids < 0) | (ids >= limits.vocab_size)).any()
                 inside = (positions >= 1) & (positions < ids.size)
                 unsorted[first] = not inside.all() or (np.diff(positions) <= 0).any()
     yield Rule("text", lost, "input_ids and token_positions are missing")
@@ -3493,6 +3542,24 @@ def validate_unique(
         message = f"conversation {indices[place]} is there already"
         row = int(place - starts[shard])
         report.add(Violation(places[shard][0], row, None, "twice", message))
+
+
+def validate_checkpoint(dataset: LogitDataset, report: ValidationReport) -> None:
+    """Report shards that the output's checkpoint lists otherwise than they are."""
+    text = read_text(dataset.store, CHECKPOINT_FILE)
+    if text is None:
+        return
+    try:
+        listed = {path: entry["bytes"] for path, entry in json.loads(text)["shards"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        message = "is no checkpoint with a list of shards"
+        report.add(Violation(CHECKPOINT_FILE, None, None, "checkpoint", message))
+        return
+    for path in sorted(listed.keys() | dataset.sizes.keys()):
+        there, size = dataset.sizes.get(path), listed.get(path)
+        if there != size:
+            message = f"{there or 'no'} bytes, but the checkpoint lists {size or 'none'}"
+            report.add(Violation(str(path), None, None, "checkpoint", message))
 
 
 @dataclass(frozen=True)
@@ -3534,7 +3601,7 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         largest: how many of the most different tokens to name.
     """
     one, two = as_dataset(first), as_dataset(second)
-    bits = two.settings.get("logit_bits", 16) if isinstance(two, LogitDataset) else 16
+    bits = RunLimits.of(two.settings if isinstance(two, LogitDataset) else {}).logit_bits
     known = row_numbers(two)
     sums: Counter[str] = Counter()
     worst: list[tuple[float, int, int]] = []
@@ -3549,7 +3616,7 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
             sums["unequal"] += 1
             continue
         a, b = sample_block(sample), sample_block(other)
-        divergence = bound_divergence(a, b, logit_bits=int(bits))
+        divergence = bound_divergence(a, b, logit_bits=bits)
         same = int((a.top_ids[a.top_starts[:-1]] == b.top_ids[b.top_starts[:-1]]).sum())
         sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
@@ -4005,7 +4072,7 @@ def analyze_row(
     else:
         encoded = text.encode(sample["index"])
         ids, positions = encoded.input_ids, encoded.token_positions
-    bits = int(text.settings.get("logit_bits") or 16)
+    bits = RunLimits.of(text.settings).logit_bits
     analysis = align_tokens(sample, ids, positions, text.tokenizer, top_k=top_k, logit_bits=bits)
     return replace(analysis, model=str(text.settings.get("model") or ""))
 
@@ -4201,7 +4268,8 @@ def describe_run(dataset: LogitDataset) -> str:
     """Say in one line how large an output is and how it was made."""
     settings = dataset.settings
     size = f"{len(dataset):,} rows in {len(dataset.shards):,} shards"
-    parts = [f"{name} {settings[name]}" for name in ABOUT_RUN if settings.get(name) is not None]
+    known = [name for name in ABOUT_RUN if settings.get(name) is not None]
+    parts = [f"{name} {settings[name]!s:.100}" for name in known]
     return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
 
 

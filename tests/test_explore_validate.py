@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -302,6 +303,64 @@ def test_damage_to_a_file_is_caught_and_named(
     assert rule in report.counts, str(report)
     shards = {violation.shard for violation in report.violations}
     assert shards == {"data/part-00007.parquet" if rule == "twice" else SHARD}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"top_p": "most"}, {"logit_bits": 10**9}, {"vocab_size": [5]}, {"top_p_max": True},
+     {"sampled_n": -1}, {"top_p": float("nan")}, {"model": 7}, {"messages_col": ["a"]}],
+)  # fmt: skip
+def test_absurd_settings_are_refused_by_name(tmp_path: Path, change: Row) -> None:
+    output = write_output(tmp_path, ROWS, settings=STORED)
+    shard = output / SHARD
+    metadata = rows_to_table([], settings=STORED | change).schema.metadata
+    rewrite(shard, lambda table: table.replace_schema_metadata(metadata))
+    report = validate_output(output)
+    assert report.counts == {"settings": 1}
+    assert next(iter(change)) in str(report)
+    assert report.rows == 18
+    with pytest.raises(explore.FormatError, match=next(iter(change))):
+        explore.compute_dataset_stats([shard])
+    assert explore.get_sample([shard])["index"] == 8
+
+
+def test_random_damage_never_ends_in_anything_but_a_report(tmp_path: Path) -> None:
+    # 150 files with 1 to 20 bytes changed, half of them in the footer; seeded.
+    output = write_output(tmp_path, ROWS[:6], settings=STORED)
+    shard = output / "data/part-00000.parquet"
+    sound = shard.read_bytes()
+    footer = len(sound) - 8 - int.from_bytes(sound[-8:-4], "little")
+    caught = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        data = np.frombuffer(sound, np.uint8).copy()
+        places = rng.integers(footer if seed % 2 else 0, data.size, rng.choice([1, 2, 5, 20]))
+        data[places] = rng.integers(0, 256, places.size)
+        shard.write_bytes(data.tobytes())
+        caught += not validate_output(output).ok
+        for read in (explore.compute_dataset_stats, explore.analyze_nucleus_sizes):
+            with contextlib.suppress(explore.LogitsError):
+                read(output)
+    assert caught > 100
+
+
+def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path: Path) -> None:
+    output = write_output(tmp_path, ROWS, settings=STORED)
+    sizes = {f"data/{path.name}": path.stat().st_size for path in (output / "data").iterdir()}
+    shards = {path: {"bytes": size} for path, size in sizes.items()}
+    for change, wrong in (
+        ({}, []),
+        ({SHARD: {"bytes": 5}}, [SHARD]),
+        ({"data/part-00009.parquet": {"bytes": 5}}, ["data/part-00009.parquet"]),
+    ):
+        (output / "checkpoint.json").write_text(json.dumps({"shards": shards | change}))
+        report = validate_output(output)
+        assert [violation.shard for violation in report.violations] == wrong
+        assert set(report.counts) <= {"checkpoint"}
+    del shards[SHARD]
+    for text in (json.dumps({"shards": shards}), "[]", "{"):
+        (output / "checkpoint.json").write_text(text)
+        assert validate_output(output).counts == {"checkpoint": 1}
 
 
 def test_damaged_settings_are_reported_and_the_rows_still_checked(tmp_path: Path) -> None:
