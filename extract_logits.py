@@ -3158,6 +3158,7 @@ PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
 REQUEST_TIMEOUT_S = 120.0  # the Hub itself ends a commit after 60
 COMMITS_PER_HOUR = 120  # the Hub allows 128 per repository
 COMMIT_BURST = 30  # of these at once
+UPLOAD_BYTES_PER_S = 5e6  # what the first upload is expected to reach, before one is measured
 MAX_WAITING_SHARDS = 4  # closed shards that wait for delivery before the run has to wait
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
 
@@ -3525,9 +3526,13 @@ def read_recorded_settings(output: str) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def cache_key(output: str, *, rank: int = 0, world_size: int = 1) -> str:
+def cache_key(
+    output: str, *, rank: int = 0, world_size: int = 1, endpoint: str | None = None
+) -> str:
     """Return the folder name of the local state of one output and worker."""
-    place = str(Path(output).expanduser().resolve()) if is_local_output(output) else output
+    hub = endpoint or os.environ.get("HF_ENDPOINT", "")
+    local = is_local_output(output)
+    place = str(Path(output).expanduser().resolve()) if local else f"{hub} {output}"
     digest = hashlib.sha256(place.encode()).hexdigest()[:12]
     label = re.sub(r"[^\w.-]+", "-", output.rstrip("/"))[-40:].strip("-.")
     worker = f"-w{rank:02d}" if world_size > 1 else ""
@@ -3944,7 +3949,8 @@ class StreamingHFUploader:
         self._slowest_upload_s = 0.0
         self._uploads: list[Future[None]] = []
         with contextlib.ExitStack() as undo:
-            self._cache = ShardCache(cache_dir, cache_key(output, rank=rank, world_size=world_size))
+            key = cache_key(output, rank=rank, world_size=world_size, endpoint=endpoint)
+            self._cache = ShardCache(cache_dir, key)
             undo.callback(self._cache.close)
             retry(self._destination.open)
             self._state = read_output(self._destination)
@@ -3961,12 +3967,12 @@ class StreamingHFUploader:
             self._cache.discard()
             self._removals = {name for name in self._state.shards() if self._may_remove(name)}
             self._state = OutputState(self._state.files)
+        held = [name for name in self._state.records if not self._is_of_peer(name)]
         left = len(self._cache.shards()) + len(self._cache.pending())
-        if not (resume or force_restart) and (self._state.records or left):
+        if not (resume or force_restart) and (held or left):
             raise ConfigError(
-                f"{self._destination.name} already holds {len(self._state.records)} shards, the "
-                f"cache {left} files of them: continue with --resume, or start over with "
-                "--force-restart"
+                f"{self._destination.name} already holds {len(held)} shards, the cache {left} "
+                "files of them: continue with --resume, or start over with --force-restart"
             )
         self._check_settings()
         self._next_number = self._find_next_number()
@@ -3979,11 +3985,13 @@ class StreamingHFUploader:
 
     def _may_remove(self, name: str) -> bool:
         """Tell whether starting over is this worker's to remove a shard."""
-        if self._is_own(name):
-            return True
+        return self._is_own(name) or (self._rank == 0 and not self._is_of_peer(name))
+
+    def _is_of_peer(self, name: str) -> bool:
+        """Tell whether another worker of this job gives such names."""
         match = SHARD_NAME.fullmatch(name)
-        rank = int(match["rank"] or -1) if match else -1
-        return self._rank == 0 and not 0 <= rank < self._world_size
+        rank = int(match["rank"]) if match and match["rank"] else self._rank
+        return rank != self._rank and rank < self._world_size
 
     def _is_own(self, name: str) -> bool:
         """Tell whether only this worker gives such names."""
@@ -4137,9 +4145,14 @@ class StreamingHFUploader:
         return any(not upload.done() for upload in self._uploads)
 
     def expected_upload_s(self) -> float:
-        """Return the seconds that a final flush may take now, by the slowest upload so far."""
-        waiting = sum(not upload.done() for upload in self._uploads)
-        return self._slowest_upload_s * (waiting + 1)
+        """Return the seconds that a final flush may take now, by its bytes and earlier uploads."""
+        if not self._destination.detects_changes:
+            return self._slowest_upload_s
+        with self._lock:
+            waiting = [*self._waiting, *self._closed]
+        size = sum(shard.size for shard in waiting) + self._writer.encoded_bytes
+        by_earlier_s = self._slowest_upload_s * (len(waiting) + 1)
+        return max(by_earlier_s, 2.0 + size / UPLOAD_BYTES_PER_S)
 
     def buffer_fill(self) -> float:
         """Return how full the shard under way is, 0..1."""
@@ -4214,7 +4227,8 @@ class StreamingHFUploader:
         except OutOfReachError as error:
             if self._stop.is_set():
                 return
-            logger.warning("kept %d shards in %s: %s", len(shards), self._cache.folder, error)
+            kept = f"kept {len(shards)} shards in {self._cache.folder}" if shards else "no update"
+            logger.warning("%s: %s", kept, error)
             with storage_errors(str(self._cache.folder)):
                 self._backups += [self._cache.make_backup(shard) for shard in shards]
         with self._lock:

@@ -504,6 +504,17 @@ def test_workers_share_a_repository_without_sharing_names(
     assert info.done.size == 45
 
 
+def test_a_worker_that_starts_late_is_not_taken_for_a_second_job(
+    hub: LoopbackHub, open_uploader: Opener
+) -> None:
+    finish(open_uploader(rank=0, world_size=2), 0, 10)
+    finish(open_uploader(rank=1, world_size=2), 10, 20)
+    assert listed(hub) == Counter(range(20))
+    for options in ({"rank": 1, "world_size": 2}, {"rank": 0, "world_size": 1}):
+        with pytest.raises(ConfigError, match="--resume"):
+            open_uploader(**options)
+
+
 def test_force_restart_replaces_the_shards_in_the_first_commit(
     hub: LoopbackHub, open_uploader: Opener
 ) -> None:
