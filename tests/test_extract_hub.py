@@ -335,7 +335,7 @@ def run_python(code: str, hub: LoopbackHub, tmp_path: Path) -> str:
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
