@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import CHATS, TEACHER, run_script
 from loopback_hub import LoopbackHub
 from shard_rows import SETTINGS, make_rows, make_schema
 
@@ -520,3 +521,22 @@ def test_force_restart_replaces_the_shards_in_the_first_commit(
     commits = hub.store.get("dataset", REPO).commits
     first = next(commits[oid] for oid in commits if oid not in before)
     assert [path for path in first.tree if path.startswith("data/")] == ["data/part-00000.parquet"]
+
+
+def test_a_refused_upload_ends_in_exit_code_4_and_the_next_run_delivers(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    argv = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 6]
+    argv += ["--upload-every", 2, "--output", REPO, "--cache-dir", tmp_path / "cache", "--resume"]
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"}
+    hub.fault("commit/", status=403, count=99)
+    done = run_script("extract_logits.py", *argv, **env)
+    assert done.code == 4
+    assert "hf auth login" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.glob("cache/*/part-*.parquet"))
+    hub.clear()
+    done = run_script("extract_logits.py", *argv, **env)
+    assert done.code == 0, done.stderr
+    assert done.summary["rows"] == 6
+    assert sum(listed(hub).values()) == 6
+    assert hub.token not in done.stdout + done.stderr
