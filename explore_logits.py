@@ -1865,6 +1865,9 @@ def import_extra(module: str, extra: str | None = None) -> Any:
         raise LogitsError(f"{package} is needed for this: pip install {brings}") from error
 
 
+# Where the files are ------------------------------------------------------------------------------
+
+
 class LocalStore:
     """The files of an output in a folder; nothing outside the folder is ever read."""
 
@@ -1953,6 +1956,9 @@ class HubStore:
 
 
 Store = LocalStore | FileStore | HubStore
+
+
+# Rows by number -----------------------------------------------------------------------------------
 
 
 class LogitDataset:
@@ -2065,6 +2071,9 @@ class LogitDataset:
         return self._kept[1]
 
 
+# Parquet files and settings -----------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def parquet_errors(name: str) -> Iterator[None]:
     """Turn what pyarrow raises on a damaged file into a `FormatError` that names the file."""
@@ -2147,6 +2156,9 @@ class RunLimits:
         """Take the limits out of a run's settings."""
         names = [entry.name for entry in fields(cls) if settings.get(entry.name) is not None]
         return cls(**{name: settings[name] for name in names})
+
+
+# Opening ------------------------------------------------------------------------------------------
 
 
 def open_store(name: str | Path) -> Store:
@@ -2258,6 +2270,9 @@ def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
     if not settings:
         raise OpenError(f"{dataset.name} has no {CONFIG_FILE} and no settings in its shards")
     return settings
+
+
+# Any kind of dataset ------------------------------------------------------------------------------
 
 
 def as_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> LogitDataset:
@@ -2372,6 +2387,14 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         raise FormatError(f"the rows are not in the shard format: {error}") from error
 
 
+def row_numbers(dataset: Any) -> dict[int, int]:
+    """Return the row number of each conversation, reading only the column `index`."""
+    kind = SCHEMA.field("index")
+    parts = [read_column(table, kind) for table in iter_tables(dataset, [kind.name], rows=4096)]
+    indices = np.concatenate(parts or [np.zeros(0, np.int32)])
+    return {int(index): row for row, index in enumerate(indices)}
+
+
 # --------------------------------------------------------------------------------------------------
 # 4 Decode
 # --------------------------------------------------------------------------------------------------
@@ -2438,6 +2461,9 @@ class TokenBlock:
         return dequantize_logits(
             self.tail_q, np.repeat(self.tail_min, counts), np.repeat(self.tail_max, counts)
         )
+
+
+# From columns to blocks ---------------------------------------------------------------------------
 
 
 class Ragged(NamedTuple):
@@ -2632,6 +2658,9 @@ def iter_blocks(dataset: Any, *, limit: int | None = None) -> Iterator[TokenBloc
         done += table.num_rows
 
 
+# Samples ------------------------------------------------------------------------------------------
+
+
 def block_samples(block: TokenBlock) -> list[dict[str, Any]]:
     """Cut a block into samples, one a row; the arrays are views."""
     return [block_sample(block, row) for row in range(block.index.size)]
@@ -2691,6 +2720,9 @@ def sample_block(sample: Mapping[str, Any]) -> TokenBlock:
 def cut(values: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
     """Cut a flat array into the runs that begin at `starts`."""
     return [values[a:b] for a, b in itertools.pairwise(starts.tolist())]
+
+
+# Logits of a token --------------------------------------------------------------------------------
 
 
 def dequantize_top_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
@@ -2786,6 +2818,14 @@ def sum_runs(
     return sums
 
 
+def first_probs(block: TokenBlock) -> npt.NDArray[np.float64]:
+    """Return the probability of each token's likeliest entry, (T,)."""
+    return np.exp(block.top_max.astype(np.float64) - block.logsumexp)
+
+
+# Text of tokens -----------------------------------------------------------------------------------
+
+
 def token_texts(ids: npt.ArrayLike, tokenizer: Any = None) -> list[str]:
     """Return what each token writes; without a tokenizer, and for ids it does not know, `#id`.
 
@@ -2854,6 +2894,78 @@ def decode_top_tokens(
     texts = token_texts(ids[:k], tokenizer)
     rows = zip(ids[:k].tolist(), texts, logits[:k].tolist(), probs.tolist(), strict=True)
     return [Prediction(*row) for row in rows]
+
+
+# Probability and rank of a given token ------------------------------------------------------------
+
+
+class TokenScores(NamedTuple):
+    """What a block says of one given token at each position, (T,) each."""
+
+    log_probability: npt.NDArray[np.float64]  # of the token, or the most that it can be
+    exact: npt.NDArray[np.bool_]  # False: `log_probability` is an upper bound
+    rank: npt.NDArray[np.int64]  # from 1; outside the nucleus the least that it can be
+    in_nucleus: npt.NDArray[np.bool_]
+    in_tail: npt.NDArray[np.bool_]
+
+
+def find_entries(
+    wanted: npt.NDArray[Any], ids: npt.NDArray[Any], starts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return where in the flat `ids` each token's wanted id is, (T,); -1 where it is not stored."""
+    owner = np.repeat(np.arange(wanted.size), np.diff(starts))
+    hits = np.flatnonzero(ids == wanted[owner])
+    found = np.full(wanted.size, -1, np.int64)
+    found[owner[hits]] = hits
+    return found
+
+
+def score_tokens(
+    block: TokenBlock, actual: npt.NDArray[Any], *, logit_bits: int = 16
+) -> TokenScores:
+    """Find the probability and rank of the token that is really there, at each position.
+
+    Exact for stored tokens. One that is not stored has at most the smallest nucleus logit, and at
+    most the probability that nucleus and tail sample leave over: the smaller of the two is given.
+    Stored tail tokens above it raise the least rank of a tail token.
+
+    Args:
+        block: T tokens.
+        actual: (T,) ids.
+        logit_bits: resolution kept; what quantization may have hidden is added to the bound.
+    """
+    top = find_entries(actual, block.top_ids, block.top_starts)
+    tail = find_entries(actual, block.tail_ids, block.tail_starts)
+    in_nucleus, in_tail = top >= 0, (tail >= 0) & (top < 0)
+    log_prob = unstored_bound(block, logit_bits)
+    tail_logits = block.tail_logits()
+    log_prob[in_tail] = tail_logits[tail[in_tail]] - block.logsumexp[in_tail]
+    log_prob[in_nucleus] = block.top_logits()[top[in_nucleus]] - block.logsumexp[in_nucleus]
+    rank = block.top_counts + 1
+    rank[in_nucleus] = (top - block.top_starts[:-1])[in_nucleus] + 1
+    owner = np.repeat(np.arange(actual.size), block.tail_counts)
+    above = in_tail[owner] & (block.tail_q > block.tail_q[tail[owner]] if tail.size else False)
+    rank += np.bincount(owner[above], minlength=actual.size)
+    return TokenScores(log_prob, in_nucleus | in_tail, rank, in_nucleus, in_tail)
+
+
+def unstored_bound(block: TokenBlock, logit_bits: int = 16) -> npt.NDArray[np.float64]:
+    """Return the largest log-probability that a token stored nowhere can have, (T,)."""
+    top_loss, tail_loss = quantization_loss(block, logit_bits)
+    stored = sum_runs(block.top_probs(), block.top_starts) * top_loss
+    stored += sum_runs(block.tail_probs(), block.tail_starts) * tail_loss
+    left = np.log(np.maximum(1 - stored, np.finfo(np.float64).tiny))
+    return np.minimum(left, block.top_min - block.logsumexp)
+
+
+def quantization_loss(
+    block: TokenBlock, logit_bits: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the least ratio of a true to a decoded probability, (T,) in nucleus and in tail."""
+    half_step = 0.5 / (2**logit_bits - 1)
+    top_span = block.top_max.astype(np.float64) - block.top_min
+    tail_span = block.tail_max.astype(np.float64) - block.tail_min
+    return np.exp(-half_step * top_span), np.exp(-half_step * tail_span)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2973,6 +3085,9 @@ def count_sizes(sizes: npt.NDArray[np.uint8], device: str | None) -> npt.NDArray
     except (RuntimeError, AssertionError) as error:
         raise LogitsError(f"cannot count on device {device!r}: {error}") from error
     return np.asarray(torch.bincount(moved.int(), minlength=256).cpu().numpy(), np.int64)
+
+
+# Whole outputs ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3208,32 +3323,7 @@ def sum_agreement(
     }
 
 
-def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> str:
-    """Return pairs of label and text as a small table for a notebook."""
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-        f"<td style='text-align:right'>{html.escape(value)}</td></tr>"
-        for label, value in facts
-    )
-    return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
-
-
-def histogram_svg(histogram: npt.NDArray[np.int64]) -> str:
-    """Draw the histogram of nucleus sizes, its heights by logarithm, as inline SVG."""
-    used = np.flatnonzero(histogram)
-    if not used.size:
-        return ""
-    last = int(used[-1])
-    heights = np.log1p(histogram[1 : last + 1]) / np.log1p(histogram.max())
-    path = "".join(f"V{round(60 - 60 * float(height), 2)}h1" for height in heights)
-    middle = f"tokens by nucleus size, logarithmic, {int(histogram.max()):,} at most"
-    return (
-        '<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 '
-        f'{last} 60" preserveAspectRatio="none" style="width:100%;height:5rem" role="img" '
-        f'aria-label="histogram of nucleus sizes"><path d="M0 60{path}V60Z" fill="#3b82c4"/></svg>'
-        '<figcaption style="display:flex;justify-content:space-between">'
-        f"<span>1</span><span>{middle}</span><span>{last}</span></figcaption></figure>"
-    )
+# Validation ---------------------------------------------------------------------------------------
 
 
 class Violation(NamedTuple):
@@ -3420,6 +3510,9 @@ def validate_block(
             report.counts[rule.name] += tokens.size - MAX_REPORTED
 
 
+# The rules of a token -----------------------------------------------------------------------------
+
+
 class Rule(NamedTuple):
     """A rule checked on every token of a block; `message` is filled in with `values[i][token]`."""
 
@@ -3562,6 +3655,9 @@ def validate_checkpoint(dataset: LogitDataset, report: ValidationReport) -> None
             report.add(Violation(str(path), None, None, "checkpoint", message))
 
 
+# Comparison ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two outputs, row by row where both hold the conversation.
@@ -3636,14 +3732,6 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     )
 
 
-def row_numbers(dataset: Any) -> dict[int, int]:
-    """Return the row number of each conversation, reading only the column `index`."""
-    kind = SCHEMA.field("index")
-    parts = [read_column(table, kind) for table in iter_tables(dataset, [kind.name], rows=4096)]
-    indices = np.concatenate(parts or [np.zeros(0, np.int32)])
-    return {int(index): row for row, index in enumerate(indices)}
-
-
 def bound_divergence(
     a: TokenBlock, b: TokenBlock, *, logit_bits: int = 16
 ) -> npt.NDArray[np.float64]:
@@ -3693,75 +3781,6 @@ def known_entries(
 
 class AlignmentError(LogitsError):
     """A row and a conversation do not belong together; met when text is put beside logits."""
-
-
-class TokenScores(NamedTuple):
-    """What a block says of one given token at each position, (T,) each."""
-
-    log_probability: npt.NDArray[np.float64]  # of the token, or the most that it can be
-    exact: npt.NDArray[np.bool_]  # False: `log_probability` is an upper bound
-    rank: npt.NDArray[np.int64]  # from 1; outside the nucleus the least that it can be
-    in_nucleus: npt.NDArray[np.bool_]
-    in_tail: npt.NDArray[np.bool_]
-
-
-def find_entries(
-    wanted: npt.NDArray[Any], ids: npt.NDArray[Any], starts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Return where in the flat `ids` each token's wanted id is, (T,); -1 where it is not stored."""
-    owner = np.repeat(np.arange(wanted.size), np.diff(starts))
-    hits = np.flatnonzero(ids == wanted[owner])
-    found = np.full(wanted.size, -1, np.int64)
-    found[owner[hits]] = hits
-    return found
-
-
-def score_tokens(
-    block: TokenBlock, actual: npt.NDArray[Any], *, logit_bits: int = 16
-) -> TokenScores:
-    """Find the probability and rank of the token that is really there, at each position.
-
-    Exact for stored tokens. One that is not stored has at most the smallest nucleus logit, and at
-    most the probability that nucleus and tail sample leave over: the smaller of the two is given.
-    Stored tail tokens above it raise the least rank of a tail token.
-
-    Args:
-        block: T tokens.
-        actual: (T,) ids.
-        logit_bits: resolution kept; what quantization may have hidden is added to the bound.
-    """
-    top = find_entries(actual, block.top_ids, block.top_starts)
-    tail = find_entries(actual, block.tail_ids, block.tail_starts)
-    in_nucleus, in_tail = top >= 0, (tail >= 0) & (top < 0)
-    log_prob = unstored_bound(block, logit_bits)
-    tail_logits = block.tail_logits()
-    log_prob[in_tail] = tail_logits[tail[in_tail]] - block.logsumexp[in_tail]
-    log_prob[in_nucleus] = block.top_logits()[top[in_nucleus]] - block.logsumexp[in_nucleus]
-    rank = block.top_counts + 1
-    rank[in_nucleus] = (top - block.top_starts[:-1])[in_nucleus] + 1
-    owner = np.repeat(np.arange(actual.size), block.tail_counts)
-    above = in_tail[owner] & (block.tail_q > block.tail_q[tail[owner]] if tail.size else False)
-    rank += np.bincount(owner[above], minlength=actual.size)
-    return TokenScores(log_prob, in_nucleus | in_tail, rank, in_nucleus, in_tail)
-
-
-def unstored_bound(block: TokenBlock, logit_bits: int = 16) -> npt.NDArray[np.float64]:
-    """Return the largest log-probability that a token stored nowhere can have, (T,)."""
-    top_loss, tail_loss = quantization_loss(block, logit_bits)
-    stored = sum_runs(block.top_probs(), block.top_starts) * top_loss
-    stored += sum_runs(block.tail_probs(), block.tail_starts) * tail_loss
-    left = np.log(np.maximum(1 - stored, np.finfo(np.float64).tiny))
-    return np.minimum(left, block.top_min - block.logsumexp)
-
-
-def quantization_loss(
-    block: TokenBlock, logit_bits: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the least ratio of a true to a decoded probability, (T,) in nucleus and in tail."""
-    half_step = 0.5 / (2**logit_bits - 1)
-    top_span = block.top_max.astype(np.float64) - block.top_min
-    tail_span = block.tail_max.astype(np.float64) - block.tail_min
-    return np.exp(-half_step * top_span), np.exp(-half_step * tail_span)
 
 
 @dataclass(frozen=True)
@@ -3951,6 +3970,9 @@ def decode_predictions(
         flat = [Prediction(*row) for row in rows]
         lists.append([flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())])
     return lists[0], lists[1]
+
+
+# The text behind an output ------------------------------------------------------------------------
 
 
 class TextSource:
@@ -4167,6 +4189,9 @@ def show_probability(token: TokenAnalysis) -> str:
     )
 
 
+# Terminal -----------------------------------------------------------------------------------------
+
+
 def colours_wanted() -> bool:
     """Say whether the terminal shows colours: a terminal, or FORCE_COLOR; never with NO_COLOR."""
     if os.environ.get("NO_COLOR") or importlib.util.find_spec("termcolor") is None:
@@ -4200,11 +4225,6 @@ def print_sample_info(sample: Mapping[str, Any]) -> None:
     print(f"  tail        {block.tail_counts.max()} tokens, worth {tail.mean():.2%} on average")
     if "input_ids" in sample:
         print(f"  text        {sample['input_ids'].size} tokens stored with it")
-
-
-def first_probs(block: TokenBlock) -> npt.NDArray[np.float64]:
-    """Return the probability of each token's likeliest entry, (T,)."""
-    return np.exp(block.top_max.astype(np.float64) - block.logsumexp)
 
 
 def print_top_tokens(
@@ -4332,6 +4352,37 @@ def paint_legend() -> str:
     words = [paint(f"{100 * b:g}%+", *PAINT[i]) for i, b in enumerate(SURPRISE_LEVELS) if i]
     least = paint(f"less than {100 * SURPRISE_LEVELS[-1]:g}%", *PAINT[-1])
     return "  ".join([*words, least, paint("not extracted", "dark_grey")])
+
+
+# Markup -------------------------------------------------------------------------------------------
+
+
+def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> str:
+    """Return pairs of label and text as a small table for a notebook."""
+    rows = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+        f"<td style='text-align:right'>{html.escape(value)}</td></tr>"
+        for label, value in facts
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
+
+
+def histogram_svg(histogram: npt.NDArray[np.int64]) -> str:
+    """Draw the histogram of nucleus sizes, its heights by logarithm, as inline SVG."""
+    used = np.flatnonzero(histogram)
+    if not used.size:
+        return ""
+    last = int(used[-1])
+    heights = np.log1p(histogram[1 : last + 1]) / np.log1p(histogram.max())
+    path = "".join(f"V{round(60 - 60 * float(height), 2)}h1" for height in heights)
+    middle = f"tokens by nucleus size, logarithmic, {int(histogram.max()):,} at most"
+    return (
+        '<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 '
+        f'{last} 60" preserveAspectRatio="none" style="width:100%;height:5rem" role="img" '
+        f'aria-label="histogram of nucleus sizes"><path d="M0 60{path}V60Z" fill="#3b82c4"/></svg>'
+        '<figcaption style="display:flex;justify-content:space-between">'
+        f"<span>1</span><span>{middle}</span><span>{last}</span></figcaption></figure>"
+    )
 
 
 PAGE = """<!doctype html>
@@ -4563,6 +4614,9 @@ function follow() {
 addEventListener("hashchange", follow);
 follow();
 """
+
+
+# The page -----------------------------------------------------------------------------------------
 
 
 def escape_json(value: Any) -> str:
