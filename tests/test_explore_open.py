@@ -383,7 +383,7 @@ def log():
         return json.load(answer)
 
 def fetched(since):
-    return [e["n"] for e in log()[since:] if e["m"] == "GET" and e["range"]]
+    return [e["sent"] for e in log()[since:] if e["method"] == "GET" and e["range"]]
 
 result = {}
 dataset = load_logit_dataset("user/logits")
