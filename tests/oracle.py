@@ -80,8 +80,9 @@ class Tolerance:
     mass: float
 
 
-# The run and the reference looked at the same float32 logits: only float64 rounding is left.
-SAME_LOGITS = Tolerance(logit=0.0, logsumexp=1e-8, mass=1e-8)
+# The run and the reference looked at the same logits: what is left is the rounding of float32
+# exponentials (2^-24 = 6e-8, less when many are summed) where a method sums them inside blocks.
+SAME_LOGITS = Tolerance(logit=0.0, logsumexp=6e-8, mass=6e-8)
 # Two float32 forwards of one model: another batch shape, another order of additions.
 OTHER_FORWARD = Tolerance(logit=1e-5, logsumexp=1e-5, mass=2e-5)
 

@@ -14,6 +14,7 @@ import torch
 
 from extract_logits import ExtractedTokens, extract_tokens
 
+EXACT = 1e-12  # the reference implementation sums in float64
 BOTH = pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
 SIZES = [300, 32_000, 70_000, 151_936, 262_144]
 
@@ -79,7 +80,7 @@ def test_every_token_is_the_oracles(vocab_size: int, dtype: torch.dtype, referen
     logits = make_logits(vocab_size, dtype=dtype)
     found = extract(logits, reference=reference)
     worst = check_against_oracle(logits, found, oracle.Settings())
-    assert worst <= oracle.SAME_LOGITS.logsumexp
+    assert worst <= (EXACT if reference else oracle.SAME_LOGITS.logsumexp)
 
 
 @BOTH
@@ -99,7 +100,8 @@ def test_other_settings_are_the_oracles(
             logits, top_p=top_p, top_p_max=top_p_max, sampled_n=sampled_n, reference=reference
         )
         settings = oracle.Settings(top_p, top_p_max, sampled_n)
-        assert check_against_oracle(logits, found, settings) <= oracle.SAME_LOGITS.logsumexp
+        worst = check_against_oracle(logits, found, settings)
+        assert worst <= (EXACT if reference else oracle.SAME_LOGITS.logsumexp)
 
 
 @BOTH
@@ -191,8 +193,8 @@ def sampler(*, reference: bool, loose: bool = False, vary: str = "position") -> 
 @pytest.mark.parametrize("large", [False, True], ids=["small rows", "large rows"])
 def test_the_fast_tail_follows_the_law(large: bool, loose: bool) -> None:
     """One false alarm in 1e6 seeds; this seed is fixed."""
-    trials = 5_000 if loose else 15_000
-    cases = tail_law.make_large_cases() if large else tail_law.make_cases(trials)
+    trials = 5_000 if loose else 10_000
+    cases = tail_law.make_large_cases(2500) if large else tail_law.make_cases(trials)
     tail_law.check_tail_law(sampler(reference=False, loose=loose), cases=cases)
 
 
