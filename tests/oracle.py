@@ -83,8 +83,9 @@ class Tolerance:
 # The run and the reference looked at the same logits: what is left is the rounding of float32
 # exponentials (2^-24 = 6e-8, less when many are summed) where a method sums them inside blocks.
 SAME_LOGITS = Tolerance(logit=0.0, logsumexp=6e-8, mass=6e-8)
-# Two float32 forwards of one model: another batch shape, another order of additions.
-OTHER_FORWARD = Tolerance(logit=1e-5, logsumexp=1e-5, mass=2e-5)
+# Two float32 forwards of one model: another batch shape, another order of additions. A step of
+# float32 is 2e-6 at a logit of 20; a head of width 128 was seen to differ by five of them.
+OTHER_FORWARD = Tolerance(logit=2e-5, logsumexp=1e-5, mass=2e-5)
 
 
 @dataclass(frozen=True)
@@ -736,11 +737,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True, type=Path, help=".jsonl, .json or .parquet")
     parser.add_argument("--output", required=True, type=Path, help="folder of the run")
     parser.add_argument("--skipped", type=int, nargs="*", default=[], help="rows rightly left out")
-    parser.add_argument("--noise", type=float, default=OTHER_FORWARD.logit, help="nats per logit")
+    parser.add_argument("--noise", type=float, help="nats per logit, for other dtypes and devices")
     args = parser.parse_args(argv)
     said = json.loads((args.output / "extraction_config.json").read_text(encoding="utf-8"))
     conversations = read_conversations(args.dataset, said)
-    tolerance = Tolerance(args.noise, args.noise, 2 * args.noise)
+    noise = args.noise
+    tolerance = OTHER_FORWARD if noise is None else Tolerance(noise, noise, 2 * noise)
     template = args.output / "chat_template.jinja"
     report = check_run(
         args.output,
