@@ -1891,6 +1891,8 @@ class LocalStore:
         full = self.root / path
         if not self._inside(full):
             raise OpenError(f"{path} leads outside {self.name} and is not read")
+        if not full.is_file():
+            raise FileNotFoundError(path)
         return pa.OSFile(str(full))
 
     def _inside(self, path: Path) -> bool:
@@ -1918,6 +1920,33 @@ class FileStore:
         return pa.OSFile(path)
 
 
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into an `OpenError`; a missing file stays what it is."""
+    errors = import_extra("huggingface_hub").errors
+    try:
+        yield
+    except errors.RepositoryNotFoundError as error:
+        raise OpenError(
+            f"no dataset {name!r} on the Hub and no such folder; a private one needs a token"
+        ) from error
+    except FileNotFoundError:
+        raise
+    except transfer_errors(OSError) as error:
+        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
+
+
+def transfer_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises when a transfer fails, if it is loaded, and `others`."""
+    errors = sys.modules.get("huggingface_hub.errors")
+    return (errors.HTTPError, *others) if errors is not None else others
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 class HubStore:
     """The files of a dataset repository on the Hub, read by byte ranges at one commit."""
 
@@ -1925,33 +1954,30 @@ class HubStore:
         hub = import_extra("huggingface_hub")
         self.name = repo
         self._fs = hub.HfFileSystem()
-        try:
+        with hub_errors(repo):
             commit = hub.HfApi().dataset_info(repo, revision=revision).sha
-        except hub.errors.RepositoryNotFoundError as error:
-            raise OpenError(
-                f"no dataset {repo!r} on the Hub and no such folder; a private one needs a token"
-            ) from error
-        except (hub.errors.HfHubHTTPError, OSError) as error:
-            raise OpenError(f"the Hub did not answer for {repo!r}: {error}") from error
         self._root = f"datasets/{repo}@{commit}"
 
     def list_files(self) -> dict[str, int]:
         """Return the size in bytes of every file, by path in the repository."""
-        found = self._fs.find(self._root, detail=True)
+        with hub_errors(self.name):
+            found = self._fs.find(self._root, detail=True)
         return {path[len(self._root) + 1 :]: int(entry["size"]) for path, entry in found.items()}
 
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; nothing is fetched ahead or kept."""
-        return self._fs.open(f"{self._root}/{path}", "rb", cache_type="none")
+        with hub_errors(self.name):
+            return self._fs.open(f"{self._root}/{path}", "rb", cache_type="none")
 
     def download(self, files: Sequence[str]) -> LocalStore:
         """Fetch files and the run's settings into the Hub's local cache."""
         hub = import_extra("huggingface_hub")
         wanted = [*files, CONFIG_FILE, TEMPLATE_FILE]
         commit = self._root.rpartition("@")[2]
-        folder = hub.snapshot_download(
-            self.name, repo_type="dataset", revision=commit, allow_patterns=wanted
-        )
+        with hub_errors(self.name):
+            folder = hub.snapshot_download(
+                self.name, repo_type="dataset", revision=commit, allow_patterns=wanted
+            )
         return LocalStore(Path(folder))
 
 
@@ -2079,6 +2105,8 @@ def parquet_errors(name: str) -> Iterator[None]:
     """Turn what pyarrow raises on a damaged file into a `FormatError` that names the file."""
     try:
         yield
+    except transfer_errors() as error:
+        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{name} cannot be read as Parquet: {error}") from error
 

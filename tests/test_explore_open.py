@@ -402,10 +402,26 @@ result["model"] = load_extraction_config("user/logits")["model"]
 local = load_logit_dataset("user/logits", streaming=False)
 result["local"] = [type(local.store).__name__, get_sample(local, 17)["index"]]
 result["model local"] = load_extraction_config(local)["model"]
-try:
-    load_logit_dataset("user/nothing")
-except LogitsError as error:
-    result["missing"] = str(error)
+def failing(call):
+    try:
+        call()
+    except LogitsError as error:
+        return str(error)
+
+def post(path, **body):
+    data = json.dumps(body).encode()
+    urllib.request.urlopen(os.environ["HF_ENDPOINT"] + path, data=data)
+
+result["missing"] = failing(lambda: load_logit_dataset("user/nothing"))
+for name, fault in {
+    "refused": {"match": "parquet", "status": 403},
+    "dropped": {"match": "parquet", "drop": "before"},
+    "cut": {"match": "parquet", "drop": "body"},
+    "silent": {"match": "api/datasets", "drop": "before"},
+}.items():
+    post("/_ctl/fault", count=99, **fault)
+    result[name] = failing(lambda: get_sample(load_logit_dataset("user/logits"), 3))
+    post("/_ctl/clear")
 print(json.dumps(result))
 """
 
@@ -455,3 +471,5 @@ def test_over_the_hub_one_row_costs_a_footer_and_a_row_group(tmp_path: Path) -> 
     assert result["model"] == result["model local"] == SETTINGS["model"]
     assert result["local"] == ["LocalStore", 17]
     assert "no dataset 'user/nothing'" in result["missing"]
+    for name in ("refused", "dropped", "cut", "silent"):
+        assert "cannot be read from the Hub" in result[name], name
