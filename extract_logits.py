@@ -26,6 +26,7 @@ import copy
 import errno
 import functools
 import hashlib
+import heapq
 import importlib.metadata
 import io
 import itertools
@@ -38,6 +39,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from array import array
@@ -571,6 +573,16 @@ class PreparedDataset:
     skipped: list[SkippedRow] = field(default_factory=list)
     encoded: list[EncodedRow] | None = None  # (n,) where the rows were encoded already
 
+    def take(self, places: npt.NDArray[Any]) -> PreparedDataset:
+        """Return the rows at some places, which are positions or a mask."""
+        return replace(
+            self,
+            numbers=self.numbers[places],
+            indices=self.indices[places],
+            lengths=self.lengths[places],
+            num_tokens=None if self.num_tokens is None else self.num_tokens[places],
+        )
+
 
 def prepare_dataset(
     config: ExtractionConfig,
@@ -591,6 +603,16 @@ def prepare_dataset(
         DataError: no such column, bad ids, lengths that do not belong to this job, nothing left.
         StopRequested: `should_stop` said so.
     """
+    rows = select_dataset(config, source, encoder)
+    return add_lengths(config, source, ConversationDataset(rows, encoder), should_stop)
+
+
+def select_dataset(config: ExtractionConfig, source: Any, encoder: RowEncoder) -> PreparedDataset:
+    """Select the conversations of this worker; their lengths stay 0.
+
+    Raises:
+        DataError, SourceError: no such column, bad ids, nothing left.
+    """
     indices = read_source_indices(source, encoder.columns)
     groups = None
     if config.subject_col is not None:
@@ -606,10 +628,8 @@ def prepare_dataset(
     if config.world_size is not None:
         numbers = numbers[worker_of(indices[numbers], config.world_size) == config.rank]
     used = [name for name in source.column_names if name in encoder.column_names()]
-    rows = PreparedDataset(
-        source.select_columns(used), numbers, indices[numbers], np.zeros_like(numbers)
-    )
-    return add_lengths(config, source, ConversationDataset(rows, encoder), should_stop)
+    narrow = source.select_columns(used)
+    return PreparedDataset(narrow, numbers, indices[numbers], np.zeros_like(numbers))
 
 
 def read_column(source: Any, column: str) -> pa.ChunkedArray:
@@ -731,13 +751,8 @@ def add_lengths(
     keep = np.ones(positions.size, bool)
     keep[list(skipped)] = False
     return replace(
-        rows,
-        numbers=rows.numbers[keep],
-        indices=rows.indices[keep],
-        lengths=lengths[keep],
-        num_tokens=None if num_tokens is None else num_tokens[keep],
-        skipped=list(skipped.values()),
-    )
+        rows, lengths=lengths, num_tokens=num_tokens, skipped=list(skipped.values())
+    ).take(keep)
 
 
 def read_length_column(source: Any, column: str) -> npt.NDArray[np.int64]:
@@ -4603,6 +4618,8 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
         job = open_job(config)
         if config.verify_mask and not confirm_masks(job):
             raise ConfigError("stopped at --verify-mask: nothing was extracted")
+        if config.plan:
+            return plan_until(job, interrupt)
         uploader = open_uploader(job, stopping=lambda: interrupt.stopping)
         deadline = TimedShutdown(
             config.max_runtime_minutes,
@@ -4677,12 +4694,32 @@ def confirm_masks(job: Job, *, rows: int = 3) -> bool:
     return sys.stdin.readline().strip().lower() in ("", "y", "yes")
 
 
+class RowSink(Protocol):
+    """Where finished rows go: a `StreamingHFUploader`, or memory while a run is planned."""
+
+    def get_resume_info(self) -> ResumeInfo:
+        """Tell which rows are there already."""
+
+    def add_sample(self, rows: pa.Table) -> None:
+        """Take finished rows."""
+
+    def should_flush(self) -> bool:
+        """Tell whether a shard is full."""
+
+    def flush(self, final: bool = False) -> None:
+        """Hand full shards on."""
+
+    def is_uploading(self) -> bool:
+        """Tell whether shards are on their way."""
+
+    def buffer_fill(self) -> float:
+        """Return how full the shard under way is, 0..1."""
+
+
 class Extraction:
     """One pass of the teacher over the rows that are not stored yet."""
 
-    def __init__(
-        self, job: Job, uploader: StreamingHFUploader, should_stop: Callable[[], bool]
-    ) -> None:
+    def __init__(self, job: Job, uploader: RowSink, should_stop: Callable[[], bool]) -> None:
         self.job = job
         self.uploader = uploader
         self.should_stop = should_stop
@@ -4899,6 +4936,301 @@ def describe_skips(skipped: Mapping[int, str]) -> str:
     return "skipped " + ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
 
 
+# Plan ---------------------------------------------------------------------------------------------
+
+PLAN_ROWS = 1000  # conversations measured where no lengths are given
+PROBE_BATCHES = 8
+PROBE_S = 120.0  # no further batch is begun after that
+
+
+class RowKeeper:
+    """Keeps rows in memory in place of an uploader; nothing is ever stored."""
+
+    def __init__(self) -> None:
+        self.tables: list[pa.Table] = []
+
+    def get_resume_info(self) -> ResumeInfo:
+        """Tell that there is no row yet."""
+        none = np.zeros(0, np.int64)
+        return ResumeInfo(none, none, next_part=0, shards=0)
+
+    def add_sample(self, rows: pa.Table) -> None:
+        """Keep rows."""
+        self.tables.append(rows)
+
+    def should_flush(self) -> bool:
+        """Never: there is no shard."""
+        return False
+
+    def flush(self, final: bool = False) -> None:
+        """Do nothing: there is no shard."""
+
+    def is_uploading(self) -> bool:
+        """Never: there is no upload."""
+        return False
+
+    def buffer_fill(self) -> float:
+        """Return 0: there is no shard to fill."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Conversations that stand for a whole job."""
+
+    rows: PreparedDataset
+    selected: int  # conversations of the job, usable or not
+    share: float  # of them in `rows` or skipped beside it; 1 when every length is known
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the teacher took for some batches, and what came of them."""
+
+    batches: int
+    rows: int
+    tokens: int  # of the whole conversations
+    stored_tokens: int
+    s: float
+    s_per_token: float  # of all batches, each as fast as the probed one nearest in length
+    token_bytes: float  # of a shard, per stored token
+    shard_bytes: float  # of a shard, before its first token
+
+
+def plan_until(job: Job, interrupt: GracefulInterrupt) -> dict[str, Any]:
+    """Plan the job, or return with the signal's exit code when told to stop."""
+    try:
+        with logging_redirect_tqdm():
+            plan = plan_extraction(job, should_stop=lambda: interrupt.stopping)
+    except StopRequested:
+        return {"output": job.config.output, "exit_code": interrupt.exit_code}
+    return {**plan, "exit_code": 0}
+
+
+def plan_extraction(job: Job, *, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Estimate what a run would read, store and take, from lengths and a probe of the teacher.
+
+    Nothing is written, neither to the output nor to the cache. What an output holds already is
+    not subtracted. With several workers the figures are those of this one.
+
+    Returns:
+        `rows`, `tokens` of whole conversations, `stored_tokens` of which distributions are kept,
+        `bytes` on disk, `shards`, `commits` at most, `hours` at the probe's rate, and what they
+        were found from.
+
+    Raises:
+        DataError: nothing to extract.
+        StopRequested: `should_stop` said so.
+    """
+    sample = sample_job(job, should_stop)
+    if not sample.rows.indices.size:
+        skipped = {row.index: row.reason for row in sample.rows.skipped}
+        raise DataError(f"nothing to extract: {describe_skips(skipped)}")
+    probe = probe_teacher(job, sample.rows, should_stop)
+    return {**describe_plan(job, sample, probe), "output": job.config.output}
+
+
+def describe_plan(job: Job, sample: Sample, probe: Probe) -> dict[str, Any]:
+    """Return the figures of a whole job from those of a sample and a probe."""
+    rows = round(sample.rows.indices.size / sample.share)
+    tokens = round(int(sample.rows.lengths.sum()) / sample.share)
+    if sample.rows.num_tokens is None:
+        stored_tokens = round(tokens * probe.stored_tokens / probe.tokens)
+    else:
+        stored_tokens = round(int(sample.rows.num_tokens.sum()) / sample.share)
+    data_bytes = probe.token_bytes * stored_tokens
+    shards = count_shards(job.config, rows, data_bytes)
+    skipped = Counter(row.reason for row in sample.rows.skipped)
+    return {
+        "plan": True,
+        "rows": rows,
+        "tokens": tokens,
+        "stored_tokens": stored_tokens,
+        "bytes": round(data_bytes + shards * probe.shard_bytes),
+        "shards": shards,
+        "commits": shards + 1,
+        "hours": round(tokens * probe.s_per_token / 3600, 4),
+        "stored_tokens_per_second": round(stored_tokens / (tokens * probe.s_per_token), 1),
+        "bytes_per_stored_token": round(probe.token_bytes, 1),
+        "skipped": {reason: round(n / sample.share) for reason, n in sorted(skipped.items())},
+        "measured_rows": round(sample.selected * sample.share),
+        "selected_rows": sample.selected,
+        "probe": {name: getattr(probe, name) for name in ("batches", "rows", "stored_tokens", "s")},
+    }
+
+
+def count_shards(config: ExtractionConfig, rows: int, data_bytes: float) -> int:
+    """Return how many shards the rows fill, the last one partly."""
+    if config.upload_size_mb is None:
+        return -(-rows // config.upload_every)
+    return max(1, math.ceil(data_bytes / (config.upload_size_mb * 1e6)))
+
+
+def sample_job(job: Job, should_stop: Callable[[], bool]) -> Sample:
+    """Return the job's conversations with their lengths: all where lengths are given, else some.
+
+    A sample depends on the rows' ids only. A stream is read once, to count its rows.
+    """
+    config, encoder = job.config, job.encoder
+    if config.streaming:
+        return sample_stream(job, should_stop)
+    rows = select_dataset(config, job.source, encoder)
+    selected = rows.indices.size
+    if config.tokenized_dataset is None and config.length_col is None and selected > PLAN_ROWS:
+        order = np.argsort(mix_hash(rows.indices, seed=1), kind="stable")
+        rows = rows.take(np.sort(order[:PLAN_ROWS]))
+    share = rows.indices.size / max(1, selected)
+    dataset = ConversationDataset(rows, encoder)
+    return Sample(add_lengths(config, job.source, dataset, should_stop), selected, share)
+
+
+def sample_stream(job: Job, should_stop: Callable[[], bool]) -> Sample:
+    """Read a stream once and encode a sample of its rows."""
+    logger.info("reading the stream once to count its conversations")
+    kept: list[tuple[int, int, Mapping[str, Any]]] = []  # a heap, the largest hash on top
+    selected = 0
+    for index, row in stream_share(job.config, job.source, job.encoder):
+        selected += 1
+        entry = (-int(mix_hash(np.asarray([index]), seed=1)[0]), index, row)
+        (heapq.heappush if selected <= PLAN_ROWS else heapq.heappushpop)(kept, entry)
+        if should_stop():
+            raise StopRequested
+    chosen = [(index, row) for _, index, row in kept]
+    encoded = run_ahead(
+        functools.partial(encode_rows, job.encoder),
+        chunk_rows(chosen, MEASURE_ROWS),
+        processes=worker_processes(len(chosen)),
+        should_stop=should_stop,
+    )
+    window = keep_window(list(itertools.chain.from_iterable(encoded)))
+    return Sample(window, selected, len(chosen) / max(1, selected))
+
+
+def probe_teacher(job: Job, rows: PreparedDataset, should_stop: Callable[[], bool]) -> Probe:
+    """Run a few batches of all lengths the way a run does, and time them."""
+    keeper = RowKeeper()
+    run = Extraction(job, keeper, should_stop)
+    run.teacher = load_teacher(job.config, vocab_size=job.vocab_size)
+    sampler = make_sampler(
+        job.config,
+        rows,
+        device_type=run.teacher.device.type,
+        done=np.zeros(rows.indices.size, bool),
+    )
+    weights = np.asarray([rows.lengths[batch].sum() for batch in sampler.batches])
+    middles = (np.cumsum(weights) - weights / 2) / weights.sum()  # (batches,) share before each
+    picks = spread_picks(middles)
+    sampler.batches = [sampler.batches[at] for at in (0, *picks)]
+    batches = load_batches(ConversationDataset(rows, job.encoder), sampler)
+    seconds, tokens = time_batches(run, keeper, batches)
+    if not keeper.tables:
+        raise TeacherError(
+            f"{job.config.model}: the probe gave no usable logits (NaN or infinite): "
+            "try --dtype float32 or --attn eager"
+        )
+    table = pa.concat_tables(keeper.tables)
+    nearest = nearest_pick(middles, picks[: seconds.size])
+    token_bytes, shard_bytes = measure_shard(job, table)
+    return Probe(
+        seconds.size,
+        table.num_rows,
+        int(tokens.sum()),
+        int(np.sum(table["num_tokens"].to_numpy())),
+        round(float(seconds.sum()), 3),
+        float(np.sum(weights * (seconds / tokens)[nearest]) / weights.sum()),
+        token_bytes,
+        shard_bytes,
+    )
+
+
+def time_batches(
+    run: Extraction, keeper: RowKeeper, batches: Iterable[Batch]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the seconds and the tokens of batches, until the time of a probe is up.
+
+    The first one, which should be the longest, is not counted: it shows whether the device holds
+    it, and what is done once is done then.
+    """
+    seconds, tokens = [], []
+    started = time.monotonic()
+    for number, batch in enumerate(batches):
+        if run.should_stop():
+            raise StopRequested
+        spent = time_batch(run, batch)
+        if number == 0:
+            keeper.tables.clear()
+            continue
+        seconds.append(spent)
+        tokens.append(sum(row.input_ids.size for row in batch.rows))
+        if time.monotonic() - started > PROBE_S:
+            break
+    return np.asarray(seconds), np.asarray(tokens, np.int64)
+
+
+def spread_picks(middles: npt.NDArray[np.float64]) -> list[int]:
+    """Choose batches that stand for equal shares of the tokens, far from each other first."""
+    order = [4, 1, 6, 2, 0, 5, 3, 7]  # the first few are spread, too, when time runs out
+    shares = (np.asarray(order) + 0.5) / PROBE_BATCHES
+    nearest = np.abs(middles[:, None] - shares).argmin(axis=0)
+    return list(dict.fromkeys(nearest.tolist()))
+
+
+def nearest_pick(middles: npt.NDArray[np.float64], picks: list[int]) -> npt.NDArray[np.int64]:
+    """Return for every batch which of the picked ones is nearest in length."""
+    return np.abs(middles[:, None] - middles[picks]).argmin(axis=1)
+
+
+def time_batch(run: Extraction, batch: Batch) -> float:
+    """Run a batch to its packed rows; return the seconds it took."""
+    post = AsyncPostProcessor(functools.partial(fetch_and_pack, schema=run.job.schema), run.deliver)
+    started = time.monotonic()
+    try:
+        run.submit(batch, post)
+        post.flush()
+        run.retry_alone(post)
+        post.flush()
+    finally:
+        post.shutdown()
+    return time.monotonic() - started
+
+
+def measure_shard(job: Job, table: pa.Table) -> tuple[float, float]:
+    """Encode rows as a shard; return the bytes per stored token, and those before the first."""
+    sizes = []
+    for rows in (table.num_rows, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            writer = ShardWriter(Path(folder), job.schema, nucleus_cap=job.config.top_p_max)
+            for at in range(rows):
+                writer.add(table.slice(at, 1))
+            sizes.append(writer.close(Path(folder) / "shard.parquet").size)
+    tokens = table["num_tokens"].to_numpy()
+    if table.num_rows == 1:
+        return sizes[0] / int(tokens[0]), 0.0
+    token_bytes = (sizes[0] - sizes[1]) / int(tokens[1:].sum())
+    return token_bytes, max(0.0, sizes[1] - token_bytes * int(tokens[0]))
+
+
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """Lay out a plan as a table for people."""
+    hours = plan["hours"]
+    lines = {
+        "rows": f"{plan['rows']:,}",
+        "tokens": f"{plan['tokens']:,}",
+        "stored tokens": f"{plan['stored_tokens']:,}",
+        "bytes on disk": f"{plan['bytes']:,} ({plan['bytes_per_stored_token']} a stored token)",
+        "shards": f"{plan['shards']:,}",
+        "commits": f"at most {plan['commits']:,}",
+        "hours": f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.4f} ({hours * 3600:.0f} s)",
+        "stored tokens/s": f"{plan['stored_tokens_per_second']:,}",
+        "skipped": ", ".join(f"{n:,} {reason}" for reason, n in plan["skipped"].items()) or "none",
+        "found from": (
+            f"the lengths of {plan['measured_rows']:,} of {plan['selected_rows']:,} conversations, "
+            f"{plan['probe']['batches']} batches of the teacher"
+        ),
+    }
+    return "\n".join(f"{name:>16}  {value}" for name, value in lines.items())
+
+
 # --------------------------------------------------------------------------------------------------
 # 11 CLI
 # --------------------------------------------------------------------------------------------------
@@ -4987,6 +5319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
         return EXIT_UNDELIVERED if isinstance(error, HubError) else EXIT_BAD_INPUT
+    if "plan" in summary:
+        sys.stdout.write(format_plan(summary) + "\n")
     print(json.dumps(summary))  # noqa: T201
     return int(summary["exit_code"])
 

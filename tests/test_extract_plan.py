@@ -1,0 +1,255 @@
+"""`--plan` of `extract_logits.py`: what a run would read, store and take; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHATS, TEACHER
+from tiny_teachers import save_teacher
+
+import compute_lengths
+import extract_logits
+from extract_logits import (
+    Batch,
+    DataError,
+    ExtractionConfig,
+    GracefulInterrupt,
+    StopRequested,
+    TeacherError,
+    count_shards,
+    nearest_pick,
+    open_job,
+    plan_extraction,
+    run_extraction,
+    sample_job,
+    spread_picks,
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A random teacher of 300 tokens and 400 short conversations."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = np.random.default_rng(2).lognormal(3, 0.8, 400).astype(int).clip(1, 300).tolist()
+    lines = [json.dumps({"messages": chat("x" * size), "size": size + 40}) for size in sizes]
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    save_teacher(folder / "model", 300)
+    return {"model": str(folder / "model"), "dataset": str(folder / "chats.jsonl")}
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+
+
+@pytest.fixture
+def make(small: dict[str, str]) -> Callable[..., ExtractionConfig]:
+    def configure(**options: Any) -> ExtractionConfig:
+        return ExtractionConfig(**{**small, "output": "./out", "plan": True, **options})
+
+    return configure
+
+
+@pytest.fixture
+def plan(make: Callable[..., ExtractionConfig]) -> Callable[..., dict[str, Any]]:
+    return lambda **options: plan_extraction(open_job(make(**options)))
+
+
+def test_a_plan_foretells_the_run_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    argv = ["--model", str(TEACHER), "--dataset", str(CHATS), "--output", "./out"]
+    argv += ["--limit", "12", "--upload-every", "5", "--max-batch-tokens", "1024"]
+    assert extract_logits.main([*argv, "--plan"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    foretold = json.loads(lines[-1])
+    assert list((tmp_path / "here").iterdir()) == []
+
+    assert extract_logits.main(argv) == 0
+    stored = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert foretold["rows"] == stored["rows"] == 12
+    assert foretold["stored_tokens"] == stored["tokens"]
+    assert foretold["shards"] == stored["shards"] == 3
+    assert foretold["commits"] == 4
+    assert foretold["bytes"] == pytest.approx(stored["bytes"], rel=0.05)
+    assert foretold["output"] == "./out"
+    table = "\n".join(lines[:-1])
+    for word in ("rows", "stored tokens", "bytes on disk", "shards", "commits", "hours"):
+        assert word in table
+    assert f"{foretold['stored_tokens']:,}" in table
+
+
+def test_lengths_a_stream_and_measuring_give_the_same_sample(
+    make: Callable[..., ExtractionConfig], small: dict[str, str]
+) -> None:
+    config = compute_lengths.LengthsConfig(**small, num_proc=1, output_dir="lengths")
+    compute_lengths.compute_lengths(config)
+    options: list[dict[str, Any]] = [
+        {}, {"streaming": True}, {"tokenized_dataset": "lengths/lengths.parquet"},
+    ]  # fmt: skip
+    figures = []
+    for given in options:
+        sample = sample_job(open_job(make(limit=40, **given)), lambda: False)
+        assert (sample.selected, sample.share) == (40, 1.0)
+        assert sample.rows.num_tokens is not None
+        figures.append([sample.rows.lengths.sum(), sample.rows.num_tokens.sum()])
+    assert figures[0] == figures[1] == figures[2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_sample_stands_for_a_large_job(
+    streaming: bool, make: Callable[..., ExtractionConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 of 400 rows; the sample is fixed by the ids, so the deviation never flickers."""
+    exact = sample_job(open_job(make()), lambda: False)
+    monkeypatch.setattr(extract_logits, "PLAN_ROWS", 100)
+    job = open_job(make(streaming=streaming))
+    sample = sample_job(job, lambda: False)
+    assert (sample.selected, sample.share) == (400, 0.25)
+    whole = sample_job(open_job(make()), lambda: False)
+    assert sorted(sample.rows.indices.tolist()) == whole.rows.indices.tolist()
+    planned = plan_extraction(job)
+    assert planned["rows"] == exact.rows.indices.size
+    assert planned["measured_rows"] == 100
+    assert planned["tokens"] == pytest.approx(int(exact.rows.lengths.sum()), rel=0.2)
+
+
+def test_skipped_conversations_are_foretold_by_reason(
+    plan: Callable[..., dict[str, Any]], write_chats: Callable[[list[Any]], Path]
+) -> None:
+    rows = [{"messages": chat("x" * n)} for n in range(1, 11)]
+    rows[2]["messages"] = rows[2]["messages"][:1]
+    rows[5]["messages"] = []
+    planned = plan(dataset=str(write_chats(rows)))
+    assert planned["rows"] == 8
+    assert planned["skipped"] == {"empty": 1, "no_assistant": 1}
+
+
+def test_a_column_of_lengths_gives_stored_tokens_at_the_ratio_of_the_probe(
+    plan: Callable[..., dict[str, Any]],
+) -> None:
+    measured, planned = plan(limit=12), plan(limit=12, length_col="size")
+    assert planned["rows"] == 12
+    wanted = planned["tokens"] * measured["stored_tokens"] / measured["tokens"]
+    assert planned["stored_tokens"] == pytest.approx(wanted, rel=0.02)
+
+
+def test_shards_are_counted_by_rows_or_by_size(make: Callable[..., ExtractionConfig]) -> None:
+    assert count_shards(make(upload_every=100), 400, 1e9) == 4
+    assert count_shards(make(upload_every=100), 401, 1e9) == 5
+    assert count_shards(make(upload_size_mb=100), 401, 1.01e9) == 11
+    assert count_shards(make(upload_size_mb=100), 401, 1) == 1
+
+
+def test_hours_add_up_what_batches_of_every_length_take(
+    make: Callable[..., ExtractionConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long conversations cost more a token here; the probed batches must stand for all of them."""
+
+    def seconds(batch: Batch) -> float:
+        return sum(1e-3 * size + 1e-6 * size**2 for size in (r.input_ids.size for r in batch.rows))
+
+    real = extract_logits.time_batch
+
+    def pretend(run: extract_logits.Extraction, batch: Batch) -> float:
+        real(run, Batch(batch.rows[-1:]))
+        return seconds(batch)
+
+    monkeypatch.setattr(extract_logits, "time_batch", pretend)
+    job = open_job(make(max_batch_tokens=400))
+    planned = plan_extraction(job)
+    rows = sample_job(job, lambda: False).rows
+    dataset = extract_logits.ConversationDataset(rows, job.encoder)
+    sampler = extract_logits.make_sampler(
+        job.config, rows, device_type="cpu", done=np.zeros(len(dataset), bool)
+    )
+    batches = [Batch.collate(dataset.__getitems__(places)) for places in sampler]
+    assert len(batches) > 30
+    assert planned["hours"] == pytest.approx(sum(map(seconds, batches)) / 3600, rel=0.05)
+
+
+def test_probed_batches_lie_apart_and_every_batch_has_a_nearest() -> None:
+    weights = np.linspace(5, 1, 400)
+    middles = (np.cumsum(weights) - weights / 2) / weights.sum()
+    picks = spread_picks(middles)
+    assert len(set(picks)) == len(picks) == extract_logits.PROBE_BATCHES
+    for first in range(2, 9):  # however many there was time for
+        nearest = nearest_pick(middles, picks[:first])
+        shares = np.bincount(nearest, weights=weights) / weights.sum()
+        assert np.count_nonzero(shares) == first
+        assert shares.max() < 3 / first
+    assert spread_picks(np.array([0.5])) == [0]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_planned(
+    plan: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = extract_logits.Extraction.forward
+
+    def small_device(run: extract_logits.Extraction, batch: Batch) -> Any:
+        if len(batch.rows) * max(row.input_ids.size for row in batch.rows) > 700:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(run, batch)
+
+    monkeypatch.setattr(extract_logits.Extraction, "forward", small_device)
+    planned = plan(limit=20, max_batch_tokens=1400)
+    assert planned["rows"] == 20
+    assert "going on with half of that" in caplog.text
+
+
+def test_a_teacher_without_usable_logits_is_refused(
+    plan: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = extract_logits.GPUBatchResult.to_host
+
+    def without(result: Any) -> Any:
+        host = real(result)
+        host.usable[:] = False
+        return host
+
+    monkeypatch.setattr(extract_logits.GPUBatchResult, "to_host", without)
+    with pytest.raises(TeacherError, match="no usable logits"):
+        plan(limit=4)
+
+
+def test_nothing_to_extract_is_refused_before_the_teacher_is_loaded(
+    plan: Callable[..., dict[str, Any]],
+    write_chats: Callable[[list[Any]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: Any, **__: Any) -> Iterator[Any]:
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr(extract_logits, "load_teacher", never)
+    rows = [{"messages": [{"role": "user", "content": "anyone?"}]}] * 3
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="nothing to extract: skipped 3 no_assistant"):
+            plan(dataset=str(write_chats(rows)), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_plan_stops_at_a_signal(streaming: bool, make: Callable[..., ExtractionConfig]) -> None:
+    job = open_job(make(limit=10, streaming=streaming))
+    with pytest.raises(StopRequested):
+        plan_extraction(job, should_stop=lambda: True)
+    interrupt = GracefulInterrupt()
+    interrupt.signal = 2
+    assert extract_logits.plan_until(job, interrupt)["exit_code"] == 130
+
+
+def test_a_plan_does_not_look_at_the_output(make: Callable[..., ExtractionConfig]) -> None:
+    run_extraction(make(plan=False, limit=3))
+    assert run_extraction(make(limit=3))["rows"] == 3
