@@ -143,7 +143,7 @@ class Report:
     """Figures of a run that held, in nats; steps are a token's own quantization steps.
 
     The forward's noise is measured at the ends of the ranges, which are stored exactly; the
-    quantization error is what a logit has beyond the noise of its own token.
+    quantization error in steps is what a logit has beyond `Tolerance.logit`.
     """
 
     shards: int = 0
@@ -479,24 +479,21 @@ class TokenCheck:
         if not ids:
             return
         right = [float(self.x[i]) for i in ids]
-        noise = 0.0
         for name, found, wanted in (("min", low, min(right)), ("max", high, max(right))):
-            noise = max(noise, abs(found - wanted))
+            self.noise = max(self.noise, abs(found - wanted))
             self.require(
                 abs(found - wanted) <= self.tolerance.logit,
                 f"{part} {name} is {found!r}, right is {wanted!r}",
             )
-        self.noise = max(self.noise, noise)
         if low == high:
             self.require(not any(q), f"{part} has one value and q {q}, not all 0")
         else:
             self.require(min(q) == 0 and max(q) == 65535, f"{part} q spans {min(q)} to {max(q)}")
-        self.check_quantization(part, right, dequantize(q, low, high), span=high - low, noise=noise)
+        self.check_quantization(part, right, dequantize(q, low, high), span=high - low)
 
     def check_quantization(
-        self, part: str, right: list[float], found: list[float], *, span: float, noise: float
+        self, part: str, right: list[float], found: list[float], *, span: float
     ) -> None:
-        """Compare value by value; the noise of the forward shows at the ends, stored exactly."""
         step = span / (2**self.settings.logit_bits - 1)
         # With fewer bits a level is stored as the nearest of 65,536: half of such a step more.
         rounding = 0.0 if self.settings.logit_bits == 16 else 0.5 * span / 65535
@@ -504,7 +501,7 @@ class TokenCheck:
             error = abs(value - wanted)
             self.logit_error = max(self.logit_error, error)
             if step > 0:
-                self.steps = max(self.steps, (error - noise) / step)
+                self.steps = max(self.steps, (error - self.tolerance.logit) / step)
             allowed = (0.5 + FLOAT_STEPS) * step + rounding + self.tolerance.logit
             self.require(
                 error <= allowed, f"{part} logit {value!r}, right is {wanted!r}, step {step:.3g}"

@@ -100,7 +100,7 @@ def test_every_row_of_all_embedded_conversations_is_right(tmp_path: Path) -> Non
     output = run_command(EMBEDDED, CONVERSATIONS, tmp_path)
     report = check(EMBEDDED, CONVERSATIONS, output)
     print(json.dumps(report.figures()))
-    assert report.rows == 240
+    assert report.rows == 400
 
 
 @pytest.mark.parametrize(
