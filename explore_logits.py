@@ -4041,7 +4041,9 @@ class TextSource:
             SourceError: the source has no such conversation.
             ConversationError: it cannot be rendered.
         """
-        row = self._row_of(index)
+        row = self._find_row(index)
+        if row is None:
+            raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
         return encode_row(
             self.source[row],
             self._columns,
@@ -4053,24 +4055,26 @@ class TextSource:
 
     def actual_tokens(self, block: TokenBlock) -> list[npt.NDArray[Any] | None]:
         """Return the ids of each row's extracted tokens, None where row and text do not match."""
-        found: list[npt.NDArray[Any] | None] = []
-        for index, n in zip(block.index.tolist(), block.num_tokens.tolist(), strict=True):
-            encoded = self.encode(index)
-            fits = encoded.token_positions.size == n
-            found.append(encoded.input_ids[encoded.token_positions] if fits else None)
-        return found
+        pairs = zip(block.index.tolist(), block.num_tokens.tolist(), strict=True)
+        return [self._extracted_ids(index, n) for index, n in pairs]
 
-    def _row_of(self, index: int) -> int:
+    def _extracted_ids(self, index: int, n: int) -> npt.NDArray[Any] | None:
+        if self._find_row(index) is None:
+            return None
+        try:
+            encoded = self.encode(index)
+        except ConversationError:
+            return None
+        ids = encoded.input_ids[encoded.token_positions]
+        return ids if ids.size == n else None
+
+    def _find_row(self, index: int) -> int | None:
         if self._columns.index is None:
-            row = index if 0 <= index < len(self.source) else None
-        else:
-            if self._rows is None:
-                ids = self.source[self._columns.index]
-                self._rows = {int(value): row for row, value in enumerate(ids)}
-            row = self._rows.get(index)
-        if row is None:
-            raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
-        return row
+            return index if 0 <= index < len(self.source) else None
+        if self._rows is None:
+            ids = self.source[self._columns.index]
+            self._rows = {int(value): row for row, value in enumerate(ids)}
+        return self._rows.get(index)
 
 
 COLUMN_ROLES = ("messages", "user", "assistant", "system", "index")
@@ -4870,13 +4874,21 @@ def plain_label(text: str) -> str:
     return shown if len(shown) <= 20 else shown[:19] + "…"
 
 
-def plot_nucleus_vs_sampled(sample: Mapping[str, Any]) -> Any:
-    """Plot the log-probabilities of all nucleus entries of a sample against its tail sample's."""
-    block = sample_block(sample)
-    parts = [
-        ("nucleus", block.top_logits() - np.repeat(block.logsumexp, block.top_counts)),
-        ("tail sample", block.tail_logits() - np.repeat(block.logsumexp, block.tail_counts)),
-    ]
+def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> Any:
+    """Plot the log-probabilities of nucleus entries against the tail sample's.
+
+    Those of token `t`, or of all tokens of the sample.
+    """
+    which = f"{sample['num_tokens']} tokens" if t is None else f"token {t}"
+    parts = []
+    for name, decode, group in (
+        ("nucleus", dequantize_top_logits, "top_indices"),
+        ("tail sample", dequantize_sampled_logits, "sampled_indices"),
+    ):
+        _, logits = decode(sample, t)
+        sizes = [ids.size for ids in sample[group]]
+        totals = np.repeat(sample["logsumexp"], sizes) if t is None else sample["logsumexp"][t]
+        parts.append((name, logits - totals))
     low = min((values.min() for _, values in parts if values.size), default=-1.0)
     edges = np.linspace(min(low, -1.0), 0, 61)
     with plot_style() as (pyplot, colours):
@@ -4892,9 +4904,7 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any]) -> Any:
                 label=f"{name}, {values.size:,} entries",
             )
         axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
-        axes.set_title(
-            f"Conversation {sample['index']}: what is stored of {sample['num_tokens']} tokens"
-        )
+        axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
         axes.legend(loc="upper left")
         return finish_figure(pyplot, figure)
 

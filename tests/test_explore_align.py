@@ -268,6 +268,23 @@ def test_figures_over_the_text_count_only_rows_that_fit(output: Path) -> None:
     )
 
 
+def test_rows_whose_text_is_another_count_as_unknown(
+    short_chats: list[dict[str, Any]], tmp_path: Path, tokenizer: Any
+) -> None:
+    fits = encode_conversation(short_chats[0]["messages"], tokenizer).token_positions.size
+    rng = np.random.default_rng(2)
+    rows = [
+        extract_row(random_logits(rng, n, VOCAB), RUN, rng, index=index)
+        for n, index in ((fits, short_chats[0]["id"]), (4, -9), (fits + 1, short_chats[1]["id"]))
+    ]
+    made = write_output(tmp_path, rows, settings=RUN)
+    stats = compute_dataset_stats(made, actual_tokens=open_text(made).actual_tokens)
+    assert (stats.known, stats.rows) == (fits, 3)
+    gone = open_text(made, source="./gone.jsonl")
+    with pytest.raises(SourceError, match="gone"):
+        compute_dataset_stats(made, actual_tokens=gone.actual_tokens)
+
+
 def test_an_analysis_becomes_a_data_frame(output: Path) -> None:
     analysis = execute_analysis(output, 2)
     frame = analysis.to_pandas()

@@ -34,6 +34,7 @@ PLOTS: dict[str, Callable[[], Any]] = {
         SAMPLE, int(np.argmin(SAMPLE["top_counts"]))
     ),
     "nucleus against tail": lambda: plot_nucleus_vs_sampled(SAMPLE),
+    "nucleus against tail of a token": lambda: plot_nucleus_vs_sampled(SAMPLE, 2),
     "no tail": lambda: plot_nucleus_vs_sampled(NO_TAIL),
     "sizes": lambda: plot_nucleus_sizes(SAMPLE),
     "sizes of one token": lambda: plot_nucleus_sizes(ONE_TOKEN),
