@@ -404,9 +404,12 @@ def _open_file(path: Path, *, split: str, streaming: bool) -> Any:
         raise SourceError(f"dataset {str(path)!r}: the file is empty")
     if streaming and path.suffix == ".jsonl":
         return _stream_json_lines(path, split=split)
+    # In a CSV, "NA", "None" and "null" are words that somebody wrote; only an empty cell is null.
+    cells = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
     return _load_dataset(
-        str(path), builder, data_files=str(path), split=split, streaming=streaming, file=path
-    )
+        str(path), builder, data_files=str(path), split=split, streaming=streaming, file=path,
+        **cells,
+    )  # fmt: skip
 
 
 def _open_folder(path: Path, *, subset: str | None, split: str, streaming: bool) -> Any:
@@ -447,13 +450,13 @@ def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
     Raises:
         SourceError: a line is not a JSON object; names its number.
     """
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:  # with or without a byte order mark
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SourceError(f"dataset {path!r}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise SourceError(f"dataset {path!r}, line {number}: expected a JSON object")
@@ -470,11 +473,33 @@ def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **opt
         return datasets.load_dataset(builder, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if file is not None and file.suffix == ".jsonl":
-            for _ in read_json_lines(str(file)):  # names the line that is not JSON
-                pass
+            _name_bad_line(str(file))
         raise SourceError(_describe_load_error(dataset, options, error)) from error
     finally:
         log.setLevel(level)
+
+
+def _name_bad_line(path: str) -> None:
+    """Read a JSON-lines file that the loader refused, to say which line is at fault.
+
+    Raises:
+        SourceError: a line is not a JSON object, or holds text that cannot be written as UTF-8.
+    """
+    for number, row in enumerate(read_json_lines(path), 1):
+        if not is_unicode(json.dumps(row, ensure_ascii=False)):
+            raise SourceError(
+                f"dataset {path!r}, row {number}: half a surrogate pair (\\ud800 to \\udfff) is "
+                "no text; mend the row, or have it skipped by --streaming"
+            )
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether text can be written at all: JSON escapes can hold half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _root_cause(error: BaseException) -> str:
@@ -493,8 +518,13 @@ def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Except
         return _no_split(dataset, str(options.get("split")), names)
     kind = type(error).__name__
     if kind == "DatasetGenerationError":
-        return f"dataset {dataset!r} cannot be read: {_root_cause(error)}"
+        cause = _root_cause(error)
+        if "BatchSize must be greater than 0" in cause:  # Parquet without a row
+            return f"dataset {dataset!r} has no rows"
+        return f"dataset {dataset!r} cannot be read: {cause}"
     why = " ".join(str(error).split()) or kind
+    if "corresponds to no data" in why:
+        return f"dataset {dataset!r} has no rows"
     if "BuilderConfig" in why or "Config name is missing" in why:
         return f"dataset {dataset!r}, --subset {options.get('name')}: {why}"
     if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
@@ -620,7 +650,7 @@ def _parsed_json(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -1540,13 +1570,18 @@ def encode_conversation(
         include_end: extract what the template appends after the end-of-turn token, too.
 
     Raises:
-        ConversationError: "no_assistant", "refused_by_template", "no_tokens", "unaligned".
+        ConversationError: "no_assistant", "refused_by_template", "no_tokens", "unaligned",
+            "malformed".
         TemplateError: no conversation could work with this template or tokenizer.
     """
     template = prepare_template(tokenizer, chat_template)
     rendered = render_conversation(
         messages, template, tools=tools, include_think=include_think, include_end=include_end
     )
+    if not is_unicode(rendered.text):
+        raise ConversationError(
+            "malformed", "half a surrogate pair (\\ud800 to \\udfff) is no text"
+        )
     ids, starts, ends = tokenize_with_offsets(rendered.text, tokenizer)
     positions = token_positions_of(rendered.spans, starts, ends)
     if positions.size == 0:
@@ -3309,9 +3344,15 @@ def mass_tolerance(
     block: TokenBlock, mass: npt.NDArray[np.float64], logit_bits: int
 ) -> npt.NDArray[np.float64]:
     """Return how far each nucleus' decoded mass can be off: half a step, and float32's share."""
+    return mass * rounding_share(block.top_min, block.top_max, logit_bits) + 2e-5
+
+
+def rounding_share(
+    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], logit_bits: int
+) -> npt.NDArray[np.float64]:
+    """Return by which share half a quantization step changes a probability at most."""
     half_step = 0.5 / (2**logit_bits - 1)
-    span = block.top_max.astype(np.float64) - block.top_min
-    return mass * np.expm1(half_step * span) + 2e-5
+    return np.asarray(np.expm1(half_step * (high.astype(np.float64) - low)))
 
 
 def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
@@ -3519,9 +3560,6 @@ def validate_block(
     rows: npt.NDArray[np.int64],
 ) -> None:
     """Check decoded rows; `rows` are their numbers in the shard."""
-    for number in np.flatnonzero(block.index < 0):
-        message = f"index {block.index[number]} is negative"
-        report.add(Violation(shard, int(rows[number]), None, "index", message))
     for number in np.flatnonzero(block.num_tokens == 0):
         report.add(Violation(shard, int(rows[number]), None, "length", "the row holds no tokens"))
     with np.errstate(all="ignore"):  # whatever a damaged file holds
@@ -3622,8 +3660,9 @@ def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     probs = block.top_probs()
     mass = sum_runs(probs, block.top_starts)
     tolerance = mass_tolerance(block, mass, limits.logit_bits)
-    total = mass + sum_runs(block.tail_probs(), block.tail_starts)
-    yield Rule("sum", total > 1 + 2 * tolerance, "probabilities sum to {:.6f}", (total,))
+    tail = sum_runs(block.tail_probs(), block.tail_starts)
+    slack = 2 * tolerance + tail * rounding_share(block.tail_min, block.tail_max, limits.logit_bits)
+    yield Rule("sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", (mass + tail,))
     short = (mass < top_p - tolerance) & (counts < limits.top_p_max)
     message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
     yield Rule("mass", short & (counts < limits.vocab_size), message, (counts, mass))

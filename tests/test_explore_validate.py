@@ -175,7 +175,6 @@ MUTATIONS: dict[str, tuple[str, Callable[[Row], None]]] = {
     "a tail minimum missing": ("length", drop_item("sampled_min")),
     "a position missing": ("length", drop_item("token_positions")),
     "fewer tail tokens than drawn": ("tail count", split_tail),
-    "a negative index": ("index", lambda row: row.update(index=-5)),
     "a conversation twice": ("twice", lambda row: row.update(index=ROWS[2]["index"])),
     "a nucleus id beyond the vocabulary": ("id", id_beyond("top")),
     "a tail id beyond the vocabulary": ("id", id_beyond("sampled")),

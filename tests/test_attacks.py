@@ -1,0 +1,158 @@
+"""Odd input and odd circumstances: what broke once, or looked as if it would."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATS, TEACHER
+
+import explore_logits
+import extract_logits
+from explore_logits import SourceError, load_logit_dataset, open_source
+
+Extract = Callable[..., tuple[int, dict[str, Any], str]]
+HALF_PAIR = (
+    '{"messages": [{"role": "user", "content": "hi \\ud800"}, '
+    '{"role": "assistant", "content": "yo \\udc00"}]}'
+)
+
+
+@pytest.fixture
+def extract(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Extract:
+    """Run `main` on the embedded teacher; returns exit code, summary and stderr."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object, source: Path = CHATS, output: str = "./out") -> Any:
+        capsys.readouterr()
+        options = ("--model", TEACHER, "--dataset", source, "--output", output)
+        code = extract_logits.main([str(arg) for arg in (*options, "--cache-dir", "cache", *args)])
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == (code in (0, 75))
+        return code, json.loads(out) if out else {}, err
+
+    return run
+
+
+def validate(output: str) -> dict[str, int]:
+    """Return the violations that `--validate` counts in an output."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        explore_logits.main([output, "--validate"])
+    result: dict[str, int] = json.loads(said.getvalue().splitlines()[-1])["violations"]
+    return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--sampled-n", 0),
+        ("--top-p", "1.0"),
+        ("--top-p-max", 1),
+        ("--logit-bits", 4),
+        ("--top-p-max", 1, "--sampled-n", 1, "--logit-bits", 4),
+        ("--sampled-n", 0, "--top-p", "1e-9", "--store-tokens", "--include-end"),
+    ],
+)
+def test_runs_at_the_edge_of_the_settings_are_valid(
+    options: tuple[object, ...], extract: Extract
+) -> None:
+    assert extract("--limit", 12, *options)[0] == 0
+    assert validate("out") == {}
+
+
+def test_any_int32_is_an_id_and_valid(
+    extract: Extract, write_chats: Callable[[list[Any]], Path], chats: list[dict[str, Any]]
+) -> None:
+    ids = [-(2**31), -5, 0, 2**31 - 1]
+    rows = [{**chat, "id": i} for chat, i in zip(chats, ids, strict=False)]
+    assert extract("--index-col", "id", source=write_chats(rows))[0] == 0
+    assert validate("out") == {}
+    table = next(load_logit_dataset("out").iter_tables(["index"]))
+    assert sorted(table["index"].to_pylist()) == ids
+
+
+def test_a_path_that_names_a_split_is_no_split(extract: Extract, tmp_path: Path) -> None:
+    assert extract("--limit", 3, output="./test_run/eval/out")[0] == 0
+    out = tmp_path / "test_run" / "eval" / "out"
+    shard = out / "data" / "part-00000.parquet"
+    for name in (out, out / "data", shard, [shard]):
+        assert len(load_logit_dataset(name)) == 3
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_half_a_surrogate_pair_is_skipped_or_named(
+    streaming: bool,
+    extract: Extract,
+    write_chats: Callable[[list[Any]], Path],
+    chats: list[dict[str, Any]],
+) -> None:
+    source = write_chats([{"messages": chats[0]["messages"]}, HALF_PAIR])
+    code, summary, err = extract(*["--streaming"] * streaming, source=source)
+    if streaming:
+        assert (code, summary["skipped"]) == (0, {"malformed": 1}), err
+    else:
+        assert code == 2
+        assert "row 2: half a surrogate pair" in err.splitlines()[-1]
+
+
+def test_messages_kept_as_json_text_with_half_a_surrogate_pair_are_skipped(
+    extract: Extract, write_chats: Callable[[list[Any]], Path], chats: list[dict[str, Any]]
+) -> None:
+    texts = [
+        json.dumps(chats[0]["messages"]),
+        json.dumps(json.loads(HALF_PAIR)["messages"]),
+        "[" * 100_000,
+    ]
+    code, summary, err = extract(source=write_chats([{"messages": text} for text in texts]))
+    assert (code, summary["skipped"]) == (0, {"malformed": 2}), err
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.json", "chats.csv"])
+def test_a_byte_order_mark_is_no_part_of_the_data(
+    name: str, streaming: bool, tmp_path: Path
+) -> None:
+    row = {"question": "a", "answer": "b"}
+    text = {
+        ".jsonl": json.dumps(row) + "\r\n",
+        ".json": json.dumps([row]),
+        ".csv": "question,answer\r\na,b\r\n",
+    }[Path(name).suffix]
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(open_source(str(path), streaming=streaming)) == [row]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_words_in_a_csv_are_words(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "chats.csv"
+    path.write_text("question,answer\nsodium?,NA\nany?,None\nempty?,\n", encoding="utf-8")
+    rows = list(open_source(str(path), streaming=streaming))
+    assert [row["answer"] for row in rows] == ["NA", "None", None]
+
+
+@pytest.mark.parametrize(("name", "text"), [("e.json", "[]"), ("h.csv", "question,answer\n")])
+def test_a_source_without_rows_is_said_to_have_none(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SourceError, match="has no rows"):
+        open_source(str(path))
+
+
+def test_parquet_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "none.parquet"
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
+    with pytest.raises(SourceError, match="has no rows"):
+        open_source(str(path))
