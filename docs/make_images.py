@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument(
         "--conversations", default="1014,2036,1035", help="shown on the page (default: %(default)s)"
     )
-    parser.add_argument("--token", type=int, default=8, help="token of the first, shown in full")
+    parser.add_argument("--token", type=int, default=4, help="token of the first, shown in full")
     args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     dataset = load_logit_dataset(args.output)

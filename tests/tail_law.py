@@ -362,9 +362,7 @@ def outcomes(case: Case, draw: Draw, seed: int) -> Iterator[Outcome]:
         yield Outcome(case.name, name, p_value)
 
 
-def check_tail_law(
-    draw: Draw, *, cases: list[Case] | None = None, seed: int = 1
-) -> list[Outcome]:
+def check_tail_law(draw: Draw, *, cases: list[Case] | None = None, seed: int = 1) -> list[Outcome]:
     """Require that `draw` follows the law on every row; return all outcomes.
 
     Raises:

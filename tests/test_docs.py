@@ -1,0 +1,222 @@
+"""What the documents say is so: options, names, links, snippets, commands, test bytes."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CHATS, ROOT, TEACHER, run_script
+
+from explore_logits import SCHEMA, TOKEN_FIELDS, dequantize_logits, pack_indices, quantize_logits
+
+sys.path.append(str(ROOT / "docs"))
+from option_table import make_option_table, replace_table
+
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = ["explore_logits.py", "compute_lengths.py", "extract_logits.py"]
+
+# Commands of the documents that no test below runs, and why.
+NOT_RUN = {
+    r"make \w+": "targets: see the test on the Makefile; CI",
+    r"uv sync.*|pip install .*": "needs a package registry",
+    r"python \w+\.py .*(Qwen/Qwen3-8B|user/chats).*": "needs a model of 8 billion parameters",
+    r"python tests/(template_table|architectures)\.py": "minutes; their tests run parts",
+    r"python docs/option_table\.py": "would write the README; its functions are tested below",
+    r"python .*(OUTPUT|FOLDER).*": "stands for an output of the reader's",
+}
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Extract a few conversations as `make demo` does; returns the folder of the output."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run_script(
+        "extract_logits.py", "--model", TEACHER, "--dataset", CHATS, "--index-col", "id",
+        "--limit", 6, "--store-tokens", "--cache-dir", folder / "cache",
+        "--output", folder / "logits",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    return folder / "logits"
+
+
+def code_blocks(path: Path, language: str) -> Iterator[str]:
+    """Yield the fenced blocks of a language."""
+    text = path.read_text(encoding="utf-8")
+    yield from re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def commands(path: Path) -> Iterator[str]:
+    """Yield the shell commands of a document: fenced, indented, or in the text."""
+    text = path.read_text(encoding="utf-8")
+    for block in code_blocks(path, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if command := line.partition("#")[0].strip():
+                yield re.sub(r"\s+", " ", command)
+    yield from re.findall(r"^    ((?:python|make) .+)$", text, re.M)
+    yield from re.findall(r"`((?:python|make|pip|uv) [^`\n]+)`", text)
+
+
+def known_commands() -> list[str]:
+    """Return every command of the documents once."""
+    return sorted({command for page in PAGES for command in commands(page)})
+
+
+def test_the_first_screen_holds_what_a_newcomer_needs() -> None:
+    screen = "\n".join(README.read_text(encoding="utf-8").splitlines()[:45])
+    wanted = [
+        "bytes a token",
+        "make demo",
+        "make test",
+        *SCRIPTS,
+        "print_top_tokens",
+        "docs/images/",
+    ]
+    assert [part for part in wanted if part not in screen] == []
+
+
+def test_the_option_table_is_that_of_the_parser() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text == replace_table(text, make_option_table()), "run python docs/option_table.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    local = [t.partition("#")[0] for t in targets if not re.match(r"https?://|#", t)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_commands_of_make_are_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {word for c in known_commands() if c.startswith("make ") for word in c.split()[1:]}
+    assert sorted(t for t in named if not re.search(rf"^{t}:", makefile, re.M)) == []
+
+
+@pytest.mark.parametrize("command", known_commands())
+def test_commands_run_or_say_why_not(command: str, small_demo: Path, tmp_path: Path) -> None:
+    if any(re.fullmatch(pattern, command) for pattern in NOT_RUN):
+        return
+    program, script, *words = shlex.split(command)
+    assert program == "python", f"neither run here nor listed with a reason: {command}"
+    places = {"demo/logits": str(small_demo), "./demo/first": str(tmp_path / "first")}
+    args = [places.get(word, word) for word in words]
+    if "--output" in args:
+        args += ["--cache-dir", str(tmp_path / "cache")]
+    done = run_script(script, *args)
+    assert done.code == 0, done.stderr
+
+
+def test_reasons_are_needed() -> None:
+    listed = known_commands()
+    idle = [p for p in NOT_RUN if not any(re.fullmatch(p, command) for command in listed)]
+    assert idle == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_run(page: Path, small_demo: Path) -> None:
+    for snippet in code_blocks(page, "python"):
+        code = snippet.replace("demo/logits", str(small_demo))
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def golden(name: str) -> dict[str, list[str]]:
+    """Return a block of test bytes of docs/format.md by the first word of its lines."""
+    (block,) = code_blocks(ROOT / "docs" / "format.md", f"golden {name}")
+    return {word: rest for word, *rest in map(str.split, block.splitlines())}
+
+
+def test_packed_ids_are_the_golden_bytes() -> None:
+    low, high = pack_indices([5, 65536, 131073, 262143, 70000])
+    assert low.astype("<u2").tobytes() == bytes.fromhex("".join(golden("ids")["low"]))
+    assert high == bytes.fromhex("".join(golden("ids")["high"]))
+
+
+def test_quantized_logits_are_the_golden_bytes() -> None:
+    wanted = golden("logits")
+    q, low, high = quantize_logits(np.float32([7.5, 2, -1.25, 3, 3]), [3, 2])
+    assert [f"{level:04x}" for level in q] == wanted["q"]
+    assert low.astype("<f4").tobytes() == bytes.fromhex("".join(wanted["min"]))
+    assert high.astype("<f4").tobytes() == bytes.fromhex("".join(wanted["max"]))
+    assert dequantize_logits(q[:3], low[0], high[0]).tolist() == list(map(float, wanted["back"]))
+    coarse, _, _ = quantize_logits(np.float32([7.5, 2, -1.25]), bits=4)
+    assert [f"{level:04x}" for level in coarse] == wanted["q4"]
+
+
+def test_the_format_page_lists_every_column_with_its_type() -> None:
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([\w<>]+) \|", text, re.M)
+    columns = [(name, kind) for names, kind in rows for name in re.findall(r"\w+", names)]
+    written = [
+        (field.name, re.sub(r"(item|element): ", "", str(field.type)).replace("float>", "float32>"))
+        for field in (*SCHEMA, *TOKEN_FIELDS)
+    ]
+    assert columns == written
+
+
+def defined_names(path: Path) -> Iterator[str]:
+    """Yield every name that a Python file defines: functions, classes, fields, constants."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+
+
+def unknown_names(text: str) -> list[str]:
+    """Return the names and files in backticks that exist nowhere in the project."""
+    files = [ROOT / script for script in SCRIPTS]
+    files += itertools.chain((ROOT / "tests").glob("*.py"), (ROOT / "docs").glob("*.py"))
+    known = {name for path in files for name in defined_names(path)}
+    known |= {field.name for field in (*SCHEMA, *TOKEN_FIELDS)} | {path.stem for path in files}
+    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    known |= set(re.findall(r"^(\w+) = \[", metadata, re.M))  # extras
+    known |= set(re.findall(r'"(\w+): ', metadata)) | {"True", "False", "None"}  # markers
+    unknown = []
+    for quoted in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
+        if " " in quoted:
+            continue
+        if "/" in quoted or re.search(r"\.(py|md|toml|json|jinja|in|ipynb)$", quoted):
+            missing = not list(ROOT.glob(quoted.rstrip("/")))
+        elif re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", quoted):
+            missing = not set(quoted.removesuffix("()").split(".")) <= known
+        else:
+            continue
+        if missing:
+            unknown.append(quoted)
+    return unknown
+
+
+def test_the_guide_names_only_what_exists() -> None:
+    text = (ROOT / "docs" / "AGENTS.md").read_text(encoding="utf-8")
+    assert unknown_names(text) == []
+    assert not re.search(r"\.py:\d|\blines? \d", text), "line numbers go stale: name functions"
+
+
+def test_a_name_that_exists_nowhere_is_found() -> None:
+    assert unknown_names("`extract_tokens` `no_such_function` `tests/none.py` `--limit 4`") == [
+        "no_such_function",
+        "tests/none.py",
+    ]
+
+
+def test_the_versions_agree() -> None:
+    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^version = "(.+)"$', metadata, re.M)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
