@@ -2004,6 +2004,7 @@ BLOCK = 64  # vocabulary ids per block of the fast path
 WEIGHED_AT_ONCE = {"cpu": 2**17, "cuda": 2**24}  # logits in its first look: 0.5 MB, 64 MB
 HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**23}  # and in its second: a few temporaries of 4, 64 MB
 BLOCK_STREAM = 2**32  # random counters of blocks start here, above every vocabulary id
+HELD_BLOCKS = 100  # of a row, at least, get the second look and float64, however small K is
 SPARE_BLOCKS = 4  # float32 weights misplace a block by more than this once in 1e20 tokens
 NUCLEUS_SLACK = 1e-13  # rounding of a float64 sum of 255 probabilities; decides exact ties only
 
@@ -2161,7 +2162,7 @@ def extract_tokens(
         logits, index, position = logits.cpu(), index.cpu(), position.cpu()
     states = row_states(index, position, seed=seed)
     count, vocab = logits.shape
-    held = min(vocab, BLOCK * (top_p_max + sampled_n)) + vocab // BLOCK
+    held = min(vocab, BLOCK * (max(top_p_max, HELD_BLOCKS) + sampled_n)) + vocab // BLOCK
     at_once = REFERENCE_AT_ONCE // vocab if reference else HELD_AT_ONCE[logits.device.type] // held
     extract = extract_by_definition if reference else extract_by_blocks
     return concatenate(
@@ -2220,28 +2221,36 @@ def extract_by_blocks(
 ) -> ExtractedTokens:
     """Extract with one read of the logits and a second look at the few blocks that matter.
 
-    Equal to `extract_by_definition` in everything but the tail, which has the same law. The K
-    blocks with the largest maxima hold the K largest logits: any logit elsewhere has K larger ones,
-    or equal ones of lower id. They are summed again in float64, which leaves the errors of float32
-    sums to blocks of little weight: 1e-9 of the log-sum-exp, 4e-9 at worst.
+    Equal to `extract_by_definition` in everything but the tail, which has the same law. The k
+    blocks with the largest maxima hold the k largest logits: any logit elsewhere has k larger ones,
+    or equal ones of lower id. All that is in them is summed in float64, which leaves the errors of
+    float32 sums to what weighs least: 1e-9 of the log-sum-exp as a rule, 5e-9 at worst.
     """
+    k = min(max(top_p_max, HELD_BLOCKS), logits.shape[1])
     block_max, weights = weigh_blocks(logits)  # (N, C)
-    blocks = top_k_ids(block_max, top_p_max).sort(-1).values  # (N, <= K), ascending as ids are
-    held = gather_blocks(logits, blocks)  # (N, <= K, BLOCK) float32
-    logsumexp = weights.scatter_(1, blocks, held.double().logsumexp(-1)).logsumexp(-1)
-    at = top_k_ids(held.flatten(1), min(top_p_max, logits.shape[1]))
-    top_logits = held.flatten(1).gather(1, at)
-    top_ids = blocks.gather(1, at // BLOCK) * BLOCK + at % BLOCK
-    counts = count_nucleus(top_logits.double(), logsumexp, top_p=top_p)
-    nucleus = column_numbers(at) < counts.unsqueeze(1)
-    held.flatten(1).scatter_(1, at, top_logits.masked_fill(nucleus, float("-inf")))
-    held_max, held_sum = sum_blocks(held)
-    weights.scatter_(1, blocks, held_max.double() + held_sum.double().log_())
+    blocks = top_k_ids(block_max, k).sort(-1).values  # (N, <= k), ascending as ids are
+    held = gather_blocks(logits, blocks)  # (N, <= k, BLOCK) float32
+    at = top_k_ids(held.flatten(1), k)
+    top = held.flatten(1).gather(1, at).double()  # (N, k)
+    top_blocks = blocks.gather(1, at // BLOCK)
+    top_ids = top_blocks * BLOCK + at % BLOCK
+    held.flatten(1).scatter_(1, at, float("-inf"))
+    weights.scatter_(1, blocks, log_weights(*sum_blocks(held.double())))  # without the k largest
+    logsumexp = torch.logaddexp(weights.logsumexp(-1), top.logsumexp(-1))
+    counts = count_nucleus(top[:, :top_p_max], logsumexp, top_p=top_p)
+    outside = top.masked_fill(column_numbers(top) < counts.unsqueeze(1), float("-inf"))
+    weights = add_to_blocks(weights, top_blocks, outside)  # without the nucleus
     last = (counts - 1).unsqueeze(1)
-    edge = (top_logits.gather(1, last).unsqueeze(2), top_ids.gather(1, last).unsqueeze(2))
+    edge = (top.gather(1, last).unsqueeze(2), top_ids.gather(1, last).unsqueeze(2))
     sampled_ids, complete = sample_tail(logits, states, weights, edge=edge, sampled_n=sampled_n)
     return collect_tokens(
-        logits, logsumexp, top_ids, counts, sampled_ids, complete=complete, top_p_max=top_p_max
+        logits,
+        logsumexp,
+        top_ids[:, :top_p_max],
+        counts,
+        sampled_ids,
+        complete=complete,
+        top_p_max=top_p_max,
     )
 
 
@@ -2256,21 +2265,37 @@ def weigh_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         parts = [sum_blocks(values) for values in split_blocks(logits)]
         maxima, sums = torch.cat([m for m, _ in parts], 1), torch.cat([s for _, s in parts], 1)
-    return maxima, maxima.double() + sums.double().log_()
+    return maxima, log_weights(maxima, sums)
+
+
+def log_weights(maxima: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Return the log-sum-exp of blocks, float64, from what `sum_blocks` returns."""
+    return maxima.double() + sums.double().log_()
+
+
+def add_to_blocks(
+    weights: torch.Tensor, blocks: torch.Tensor, logits: torch.Tensor
+) -> torch.Tensor:
+    """Add single tokens, (N, K) of them in as many blocks, to the log-weights (N, C) of blocks."""
+    largest = weights.scatter_reduce(1, blocks, logits, "amax").clamp_(min=LOWEST)
+    sums = (weights - largest).exp_()
+    sums.scatter_add_(1, blocks, (logits - largest.gather(1, blocks)).exp_())
+    return sums.log_().add_(largest)
 
 
 def sum_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the maximum of each block and its sum of exp(logit - maximum), (N, C) float32.
+    """Return the maximum of each block and its sum of exp(logit - maximum), (N, C) each.
 
     Against its own maximum no block underflows, however small it is.
 
     Args:
-        values: (N, C, W) logits.
+        values: (N, C, W) logits; float64 ones are summed in float64, all others in float32.
     """
     rows, count, width = values.shape
-    maxima, sums = torch.empty(2, rows, count, device=values.device)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    maxima, sums = values.new_empty(2, rows, count, dtype=dtype)
     step = max(1, WEIGHED_AT_ONCE[values.device.type] // (count * width))
-    buffer = torch.empty(min(step, rows), count, width, device=values.device)
+    buffer = values.new_empty(min(step, rows), count, width, dtype=dtype)
     for at in row_slices(rows, step):
         shifted = buffer[: len(values[at])]
         maxima[at] = values[at].amax(-1)
