@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help images demo test chaos lint clean
+.PHONY: help dist images demo test chaos lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +63,12 @@ lint: .venv/.done
 # make images  the pictures in docs/images, from the demo (chromium for those of the page)
 images: demo/logits/checkpoint.json
 	$(PY) docs/make_images.py demo/logits
+
+# make dist    wheel and sdist in ./dist, installed and run in a clean environment
+dist: .venv/.done
+	rm -rf dist
+	$(PY) -m build --outdir dist
+	DIST=dist $(PY) -m pytest -q -m slow tests/test_dist.py
 
 # make clean   remove what the other targets made, but the environment
 clean:
