@@ -33,6 +33,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -78,6 +79,7 @@ from explore_logits import (
     TEMPLATE_FILE,
     ConversationColumns,
     ConversationError,
+    EncodedConversation,
     FormatError,
     LogitsError,
     encode_row,
@@ -498,6 +500,8 @@ def run_ahead(
         num_workers=processes,
         prefetch_factor=4 if processes else None,
         worker_init_fn=leave_signals_to_parent if processes else None,
+        # A fork server would stand between worker and run, and die of a signal to the group.
+        multiprocessing_context="fork" if processes and sys.platform == "linux" else None,
     )
     results = iter(loader)
     try:
@@ -540,8 +544,9 @@ def leave_signals_to_parent(_: int) -> None:
 
 
 def wait_for_end() -> None:
-    """End this process at a SIGTERM from its parent, and at no other."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    """End this process at a SIGTERM from the run that started it, and at no other."""
+    parent = multiprocessing.parent_process()
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 
@@ -4697,15 +4702,7 @@ def exit_code(stored: Mapping[str, Any], complete: bool, stop_signal: int | None
 
 def confirm_masks(job: Job, *, rows: int = 3) -> bool:
     """Show the first conversations with the extracted tokens marked; on a terminal, ask."""
-    for row in itertools.islice(iter(job.source), rows):
-        encoded = encode_row(
-            row,
-            job.encoder.columns,
-            job.encoder.tokenizer,
-            chat_template=job.encoder.chat_template,
-            include_think=job.encoder.include_think,
-            include_end=job.encoder.include_end,
-        )
+    for encoded in itertools.islice(encode_usable(job), rows):
         preview = format_mask_preview(
             encoded,
             job.encoder.tokenizer,
@@ -4716,7 +4713,24 @@ def confirm_masks(job: Job, *, rows: int = 3) -> bool:
         return True
     sys.stderr.write("extract these tokens? [Y/n] ")
     sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+    return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")  # the end of input is no answer
+
+
+def encode_usable(job: Job) -> Iterator[EncodedConversation]:
+    """Yield the first conversations of the source, passing over those that cannot be used."""
+    encoder = job.encoder
+    for number, row in enumerate(job.source):
+        try:
+            yield encode_row(
+                row,
+                encoder.columns,
+                encoder.tokenizer,
+                chat_template=encoder.chat_template,
+                include_think=encoder.include_think,
+                include_end=encoder.include_end,
+            )
+        except ConversationError as error:
+            logger.warning("row %d cannot be used: %s", number, error)
 
 
 class RowSink(Protocol):

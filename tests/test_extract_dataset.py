@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from tiny_teachers import tiny_tokenizer
+from tiny_teachers import save_teacher, tiny_tokenizer
 
 import extract_logits
 from explore_logits import LogitsError, TemplateError, encode_conversation, resolve_columns
@@ -28,7 +31,9 @@ from extract_logits import (
     SkippedRow,
     StopRequested,
     TokenBudgetBatchSampler,
+    WorkerTask,
     prepare_dataset,
+    read_batch,
     run_ahead,
 )
 
@@ -258,6 +263,43 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     while alive(out) and time.monotonic() < end:
         time.sleep(0.1)
     assert not alive(out)
+
+
+def test_ctrl_c_on_a_terminal_stops_a_run_with_workers_cleanly(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "model", 300)
+    chats = (json.dumps(chat(f"{n} {'x' * (n % 60)}")) + "\n" for n in range(2000))
+    (tmp_path / "chats.jsonl").write_text("".join(chats))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "extract_logits.py"), "--model", str(tmp_path / "model"),
+         "--dataset", str(tmp_path / "chats.jsonl"), "--output", str(tmp_path / "out"),
+         "--cache-dir", str(tmp_path / "cache"), "--max-batch-size", "4"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = ""
+    while "INFO teacher" not in seen:  # the next thing is to start the workers that load batches
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    assert "in 0 processes" not in seen
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert json.loads(out.splitlines()[-1])["exit_code"] == 130
+    assert "Traceback" not in seen + err
+    assert "stopping after this batch" in err
+
+
+def test_what_a_worker_gets_can_be_sent_to_another_process() -> None:
+    """Where processes are not forked, their task travels as bytes."""
+    rows = [chat("hello")]
+    dataset = ConversationDataset(prepared_of(rows), encoder_of(rows[0]))
+    task = WorkerTask(functools.partial(read_batch, dataset))
+    batch = pickle.loads(pickle.dumps(task)).__getitems__([0])
+    np.testing.assert_array_equal(batch.rows[0].input_ids, dataset[0].input_ids)
+    error = pickle.loads(pickle.dumps(TemplateError("no: see --chat-template")))
+    assert str(error) == "no: see --chat-template"
 
 
 def alive(pids: str) -> list[int]:

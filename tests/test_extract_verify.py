@@ -1,0 +1,72 @@
+"""`--verify-mask` of `extract_logits.py`: see the extracted tokens before anything runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_teachers import save_teacher
+
+import extract_logits
+from extract_logits import ConfigError, ExtractionConfig, Job, confirm_masks, open_job
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Five conversations, of which the first two cannot be used."""
+    save_teacher(tmp_path / "model", 300)
+    user = {"role": "user", "content": "?"}
+    chats: list[Any] = [[], [user]]
+    chats += [[user, {"role": "assistant", "content": f"ANSWER-{n}"}] for n in range(2, 6)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return open_job(
+        ExtractionConfig(
+            model=str(tmp_path / "model"), dataset=str(path), output=str(tmp_path / "out"),
+            cache_dir=str(tmp_path / "cache"), verify_mask=True,
+        )
+    )  # fmt: skip
+
+
+def test_the_first_usable_conversations_are_shown(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert confirm_masks(job)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [f"ANSWER-{n}" in err for n in range(2, 6)] == [True, True, True, False]
+    assert "[Y/n]" not in err
+
+
+@pytest.mark.parametrize(
+    ("answer", "goes_on"),
+    [("\n", True), ("y\n", True), ("YES\n", True), ("n\n", False), ("", False)],
+)
+def test_on_a_terminal_the_answer_decides(
+    job: Job, answer: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert confirm_masks(job) == goes_on
+    assert screen.getvalue().endswith("[Y/n] ")
+
+
+def test_no_leaves_nothing_behind(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(ConfigError, match="--verify-mask"):
+        extract_logits.run_extraction(job.config)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
