@@ -865,14 +865,16 @@ def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 
     Names of local files and folders are compared as full paths, and that of the dataset not at all
     where the recorded revision, a digest of the files, agrees. A revision that one of the two does
-    not name is not compared.
+    not name is not compared, nor a branch with a commit.
     """
     revision = wanted["dataset_revision"]
     same_files = revision is not None and found.get("dataset_revision") == revision
     differences = []
     for name, value in wanted.items():
         other = found.get(name)
-        if name.endswith("_revision") and None in (other, value):
+        if name.endswith("_revision") and (
+            None in (other, value) or is_commit(other) != is_commit(value)
+        ):
             continue
         if name == "dataset" and same_files:
             continue
@@ -881,6 +883,11 @@ def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         if other != value:
             differences.append(f"{name} {other!r}, here {value!r}")
     return differences
+
+
+def is_commit(revision: Any) -> bool:
+    """Tell whether a revision is a full commit id, which names the same content for ever."""
+    return isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def full_path(name: Any) -> Any:
@@ -4572,20 +4579,41 @@ def open_job(config: ExtractionConfig) -> Job:
 
 
 def pin_revisions(config: ExtractionConfig) -> tuple[ExtractionConfig, str | None]:
-    """Hold a resumed run to the commits of model and source that it began with.
+    """Hold a run to one commit of model and source, a resumed one to those that it began with.
 
     Returns:
-        The configuration, with the recorded revision where none was asked for, and the commit of
-        a source on the Hub; None for local files, which have no history to go back to.
+        The configuration with the model's commit as its revision, and the commit of the source;
+        for local files, and where nobody knows it, what was asked for and None.
     """
     recorded = read_recorded_settings(config.output) if config.resume else {}
-    if not recorded:
-        return config, None
-    if config.revision is None and recorded.get("model") == config.model:
-        config = replace(config, revision=recorded.get("model_revision"))
-    same_source = recorded.get("dataset") == config.dataset
-    remote = same_source and not Path(config.dataset).expanduser().exists()
-    return config, recorded.get("dataset_revision") if remote else None
+    revision, dataset_revision = config.revision, None
+    if revision is None and recorded.get("model") == config.model:
+        revision = recorded.get("model_revision")
+    revision = find_commit(config.model, revision, kind="model") or revision
+    if not Path(config.dataset).expanduser().exists():
+        if recorded.get("dataset") == config.dataset:
+            dataset_revision = recorded.get("dataset_revision")
+        dataset_revision = find_commit(config.dataset, dataset_revision, kind="dataset")
+    return replace(config, revision=revision), dataset_revision
+
+
+def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
+    """Return the commit that a revision of a Hub repository is: from the Hub, else its cache.
+
+    Models do not tell which commit they were loaded from in every version of transformers.
+    """
+    if is_commit(revision):
+        return revision
+    if repo.startswith((".", "/", "~")) or Path(repo).exists():
+        return None
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    with contextlib.suppress(HubError, PassingError, ValueError), hub_errors(repo):
+        return HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=30).sha
+    with contextlib.suppress(ValueError):
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision, repo_type=kind)
+        return Path(cached).parent.name if isinstance(cached, str) else None
+    return None
 
 
 def check_vocabulary(config: ExtractionConfig, tokenizer: Any) -> int:
@@ -4622,7 +4650,7 @@ def describe_settings(
     return {
         "format_version": FORMAT_VERSION,
         **{name: getattr(config, name) for name in kept.split()},
-        "model_revision": getattr(model_config, "_commit_hash", None) or config.revision,
+        "model_revision": config.revision,
         **{f"{name}_col": value for name, value in asdict(columns).items()},
         "chat_template_sha256": hash_template(encoder.chat_template),
         "dtype": resolve_dtype(config, model_config),

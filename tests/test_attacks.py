@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import CHATS, TEACHER
+from conftest import CHATS, TEACHER, Finished, run_script
+from huggingface_hub import HfApi
+from loopback_hub import LoopbackHub
 
 import explore_logits
 import extract_logits
@@ -149,10 +153,73 @@ def test_a_source_without_rows_is_said_to_have_none(name: str, text: str, tmp_pa
 
 
 def test_parquet_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "none.parquet"
     pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
     with pytest.raises(SourceError, match="has no rows"):
         open_source(str(path))
+
+
+def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> None:
+    lines = CHATS.read_text(encoding="utf-8").splitlines()[:6]
+    with LoopbackHub() as hub:
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        api.create_repo("tester/model")
+        api.create_repo("tester/chats", repo_type="dataset")
+        api.upload_folder(repo_id="tester/model", folder_path=TEACHER)
+
+        def upload_chats(rows: list[str]) -> None:
+            api.upload_file(
+                repo_id="tester/chats",
+                repo_type="dataset",
+                path_in_repo="chats.jsonl",
+                path_or_fileobj="\n".join(rows).encode(),
+            )
+
+        def extract(*args: object) -> Finished:
+            return run_script(
+                "extract_logits.py",
+                *("--model", "tester/model", "--dataset", "tester/chats", "--store-tokens"),
+                *("--output", "tester/logits", "--cache-dir", tmp_path / "cache", *args),
+                **{"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"},
+                **{"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "data")},
+            )
+
+        upload_chats(lines)
+        first = extract("--limit", 3)
+        assert first.code == 0, first.stderr
+        settings = json.loads(hub.content("tester/logits", "extraction_config.json"))
+        assert settings["model_revision"] == api.model_info("tester/model").sha
+        assert settings["dataset_revision"] == api.dataset_info("tester/chats").sha
+
+        upload_chats(lines[::-1])
+        api.upload_file(
+            repo_id="tester/model", path_in_repo="chat_template.jinja", path_or_fileobj=b"{{ 1 }}"
+        )
+        second = extract("--resume")
+        assert second.code == 0, second.stderr
+        assert second.summary["rows"] == 6
+        assert json.loads(hub.content("tester/logits", "extraction_config.json")) == settings
+        whole = read_outputs(hub, tmp_path)
+    local = tmp_path / "chats.jsonl"
+    local.write_text("\n".join(lines), encoding="utf-8")
+    alone = run_script(
+        "extract_logits.py",
+        *("--model", TEACHER, "--dataset", local, "--output", tmp_path / "alone"),
+        *("--cache-dir", tmp_path / "cache", "--store-tokens"),
+    )
+    assert alone.code == 0, alone.stderr
+    table = next(load_logit_dataset(tmp_path / "alone").iter_tables(["index", "input_ids"]))
+    assert whole == {row["index"]: row["input_ids"] for row in table.to_pylist()}
+
+
+def read_outputs(hub: LoopbackHub, folder: Path) -> dict[int, list[int]]:
+    """Return the token ids that the Hub output holds for each conversation."""
+    found: dict[int, list[int]] = {}
+    for name in hub.files("tester/logits"):
+        if name.endswith(".parquet"):
+            path = folder / Path(name).name
+            path.write_bytes(hub.content("tester/logits", name))
+            for row in pq.read_table(path, columns=["index", "input_ids"]).to_pylist():
+                assert row["index"] not in found
+                found[row["index"]] = row["input_ids"]
+    return found
