@@ -4536,7 +4536,7 @@ dt { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
   gap: 0 1.5rem; }
 #pop .row { display: grid; grid-template-columns: minmax(3rem, 7rem) 1fr 3.8rem; gap: .5rem;
   align-items: center; }
-#pop .row bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+#pop .row bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
   font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 #pop .row.real bdi { color: var(--mark); font-weight: 600; }
 #pop .bar { height: .65rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
@@ -4963,7 +4963,7 @@ def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
         upper.set_title(f"Conversation {sample['index']}: nucleus along the text")
         mass = sum_runs(block.top_probs(), block.top_starts)
         lower.plot(tokens, 100 * mass, ".", ms=4, color=colours[1])
-        lower.set(ylabel="covered (%)", xlabel="token of the row", ylim=(None, 100.5))
+        lower.set(ylabel="covered (%)", xlabel="token of the row", ylim=(0, 104))
         return finish_figure(pyplot, figure)
 
 
@@ -4983,8 +4983,8 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
         left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
         left.set_title(f"{stats.tokens:,} tokens of {stats.rows:,} rows")
-        share = 100 * np.cumsum(counts) / max(stats.tokens, 1)
-        right.step(sizes, share, where="post", color=colours[0])
+        share = 100 * to_starts(counts) / max(stats.tokens, 1)
+        right.step(np.arange(share.size), share, where="post", color=colours[0])
         for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
             size = stats.percentile(q)
             right.plot([size], [q], marker, ms=9, color=colour, label=f"{q}% within {size:g}")

@@ -74,9 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output")
     parser.add_argument(
-        "--conversations", default="1014,2036,1035", help="shown on the page (default: %(default)s)"
+        "--conversations", default="2036,1742,1035", help="shown on the page (default: %(default)s)"
     )
-    parser.add_argument("--token", type=int, default=4, help="token of the first, shown in full")
+    parser.add_argument("--token", type=int, default=2, help="token of the first, shown in full")
     args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     dataset = load_logit_dataset(args.output)
