@@ -2309,9 +2309,10 @@ def sum_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     step = max(1, WEIGHED_AT_ONCE[values.device.type] // (count * width))
     buffer = values.new_empty(min(step, rows), count, width, dtype=dtype)
     for at in row_slices(rows, step):
-        shifted = buffer[: len(values[at])]
-        maxima[at] = values[at].amax(-1)
-        torch.sub(values[at], maxima[at].clamp(min=LOWEST).unsqueeze(2), out=shifted)
+        chunk, top = values[at], maxima[at]
+        shifted = buffer[: len(chunk)]
+        top[:] = chunk.amax(-1)
+        torch.sub(chunk, top.clamp(min=LOWEST).unsqueeze(2), out=shifted)
         torch.sum(shifted.exp_(), -1, out=sums[at])
     return maxima, sums
 
@@ -2372,6 +2373,9 @@ def gather_blocks(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Return the logits of each block, (N, C) ids to (N, C, BLOCK) float32, padded with -inf."""
     whole, *last = split_blocks(logits)
     rows = torch.arange(blocks.shape[0], device=blocks.device).unsqueeze(1)
+    if whole.is_contiguous() and not last:  # one copy per block, four times as fast on a CPU
+        number = (blocks + rows * whole.shape[1]).flatten()
+        return whole.view(-1, BLOCK).index_select(0, number).view(*blocks.shape, BLOCK).float()
     values = whole[rows, blocks.clamp(max=whole.shape[1] - 1)].float()
     if last:
         values = torch.where((blocks == whole.shape[1]).unsqueeze(2), last[0].float(), values)
@@ -2426,7 +2430,7 @@ def sample_tail(
     first = BLOCK_STREAM + torch.arange(weights.shape[1], device=logits.device)
     noise = exponential_clocks(states, first).log_()  # (N, C) float64
     runners = min(sampled_n + SPARE_BLOCKS, weights.shape[1])
-    blocks = (noise - weights).topk(runners, largest=False).indices
+    blocks = (noise - weights).topk(runners, largest=False, sorted=False).indices
     values = drop_nucleus(gather_blocks(logits, blocks), blocks, edge).double()
     start = (noise.gather(1, blocks) - values.logsumexp(-1)).unsqueeze(2)  # (N, runners, 1)
     ids = ids_in_blocks(blocks)
