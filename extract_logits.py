@@ -1048,6 +1048,8 @@ def prepare_windows(
     if not config.streaming:
         yield prepare_dataset(config, source, encoder, should_stop=should_stop)
         return
+    if config.tokenized_dataset or config.length_col:
+        logger.warning("a stream is measured as it comes: lengths computed before are not used")
     encoded = itertools.chain.from_iterable(
         run_ahead(
             functools.partial(encode_rows, encoder),

@@ -548,6 +548,11 @@ def test_lengths_that_are_not_there_are_refused(measured: dict[str, Any]) -> Non
         open_and_prepare({**measured, "tokenized_dataset": "./nowhere.parquet"})
 
 
+def test_a_stream_says_that_it_measures_for_itself(caplog: pytest.LogCaptureFixture) -> None:
+    stream(rows_of(3, size=[9, 9, 9]), length_col="size")
+    assert "lengths computed before are not used" in caplog.text
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 
