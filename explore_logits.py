@@ -1830,7 +1830,7 @@ def source_revision(dataset: str, revision: str | None = None) -> str | None:
         hub = import_extra("huggingface_hub")
         try:
             return str(hub.HfApi().dataset_info(dataset, revision=revision).sha)
-        except (hub.errors.HfHubHTTPError, OSError, ValueError):
+        except (hub.errors.HTTPError, OSError, ValueError):
             return None
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -5375,7 +5375,36 @@ def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:
         ConfigError: a value is out of range or options contradict each other.
         SystemExit: 2 for unknown options or text that is not a value, 0 after --help.
     """
-    return ExtractionConfig(**vars(build_parser().parse_args(argv)))
+    options = vars(build_parser().parse_args(argv))
+    if options["rank"] is None and options["world_size"] is None:
+        options["rank"], options["world_size"] = launched_as(os.environ)
+    return ExtractionConfig(**options)
+
+
+LAUNCHERS = {  # variables of rank and number of workers
+    "torchrun": ("RANK", "WORLD_SIZE"),
+    "a Slurm array from 0": ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+    "SkyPilot": ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
+}
+
+
+def launched_as(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """Return rank and number of workers by the launcher's environment; None without a launcher.
+
+    Raises:
+        ConfigError: what a launcher has set is no such pair of numbers.
+    """
+    for launcher, names in LAUNCHERS.items():
+        if not all(name in environment for name in names):
+            continue
+        rank, world_size = (environment[name] for name in names)
+        if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
+            raise ConfigError(
+                f"{names[0]}={rank} and {names[1]}={world_size}, set by {launcher}, are no worker "
+                "and number of workers: give --rank and --world-size"
+            )
+        return int(rank), int(world_size)
+    return None, None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -210,3 +210,34 @@ def test_main_turns_a_refused_option_into_exit_2_and_one_line(
     assert out == ""
     assert len(err.strip().splitlines()) == 1
     assert argv[0] in err
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (None, None)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        ({"RANK": "1"}, (None, None)),
+        ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "3"}, (0, 3)),
+        ({"SKYPILOT_NODE_RANK": "2", "SKYPILOT_NUM_NODES": "3"}, (2, 3)),
+    ],
+)
+def test_the_launcher_tells_a_worker_its_number(
+    environment: dict[str, str], expected: tuple[int | None, int | None]
+) -> None:
+    assert extract_logits.launched_as(environment) == expected
+
+
+def test_an_array_that_does_not_count_from_0_is_refused() -> None:
+    with pytest.raises(extract_logits.ConfigError, match="--rank and --world-size"):
+        extract_logits.launched_as({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "3"})
+
+
+def test_options_win_over_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    given = ["--model", "m", "--dataset", "d", "--output", "./o"]
+    config = extract_logits.parse_args(given)
+    assert (config.rank, config.world_size) == (1, 4)
+    config = extract_logits.parse_args([*given, "--rank", "0", "--world-size", "2"])
+    assert (config.rank, config.world_size) == (0, 2)
