@@ -75,7 +75,7 @@ def time_run(script: Any, folder: Path, name: str, *options: object) -> dict[str
 def main() -> int:
     """Run, print the figures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--copies", type=int, default=4, help="of the 400 conversations")
+    parser.add_argument("--copies", type=int, default=6, help="of the 400 conversations")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--latency-ms", type=float, default=200)
     options = parser.parse_args()
