@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help dist images demo test chaos lint clean
+.PHONY: help dist images demo test bench chaos lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -46,9 +46,15 @@ demo: demo/report.html
 	@echo "picture  demo/nucleus.png"
 	@echo "next     $(PY) explore_logits.py demo/logits --sample 3"
 
-# make test    lint, types and tests
+# make test    the tests
 test: .venv/.done
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
+
+# make bench   what extraction, decoding and uploads cost, against plain ways (6 minutes)
+bench: .venv/.done
+	$(PY) tests/bench_extraction.py
+	$(PY) tests/bench_decode.py
+	$(PY) tests/bench_upload.py
 
 # make chaos   200 runs, killed and disturbed at random (10 minutes)
 chaos: .venv/.done
