@@ -45,14 +45,15 @@ from explore_logits import (
     LogitsError,
     SourceError,
     encode_row,
+    first_line,
     hash_template,
     import_extra,
     load_chat_template,
     load_tokenizer,
-    measure_conversations,
     open_source,
     resolve_columns,
     source_columns,
+    source_id,
     source_revision,
 )
 
@@ -154,6 +155,7 @@ PRELOADED = [
     "transformers.utils.chat_template_utils",
     "compute_lengths",
 ]
+MEASURED = (*LENGTHS_SCHEMA.names, "reason", "detail")
 Batch = Mapping[str, Sequence[Any]]
 Measured = dict[str, list[Any]]
 
@@ -165,8 +167,7 @@ def get_transform_fn(
 
     It takes a batch as `Dataset.map(batched=True, with_indices=True)` gives it: columns, and the
     numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens`,
-    `reason` (None, or why the conversation cannot be used) and `detail` (a sentence on that, for
-    the batch's first row of each reason).
+    `reason` (None, or why the conversation cannot be used, in a word) and `detail` (in a sentence).
 
     Args:
         config: model, template and what to include.
@@ -177,30 +178,21 @@ def get_transform_fn(
         tokenizer = _load_tokenizer(config)
     template = load_chat_template(config.chat_template, tokenizer)
 
-    def transform(batch: Batch, numbers: Sequence[int]) -> Measured:
-        index, length, num_tokens, reasons = measure_conversations(
-            batch, numbers[0] if len(numbers) else 0, columns=columns, tokenizer=tokenizer,
-            chat_template=template, include_think=config.include_think,
-            include_end=config.include_end,
-        )  # fmt: skip
-        return {
-            "index": index.tolist(),
-            "length": length.tolist(),
-            "num_tokens": num_tokens.tolist(),
-            "reason": reasons,
-            "detail": [
-                explain(batch, place) if reason and reason not in reasons[:place] else None
-                for place, reason in enumerate(reasons)
-            ],
-        }
-
-    def explain(batch: Batch, place: int) -> str | None:
-        row = {name: values[place] for name, values in batch.items()}
+    def measure(row: Mapping[str, Any], number: int) -> tuple[Any, ...]:
+        index = source_id(row, number, columns)
         try:
-            encode_row(row, columns, tokenizer, chat_template=template)
+            encoded = encode_row(
+                row, columns, tokenizer, chat_template=template,
+                include_think=config.include_think, include_end=config.include_end,
+            )  # fmt: skip
         except ConversationError as error:
-            return str(error)
-        return None
+            return index, 0, 0, error.reason, str(error)
+        return index, encoded.input_ids.size, encoded.token_positions.size, None, None
+
+    def transform(batch: Batch, numbers: Sequence[int]) -> Measured:
+        rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+        measured = [measure(row, number) for number, row in enumerate(rows, numbers[0])]
+        return dict(zip(MEASURED, map(list, zip(*measured, strict=True)), strict=True))
 
     return transform
 
@@ -253,8 +245,7 @@ def _needed_columns(source: Any, columns: ConversationColumns) -> Any:
     """Leave out columns that no conversation is read from, such as images."""
     if not source.column_names:
         return source
-    wanted = {"tools", *(name for name in vars(columns).values() if name is not None)}
-    return source.select_columns([name for name in source.column_names if name in wanted])
+    return source.select_columns([n for n in source.column_names if n in columns.needed()])
 
 
 def _cpus() -> int:
@@ -380,11 +371,7 @@ def describe_measure(
         "dataset_revision": source_revision(config.dataset),
         "subset": config.subset,
         "split": config.split,
-        "messages_col": columns.messages,
-        "user_col": columns.user,
-        "assistant_col": columns.assistant,
-        "system_col": columns.system,
-        "index_col": columns.index,
+        **columns.settings(),
         "chat_template_sha256": hash_template(template),
         "include_think": config.include_think,
         "include_end": config.include_end,
@@ -464,8 +451,9 @@ def push_lengths(
             )
         )
     except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise LengthsError(f"cannot push to {config.output_repo}: {why}; kept as {path}") from error
+        raise LengthsError(
+            f"cannot push to {config.output_repo}: {first_line(error)}; kept as {path}"
+        ) from error
 
 
 def commit_with_retries(commit: Callable[[], Any]) -> None:

@@ -98,7 +98,6 @@ __all__ = [
     "load_tokenizer",
     "logits_to_probs",
     "main",
-    "measure_conversations",
     "open_source",
     "open_text",
     "pack_indices",
@@ -137,6 +136,23 @@ class FormatError(LogitsError):
     """A file or an array is not in the shard format; met when reading foreign or damaged shards."""
 
 
+def import_extra(module: str, extra: str | None = None) -> Any:
+    """Import a package that only some functions need; when missing, name what brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        if (error.name or "").split(".")[0] != package:
+            raise
+        brings = f"'logit-extraction[{extra}]'" if extra else package
+        raise LogitsError(f"{package} is needed for this: pip install {brings}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 # --------------------------------------------------------------------------------------------------
 # 1 Format
 # --------------------------------------------------------------------------------------------------
@@ -170,6 +186,9 @@ SCHEMA = pa.schema(
     ]
 )
 TOKEN_FIELDS = (pa.field("input_ids", _I32_LIST), pa.field("token_positions", _I32_LIST))
+LENGTHS_SCHEMA = pa.schema(
+    [("index", pa.int32()), ("length", pa.int32()), ("num_tokens", pa.int32())]
+)
 
 
 def shard_schema(
@@ -180,10 +199,7 @@ def shard_schema(
     `store_tokens` appends `input_ids` and `token_positions` (`TOKEN_FIELDS`). `settings` is stored
     as JSON with sorted keys, so equal settings give equal bytes.
     """
-    schema = SCHEMA
-    if store_tokens:
-        for field in TOKEN_FIELDS:
-            schema = schema.append(field)
+    schema = pa.schema([*SCHEMA, *TOKEN_FIELDS]) if store_tokens else SCHEMA
     if settings is None:
         return schema
     return schema.with_metadata(
@@ -353,6 +369,20 @@ class ConversationColumns:
     system: str | None = None
     index: str | None = None
 
+    def settings(self) -> dict[str, str | None]:
+        """Return the columns under the names that a run's settings give them."""
+        return {f"{name}_col": value for name, value in asdict(self).items()}
+
+    def needed(self) -> set[str]:
+        """Return all columns of the source that a conversation is read from."""
+        return {"tools", *(name for name in asdict(self).values() if name is not None)}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> ConversationColumns:
+        """Take the columns out of a run's settings; those of messages make the others idle."""
+        columns = cls(*(settings.get(name) for name in cls().settings()))
+        return columns if columns.messages is None else cls(columns.messages, index=columns.index)
+
 
 def open_source(
     dataset: str,
@@ -466,9 +496,9 @@ def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
 def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **options: Any) -> Any:
     """Call `datasets.load_dataset` and turn what it raises into one line that says what to do."""
     datasets = import_extra("datasets")
-    log = logging.getLogger("datasets.packaged_modules")  # tells with a traceback what is raised
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    noisy = logging.getLogger("datasets.packaged_modules")  # tells by a traceback what is raised
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)
     try:
         return datasets.load_dataset(builder, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
@@ -476,7 +506,7 @@ def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **opt
             _name_bad_line(str(file))
         raise SourceError(_describe_load_error(dataset, options, error)) from error
     finally:
-        log.setLevel(level)
+        noisy.setLevel(level)
 
 
 def _name_bad_line(path: str) -> None:
@@ -506,8 +536,7 @@ def _root_cause(error: BaseException) -> str:
     """Return the first line of the innermost error of a chain."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Exception) -> str:
@@ -530,6 +559,38 @@ def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Except
     if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
         why += " (is the name right, and are you logged in? hf auth login)"
     return f"dataset {dataset!r} cannot be opened: {why}"
+
+
+def source_revision(dataset: str, revision: str | None = None) -> str | None:
+    """Name the version of a source: the commit of a Hub dataset, a digest of local files.
+
+    The digest covers names, sizes and both ends of each file, so it is cheap for large ones.
+
+    Returns:
+        None when the Hub does not say.
+    """
+    path = Path(dataset).expanduser()
+    if not path.exists():
+        hub = import_extra("huggingface_hub")
+        try:
+            return str(hub.HfApi().dataset_info(dataset, revision=revision).sha)
+        except (hub.errors.HTTPError, OSError, ValueError):
+            return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(_file_mark(file, path))
+    return "sha256:" + digest.hexdigest()[:40]
+
+
+def _file_mark(file: Path, root: Path, sample_bytes: int = 2**20) -> bytes:
+    """Return a file's name inside `root`, its size and its first and last bytes."""
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        head = data.read(sample_bytes)
+        data.seek(max(0, size - sample_bytes))
+        tail = data.read(sample_bytes)
+    return f"{file.relative_to(root).as_posix()}:{size}:".encode() + head + tail
 
 
 def source_columns(dataset: Any) -> list[str]:
@@ -796,6 +857,11 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
     return source
 
 
+def hash_template(source: str) -> str:
+    """Return the SHA-256 of a chat template, by which runs are compared."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
 def _own_template(tokenizer: Any) -> str:
     """Return the chat template inside a tokenizer, the one called default if it has several."""
     template = getattr(tokenizer, "chat_template", None)
@@ -884,8 +950,8 @@ class ChatTemplate:
                 **options, **self.special,
             )  # fmt: skip
         except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConversationError("refused_by_template", f"the template says: {why}") from error
+            why = f"the template says: {first_line(error)}"
+            raise ConversationError("refused_by_template", why) from error
         return texts[0], sorted(spans[0]) if spans else []
 
 
@@ -1717,138 +1783,6 @@ def _shortened(text: str, limit: int) -> str:
     return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
 
 
-# Measuring ----------------------------------------------------------------------------------------
-
-
-LENGTHS_SCHEMA = pa.schema(
-    [("index", pa.int32()), ("length", pa.int32()), ("num_tokens", pa.int32())]
-)
-
-
-def measure_conversations(
-    rows: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
-    first_number: int,
-    *,
-    columns: ConversationColumns,
-    tokenizer: Any,
-    chat_template: str | None = None,
-    include_think: bool = False,
-    include_end: bool = False,
-) -> tuple[
-    npt.NDArray[np.int32],
-    npt.NDArray[np.int32],
-    npt.NDArray[np.int32],
-    list[str | None],
-]:
-    """Measure a batch of source rows in tokens.
-
-    Args:
-        rows: a batch as `datasets` maps it (columns of equal length), or a list of rows.
-        first_number: number of the first row in the source.
-
-    Returns:
-        `index`, `length` S and `num_tokens` N, each (B,) int32, and per row None or the reason why
-        the conversation cannot be used; its length and num_tokens are then 0.
-    """
-    if isinstance(rows, Mapping):
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    index, length, count = np.zeros((3, len(rows)), np.int32)
-    reasons: list[str | None] = [None] * len(rows)
-    for place, row in enumerate(rows):
-        index[place] = source_id(row, first_number + place, columns)
-        try:
-            encoded = encode_row(
-                row, columns, tokenizer, chat_template=chat_template,
-                include_think=include_think, include_end=include_end,
-            )  # fmt: skip
-        except ConversationError as error:
-            reasons[place] = error.reason
-            continue
-        length[place], count[place] = encoded.input_ids.size, encoded.token_positions.size
-    return index, length, count, reasons
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """A lengths dataset; rows with length 0 are conversations that cannot be used."""
-
-    index: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int64]
-    num_tokens: npt.NDArray[np.int64] | None  # None in a file that has no such column
-    settings: dict[str, Any]  # what it was measured with; empty where the file does not say
-
-
-def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
-    """Read a lengths dataset: a Parquet file, a folder of them, or a Hub id.
-
-    Args:
-        name: the file, folder or id.
-        length_col: the column of lengths, when others made the dataset.
-
-    Raises:
-        SourceError: no such file, a column is missing, or an index occurs twice.
-    """
-    store = open_store(name)
-    wanted = ["index", length_col]
-    parts, settings = [], {}
-    files = [path for path in store.list_files() if path.endswith(".parquet")]
-    if not files:
-        raise SourceError(f"lengths {name!r}: no Parquet file there")
-    for path in sorted(files):
-        with store.open(path) as file, parquet_errors(path):
-            table = pq.read_table(file)
-        missing = [column for column in wanted if column not in table.column_names]
-        if missing:
-            raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        settings = json.loads((table.schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
-        known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
-        parts.append(table.select(known))
-    table = pa.concat_tables(parts, promote_options="default")
-    if any(column.null_count for column in table.columns):
-        raise SourceError(f"lengths {name!r} hold null values")
-    columns = [table[c].to_numpy().astype(np.int64) for c in table.column_names]
-    if np.unique(columns[0]).size != columns[0].size:
-        raise SourceError(f"lengths {name!r}: an index occurs twice")
-    return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
-
-
-def hash_template(source: str) -> str:
-    """Return the SHA-256 of a chat template, by which runs are compared."""
-    return hashlib.sha256(source.encode()).hexdigest()
-
-
-def source_revision(dataset: str, revision: str | None = None) -> str | None:
-    """Name the version of a source: the commit of a Hub dataset, a digest of local files.
-
-    The digest covers names, sizes and both ends of each file, so it is cheap for large ones.
-
-    Returns:
-        None when the Hub does not say.
-    """
-    path = Path(dataset).expanduser()
-    if not path.exists():
-        hub = import_extra("huggingface_hub")
-        try:
-            return str(hub.HfApi().dataset_info(dataset, revision=revision).sha)
-        except (hub.errors.HTTPError, OSError, ValueError):
-            return None
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and not file.name.startswith("."):
-            digest.update(_file_mark(file, path))
-    return "sha256:" + digest.hexdigest()[:40]
-
-
-def _file_mark(file: Path, root: Path, sample_bytes: int = 2**20) -> bytes:
-    """Return a file's name inside `root`, its size and its first and last bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        head = data.read(sample_bytes)
-        data.seek(max(0, size - sample_bytes))
-        tail = data.read(sample_bytes)
-    return f"{file.relative_to(root).as_posix()}:{size}:".encode() + head + tail
-
-
 # --------------------------------------------------------------------------------------------------
 # 3 Open
 # --------------------------------------------------------------------------------------------------
@@ -1886,18 +1820,6 @@ MAX_GROUP_VALUES = 2**28
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PREFIXES = ("hf://datasets/", "https://huggingface.co/datasets/")
 _SPLIT_NAME = re.compile(r"(?:^|[/_.-])(train|validation|valid|dev|test|eval)(?=[/_.-])")
-
-
-def import_extra(module: str, extra: str | None = None) -> Any:
-    """Import a package that only some functions need; when missing, name what brings it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.split(".")[0]
-        if (error.name or "").split(".")[0] != package:
-            raise
-        brings = f"'logit-extraction[{extra}]'" if extra else package
-        raise LogitsError(f"{package} is needed for this: pip install {brings}") from error
 
 
 # Where the files are ------------------------------------------------------------------------------
@@ -1975,11 +1897,6 @@ def transfer_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     """Return what the Hub's client raises when a transfer fails, if it is loaded, and `others`."""
     errors = sys.modules.get("huggingface_hub.errors")
     return (errors.HTTPError, *others) if errors is not None else others
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 class HubStore:
@@ -2456,6 +2373,53 @@ def row_numbers(dataset: Any) -> dict[int, int]:
     parts = [read_column(table, kind) for table in iter_tables(dataset, [kind.name], rows=4096)]
     indices = np.concatenate(parts or [np.zeros(0, np.int32)])
     return {int(index): row for row, index in enumerate(indices)}
+
+
+# Lengths measured before --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A lengths dataset; rows with length 0 are conversations that cannot be used."""
+
+    index: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    num_tokens: npt.NDArray[np.int64] | None  # None in a file that has no such column
+    settings: dict[str, Any]  # what it was measured with; empty where the file does not say
+
+
+def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
+    """Read a lengths dataset: a Parquet file, a folder of them, or a Hub id.
+
+    Args:
+        name: the file, folder or id.
+        length_col: the column of lengths, when others made the dataset.
+
+    Raises:
+        SourceError: no such file, a column is missing, or an index occurs twice.
+    """
+    store = open_store(name)
+    wanted = ["index", length_col]
+    parts, settings = [], {}
+    files = [path for path in store.list_files() if path.endswith(".parquet")]
+    if not files:
+        raise SourceError(f"lengths {name!r}: no Parquet file there")
+    for path in sorted(files):
+        with store.open(path) as file, parquet_errors(path):
+            table = pq.read_table(file)
+        missing = [column for column in wanted if column not in table.column_names]
+        if missing:
+            raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
+        settings = json.loads((table.schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
+        known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
+        parts.append(table.select(known))
+    table = pa.concat_tables(parts, promote_options="default")
+    if any(column.null_count for column in table.columns):
+        raise SourceError(f"lengths {name!r} hold null values")
+    columns = [table[c].to_numpy().astype(np.int64) for c in table.column_names]
+    if np.unique(columns[0]).size != columns[0].size:
+        raise SourceError(f"lengths {name!r}: an index occurs twice")
+    return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4055,10 +4019,7 @@ class TextSource:
         self.settings = settings
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        columns = [settings.get(f"{name}_col") for name in COLUMN_ROLES]
-        self._columns = ConversationColumns(*columns)
-        if self._columns.messages is not None:
-            self._columns = replace(self._columns, user=None, assistant=None, system=None)
+        self._columns = ConversationColumns.of(settings)
         self._rows: dict[int, int] | None = None
 
     @cached_property
@@ -4114,9 +4075,6 @@ class TextSource:
             ids = self.source[self._columns.index]
             self._rows = {int(value): row for row, value in enumerate(ids)}
         return self._rows.get(index)
-
-
-COLUMN_ROLES = ("messages", "user", "assistant", "system", "index")
 
 
 def open_text(

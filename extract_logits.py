@@ -83,6 +83,7 @@ from explore_logits import (
     FormatError,
     LogitsError,
     encode_row,
+    first_line,
     format_mask_preview,
     hash_template,
     load_chat_template,
@@ -421,10 +422,6 @@ class RowEncoder:
             return too_long(index, encoded.input_ids.size, self.max_seq_len)
         return EncodedRow(index, encoded.input_ids, encoded.token_positions)
 
-    def column_names(self) -> set[str]:
-        """Return the source columns that `encode` looks at."""
-        return {"tools", *(name for name in asdict(self.columns).values() if name is not None)}
-
 
 def too_long(index: int, length: int, max_seq_len: int) -> SkippedRow:
     """Say that a conversation of `length` tokens is above the limit."""
@@ -632,7 +629,7 @@ def select_dataset(config: ExtractionConfig, source: Any, encoder: RowEncoder) -
         )
     if config.world_size is not None:
         numbers = numbers[worker_of(indices[numbers], config.world_size) == config.rank]
-    used = [name for name in source.column_names if name in encoder.column_names()]
+    used = [name for name in source.column_names if name in encoder.columns.needed()]
     narrow = source.select_columns(used)
     return PreparedDataset(narrow, numbers, indices[numbers], np.zeros_like(numbers))
 
@@ -853,7 +850,7 @@ def measure_settings(config: ExtractionConfig, encoder: RowEncoder) -> dict[str,
         "dataset_revision": source_revision(config.dataset) if local else None,
         "subset": config.subset,
         "split": config.split,
-        **{f"{name}_col": value for name, value in asdict(encoder.columns).items()},
+        **encoder.columns.settings(),
         "chat_template_sha256": hash_template(encoder.chat_template),
         "include_think": config.include_think,
         "include_end": config.include_end,
@@ -1069,7 +1066,7 @@ def stream_share(
     names = source_columns(source)
     if config.subject_col is not None and config.subject_col not in names:
         raise DataError(f"no column {config.subject_col!r}; there are {', '.join(names)}")
-    used = encoder.column_names() | {config.subject_col}
+    used = encoder.columns.needed() | {config.subject_col}
     if source.column_names is not None:  # what is not decoded costs no time
         source = source.select_columns([name for name in names if name in used])
     for index, row in stream_rows(config, source, encoder.columns):
@@ -1474,11 +1471,6 @@ def loading_errors(config: ExtractionConfig) -> Iterator[None]:
         raise TeacherError(
             f"--model {config.model} cannot be loaded: {first_line(error)} ({remedy})"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type when it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -4657,7 +4649,7 @@ def describe_settings(
         "format_version": FORMAT_VERSION,
         **{name: getattr(config, name) for name in kept.split()},
         "model_revision": config.revision,
-        **{f"{name}_col": value for name, value in asdict(columns).items()},
+        **columns.settings(),
         "chat_template_sha256": hash_template(encoder.chat_template),
         "dtype": resolve_dtype(config, model_config),
         "vocab_size": vocab_size,

@@ -281,6 +281,26 @@ def test_the_transform_maps_a_dataset(expected: dict[int, tuple[int, int]]) -> N
     assert found == {index: expected[index] for index in source["id"]}
 
 
+def test_measuring_keeps_every_row_and_says_why_some_cannot_be_used() -> None:
+    question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    rows = [
+        {"id": 70, "messages": [question, answer]},
+        {"id": 71, "messages": None},
+        {"id": 72, "messages": [question]},
+    ]
+    encoded = encode_row(rows[0], COLUMNS, load_tokenizer(str(TEACHER)))
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    measured = get_transform_fn(make_config(), COLUMNS)(batch, [500, 501, 502])
+    assert measured["index"] == [70, 71, 72]
+    assert measured["length"] == [encoded.input_ids.size, 0, 0]
+    assert measured["num_tokens"] == [encoded.token_positions.size, 0, 0]
+    assert measured["reason"] == [None, "null", "no_assistant"]
+    assert measured["detail"][1] == "column 'messages' is null"
+    by_number = ConversationColumns(messages="messages")
+    measured = get_transform_fn(make_config(), by_number)(batch, [500, 501, 502])
+    assert measured["index"] == [500, 501, 502]
+
+
 def test_single_turn_columns_are_measured(tmp_path: Path) -> None:
     path = tmp_path / "qa.csv"
     path.write_text("question,answer\nWhy?,Because.\nHow?,\n", encoding="utf-8")

@@ -25,11 +25,9 @@ from explore_logits import (
     LogitsError,
     TemplateError,
     encode_conversation,
-    encode_row,
     format_mask_preview,
     load_chat_template,
     load_tokenizer,
-    measure_conversations,
     prepare_template,
     read_conversation,
     read_tools,
@@ -611,25 +609,6 @@ def test_the_reason_survives_the_way_out_of_a_process() -> None:
 
 
 # Together -----------------------------------------------------------------------------------------
-
-
-def test_measuring_keeps_every_row_and_counts_why_some_cannot_be_used() -> None:
-    rows = [
-        {"id": 70, "messages": CHAT},
-        {"id": 71, "messages": None},
-        {"id": 72, "messages": [user("amber?")]},
-    ]
-    columns = ConversationColumns(messages="messages", index="id")
-    encoded = encode_row(rows[0], columns, tokenizer_for(PLAIN))
-    batch = {name: [row[name] for row in rows] for name in rows[0]}
-    for form in (rows, batch):
-        index, length, count, reasons = measure_conversations(
-            form, 500, columns=columns, tokenizer=tokenizer_for(PLAIN)
-        )
-        assert index.tolist() == [70, 71, 72]
-        assert length.tolist() == [encoded.input_ids.size, 0, 0]
-        assert count.tolist() == [encoded.token_positions.size, 0, 0]
-        assert reasons == [None, "null", "no_assistant"]
 
 
 def test_threads_get_the_spans_of_their_own_conversation() -> None:
