@@ -1038,7 +1038,7 @@ def _probe_ends(
     tail = text[text.find(says[asked]) + len(says[asked]) :]
     longer = _try_render(template, chat) or ""
     gap = longer.partition(says[asked])[2].partition(says[asked + 1])[0]
-    run = re.compile(r"\s*" + template.tokens.pattern).match(tail)
+    run = re.match(r"\s*" + template.tokens.pattern, tail)
     ends = [run.group() if run else _plain_end(tail, gap)]
     first = re.match(r"\s*(" + template.tokens.pattern[:-1] + ")", gap)
     if ends[0] and first and not gap.startswith(ends[0]) and gap[first.end() :].strip():
@@ -1159,7 +1159,7 @@ def _render_dialects(
     messages: Messages, template: ChatTemplate, tools: Any
 ) -> tuple[Messages, str, list[Span]]:
     """Render the conversation in the first way of writing tool calls that the template takes."""
-    refusal: ConversationError | None = None
+    refusals = []
     for dialect in _dialects(messages, template):
         try:
             if template.marked:
@@ -1167,8 +1167,8 @@ def _render_dialects(
                 return dialect, text, spans
             return dialect, template.render(dialect, tools), []
         except ConversationError as error:
-            refusal = refusal or error
-    raise refusal or ConversationError("empty", "the conversation has no messages")
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _dialects(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
@@ -1292,6 +1292,11 @@ class _Rendering:
         """Return the messages with one of them replaced."""
         return [*self.messages[:number], dict(message), *self.messages[number + 1 :]]
 
+    def with_mark(self, number: int, message: Mapping[str, Any]) -> str | None:
+        """Render with a message that holds the mark in place of one; None where it is hidden."""
+        text = self.render(self.replaced(number, message))
+        return text if text is not None and self.mark in text else None
+
     def turns(self) -> list[_Turn]:
         """Find every assistant turn that the template shows."""
         found: list[_Turn] = []
@@ -1391,8 +1396,8 @@ def _replaced_content(rendering: _Rendering, number: int) -> str | None:
     """Render with nothing but the mark said in turn `number`; None if that does not show."""
     plain = {"role": "assistant", "content": rendering.mark}
     for message in (plain, {**rendering.messages[number], **plain}):
-        variant = rendering.render(rendering.replaced(number, message))
-        if variant is not None and rendering.mark in variant:
+        variant = rendering.with_mark(number, message)
+        if variant is not None:
             return variant
     return None
 
@@ -1444,8 +1449,8 @@ def _find_calling_turn(rendering: _Rendering, number: int, floor: int) -> _Turn 
     """Delimit a turn with tool calls by their arguments; None if the template shows no calls."""
     message = rendering.messages[number]
     called = {**message, "tool_calls": [_marked_call(c, rendering) for c in message["tool_calls"]]}
-    variant = rendering.render(rendering.replaced(number, called))
-    if variant is None or rendering.mark not in variant:
+    variant = rendering.with_mark(number, called)
+    if variant is None:
         return None
     first, last = _changed(rendering.text, variant)
     first = min(first, _calls_start(rendering, number, floor, first))
@@ -1492,14 +1497,9 @@ def _closing_length(
 
     That is what also follows them when the conversation stops there, through the end of the turn.
     """
-    before = rendering.messages[:number]
+    message = rendering.messages[number]
     silent = {"content": ""} if called.get("content") else {}
-    stopped = rendering.render([*before, {**rendering.messages[number], **silent}])
-    variant = rendering.render([*before, {**called, **silent}])
-    if stopped is None or variant is None:
-        return 0
-    tail = stopped[_changed(stopped, variant)[1] :]
-    tail = tail[: _shared_prefix(tail, rendering.text[last:])]
+    tail = _tail_after(rendering, number, last, {**message, **silent}, {**called, **silent})
     template = rendering.template
     found = template.ending_anywhere.search(tail)
     if found:
@@ -1508,15 +1508,32 @@ def _closing_length(
     return tokens[-1].end() if tokens else len(tail.rstrip())
 
 
+def _tail_after(
+    rendering: _Rendering,
+    number: int,
+    place: int,
+    message: Mapping[str, Any],
+    marked: Mapping[str, Any],
+) -> str:
+    """Return what follows message `number` both at `place` and where the conversation stops there.
+
+    `marked` is `message` with the mark for what it says. Nothing where the template refuses.
+    """
+    before = rendering.messages[:number]
+    stopped, variant = (rendering.render([*before, dict(m)]) for m in (message, marked))
+    if stopped is None or variant is None:
+        return ""
+    tail = stopped[_changed(stopped, variant)[1] :]
+    return tail[: _shared_prefix(tail, rendering.text[place:])]
+
+
 def _shown_content(rendering: _Rendering, number: int) -> Span | None:
     """Return where the content of a turn with tool calls is shown, None where it is not."""
     message = rendering.messages[number]
     if not message.get("content"):
         return None
-    variant = rendering.render(rendering.replaced(number, {**message, "content": rendering.mark}))
-    if variant is None or rendering.mark not in variant:
-        return None
-    return _changed(rendering.text, variant)
+    variant = rendering.with_mark(number, {**message, "content": rendering.mark})
+    return None if variant is None else _changed(rendering.text, variant)
 
 
 def _tool_result_between(rendering: _Rendering, number: int, low: int, high: int) -> bool:
@@ -1551,14 +1568,9 @@ def _unusual_end(rendering: _Rendering, number: int, end: int) -> int:
     message = rendering.messages[number]
     if not rendering.template.ends or message.get("tool_calls"):
         return 0
-    before = rendering.messages[:number]
-    stopped = rendering.render([*before, message])
-    variant = rendering.render([*before, {"role": "assistant", "content": rendering.mark}])
-    if stopped is None or variant is None:
-        return 0
-    tail = stopped[_changed(stopped, variant)[1] :]
-    tail = tail[: _shared_prefix(tail, rendering.text[end:])]
-    found = re.compile(r"\s*" + rendering.template.tokens.pattern).match(tail)
+    marked = {"role": "assistant", "content": rendering.mark}
+    tail = _tail_after(rendering, number, end, message, marked)
+    found = re.match(r"\s*" + rendering.template.tokens.pattern, tail)
     return found.end() if found else 0
 
 
