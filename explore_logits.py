@@ -61,6 +61,7 @@ __all__ = [
     "EncodedConversation",
     "FormatError",
     "LogitDataset",
+    "LogitIterableDataset",
     "LogitsError",
     "NucleusSizeStats",
     "OpenError",
@@ -75,6 +76,7 @@ __all__ = [
     "Violation",
     "analyze_nucleus_sizes",
     "analyze_token_probabilities",
+    "collate_logits",
     "compare_outputs",
     "compute_bytes_per_token_stats",
     "compute_dataset_stats",
@@ -84,6 +86,7 @@ __all__ = [
     "dequantize_logits",
     "dequantize_sampled_logits",
     "dequantize_top_logits",
+    "distillation_loss",
     "encode_conversation",
     "encode_row",
     "execute_analysis",
@@ -123,6 +126,7 @@ __all__ = [
     "unpack_indices",
     "validate_output",
     "visualize_conversation_probabilities",
+    "weigh_tail",
 ]
 
 log = logging.getLogger("explore_logits")
@@ -4965,7 +4969,652 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
 
 
 # --------------------------------------------------------------------------------------------------
-# 10 CLI
+# 10 Training
+# --------------------------------------------------------------------------------------------------
+#
+#     shards ──LogitIterableDataset──► rows ──collate_logits──► batch ──student──► logits
+#                  └─ weigh_tail: how many tokens                       └─► distillation_loss
+#                     each tail token stands for
+#
+# Everything here rests on one identity. For any function g of a token, the sum of g over the
+# vocabulary is expected to be the sum over the nucleus plus the weighted sum over the tail sample.
+
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+TAILS = ("unbiased", "renormalized", "ghost", "ignore")
+LEAST_LOG_REST = -100.0  # of the mass outside the nucleus, which rounding may bring below 0
+TEACHER_COLUMNS = {  # of a row: dtype, and what fills the batch where a token has fewer entries
+    "teacher_ids": (np.int64, 0),
+    "teacher_log_probs": (np.float32, LEAST_LOG_REST),
+    "teacher_log_weights": (np.float32, 0.0),
+    "teacher_mask": (np.bool_, False),  # entries there are
+    "teacher_tail_mask": (np.bool_, False),  # those of them that were sampled
+}
+IGNORED_LABEL = -100  # what PyTorch's cross-entropy leaves out
+
+
+# Weights of the tail ------------------------------------------------------------------------------
+
+QUADRATURE_DROP = 20.0  # the integrand is followed until it has fallen by this factor's logarithm
+LEAST_UNDRAWN = 1e-12  # share of the tail below which the sample is taken to hold all of it
+QUADRATURE_NODES = 64  # relative error 1e-8 on any spread of probabilities
+LEAST_LOG_SHARE = -600.0  # below it a weight is inversely proportional to the probability
+
+
+def weigh_tail(
+    log_probs: npt.ArrayLike, rest: npt.ArrayLike, *, nodes: int = QUADRATURE_NODES
+) -> npt.NDArray[np.float64]:
+    """Return the logarithm of how many tokens of the vocabulary each tail token stands for.
+
+    With these weights w, and 1 for each nucleus token, the weighted sum of any function over what
+    is stored is an unbiased estimate of its sum over the vocabulary. The weight of token i is
+    P(S | i drawn first) / (P(S) p_i / R) scaled to probabilities: the ratio of the probability
+    that the others are the sample when i is taken out, to that of the sample. Both are integrals
+    over the time of an exponential race, so that w_i = E[1 / (1 - exp(-p_i t))] for t with the
+    density c exp(-c t) Π_j (1 - exp(-p_j t)), c being the mass that was not drawn; the logarithm of
+    the density is concave in log t and is summed there by the trapezoidal rule.
+
+    Args:
+        log_probs: (T, M) log-probabilities of the tail sample; its order does not matter.
+        rest: (T,) probability outside the nucleus, R. Where the sample holds all of it, or more by
+            rounding, every weight is 1.
+        nodes: of the quadrature.
+
+    Returns:
+        (T, M) float64, each at least 0.
+
+    Source: Murthy (1957), Ordered and unordered estimators in sampling without replacement;
+    Kool, van Hoof and Welling (2020), Estimating gradients for discrete random variables by
+    sampling without replacement, ICLR, equation 14 and appendix B.
+    """
+    probs = np.asarray(log_probs, np.float64)
+    mass = np.asarray(rest, np.float64)
+    weights = np.zeros(probs.shape)
+    if probs.size == 0:
+        return weights
+    for first in range(0, probs.shape[0], 64):  # 64 tokens' integrands stay in the cache
+        part = slice(first, first + 64)
+        shares = probs[part].T - np.log(mass[part])  # (M, t)
+        undrawn = 1 - np.exp(shares).sum(axis=0)
+        whole = undrawn < LEAST_UNDRAWN
+        found = integrate_weights(shares, np.where(whole, 1.0, undrawn), nodes=nodes)
+        weights[part] = np.where(whole, 0.0, np.maximum(found, 0.0)).T
+    return weights
+
+
+def integrate_weights(
+    shares: npt.NDArray[np.float64], undrawn: npt.NDArray[np.float64], *, nodes: int
+) -> npt.NDArray[np.float64]:
+    """Return log-weights (M, t) from log-shares (M, t) of the tail and the share not drawn (t,)."""
+    held = np.maximum(shares, LEAST_LOG_SHARE)
+    probs = np.exp(held)
+    first, last = bracket_race(probs, undrawn)
+    times = np.exp(first + (last - first) * (np.arange(nodes)[:, None] / (nodes - 1)))  # (n, t)
+    arrived = -np.expm1(-probs[:, None, :] * times)  # (M, n, t)
+    density = np.log(times) - undrawn * times + np.log(arrived).sum(axis=0)
+    density = np.exp(density - density.max(axis=0))
+    density /= density.sum(axis=0)
+    with np.errstate(over="ignore"):
+        weights = (density / arrived).sum(axis=1)
+    return np.log(weights) + (held - shares)
+
+
+def bracket_race(
+    probs: npt.NDArray[np.float64], undrawn: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return between which log-times (t,) the integrand is worth summing.
+
+    Its slope in log t is 1 + Σ φ(p_j t) - c t with φ(x) = x / (e^x - 1) in (0, 1]; so the mode has
+    c t in [1, 1 + M], and is found by bisection. Leftwards φ only grows, which bounds the fall on
+    that side by a - 1's of the slope at the mode (one less, for the factor that a weight takes
+    out); rightwards the fall is at least that of a gamma density.
+    """
+    low = -np.log(undrawn)
+    high = low + np.log1p(probs.shape[0])
+    for _ in range(6):
+        middle = (low + high) / 2
+        waiting = probs * np.exp(middle)
+        slope = (waiting / np.expm1(np.minimum(waiting, 700))).sum(axis=0)
+        rising = 1 + slope > undrawn * np.exp(middle)
+        low, high = np.where(rising, middle, low), np.where(rising, high, middle)
+    waiting = probs * np.exp(high)
+    slopes = waiting / np.expm1(np.minimum(waiting, 700))
+    at_mode = 1 + slopes.sum(axis=0)
+    least = np.maximum(at_mode - slopes.max(axis=0), 1)
+    fall = QUADRATURE_DROP / least
+    back = fall + np.minimum(1, np.sqrt(2 * fall)) + np.log(at_mode / least)
+    ahead = np.log1p((QUADRATURE_DROP + np.sqrt(2 * at_mode * QUADRATURE_DROP)) / at_mode)
+    return low - back, high + ahead
+
+
+# Rows to train on ---------------------------------------------------------------------------------
+
+
+def sparse_teacher(block: TokenBlock, *, weigh: bool = True) -> dict[str, npt.NDArray[Any]]:
+    """Return what is stored of each token as padded arrays, nucleus first and tail last.
+
+    Args:
+        block: T tokens.
+        weigh: compute the weights of the tail, which only `tail="unbiased"` and temperatures other
+            than 1 need; False leaves the scaling of `tail="renormalized"` in their place.
+
+    Returns:
+        `TEACHER_COLUMNS`, (T, E) each, and `teacher_log_rest` (T,) float32, the logarithm of the
+        probability outside the nucleus.
+    """
+    tail_sizes = block.tail_counts
+    size = int(tail_sizes.max(initial=0))
+    if (tail_sizes != size).any():
+        raise FormatError("the tail samples of one output differ in size")
+    shape = (tail_sizes.size, size)
+    tail_ids = block.tail_ids.reshape(shape)
+    tail = block.tail_logits().reshape(shape) - block.logsumexp[:, None]
+    drawn = np.exp(tail).sum(axis=1)
+    rest = 1 - sum_runs(block.top_probs(), block.top_starts)
+    rest = np.maximum(np.maximum(rest, drawn), np.exp(LEAST_LOG_REST))
+    counts = block.top_counts
+    width = int(counts.max(initial=0))
+    there = np.arange(width) < counts[:, None]  # (T, K)
+    top = np.repeat(block.logsumexp, counts)
+    ids, probs = np.zeros(there.shape, np.int32), np.full(there.shape, LEAST_LOG_REST, np.float32)
+    ids[there], probs[there] = block.top_ids, block.top_logits() - top
+    scale = np.log(rest / np.maximum(drawn, np.finfo(float).tiny))[:, None]
+    weights = weigh_tail(tail, rest) if weigh else np.broadcast_to(scale, tail.shape)
+    nothing, sampled = np.zeros(there.shape), np.ones(tail.shape, np.bool_)
+    return {
+        "teacher_ids": np.concatenate([ids, tail_ids], axis=1),
+        "teacher_log_probs": np.concatenate([probs, tail], axis=1, dtype=np.float32),
+        "teacher_log_weights": np.concatenate([nothing, weights], axis=1, dtype=np.float32),
+        "teacher_mask": np.concatenate([there, sampled], axis=1),
+        "teacher_tail_mask": np.concatenate([nothing > 0, sampled], axis=1),
+        "teacher_log_rest": np.log(rest).astype(np.float32),
+    }
+
+
+class LogitIterableDataset:
+    """Rows of an output to train on: a torch `IterableDataset`, made so when it is created.
+
+    Each item is one conversation as a dictionary of numpy arrays: `index`, `input_ids` (S,),
+    `labels` (S,) with -100 where nothing was extracted, `teacher_positions` (N,), and per extracted
+    token `TEACHER_COLUMNS` (N, E) and `teacher_log_rest` (N,). `collate_logits` makes batches.
+
+    With a seed, the shards are put in random order, and the rows inside each shard; another epoch
+    (`set_epoch`) gives another order. The rows are then divided into equal runs, first over ranks
+    and then over the workers of a data loader, so that one worker reads only the shards of its
+    run. Rows that do not divide among the ranks are left out of that epoch, so that all ranks take
+    equally many steps. A shard is held in memory whole, as it is stored.
+
+    `state_dict` and `load_state_dict` go on where an epoch was left. They are per worker:
+    `torchdata.stateful_dataloader` calls them there by itself, and for a plain `DataLoader`
+    `state_dict(batches=…)` works out what its workers have given out.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        kind: Any = cls
+        return object.__new__(torch_dataset(kind))
+
+    def __init__(
+        self,
+        dataset: str | Path | Sequence[str | Path] | LogitDataset,
+        *,
+        seed: int | None = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        max_seq_len: int | None = None,
+        weigh: bool = True,
+        text: TextSource | None = None,
+    ) -> None:
+        """Open an output; nothing is read yet.
+
+        Args:
+            dataset: a folder, files, or a dataset on the Hub.
+            seed: of the order; None keeps the order of the output.
+            rank, world_size: this process's part; from the environment (RANK, WORLD_SIZE) if None.
+            max_seq_len: cut longer conversations at this many tokens.
+            weigh: see `sparse_teacher`.
+            text: where the conversations come from when the output does not store their tokens;
+                None finds tokenizer, template and source from the output's settings.
+        """
+        self.output = as_output(dataset)
+        self.seed, self.max_seq_len, self.weigh, self.text = seed, max_seq_len, weigh, text
+        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+        if not 0 <= self.rank < self.world_size:
+            raise LogitsError(f"rank {self.rank} is not in 0..{self.world_size - 1}")
+        # Shared memory: workers that live on see the epoch that the main process sets.
+        self._epoch = import_extra("torch").zeros(1, dtype=import_extra("torch").int64)
+        self._epoch.share_memory_()
+        self._done: dict[int, int] = {}
+        self._workers = 1
+
+    def __reduce__(self) -> Any:
+        state = {**self.__dict__, "output": (self.output.store, self.output.sizes)}
+        return restore_dataset, (type(self).__mro__[1], state)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from 0; it only changes the order."""
+        return int(self._epoch[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of another epoch, from its start; workers that are running see it."""
+        if epoch != self.epoch:
+            self._done = {}
+        self._epoch[0] = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = import_extra("torch.utils.data").get_worker_info()
+        number, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        if self._done and max(self._done) >= self._workers:
+            raise LogitsError(
+                f"the state is of {max(self._done) + 1} or more workers, there are {self._workers}"
+            )
+        epoch = self.epoch
+        first, last = self.row_range(number, self._workers)
+        done = self._done.get(number, 0)
+        for shard, rows in self.iter_runs(first + done, last, epoch=epoch):
+            for item in self.read_rows(shard, rows):
+                done += 1
+                self._done[number] = done
+                if item is not None:
+                    yield item
+        self._done.pop(number, None)  # the next time starts anew
+
+    def row_range(self, worker: int = 0, workers: int = 1) -> tuple[int, int]:
+        """Return which run of an epoch's order, first and past the last, a worker of this rank has.
+
+        The runs of the ranks are equally long, those of a rank's workers up to one row.
+        """
+        share = len(self.output) // self.world_size
+        start = self.rank * share
+        return start + share * worker // workers, start + share * (worker + 1) // workers
+
+    def iter_runs(
+        self, first: int, last: int, *, epoch: int
+    ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Yield the shards, and the rows in them, from `first` to `last` of an epoch's order."""
+        shards = np.arange(len(self.output.shards))
+        if self.seed is not None:
+            np.random.default_rng([self.seed, epoch]).shuffle(shards)
+        begin = 0
+        for shard in shards.tolist():
+            end = begin + self.output.count_rows(shard)
+            if begin < last and end > first:
+                rows = np.arange(end - begin)
+                if self.seed is not None:
+                    np.random.default_rng([self.seed, epoch, shard]).shuffle(rows)
+                yield shard, rows[max(first - begin, 0) : last - begin]
+            begin = end
+
+    def read_rows(
+        self, shard: int, rows: npt.NDArray[np.int64], *, at_once: int = 16
+    ) -> Iterator[dict[str, Any] | None]:
+        """Yield rows of a shard to train on; None where cutting has left nothing."""
+        table = pa.concat_tables(self.output.iter_shard(shard, rows=256))
+        for first in range(0, rows.size, at_once):
+            block = decode_rows(table.take(pa.array(rows[first : first + at_once])))
+            teacher = sparse_teacher(block, weigh=self.weigh)
+            for row in range(block.index.size):
+                yield self.training_row(block, row, teacher)
+
+    def training_row(
+        self, block: TokenBlock, row: int, teacher: Mapping[str, npt.NDArray[Any]]
+    ) -> dict[str, Any] | None:
+        """Put one row's tokens beside its part of the block's teacher."""
+        sample = block_sample(block, row)
+        ids, positions = self.row_tokens(sample)
+        check_alignment(sample, ids, positions)
+        kept = int(np.searchsorted(positions, self.max_seq_len or ids.size))
+        ids, positions = ids[: self.max_seq_len], positions[:kept]
+        if not kept:
+            return None
+        first = int(block.row_starts[row])
+        labels = np.full(ids.size, IGNORED_LABEL, np.int64)
+        labels[positions] = ids[positions]
+        return {
+            "index": sample["index"],
+            "input_ids": ids,
+            "labels": labels,
+            "teacher_positions": positions,
+            **{name: values[first : first + kept] for name, values in teacher.items()},
+        }
+
+    def row_tokens(
+        self, sample: Mapping[str, Any]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return a row's tokens and extracted positions: stored, or rendered again."""
+        if all(name in sample for name in TOKEN_COLUMNS):
+            return stored_tokens(sample)
+        if self.text is None:
+            self.text = open_text(self.output)
+        encoded = self.text.encode(sample["index"])
+        return encoded.input_ids, encoded.token_positions
+
+    def state_dict(
+        self, *, batches: int | None = None, batch_size: int = 1, num_workers: int = 0
+    ) -> dict[str, Any]:
+        """Return where this epoch stands, as plain numbers.
+
+        Args:
+            batches: how many a plain `DataLoader` has given out this epoch, with `batch_size` and
+                `num_workers`; it takes a batch from each worker in turn. None: what this very
+                object has given out, as in a loader without workers, or inside a worker.
+            batch_size, num_workers: of that loader.
+        """
+        done, workers = dict(self._done), self._workers
+        if batches is not None:
+            workers = max(num_workers, 1)
+            done = dict.fromkeys(range(workers), 0)
+            left, sizes = batches, self._worker_sizes(workers)
+            while left and any(done[w] < sizes[w] for w in done):
+                for w in done:
+                    if left and done[w] < sizes[w]:
+                        done[w], left = min(done[w] + batch_size, sizes[w]), left - 1
+        return {"seed": self.seed, "epoch": self.epoch, "workers": workers, "rows": done}
+
+    def _worker_sizes(self, workers: int) -> list[int]:
+        runs = [self.row_range(worker, workers) for worker in range(workers)]
+        return [last - first for first, last in runs]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken; the loader needs as many workers as then."""
+        if state["seed"] != self.seed:
+            raise LogitsError(f"the state is of seed {state['seed']}, this is seed {self.seed}")
+        self._epoch[0] = state["epoch"]
+        self._done = {int(worker): int(rows) for worker, rows in state["rows"].items()}
+
+
+@functools.cache
+def torch_dataset(cls: Any) -> type:
+    """Return a class that is `cls` and a torch `IterableDataset`, so that no import needs torch."""
+    base = import_extra("torch.utils.data").IterableDataset
+    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), {})
+
+
+def restore_dataset(cls: type, state: Mapping[str, Any]) -> Any:
+    """Make a dataset again in another process, with the files of its output opened anew."""
+    dataset: Any = object.__new__(torch_dataset(cls))
+    dataset.__dict__.update(state, output=LogitDataset(*state["output"]))
+    return dataset
+
+
+def collate_logits(rows: Sequence[Mapping[str, Any]], *, pad_id: int = 0) -> dict[str, Any]:
+    """Make a batch of torch tensors from rows of `LogitIterableDataset`.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` (B, S) int64, padded on the right; `index` (B,);
+        and of the extracted tokens of all rows, one after another: `teacher_positions` (N,), which
+        of the B * S flattened positions predicts each, `TEACHER_COLUMNS` (N, E), and
+        `teacher_log_rest` (N,).
+    """
+    torch = import_extra("torch")
+    longest = max(row["input_ids"].size for row in rows)
+    widest = max(row["teacher_ids"].shape[1] for row in rows)
+    sides = (("input_ids", pad_id), ("attention_mask", 0), ("labels", IGNORED_LABEL))
+    batch = {name: np.full((len(rows), longest), fill, np.int64) for name, fill in sides}
+    for i, row in enumerate(rows):
+        size = row["input_ids"].size
+        batch["input_ids"][i, :size] = row["input_ids"]
+        batch["attention_mask"][i, :size] = 1
+        batch["labels"][i, :size] = row["labels"]
+    batch["index"] = np.array([row["index"] for row in rows], np.int64)
+    batch["teacher_positions"] = np.concatenate(
+        [row["teacher_positions"].astype(np.int64) - 1 + i * longest for i, row in enumerate(rows)]
+    )
+    batch["teacher_log_rest"] = np.concatenate([row["teacher_log_rest"] for row in rows])
+    total = batch["teacher_positions"].size
+    for name, (kind, fill) in TEACHER_COLUMNS.items():
+        batch[name] = np.full((total, widest), fill, kind)
+        first = 0
+        for row in rows:
+            count, width = row[name].shape
+            batch[name][first : first + count, :width] = row[name]
+            first += count
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+# The loss -----------------------------------------------------------------------------------------
+
+
+def distillation_loss(
+    student_logits: Any,
+    batch: Mapping[str, Any],
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    tail: str = "unbiased",
+    reduction: str = "mean",
+    chunk_tokens: int = 1024,
+) -> Any:
+    """Return the divergence of the student from the stored teacher, in nats, times temperature².
+
+    What is estimated, with p the teacher, q the student, both at `temperature`:
+
+    - `forward_kl` Σ p log(p / q), `reverse_kl` Σ q log(q / p), `jsd` the mean of the two KL
+      divergences to (p + q) / 2.
+
+    How the tail is counted:
+
+    - `unbiased`: every sampled token counts as `teacher_log_weights` says. At temperature 1 the
+      value and its gradient are unbiased for all three divergences (no other `tail` is); sums that
+      are known exactly (Σ q log q, the part of the JSD where p is 0) are taken exactly. At another
+      temperature the normaliser Σ p^(1/T) is itself estimated, and a logarithm or quotient of an
+      estimate is biased: there is no unbiased form, and what is computed is consistent in M.
+    - `renormalized`: the sampled tokens are scaled to the mass outside the nucleus. Biased.
+    - `ghost`: all tokens outside the nucleus are one; no tail sample is used at temperature 1.
+      Exact for that coarser vocabulary, so never more than the true divergence.
+    - `ignore`: only nucleus terms; the sum is left as it is, not scaled to 1. Biased.
+
+    The reverse KL needs log p where nothing is stored. There p is taken to be the tail's mean, and
+    sampled tokens correct it, without bias under `unbiased` but with a deviation that is large
+    where q exceeds p by far; tokens that the teacher excludes count as that mean.
+
+    Args:
+        student_logits: (B, S, V), or (N, V) for only the positions in `teacher_positions`.
+        batch: from `collate_logits`, on the same device.
+        divergence: `forward_kl`, `reverse_kl` or `jsd`.
+        temperature: of both distributions.
+        tail: `unbiased`, `renormalized`, `ghost` or `ignore`.
+        reduction: `mean` over tokens, `sum`, or `none` for (N,).
+        chunk_tokens: tokens at once; (chunk_tokens, V) float32 is what the loss needs beside one
+            gradient as large as the logits at those N positions.
+
+    Source: Kool, van Hoof and Welling (2020) for the weights; Hinton, Vinyals and Dean (2015) for
+    the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens
+    and for the rival that samples with replacement.
+    """
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("tail", tail, TAILS)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    torch = import_extra("torch")
+    flat = student_logits.reshape(-1, student_logits.shape[-1])
+    where = batch["teacher_positions"]
+    if student_logits.dim() == 2:
+        where = torch.arange(where.numel(), device=where.device)
+        if flat.shape[0] != where.numel():
+            raise LogitsError(
+                f"{flat.shape[0]} rows of student logits for {where.numel()} teacher tokens"
+            )
+    teacher = temper_teacher(batch, temperature, tail, vocab=flat.shape[-1])
+    losses = rowwise_loss().apply(
+        flat, where, teacher, divergence, temperature, max(chunk_tokens, 1)
+    )
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.numel(), 1)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        raise LogitsError(f"{name} {value!r} is none of {', '.join(choices)}")
+
+
+def temper_teacher(
+    batch: Mapping[str, Any], temperature: float, tail: str, *, vocab: int
+) -> dict[str, Any]:
+    """Return the teacher at a temperature and the weight of each entry, as `token_losses` reads it.
+
+    Returns:
+        `ids`, `log_probs`, `log_weights` (N, E), -inf weights for what does not count, `nucleus`
+        (N, E), `log_rest` (N,), `log_mean` (N,) the mean of log p that stands for what is not
+        stored, and `ghost`, whether the tail is one token.
+    """
+    torch = import_extra("torch")
+    there, sampled = batch["teacher_mask"], batch["teacher_tail_mask"]
+    log_rest = batch["teacher_log_rest"].float()
+    log_probs = batch["teacher_log_probs"].float() / temperature
+    log_weights = batch["teacher_log_weights"].float()
+    nucleus = there & ~sampled
+    if int(batch["teacher_ids"].max()) >= vocab if there.any() else False:
+        raise LogitsError(f"the teacher has ids beyond the student's {vocab} logits")
+    outside = (vocab - nucleus.sum(-1)).clamp(min=1).log()  # (N,)
+    if temperature != 1:
+        spread = outside + (log_rest - outside) / temperature  # as if the tail were all equal
+        in_tail = masked_logsumexp(log_probs + log_weights, there & sampled)
+        in_tail = torch.where(sampled.any(-1), in_tail, spread)
+        total = torch.logaddexp(masked_logsumexp(log_probs, nucleus), in_tail)
+        log_probs, log_rest = log_probs - total[:, None], in_tail - total
+    if tail == "unbiased" and not bool((there & sampled).any(-1).all()):
+        raise LogitsError("tail='unbiased' needs a tail sample (--sampled-n); take ghost or ignore")
+    if tail == "renormalized":
+        scale = log_rest - masked_logsumexp(log_probs, there & sampled)
+        log_weights = torch.where(sampled, scale[:, None], log_weights)
+    counted = nucleus if tail in ("ghost", "ignore") else there
+    return {
+        "ids": batch["teacher_ids"],
+        "log_probs": log_probs,
+        "log_weights": log_weights.masked_fill(~counted, -math.inf),
+        "nucleus": nucleus,
+        "log_rest": log_rest,
+        "log_mean": log_rest - outside,
+        "ghost": tail == "ghost",
+    }
+
+
+def masked_logsumexp(values: Any, mask: Any) -> Any:
+    """Return log Σ exp over the entries of each row that a mask selects; -inf for none."""
+    return values.masked_fill(~mask, -math.inf).logsumexp(-1)
+
+
+@functools.cache
+def rowwise_loss() -> Any:
+    """Return the autograd function behind `distillation_loss`, made when torch is first needed.
+
+    Its forward pass computes the gradient too, chunk by chunk: nothing of size (N, V) is kept but
+    that gradient, in the student's own dtype.
+    """
+    torch = import_extra("torch")
+    function: Any = torch.autograd.Function
+
+    class RowwiseLoss(function):
+        @staticmethod
+        def forward(  # type: ignore[no-untyped-def]
+            ctx, flat, where, teacher, divergence, temperature, chunk_tokens
+        ) -> Any:
+            wide = torch.promote_types(flat.dtype, torch.float32)  # float64 stays, for gradcheck
+            losses = torch.zeros(where.numel(), dtype=wide, device=flat.device)
+            wanted = ctx.needs_input_grad[0]
+            gradient = flat.new_empty((where.numel() if wanted else 0, flat.shape[-1]))
+            for first in range(0, where.numel(), chunk_tokens):
+                part = slice(first, first + chunk_tokens)
+                with torch.enable_grad():
+                    logits = flat[where[part]].detach().to(wide).requires_grad_(wanted)
+                    chunk = {
+                        name: value[part] if torch.is_tensor(value) else value
+                        for name, value in teacher.items()
+                    }
+                    values = token_losses(logits / temperature, chunk, divergence)
+                    values = values * temperature**2
+                    if wanted:
+                        gradient[part] = torch.autograd.grad(values.sum(), logits)[0].to(flat.dtype)
+                losses[part] = values.detach()
+            ctx.save_for_backward(gradient, where)
+            ctx.rows = flat.shape[0]
+            return losses
+
+        @staticmethod
+        def backward(ctx, outer) -> Any:  # type: ignore[no-untyped-def]
+            gradient, where = ctx.saved_tensors
+            full = gradient.new_zeros((ctx.rows, gradient.shape[-1]))
+            full.index_copy_(0, where, gradient * outer[:, None].to(gradient.dtype))
+            return full, None, None, None, None, None
+
+    return RowwiseLoss
+
+
+def token_losses(logits: Any, teacher: Mapping[str, Any], divergence: str) -> Any:
+    """Return the divergence (n,) at each of some tokens from float logits (n, V)."""
+    functional = import_extra("torch.nn.functional")
+    total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    log_q = logits.gather(1, teacher["ids"]) - total  # (n, E)
+    counted = teacher["log_weights"] > -math.inf
+    log_w = teacher["log_weights"].masked_fill(~counted, 0).to(log_q.dtype)
+    log_p = teacher["log_probs"].masked_fill(~counted, 0).to(log_q.dtype)
+    log_q = log_q.masked_fill(~counted, 0)
+    if teacher["ghost"]:
+        return ghost_losses(logits, log_p, log_q, teacher, divergence)
+    if divergence == "forward_kl":
+        terms = (log_w + log_p).exp() * (log_p - log_q)
+        return terms.masked_fill(~counted, 0).sum(-1)
+    if divergence == "jsd":
+        terms = (log_w + log_p).exp() * jsd_above_none(log_p - log_q)
+        return terms.masked_fill(~counted, 0).sum(-1) + math.log(2) / 2
+    log_mean = teacher["log_mean"].to(log_q.dtype)[:, None]
+    entropy = (functional.softmax(logits, -1) * functional.log_softmax(logits, -1)).sum(-1)
+    terms = (log_w + log_q).exp() * (log_mean - log_p)
+    return entropy - log_mean[:, 0] + terms.masked_fill(~counted, 0).sum(-1)
+
+
+def jsd_above_none(log_ratio: Any) -> Any:
+    """Return (j(p, q) - j(0, q)) / p, j being a token's term of the JSD, p / q = exp(log_ratio).
+
+    j(0, q) = q log 2 / 2 is summed over the vocabulary exactly; what is left is about proportional
+    to p, so that sampling it by p costs little.
+    """
+    torch = import_extra("torch")
+    softplus = torch.nn.functional.softplus
+    bounded = log_ratio.clamp(min=-10)  # below it, log(1 + x) / x = 1 - x / 2 to 1e-9
+    student = torch.where(
+        log_ratio > -10,
+        softplus(bounded) * (-bounded).exp(),
+        1 - log_ratio.clamp(max=-10).exp() / 2,
+    )
+    return (math.log(2) - softplus(-log_ratio) - student) / 2
+
+
+def ghost_losses(
+    logits: Any, log_p: Any, log_q: Any, teacher: Mapping[str, Any], divergence: str
+) -> Any:
+    """Return the divergence (n,) between two distributions over the nucleus and one token more."""
+    torch = import_extra("torch")
+    nucleus = teacher["nucleus"]
+    columns = teacher["ids"].masked_fill(~nucleus, logits.shape[-1])  # what is not there goes last
+    left = append_column(logits).scatter(1, columns, -math.inf)[:, : logits.shape[-1]]
+    ghost_q = left.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)
+    ghost_q = ghost_q.clamp(
+        min=LEAST_LOG_REST
+    )  # nothing is left where the nucleus is the vocabulary
+    ghost_p = teacher["log_rest"].to(ghost_q.dtype)[:, None]
+    log_p = torch.cat([log_p, ghost_p], 1)
+    log_q = torch.cat([log_q, ghost_q], 1)
+    there = torch.cat([nucleus, torch.ones_like(ghost_p, dtype=torch.bool)], 1)
+    if divergence == "forward_kl":
+        terms = log_p.exp() * (log_p - log_q)
+    elif divergence == "reverse_kl":
+        terms = log_q.exp() * (log_q - log_p)
+    else:
+        terms = log_p.exp() * jsd_above_none(log_p - log_q) + log_q.exp() * (math.log(2) / 2)
+    return terms.masked_fill(~there, 0).sum(-1)
+
+
+def append_column(logits: Any) -> Any:
+    """Append a column of zeros, where indices that mean nothing can point."""
+    return import_extra("torch.nn.functional").pad(logits, (0, 1))
+
+
+# --------------------------------------------------------------------------------------------------
+# 11 CLI
 # --------------------------------------------------------------------------------------------------
 
 

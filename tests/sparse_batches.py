@@ -1,0 +1,184 @@
+"""Make batches for `distillation_loss` from dense teachers, and the dense losses to compare with.
+
+The tails are drawn by `extract_logits.extract_tokens`, many for each teacher row: the random
+numbers depend on the row's index, so the same logits under other indices give other tails. Logits
+are not quantized here, so that what is measured is the estimator alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from explore_logits import TokenBlock, collate_logits, distillation_loss, sparse_teacher, to_starts
+from extract_logits import extract_tokens
+
+ROWS = ("peaked", "natural", "flat")
+
+
+@dataclass(frozen=True, eq=False)
+class ExactBlock(TokenBlock):
+    """A block whose logits were never quantized."""
+
+    exact_top: np.ndarray = None  # type: ignore[assignment]
+    exact_tail: np.ndarray = None  # type: ignore[assignment]
+
+    def top_logits(self) -> np.ndarray:
+        """Return the nucleus logits, flattened."""
+        return self.exact_top
+
+    def tail_logits(self) -> np.ndarray:
+        """Return the tail's logits, flattened."""
+        return self.exact_tail
+
+
+def teacher_row(kind: str, vocab: int, *, seed: int = 0) -> Tensor:
+    """Return (V,) float32 logits: nearly sure, as a language model's mostly are, or torn."""
+    rng = np.random.default_rng(seed)
+    rank = np.arange(vocab)
+    steep = {"peaked": 9 + 1.1 * np.log1p(rank), "natural": 1.35 * np.log1p(rank), "flat": 0 * rank}
+    logits = -steep[kind] + rng.standard_normal(vocab) * {"flat": 1.0}.get(kind, 0.6)
+    if kind == "peaked":
+        logits[0] = 0.0
+    return torch.from_numpy(logits[rng.permutation(vocab)].astype(np.float32))
+
+
+def student_row(teacher: Tensor, *, noise: float = 1.0, seed: int = 1) -> Tensor:
+    """Return (V,) float32 logits of a student that has half understood its teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.8 * teacher + noise * torch.randn(teacher.shape, generator=generator)
+
+
+def exact_block(
+    logits: Tensor, *, top_p: float = 0.98, top_p_max: int = 100, sampled_n: int = 24, seed: int = 0
+) -> ExactBlock:
+    """Extract (N, V) logits, row i under index i."""
+    count = logits.shape[0]
+    found = extract_tokens(
+        logits,
+        torch.arange(count),
+        torch.ones(count, dtype=torch.int64),
+        top_p=top_p,
+        top_p_max=top_p_max,
+        sampled_n=sampled_n,
+        seed=seed,
+    )
+    counts = found.top_counts.numpy().astype(np.int64)
+    there = np.arange(found.top_ids.shape[1]) < counts[:, None]
+    nothing = np.zeros(0, np.uint16)
+    zeros = np.zeros(count, np.float32)
+    return ExactBlock(
+        index=np.arange(count),
+        row_starts=np.array([0, count]),
+        top_starts=to_starts(counts),
+        top_ids=found.top_ids.numpy()[there].astype(np.int32),
+        top_q=nothing,
+        top_min=zeros,
+        top_max=zeros,
+        tail_starts=to_starts(np.full(count, sampled_n)),
+        tail_ids=found.sampled_ids.numpy().reshape(-1).astype(np.int32),
+        tail_q=nothing,
+        tail_min=zeros,
+        tail_max=zeros,
+        logsumexp=found.logsumexp.numpy(),
+        exact_top=found.top_logits.numpy()[there].astype(np.float64),
+        exact_tail=found.sampled_logits.numpy().reshape(-1).astype(np.float64),
+    )
+
+
+def make_batch(logits: Tensor, **settings: Any) -> dict[str, Tensor]:
+    """Return a batch of one conversation whose token i was predicted by `logits[i]`."""
+    block = exact_block(logits, **settings)
+    count = logits.shape[0]
+    row = {
+        "index": 0,
+        "input_ids": np.zeros(count + 1, np.int32),
+        "labels": np.zeros(count + 1, np.int64),
+        "teacher_positions": np.arange(1, count + 1),
+        **sparse_teacher(block),
+    }
+    batch: dict[str, Tensor] = collate_logits([row])
+    return batch
+
+
+def dense_loss(
+    student: Tensor, teacher: Tensor, divergence: str, temperature: float = 1.0
+) -> Tensor:
+    """Return the divergence (N,) between dense distributions, in the dtype of `student`."""
+    log_q = (student / temperature).log_softmax(-1)
+    log_p = (teacher.to(student.dtype) / temperature).log_softmax(-1)
+    if divergence == "forward_kl":
+        value = (log_p.exp() * (log_p - log_q)).sum(-1)
+    elif divergence == "reverse_kl":
+        value = (log_q.exp() * (log_q - log_p)).sum(-1)
+    else:
+        log_m = torch.logaddexp(log_p, log_q) - np.log(2)
+        value = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
+    return value * temperature**2
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """A divergence of one student row from one teacher row, estimated from many tails."""
+
+    true: float
+    values: np.ndarray  # (draws,)
+    true_slope: float  # the gradient along one random direction
+    slopes: np.ndarray  # (draws,)
+    gradient_bias: float  # length of (mean gradient - true gradient) / length of the true one
+
+    @property
+    def bias(self) -> float:
+        """Mean error of the value."""
+        return float(self.values.mean() - self.true)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of one estimate."""
+        return float(self.values.std())
+
+    def sigmas(self) -> tuple[float, float]:
+        """Return how many standard errors the means of value and slope are off."""
+        pairs = ((self.values, self.true), (self.slopes, self.true_slope))
+        root = np.sqrt(self.values.size)
+        errors = [(v.mean() - true) / max(v.std() / root, 1e-9) for v, true in pairs]
+        return float(errors[0]), float(errors[1])
+
+
+def estimate(
+    kind: str,
+    divergence: str,
+    tail: str,
+    *,
+    draws: int = 2_000,
+    vocab: int = 1_000,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: dict[str, Tensor] | None = None,
+) -> Estimates:
+    """Estimate a divergence, and its gradient, from `draws` tails of the same teacher row."""
+    teacher, student = teacher_row(kind, vocab), student_row(teacher_row(kind, vocab))
+    if batch is None:
+        batch = make_batch(teacher.repeat(draws, 1), seed=seed)
+    one = student.double().requires_grad_()
+    true = dense_loss(one[None], teacher.double()[None], divergence, temperature)[0]
+    (true_gradient,) = torch.autograd.grad(true, one)
+    # float64 logits keep float64, so that what is seen is the estimator and not rounding
+    many = student.double().repeat(draws, 1).requires_grad_()
+    values = distillation_loss(
+        many, batch, divergence=divergence, tail=tail, temperature=temperature, reduction="none"
+    )
+    (gradients,) = torch.autograd.grad(values.sum(), many)
+    way = torch.randn(vocab, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    off = gradients.mean(0) - true_gradient
+    return Estimates(
+        true=float(true.detach()),
+        values=values.detach().numpy(),
+        true_slope=float(true_gradient @ way),
+        slopes=(gradients @ way).numpy(),
+        gradient_bias=float(off.norm() / true_gradient.norm()),
+    )
