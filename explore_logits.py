@@ -5317,7 +5317,11 @@ class LogitIterableDataset:
         return [last - first for first, last in runs]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was taken; the loader needs as many workers as then."""
+        """Go on from where `state_dict` was taken; the loader needs as many workers as then.
+
+        The next epoch starts with `set_epoch`, which a loader with workers needs: its workers are
+        copies, and what they have given out does not come back by itself.
+        """
         if state["seed"] != self.seed:
             raise LogitsError(f"the state is of seed {state['seed']}, this is seed {self.seed}")
         self._epoch[0] = state["epoch"]
