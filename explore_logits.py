@@ -90,6 +90,8 @@ __all__ = [
     "encode_conversation",
     "encode_row",
     "execute_analysis",
+    "export_axolotl",
+    "export_distillkit",
     "format_mask_preview",
     "get_nucleus_probability_mass",
     "get_sample",
@@ -5615,6 +5617,188 @@ def ghost_losses(
 def append_column(logits: Any) -> Any:
     """Append a column of zeros, where indices that mean nothing can point."""
     return import_extra("torch.nn.functional").pad(logits, (0, 1))
+
+
+# Other trainers' formats --------------------------------------------------------------------------
+#
+# Both hold a fixed number of entries a token and no weights, so only the nucleus goes into them.
+
+
+def export_axolotl(
+    dataset: str | Path | LogitDataset,
+    folder: str | Path,
+    *,
+    k: int = 64,
+    at: str = "predicting",
+    text: TextSource | None = None,
+) -> int:
+    """Write an output as the tokenized dataset that axolotl's knowledge distillation trains on.
+
+    Columns: `input_ids`, `attention_mask`, `labels`, and at each of the S positions
+    `target_token_ids`, `target_logprobs` and `target_mask`, k values each; -1e9 and mask 0 where
+    there is nothing. Log-probabilities are the teacher's own over the whole vocabulary.
+
+    Args:
+        dataset: the output.
+        folder: gets the Parquet files, one for each 256 rows.
+        k: nucleus entries kept of each token.
+        at: `predicting` puts a distribution at the position that predicts, as the trainer since
+            its Liger kernel (2025) expects; `predicted` at the token itself, as the one before,
+            which shifted.
+        text: see `LogitIterableDataset`.
+
+    Returns:
+        The number of rows.
+
+    Source: axolotl, src/axolotl/integrations/kd: collator.py for the columns, kernels/liger.py
+    and trainer.py for the positions.
+    """
+    check_choice("at", at, ("predicting", "predicted"))
+    return write_export(
+        (axolotl_row(row, k, back=int(at == "predicting")) for row in export_rows(dataset, text)),
+        Path(folder),
+    )
+
+
+def axolotl_row(row: Mapping[str, Any], k: int, *, back: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of one row, distributions `back` positions before their token."""
+    size = row["input_ids"].size
+    targets: dict[str, Any] = {
+        "target_token_ids": np.zeros((size, k), np.int32),
+        "target_logprobs": np.full((size, k), -1e9, np.float32),
+        "target_mask": np.zeros((size, k), np.int8),
+    }
+    entries = top_entries(row, k, empty=-1e9)
+    for name, values in zip(targets, entries, strict=True):
+        targets[name][row["teacher_positions"] - back] = values
+    return {
+        "input_ids": row["input_ids"],
+        "attention_mask": np.ones(size, np.int8),
+        "labels": row["labels"],
+        **targets,
+    }
+
+
+def export_distillkit(
+    dataset: str | Path | LogitDataset,
+    folder: str | Path,
+    *,
+    k: int = 64,
+    text: TextSource | None = None,
+) -> int:
+    """Write an output as the offline teacher dataset of DistillKit (`teacher.kind: dataset`).
+
+    Columns: `input_ids` and `labels` (S,); at each of the S - 1 positions that predict something
+    `compressed_logprobs`, k float32 by descending value as bytes, and `bytepacked_indices`, the ids
+    at ceil(log2 V) bits each, the highest bit first. `compression_config.yaml` beside them is what
+    `teacher.logprob_compressor` has to say (k = exact_k: nothing is approximated). Where nothing
+    was extracted the distribution is the text's next token alone; entries beyond the nucleus have
+    log-probability -100.
+
+    Args:
+        dataset: the output.
+        folder: gets the Parquet files, one for each 256 rows, and the configuration.
+        k: nucleus entries kept of each token.
+        text: see `LogitIterableDataset`.
+
+    Returns:
+        The number of rows.
+
+    Source: arcee-ai/DistillKit, distillkit/sample_common.py (schema), compression/config.py, and
+    compression/bitpack.py and monotonic_logprobs.py for the bytes.
+    """
+    output = as_output(dataset)
+    vocab = int(load_extraction_config(output).get("vocab_size") or MAX_TOKEN_ID + 1)
+    bits = max((vocab - 1).bit_length(), 1)
+    rows = (distillkit_row(row, k, bits=bits) for row in export_rows(output, text))
+    count = write_export(rows, Path(folder))
+    lines = (f"d: {vocab}", f"k: {k}", f"exact_k: {k}", "exact_dtype: float32", *DISTILLKIT_PLAIN)
+    (Path(folder) / "compression_config.yaml").write_text("\n".join(lines) + "\n")
+    return count
+
+
+def distillkit_row(row: Mapping[str, Any], k: int, *, bits: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of one row."""
+    ids = np.zeros((row["input_ids"].size - 1, k), np.int32)
+    log_probs = np.full(ids.shape, LEAST_LOG_REST, np.float32)
+    ids[:, 0], log_probs[:, 0] = row["input_ids"][1:], 0
+    where = row["teacher_positions"] - 1
+    ids[where], log_probs[where], _ = top_entries(row, k, empty=LEAST_LOG_REST)
+    return {
+        "input_ids": row["input_ids"].astype(np.uint64),
+        "labels": row["labels"],
+        "compressed_logprobs": log_probs.astype("<f4").view(np.uint8),
+        "bytepacked_indices": pack_bits(ids, bits),
+    }
+
+
+DISTILLKIT_PLAIN = (
+    "polynomial_terms: null",
+    "term_dtype: float32",
+    "residual_bins: []",
+    "delta_encoding: false",
+    "error_diffusion: false",
+    "normalize_t: false",
+)
+
+
+def export_rows(
+    dataset: str | Path | LogitDataset, text: TextSource | None
+) -> Iterator[dict[str, Any]]:
+    """Yield every row of an output in its order, without weights."""
+    rows: Any = LogitIterableDataset(
+        dataset, seed=None, rank=0, world_size=1, weigh=False, text=text
+    )
+    yield from rows
+
+
+def top_entries(
+    row: Mapping[str, Any], k: int, *, empty: float
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int8]]:
+    """Return ids, log-probabilities and mask (N, k) of each token's k likeliest nucleus entries."""
+    there = (row["teacher_mask"] & ~row["teacher_tail_mask"])[:, :k]
+    width = there.shape[1]
+    ids = np.zeros((there.shape[0], k), np.int32)
+    log_probs = np.full(ids.shape, empty, np.float32)
+    mask = np.zeros(ids.shape, np.int8)
+    ids[:, :width] = np.where(there, row["teacher_ids"][:, :width], 0)
+    log_probs[:, :width] = np.where(there, row["teacher_log_probs"][:, :width], empty)
+    mask[:, :width] = there
+    return ids, log_probs, mask
+
+
+def pack_bits(ids: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:
+    """Pack each row of ids (n, k) into a stream of `bits` bits an id, the highest bit first."""
+    wide = np.unpackbits(ids.astype(">u4").view(np.uint8).reshape(*ids.shape, 4), axis=-1)
+    return np.packbits(wide[..., 32 - bits :].reshape(ids.shape[0], -1), axis=-1)
+
+
+def write_export(
+    rows: Iterable[Mapping[str, npt.NDArray[Any]]], folder: Path, *, at_once: int = 256
+) -> int:
+    """Write rows of one- and two-dimensional arrays as Parquet files of (nested) lists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source, count = iter(rows), 0
+    for number in itertools.count():
+        chunk = list(itertools.islice(source, at_once))
+        if not chunk:
+            return count
+        columns = {name: nested_lists([row[name] for row in chunk]) for name in chunk[0]}
+        path = folder / f"data_{number}.parquet"
+        pq.write_table(pa.table(columns), path, compression="zstd")
+        count += len(chunk)
+    return count
+
+
+def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
+    """Return one list an array, of lists where the arrays have two dimensions."""
+    values = pa.array(np.concatenate([array.reshape(-1) for array in arrays]))
+    if arrays[0].ndim == 2:
+        width = arrays[0].shape[1]
+        starts = np.arange(sum(array.shape[0] for array in arrays) + 1) * width
+        values = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)
+    starts = to_starts([array.shape[0] for array in arrays])
+    return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)
 
 
 # --------------------------------------------------------------------------------------------------
