@@ -4999,77 +4999,80 @@ IGNORED_LABEL = -100  # what PyTorch's cross-entropy leaves out
 
 QUADRATURE_DROP = 20.0  # the integrand is followed until it has fallen by this factor's logarithm
 LEAST_UNDRAWN = 1e-12  # share of the tail below which the sample is taken to hold all of it
-QUADRATURE_NODES = 64  # relative error 1e-8 on any spread of probabilities
 LEAST_LOG_SHARE = -600.0  # below it a weight is inversely proportional to the probability
 
 
 def weigh_tail(
-    log_probs: npt.ArrayLike, rest: npt.ArrayLike, *, nodes: int = QUADRATURE_NODES
+    log_probs: npt.ArrayLike, rest: npt.ArrayLike, *, nodes: int | None = None
 ) -> npt.NDArray[np.float64]:
     """Return the logarithm of how many tokens of the vocabulary each tail token stands for.
 
     With these weights w, and 1 for each nucleus token, the weighted sum of any function over what
-    is stored is an unbiased estimate of its sum over the vocabulary. The weight of token i is
-    P(S | i drawn first) / (P(S) p_i / R) scaled to probabilities: the ratio of the probability
-    that the others are the sample when i is taken out, to that of the sample. Both are integrals
-    over the time of an exponential race, so that w_i = E[1 / (1 - exp(-p_i t))] for t with the
-    density c exp(-c t) Π_j (1 - exp(-p_j t)), c being the mass that was not drawn; the logarithm of
-    the density is concave in log t and is summed there by the trapezoidal rule.
+    is stored is an unbiased estimate of its sum over the vocabulary. The weight of a token i of the
+    sample S is P(S | i is drawn first) / P(S): how much likelier the others are to make up the
+    sample once i is out. Both are integrals over the time of an exponential race, so that w_i =
+    E[1 / (1 - exp(-p_i t))] for t with a density proportional to exp(-c t) Π_j (1 - exp(-p_j t)), c
+    being the mass that was not drawn. That density is concave in log t once its logarithm is taken,
+    and is summed there by the trapezoidal rule.
 
     Args:
         log_probs: (T, M) log-probabilities of the tail sample; its order does not matter.
-        rest: (T,) probability outside the nucleus, R. Where the sample holds all of it, or more by
+        rest: (T,) probability outside the nucleus. Where the sample holds all of it, or more by
             rounding, every weight is 1.
-        nodes: of the quadrature.
+        nodes: of the quadrature; None takes as many as each density needs for an error of 1e-6.
 
     Returns:
         (T, M) float64, each at least 0.
 
     Source: Murthy (1957), Ordered and unordered estimators in sampling without replacement;
     Kool, van Hoof and Welling (2020), Estimating gradients for discrete random variables by
-    sampling without replacement, ICLR, equation 14 and appendix B.
+    sampling without replacement, ICLR, section 3.2 and appendix B.
     """
     probs = np.asarray(log_probs, np.float64)
-    mass = np.asarray(rest, np.float64)
     weights = np.zeros(probs.shape)
     if probs.size == 0:
         return weights
-    for first in range(0, probs.shape[0], 64):  # 64 tokens' integrands stay in the cache
-        part = slice(first, first + 64)
-        shares = probs[part].T - np.log(mass[part])  # (M, t)
-        undrawn = 1 - np.exp(shares).sum(axis=0)
-        whole = undrawn < LEAST_UNDRAWN
-        found = integrate_weights(shares, np.where(whole, 1.0, undrawn), nodes=nodes)
-        weights[part] = np.where(whole, 0.0, np.maximum(found, 0.0)).T
+    shares = probs.T - np.log(np.asarray(rest, np.float64))  # (M, T)
+    undrawn = 1 - np.exp(shares).sum(axis=0)
+    open_ = np.flatnonzero(undrawn >= LEAST_UNDRAWN)
+    shares, undrawn = shares[:, open_], undrawn[open_]
+    held = np.exp(np.maximum(shares, LEAST_LOG_SHARE))
+    first, last, needed = bracket_race(held, undrawn)
+    order = np.argsort(needed)
+    for start in range(0, order.size, 64):  # 64 tokens' integrands stay in the cache
+        part = order[start : start + 64]
+        count = nodes or int(needed[part].max())
+        steps = np.arange(count)[:, None] / (count - 1)
+        log_times = first[part] + (last - first)[part] * steps  # (n, t)
+        found = integrate_weights(held[:, part], undrawn[part], log_times)
+        found += np.maximum(LEAST_LOG_SHARE - shares[:, part], 0)
+        weights[open_[part]] = np.maximum(found, 0.0).T
     return weights
 
 
 def integrate_weights(
-    shares: npt.NDArray[np.float64], undrawn: npt.NDArray[np.float64], *, nodes: int
+    probs: npt.NDArray[np.float64],
+    undrawn: npt.NDArray[np.float64],
+    log_times: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64]:
-    """Return log-weights (M, t) from log-shares (M, t) of the tail and the share not drawn (t,)."""
-    held = np.maximum(shares, LEAST_LOG_SHARE)
-    probs = np.exp(held)
-    first, last = bracket_race(probs, undrawn)
-    times = np.exp(first + (last - first) * (np.arange(nodes)[:, None] / (nodes - 1)))  # (n, t)
+    """Return log-weights (M, t), given shares of the tail (M, t) and equidistant nodes (n, t)."""
+    times = np.exp(log_times)
     arrived = -np.expm1(-probs[:, None, :] * times)  # (M, n, t)
-    density = np.log(times) - undrawn * times + np.log(arrived).sum(axis=0)
+    density = log_times - undrawn * times + np.log(arrived).sum(axis=0)
     density = np.exp(density - density.max(axis=0))
     density /= density.sum(axis=0)
-    with np.errstate(over="ignore"):
-        weights = (density / arrived).sum(axis=1)
-    return np.log(weights) + (held - shares)
+    return np.log((density / arrived).sum(axis=1))
 
 
 def bracket_race(
     probs: npt.NDArray[np.float64], undrawn: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return between which log-times (t,) the integrand is worth summing.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return between which log-times (T,) the integrand is worth summing, and at how many nodes.
 
     Its slope in log t is 1 + Σ φ(p_j t) - c t with φ(x) = x / (e^x - 1) in (0, 1]; so the mode has
     c t in [1, 1 + M], and is found by bisection. Leftwards φ only grows, which bounds the fall on
-    that side by a - 1's of the slope at the mode (one less, for the factor that a weight takes
-    out); rightwards the fall is at least that of a gamma density.
+    that side by the slope at the mode (less the factor that a weight takes out); rightwards the
+    fall is at least that of a gamma density. The curvature at the mode gives the spacing.
     """
     low = -np.log(undrawn)
     high = low + np.log1p(probs.shape[0])
@@ -5084,9 +5087,11 @@ def bracket_race(
     at_mode = 1 + slopes.sum(axis=0)
     least = np.maximum(at_mode - slopes.max(axis=0), 1)
     fall = QUADRATURE_DROP / least
-    back = fall + np.minimum(1, np.sqrt(2 * fall)) + np.log(at_mode / least)
-    ahead = np.log1p((QUADRATURE_DROP + np.sqrt(2 * at_mode * QUADRATURE_DROP)) / at_mode)
-    return low - back, high + ahead
+    first = low - fall - np.minimum(1, np.sqrt(2 * fall)) - np.log(at_mode / least)
+    last = high + np.log1p((QUADRATURE_DROP + np.sqrt(2 * at_mode * QUADRATURE_DROP)) / at_mode)
+    curvature = at_mode + (slopes * (slopes + waiting - 1)).sum(axis=0)
+    spacing = np.minimum(0.36, 0.8 / np.sqrt(curvature))
+    return first, last, np.ceil((last - first) / spacing).astype(np.int64) + 1
 
 
 # Rows to train on ---------------------------------------------------------------------------------
