@@ -60,6 +60,12 @@ bench: .venv/.done
 chaos: .venv/.done
 	$(PY) tests/chaos.py --runs 200 --seed 1
 
+# make distill students of the embedded teacher, from stored logits and without (20 minutes)
+distill: .venv/.done
+	OMP_NUM_THREADS=1 $(PY) tests/distill.py --output demo/distill \
+	  --picture docs/images/distill.png
+	OMP_NUM_THREADS=1 $(PY) tests/distill.py --bias
+
 # make lint    ruff and mypy
 lint: .venv/.done
 	.venv/bin/ruff check .

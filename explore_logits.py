@@ -5191,7 +5191,8 @@ class LogitIterableDataset:
         # Shared memory: workers that live on see the epoch that the main process sets.
         self._epoch = import_extra("torch").zeros(1, dtype=import_extra("torch").int64)
         self._epoch.share_memory_()
-        self._done: dict[int, int] = {}
+        self._loaded: dict[int, int] = {}  # rows to pass over, by worker
+        self._done: dict[int, int] = {}  # rows given out
         self._workers = 1
 
     def __reduce__(self) -> Any:
@@ -5206,26 +5207,29 @@ class LogitIterableDataset:
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of another epoch, from its start; workers that are running see it."""
         if epoch != self.epoch:
-            self._done = {}
+            self._loaded, self._done = {}, {}
         self._epoch[0] = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = import_extra("torch.utils.data").get_worker_info()
         number, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        if self._done and max(self._done) >= self._workers:
+        if self._loaded and max(self._loaded) >= self._workers:
             raise LogitsError(
-                f"the state is of {max(self._done) + 1} or more workers, there are {self._workers}"
+                f"the state is of {max(self._loaded) + 1} or more workers, there are "
+                f"{self._workers}"
             )
-        epoch = self.epoch
+        epoch, done = self.epoch, self._loaded.get(number, 0)
+        if worker is None:
+            self._loaded = {}  # what a state has left; the next time starts anew
+        self._done = {number: done}
         first, last = self.row_range(number, self._workers)
-        done = self._done.get(number, 0)
         for shard, rows in self.iter_runs(first + done, last, epoch=epoch):
             for item in self.read_rows(shard, rows):
                 done += 1
                 self._done[number] = done
                 if item is not None:
                     yield item
-        self._done.pop(number, None)  # the next time starts anew
+        self._done = {}
 
     def row_range(self, worker: int = 0, workers: int = 1) -> tuple[int, int]:
         """Return which run of an epoch's order, first and past the last, a worker of this rank has.
@@ -5308,7 +5312,7 @@ class LogitIterableDataset:
                 object has given out, as in a loader without workers, or inside a worker.
             batch_size, num_workers: of that loader.
         """
-        done, workers = dict(self._done), self._workers
+        done, workers = self._done or self._loaded, self._workers
         if batches is not None:
             workers = max(num_workers, 1)
             done = dict.fromkeys(range(workers), 0)
@@ -5317,7 +5321,7 @@ class LogitIterableDataset:
                 for w in done:
                     if left and done[w] < sizes[w]:
                         done[w], left = min(done[w] + batch_size, sizes[w]), left - 1
-        return {"seed": self.seed, "epoch": self.epoch, "workers": workers, "rows": done}
+        return {"seed": self.seed, "epoch": self.epoch, "workers": workers, "rows": {**done}}
 
     def _worker_sizes(self, workers: int) -> list[int]:
         runs = [self.row_range(worker, workers) for worker in range(workers)]
@@ -5331,8 +5335,8 @@ class LogitIterableDataset:
         """
         if state["seed"] != self.seed:
             raise LogitsError(f"the state is of seed {state['seed']}, this is seed {self.seed}")
-        self._epoch[0] = state["epoch"]
-        self._done = {int(worker): int(rows) for worker, rows in state["rows"].items()}
+        self._epoch[0], self._done = state["epoch"], {}
+        self._loaded = {int(worker): int(rows) for worker, rows in state["rows"].items()}
 
 
 @functools.cache

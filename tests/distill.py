@@ -8,7 +8,7 @@ with replacement, as many draws as give equal bytes (Anshumann et al. 2025); nuc
 every `tail`; the dense teacher. Every arm sees the same conversations in the same order, from the
 same initial weights. Bytes are those of the shards on disk, without the text's own tokens.
 
-    python tests/distill.py --output demo/distill          # everything; minutes on one core
+    python tests/distill.py --output demo/distill          # everything; a quarter of an hour
     python tests/distill.py --bias                         # bias and deviation of the estimators
 
 Ends in one JSON line; the table before it is what docs/distillation.md shows.
@@ -55,10 +55,10 @@ Batch = dict[str, Tensor]
 class Setup:
     """Sizes and schedule; the same for every arm."""
 
-    conversations: int = 1_200
+    conversations: int = 600
     held_out: int = 200
-    steps: int = 300
-    batch_size: int = 12
+    steps: int = 150
+    batch_size: int = 8
     seeds: int = 3
     peak_rate: float = 6e-3
     warmup_steps: int = 20
@@ -381,6 +381,16 @@ def print_table(report: Mapping[str, Any]) -> None:
         print(f"| {ARMS[arm]} | {size} | {' | '.join(cells)} | {figures['step_s'][0]:.3f} |")
 
 
+def print_distance(report: Mapping[str, Any]) -> None:
+    """Print how much of the way from the text alone to the dense teacher each arm goes."""
+    arms = report["arms"]
+    start, end = arms["text"]["kl"][0], arms["dense"]["kl"][0]
+    for arm in arms:
+        share = (start - arms[arm]["kl"][0]) / (start - end)
+        part = arms[arm]["bytes_per_token"] / arms["dense"]["bytes_per_token"]
+        print(f"{ARMS[arm]}: {share:.0%} of the way in held-out KL, {part:.2%} of the bytes")
+
+
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Draw held-out KL and loss of every arm."""
     import matplotlib
@@ -442,6 +452,8 @@ def main() -> None:
     setup = Setup(**{name: getattr(args, name) for name in vars(Setup())})
     report = run(args.output, setup, args.arms)
     print_table(report)
+    if {"text", "dense"} <= set(args.arms):
+        print_distance(report)
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(report, args.picture)

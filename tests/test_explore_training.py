@@ -195,6 +195,14 @@ def test_a_state_can_be_taken_inside_the_loop(output: Path) -> None:
     assert before + indices(again) == indices(LogitIterableDataset(output, seed=2))
 
 
+def test_a_pass_that_was_broken_off_is_not_continued_unasked(output: Path) -> None:
+    dataset: Any = LogitIterableDataset(output, seed=2)
+    whole = indices(dataset)
+    rows = iter(dataset)
+    assert [next(rows)["index"] for _ in range(5)] == whole[:5]
+    assert indices(dataset) == whole
+
+
 def test_a_state_of_another_seed_or_of_more_workers_is_refused(output: Path) -> None:
     dataset: Any = LogitIterableDataset(output, seed=2)
     state = dataset.state_dict(batches=4, batch_size=2, num_workers=3)
