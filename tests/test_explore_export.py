@@ -164,7 +164,7 @@ def test_the_documented_examples_run(tmp_path: Path) -> None:
     )
     assert done.code == 0, done.stderr
     text = (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 3
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "teacher").symlink_to(ROOT / "tests" / "teacher")
