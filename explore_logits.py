@@ -1878,6 +1878,8 @@ class FileStore:
     """Parquet files named one by one."""
 
     def __init__(self, files: Sequence[str | Path]) -> None:
+        if not files:
+            raise OpenError("the list of files is empty")
         self.name = str(files[0]) if len(files) == 1 else f"{len(files)} files"
         self._files = [str(Path(file).expanduser()) for file in files]
 
@@ -2217,12 +2219,7 @@ def load_logit_dataset(
     Raises:
         OpenError: no such output, no Parquet files in it, or no such split.
     """
-    if not isinstance(name, (str, Path)):
-        if not name:
-            raise OpenError("the list of files is empty")
-        store: Store = FileStore(name)
-        return LogitDataset(store, store.list_files())
-    store = open_store(name)
+    store = open_store(name) if isinstance(name, (str, Path)) else FileStore(name)
     if isinstance(store, FileStore):
         return LogitDataset(store, store.list_files())
     shards = find_shards(store.list_files(), store.name, split)
@@ -2496,9 +2493,9 @@ class TokenBlock:
         """Return the probability of every nucleus entry."""
         return logits_to_probs(self.top_logits(), np.repeat(self.logsumexp, self.top_counts))
 
-    def tail_probs(self) -> npt.NDArray[np.float64]:
-        """Return the probability of every tail entry."""
-        return logits_to_probs(self.tail_logits(), np.repeat(self.logsumexp, self.tail_counts))
+    def top_mass(self) -> npt.NDArray[np.float64]:
+        """Return the probability that each nucleus covers, (T,)."""
+        return sum_runs(self.top_probs(), self.top_starts)
 
     def tail_logits(self) -> npt.NDArray[np.float64]:
         """Dequantize every tail entry."""
@@ -2506,6 +2503,18 @@ class TokenBlock:
         return dequantize_logits(
             self.tail_q, np.repeat(self.tail_min, counts), np.repeat(self.tail_max, counts)
         )
+
+    def tail_probs(self) -> npt.NDArray[np.float64]:
+        """Return the probability of every tail entry."""
+        return logits_to_probs(self.tail_logits(), np.repeat(self.logsumexp, self.tail_counts))
+
+    def tail_mass(self) -> npt.NDArray[np.float64]:
+        """Return the probability of each tail sample, (T,)."""
+        return sum_runs(self.tail_probs(), self.tail_starts)
+
+    def first_probs(self) -> npt.NDArray[np.float64]:
+        """Return the probability of each token's likeliest entry, (T,)."""
+        return np.exp(self.top_max.astype(np.float64) - self.logsumexp)
 
 
 # From columns to blocks ---------------------------------------------------------------------------
@@ -2846,8 +2855,7 @@ def logits_to_probs(
 def get_nucleus_probability_mass(sample: Mapping[str, Any], t: int | None = None) -> Any:
     """Return the probability that the nucleus of token `t` covers; `t` None: of all, (N,)."""
     if t is None:
-        block = sample_block(sample)
-        return sum_runs(block.top_probs(), block.top_starts)
+        return sample_block(sample).top_mass()
     _, logits = dequantize_top_logits(sample, t)
     return float(logits_to_probs(logits, sample["logsumexp"][t]).sum())
 
@@ -2861,11 +2869,6 @@ def sum_runs(
     if filled.any():
         sums[filled] = np.add.reduceat(values, starts[:-1][filled])
     return sums
-
-
-def first_probs(block: TokenBlock) -> npt.NDArray[np.float64]:
-    """Return the probability of each token's likeliest entry, (T,)."""
-    return np.exp(block.top_max.astype(np.float64) - block.logsumexp)
 
 
 # Text of tokens -----------------------------------------------------------------------------------
@@ -2935,9 +2938,15 @@ def decode_top_tokens(
     Without a tokenizer the text is `#id`.
     """
     ids, logits = dequantize_top_logits(sample, t)
-    probs = logits_to_probs(logits[:k], sample["logsumexp"][t])
-    texts = token_texts(ids[:k], tokenizer)
-    rows = zip(ids[:k].tolist(), texts, logits[:k].tolist(), probs.tolist(), strict=True)
+    return make_predictions(ids[:k], logits[:k], sample["logsumexp"][t], tokenizer)
+
+
+def make_predictions(
+    ids: npt.NDArray[Any], logits: npt.NDArray[Any], logsumexp: npt.ArrayLike, tokenizer: Any
+) -> list[Prediction]:
+    """Put ids (n,), logits (n,) and log-sum-exp (n,), or one for all, together with their text."""
+    probs = logits_to_probs(logits, logsumexp).tolist()
+    rows = zip(ids.tolist(), token_texts(ids, tokenizer), logits.tolist(), probs, strict=True)
     return [Prediction(*row) for row in rows]
 
 
@@ -2994,23 +3003,19 @@ def score_tokens(
     return TokenScores(log_prob, in_nucleus | in_tail, rank, in_nucleus, in_tail)
 
 
+def half_step(
+    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], logit_bits: int
+) -> npt.NDArray[np.float64]:
+    """Return how far a logit quantized over a range can be off, in nats: half of a step kept."""
+    return 0.5 / (2**logit_bits - 1) * (high.astype(np.float64) - low)
+
+
 def unstored_bound(block: TokenBlock, logit_bits: int = 16) -> npt.NDArray[np.float64]:
     """Return the largest log-probability that a token stored nowhere can have, (T,)."""
-    top_loss, tail_loss = quantization_loss(block, logit_bits)
-    stored = sum_runs(block.top_probs(), block.top_starts) * top_loss
-    stored += sum_runs(block.tail_probs(), block.tail_starts) * tail_loss
+    stored = block.top_mass() * np.exp(-half_step(block.top_min, block.top_max, logit_bits))
+    stored += block.tail_mass() * np.exp(-half_step(block.tail_min, block.tail_max, logit_bits))
     left = np.log(np.maximum(1 - stored, np.finfo(np.float64).tiny))
     return np.minimum(left, block.top_min - block.logsumexp)
-
-
-def quantization_loss(
-    block: TokenBlock, logit_bits: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the least ratio of a true to a decoded probability, (T,) in nucleus and in tail."""
-    half_step = 0.5 / (2**logit_bits - 1)
-    top_span = block.top_max.astype(np.float64) - block.top_min
-    tail_span = block.tail_max.astype(np.float64) - block.tail_min
-    return np.exp(-half_step * top_span), np.exp(-half_step * tail_span)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3163,7 +3168,7 @@ class BytesPerTokenStats:
 
 
 def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
-    """Measure what a token costs, from file sizes and footers and the column `num_tokens`."""
+    """Measure what a token costs, from file sizes and footers and the column `top_counts`."""
     dataset = as_dataset(dataset)
     kind = SCHEMA.field("top_counts")
     in_files = isinstance(dataset, LogitDataset)
@@ -3173,13 +3178,12 @@ def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
         tokens += read_column(table, kind).values.size
         if not in_files:
             columns.update({name: table.column(name).nbytes for name in table.column_names})
-    total = columns.total()
-    if isinstance(dataset, LogitDataset):
-        total = sum(dataset.sizes.values())
-        for shard, name in enumerate(dataset.shards):
-            with parquet_errors(name):
-                columns.update(stored_bytes(dataset.file(shard).metadata))
-    return BytesPerTokenStats(tokens, total, dict(columns), not in_files)
+    if not in_files:
+        return BytesPerTokenStats(tokens, columns.total(), dict(columns), in_memory=True)
+    for shard, name in enumerate(dataset.shards):
+        with parquet_errors(name):
+            columns.update(stored_bytes(dataset.file(shard).metadata))
+    return BytesPerTokenStats(tokens, sum(dataset.sizes.values()), dict(columns))
 
 
 def stored_bytes(metadata: Any) -> dict[str, int]:
@@ -3280,7 +3284,7 @@ def compute_dataset_stats(
     histogram, least = np.zeros(256, np.int64), 1.0
     for block in iter_blocks(dataset, limit=max_samples):
         histogram += np.bincount(block.top_counts, minlength=256)
-        mass = sum_runs(block.top_probs(), block.top_starts)
+        mass = block.top_mass()
         least = min(least, float(mass.min(initial=1.0)))
         sums.update(sum_block(block, mass, limits))
         rows = (actual_tokens or stored_actual_tokens)(block)
@@ -3317,7 +3321,7 @@ def sum_block(
         "rows": block.index.size,
         "mass": float(mass.sum()),
         "tail": float(block.tail_probs().sum()),
-        "first": float(first_probs(block).sum()),
+        "first": float(block.first_probs().sum()),
         "capped": int((short & (block.top_counts >= limits.top_p_max)).sum()),
     }
 
@@ -3326,15 +3330,7 @@ def mass_tolerance(
     block: TokenBlock, mass: npt.NDArray[np.float64], logit_bits: int
 ) -> npt.NDArray[np.float64]:
     """Return how far each nucleus' decoded mass can be off: half a step, and float32's share."""
-    return mass * rounding_share(block.top_min, block.top_max, logit_bits) + 2e-5
-
-
-def rounding_share(
-    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], logit_bits: int
-) -> npt.NDArray[np.float64]:
-    """Return by which share half a quantization step changes a probability at most."""
-    half_step = 0.5 / (2**logit_bits - 1)
-    return np.asarray(np.expm1(half_step * (high.astype(np.float64) - low)))
+    return mass * np.expm1(half_step(block.top_min, block.top_max, logit_bits)) + 2e-5
 
 
 def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
@@ -3352,18 +3348,12 @@ def sum_agreement(
     block: TokenBlock, rows: Sequence[npt.NDArray[Any] | None], *, logit_bits: int
 ) -> dict[str, Any]:
     """Sum what is said about the actual tokens of a block, over the tokens that are known."""
-    known = np.concatenate(
-        [np.full(n, row is not None) for n, row in zip(block.num_tokens, rows, strict=True)]
-        or [np.zeros(0, bool)]
-    )
+    pairs = zip(block.num_tokens, rows, strict=True)
+    ids = [np.full(n, -1) if row is None else row for n, row in pairs]
+    actual = np.concatenate(ids or [np.zeros(0, np.int64)])
+    known = actual >= 0
     if not known.any():
         return {"known": 0}
-    actual = np.concatenate(
-        [
-            np.full(n, -1) if row is None else row
-            for n, row in zip(block.num_tokens, rows, strict=True)
-        ]
-    )
     scores = score_tokens(block, actual, logit_bits=logit_bits)
     return {
         "known": int(known.sum()),
@@ -3642,8 +3632,9 @@ def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     probs = block.top_probs()
     mass = sum_runs(probs, block.top_starts)
     tolerance = mass_tolerance(block, mass, limits.logit_bits)
-    tail = sum_runs(block.tail_probs(), block.tail_starts)
-    slack = 2 * tolerance + tail * rounding_share(block.tail_min, block.tail_max, limits.logit_bits)
+    tail = block.tail_mass()
+    tail_off = np.expm1(half_step(block.tail_min, block.tail_max, limits.logit_bits))
+    slack = 2 * tolerance + tail * tail_off
     yield Rule("sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", (mass + tail,))
     short = (mass < top_p - tolerance) & (counts < limits.top_p_max)
     message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
@@ -3805,7 +3796,10 @@ def bound_divergence(
     terms = p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))
     rest_p = np.maximum(1 - np.bincount(owner, p, n), 0)
     known_q = np.bincount(owner, q * shared[cells], n)
-    rest_q = np.clip(1 - known_q * np.minimum(*quantization_loss(b, logit_bits)), 1e-9, 1)
+    off = np.maximum(
+        half_step(b.top_min, b.top_max, logit_bits), half_step(b.tail_min, b.tail_max, logit_bits)
+    )
+    rest_q = np.clip(1 - known_q * np.exp(-off), 1e-9, 1)
     rest = rest_p * (np.log(np.maximum(rest_p, tiny)) - np.log(rest_q))
     return np.maximum(np.bincount(owner, terms, n) + rest, 0)
 
@@ -3979,7 +3973,7 @@ def analyze_tokens(
     """Describe every token of a sample, given the ids (N,) that are really there."""
     block = sample_block(sample)
     scores = score_tokens(block, actual, logit_bits=logit_bits)
-    mass = sum_runs(block.top_probs(), block.top_starts)
+    mass = block.top_mass()
     texts = token_texts(actual, tokenizer)
     where = np.where(scores.in_nucleus, "nucleus", np.where(scores.in_tail, "tail", "not stored"))
     predictions, tails = decode_predictions(block, tokenizer, top_k=top_k)
@@ -4013,10 +4007,7 @@ def decode_predictions(
         (block.top_ids[kept], block.top_logits()[kept], np.minimum(block.top_counts, top_k)),
         (block.tail_ids, block.tail_logits(), block.tail_counts),
     ):
-        probs = logits_to_probs(logits, np.repeat(block.logsumexp, counts))
-        texts = token_texts(ids, tokenizer)
-        rows = zip(ids.tolist(), texts, logits.tolist(), probs.tolist(), strict=True)
-        flat = [Prediction(*row) for row in rows]
+        flat = make_predictions(ids, logits, np.repeat(block.logsumexp, counts), tokenizer)
         lists.append([flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())])
     return lists[0], lists[1]
 
@@ -4263,13 +4254,13 @@ def print_sample_info(sample: Mapping[str, Any]) -> None:
     print(f"conversation {sample['index']}: {sample['num_tokens']} tokens")
     if not sample["num_tokens"]:
         return
-    counts, mass = block.top_counts, sum_runs(block.top_probs(), block.top_starts)
-    tail, first = sum_runs(block.tail_probs(), block.tail_starts), first_probs(block)
+    counts, mass, first = block.top_counts, block.top_mass(), block.first_probs()
     sizes = f"{counts.min()} to {counts.max()} tokens, median {np.median(counts):g}"
     print(f"  nucleus     {sizes}, mean {counts.mean():.1f}")
     print(f"  it covers   {mass.min():.1%} to {mass.max():.1%}, mean {mass.mean():.1%}")
     print(f"  likeliest   {first.min():.1%} to {first.max():.1%}, mean {first.mean():.1%}")
-    print(f"  tail        {block.tail_counts.max()} tokens, worth {tail.mean():.2%} on average")
+    tail = f"{block.tail_counts.max()} tokens, worth {block.tail_mass().mean():.2%} on average"
+    print(f"  tail        {tail}")
     if "input_ids" in sample:
         print(f"  text        {sample['input_ids'].size} tokens stored with it")
 
@@ -4937,7 +4928,7 @@ def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
         upper.fill_between(edges, heights, step="post", color=colours[0], linewidth=0)
         upper.set(ylabel="nucleus size (tokens)", ylim=(0, None))
         upper.set_title(f"Conversation {sample['index']}: nucleus along the text")
-        mass = sum_runs(block.top_probs(), block.top_starts)
+        mass = block.top_mass()
         lower.plot(tokens, 100 * mass, ".", ms=4, color=colours[1])
         lower.set(ylabel="covered (%)", xlabel="token of the row", ylim=(0, 104))
         return finish_figure(pyplot, figure)
@@ -6010,7 +6001,7 @@ def show_tokens(
     """Print what a sample holds and its most surprising tokens, or the one asked for."""
     print_sample_info(sample)
     tokenizer = text.tokenizer if text else None
-    surprise = first_probs(sample_block(sample))
+    surprise = sample_block(sample).first_probs()
     if analysis is not None:
         surprise = np.array([token.log_probability for token in analysis.tokens])
     for t in [args.token] if args.token is not None else sorted(np.argsort(surprise)[:3].tolist()):
