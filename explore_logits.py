@@ -2533,10 +2533,9 @@ class Ragged(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something in a table that the format does not allow."""
+    """Something in a row of a table that the format does not allow."""
 
     row: int  # in the table
-    token: int | None
     rule: str
     message: str
 
@@ -2614,7 +2613,7 @@ def null_faults(table: pa.Table) -> list[Fault]:
             parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
             missing[parents[inner.is_null().to_numpy(zero_copy_only=False)]] = True
         message = f"{name} holds a null"
-        faults += [Fault(int(row), None, "null", message) for row in np.flatnonzero(missing)]
+        faults += [Fault(int(row), "null", message) for row in np.flatnonzero(missing)]
     return faults
 
 
@@ -2635,16 +2634,14 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
     if "token_positions" in columns:
         wanted["token_positions"] = n
     faults = [
-        Fault(int(row), None, "length", f"{name} holds {lengths[row]} values, not {asked[row]}")
+        Fault(int(row), "length", f"{name} holds {lengths[row]} values, not {asked[row]}")
         for name, asked in wanted.items()
         for lengths in [columns[name].lengths]
         for row in np.flatnonzero(lengths != asked)
     ]
     uneven = np.flatnonzero(tail % np.maximum(n, 1) != 0)
     message = "{} tail entries do not divide evenly among {} tokens"
-    return faults + [
-        Fault(int(row), None, "length", message.format(tail[row], n[row])) for row in uneven
-    ]
+    return faults + [Fault(int(row), "length", message.format(tail[row], n[row])) for row in uneven]
 
 
 def unpack_rows(low: Ragged, high: Ragged) -> npt.NDArray[np.int32]:
@@ -3401,9 +3398,18 @@ class ValidationReport:
         """True when every rule holds everywhere."""
         return not self.counts
 
-    def add(self, violation: Violation) -> None:
+    def add(
+        self,
+        shard: str,
+        rule: str,
+        message: str,
+        *,
+        row: int | None = None,
+        token: int | None = None,
+    ) -> None:
         """Count a violation and keep it unless its rule has many in this shard already."""
-        self.counts[violation.rule] += 1
+        violation = Violation(shard, row, token, rule, message)
+        self.counts[rule] += 1
         alike = sum(v[0::3] == violation[0::3] for v in self.violations)
         if alike < MAX_REPORTED:
             self.violations.append(violation)
@@ -3447,7 +3453,7 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
             validate_shard(alone, RunLimits.of(settings), report, found)
         except LogitsError as error:
             row = sum(part.size for part in found)
-            report.add(Violation(shard, row if row else None, None, "unreadable", str(error)))
+            report.add(shard, "unreadable", str(error), row=row or None)
         places.append((shard, np.concatenate(found) if found else np.zeros(0, np.int64)))
     validate_unique(places, report)
     validate_checkpoint(dataset, report)
@@ -3460,7 +3466,7 @@ def validate_config(dataset: LogitDataset, report: ValidationReport) -> dict[str
         text = read_text(dataset.store, CONFIG_FILE)
         return parse_settings(text.encode(), CONFIG_FILE) if text is not None else {}
     except LogitsError as error:
-        report.add(Violation(CONFIG_FILE, None, None, "settings", str(error)))
+        report.add(CONFIG_FILE, "settings", str(error))
         return {}
 
 
@@ -3470,9 +3476,7 @@ def validate_footer(
     """Check columns and metadata of one shard; return the settings to check its rows by."""
     shard, schema = dataset.shards[0], dataset.file(0).schema_arrow
 
-    def add(rule: str, message: str) -> None:
-        report.add(Violation(shard, None, None, rule, message))
-
+    add = functools.partial(report.add, shard)
     stores = any(name in schema.names for name in TOKEN_COLUMNS)
     wanted = shard_schema(store_tokens=stores)
     if schema.names != wanted.names:
@@ -3511,7 +3515,7 @@ def validate_shard(
         columns = read_columns(table)
         faults = [*null_faults(table), *shape_faults(columns)]
         for fault in faults:
-            report.add(Violation(shard, first + fault.row, None, fault.rule, fault.message))
+            report.add(shard, fault.rule, fault.message, row=first + fault.row)
         bad = {fault.row for fault in faults}
         good = np.array([row for row in range(table.num_rows) if row not in bad], np.int64)
         sound = read_columns(table.take(good)) if bad else columns
@@ -3533,7 +3537,7 @@ def validate_block(
 ) -> None:
     """Check decoded rows; `rows` are their numbers in the shard."""
     for number in np.flatnonzero(block.num_tokens == 0):
-        report.add(Violation(shard, int(rows[number]), None, "length", "the row holds no tokens"))
+        report.add(shard, "length", "the row holds no tokens", row=int(rows[number]))
     with np.errstate(all="ignore"):  # whatever a damaged file holds
         groups = (entry_rules, range_rules, mass_rules, text_rules)
         rules = [rule for group in groups for rule in group(block, limits)]
@@ -3542,8 +3546,8 @@ def validate_block(
         for token in tokens[:MAX_REPORTED]:
             row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
             message = rule.message.format(*(values[token] for values in rule.values))
-            at = int(rows[row]), int(token - block.row_starts[row])
-            report.add(Violation(shard, *at, rule.name, message))
+            at = int(token - block.row_starts[row])
+            report.add(shard, rule.name, message, row=int(rows[row]), token=at)
         if tokens.size > MAX_REPORTED:
             report.counts[rule.name] += tokens.size - MAX_REPORTED
 
@@ -3673,8 +3677,7 @@ def validate_unique(
     for place in again:
         shard = int(np.searchsorted(starts, place, side="right")) - 1
         message = f"conversation {indices[place]} is there already"
-        row = int(place - starts[shard])
-        report.add(Violation(places[shard][0], row, None, "twice", message))
+        report.add(places[shard][0], "twice", message, row=int(place - starts[shard]))
 
 
 def validate_checkpoint(dataset: LogitDataset, report: ValidationReport) -> None:
@@ -3685,14 +3688,13 @@ def validate_checkpoint(dataset: LogitDataset, report: ValidationReport) -> None
     try:
         listed = {path: entry["bytes"] for path, entry in json.loads(text)["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        message = "is no checkpoint with a list of shards"
-        report.add(Violation(CHECKPOINT_FILE, None, None, "checkpoint", message))
+        report.add(CHECKPOINT_FILE, "checkpoint", "is no checkpoint with a list of shards")
         return
     for path in sorted(listed.keys() | dataset.sizes.keys()):
         there, size = dataset.sizes.get(path), listed.get(path)
         if there != size:
             message = f"{there or 'no'} bytes, but the checkpoint lists {size or 'none'}"
-            report.add(Violation(str(path), None, None, "checkpoint", message))
+            report.add(str(path), "checkpoint", message)
 
 
 # Comparison ---------------------------------------------------------------------------------------

@@ -402,7 +402,7 @@ def test_a_report_names_shard_row_token_and_rule(tmp_path: Path) -> None:
 
 def test_hostile_names_do_not_reach_the_terminal() -> None:
     report = ValidationReport("x")
-    report.add(explore.Violation("data/a.parquet", 1, None, "settings", "\x1b[2Jgone"))
+    report.add("data/a.parquet", "settings", "\x1b[2Jgone", row=1)
     assert "\x1b" not in str(report)
 
 
