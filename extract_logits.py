@@ -823,7 +823,7 @@ def check_lengths(
     Raises:
         DataError: the lengths are not those of this source, template and tokenizer.
     """
-    spots = np.linspace(0, lengths.size - 1, SPOT_CHECKS, dtype=np.int64)[: lengths.size]
+    spots = np.linspace(0, lengths.size - 1, min(SPOT_CHECKS, lengths.size), dtype=np.int64)
     positions = np.union1d(np.flatnonzero(lengths == 0), spots)
     whole = ConversationDataset(dataset.prepared, replace(dataset.encoder, max_seq_len=None))
     measured, _, skipped = measure_rows(whole, positions, should_stop)
@@ -2777,6 +2777,7 @@ METADATA_ROWS = b"logits.rows"  # JSON: what resume and the card need, so that n
 ROW_GROUP_ROWS = 64
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
 SETTINGS_FREE_TO_CHANGE = {"attn", "versions"}  # differ between machines, not between jobs
+UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def shard_name(number: int, *, rank: int = 0, world_size: int = 1) -> str:
@@ -2937,13 +2938,24 @@ def list_setting_changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> li
     ]
 
 
+@contextmanager
+def where_supported() -> Iterator[None]:
+    """Pass over what a file system cannot: many a network's locks no folder, or syncs none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
 def sync_directory(folder: Path) -> None:
     """Make renames inside a folder survive a power loss, where the system can."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with where_supported():
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -3110,7 +3122,8 @@ def lock_file(path: Path) -> IO[str]:
     file = path.open("a+")
     try:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with where_supported():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "?"
@@ -3320,10 +3333,13 @@ class FolderDestination:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Let one worker at a time commit."""
+        """Let one worker at a time commit, where the system can: NFS locks no folder."""
+        if fcntl is None:
+            yield
+            return
         handle = os.open(self.folder, os.O_RDONLY)
         try:
-            if fcntl is not None:
+            with where_supported():
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
@@ -3933,6 +3949,11 @@ class PendingRows:
                 writer.add(row)
         self.left = [index for index in self.left if index in left]
 
+    @property
+    def bytes_left(self) -> int:
+        """What the rows that are left take of the file, about."""
+        return self.shard.size * len(self.left) // self.shard.notes.indices.size
+
 
 class StreamingHFUploader:
     """Collect rows into shards and deliver them, in the background, to a folder or a Hub dataset.
@@ -4134,7 +4155,7 @@ class StreamingHFUploader:
     def _is_full(self) -> bool:
         if self._limit_bytes is None:
             return self._writer.rows + self._pending_rows >= self._upload_every
-        pending = sum(rows.shard.size for rows in self._pending if rows.left)
+        pending = sum(rows.bytes_left for rows in self._pending)
         return self._writer.encoded_bytes + pending >= self._limit_bytes
 
     def _is_writer_full(self) -> bool:
@@ -4314,7 +4335,8 @@ class StreamingHFUploader:
 
     def _look_again(self, shards: list[LocalShard]) -> None:
         """List the output again and make sure that nobody else writes or removes the same parts."""
-        self._state.files = files = self._destination.list_files()
+        before, self._state.files = self._state.files, self._destination.list_files()
+        files = self._state.files
         if gone := sorted(self._state.records.keys() - files.keys()):
             raise HubError(
                 f"{gone[0]} ({len(gone)} in all) has gone from {self._destination.name}: put it "
@@ -4326,8 +4348,8 @@ class StreamingHFUploader:
             if path in files
         }
         ours = {shard.name: shard for shard in (*shards, *self._backups)}
-        known = self._state.records.keys() | self._removals
-        for name in filter(self._is_own, files.keys() - known):
+        new = filter(SHARD_NAME.fullmatch, files.keys() - before.keys())
+        for name in itertools.filterfalse(self._is_of_peer, new):
             shard = ours.get(name)
             if shard is None or not self._destination.holds(name, shard.path, shard.sha256):
                 raise HubError(
@@ -4466,7 +4488,12 @@ class GracefulInterrupt:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        os.write(2, b"\nstopping after this batch; once more to leave at once\n")
+        try:
+            os.write(2, b"\nstopping after this batch; once more to leave at once\n")
+        except BrokenPipeError:  # the same Ctrl-C has ended the `tee` that we are piped to
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in [1, 2] if os.path.sameopenfile(1, 2) else [2]:
+                os.dup2(nowhere, stream)
 
 
 def process_age_s() -> float:
@@ -4516,13 +4543,17 @@ class TimedShutdown:
         self._last_call_s = now_s
         return self.left_s() <= self._longest_step_s + self._upload_s()
 
+    def begin_step(self) -> None:
+        """Count the step from now: what came before, such as loading a model, is done once."""
+        self._last_call_s = time.monotonic()
+
 
 # --------------------------------------------------------------------------------------------------
 # 10 Run
 # --------------------------------------------------------------------------------------------------
 
 EXIT_BAD_INPUT, EXIT_UNDELIVERED, EXIT_RUNTIME = 2, 4, 75
-HOPELESS_BATCHES = 3  # first batches that may be all NaN before the run gives up
+HOPELESS_ROWS = 3  # first conversations that may be NaN, each by itself, before the run gives up
 
 
 @dataclass(frozen=True)
@@ -4684,7 +4715,12 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
         )
         try:
             uploader.load_pending_into_buffer()
-            run = Extraction(job, uploader, lambda: interrupt.stopping or deadline.due())
+            run = Extraction(
+                job,
+                uploader,
+                lambda: interrupt.stopping or deadline.due(),
+                begin_step=deadline.begin_step,
+            )
             complete = run.extract()
             if complete or not interrupt.stopping:
                 uploader.flush(final=True)
@@ -4784,15 +4820,23 @@ class RowSink(Protocol):
 class Extraction:
     """One pass of the teacher over the rows that are not stored yet."""
 
-    def __init__(self, job: Job, uploader: RowSink, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        uploader: RowSink,
+        should_stop: Callable[[], bool],
+        *,
+        begin_step: Callable[[], None] = lambda: None,
+    ) -> None:
         self.job = job
         self.uploader = uploader
         self.should_stop = should_stop
+        self.begin_step = begin_step
         resumed = uploader.get_resume_info()
         self.done = np.union1d(as_ids(resumed.done), as_ids(resumed.pending))
         self.skipped: dict[int, str] = {}
         self.suspects: list[EncodedRow] = []
-        self.rows = self.tokens = self.batches = 0
+        self.rows = self.tokens = self.unusable = 0
         self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
         self.teacher: Teacher | None = None
         self.bar: tqdm[Any] | None = None
@@ -4857,6 +4901,7 @@ class Extraction:
             return
         if self.teacher is None:
             self.teacher = load_teacher(self.job.config, vocab_size=self.job.vocab_size)
+            self.begin_step()
         sampler = make_sampler(
             self.job.config, prepared, device_type=self.teacher.device.type, done=done
         )
@@ -4910,7 +4955,6 @@ class Extraction:
 
     def deliver(self, packed: PackedBatch) -> None:
         """Hand finished rows to the uploader, and shards to the output when they are full."""
-        self.batches += 1
         self.sort_out(packed)
         table = packed.table
         new = ~np.isin(table["index"].to_numpy(), self.done)
@@ -4919,7 +4963,7 @@ class Extraction:
             self.uploader.add_sample(table)
         self.rows += table.num_rows
         self.tokens += int(np.sum(table["num_tokens"].to_numpy()))
-        while self.uploader.should_flush():
+        if self.uploader.should_flush():
             self.uploader.flush()
         self.show(table.num_rows)
 
@@ -4927,14 +4971,15 @@ class Extraction:
         """Skip conversations without usable logits, or keep them to be tried alone."""
         if packed.shared:
             self.suspects += packed.unusable
-        else:
-            self.skip(
-                SkippedRow(row.index, "unusable_logits", "NaN, infinite or too few finite logits")
-                for row in packed.unusable
-            )
-        if self.batches >= HOPELESS_BATCHES and packed.unusable and not self.rows:
+            return
+        self.skip(
+            SkippedRow(row.index, "unusable_logits", "NaN, infinite or too few finite logits")
+            for row in packed.unusable
+        )
+        self.unusable += len(packed.unusable)
+        if self.unusable >= HOPELESS_ROWS and not (self.rows or self.done.size):
             raise TeacherError(
-                f"the first {self.batches} batches gave no usable logits (NaN or infinite): "
+                f"the first {self.unusable} conversations gave no usable logits (NaN or infinite): "
                 "try --dtype float32 or --attn eager"
             )
 
@@ -5054,7 +5099,7 @@ class Probe:
 
     batches: int
     rows: int
-    tokens: int  # of the whole conversations
+    tokens: int  # of the whole conversations, those that turned out not to be usable too
     stored_tokens: int
     s: float
     s_per_token: float  # of all batches, each as fast as the probed one nearest in length
@@ -5187,14 +5232,16 @@ def probe_teacher(job: Job, rows: PreparedDataset, should_stop: Callable[[], boo
     picks = spread_picks(middles)
     sampler.batches = [sampler.batches[at] for at in (0, *picks)]
     batches = load_batches(ConversationDataset(rows, job.encoder), sampler)
-    seconds, tokens = time_batches(run, keeper, batches)
+    seconds = time_batches(run, keeper, batches)
     if not keeper.tables:
         raise TeacherError(
             f"{job.config.model}: the probe gave no usable logits (NaN or infinite): "
             "try --dtype float32 or --attn eager"
         )
     table = pa.concat_tables(keeper.tables)
-    nearest = nearest_pick(middles, picks[: seconds.size])
+    picks = picks[: seconds.size]
+    tokens = weights[picks]
+    nearest = nearest_pick(middles, picks)
     token_bytes, shard_bytes = measure_shard(job, table)
     return Probe(
         seconds.size,
@@ -5210,13 +5257,13 @@ def probe_teacher(job: Job, rows: PreparedDataset, should_stop: Callable[[], boo
 
 def time_batches(
     run: Extraction, keeper: RowKeeper, batches: Iterable[Batch]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Return the seconds and the tokens of batches, until the time of a probe is up.
+) -> npt.NDArray[np.float64]:
+    """Return the seconds of batches, until the time of a probe is up.
 
     The first one, which should be the longest, is not counted: it shows whether the device holds
     it, and what is done once is done then.
     """
-    seconds, tokens = [], []
+    seconds = []
     started = time.monotonic()
     for number, batch in enumerate(batches):
         if run.should_stop():
@@ -5226,10 +5273,9 @@ def time_batches(
             keeper.tables.clear()
             continue
         seconds.append(spent)
-        tokens.append(sum(row.input_ids.size for row in batch.rows))
         if time.monotonic() - started > PROBE_S:
             break
-    return np.asarray(seconds), np.asarray(tokens, np.int64)
+    return np.asarray(seconds)
 
 
 def spread_picks(middles: npt.NDArray[np.float64]) -> list[int]:
@@ -5314,7 +5360,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="extract_logits.py",
         description="Run a teacher over a chat dataset once; keep its distributions as shards.",
-        epilog=f"exit codes: {(__doc__ or '').split('Exit codes: ')[1].strip()}",
+        epilog=f"exit codes: {(__doc__ or '').partition('Exit codes: ')[2].strip()}",
     )
     groups: dict[str, Any] = {}
     hints = get_type_hints(ExtractionConfig)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATS, TEACHER, run_script
+from conftest import CHATS, ROOT, TEACHER, run_script
 
 import extract_logits
 
@@ -112,6 +114,17 @@ def test_help_shows_every_option_in_80_columns(
     assert max(map(len, text.splitlines())) <= 80
     for name in extract_logits.ExtractionConfig.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in text
+
+
+def test_help_is_shown_without_docstrings_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-OO", str(ROOT / "extract_logits.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--top-p-max" in done.stdout
 
 
 def test_the_process_writes_one_json_line_and_keeps_the_rest_on_stderr(tmp_path: Path) -> None:

@@ -603,3 +603,14 @@ def test_memory_of_a_stream_is_flat_while_the_source_grows_tenfold(tmp_path: Pat
     print(f"with 100 rows {before:.1f} MB, with 1,000 rows {after:.1f} MB")
     assert (few, many) == (100, 950)
     assert after - before < 8
+
+
+def test_every_length_of_a_small_job_is_checked_against_the_text(measured: dict[str, Any]) -> None:
+    def shift_last(table: pa.Table) -> pa.Table:
+        lengths = table["length"].to_pylist()
+        lengths[7] += 1
+        return pa.table({"index": table["index"], "length": lengths})
+
+    rewrite(measured["tokenized_dataset"], shift_last)
+    with pytest.raises(DataError, match="for index 15, there are"):
+        open_and_prepare({**measured, "limit": 8})

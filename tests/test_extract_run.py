@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CHATS, TEACHER
+from conftest import CHATS, ROOT, TEACHER
+from shard_rows import make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import extract_logits
@@ -295,3 +300,113 @@ def test_one_conversation_too_large_for_the_device_names_the_remedy(
     code, _, err = extract("--limit", 4)
     assert code == 2
     assert "--max-seq-len" in err.strip().splitlines()[-1]
+
+
+def refuse_logits(monkeypatch: pytest.MonkeyPatch, indices: set[int]) -> None:
+    """Make the logits of some conversations unusable, as NaN would."""
+    real = extract_logits.cpu_postprocess_batch
+
+    def pack(result: Any, batch: Any, **options: Any) -> Any:
+        refused = [
+            np.full(row.token_positions.size, row.index in indices, bool) for row in batch.rows
+        ]
+        result.usable = result.usable & ~np.concatenate(refused)
+        return real(result, batch, **options)
+
+    monkeypatch.setattr(extract_logits, "cpu_postprocess_batch", pack)
+
+
+def test_a_job_with_unusable_rows_can_be_resumed_to_its_end(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_logits(monkeypatch, {3, 9, 12, 17})
+    options = ["--limit", 20, "--max-batch-size", 4]
+    assert extract(*options)[0] == 0
+    code, summary, err = extract(*options, "--resume")
+    assert code == 0, err
+    assert (summary["rows"], summary["new_rows"]) == (16, 0)
+    assert summary["skipped"] == {"unusable_logits": 4}
+
+
+def test_one_bad_conversation_in_each_of_the_first_batches_does_not_stop_the_run(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad: set[int] = set()
+    real = extract_logits.cpu_postprocess_batch
+
+    def leak(result: Any, batch: Any, **options: Any) -> Any:
+        if len(batch.rows) > 1:
+            bad.add(batch.rows[-1].index)
+        if bad & {row.index for row in batch.rows}:  # NaN reaches its neighbours
+            result.usable = np.zeros_like(result.usable)
+        return real(result, batch, **options)
+
+    monkeypatch.setattr(extract_logits, "cpu_postprocess_batch", leak)
+    code, summary, err = extract("--limit", 12, "--max-batch-size", 6)
+    assert code == 0, err
+    assert summary["rows"] == 10
+
+
+def test_loading_the_teacher_is_no_step_that_the_runtime_limit_keeps_time_for(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    real = extract_logits.load_teacher
+
+    def load_slowly(*args: Any, **options: Any) -> Any:
+        clock[0] += 8 * 60
+        return real(*args, **options)
+
+    monkeypatch.setattr(extract_logits, "load_teacher", load_slowly)
+    monkeypatch.setattr(extract_logits.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(extract_logits, "process_age_s", lambda: 0.0)
+    code, summary, err = extract("--limit", 5, "--max-runtime-minutes", 15)
+    assert (code, summary["rows"]) == (0, 5), err
+
+
+def test_a_run_told_to_stop_does_not_wait_for_room_among_the_uploads() -> None:
+    class FullUploader:
+        """Has a full shard and, once told to stop, hands nothing on."""
+
+        flushed = 0
+
+        def should_flush(self) -> bool:
+            return True
+
+        def flush(self) -> None:
+            self.flushed += 1
+            assert self.flushed == 1
+
+        def add_sample(self, rows: Any) -> None:
+            """Take rows."""
+
+    run = object.__new__(extract_logits.Extraction)
+    run.uploader, run.done, run.rows, run.tokens = FullUploader(), np.zeros(0, int), 0, 0
+    run.unusable, run.bar = 0, None
+    run.deliver(extract_logits.PackedBatch(make_rows([1]), [], shared=False))
+    assert run.uploader.flushed == 1
+
+
+def test_a_reader_of_the_log_that_is_gone_does_not_change_how_a_signal_ends_the_run(
+    tmp_path: Path,
+) -> None:
+    reading, writing = os.pipe()
+    child = subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "extract_logits.py")),
+            *("--model", str(TEACHER), "--dataset", str(CHATS), "--output", str(tmp_path / "out")),
+            *("--cache-dir", str(tmp_path / "cache"), "--max-batch-size", "1"),
+        ],
+        stdout=writing,
+        stderr=writing,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    os.close(writing)
+    seen = b""
+    while b"INFO teacher" not in seen:
+        new = os.read(reading, 4096)
+        assert new, seen
+        seen += new
+    os.close(reading)  # the same Ctrl-C has ended a `tee`
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from forked import Child
 from shard_rows import SETTINGS, make_row, make_rows, make_schema
 
+import extract_logits
 from extract_logits import (
     ROW_GROUP_ROWS,
     ROW_GROUP_TOKENS,
@@ -468,3 +470,85 @@ def test_the_state_of_two_outputs_never_mixes(tmp_path: Path) -> None:
     }
     assert len(keys) == 5
     assert cache_key(str(tmp_path)) == cache_key(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize("folders_only", [True, False])
+def test_a_file_system_that_cannot_lock_or_sync_folders_holds_shards_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders_only: bool
+) -> None:
+    sync, lock = os.fsync, extract_logits.fcntl.flock
+
+    def is_folder(file: Any) -> bool:
+        return Path(f"/proc/self/fd/{getattr(file, 'fileno', lambda: file)()}").is_dir()
+
+    def fsync(file: Any) -> None:
+        if is_folder(file):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(file)
+
+    def flock(file: Any, operation: int) -> None:
+        if not folders_only:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        if is_folder(file):
+            raise OSError(errno.EBADF, "Bad file descriptor")  # what NFS says
+        lock(file, operation)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(extract_logits.fcntl, "flock", flock)
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 12)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    assert listed(tmp_path / "out") == Counter(range(12))
+
+
+def test_a_failing_disk_is_no_file_system_that_cannot_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(file: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    uploader = open_uploader(tmp_path)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(HubError, match="Input/output error"):
+        feed(uploader, 0, 12)
+    monkeypatch.undo()
+    uploader.shutdown()
+
+
+def test_what_is_left_of_a_pending_file_counts_as_what_it_is_not_as_the_file(
+    tmp_path: Path,
+) -> None:
+    size = {"upload_size_mb": 0.06, "upload_every": 10**6}
+    uploader = open_uploader(tmp_path, **size)
+    rows = 0
+    while not uploader.should_flush():
+        uploader.add_sample(make_rows([rows], tokens=20))
+        rows += 1
+    uploader.shutdown()  # the shard stays in the cache
+    other = open_uploader(tmp_path, cache_dir=tmp_path / "elsewhere", **size)
+    other.add_sample(make_rows(range(rows * 3 // 4), tokens=20))
+    other.flush(final=True)
+    other.shutdown()
+    uploader = open_uploader(tmp_path, resume=True, **size)
+    assert uploader.load_pending_into_buffer() == rows - rows * 3 // 4
+    uploader.add_sample(make_rows(range(rows, rows + rows // 4), tokens=20))
+    assert not uploader.should_flush()
+    uploader.shutdown()
+
+
+def test_a_run_with_other_workers_on_the_same_output_is_noticed(tmp_path: Path) -> None:
+    one = open_uploader(tmp_path)
+    one.add_sample(make_rows(range(10)))
+    one.flush(final=True)
+    worker = open_uploader(tmp_path, resume=True, rank=1, world_size=2)
+    peer = open_uploader(tmp_path, resume=True, rank=0, world_size=2)
+    for uploader, start in ((worker, 10), (peer, 20)):  # names of peers are none of a stranger
+        uploader.add_sample(make_rows(range(start, start + 10)))
+        uploader.flush(final=True)
+        uploader.shutdown()
+    one.add_sample(make_rows(range(10, 20)))
+    with pytest.raises(HubError, match="two runs write the same output"):
+        one.flush(final=True)
+    one.shutdown()
+    assert listed(tmp_path / "out") == Counter(range(30))
