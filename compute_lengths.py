@@ -44,9 +44,9 @@ from explore_logits import (
     ConversationError,
     LogitsError,
     SourceError,
+    conversation_settings,
     encode_row,
     first_line,
-    hash_template,
     import_extra,
     load_chat_template,
     load_tokenizer,
@@ -365,16 +365,8 @@ def describe_measure(
 ) -> dict[str, Any]:
     """Return what the lengths depend on; extraction compares it with its own settings."""
     return {
-        "model": config.model,
-        "model_revision": config.revision,
-        "dataset": config.dataset,
+        **conversation_settings(config, columns, template),
         "dataset_revision": source_revision(config.dataset),
-        "subset": config.subset,
-        "split": config.split,
-        **columns.settings(),
-        "chat_template_sha256": hash_template(template),
-        "include_think": config.include_think,
-        "include_end": config.include_end,
     }
 
 

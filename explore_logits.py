@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,7 @@ __all__ = [
     "compare_outputs",
     "compute_bytes_per_token_stats",
     "compute_dataset_stats",
+    "conversation_settings",
     "decode_rows",
     "decode_top_tokens",
     "dequantize_all_logits",
@@ -95,7 +96,6 @@ __all__ = [
     "format_mask_preview",
     "get_nucleus_probability_mass",
     "get_sample",
-    "hash_template",
     "iter_samples",
     "load_chat_template",
     "load_extraction_config",
@@ -866,6 +866,29 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
 def hash_template(source: str) -> str:
     """Return the SHA-256 of a chat template, by which runs are compared."""
     return hashlib.sha256(source.encode()).hexdigest()
+
+
+def conversation_settings(
+    config: Any, columns: ConversationColumns, chat_template: str
+) -> dict[str, Any]:
+    """Return what decides which tokens each conversation has, as runs and lengths record it.
+
+    Args:
+        config: of a script: model, revision, dataset, subset, split, include_think, include_end.
+        columns: from `resolve_columns`.
+        chat_template: Jinja source, of which the hash is recorded.
+    """
+    return {
+        "model": config.model,
+        "model_revision": config.revision,
+        "dataset": config.dataset,
+        "subset": config.subset,
+        "split": config.split,
+        **columns.settings(),
+        "chat_template_sha256": hash_template(chat_template),
+        "include_think": config.include_think,
+        "include_end": config.include_end,
+    }
 
 
 def _own_template(tokenizer: Any) -> str:
@@ -3024,9 +3047,27 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 COUNT_BATCH = 2**22  # nucleus sizes sent to a device at once
 
 
+class Figures:
+    """Figures by label; `str` and, in a notebook, the value itself show them as a table."""
+
+    title: ClassVar[str]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return the figures as pairs of label and text."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label:26} {value:>14}" for label, value in self.facts())
+
+    def _repr_html_(self) -> str:
+        return facts_table(self.title, self.facts())
+
+
 @dataclass(frozen=True, eq=False)
-class NucleusSizeStats:
+class NucleusSizeStats(Figures):
     """How many tokens the nuclei hold; everything follows exactly from the histogram."""
+
+    title = "Nucleus size"
 
     histogram: npt.NDArray[np.int64]  # (256,) tokens by nucleus size
     rows: int
@@ -3086,11 +3127,8 @@ class NucleusSizeStats:
             *named,
         ]
 
-    def __str__(self) -> str:
-        return "\n".join(f"{label:20} {value:>14}" for label, value in self.facts())
-
     def _repr_html_(self) -> str:
-        return facts_table("Nucleus size", self.facts()) + histogram_svg(self.histogram)
+        return super()._repr_html_() + histogram_svg(self.histogram)
 
 
 def analyze_nucleus_sizes(
@@ -3138,8 +3176,10 @@ def count_sizes(sizes: npt.NDArray[np.uint8], device: str | None) -> npt.NDArray
 
 
 @dataclass(frozen=True)
-class BytesPerTokenStats:
+class BytesPerTokenStats(Figures):
     """What a stored token costs, column by column."""
+
+    title = "Bytes per token"
 
     tokens: int
     total_bytes: int
@@ -3156,12 +3196,6 @@ class BytesPerTokenStats:
         dearest = sorted(self.column_bytes.items(), key=lambda item: -item[1])
         rows = [(name, f"{size / max(self.tokens, 1):.1f} B") for name, size in dearest]
         return [("bytes per token", f"{self.bytes_per_token:.1f} B"), *rows]
-
-    def __str__(self) -> str:
-        return "\n".join(f"{label:26} {value:>10}" for label, value in self.facts())
-
-    def _repr_html_(self) -> str:
-        return facts_table("Bytes per token", self.facts())
 
 
 def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
@@ -3194,12 +3228,14 @@ def stored_bytes(metadata: Any) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class DatasetStats:
+class DatasetStats(Figures):
     """What an output holds, over all tokens that were read.
 
     Shares are of all tokens, means over tokens. What concerns the actual token (the one that the
     conversation goes on with) is of the `known` tokens, None when the rows do not say which it is.
     """
+
+    title = "Logits"
 
     rows: int
     tokens: int
@@ -3255,7 +3291,7 @@ class DatasetStats:
         )
 
     def _repr_html_(self) -> str:
-        return facts_table("Logits", self.facts()) + histogram_svg(self.nucleus.histogram)
+        return super()._repr_html_() + histogram_svg(self.nucleus.histogram)
 
 
 def compute_dataset_stats(
@@ -4294,9 +4330,7 @@ def print_dataset_stats(stats: Any) -> None:
     """Print the figures of a dataset: `DatasetStats`, or what `compute_dataset_stats` takes."""
     if not isinstance(stats, DatasetStats):
         stats = compute_dataset_stats(stats)
-    for label, value in stats.facts():
-        print(f"{label:24} {value:>14}")
-    print("nucleus sizes")
+    print(f"{stats}\nnucleus sizes")
     counts = np.add.reduceat(stats.nucleus.histogram, SIZE_CLASSES)
     for low, high, count in zip(SIZE_CLASSES, (*SIZE_CLASSES[1:], 256), counts, strict=True):
         label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
@@ -4414,15 +4448,21 @@ def histogram_svg(histogram: npt.NDArray[np.int64]) -> str:
         return ""
     last = int(used[-1])
     heights = np.log1p(histogram[1 : last + 1]) / np.log1p(histogram.max())
-    path = "".join(f"V{round(60 - 60 * float(height), 2)}h1" for height in heights)
+    path = step_path(heights, 60)
     middle = f"tokens by nucleus size, logarithmic, {int(histogram.max()):,} at most"
     return (
         '<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 '
         f'{last} 60" preserveAspectRatio="none" style="width:100%;height:5rem" role="img" '
-        f'aria-label="histogram of nucleus sizes"><path d="M0 60{path}V60Z" fill="#3b82c4"/></svg>'
+        f'aria-label="histogram of nucleus sizes"><path d="{path}" fill="#3b82c4"/></svg>'
         '<figcaption style="display:flex;justify-content:space-between">'
         f"<span>1</span><span>{middle}</span><span>{last}</span></figcaption></figure>"
     )
+
+
+def step_path(shares: Iterable[float], height: int) -> str:
+    """Return shares of 1 as the SVG path of bars that are one unit wide."""
+    steps = "".join(f"V{round(height - height * float(share), 2)}h1" for share in shares)
+    return f"M0 {height}{steps}V{height}Z"
 
 
 PAGE = """<!doctype html>
@@ -4801,11 +4841,11 @@ def render_sparkline(tokens: Sequence[TokenAnalysis]) -> str:
         return ""
     sizes = [token.nucleus_size for token in tokens]
     peak, n = max(sizes), len(sizes)
-    path = "".join(f"V{round(40 - 40 * size / peak, 2)}h1" for size in sizes)
+    path = step_path((size / peak for size in sizes), 40)
     return (
         f'<figure><svg class="spark" data-n="{n}" viewBox="0 0 {n} 40" '
         f'preserveAspectRatio="none" role="img" aria-label="nucleus size along the conversation">'
-        f'<path class="area" d="M0 40{path}V40Z"/><line class="now" x1="0" x2="0" y1="0" '
+        f'<path class="area" d="{path}"/><line class="now" x1="0" x2="0" y1="0" '
         f'y2="40" visibility="hidden"/></svg><div class="axis"><span>token 0</span>'
         f"<span>nucleus size, 1 to {peak}</span><span>token {n - 1}</span></div></figure>\n"
     )

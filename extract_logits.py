@@ -82,10 +82,10 @@ from explore_logits import (
     EncodedConversation,
     FormatError,
     LogitsError,
+    conversation_settings,
     encode_row,
     first_line,
     format_mask_preview,
-    hash_template,
     load_chat_template,
     load_tokenizer,
     open_source,
@@ -844,16 +844,8 @@ def measure_settings(config: ExtractionConfig, encoder: RowEncoder) -> dict[str,
     """
     local = os.path.exists(os.path.expanduser(config.dataset))
     return {
-        "model": config.model,
-        "model_revision": config.revision,
-        "dataset": config.dataset,
+        **conversation_settings(config, encoder.columns, encoder.chat_template),
         "dataset_revision": source_revision(config.dataset) if local else None,
-        "subset": config.subset,
-        "split": config.split,
-        **encoder.columns.settings(),
-        "chat_template_sha256": hash_template(encoder.chat_template),
-        "include_think": config.include_think,
-        "include_end": config.include_end,
     }
 
 
@@ -4671,17 +4663,11 @@ def describe_settings(
     config: ExtractionConfig, encoder: RowEncoder, model_config: Any, vocab_size: int
 ) -> dict[str, Any]:
     """Return what a shard says of itself: JSON values, the same on every machine but `versions`."""
-    columns = encoder.columns
-    kept = (
-        "model dataset subset split include_think include_end top_p top_p_max sampled_n seed "
-        "logit_bits store_tokens max_seq_len"
-    )
+    kept = "top_p top_p_max sampled_n seed logit_bits store_tokens max_seq_len"
     return {
         "format_version": FORMAT_VERSION,
+        **conversation_settings(config, encoder.columns, encoder.chat_template),
         **{name: getattr(config, name) for name in kept.split()},
-        "model_revision": config.revision,
-        **columns.settings(),
-        "chat_template_sha256": hash_template(encoder.chat_template),
         "dtype": resolve_dtype(config, model_config),
         "vocab_size": vocab_size,
         "versions": {
