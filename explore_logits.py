@@ -4225,7 +4225,7 @@ def execute_analysis(
 
 SURPRISE_LEVELS = (0.9, 0.5, 0.2, 0.05, 0.01, 0.001)  # level i: at least this probable; then 6
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 
 
@@ -4239,8 +4239,6 @@ def show_text(text: str) -> str:
 
     def picture(found: re.Match[str]) -> str:
         code = ord(found[0])
-        if code in (0x200C, 0x200D):
-            return found[0]
         if code < 0x20:
             return chr(0x2400 + code)
         return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
@@ -4270,9 +4268,9 @@ def show_probability(token: TokenAnalysis) -> str:
 
 def colours_wanted() -> bool:
     """Say whether the terminal shows colours: a terminal, or FORCE_COLOR; never with NO_COLOR."""
-    if os.environ.get("NO_COLOR") or importlib.util.find_spec("termcolor") is None:
+    if os.environ.get("NO_COLOR") or not (os.environ.get("FORCE_COLOR") or sys.stdout.isatty()):
         return False
-    return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+    return importlib.util.find_spec("termcolor") is not None
 
 
 def paint(text: str, colour: str, *attributes: str) -> str:
@@ -5993,8 +5991,7 @@ def show_rows(
     text, why = find_text(dataset, args)
     if text is None and (args.html or not rows):
         raise LogitsError(f"the text is needed for this: {why}")
-    for row in rows:
-        get_sample(dataset, row)  # a row that is not there is refused before anything is shown
+    samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
     analyses = []
     if text is not None:
         analyses = [analyze_row(dataset, row, text, top_k=args.top) for row in rows]
@@ -6007,9 +6004,8 @@ def show_rows(
         return {"sample": rows, "html": args.html}
     for seen in analyses:
         print(visualize_conversation_probabilities(seen), end="\n\n")
-    for number, row in enumerate(rows):
-        analysis = analyses[number] if analyses else None
-        show_tokens(get_sample(dataset, row), args, text, analysis)
+    for number, sample in enumerate(samples):
+        show_tokens(sample, args, text, analyses[number] if analyses else None)
     return {"sample": rows}
 
 
