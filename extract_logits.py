@@ -3077,32 +3077,52 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
+DICTIONARY_BITS = 13  # up to 8,192 levels of a logit a dictionary is smaller than differences
+DICTIONARY_VOCAB = 2**16  # tail ids of larger vocabularies repeat too seldom for a dictionary
+
+
 def open_parquet_writer(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
     """Open a writer with the encodings that serve these columns best and that every reader knows.
 
-    Bytes per token of a real run: pyarrow's defaults (snappy, dictionaries) 399, zstd-3 with
-    dictionaries 353, these 321, at 180,000 tokens/s on one core; level 3 320 at 148,000. Splitting
-    the bytes of the quantized logits too gives 277, but readers older than July 2026 refuse that.
-    Statistics of ids and logits would only make the footer larger.
+    `python tests/storage_table.py` measures them. Splitting the bytes of ids and quantized logits
+    too would save another tenth, but DuckDB before 2.0 refuses that. Statistics of ids and logits
+    would only make the footer larger.
     """
-    leaves = {
-        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: field.type
-        for field in schema
-    }
-    floats = [
-        leaf
-        for leaf, kind in leaves.items()
-        if pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)
-    ]
+    encodings = choose_encodings(schema)
     return pq.ParquetWriter(
         file,
         schema,
         compression="zstd",
         compression_level=2,
-        use_dictionary=[leaf for leaf in leaves if "_indices_low" in leaf],
-        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        use_dictionary=[leaf for leaf, how in encodings.items() if how == "DICTIONARY"],
+        column_encoding={leaf: how for leaf, how in encodings.items() if how != "DICTIONARY"},
         write_statistics=["index", "num_tokens"],
     )
+
+
+def choose_encodings(schema: pa.Schema) -> dict[str, str]:
+    """Return the Parquet encoding of each leaf column, by the settings that the schema carries.
+
+    Quantized logits of 16 bits fill most of the levels: differences of neighbours are shortest.
+    With few levels, and for ids, dictionaries are. Floats compress once their bytes are split.
+    """
+    settings = json.loads((schema.metadata or {}).get(METADATA_SETTINGS, b"{}"))
+    few_levels = settings.get("logit_bits", 16) <= DICTIONARY_BITS
+    small_vocab = (settings.get("vocab_size") or 0) <= DICTIONARY_VOCAB
+    by_name = {
+        "top_indices_low": "DICTIONARY",
+        "top_logits_quantized": "DICTIONARY" if few_levels else "DELTA_BINARY_PACKED",
+        "top_counts": "DICTIONARY",
+        "sampled_indices_low": "DICTIONARY" if small_vocab else "PLAIN",
+        "sampled_logits_quantized": "DICTIONARY" if few_levels else "DELTA_BINARY_PACKED",
+    }
+    encodings = {}
+    for field_ in schema:
+        is_list = pa.types.is_list(field_.type)
+        leaf = f"{field_.name}.list.element" if is_list else field_.name
+        floats = is_list and pa.types.is_floating(field_.type.value_type)
+        encodings[leaf] = by_name.get(field_.name, "BYTE_STREAM_SPLIT" if floats else "PLAIN")
+    return encodings
 
 
 def lock_file(path: Path) -> IO[str]:

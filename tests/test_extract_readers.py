@@ -1,0 +1,190 @@
+"""What other programs read from a shard: every common reader gives back what was stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from loopback_hub import LoopbackHub
+from small_output import SETTINGS, random_rows, rows_to_table
+
+from extract_logits import ShardWriter, StreamingHFUploader, choose_encodings
+
+# Settings that lead to other encodings, or to lists without an entry.
+SHAPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tokens": {"store_tokens": True},
+    "8 bits": {"logit_bits": 8},
+    "large vocabulary": {"vocab_size": 100_000},
+    "no tail": {"sampled_n": 0},
+}
+
+
+@pytest.fixture(params=SHAPES, scope="module")
+def shard(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """A shard as the extractor writes it, and the rows it was made from."""
+    settings = {**SETTINGS, **SHAPES[request.param]}
+    rows = random_rows(6 if settings["vocab_size"] > 600 else 130, settings=settings, tokens=5)
+    table = rows_to_table(rows, settings=settings)
+    folder = tmp_path_factory.mktemp("shard")
+    writer = ShardWriter(folder, table.schema, nucleus_cap=settings["top_p_max"])
+    for number in range(table.num_rows):
+        writer.add(table.slice(number, 1))
+    writer.close(folder / "part-00000.parquet")
+    return folder / "part-00000.parquet", table.to_pylist()
+
+
+def read_by_pyarrow(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
+
+
+def read_by_pandas(path: Path) -> list[dict[str, Any]]:
+    return [plain(row) for row in pd.read_parquet(path).to_dict("records")]
+
+
+def read_by_datasets(path: Path) -> list[dict[str, Any]]:
+    files = str(path)
+    loaded = datasets.load_dataset(
+        "parquet", data_files=files, split="train", cache_dir=str(path.parent / "datasets")
+    )
+    return [plain(row) for row in loaded]
+
+
+def read_by_streaming(path: Path) -> list[dict[str, Any]]:
+    loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    return [plain(row) for row in loaded]
+
+
+def read_by_polars(path: Path) -> list[dict[str, Any]]:
+    return pl.read_parquet(path).to_dicts()
+
+
+def read_by_lazy_polars(path: Path) -> list[dict[str, Any]]:
+    return pl.scan_parquet(path).collect(engine="streaming").to_dicts()
+
+
+def read_by_duckdb(path: Path) -> list[dict[str, Any]]:
+    found = duckdb.read_parquet(str(path))
+    return [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Turn arrays into lists and numpy's numbers into Python's."""
+    return {str(k): v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+
+
+READERS: list[Callable[[Path], list[dict[str, Any]]]] = [
+    read_by_pyarrow,
+    read_by_pandas,
+    read_by_datasets,
+    read_by_streaming,
+    read_by_polars,
+    read_by_lazy_polars,
+    read_by_duckdb,
+]
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__.removeprefix("read_by_"))
+def test_every_reader_gives_back_what_was_stored(
+    shard: tuple[Path, list[dict[str, Any]]], read: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    path, rows = shard
+    assert read(path) == rows
+
+
+def test_the_encodings_in_the_file_are_those_that_were_chosen(
+    shard: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    footer = pq.read_metadata(shard[0])
+    group = footer.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    found = {column.path_in_schema: set(column.encodings) for column in columns}
+    empty = {column.path_in_schema for column in columns if not column.num_values}
+    for leaf, how in choose_encodings(pq.read_schema(shard[0])).items():
+        assert leaf in empty or how.replace("DICT", "RLE_DICT") in found[leaf], leaf
+    split = {c.path_in_schema for c in columns if "BYTE_STREAM_SPLIT" in c.encodings}
+    kinds = {c.physical_type for c in columns if c.path_in_schema in split}
+    assert kinds == {"FLOAT", "DOUBLE"}, "other types split only in DuckDB 2.0 and later"
+    assert {c.compression for c in columns} == {"ZSTD"}
+
+
+def test_a_query_of_one_column_reads_lists_and_bytes(
+    shard: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    path, rows = shard
+    sql = f"select sum(len(top_counts)), sum(octet_length(top_indices_high)) from '{path}'"
+    counts = sum(len(row["top_counts"]) for row in rows)
+    size = sum(len(row["top_indices_high"]) for row in rows)
+    assert duckdb.sql(sql).fetchall() == [(counts, size)]
+    high = pl.scan_parquet(path).select(pl.col("top_indices_high").bin.size().sum())
+    assert high.collect().item() == size
+
+
+OVER_THE_HUB = """
+import json
+import datasets, duckdb, pandas as pd, polars as pl, pyarrow.parquet as pq
+from huggingface_hub import HfFileSystem
+
+repo, fs = "tester/read", HfFileSystem()
+parts = ["hf://" + path for path in fs.glob(f"datasets/{repo}/data/*.parquet")]
+duckdb.register_filesystem(fs)
+folder = parts[0].rpartition("/")[0].removeprefix("hf://")
+found = {
+    "datasets": list(datasets.load_dataset(repo, split="train", streaming=True)),
+    "pandas": [row for part in parts for row in pd.read_parquet(part).to_dict("records")],
+    "polars": [row for part in parts for row in pl.read_parquet(fs.open(part)).to_dicts()],
+    "pyarrow": pq.read_table(folder, filesystem=fs).to_pylist(),
+    "duckdb": duckdb.read_parquet(parts).df().to_dict("records"),
+}
+
+def plain(value):
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value.hex() if isinstance(value, bytes | bytearray) else value
+
+for reader, rows in found.items():
+    print(json.dumps([reader, [{k: plain(v) for k, v in row.items()} for row in rows]]))
+"""
+
+
+def test_every_reader_reads_an_output_on_the_hub(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "store_tokens": True}
+    table = rows_to_table(random_rows(25, settings=settings), settings=settings)
+    with LoopbackHub() as hub:
+        uploader = StreamingHFUploader(
+            "tester/read", schema=table.schema, settings=settings, cache_dir=tmp_path / "cache",
+            upload_every=10, endpoint=hub.endpoint, token=hub.token,
+        )  # fmt: skip
+        uploader.add_sample(table)
+        uploader.flush(final=True)
+        uploader.shutdown()
+        home = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", OVER_THE_HUB],
+            env={**os.environ, **home, "HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    want = [
+        {k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()}
+        for row in table.to_pylist()
+    ]
+    found = dict(map(json.loads, done.stdout.splitlines()))
+    assert sorted(found) == ["datasets", "duckdb", "pandas", "polars", "pyarrow"]
+    for reader, rows in found.items():
+        assert sorted(rows, key=lambda row: row["index"]) == want, reader
