@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help dist images demo test bench chaos lint clean
+.PHONY: help dist images demo test bench chaos scale lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -65,6 +65,10 @@ distill: .venv/.done
 	OMP_NUM_THREADS=1 $(PY) tests/distill.py --output demo/distill \
 	  --picture docs/images/distill.png
 	OMP_NUM_THREADS=1 $(PY) tests/distill.py --bias
+
+# make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
+scale: .venv/.done
+	$(PY) tests/scale_table.py
 
 # make lint    ruff and mypy
 lint: .venv/.done

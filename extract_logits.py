@@ -43,6 +43,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -628,7 +629,8 @@ def select_dataset(config: ExtractionConfig, source: Any, encoder: RowEncoder) -
             "see --start-offset, --limit and --sample-subject"
         )
     if config.world_size is not None:
-        numbers = numbers[worker_of(indices[numbers], config.world_size) == config.rank]
+        workers = divide_rows(config, source, encoder, numbers, indices[numbers])
+        numbers = numbers[workers == config.rank]
     used = [name for name in source.column_names if name in encoder.columns.needed()]
     narrow = source.select_columns(used)
     return PreparedDataset(narrow, numbers, indices[numbers], np.zeros_like(numbers))
@@ -691,6 +693,41 @@ def mix_hash(values: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.uint
 def worker_of(indices: npt.NDArray[np.int64], world_size: int) -> npt.NDArray[np.int64]:
     """Return which worker a conversation belongs to: a pure function of its index."""
     return (mix_hash(indices, seed=0) % np.uint64(world_size)).astype(np.int64)
+
+
+def deal_by_length(
+    indices: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], world_size: int
+) -> npt.NDArray[np.int64]:
+    """Return which worker each conversation of a job belongs to: shares of equal length.
+
+    Dealt out longest first, to and fro, so that shares differ by about one conversation. Depends on
+    the job as a whole, not on the order of its rows.
+    """
+    order = np.lexsort((indices, mix_hash(indices, seed=0), -lengths))
+    turn, place = np.divmod(np.arange(indices.size), world_size)
+    workers = np.empty_like(indices)
+    workers[order] = np.where(turn % 2 == 0, place, world_size - 1 - place)
+    return workers
+
+
+def divide_rows(
+    config: ExtractionConfig,
+    source: Any,
+    encoder: RowEncoder,
+    numbers: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Return the worker of each selected conversation: by its length where that is given, else by
+    its index alone.
+    """
+    world_size = config.world_size or 1
+    if config.tokenized_dataset is not None:
+        lengths, _ = join_lengths(config, encoder, indices)
+    elif config.length_col is not None:
+        lengths = read_length_column(source, config.length_col)[numbers]
+    else:
+        return worker_of(indices, world_size)
+    return deal_by_length(indices, lengths, world_size)
 
 
 def select_rows(
@@ -2764,7 +2801,8 @@ class AsyncPostProcessor:
 # 7 Shards
 # --------------------------------------------------------------------------------------------------
 
-SHARD_NAME = re.compile(r"data/part-(?:w(?P<rank>\d+)-)?(?P<number>\d+)\.parquet")
+SHARD_NAME = re.compile(r"data/(?:\d+/)?part-(?:w(?P<rank>\d+)-)?(?P<number>\d+)\.parquet")
+SHARDS_PER_FOLDER = 9_000  # the Hub takes 10,000 entries a folder
 METADATA_ROWS = b"logits.rows"  # JSON: what resume and the card need, so that no data is read
 ROW_GROUP_ROWS = 64
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
@@ -2776,6 +2814,25 @@ def shard_name(number: int, *, rank: int = 0, world_size: int = 1) -> str:
     """Return the path of a shard in the output; workers never share a name."""
     worker = f"w{rank:02d}-" if world_size > 1 else ""
     return f"data/part-{worker}{number:05d}.parquet"
+
+
+def plain_name(path: str) -> str:
+    """Return the name of a shard wherever `choose_folders` has put it."""
+    return f"data/{path.rpartition('/')[2]}"
+
+
+def choose_folders(names: Iterable[str], files: Iterable[str]) -> dict[str, str]:
+    """Return where new shards go: into data/ until that is full, then data/001/ and so on."""
+    held = Counter(path.rpartition("/")[0] for path in files)
+    folders = itertools.chain(["data"], (f"data/{n:03d}" for n in itertools.count(1)))
+    folder = next(folders)
+    places = {}
+    for name in names:
+        while held[folder] >= SHARDS_PER_FOLDER:
+            folder = next(folders)
+        held[folder] += 1
+        places[name] = f"{folder}/{name.rpartition('/')[2]}"
+    return places
 
 
 @dataclass(frozen=True)
@@ -2919,6 +2976,20 @@ def iter_rows(shard: LocalShard) -> Iterator[tuple[int, pa.Table]]:
         yield index, row
 
 
+def drop_rows(shard: LocalShard, done: Container[int], schema: pa.Schema) -> LocalShard | None:
+    """Rewrite a cached shard without some rows; None when no row is left, and no file."""
+    cap = int(shard.notes.settings.get("top_p_max", 255))
+    writer = ShardWriter(shard.path.parent, schema, nucleus_cap=cap, name="rest")
+    for index, row in iter_rows(shard):
+        if index not in done:
+            writer.add(row)
+    if writer.rows:
+        return writer.close(shard.path)
+    writer.discard()
+    shard.path.unlink()
+    return None
+
+
 def list_setting_changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """List the settings that make two runs different jobs, as "name: value there, value now"."""
     normal = json.loads(json.dumps(dict(now)))
@@ -3011,8 +3082,10 @@ class ShardWriter:
     The bytes depend on the rows, their order and the schema only. Memory holds one row group.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, *, nucleus_cap: int) -> None:
-        self._temporary = folder / "under-way.parquet.tmp"
+    def __init__(
+        self, folder: Path, schema: pa.Schema, *, nucleus_cap: int, name: str = "under-way"
+    ) -> None:
+        self._temporary = folder / f"{name}.parquet.tmp"
         self._schema = schema
         self._nucleus_cap = nucleus_cap
         self._file: IO[bytes] | None = None
@@ -3233,6 +3306,7 @@ PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
 REQUEST_TIMEOUT_S = 120.0  # the Hub itself ends a commit after 60
 COMMITS_PER_HOUR = 120  # the Hub allows 128 per repository
 COMMIT_BURST = 30  # of these at once
+MOST_RESERVED = 80  # commits an hour kept for bursts, or for the last commits of many workers
 UPLOAD_BYTES_PER_S = 5e6  # what the first upload is expected to reach, before one is measured
 MAX_WAITING_SHARDS = 4  # closed shards that wait for delivery before the run has to wait
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
@@ -3256,6 +3330,7 @@ class ListedFile:
 
     size: int
     sha256: str | None  # None: the listing does not tell
+    version: str | None = None  # changes with the content; None: the listing does not tell
 
 
 class Destination(Protocol):
@@ -3269,6 +3344,9 @@ class Destination(Protocol):
 
     def open(self) -> None:
         """Create it where it does not exist, and make sure that it can be written."""
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """Hold off other workers from listing to commit, where a commit would not notice them."""
 
     def list_files(self) -> dict[str, ListedFile]:
         """Return the files by path, as of one moment."""
@@ -3292,6 +3370,7 @@ class FolderDestination:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self.name = str(folder)
+        self._has_turn = False
 
     def exists(self) -> bool:
         return self.folder.is_dir()
@@ -3311,11 +3390,12 @@ class FolderDestination:
 
     def list_files(self) -> dict[str, ListedFile]:
         with storage_errors(self.name):
-            paths = [*self.folder.glob("*"), *(self.folder / "data").glob("*")]
+            data = self.folder / "data"
+            paths = [*self.folder.glob("*"), *data.glob("*"), *data.glob("*/*")]
             return {
                 path.relative_to(self.folder).as_posix(): ListedFile(path.stat().st_size, None)
                 for path in sorted(paths)
-                if path.is_file() and not path.name.endswith(".tmp")
+                if path.is_file() and not path.name.endswith((".tmp", ".lock"))
             }
 
     def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
@@ -3329,9 +3409,9 @@ class FolderDestination:
 
     def commit(self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str]) -> None:
         removed = set(delete)
-        with storage_errors(self.name):
-            (self.folder / "data").mkdir(parents=True, exist_ok=True)
-        with storage_errors(self.name), self._turn():
+        with self.turn(), storage_errors(self.name):
+            for path in add:
+                (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             for path in add:
                 if SHARD_NAME.fullmatch(path) and path not in removed and self._has(path):
                     raise PassingError(f"{path} has appeared in {self.name}")
@@ -3344,18 +3424,38 @@ class FolderDestination:
         return (self.folder / path).exists()
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Let one worker at a time commit, where the system can: NFS locks no folder."""
-        if fcntl is None:
+    def turn(self) -> Iterator[None]:
+        """Let one worker at a time list and commit; one that has its turn keeps it."""
+        if self._has_turn or fcntl is None:
             yield
             return
-        handle = os.open(self.folder, os.O_RDONLY)
+        with storage_errors(self.name):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = lock_folder(self.folder)
+        self._has_turn = True
         try:
-            with where_supported():
-                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
+            self._has_turn = False
             os.close(handle)
+
+
+def lock_folder(folder: Path) -> int:
+    """Wait for the lock on a folder; closing the returned handle releases it.
+
+    Network file systems lock no folders: there it is a file of its own.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in UNSUPPORTED:
+            raise
+        handle = os.open(folder / "commit.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        with where_supported():
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
 
 
 class HubDestination:
@@ -3411,6 +3511,10 @@ class HubDestination:
                 "leave out --private"
             )
 
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """Hold off nobody: a commit on another parent than the one listed is refused."""
+        return contextlib.nullcontext()
+
     def list_files(self) -> dict[str, ListedFile]:
         from huggingface_hub.hf_api import RepoFile
 
@@ -3420,7 +3524,9 @@ class HubDestination:
                 self.name, repo_type="dataset", recursive=True, revision=head
             )
             files = {
-                entry.path: ListedFile(entry.size, entry.lfs.sha256 if entry.lfs else None)
+                entry.path: ListedFile(
+                    entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
+                )
                 for entry in tree
                 if isinstance(entry, RepoFile)
             }
@@ -3551,12 +3657,19 @@ def read_retry_after(headers: Mapping[str, str], *, limited: bool) -> float:
 
 
 class CommitPace:
-    """Keep under the Hub's limit of commits per repository and hour, bursts included."""
+    """Keep under the Hub's limit of commits per repository and hour, bursts included.
 
-    def __init__(self, *, workers: int = 1) -> None:
-        self._interval_s = 3600 * workers / (COMMITS_PER_HOUR - COMMIT_BURST)
+    All workers together get what is left of the hour's commits once a burst, or one last commit
+    of each worker, is reserved. More workers than a burst has commits begin one after another.
+    """
+
+    def __init__(self, *, workers: int = 1, rank: int = 0) -> None:
+        reserved = min(max(COMMIT_BURST, workers), MOST_RESERVED)
+        self._interval_s = 3600 * workers / (COMMITS_PER_HOUR - reserved)
         self._burst_s = self._interval_s * (max(1, COMMIT_BURST // workers) - 1)
         self._next_s = -math.inf
+        if workers > COMMIT_BURST:
+            self._next_s = time.monotonic() + self._interval_s * (rank + 1) / workers
 
     def take(self) -> float:
         """Count one commit; return the seconds to wait before it."""
@@ -3617,7 +3730,9 @@ def cache_key(
     return f"{label}-{digest}{worker}"
 
 
-def retry(request: Callable[[], T], *, stop: threading.Event | None = None) -> T:
+def retry(
+    request: Callable[[], T], *, stop: threading.Event | None = None, further_tries: int = 0
+) -> T:
     """Return what the request returns, trying again with growing waits while it can pass.
 
     Raises:
@@ -3625,7 +3740,7 @@ def retry(request: Callable[[], T], *, stop: threading.Event | None = None) -> T
         HubError: the request was refused.
     """
     stop = stop or threading.Event()
-    for wait_s in (*RETRY_WAITS_S, None):
+    for wait_s in (*RETRY_WAITS_S, *[RETRY_WAITS_S[-1]] * further_tries, None):
         try:
             return request()
         except PassingError as error:
@@ -3668,7 +3783,12 @@ class RangedFile(io.RawIOBase):
 
 
 def read_listed_notes(
-    destination: Destination, path: str, size: int, *, footer_bytes: int | None = None
+    destination: Destination,
+    path: str,
+    size: int,
+    *,
+    footer_bytes: int | None = None,
+    stop: threading.Event | None = None,
 ) -> ShardNotes:
     """Read the notes of a listed shard: its footer, or its `index` column if a stranger wrote it.
 
@@ -3676,10 +3796,10 @@ def read_listed_notes(
         FormatError: it is not complete.
     """
     wanted = min(size, (footer_bytes or (64 << 10)) + 8)
-    tail = retry(lambda: destination.read(path, size - wanted, wanted))
+    tail = retry(lambda: destination.read(path, size - wanted, wanted), stop=stop)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] == b"PAR1" and wanted < needed <= size:
-        tail = retry(lambda: destination.read(path, size - needed, needed))
+        tail = retry(lambda: destination.read(path, size - needed, needed), stop=stop)
     footer = read_footer(pa.BufferReader(tail))
     try:
         return decode_notes(footer)
@@ -3709,6 +3829,25 @@ class ShardRecord:
     sha256: str | None
     footer_bytes: int
     figures: Figures
+    ids: str | None = None  # `encode_ids` of its conversations, where many workers have to know
+
+
+def encode_ids(ids: npt.NDArray[Any]) -> str:
+    """Pack the ids of conversations, in no order, into one or two bytes each."""
+    steps = np.diff(np.sort(ids.astype(np.int64)), prepend=0)
+    return base64.b64encode(zlib.compress(steps.astype("<i8").tobytes(), 9)).decode()
+
+
+def decode_ids(text: str) -> npt.NDArray[np.int64]:
+    """Undo `encode_ids`; the ids ascend.
+
+    Raises:
+        ValueError: the text is damaged.
+    """
+    try:
+        return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8"))
+    except zlib.error as error:
+        raise ValueError(f"damaged ids: {error}") from error
 
 
 def encode_checkpoint(settings: Mapping[str, Any], records: Mapping[str, ShardRecord]) -> bytes:
@@ -3718,44 +3857,37 @@ def encode_checkpoint(settings: Mapping[str, Any], records: Mapping[str, ShardRe
         "settings": dict(settings),
         "rows": total.rows,
         "tokens": total.tokens,
-        "shards": {name: asdict(records[name]) for name in sorted(records)},
+        "shards": {
+            name: {k: v for k, v in asdict(records[name]).items() if (k, v) != ("ids", None)}
+            for name in sorted(records)
+        },
     }
     return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def decode_checkpoint(data: bytes) -> dict[str, ShardRecord]:
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of the shards of one worker."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, ShardRecord] = field(default_factory=dict)  # by shard path
+
+
+def decode_checkpoint(data: bytes) -> Checkpoint:
     """Undo `encode_checkpoint`.
 
     Raises:
         FormatError: it is not one; the shards themselves tell all that it would.
     """
     try:
-        return {
-            name: ShardRecord(**{**record, "figures": Figures(**record["figures"])})
-            for name, record in json.loads(data)["shards"].items()
+        content = json.loads(data)
+        records = {
+            name: ShardRecord(**{"sha256": None, **record, "figures": Figures(**record["figures"])})
+            for name, record in content["shards"].items()
         }
+        return Checkpoint(dict(content["settings"]), records)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"not a checkpoint ({error!r})") from error
-
-
-def read_checkpoints(
-    destination: Destination, files: Mapping[str, ListedFile]
-) -> dict[str, ShardRecord]:
-    """Return the records of listed shards that agree with the listing, from every checkpoint."""
-    records: dict[str, ShardRecord] = {}
-    for path in sorted(filter(CHECKPOINT_NAME.fullmatch, files)):
-        try:
-            data = retry(functools.partial(destination.read, path))
-            records.update(decode_checkpoint(data))
-        except FormatError as error:
-            logger.warning("ignored %s in %s: %s", path, destination.name, error)
-    return {
-        name: record
-        for name, record in records.items()
-        if name in files
-        and files[name].size == record.bytes
-        and files[name].sha256 in (None, record.sha256)
-    }
 
 
 @dataclass
@@ -3766,6 +3898,7 @@ class OutputState:
     records: dict[str, ShardRecord] = field(default_factory=dict)  # by shard path
     done: set[int] = field(default_factory=set)
     settings: list[dict[str, Any]] = field(default_factory=list)  # of each listed shard
+    checkpoints: dict[str, tuple[ListedFile, Checkpoint]] = field(default_factory=dict)
 
     def shards(self) -> list[str]:
         """Return the paths of the listed shards."""
@@ -3776,19 +3909,77 @@ class OutputState:
         return sum((record.figures for record in self.records.values()), Figures())
 
 
-def read_output(destination: Destination) -> OutputState:
-    """List the output and read which conversations its shards hold, from their footers.
+def read_checkpoints(
+    destination: Destination, state: OutputState, *, stop: threading.Event | None = None
+) -> dict[str, tuple[ShardRecord, Checkpoint]]:
+    """Return the records of listed shards that agree with the listing, and whose they are.
+
+    A checkpoint is read again only where the listing does not show that it is the same.
+    """
+    records: dict[str, tuple[ShardRecord, Checkpoint]] = {}
+    for path in sorted(filter(CHECKPOINT_NAME.fullmatch, state.files)):
+        listed = state.files[path]
+        there, checkpoint = state.checkpoints.get(path, (None, Checkpoint()))
+        if there != listed or listed.version is None:
+            data = retry(functools.partial(destination.read, path), stop=stop)
+            try:
+                checkpoint = decode_checkpoint(data)
+            except FormatError as error:
+                logger.warning("ignored %s in %s: %s", path, destination.name, error)
+                checkpoint = Checkpoint()
+            state.checkpoints[path] = listed, checkpoint
+        records |= {name: (record, checkpoint) for name, record in checkpoint.records.items()}
+    return {
+        name: (record, checkpoint)
+        for name, (record, checkpoint) in records.items()
+        if name in state.files
+        and state.files[name].size == record.bytes
+        and state.files[name].sha256 in (None, record.sha256)
+    }
+
+
+def notes_of_record(record: ShardRecord, settings: dict[str, Any]) -> ShardNotes | None:
+    """Return what a footer would tell, where a checkpoint's record tells it, too."""
+    if record.ids is None:
+        return None
+    try:
+        ids = decode_ids(record.ids).astype(np.int32)
+    except ValueError:
+        return None
+    if ids.size != record.figures.rows:
+        return None
+    unknown = np.full(ids.size, np.nan, np.float32)
+    return ShardNotes(ids, unknown, unknown, record.figures, settings, record.footer_bytes)
+
+
+def learn_shards(
+    destination: Destination,
+    state: OutputState,
+    names: Sequence[str],
+    *,
+    keep_ids: bool = False,
+    stop: threading.Event | None = None,
+) -> None:
+    """Add to `state` which conversations some listed shards hold.
+
+    Where the listing shows that a checkpoint's record is of this very shard and the record holds
+    the ids, no request is made for the shard; else its footer is read.
 
     Raises:
         HubError: the output is out of reach, or lists a shard that is not complete.
     """
-    state = OutputState(retry(destination.list_files))
-    known = read_checkpoints(destination, state.files)
+    known = read_checkpoints(destination, state, stop=stop)
 
     def read(name: str) -> ShardNotes:
-        hint = known[name].footer_bytes if name in known else None
+        listed, hint = state.files[name], None
+        if name in known:
+            record, checkpoint = known[name]
+            notes = notes_of_record(record, checkpoint.settings)
+            if notes is not None and listed.sha256 is not None:
+                return notes
+            hint = record.footer_bytes
         try:
-            return read_listed_notes(destination, name, state.files[name].size, footer_bytes=hint)
+            return read_listed_notes(destination, name, listed.size, footer_bytes=hint, stop=stop)
         except FormatError as error:
             raise ConfigError(
                 f"{name} in {destination.name} is damaged: {error}; delete it and continue with "
@@ -3796,16 +3987,27 @@ def read_output(destination: Destination) -> OutputState:
             ) from error
 
     with ThreadPoolExecutor(8) as pool:
-        for name, notes in zip(state.shards(), pool.map(read, state.shards()), strict=True):
+        for name, notes in zip(names, pool.map(read, names), strict=True):
             listed = state.files[name]
-            sha256 = listed.sha256 or (known[name].sha256 if name in known else None)
+            sha256 = listed.sha256 or (known[name][0].sha256 if name in known else None)
+            ids = encode_ids(notes.indices) if keep_ids else None
             state.records[name] = ShardRecord(
-                listed.size, sha256, notes.footer_bytes, notes.figures
+                listed.size, sha256, notes.footer_bytes, notes.figures, ids
             )
             if twice := state.done.intersection(notes.indices.tolist()):
                 logger.warning("%s repeats %d rows of other shards", name, len(twice))
             state.done.update(notes.indices.tolist())
             state.settings.append(notes.settings)
+
+
+def read_output(destination: Destination, *, keep_ids: bool = False) -> OutputState:
+    """List the output and read which conversations its shards hold.
+
+    Raises:
+        HubError: the output is out of reach, or lists a shard that is not complete.
+    """
+    state = OutputState(retry(destination.list_files))
+    learn_shards(destination, state, state.shards(), keep_ids=keep_ids)
     return state
 
 
@@ -3860,6 +4062,7 @@ def make_card(
     figures: Figures,
     shards: int,
     size_bytes: int,
+    nested: bool = False,
     previous: str = "",
 ) -> str:
     """Return README.md: what the dataset is, with figures, above what a person wrote.
@@ -3875,7 +4078,7 @@ def make_card(
     except (yaml.YAMLError, ValueError, TypeError) as error:
         logger.warning("the card of %s is not updated, its YAML is broken: %s", output, error)
         return previous
-    front = describe_card(settings, figures)
+    front = describe_card(settings, figures, nested=nested)
     front |= {key: value for key, value in kept.items() if key not in CARD_OWNED_KEYS}
     schema = shard_schema(store_tokens=bool(settings.get("store_tokens")))
     body = CARD_TEXT.format(
@@ -3895,11 +4098,14 @@ def make_card(
     return f"---\n{yaml_text}---\n\n{body}\n{CARD_LINE}{below}"
 
 
-def describe_card(settings: Mapping[str, Any], figures: Figures) -> dict[str, Any]:
+def describe_card(
+    settings: Mapping[str, Any], figures: Figures, *, nested: bool = False
+) -> dict[str, Any]:
     """Return the YAML of a card: what the Hub's viewer and search and `load_dataset` read."""
     source = str(settings.get("dataset"))
     size = next((name for bound, name in CARD_SIZES.items() if figures.rows < bound), "1M<n<10M")
-    files = [{"split": "train", "path": "data/*.parquet"}]
+    path: Any = ["data/*.parquet", "data/*/*.parquet"] if nested else "data/*.parquet"
+    files = [{"split": "train", "path": path}]
     is_repo = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).exists()
     return {
         "pretty_name": f"Logits of {settings.get('model')} on {source}",
@@ -4017,18 +4223,20 @@ class StreamingHFUploader:
         self._limit_bytes = None if upload_size_mb is None else upload_size_mb * 1e6
         self._rank, self._world_size = rank, world_size
         self._stopping = stopping
-        self._max_waiting = min(MAX_WAITING_SHARDS * world_size, 64)  # workers share the pace
+        self._max_waiting = MAX_WAITING_SHARDS * world_size  # workers share the pace
         self._pending: list[PendingRows] = []
         self._closed: deque[LocalShard] = deque()  # complete in the cache, not flushed
         self._waiting: deque[LocalShard] = deque()  # handed to the upload thread, not delivered
         self._lock = threading.Lock()  # of _waiting, which both threads change
         self._backups: list[LocalShard] = []
         self._removals: set[str] = set()  # shards of a discarded job, gone with the first commit
+        self._discarded: dict[str, ListedFile] = {}  # what a discarded job has left, of peers too
+        self._refused = False  # an upload, and so would be every other
         self._in_doubt = True  # the output may differ from what we know
         self._side: dict[str, bytes] = {}  # what the output's small files hold
         self._stop = threading.Event()
         self._hurry = threading.Event()
-        self._pace = CommitPace(workers=world_size)
+        self._pace = CommitPace(workers=world_size, rank=rank)
         self._slowest_upload_s = 0.0
         self._uploads: list[Future[None]] = []
         with contextlib.ExitStack() as undo:
@@ -4036,7 +4244,7 @@ class StreamingHFUploader:
             self._cache = ShardCache(cache_dir, key)
             undo.callback(self._cache.close)
             retry(self._destination.open)
-            self._state = read_output(self._destination)
+            self._state = read_output(self._destination, keep_ids=world_size > 1)
             self._begin(resume=resume, force_restart=force_restart)
             undo.pop_all()
         self._writer = self._open_writer()
@@ -4049,6 +4257,7 @@ class StreamingHFUploader:
         if force_restart:
             self._cache.discard()
             self._removals = {name for name in self._state.shards() if self._may_remove(name)}
+            self._discarded = dict(self._state.files)
             self._state = OutputState(self._state.files)
         held = [name for name in self._state.records if not self._is_of_peer(name)]
         left = len(self._cache.shards()) + len(self._cache.pending())
@@ -4079,7 +4288,7 @@ class StreamingHFUploader:
     def _is_own(self, name: str) -> bool:
         """Tell whether only this worker gives such names."""
         match = SHARD_NAME.fullmatch(name)
-        return match is not None and name == self._shard_name(int(match["number"]))
+        return match is not None and plain_name(name) == self._shard_name(int(match["number"]))
 
     def _shard_name(self, number: int) -> str:
         return shard_name(number, rank=self._rank, world_size=self._world_size)
@@ -4092,7 +4301,15 @@ class StreamingHFUploader:
 
     def _check_settings(self) -> None:
         local = [shard.notes.settings for shard in (*self._cache.shards(), *self._cache.pending())]
-        for settings in (*self._state.settings, *local):
+        self._compare_settings([*self._state.settings, *local])
+
+    def _compare_settings(self, found: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse shards of another job.
+
+        Raises:
+            ConfigError: the settings differ; lists them.
+        """
+        for settings in found:
             changes = list_setting_changes(settings, self._settings) if settings else []
             if changes:
                 raise ConfigError(
@@ -4103,11 +4320,12 @@ class StreamingHFUploader:
 
     def _adopt_shards(self) -> None:
         """Sort the shards in the cache: deliver them, or their rows, or forget them if listed."""
+        listed = {plain_name(path) for path in self._state.shards()}
         for shard in self._cache.shards():
             indices = shard.notes.indices.tolist()
             if self._state.done.issuperset(indices):
                 shard.path.unlink()
-            elif self._taken.isdisjoint(indices) and shard.name not in self._state.files:
+            elif self._taken.isdisjoint(indices) and shard.name not in listed:
                 self._closed.append(shard)
                 self._taken.update(indices)
             else:
@@ -4298,15 +4516,20 @@ class StreamingHFUploader:
 
     def _deliver(self, *, final: bool) -> None:
         """Deliver what waits, in one commit; runs in the upload thread."""
-        if not self._waiting and not final:
-            return  # went with an earlier one
+        if self._refused or not (self._waiting or final):
+            return  # nothing gets through, or all went with an earlier one
         if self._destination.detects_changes:
             self._hurry.wait(self._pace.take())
         with self._lock:
             shards = list(self._waiting)
+        count = len(shards)
         started_s = time.monotonic()
         try:
-            retry(lambda: self._commit(shards, final=final), stop=self._stop)
+            retry(
+                lambda: self._commit(shards, final=final),
+                stop=self._stop,
+                further_tries=min(self._world_size - 1, 20),  # they get into each other's way
+            )
         except OutOfReachError as error:
             if self._stop.is_set():
                 return
@@ -4314,22 +4537,44 @@ class StreamingHFUploader:
             logger.warning("%s: %s", kept, error)
             with storage_errors(str(self._cache.folder)):
                 self._backups += [self._cache.make_backup(shard) for shard in shards]
+        except LogitsError:
+            self._refused = True
+            raise
         with self._lock:
-            for _ in shards:
+            for _ in range(count):
                 self._waiting.popleft()
         self._slowest_upload_s = max(self._slowest_upload_s, time.monotonic() - started_s)
 
     def _commit(self, shards: list[LocalShard], *, final: bool) -> None:
-        """Make the output list some shards; every try looks at what the one before has left."""
-        others_count = final and self._world_size > 1  # for the card
-        if self._in_doubt or others_count or not self._destination.detects_changes:
-            self._look_again(shards)
-        if others_count:
-            self._state.records |= read_checkpoints(self._destination, self._state.files)
-        listed = self._state.files.keys() - self._removals
+        """Make the output list some shards; every try looks at what the one before has left.
+
+        Rows that another worker has delivered meanwhile are taken out of `shards` first. Nobody
+        can add others before the commit: a folder has turns, and the Hub refuses a commit on
+        another parent than the one looked at.
+        """
+        with self._destination.turn():
+            others_count = final and self._world_size > 1  # for the card
+            if self._in_doubt or others_count or not self._destination.detects_changes:
+                self._look_again(shards)
+            if others_count:
+                found = read_checkpoints(self._destination, self._state, stop=self._stop)
+                self._state.records |= {name: record for name, (record, _) in found.items()}
+            self._add(shards, final=final)
+
+    def _add(self, shards: list[LocalShard], *, final: bool) -> None:
+        """Commit what the output does not list yet of some shards, and the small files."""
+        listed = {
+            plain_name(path): path for path in self._state.shards() if path not in self._removals
+        }
+        shards[:] = self._without_done(shards, listed)
         landed = [shard for shard in self._backups if shard.name in listed]
         new = [shard for shard in shards if shard.name not in listed]
-        records = self._state.records | {s.name: make_record(s) for s in (*shards, *landed)}
+        kept = self._state.files.keys() - self._removals
+        places = listed | choose_folders([shard.name for shard in new], kept)
+        records = self._state.records | {
+            places[shard.name]: make_record(shard, keep_ids=self._world_size > 1)
+            for shard in (*shards, *landed)
+        }
         side = {
             path: content
             for path, content in self._side_files(records, final=final).items()
@@ -4338,17 +4583,34 @@ class StreamingHFUploader:
         removals = self._removals & self._state.files.keys()
         if new or side or removals:
             self._in_doubt = True
-            files = {shard.name: shard.path for shard in new} | side
+            files = {places[shard.name]: shard.path for shard in new} | side
             self._destination.commit(describe_commit(new), files, removals)
         self._in_doubt = False
         self._side |= side
         self._state.records = records
-        self._note_delivery([*shards, *landed])
+        self._note_delivery([*shards, *landed], places)
+
+    def _without_done(
+        self, shards: list[LocalShard], listed: Mapping[str, str]
+    ) -> list[LocalShard]:
+        """Take the rows that shards of others hold out of the shards that are not listed."""
+        left = []
+        for shard in shards:
+            done = self._state.done.intersection(shard.notes.indices.tolist())
+            if done and shard.name not in listed:
+                logger.warning(
+                    "%d rows of %s were delivered by another worker", len(done), shard.name
+                )
+                with storage_errors(str(self._cache.folder)):
+                    rest = drop_rows(shard, done, self._schema)
+                left += [rest] if rest is not None else []
+            else:
+                left.append(shard)
+        return left
 
     def _look_again(self, shards: list[LocalShard]) -> None:
-        """List the output again and make sure that nobody else writes or removes the same parts."""
-        before, self._state.files = self._state.files, self._destination.list_files()
-        files = self._state.files
+        """List the output again: learn what others have added, and that nobody writes our parts."""
+        self._state.files = files = self._destination.list_files()
         if gone := sorted(self._state.records.keys() - files.keys()):
             raise HubError(
                 f"{gone[0]} ({len(gone)} in all) has gone from {self._destination.name}: put it "
@@ -4360,14 +4622,26 @@ class StreamingHFUploader:
             if path in files
         }
         ours = {shard.name: shard for shard in (*shards, *self._backups)}
-        new = filter(SHARD_NAME.fullmatch, files.keys() - before.keys())
-        for name in itertools.filterfalse(self._is_of_peer, new):
-            shard = ours.get(name)
+        known = self._state.records.keys() | self._removals
+        added = [name for name in self._state.shards() if name not in known]
+        for name in filter(self._is_own, added):
+            shard = ours.get(plain_name(name))
             if shard is None or not self._destination.holds(name, shard.path, shard.sha256):
                 raise HubError(
                     f"{name} in {self._destination.name} was written by another run: two runs "
                     "write the same output; stop one, then continue with --resume"
                 )
+        self._learn([name for name in added if not self._is_own(name)])
+
+    def _learn(self, names: list[str]) -> None:
+        """Take note of the rows that others have delivered."""
+        files, state = self._state.files, self._state
+        names = [name for name in names if files[name] != self._discarded.get(name)]
+        seen = len(state.settings)
+        if names:
+            keep_ids = self._world_size > 1
+            learn_shards(self._destination, state, names, keep_ids=keep_ids, stop=self._stop)
+            self._compare_settings(state.settings[seen:])
 
     def _side_files(self, records: Mapping[str, ShardRecord], *, final: bool) -> dict[str, bytes]:
         """Return the small files that go with a commit, the checkpoint last.
@@ -4388,15 +4662,16 @@ class StreamingHFUploader:
                 figures=sum((record.figures for record in records.values()), Figures()),
                 shards=len(records),
                 size_bytes=sum(record.bytes for record in records.values()),
+                nested=any(path.count("/") > 1 for path in records),
                 previous=self._side.get("README.md", b"").decode(errors="replace"),
             ).encode()
         return files | {f"checkpoint{worker}.json": encode_checkpoint(self._settings, own)}
 
-    def _note_delivery(self, shards: list[LocalShard]) -> None:
+    def _note_delivery(self, shards: list[LocalShard], places: Mapping[str, str]) -> None:
         """Forget the local copies of what the output lists now."""
         self._removals = set()
         for shard in shards:
-            self._state.files[shard.name] = ListedFile(shard.size, shard.sha256)
+            self._state.files[places[shard.name]] = ListedFile(shard.size, shard.sha256)
             self._state.done.update(shard.notes.indices.tolist())
             shard.path.unlink()
         delivered = {shard.name for shard in shards}
@@ -4454,9 +4729,11 @@ def describe_commit(shards: list[LocalShard]) -> str:
     return f"Add {', '.join(shard.name for shard in shards)} ({rows} rows)"
 
 
-def make_record(shard: LocalShard) -> ShardRecord:
+def make_record(shard: LocalShard, *, keep_ids: bool = False) -> ShardRecord:
     """Return what checkpoint.json says about a shard."""
-    return ShardRecord(shard.size, shard.sha256, shard.notes.footer_bytes, shard.notes.figures)
+    notes = shard.notes
+    ids = encode_ids(notes.indices) if keep_ids else None
+    return ShardRecord(shard.size, shard.sha256, notes.footer_bytes, notes.figures, ids)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,244 @@
+"""Share a job among workers, kill some, change their number, and compare the rows.
+
+    python tests/scale_table.py            # a table, then one line of JSON
+
+Every job extracts the same embedded conversations into a repository of a loopback Hub or into a
+folder. Workers are processes of their own with caches of their own; after a kill, and whenever the
+number of workers changes, caches are empty, as on another machine. A job ends when every worker
+of a round says that its part is stored. Then every row of an undisturbed run by one process has to
+be there once, the same to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from chaos import (
+    CHATS,
+    ROOT,
+    TEACHER,
+    Tally,
+    ask_hub,
+    import_and_shorten_waits,
+    read_folder,
+    serve_hub,
+)
+from chaos import Driver as Reader
+
+ROWS = 24
+OUTPUTS = ("folder", "Hub")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a round."""
+
+    rank: int
+    world_size: int
+    kill_after_s: float | None = None  # SIGKILL, unless it has ended
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job: rounds of workers that run at the same time, one round after another."""
+
+    name: str
+    rounds: Sequence[Sequence[Worker]]
+
+
+def workers(count: int, **options: Any) -> list[Worker]:
+    """Return the workers of a whole round."""
+    return [Worker(rank, count, **options) for rank in range(count)]
+
+
+def cases(seed: int, run_s: float) -> list[Case]:
+    """Return the jobs of the table; kills come at random moments of a run of `run_s` seconds."""
+    chance = random.Random(seed)
+
+    def killed(count: int) -> list[Worker]:
+        return [Worker(rank, count, chance.uniform(0.2, 1.0) * run_s) for rank in range(count)]
+
+    one_of_two = [Worker(0, 2), Worker(1, 2, 0.6 * run_s)]
+    return [
+        *(Case(f"{n} workers", [workers(n)]) for n in (1, 2, 3, 4)),
+        Case("2 workers, one killed", [one_of_two, workers(2)]),
+        Case("3 → 2 → 4 workers, all killed", [killed(3), killed(2), workers(4)]),
+        Case("2 workers, each started twice", [[*workers(2), *workers(2, delay_s=0.05)]]),
+        Case("2 and 3 workers at the same time", [[*workers(2), *workers(3)]]),
+    ]
+
+
+class Pool:
+    """Starts the workers of a round as processes and waits for them."""
+
+    def __init__(self, script: Any, folder: Path) -> None:
+        self.script = script
+        self.folder = folder
+        self.started = 0
+        self.kills = 0
+        self.codes: list[int] = []
+
+    def start(self, output: str, worker: Worker | None) -> Any:
+        """Start one worker, or None: one process without workers."""
+        from forked import Child
+
+        self.started += 1
+        argv = [
+            *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", ROWS),
+            *("--upload-every", 3, "--max-batch-size", 1, "--output", output, "--resume"),
+            *("--cache-dir", self.folder / "caches" / f"{self.started}"),
+        ]
+        if worker is not None:
+            argv += ["--rank", worker.rank, "--world-size", worker.world_size]
+
+        def work(_: IO[str]) -> int:
+            log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            time.sleep(worker.delay_s if worker else 0)
+            return int(self.script.main([str(word) for word in argv]))
+
+        return Child(work)
+
+    def run(self, output: str, team: Sequence[Worker]) -> bool:
+        """Run a round; True when every part is stored: some process of each rank ended with 0."""
+        begun = time.monotonic()
+        children = [(worker, self.start(output, worker)) for worker in team]
+        left = list(children)
+        while left:
+            for worker, child in list(left):
+                limit_s = worker.kill_after_s
+                if child.ended():
+                    left.remove((worker, child))
+                elif limit_s is not None and time.monotonic() - begun > limit_s:
+                    child.send(signal.SIGKILL)
+                    self.kills += 1
+                    child.wait()
+            time.sleep(0.005)
+        codes = [(worker, child.wait()) for worker, child in children]
+        self.codes += [code for _, code in codes]
+        stored = {(worker.rank, worker.world_size) for worker, code in codes if code == 0}
+        return any(
+            {(rank, count) for rank in range(count)} <= stored
+            for count in {worker.world_size for worker in team}
+        )
+
+
+def run_case(case: Case, output: str, pool: Pool, read: Any, wanted: dict[int, Any]) -> Tally:
+    """Run a job to its end; count what is wrong with its rows after every round."""
+    tally = Tally()
+    complete = False
+    rounds = [*case.rounds, *[case.rounds[-1]] * 3]  # workers that refused are started again
+    held: set[int] = set()
+    for number, team in enumerate(rounds):
+        complete = pool.run(output, team)
+        tally.runs += len(team)
+        held = tally.compare(read(output), wanted, set(wanted) if complete else held)
+        if complete and number >= len(case.rounds) - 1:
+            break
+    if not complete:
+        tally.unexpected.append(f"{case.name}: not complete after {len(rounds)} rounds")
+    return tally
+
+
+def run_table(
+    folder: Path, *, seed: int, names: Sequence[str] = (), outputs: Sequence[str] = OUTPUTS
+) -> list[dict[str, Any]]:
+    """Run the cases on folder and Hub; return a line of figures each."""
+    lines = []
+    with serve_hub(folder / "hub") as endpoint:
+        os.environ |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_TOKEN": "hf_loopback",
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        script = import_and_shorten_waits()
+        reader = Reader(script, folder, endpoint, seed)
+        pool = Pool(script, folder)
+        begun = time.monotonic()
+        assert pool.start(str(folder / "wanted"), None).wait() == 0
+        run_s = time.monotonic() - begun
+        wanted = {row["index"]: row for row in read_folder(folder / "wanted")}
+        assert len(wanted) == ROWS
+        for number, case in enumerate(cases(seed, run_s)):
+            if names and case.name not in names:
+                continue
+            for kind in outputs:
+                pool = Pool(script, folder)
+                begun = time.monotonic()
+                if kind == "folder":
+                    output = str(folder / f"job-{number}")
+                    tally = run_case(
+                        case, output, pool, lambda path: read_folder(Path(path)), wanted
+                    )
+                else:
+                    tally = run_case(case, f"tester/job-{number}", pool, reader.read_repo, wanted)
+                shutil.rmtree(folder / "caches", ignore_errors=True)
+                lines.append(
+                    {
+                        "launcher": "processes",
+                        "job": case.name,
+                        "output": kind,
+                        "runs": tally.runs,
+                        "kills": pool.kills,
+                        "lost": tally.rows_lost,
+                        "twice": tally.rows_twice,
+                        "different": tally.rows_different,
+                        "exit_codes": pool.codes,
+                        "seconds": round(time.monotonic() - begun, 1),
+                        "unexpected": tally.unexpected,
+                    }
+                )
+                sys.stderr.write(f"{lines[-1]}\n")
+        ask_hub(endpoint, "/_ctl/clear", {})
+    return lines
+
+
+def format_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the lines as a Markdown table."""
+    columns = ("launcher", "job", "output", "runs", "kills", "lost", "twice", "different")
+    rows = [" | ".join(str(line[name]) for name in columns) for line in lines]
+    return "\n".join(
+        f"| {row} |" for row in (" | ".join(columns), "|".join(["---"] * len(columns)), *rows)
+    )
+
+
+def main() -> int:
+    """Print the table and the figures; 1 when a row is lost, twice or different."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--job", action="append", default=[], help="only this one")
+    parser.add_argument("--output", choices=OUTPUTS, help="only there")
+    parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
+    options = parser.parse_args()
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="scale-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = [options.output] if options.output else OUTPUTS
+    lines = run_table(folder, seed=options.seed, names=options.job, outputs=outputs)
+    bad = [n for n in lines if n["lost"] or n["twice"] or n["different"] or n["unexpected"]]
+    if not options.keep:
+        shutil.rmtree(folder)
+    print(format_table(lines))
+    print(json.dumps({"lines": lines, "bad": len(bad)}))
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests"))
+    sys.exit(main())
