@@ -15,7 +15,6 @@ Exit codes: 0 measured and stored; 1 a bug; 2 bad usage or input; 130 interrupte
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -43,6 +42,7 @@ from explore_logits import (
     ConversationColumns,
     ConversationError,
     LogitsError,
+    OneLineParser,
     SourceError,
     conversation_settings,
     encode_row,
@@ -568,8 +568,12 @@ def parse_args(argv: Sequence[str] | None = None) -> LengthsConfig:
     Raises:
         LengthsError: options contradict each other.
     """
-    parser = argparse.ArgumentParser(
-        prog="compute_lengths", description=(__doc__ or "").split("\n\n")[0]
+    about = (__doc__ or "").split("\n\n")
+    parser = OneLineParser(
+        prog="compute-lengths",
+        usage="%(prog)s --model M --dataset D [options]",
+        description=about[0],
+        epilog=about[-1].strip(),
     )
     groups: dict[str, Any] = {}
     for entry in fields(LengthsConfig):
@@ -588,8 +592,11 @@ def _add_option(group: Any, entry: Any) -> None:
         group.add_argument(flag, required=True, help=help_text)
     else:
         kind = int if "int" in entry.type else str
+        word = "N" if kind is int else entry.name.rpartition("_")[2].upper()
         shown = "" if entry.default is None else f" (default: {entry.default})"
-        group.add_argument(flag, type=kind, default=entry.default, help=help_text + shown)
+        group.add_argument(
+            flag, type=kind, metavar=word, default=entry.default, help=help_text + shown
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

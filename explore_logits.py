@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -5853,6 +5853,14 @@ EXIT_CODES = (
 VIOLATIONS_FOUND = 3
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose refusals are one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and exit 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def row_list(text: str) -> list[int]:
     """Parse row numbers such as `3`, `0,5` or `0-4`; a leading minus counts from the end."""
     rows: list[int] = []
@@ -5876,8 +5884,9 @@ def positive_int(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="explore-logits",
+        usage="%(prog)s OUTPUT [options]",
         description="Look at an output of extract-logits: a folder, or a dataset on the Hub.",
         epilog=EXIT_CODES,
     )

@@ -62,7 +62,7 @@ from dataclasses import (
 from email.utils import parsedate_to_datetime
 from inspect import signature
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol, TypeVar, cast, get_args, get_type_hints
+from typing import IO, Any, Protocol, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,7 @@ from explore_logits import (
     EncodedConversation,
     FormatError,
     LogitsError,
+    OneLineParser,
     conversation_settings,
     encode_row,
     first_line,
@@ -5630,18 +5631,11 @@ def format_plan(plan: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose refusals are one line, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print what is wrong and exit 2."""
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see --help)\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser from the fields of `ExtractionConfig`, grouped in the order of the data."""
     parser = OneLineParser(
-        prog="extract_logits.py",
+        prog="extract-logits",
+        usage="%(prog)s --model M --dataset D --output O [options]",
         description="Run a teacher over a chat dataset once; keep its distributions as shards.",
         epilog=f"exit codes: {(__doc__ or '').partition('Exit codes: ')[2].strip()}",
     )
@@ -5663,7 +5657,7 @@ def argument_of(entry: Field[Any], hint: Any) -> dict[str, Any]:
     """Return the `add_argument` keywords of an option that takes a value."""
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     parse = entry.metadata.get("parse")
-    help_text = entry.metadata["help"]
+    help_text, last_word = entry.metadata["help"], entry.name.rpartition("_")[2]
     required = entry.default is MISSING
     if not required and entry.default is not None:
         help_text += " (default: %(default)s)"
@@ -5672,7 +5666,7 @@ def argument_of(entry: Field[Any], hint: Any) -> dict[str, Any]:
         "choices": entry.metadata.get("choices"),
         "required": required,
         "default": None if required else entry.default,
-        "metavar": {int: "N", float: "X"}.get(kinds[0], "JSON" if parse else entry.name.upper()),
+        "metavar": {int: "N", float: "X"}.get(kinds[0], "JSON" if parse else last_word.upper()),
         "help": help_text,
     }
 

@@ -196,6 +196,18 @@ def test_bad_input_ends_with_code_2_and_one_line(
     assert "\n" not in last
 
 
+def test_the_help_fits_80_columns_and_names_the_exit_codes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.startswith("usage: compute-lengths --model M --dataset D [options]\n")
+    assert "130" in text
+
+
 def test_a_wrong_command_line_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["--model", "m"], ["--model", "m", "--dataset", "d", "--batch-size", "many"]):
         with pytest.raises(SystemExit) as caught:
