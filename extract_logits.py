@@ -2296,12 +2296,17 @@ def weigh_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (N, C) float32 and (N, C) float64 with the errors of float32 sums; C = V / 64 rounded up.
     """
-    if logits.is_cuda and block_kernel() is not None:
+    if takes_kernel(logits.device):
         maxima, sums = sum_blocks_by_kernel(logits)
     else:
         parts = [sum_blocks(values) for values in split_blocks(logits)]
         maxima, sums = torch.cat([m for m, _ in parts], 1), torch.cat([s for _, s in parts], 1)
     return maxima, log_weights(maxima, sums)
+
+
+def takes_kernel(device: torch.device) -> bool:
+    """Tell whether logits on a device are read by a Triton kernel."""
+    return device.type == "cuda" and block_kernel() is not None
 
 
 def log_weights(maxima: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
@@ -2343,10 +2348,12 @@ def sum_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Do what `sum_blocks` does, for (N, V) logits, in one Triton kernel that reads them once."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
     rows, vocab = logits.shape
     count, group = -(-vocab // BLOCK), 32
     maxima, sums = torch.empty(2, rows, count, device=logits.device)
-    grid = (rows, -(-count // group))
+    grid = (rows * -(-count // group),)
     with torch.cuda.device_of(logits):
         block_kernel()[grid](
             logits, logits.stride(0), maxima, sums, vocab, count, BLOCK=BLOCK, GROUP=group
@@ -2356,7 +2363,11 @@ def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 @functools.cache
 def block_kernel() -> Any:
-    """Build the Triton kernel of `sum_blocks_by_kernel`; None where Triton is not installed."""
+    """Build the Triton kernel of `sum_blocks_by_kernel`; None where Triton is not installed.
+
+    A program reads 32 blocks of one row, 8 kB of float32; where rows begin at multiples of 16
+    values, in loads of 16 bytes. A NaN need not reach the maximum, but it always reaches the sum.
+    """
     try:
         import triton
         import triton.language as tl
@@ -2367,8 +2378,9 @@ def block_kernel() -> Any:
     def kernel(  # type: ignore[no-untyped-def]
         logits, row_stride, maxima, sums, vocab, count, BLOCK: tl.constexpr, GROUP: tl.constexpr
     ):
-        row = tl.program_id(0).to(tl.int64)  # rows times vocabulary exceeds 32 bits
-        block = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+        groups = tl.cdiv(count, GROUP)  # neighbours in launch order are neighbours in memory
+        row = (tl.program_id(0) // groups).to(tl.int64)  # rows times vocabulary exceeds 32 bits
+        block = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
         ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
         values = values.to(tl.float32)
