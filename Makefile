@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help dist images demo test bench chaos scale storage lint clean
+.PHONY: help dist images demo test bench chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +55,10 @@ bench: .venv/.done
 	$(PY) tests/bench_extraction.py
 	$(PY) tests/bench_decode.py
 	$(PY) tests/bench_upload.py
+
+# make oracle  every row of the embedded conversations against the slow second extractor (5 minutes)
+oracle: .venv/.done
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/test_oracle_run.py
 
 # make storage bytes a token and what they are worth, by K, M and bits (2 minutes)
 storage: .venv/.done

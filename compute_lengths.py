@@ -134,6 +134,9 @@ class LengthsConfig:
     private: bool = option(False, "create the Hub repo private", group="output")
 
     def __post_init__(self) -> None:
+        for flag, text in (("--model", self.model), ("--dataset", self.dataset)):
+            if not text.strip():
+                raise LengthsError(f"{flag} is empty: give a Hub id, or ./ for this folder")
         for flag, value in (("--batch-size", self.batch_size), ("--num-proc", self.num_proc)):
             if value is not None and value < 1:
                 raise LengthsError(f"{flag} {value}: must be at least 1")

@@ -826,6 +826,11 @@ def load_tokenizer(
     Raises:
         LogitsError: there is none, or the Hub is out of reach.
     """
+    if Path(model).expanduser().is_file():
+        raise LogitsError(
+            f"model {model!r} is a file: give the folder that holds it together with config.json "
+            "and the tokenizer, or a Hub id"
+        )
     transformers = import_extra("transformers")
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -3348,14 +3353,17 @@ AGREEMENT = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
 def sum_block(
     block: TokenBlock, mass: npt.NDArray[np.float64], limits: RunLimits
 ) -> dict[str, Any]:
-    """Sum over a block what `DatasetStats` averages."""
-    short = mass < limits.top_p - mass_tolerance(block, mass, limits.logit_bits)
+    """Sum over a block what `DatasetStats` averages.
+
+    A nucleus of K ids counts as cut unless it surely reached top_p: few end there by themselves.
+    """
+    covered = mass >= limits.top_p + mass_tolerance(block, mass, limits.logit_bits)
     return {
         "rows": block.index.size,
         "mass": float(mass.sum()),
         "tail": float(block.tail_probs().sum()),
         "first": float(block.first_probs().sum()),
-        "capped": int((short & (block.top_counts >= limits.top_p_max)).sum()),
+        "capped": int((~covered & (block.top_counts >= limits.top_p_max)).sum()),
     }
 
 

@@ -334,6 +334,9 @@ class ExtractionConfig:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        for name in ("model", "dataset", "output"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"--{name} is empty: give a Hub id, or ./ for this folder")
         if self.resume and self.force_restart:
             raise ConfigError("--resume continues and --force-restart discards: give one of them")
         if (self.sample_subject is None) != (self.subject_col is None):
@@ -3211,6 +3214,19 @@ def choose_encodings(schema: pa.Schema) -> dict[str, str]:
     return encodings
 
 
+def nearest_folder(path: Path, *, flag: str) -> Path:
+    """Return the part of a folder's path that is there already.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    place = path.resolve()
+    nearest = next(part for part in (place, *place.parents) if part.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{flag}: {nearest} is a file; name a folder, or remove the file")
+    return nearest
+
+
 def lock_file(path: Path) -> IO[str]:
     """Hold a lock as long as the returned file is open; a dead process holds nothing.
 
@@ -3250,6 +3266,7 @@ class ShardCache:
     def __init__(self, cache_dir: str | Path, key: str) -> None:
         self.folder = Path(cache_dir).expanduser() / key
         with storage_errors(str(self.folder)):
+            nearest_folder(self.folder, flag="--cache-dir")
             self.pending_folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(self.folder / "lock")
             for leftover in self.folder.rglob("*.tmp"):
@@ -3391,15 +3408,9 @@ class FolderDestination:
     def open(self) -> None:
         """Refuse a folder that cannot be made; it is made with the first commit, not before."""
         with storage_errors(self.name):
-            nearest = next(place for place in self._places() if place.exists())
-            if not nearest.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is no folder")
+            nearest = nearest_folder(self.folder / "data", flag="--output")
             if not os.access(nearest, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, f"no right to write in {nearest}")
-
-    def _places(self) -> list[Path]:
-        folder = (self.folder / "data").resolve()
-        return [folder, *folder.parents]
 
     def list_files(self) -> dict[str, ListedFile]:
         with storage_errors(self.name):
@@ -3608,6 +3619,16 @@ class HideTokens(logging.Filter):
 
 
 @contextmanager
+def log_beside_bar() -> Iterator[None]:
+    """Let log lines pass by a progress bar, without tokens."""
+    with logging_redirect_tqdm():
+        for handler in logging.getLogger().handlers:  # the bar's own have no filter
+            if not any(isinstance(kept, HideTokens) for kept in handler.filters):
+                handler.addFilter(HideTokens())
+        yield
+
+
+@contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
     """Turn what the Hub client raises into PassingError or HubError, without tokens."""
     from huggingface_hub.errors import (
@@ -3704,7 +3725,7 @@ def open_destination(
     Raises:
         ConfigError: it names neither a folder nor a repository.
     """
-    if is_local_output(output):
+    if is_local_output(output) or Path(output).is_file():
         return FolderDestination(output)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", output):
         raise ConfigError(
@@ -5142,7 +5163,7 @@ class Extraction:
         pack = functools.partial(fetch_and_pack, schema=self.job.schema)
         post = AsyncPostProcessor(pack, self.deliver)
         try:
-            with logging_redirect_tqdm():
+            with log_beside_bar():
                 complete = self.extract_windows(post)
                 post.flush()
         finally:
@@ -5406,7 +5427,7 @@ class Probe:
 def plan_until(job: Job, interrupt: GracefulInterrupt) -> dict[str, Any]:
     """Plan the job, or return with the signal's exit code when told to stop."""
     try:
-        with logging_redirect_tqdm():
+        with log_beside_bar():
             plan = plan_extraction(job, should_stop=lambda: interrupt.stopping)
     except StopRequested:
         return {"output": job.config.output, "exit_code": interrupt.exit_code}

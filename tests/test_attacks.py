@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from conftest import CHATS, TEACHER, Finished, run_script
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 
+import compute_lengths
 import explore_logits
 import extract_logits
 from explore_logits import SourceError, load_logit_dataset, open_source
@@ -223,3 +225,60 @@ def read_outputs(hub: LoopbackHub, folder: Path) -> dict[int, list[int]]:
                 assert row["index"] not in found
                 found[row["index"]] = row["input_ids"]
     return found
+
+
+@pytest.mark.parametrize("option", ["--output", "--cache-dir"])
+@pytest.mark.parametrize("place", ["taken", "taken/below"])
+def test_a_file_where_a_folder_should_be_is_refused_in_one_line(
+    extract: Extract, tmp_path: Path, option: str, place: str
+) -> None:
+    (tmp_path / "taken").write_text("not yours")
+    code, _, err = extract(option, f"./{place}")
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert f"{option}: {tmp_path / 'taken'} is a file" in last
+    assert (tmp_path / "taken").read_text() == "not yours"
+
+
+def test_a_file_named_like_a_repository_is_no_repository(extract: Extract, tmp_path: Path) -> None:
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "name").write_text("not yours")
+    code, _, err = extract(output="user/name")
+    assert code == 2
+    assert "is a file" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["model", "dataset", "output"])
+def test_an_empty_name_is_refused(extract: Extract, name: str) -> None:
+    code, _, err = extract(f"--{name}", " ")
+    assert code == 2
+    assert f"--{name} is empty" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["model", "dataset"])
+def test_an_empty_name_is_refused_by_lengths(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    argv = ["--model", str(TEACHER), "--dataset", str(CHATS), "--output-dir", str(tmp_path)]
+    assert compute_lengths.main([*argv, f"--{name}", ""]) == 2
+    assert f"--{name} is empty" in caplog.text
+
+
+def test_a_file_as_the_model_is_named_with_the_remedy(extract: Extract, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    code, _, err = extract("--model", tmp_path / "model.gguf")
+    assert code == 2
+    assert "model.gguf' is a file: give the folder" in err.splitlines()[-1]
+
+
+def test_no_token_of_the_hub_is_logged_beside_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    kept, stream = root.handlers[:], logging.StreamHandler()
+    try:
+        root.handlers = [stream]
+        with extract_logits.log_beside_bar():
+            logging.getLogger("any").warning("Authorization: Bearer %s", "hf_abcdefghijkl")
+        assert root.handlers == [stream]
+    finally:
+        root.handlers = kept
+    assert "Authorization: Bearer ***" in capsys.readouterr().err

@@ -179,6 +179,17 @@ def test_without_text_nothing_is_said_about_the_actual_token(tmp_path: Path) -> 
     assert not any("actual" in label for label, _ in stats.facts())
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(bits: int) -> None:
+    settings = SETTINGS | {"logit_bits": bits, "top_p_max": 30}
+    rows = random_rows(40, settings=settings, tokens=20)
+    full = np.mean(np.concatenate([row["top_counts"] for row in rows]) == 30)
+    block = next(explore.iter_blocks(rows))
+    sums = explore.sum_block(block, block.top_mass(), explore.RunLimits.of(settings))
+    assert full > 0.1
+    assert sums["capped"] / sum(row["num_tokens"] for row in rows) == pytest.approx(full, rel=0.05)
+
+
 def test_rows_without_settings_have_no_share_of_capped_nuclei() -> None:
     assert compute_dataset_stats(ROWS).capped is None
 
