@@ -6,21 +6,31 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHATS, TEACHER, Finished, run_script
+from conftest import CHATS, ROOT, TEACHER
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 
 import compute_lengths
 import explore_logits
 import extract_logits
-from explore_logits import SourceError, load_logit_dataset, open_source
+from explore_logits import (
+    SourceError,
+    encode_row,
+    load_logit_dataset,
+    load_tokenizer,
+    open_source,
+    resolve_columns,
+)
 
 Extract = Callable[..., tuple[int, dict[str, Any], str]]
 HALF_PAIR = (
@@ -161,9 +171,50 @@ def test_parquet_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
         open_source(str(path))
 
 
+# Imports once, then runs each line of arguments in a fork of its own.
+RUNNER = """
+import json, os, sys
+import datasets, transformers, extract_logits
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        code = extract_logits.main(json.loads(line))
+        sys.stdout.flush()
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    print("code", os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def runner(**env: str) -> Iterator[Callable[..., int]]:
+    """Start a process that runs `extract_logits.main` again and again, each time afresh."""
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    ) as process:  # fmt: skip
+
+        def run(*args: object) -> int:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(json.dumps([str(arg) for arg in args]) + "\n")
+            process.stdin.flush()
+            return next(int(said[5:]) for said in process.stdout if said.startswith("code "))
+
+        yield run
+        assert process.stdin
+        process.stdin.close()
+
+
 def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> None:
     lines = CHATS.read_text(encoding="utf-8").splitlines()[:6]
-    with LoopbackHub() as hub:
+    with LoopbackHub() as hub, contextlib.ExitStack() as stack:
+        run = stack.enter_context(
+            runner(
+                HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token, HF_HUB_OFFLINE="0",
+                HF_HOME=str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "data"),
+            )
+        )  # fmt: skip
         api = HfApi(endpoint=hub.endpoint, token=hub.token)
         api.create_repo("tester/model")
         api.create_repo("tester/chats", repo_type="dataset")
@@ -177,18 +228,14 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> Non
                 path_or_fileobj="\n".join(rows).encode(),
             )
 
-        def extract(*args: object) -> Finished:
-            return run_script(
-                "extract_logits.py",
+        def extract(*args: object) -> int:
+            return run(
                 *("--model", "tester/model", "--dataset", "tester/chats", "--store-tokens"),
                 *("--output", "tester/logits", "--cache-dir", tmp_path / "cache", *args),
-                **{"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"},
-                **{"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "data")},
             )
 
         upload_chats(lines)
-        first = extract("--limit", 3)
-        assert first.code == 0, first.stderr
+        assert extract("--limit", 3) == 0
         settings = json.loads(hub.content("tester/logits", "extraction_config.json"))
         assert settings["model_revision"] == api.model_info("tester/model").sha
         assert settings["dataset_revision"] == api.dataset_info("tester/chats").sha
@@ -197,21 +244,12 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> Non
         api.upload_file(
             repo_id="tester/model", path_in_repo="chat_template.jinja", path_or_fileobj=b"{{ 1 }}"
         )
-        second = extract("--resume")
-        assert second.code == 0, second.stderr
-        assert second.summary["rows"] == 6
+        assert extract("--resume") == 0
         assert json.loads(hub.content("tester/logits", "extraction_config.json")) == settings
         whole = read_outputs(hub, tmp_path)
-    local = tmp_path / "chats.jsonl"
-    local.write_text("\n".join(lines), encoding="utf-8")
-    alone = run_script(
-        "extract_logits.py",
-        *("--model", TEACHER, "--dataset", local, "--output", tmp_path / "alone"),
-        *("--cache-dir", tmp_path / "cache", "--store-tokens"),
-    )
-    assert alone.code == 0, alone.stderr
-    table = next(load_logit_dataset(tmp_path / "alone").iter_tables(["index", "input_ids"]))
-    assert whole == {row["index"]: row["input_ids"] for row in table.to_pylist()}
+    tokenizer, columns = load_tokenizer(str(TEACHER)), resolve_columns(["messages"])
+    alone = [encode_row(json.loads(line), columns, tokenizer).input_ids for line in lines]
+    assert whole == {number: ids.tolist() for number, ids in enumerate(alone)}
 
 
 def read_outputs(hub: LoopbackHub, folder: Path) -> dict[int, list[int]]:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from conftest import run_script
@@ -50,6 +49,7 @@ def assert_describes(stats: NucleusSizeStats, sizes: np.ndarray) -> None:
 
 
 def test_nucleus_sizes_are_exact_for_every_kind_of_dataset(output: Path) -> None:
+    datasets = pytest.importorskip("datasets")  # the others need numpy and pyarrow alone
     mapped = datasets.load_dataset("parquet", data_dir=str(output / "data"), split="train")
     for kind in (output, str(output), load_logit_dataset(output), mapped, ROWS,
                  mapped.to_iterable_dataset()):  # fmt: skip
