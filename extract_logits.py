@@ -1706,10 +1706,10 @@ class Teacher:
 
         One row at a time only those positions reach the head where the family allows it.
         """
-        flat = flat.to(self.device)
+        flat = send(flat, self.device)
         if self._can_keep and not own_product and len(inputs["input_ids"]) == 1:
             inputs, flat = {**inputs, "logits_to_keep": flat}, torch.arange(len(flat))
-        with self._float32_head(own_product):
+        with self._float32_head(own_product), known_packing(inputs):
             logits = self.model(**self._on_device(inputs), use_cache=False).logits
         logits = logits.reshape(-1, logits.shape[-1])
         return logits[flat.to(logits.device), : self.vocab_size].float().to(self.device)
@@ -1729,13 +1729,13 @@ class Teacher:
             kept.append(outputs)
             return with_hidden(outputs, outputs.last_hidden_state[:, :1])
 
-        with swapped_forward(self.body, body):
+        with swapped_forward(self.body, body), known_packing(inputs):
             self.model(**self._on_device(inputs), use_cache=False)
         if len(kept) != 1:
             raise HeadDiffersError(f"the forward calls its body {len(kept)} times")
         hidden = kept[0].last_hidden_state  # (B, S, H)
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        hidden = hidden[flat.to(hidden.device)]  # (N, H)
+        hidden = hidden[send(flat, hidden.device)]  # (N, H)
         return hidden, with_hidden(kept[0], hidden[None, :1])
 
     @torch.inference_mode()
@@ -1776,7 +1776,7 @@ class Teacher:
         return self.model.get_output_embeddings()
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {k: None if v is None else v.to(self.device) for k, v in inputs.items()}
+        return {k: None if v is None else send(v, self.device) for k, v in inputs.items()}
 
     def _choose_head(self) -> tuple[str, str]:
         """Find the body that leaves the head's logits as they are when a stub stands in for it.
@@ -1895,6 +1895,44 @@ def probe_inputs(layout: Layout, rows: list[torch.Tensor]) -> tuple[dict[str, An
     """Lay out `rows` and return the inputs and the flat positions of all their tokens."""
     inputs, starts = layout(rows)
     return inputs, flatten([torch.arange(len(row)) for row in rows], starts)
+
+
+@contextmanager
+def known_packing(inputs: Mapping[str, torch.Tensor | None]) -> Iterator[None]:
+    """Answer from the host what transformers asks the device in every forward without a mask.
+
+    Whether conversations are packed is known here; asking the device would wait for all that was
+    launched before, and leave it idle until the next launch.
+    """
+    from transformers import masking_utils
+
+    ask = getattr(masking_utils, "find_packed_sequence_indices", None)
+    positions = inputs.get("position_ids")
+    packed = positions is not None and bool((positions.diff() != 1).any())
+
+    def answer(position_ids: torch.Tensor) -> torch.Tensor | None:
+        if not packed:
+            return None
+        return (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+
+    if ask is None:  # another version of transformers
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = answer
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = ask
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device without waiting for what runs there.
+
+    A copy from memory that is not pinned waits for everything that was launched before it.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def flatten(positions: list[torch.Tensor], starts: list[int]) -> torch.Tensor:
@@ -2149,7 +2187,7 @@ def gpu_process_batch(
     parts, start = [], 0
     for logits in teacher.iter_logits([row.input_ids for row in batch.rows], positions):
         if start == 0:
-            columns = columns.to(logits.device, non_blocking=True)
+            columns = send(columns, logits.device)
         chunk = columns[:, start : start + logits.shape[0]]
         tokens = extract_tokens(
             logits,

@@ -1,0 +1,88 @@
+"""What stands between the teacher's forward passes: nothing that waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import VOCAB, always_pack, tiny_model
+
+import extract_logits
+from extract_logits import Batch, EncodedRow, Teacher, gpu_process_batch
+
+SETTINGS: dict[str, Any] = {"top_p": 0.9, "top_p_max": 20, "sampled_n": 7, "seed": 1}
+
+
+@pytest.fixture
+def no_numbers(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that knows shapes alone: whoever asks it for a value gets an error.
+
+    `.item()`, `bool(tensor)`, a boolean mask as an index and `nonzero` all need a value.
+    """
+    for sizes in (extract_logits.WEIGHED_AT_ONCE, extract_logits.HELD_AT_ONCE):
+        monkeypatch.setitem(sizes, "meta", sizes["cuda"])
+    return torch.device("meta")
+
+
+def teacher_on(device: torch.device, family: str, layout: str) -> Teacher:
+    """Return a teacher that was checked where there are numbers, then moved."""
+    teacher = Teacher(tiny_model(family))
+    if layout == "packed":
+        always_pack(teacher)
+    else:
+        teacher.layout = "padded"
+    teacher.model.to(device)
+    teacher.device = device
+    return teacher
+
+
+def batch_of(*sizes: int) -> Batch:
+    draw = np.random.default_rng(0)
+    return Batch(
+        [
+            EncodedRow(
+                index, draw.integers(0, VOCAB, n).astype(np.int32), np.arange(1, n, dtype=np.int32)
+            )
+            for index, n in enumerate(sizes)
+        ]
+    )
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3"])
+def test_a_batch_asks_the_device_for_no_value(
+    family: str, layout: str, no_numbers: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract_logits, "HEAD_CHUNK_BYTES", 4 * VOCAB * 10)
+    teacher = teacher_on(no_numbers, family, layout)
+    result = gpu_process_batch(teacher, batch_of(9, 20, 14), **SETTINGS)
+    assert result.top_ids.device == no_numbers
+    assert result.top_ids.shape == (40, 20)
+    assert result.sampled_q.shape == (40, 7)
+
+
+def test_a_value_asked_for_is_noticed(no_numbers: torch.device) -> None:
+    logits = torch.zeros(3, 200, device=no_numbers)
+    for ask in (
+        lambda: logits.sum().item(),
+        lambda: logits[logits > 0],
+        lambda: bool((logits > 0).any()),
+        lambda: logits.nonzero(),
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ask()
+
+
+@pytest.mark.parametrize("sizes", [(9, 20, 14), (12,)])
+def test_knowing_what_is_packed_leaves_the_logits_as_they_are(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, batch = Teacher(tiny_model("gemma3_text")), batch_of(*sizes)
+    always_pack(teacher)
+    known = gpu_process_batch(teacher, batch, **SETTINGS)
+    monkeypatch.setattr(extract_logits, "known_packing", lambda inputs: torch.inference_mode())
+    asked = gpu_process_batch(teacher, batch, **SETTINGS)
+    assert torch.equal(known.top_q, asked.top_q)
+    assert torch.equal(known.logsumexp, asked.logsumexp)
