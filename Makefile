@@ -77,6 +77,7 @@ distill: .venv/.done
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
 scale: .venv/.done
 	$(PY) tests/scale_table.py
+	$(PY) -m pytest -q -m slow tests/test_extract_scale.py tests/test_extract_tensor_parallel.py
 
 # make lint    ruff and mypy
 lint: .venv/.done

@@ -59,6 +59,7 @@ from dataclasses import (
     fields,
     replace,
 )
+from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from inspect import signature
 from pathlib import Path
@@ -205,6 +206,11 @@ class ExtractionConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     attn: str = option("auto", "eager, sdpa, flash_attention_2, …", group="teacher")
+    tensor_parallel: bool = option(
+        False,
+        "split the teacher over all processes of a torchrun, which work as one",
+        group="teacher",
+    )
 
     dataset: str = option(
         MISSING, "Hub id, or a .jsonl, .json, .parquet, .csv file or folder", group="dataset"
@@ -1305,9 +1311,13 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
         TeacherError: there is no such model, or it cannot run as asked; one line with the remedy.
     """
     device = resolve_device(config.device)
+    kind: type[Teacher] = Teacher
+    if config.tensor_parallel:
+        kind = SharedTeacher
+        announce(LoadOrder(config, vocab_size))
     model = load_model(config, device)
     try:
-        teacher = Teacher(model, vocab_size=vocab_size)
+        teacher = kind(model, vocab_size=vocab_size)
     except torch.OutOfMemoryError as error:
         raise TeacherError(
             f"--model {config.model} leaves no room on {device} for even one short conversation; "
@@ -1466,6 +1476,11 @@ def load_weights(
         **options,
         output_loading_info=True,
     )
+    if config.tensor_parallel:
+        from transformers.distributed import DistributedConfig
+
+        model, info = load(distributed_config=DistributedConfig(tp_plan="auto"))
+        return model, info
     if device.type == "cpu" or not is_accelerate_available():
         model, info = load()
         return model.to(device), info
@@ -1548,6 +1563,23 @@ def float32_product(
             rows = weight[start : start + CAST_ROWS].float()
             torch.mm(wide, rows.T, out=logits[:, start : start + CAST_ROWS])
     return logits if bias is None else logits.add_(bias)
+
+
+def sharded_product(hidden: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+    """Return `float32_product` of a weight and bias (DTensors) whose rows many processes share."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    part = float32_product(hidden, weight.to_local(), None if bias is None else bias.to_local())
+    size = len(weight)
+    logits = DTensor.from_local(
+        part,
+        weight.device_mesh,
+        [Shard(1)],
+        run_check=False,
+        shape=torch.Size([len(hidden), size]),
+        stride=(size, 1),
+    )
+    return logits.full_tensor()
 
 
 @functools.cache
@@ -1761,9 +1793,12 @@ class Teacher:
         head = self._output()
 
         def product(states: torch.Tensor) -> torch.Tensor:
-            bias = None if head.bias is None else head.bias[: self.vocab_size]
-            weight = head.weight[: self.vocab_size]
-            logits = float32_product(states.reshape(-1, states.shape[-1]), weight, bias)
+            flat = states.reshape(-1, states.shape[-1])
+            if hasattr(head.weight, "placements"):
+                logits = sharded_product(flat, head.weight, head.bias)
+            else:
+                bias = None if head.bias is None else head.bias[: self.vocab_size]
+                logits = float32_product(flat, head.weight[: self.vocab_size], bias)
             return logits.reshape(*states.shape[:-1], -1)
 
         if own_product or not is_plain_linear(head):
@@ -1883,6 +1918,96 @@ class Teacher:
         """Return how far the worst conversation is off, None when that is rounding."""
         offs = [self._off(*pair) for pair in zip(logits, expected, strict=True)]
         return None if all(off <= self._rounding() for off in offs) else max(offs)
+
+
+@dataclass(frozen=True)
+class LoadOrder:
+    """Asks every process of a group to load its part of the teacher."""
+
+    config: ExtractionConfig
+    vocab_size: int | None
+
+
+@dataclass(frozen=True)
+class ForwardOrder:
+    """Asks every process of a group for the forward passes of one call of `iter_logits`."""
+
+    sequences: Sequence[npt.NDArray[np.int32]]
+    token_positions: Sequence[npt.NDArray[np.int32]]
+    chunk_tokens: int | None
+
+
+class SharedTeacher(Teacher):
+    """A teacher in parts, one in each process of a group.
+
+    The first process leads: it reads, extracts and writes. The others repeat its forward passes.
+    """
+
+    def iter_logits(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        token_positions: Sequence[npt.NDArray[np.int32]],
+        *,
+        chunk_tokens: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits as `Teacher` does; in the leader, start the other processes first."""
+        announce(ForwardOrder(sequences, token_positions, chunk_tokens))
+        yield from super().iter_logits(sequences, token_positions, chunk_tokens=chunk_tokens)
+
+
+GROUP_PATIENCE = timedelta(days=1)  # how long processes wait for the leader's next order
+
+
+def join_group(config: ExtractionConfig) -> bool:
+    """Connect the processes that torchrun has started; True in the one that leads.
+
+    Raises:
+        ConfigError: torchrun has not started this process.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+        raise ConfigError(
+            "--tensor-parallel needs torchrun: torchrun --nproc-per-node 8 extract_logits.py …"
+        )
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=GROUP_PATIENCE
+        )
+    return torch.distributed.get_rank() == 0
+
+
+def announce(order: LoadOrder | ForwardOrder | None) -> None:
+    """Send an order from the leader to the others of its group; None sends them home."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
+        torch.distributed.broadcast_object_list([order], device=torch.device("cpu"))
+
+
+def follow_leader() -> dict[str, Any]:
+    """Carry out the leader's orders until it sends this process home; signals are its business."""
+    with GracefulInterrupt():
+        teacher: Teacher | None = None
+        while True:
+            box: list[Any] = [None]
+            torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
+            order = box[0]
+            if isinstance(order, LoadOrder):
+                teacher = load_teacher(order.config, vocab_size=order.vocab_size)
+            elif isinstance(order, ForwardOrder) and teacher is not None:
+                logits = teacher.iter_logits(
+                    order.sequences, order.token_positions, chunk_tokens=order.chunk_tokens
+                )
+                deque(logits, maxlen=0)
+            else:
+                return {"exit_code": 0}
+
+
+def leave_group() -> None:
+    """Send the others home and disconnect."""
+    announce(None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def probe_rows(vocab_size: int) -> list[torch.Tensor]:
@@ -2021,9 +2146,13 @@ def shrunken(model: Any, name: str) -> Iterator[None]:
 
 
 def is_plain_linear(head: Any) -> bool:
-    """Say whether `head` is an unquantized linear layer whose weights are really here."""
-    whole = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
-    return whole and head.weight.is_floating_point() and head.weight.device.type != "meta"
+    """Say whether `head` is an unquantized linear layer of which weights, or rows, are here."""
+    if type(head) is not torch.nn.Linear:
+        return False
+    weight = head.weight
+    by_rows = [str(place) for place in getattr(weight, "placements", ())] == ["S(0)"]
+    whole = type(weight) is torch.nn.Parameter or by_rows
+    return whole and weight.is_floating_point() and weight.device.type != "meta"
 
 
 def usable_vocabulary(model: Any, vocab_size: int | None) -> int:
@@ -5055,6 +5184,17 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     Raises:
         LogitsError: bad options, input, teacher or output; nothing is half-written.
     """
+    if not config.tensor_parallel:
+        return run_alone(config)
+    if not join_group(config):
+        return follow_leader()
+    summary = run_alone(config)
+    leave_group()
+    return summary
+
+
+def run_alone(config: ExtractionConfig) -> dict[str, Any]:
+    """Run the job as the only process that reads and writes."""
     started = time.monotonic()
     with GracefulInterrupt() as interrupt:
         job = open_job(config)
@@ -5299,6 +5439,10 @@ class Extraction:
 
     def halve(self, batch: Batch, size: int) -> int:
         """Free what failed to fit and return the size that batches are held to from now on."""
+        if self.job.config.tensor_parallel:  # the others are in the middle of the same pass
+            raise TeacherError(
+                f"out of memory at {size} tokens a batch: lower --max-batch-tokens below {size}"
+            )
         if len(batch.rows) == 1:
             raise TeacherError(
                 f"out of memory on conversation {batch.rows[0].index} of {size} tokens by itself: "
@@ -5763,7 +5907,10 @@ def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:
     """
     options = vars(build_parser().parse_args(argv))
     if options["rank"] is None and options["world_size"] is None:
-        options["rank"], options["world_size"] = launched_as(os.environ)
+        environment = dict(os.environ)
+        if options["tensor_parallel"]:  # all processes of a torchrun are one worker
+            environment.pop("RANK", None)
+        options["rank"], options["world_size"] = launched_as(environment)
     return ExtractionConfig(**options)
 
 
@@ -5807,6 +5954,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
         return EXIT_UNDELIVERED if isinstance(error, HubError) else EXIT_BAD_INPUT
+    if summary.keys() == {"exit_code"}:
+        return int(summary["exit_code"])  # a process that only follows another
     if "plan" in summary:
         sys.stdout.write(format_plan(summary) + "\n")
     print(json.dumps(summary))  # noqa: T201
