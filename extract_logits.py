@@ -1145,7 +1145,10 @@ def keep_window(window: Sequence[EncodedRow | SkippedRow]) -> PreparedDataset:
 # 3 Batches
 # --------------------------------------------------------------------------------------------------
 
-DEFAULT_BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 4096}
+DEFAULT_BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 4096}  # on CUDA a probe begins there
+MOST_BATCH_TOKENS = 131_072
+LONG_BATCH_S = 2.0  # a batch that takes this long hides every launch; a longer one delays a stop
+PROBE_HEADROOM_BYTES = 2**30  # kept free in the probe: results on their way, fragmentation
 DEFAULT_BATCH_SIZE = 256
 
 
@@ -1240,11 +1243,16 @@ def make_sampler(
     *,
     device_type: str,
     done: npt.NDArray[np.bool_],
+    found_tokens: int | None = None,
 ) -> TokenBudgetBatchSampler:
-    """Plan the batches of a prepared dataset under the options, or the device's default budget."""
+    """Plan the batches of a prepared dataset under the options.
+
+    Without a budget in them it is `found_tokens`, or else the device's default.
+    """
     budget = config.max_batch_tokens
     if budget is None and config.batch_thresholds is None:
-        budget = DEFAULT_BATCH_TOKENS.get(device_type, DEFAULT_BATCH_TOKENS["cpu"])
+        default = DEFAULT_BATCH_TOKENS.get(device_type, DEFAULT_BATCH_TOKENS["cpu"])
+        budget = found_tokens or default
     return TokenBudgetBatchSampler(
         prepared.lengths,
         max_batch_tokens=budget,
@@ -1252,6 +1260,46 @@ def make_sampler(
         thresholds=config.batch_thresholds,
         done=done,
     )
+
+
+def find_batch_tokens(
+    run_batch: Callable[[Batch], Any], *, length: int, vocab_size: int, start: int
+) -> int:
+    """Return the padded tokens that the device holds in a batch of the longest conversations.
+
+    Doubled from `start` while memory allows and a batch takes less than two seconds, or halved
+    until one fits. Powers of two, so that a resumed run on a like device forms the same batches.
+
+    Args:
+        run_batch: runs a batch to its end; out of memory, it raises `torch.OutOfMemoryError`.
+        length: tokens of the longest conversation.
+    """
+
+    def seconds_at(budget: int) -> float:
+        batch = longest_batch(max(1, budget // length), length, vocab_size)
+        started = time.monotonic()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            run_batch(batch)
+            return time.monotonic() - started
+        return math.inf
+
+    budget = start
+    while math.isinf(seconds_at(budget)):  # the first one that fits also pays what is paid once
+        if budget <= length:
+            return budget
+        budget //= 2
+    spent = seconds_at(budget) if budget == start else math.inf
+    while spent < LONG_BATCH_S and budget < MOST_BATCH_TOKENS:
+        spent = seconds_at(2 * budget)
+        budget *= 1 if math.isinf(spent) else 2
+    return budget
+
+
+def longest_batch(rows: int, length: int, vocab_size: int) -> Batch:
+    """Return a batch of arbitrary conversations of one length, all tokens of them wanted."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, (rows, max(2, length)), np.int32)
+    wanted = np.arange(1, ids.shape[1], dtype=np.int32)
+    return Batch([EncodedRow(number, row, wanted) for number, row in enumerate(ids)])
 
 
 def load_batches(dataset: ConversationDataset, sampler: TokenBudgetBatchSampler) -> Iterator[Batch]:
@@ -5333,6 +5381,7 @@ class Extraction:
         self.suspects: list[EncodedRow] = []
         self.rows = self.tokens = self.unusable = 0
         self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
+        self.found_tokens: int | None = None  # by the probe: padded tokens of a batch
         self.teacher: Teacher | None = None
         self.bar: tqdm[Any] | None = None
 
@@ -5397,14 +5446,40 @@ class Extraction:
         if self.teacher is None:
             self.teacher = load_teacher(self.job.config, vocab_size=self.job.vocab_size)
             self.begin_step()
-        sampler = make_sampler(
-            self.job.config, prepared, device_type=self.teacher.device.type, done=done
-        )
+        sampler = self.plan_batches(prepared, done)
         if self.bar is None:
             self.bar = open_bar(
                 self.job.config.limit if self.job.config.streaming else int((~done).sum())
             )
         yield from load_batches(ConversationDataset(prepared, self.job.encoder), sampler)
+
+    def plan_batches(
+        self, prepared: PreparedDataset, done: npt.NDArray[np.bool_]
+    ) -> TokenBudgetBatchSampler:
+        """Form the batches; where nothing limits them, CUDA's memory is tried out once a run."""
+        assert self.teacher is not None
+        config, device = self.job.config, self.teacher.device
+        limited = config.max_batch_tokens or config.max_batch_size or config.batch_thresholds
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if device.type == "cuda" and alone and not limited and self.found_tokens is None:
+            self.found_tokens = find_batch_tokens(
+                self.run_with_headroom,
+                length=int(prepared.lengths.max()),
+                vocab_size=self.teacher.vocab_size,
+                start=DEFAULT_BATCH_TOKENS["cuda"],
+            )
+            logger.info("batches of up to %d tokens fit %s", self.found_tokens, device)
+        return make_sampler(
+            config, prepared, device_type=device.type, done=done, found_tokens=self.found_tokens
+        )
+
+    def run_with_headroom(self, batch: Batch) -> None:
+        """Run a batch to its end with memory to spare, and give back what the device keeps."""
+        assert self.teacher is not None
+        torch.cuda.empty_cache()
+        spare = torch.empty(PROBE_HEADROOM_BYTES, dtype=torch.uint8, device=self.teacher.device)
+        self.forward(batch).to_host()
+        del spare
 
     def process(self, batch: Batch) -> Iterator[tuple[Batch, GPUBatchResult]]:
         """Run a batch through the teacher, in halves where the device cannot hold it whole."""
@@ -5413,13 +5488,11 @@ class Extraction:
             return
         size = len(batch.rows) * max(row.input_ids.size for row in batch.rows)
         if not 0 < self.largest < size or len(batch.rows) == 1:
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 result = self.forward(batch)
-            except torch.OutOfMemoryError:
-                self.largest = self.halve(batch, size)
-            else:
                 yield batch, result
                 return
+            self.largest = self.halve(batch, size)  # here, as the exception holds the tensors
         for half in batch.halves():
             yield from self.process(replace(half, skipped=[]))
 
@@ -5720,12 +5793,7 @@ def probe_teacher(job: Job, rows: PreparedDataset, should_stop: Callable[[], boo
     keeper = RowKeeper()
     run = Extraction(job, keeper, should_stop)
     run.teacher = load_teacher(job.config, vocab_size=job.vocab_size)
-    sampler = make_sampler(
-        job.config,
-        rows,
-        device_type=run.teacher.device.type,
-        done=np.zeros(rows.indices.size, bool),
-    )
+    sampler = run.plan_batches(rows, np.zeros(rows.indices.size, bool))
     weights = np.asarray([rows.lengths[batch].sum() for batch in sampler.batches])
     middles = (np.cumsum(weights) - weights / 2) / weights.sum()  # (batches,) share before each
     picks = spread_picks(middles)

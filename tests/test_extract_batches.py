@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import extract_logits
 from extract_logits import (
     Batch,
     EncodedRow,
@@ -17,6 +20,7 @@ from extract_logits import (
     PreparedDataset,
     SkippedRow,
     TokenBudgetBatchSampler,
+    find_batch_tokens,
     make_sampler,
     parse_args,
 )
@@ -153,6 +157,80 @@ def test_options_replace_the_default_budget_and_hold_together() -> None:
     assert len(
         plan_of(lengths, "--batch-thresholds", '{"100": 50}', "--max-batch-tokens", "800")[0]
     ) == 8  # fmt: skip
+
+
+def find(limit: int, *, length: int = 1000, seconds: float = 0.0) -> tuple[int, list[int]]:
+    """Return the budget found on a device that holds `limit` tokens, and the sizes tried."""
+    tried: list[int] = []
+    clock = [0.0]
+
+    def run(batch: Batch) -> None:
+        sizes = {one.input_ids.size for one in batch.rows}
+        assert sizes == {length}
+        tried.append(len(batch.rows) * length)
+        clock[0] += seconds * tried[-1]
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extract_logits.time, "monotonic", lambda: clock[0])
+        return find_batch_tokens(run, length=length, vocab_size=50, start=16_384), tried
+
+
+def test_the_budget_grows_until_memory_is_full() -> None:
+    assert find(60_000) == (32_768, [16_000, 16_000, 32_000, 65_000])
+    assert find(10**9)[0] == 131_072
+
+
+def test_the_budget_shrinks_until_a_batch_fits() -> None:
+    assert find(5_000) == (4096, [16_000, 8_000, 4_000])
+    assert find(9_000, length=9_000) == (16_384, [9_000, 9_000, 27_000])
+    assert find(100, length=3_000)[0] <= 3_000  # nothing fits: the run names the conversation
+
+
+def test_the_budget_stays_where_batches_take_long() -> None:
+    assert find(10**9, seconds=2.1 / 32_000) == (32_768, [16_000, 16_000, 32_000])
+
+
+def test_a_failure_that_is_not_memory_ends_the_probe() -> None:
+    def broken(batch: Batch) -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        find_batch_tokens(broken, length=10, vocab_size=50, start=100)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "probes"),
+    [
+        ([], "cuda", 1),
+        ([], "cpu", 0),
+        (["--max-batch-tokens", "3000"], "cuda", 0),
+        (["--batch-thresholds", '{"100": 50}'], "cuda", 0),
+        (["--max-batch-size", "7"], "cuda", 0),
+    ],
+)
+def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
+    flags: list[str], device: str, probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def small_device(run: Any, batch: Batch) -> None:
+        tried.append(len(batch.rows) * batch.rows[0].input_ids.size)
+        if tried[-1] > 40_000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(extract_logits.Extraction, "run_with_headroom", small_device)
+    config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
+    run = extract_logits.Extraction(
+        SimpleNamespace(config=config), extract_logits.RowKeeper(), lambda: False
+    )
+    run.teacher = SimpleNamespace(device=torch.device(device), vocab_size=50)
+    for _ in range(2):  # as many windows of a stream
+        sampler = run.plan_batches(prepared([1000] * 100), np.zeros(100, bool))
+    assert len(tried) == 4 * probes
+    if probes:
+        assert len(next(iter(sampler))) == 32
 
 
 def test_a_batch_parts_the_rows_it_runs_from_those_it_skips() -> None:
