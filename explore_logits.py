@@ -93,6 +93,7 @@ __all__ = [
     "execute_analysis",
     "export_axolotl",
     "export_distillkit",
+    "flat_positions",
     "format_mask_preview",
     "get_nucleus_probability_mass",
     "get_sample",
@@ -5032,6 +5033,8 @@ TEACHER_COLUMNS = {  # of a row: dtype, and what fills the batch where a token h
     "teacher_tail_mask": (np.bool_, False),  # those of them that were sampled
 }
 IGNORED_LABEL = -100  # what PyTorch's cross-entropy leaves out
+MAX_WORKERS = 1024  # of one data loader, for their states in shared memory
+MAX_LOG_TERM = 60.0  # of a reverse KL's weighted term, which might overflow float32
 
 
 # Weights of the tail ------------------------------------------------------------------------------
@@ -5141,54 +5144,58 @@ def sparse_teacher(block: TokenBlock, *, weigh: bool = True) -> dict[str, npt.ND
 
     Args:
         block: T tokens.
-        weigh: compute the weights of the tail, which only `tail="unbiased"` and temperatures other
-            than 1 need; False leaves the scaling of `tail="renormalized"` in their place.
+        weigh: compute the weights of the tail, about half of the work; False leaves the column
+            `teacher_log_weights` out, and `distillation_loss` then refuses `tail="unbiased"`.
 
     Returns:
         `TEACHER_COLUMNS`, (T, E) each, and `teacher_log_rest` (T,) float32, the logarithm of the
         probability outside the nucleus.
+
+    Raises:
+        FormatError: the tokens have tails of different sizes.
     """
-    tail_sizes = block.tail_counts
-    size = int(tail_sizes.max(initial=0))
-    if (tail_sizes != size).any():
+    size = int(block.tail_counts.max(initial=0))
+    if (block.tail_counts != size).any():
         raise FormatError("the tail samples of one output differ in size")
-    shape = (tail_sizes.size, size)
-    tail_ids = block.tail_ids.reshape(shape)
+    shape = (block.tail_counts.size, size)
     tail = block.tail_logits().reshape(shape) - block.logsumexp[:, None]
-    drawn = np.exp(tail).sum(axis=1)
     rest = 1 - sum_runs(block.top_probs(), block.top_starts)
-    rest = np.maximum(np.maximum(rest, drawn), np.exp(LEAST_LOG_REST))
+    rest = np.maximum(np.maximum(rest, np.exp(tail).sum(axis=1)), np.exp(LEAST_LOG_REST))
     counts = block.top_counts
-    width = int(counts.max(initial=0))
-    there = np.arange(width) < counts[:, None]  # (T, K)
-    top = np.repeat(block.logsumexp, counts)
+    there = np.arange(int(counts.max(initial=0))) < counts[:, None]  # (T, K)
     ids, probs = np.zeros(there.shape, np.int32), np.full(there.shape, LEAST_LOG_REST, np.float32)
-    ids[there], probs[there] = block.top_ids, block.top_logits() - top
-    scale = np.log(rest / np.maximum(drawn, np.finfo(float).tiny))[:, None]
-    weights = weigh_tail(tail, rest) if weigh else np.broadcast_to(scale, tail.shape)
-    nothing, sampled = np.zeros(there.shape), np.ones(tail.shape, np.bool_)
-    return {
-        "teacher_ids": np.concatenate([ids, tail_ids], axis=1),
+    ids[there] = block.top_ids
+    probs[there] = block.top_logits() - np.repeat(block.logsumexp, counts)
+    teacher = {
+        "teacher_ids": np.concatenate([ids, block.tail_ids.reshape(shape)], axis=1),
         "teacher_log_probs": np.concatenate([probs, tail], axis=1, dtype=np.float32),
-        "teacher_log_weights": np.concatenate([nothing, weights], axis=1, dtype=np.float32),
-        "teacher_mask": np.concatenate([there, sampled], axis=1),
-        "teacher_tail_mask": np.concatenate([nothing > 0, sampled], axis=1),
+        "teacher_mask": np.concatenate([there, np.ones(shape, np.bool_)], axis=1),
+        "teacher_tail_mask": np.zeros((shape[0], there.shape[1] + size), np.bool_),
         "teacher_log_rest": np.log(rest).astype(np.float32),
     }
+    teacher["teacher_tail_mask"][:, there.shape[1] :] = True
+    if weigh:
+        weights = np.zeros(teacher["teacher_ids"].shape, np.float32)
+        weights[:, there.shape[1] :] = weigh_tail(tail, rest)
+        teacher["teacher_log_weights"] = weights
+    return teacher
 
 
 class LogitIterableDataset:
     """Rows of an output to train on: a torch `IterableDataset`, made so when it is created.
 
-    Each item is one conversation as a dictionary of numpy arrays: `index`, `input_ids` (S,),
-    `labels` (S,) with -100 where nothing was extracted, `teacher_positions` (N,), and per extracted
-    token `TEACHER_COLUMNS` (N, E) and `teacher_log_rest` (N,). `collate_logits` makes batches.
+    Each item is one conversation as a dictionary of numpy arrays: `index`, `input_ids` (S,) int32,
+    `labels` (S,) int64 with -100 where nothing was extracted, `teacher_positions` (N,) of the
+    extracted tokens in `input_ids`, and of each of them `TEACHER_COLUMNS` (N, E) and
+    `teacher_log_rest` (N,). `collate_logits` makes batches.
 
     With a seed, the shards are put in random order, and the rows inside each shard; another epoch
     (`set_epoch`) gives another order. The rows are then divided into equal runs, first over ranks
     and then over the workers of a data loader, so that one worker reads only the shards of its
-    run. Rows that do not divide among the ranks are left out of that epoch, so that all ranks take
-    equally many steps. A shard is held in memory whole, as it is stored.
+    run, and holds one at a time as it is stored. Rows that do not divide among the ranks are left
+    out of that epoch, so that all ranks take equally many steps. As the dataset divides itself,
+    nothing else must: accelerate and transformers' `Trainer` do, unless the loader is kept from
+    them (docs/distillation.md).
 
     `state_dict` and `load_state_dict` go on where an epoch was left. They are per worker:
     `torchdata.stateful_dataloader` calls them there by itself, and for a plain `DataLoader`
@@ -5216,66 +5223,95 @@ class LogitIterableDataset:
             dataset: a folder, files, or a dataset on the Hub.
             seed: of the order; None keeps the order of the output.
             rank, world_size: this process's part; from the environment (RANK, WORLD_SIZE) if None.
-            max_seq_len: cut longer conversations at this many tokens.
-            weigh: see `sparse_teacher`.
+            max_seq_len: cut longer conversations at this many tokens; one that has nothing
+                extracted before that stays, with N = 0, so that ranks keep in step.
+            weigh: compute the weights that `tail="unbiased"` needs; see `sparse_teacher`.
             text: where the conversations come from when the output does not store their tokens;
                 None finds tokenizer, template and source from the output's settings.
+
+        Raises:
+            LogitsError: the rank is not below the world size, or torch is missing.
+            OpenError: there is no such output.
         """
         self.output = as_output(dataset)
         self.seed, self.max_seq_len, self.weigh, self.text = seed, max_seq_len, weigh, text
         self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
         self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+        self._from_environment = world_size is None and self.world_size > 1
         if not 0 <= self.rank < self.world_size:
             raise LogitsError(f"rank {self.rank} is not in 0..{self.world_size - 1}")
-        # Shared memory: workers that live on see the epoch that the main process sets.
-        self._epoch = import_extra("torch").zeros(1, dtype=import_extra("torch").int64)
-        self._epoch.share_memory_()
-        self._loaded: dict[int, int] = {}  # rows to pass over, by worker
-        self._done: dict[int, int] = {}  # rows given out
+        # Shared memory: workers that live on see what the main process sets, and it what they do.
+        self._shared = import_extra("torch").zeros(
+            3 + MAX_WORKERS, dtype=import_extra("torch").int64
+        )
+        self._shared.share_memory_()
+        self._done: dict[int, int] = {}  # rows given out by this very object, by worker
         self._workers = 1
 
     def __reduce__(self) -> Any:
+        self._refuse_second_division()
         state = {**self.__dict__, "output": (self.output.store, self.output.sizes)}
         return restore_dataset, (type(self).__mro__[1], state)
+
+    def __len__(self) -> int:
+        """Return the rows that this rank has in an epoch."""
+        return len(self.output) // self.world_size
 
     @property
     def epoch(self) -> int:
         """Number of the epoch, from 0; it only changes the order."""
-        return int(self._epoch[0])
+        return int(self._shared[0])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of another epoch, from its start; workers that are running see it."""
         if epoch != self.epoch:
-            self._loaded, self._done = {}, {}
-        self._epoch[0] = epoch
+            self._shared[1:], self._done = 0, {}
+        self._shared[0] = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._refuse_second_division()
         worker = import_extra("torch.utils.data").get_worker_info()
         number, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        if self._loaded and max(self._loaded) >= self._workers:
-            raise LogitsError(
-                f"the state is of {max(self._loaded) + 1} or more workers, there are "
-                f"{self._workers}"
-            )
-        epoch, done = self.epoch, self._loaded.get(number, 0)
-        if worker is None:
-            self._loaded = {}  # what a state has left; the next time starts anew
+        epoch, done = self.epoch, self._take_state(number)
+        self._shared[2] = int(worker is not None)
+        if worker is not None:  # files that the main process has open are not for two
+            self.output = LogitDataset(self.output.store, self.output.sizes)
         self._done = {number: done}
         first, last = self.row_range(number, self._workers)
         for shard, rows in self.iter_runs(first + done, last, epoch=epoch):
             for item in self.read_rows(shard, rows):
                 done += 1
                 self._done[number] = done
-                if item is not None:
-                    yield item
-        self._done = {}
+                yield item
+
+    def _take_state(self, worker: int) -> int:
+        """Return how many rows a worker has to pass over, and forget it: the next pass is whole."""
+        rows, workers = self._shared[3:], int(self._shared[1])
+        if rows.any() and workers != self._workers:
+            raise LogitsError(
+                f"the state is of {workers} workers, there are {self._workers}: rows are divided "
+                "among workers, so go on with as many"
+            )
+        done = int(rows[worker])
+        rows[worker] = 0
+        return done
+
+    def _refuse_second_division(self) -> None:
+        """Refuse to divide rows by the environment's ranks where accelerate may divide again."""
+        state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+        if self._from_environment and getattr(state, "_shared_state", None):
+            raise LogitsError(
+                f"accelerate runs {self.world_size} processes and divides the rows of a loader "
+                "that it prepares, as this dataset does: give rank=0, world_size=1 for such a "
+                "loader, or this process's rank and world_size for one that is kept from it"
+            )
 
     def row_range(self, worker: int = 0, workers: int = 1) -> tuple[int, int]:
         """Return which run of an epoch's order, first and past the last, a worker of this rank has.
 
         The runs of the ranks are equally long, those of a rank's workers up to one row.
         """
-        share = len(self.output) // self.world_size
+        share = len(self)
         start = self.rank * share
         return start + share * worker // workers, start + share * (worker + 1) // workers
 
@@ -5298,9 +5334,10 @@ class LogitIterableDataset:
 
     def read_rows(
         self, shard: int, rows: npt.NDArray[np.int64], *, at_once: int = 16
-    ) -> Iterator[dict[str, Any] | None]:
-        """Yield rows of a shard to train on; None where cutting has left nothing."""
-        table = pa.concat_tables(self.output.iter_shard(shard, rows=256))
+    ) -> Iterator[dict[str, Any]]:
+        """Yield rows of a shard to train on."""
+        tables = self.output.iter_shard(shard, rows=256)
+        table = pa.concat_tables(tables).combine_chunks()  # taking rows joins chunks every time
         for first in range(0, rows.size, at_once):
             block = decode_rows(table.take(pa.array(rows[first : first + at_once])))
             teacher = sparse_teacher(block, weigh=self.weigh)
@@ -5309,16 +5346,20 @@ class LogitIterableDataset:
 
     def training_row(
         self, block: TokenBlock, row: int, teacher: Mapping[str, npt.NDArray[Any]]
-    ) -> dict[str, Any] | None:
-        """Put one row's tokens beside its part of the block's teacher."""
-        sample = block_sample(block, row)
+    ) -> dict[str, Any]:
+        """Put one row's tokens beside its part of the block's teacher.
+
+        Raises:
+            AlignmentError: the conversation has another number of extracted tokens.
+        """
+        first, last = block.row_starts[row : row + 2].tolist()
+        sample = {"index": int(block.index[row]), "num_tokens": last - first}
+        if block.tokens is not None:
+            sample |= {name: block.tokens[i][row] for i, name in enumerate(TOKEN_COLUMNS)}
         ids, positions = self.row_tokens(sample)
         check_alignment(sample, ids, positions)
         kept = int(np.searchsorted(positions, self.max_seq_len or ids.size))
         ids, positions = ids[: self.max_seq_len], positions[:kept]
-        if not kept:
-            return None
-        first = int(block.row_starts[row])
         labels = np.full(ids.size, IGNORED_LABEL, np.int64)
         labels[positions] = ids[positions]
         return {
@@ -5347,35 +5388,74 @@ class LogitIterableDataset:
 
         Args:
             batches: how many a plain `DataLoader` has given out this epoch, with `batch_size` and
-                `num_workers`; it takes a batch from each worker in turn. None: what this very
-                object has given out, as in a loader without workers, or inside a worker.
+                `num_workers`, if it started at the epoch's start; it takes a batch from each
+                worker in turn. None: what this very object has given out, as in a loader without
+                workers, or inside a worker.
             batch_size, num_workers: of that loader.
+
+        Raises:
+            LogitsError: workers give the rows out, and `batches` is None.
         """
-        done, workers = self._done or self._loaded, self._workers
+        workers, done = self._standing()
         if batches is not None:
             workers = max(num_workers, 1)
-            done = dict.fromkeys(range(workers), 0)
-            left, sizes = batches, self._worker_sizes(workers)
-            while left and any(done[w] < sizes[w] for w in done):
-                for w in done:
-                    if left and done[w] < sizes[w]:
-                        done[w], left = min(done[w] + batch_size, sizes[w]), left - 1
-        return {"seed": self.seed, "epoch": self.epoch, "workers": workers, "rows": {**done}}
+            runs = [self.row_range(worker, workers) for worker in range(workers)]
+            done = count_given_out([last - first for first, last in runs], batches, batch_size)
+        elif self._shared[2] and import_extra("torch.utils.data").get_worker_info() is None:
+            raise LogitsError(
+                "workers have given out the rows: give state_dict the loader's batches so far, "
+                "batch_size and num_workers"
+            )
+        return {**self._identity(), "epoch": self.epoch, "workers": workers, "rows": done}
 
-    def _worker_sizes(self, workers: int) -> list[int]:
-        runs = [self.row_range(worker, workers) for worker in range(workers)]
-        return [last - first for first, last in runs]
+    def _standing(self) -> tuple[int, dict[int, int]]:
+        """Return among how many workers, and what this object has given out or would pass over."""
+        worker = import_extra("torch.utils.data").get_worker_info()
+        if worker is not None:
+            rows = self._done or {worker.id: int(self._shared[3 + worker.id])}
+            return worker.num_workers, {**rows}
+        if self._done:
+            return self._workers, {**self._done}
+        workers = int(self._shared[1])
+        return max(workers, 1), dict(enumerate(self._shared[3 : 3 + workers].tolist()))
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same for a state to fit."""
+        return {
+            "seed": self.seed,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "dataset_rows": len(self.output),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was taken; the loader needs as many workers as then.
+        """Go on from where `state_dict` was taken, once: the pass after the next is whole again.
 
-        The next epoch starts with `set_epoch`, which a loader with workers needs: its workers are
-        copies, and what they have given out does not come back by itself.
+        Raises:
+            LogitsError: the state is of another seed, rank, world size or output; one of another
+                number of workers is refused when the next pass starts.
         """
-        if state["seed"] != self.seed:
-            raise LogitsError(f"the state is of seed {state['seed']}, this is seed {self.seed}")
-        self._epoch[0], self._done = state["epoch"], {}
-        self._loaded = {int(worker): int(rows) for worker, rows in state["rows"].items()}
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise LogitsError(f"the state is of {name} {state[name]}, this is {value}")
+        self._shared[:3], self._done = (
+            import_extra("torch").tensor([state["epoch"], state["workers"], 0]),
+            {},
+        )
+        if import_extra("torch.utils.data").get_worker_info() is None:
+            self._shared[3:] = 0  # a worker sets its own entry only
+        for worker, rows in state["rows"].items():
+            self._shared[3 + int(worker)] = rows
+
+
+def count_given_out(sizes: Sequence[int], batches: int, batch_size: int) -> dict[int, int]:
+    """Return the rows each worker has given out, of its `sizes`, taking batches in turn."""
+    done = dict.fromkeys(range(len(sizes)), 0)
+    while batches > 0 and any(done[w] < size for w, size in enumerate(sizes)):
+        for w, size in enumerate(sizes):
+            if batches > 0 and done[w] < size:
+                done[w], batches = min(done[w] + batch_size, size), batches - 1
+    return done
 
 
 @functools.cache
@@ -5389,42 +5469,60 @@ def restore_dataset(cls: type, state: Mapping[str, Any]) -> Any:
     """Make a dataset again in another process, with the files of its output opened anew."""
     dataset: Any = object.__new__(torch_dataset(cls))
     dataset.__dict__.update(state, output=LogitDataset(*state["output"]))
+    dataset._shared.share_memory_()
     return dataset
 
 
 def collate_logits(rows: Sequence[Mapping[str, Any]], *, pad_id: int = 0) -> dict[str, Any]:
     """Make a batch of torch tensors from rows of `LogitIterableDataset`.
 
+    The first dimension of every tensor is the conversation, so that a batch may be cut along it,
+    as accelerate does; the second is the token, padded on the right.
+
+    Args:
+        rows: B of them.
+        pad_id: fills `input_ids`.
+
     Returns:
-        `input_ids`, `attention_mask` and `labels` (B, S) int64, padded on the right; `index` (B,);
-        and of the extracted tokens of all rows, one after another: `teacher_positions` (N,), which
-        of the B * S flattened positions predicts each, `TEACHER_COLUMNS` (N, E), and
-        `teacher_log_rest` (N,).
+        `input_ids`, `attention_mask`, `labels` (B, S) int64; `index` (B,); `teacher_positions`
+        (B, T), the position whose output predicts each extracted token, -1 for padding;
+        `TEACHER_COLUMNS` (B, T, E); `teacher_log_rest` (B, T).
     """
     torch = import_extra("torch")
-    longest = max(row["input_ids"].size for row in rows)
-    widest = max(row["teacher_ids"].shape[1] for row in rows)
-    sides = (("input_ids", pad_id), ("attention_mask", 0), ("labels", IGNORED_LABEL))
-    batch = {name: np.full((len(rows), longest), fill, np.int64) for name, fill in sides}
-    for i, row in enumerate(rows):
-        size = row["input_ids"].size
-        batch["input_ids"][i, :size] = row["input_ids"]
-        batch["attention_mask"][i, :size] = 1
-        batch["labels"][i, :size] = row["labels"]
-    batch["index"] = np.array([row["index"] for row in rows], np.int64)
-    batch["teacher_positions"] = np.concatenate(
-        [row["teacher_positions"].astype(np.int64) - 1 + i * longest for i, row in enumerate(rows)]
-    )
-    batch["teacher_log_rest"] = np.concatenate([row["teacher_log_rest"] for row in rows])
-    total = batch["teacher_positions"].size
+    sizes = [(row["input_ids"].size, *row["teacher_ids"].shape) for row in rows]
+    longest, tokens, entries = np.max(sizes, axis=0).tolist()
+    flat, deep = (len(rows), tokens), (len(rows), tokens, entries)
+    batch = {
+        "input_ids": np.full((len(rows), longest), pad_id, np.int64),
+        "attention_mask": np.zeros((len(rows), longest), np.int64),
+        "labels": np.full((len(rows), longest), IGNORED_LABEL, np.int64),
+        "index": np.array([row["index"] for row in rows], np.int64),
+        "teacher_positions": np.full(flat, -1, np.int64),
+        "teacher_log_rest": np.full(flat, LEAST_LOG_REST, np.float32),
+    }
     for name, (kind, fill) in TEACHER_COLUMNS.items():
-        batch[name] = np.full((total, widest), fill, kind)
-        first = 0
-        for row in rows:
-            count, width = row[name].shape
-            batch[name][first : first + count, :width] = row[name]
-            first += count
+        if name in rows[0]:
+            batch[name] = np.full(deep, fill, kind)
+    for i, (row, (s, n, e)) in enumerate(zip(rows, sizes, strict=True)):
+        batch["input_ids"][i, :s], batch["attention_mask"][i, :s] = row["input_ids"], 1
+        batch["labels"][i, :s] = row["labels"]
+        batch["teacher_positions"][i, :n] = row["teacher_positions"] - 1
+        batch["teacher_log_rest"][i, :n] = row["teacher_log_rest"]
+        for name in TEACHER_COLUMNS.keys() & batch.keys():
+            batch[name][i, :n, :e] = row[name]
     return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def flat_positions(batch: Mapping[str, Any]) -> Any:
+    """Return which of the B * S flattened positions predict the batch's extracted tokens, (N,).
+
+    For models that can compute logits at chosen positions only: `distillation_loss` takes the
+    logits (N, V) of just these, in this order.
+    """
+    positions = batch["teacher_positions"]
+    rows, length = batch["input_ids"].shape
+    starts = import_extra("torch").arange(rows, device=positions.device)[:, None] * length
+    return (positions + starts)[positions >= 0]
 
 
 # The loss -----------------------------------------------------------------------------------------
@@ -5463,15 +5561,22 @@ def distillation_loss(
     sampled tokens correct it, without bias under `unbiased` but with a deviation that is large
     where q exceeds p by far; tokens that the teacher excludes count as that mean.
 
+    The softmax runs over all V entries of the student: one with more than the teacher's (padding
+    of its embedding) learns to leave them out; one with fewer cannot hold the teacher.
+
     Args:
-        student_logits: (B, S, V), or (N, V) for only the positions in `teacher_positions`.
+        student_logits: (B, S, V), or (N, V) for only the positions of `flat_positions(batch)`.
         batch: from `collate_logits`, on the same device.
         divergence: `forward_kl`, `reverse_kl` or `jsd`.
         temperature: of both distributions.
         tail: `unbiased`, `renormalized`, `ghost` or `ignore`.
-        reduction: `mean` over tokens, `sum`, or `none` for (N,).
+        reduction: `mean` over the N tokens, `sum`, or `none` for (N,).
         chunk_tokens: tokens at once; (chunk_tokens, V) float32 is what the loss needs beside one
             gradient as large as the logits at those N positions.
+
+    Raises:
+        LogitsError: an option is none of the choices; logits and batch do not fit together; the
+            batch lacks what `tail` needs; the teacher has ids of V or more.
 
     Source: Kool, van Hoof and Welling (2020) for the weights; Hinton, Vinyals and Dean (2015) for
     the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens
@@ -5480,22 +5585,39 @@ def distillation_loss(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("tail", tail, TAILS)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    torch = import_extra("torch")
-    flat = student_logits.reshape(-1, student_logits.shape[-1])
-    where = batch["teacher_positions"]
-    if student_logits.dim() == 2:
-        where = torch.arange(where.numel(), device=where.device)
-        if flat.shape[0] != where.numel():
-            raise LogitsError(
-                f"{flat.shape[0]} rows of student logits for {where.numel()} teacher tokens"
-            )
-    teacher = temper_teacher(batch, temperature, tail, vocab=flat.shape[-1])
+    if not 0 < temperature < math.inf:
+        raise LogitsError(f"temperature {temperature} is not positive")
+    flat, where = flatten_student(student_logits, batch)
+    there = batch["teacher_positions"] >= 0
+    names = [*TEACHER_COLUMNS, "teacher_log_rest"]
+    stored = {name: batch[name][there] for name in names if name in batch}
+    teacher = temper_teacher(stored, temperature, tail, vocab=flat.shape[-1])
     losses = rowwise_loss().apply(
         flat, where, teacher, divergence, temperature, max(chunk_tokens, 1)
     )
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / max(losses.numel(), 1)
+
+
+def flatten_student(logits: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return logits as (n, V), and which rows of them (N,) are the extracted tokens'.
+
+    Raises:
+        LogitsError: the shape is not that of the batch.
+    """
+    torch = import_extra("torch")
+    if logits.dim() == 2:
+        count = int((batch["teacher_positions"] >= 0).sum())
+        if logits.shape[0] != count:
+            raise LogitsError(f"{logits.shape[0]} rows of student logits for {count} tokens")
+        return logits, torch.arange(count, device=logits.device)
+    if logits.shape[:2] != batch["input_ids"].shape:
+        raise LogitsError(
+            f"student logits of shape {tuple(logits.shape)} are not at the positions of "
+            f"input_ids {tuple(batch['input_ids'].shape)}"
+        )
+    return logits.reshape(-1, logits.shape[-1]), flat_positions(batch)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -5505,9 +5627,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def temper_teacher(
-    batch: Mapping[str, Any], temperature: float, tail: str, *, vocab: int
+    stored: Mapping[str, Any], temperature: float, tail: str, *, vocab: int
 ) -> dict[str, Any]:
     """Return the teacher at a temperature and the weight of each entry, as `token_losses` reads it.
+
+    Args:
+        stored: `TEACHER_COLUMNS` (N, E) and `teacher_log_rest` (N,).
+        temperature: divides the log-probabilities, which are normalised again.
+        tail: see `distillation_loss`.
+        vocab: entries of the student.
 
     Returns:
         `ids`, `log_probs`, `log_weights` (N, E), -inf weights for what does not count, `nucleus`
@@ -5515,28 +5643,27 @@ def temper_teacher(
         stored, and `ghost`, whether the tail is one token.
     """
     torch = import_extra("torch")
-    there, sampled = batch["teacher_mask"], batch["teacher_tail_mask"]
-    log_rest = batch["teacher_log_rest"].float()
-    log_probs = batch["teacher_log_probs"].float() / temperature
-    log_weights = batch["teacher_log_weights"].float()
-    nucleus = there & ~sampled
-    if int(batch["teacher_ids"].max()) >= vocab if there.any() else False:
-        raise LogitsError(f"the teacher has ids beyond the student's {vocab} logits")
+    check_entries(stored, tail, vocab)
+    sampled = stored["teacher_mask"] & stored["teacher_tail_mask"]
+    nucleus = stored["teacher_mask"] & ~sampled
+    log_rest = stored["teacher_log_rest"].float()
+    log_probs = stored["teacher_log_probs"].float()
+    weights = stored.get("teacher_log_weights")
+    if tail == "renormalized" or weights is None:  # scaled to what is outside the nucleus
+        scale = log_rest - masked_logsumexp(log_probs, sampled)
+        weights = scale[:, None].expand_as(log_probs).masked_fill(~sampled, 0)
+    log_weights = weights.float()
     outside = (vocab - nucleus.sum(-1)).clamp(min=1).log()  # (N,)
     if temperature != 1:
+        log_probs = log_probs / temperature
         spread = outside + (log_rest - outside) / temperature  # as if the tail were all equal
-        in_tail = masked_logsumexp(log_probs + log_weights, there & sampled)
+        in_tail = masked_logsumexp(log_probs + log_weights, sampled)
         in_tail = torch.where(sampled.any(-1), in_tail, spread)
         total = torch.logaddexp(masked_logsumexp(log_probs, nucleus), in_tail)
         log_probs, log_rest = log_probs - total[:, None], in_tail - total
-    if tail == "unbiased" and not bool((there & sampled).any(-1).all()):
-        raise LogitsError("tail='unbiased' needs a tail sample (--sampled-n); take ghost or ignore")
-    if tail == "renormalized":
-        scale = log_rest - masked_logsumexp(log_probs, there & sampled)
-        log_weights = torch.where(sampled, scale[:, None], log_weights)
-    counted = nucleus if tail in ("ghost", "ignore") else there
+    counted = nucleus if tail in ("ghost", "ignore") else nucleus | sampled
     return {
-        "ids": batch["teacher_ids"],
+        "ids": stored["teacher_ids"],
         "log_probs": log_probs,
         "log_weights": log_weights.masked_fill(~counted, -math.inf),
         "nucleus": nucleus,
@@ -5544,6 +5671,20 @@ def temper_teacher(
         "log_mean": log_rest - outside,
         "ghost": tail == "ghost",
     }
+
+
+def check_entries(stored: Mapping[str, Any], tail: str, vocab: int) -> None:
+    """Refuse a batch that lacks what a `tail` needs, or has ids that the student does not."""
+    if tail == "unbiased" and "teacher_log_weights" not in stored:
+        raise LogitsError("tail='unbiased' needs the weights that weigh=False has left out")
+    there = stored["teacher_mask"]
+    if (
+        tail in ("unbiased", "renormalized")
+        and not (there & stored["teacher_tail_mask"]).any(-1).all()
+    ):
+        raise LogitsError(f"tail={tail!r} needs a tail sample (--sampled-n); take ghost or ignore")
+    if there.numel() and int(stored["teacher_ids"].max()) >= vocab:
+        raise LogitsError(f"the teacher has ids beyond the student's {vocab} logits")
 
 
 def masked_logsumexp(values: Any, mask: Any) -> Any:
@@ -5556,7 +5697,8 @@ def rowwise_loss() -> Any:
     """Return the autograd function behind `distillation_loss`, made when torch is first needed.
 
     Its forward pass computes the gradient too, chunk by chunk: nothing of size (N, V) is kept but
-    that gradient, in the student's own dtype.
+    that gradient, in the student's own dtype (float32 for a float16 student, whose gradient may
+    underflow before the scaler of its optimizer has seen it).
     """
     torch = import_extra("torch")
     function: Any = torch.autograd.Function
@@ -5569,7 +5711,8 @@ def rowwise_loss() -> Any:
             wide = torch.promote_types(flat.dtype, torch.float32)  # float64 stays, for gradcheck
             losses = torch.zeros(where.numel(), dtype=wide, device=flat.device)
             wanted = ctx.needs_input_grad[0]
-            gradient = flat.new_empty((where.numel() if wanted else 0, flat.shape[-1]))
+            kept = torch.float32 if flat.dtype == torch.float16 else flat.dtype
+            gradient = flat.new_empty((where.numel() if wanted else 0, flat.shape[-1]), dtype=kept)
             for first in range(0, where.numel(), chunk_tokens):
                 part = slice(first, first + chunk_tokens)
                 with torch.enable_grad():
@@ -5581,17 +5724,21 @@ def rowwise_loss() -> Any:
                     values = token_losses(logits / temperature, chunk, divergence)
                     values = values * temperature**2
                     if wanted:
-                        gradient[part] = torch.autograd.grad(values.sum(), logits)[0].to(flat.dtype)
+                        gradient[part] = torch.autograd.grad(values.sum(), logits)[0].to(kept)
                 losses[part] = values.detach()
             ctx.save_for_backward(gradient, where)
+            ctx.like, ctx.chunk_tokens = flat.new_empty(0), chunk_tokens
             ctx.rows = flat.shape[0]
             return losses
 
         @staticmethod
         def backward(ctx, outer) -> Any:  # type: ignore[no-untyped-def]
             gradient, where = ctx.saved_tensors
-            full = gradient.new_zeros((ctx.rows, gradient.shape[-1]))
-            full.index_copy_(0, where, gradient * outer[:, None].to(gradient.dtype))
+            full = ctx.like.new_zeros((ctx.rows, gradient.shape[-1]))
+            for first in range(0, where.numel(), ctx.chunk_tokens):
+                part = slice(first, first + ctx.chunk_tokens)
+                scaled = gradient[part] * outer[part, None].to(gradient.dtype)
+                full[where[part]] = scaled.to(full.dtype)
             return full, None, None, None, None, None
 
     return RowwiseLoss
@@ -5615,8 +5762,9 @@ def token_losses(logits: Any, teacher: Mapping[str, Any], divergence: str) -> An
         terms = (log_w + log_p).exp() * jsd_above_none(log_p - log_q)
         return terms.masked_fill(~counted, 0).sum(-1) + math.log(2) / 2
     log_mean = teacher["log_mean"].to(log_q.dtype)[:, None]
-    entropy = (functional.softmax(logits, -1) * functional.log_softmax(logits, -1)).sum(-1)
-    terms = (log_w + log_q).exp() * (log_mean - log_p)
+    bounded = functional.log_softmax(logits, -1).clamp(min=-1e4)  # a student's -inf: 0 log 0 is 0
+    entropy = (functional.softmax(logits, -1) * bounded).sum(-1)
+    terms = (log_w + log_q).clamp(max=MAX_LOG_TERM).exp() * (log_mean - log_p)
     return entropy - log_mean[:, 0] + terms.masked_fill(~counted, 0).sum(-1)
 
 
@@ -5628,7 +5776,7 @@ def jsd_above_none(log_ratio: Any) -> Any:
     """
     torch = import_extra("torch")
     softplus = torch.nn.functional.softplus
-    bounded = log_ratio.clamp(min=-10)  # below it, log(1 + x) / x = 1 - x / 2 to 1e-9
+    bounded = log_ratio.clamp(-10, 80)  # below it, log(1 + x) / x = 1 - x / 2 to 1e-9
     student = torch.where(
         log_ratio > -10,
         softplus(bounded) * (-bounded).exp(),

@@ -11,18 +11,22 @@ same initial weights. Bytes are those of the shards on disk, without the text's 
     python tests/distill.py --output demo/distill          # everything; a quarter of an hour
     python tests/distill.py --bias                         # bias and deviation of the estimators
 
-Ends in one JSON line; the table before it is what docs/distillation.md shows.
+Results are kept in the output and not made twice. Ends in one JSON line; the table before it is
+what docs/distillation.md shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +47,15 @@ from explore_logits import (  # noqa: E402 - run as a script, from anywhere
     collate_logits,
     compute_bytes_per_token_stats,
     distillation_loss,
+    flat_positions,
     load_logit_dataset,
 )
 
 TEACHER = HERE / "teacher" / "model"
 VOCAB = 5_000  # entries of the tokenizer; the teacher's further rows are padding
+DRAW_BYTES = 3  # a distinct token that was drawn: 17 bits of id, 7 of count
 Batch = dict[str, Tensor]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,12 @@ class Setup:
     """Sizes and schedule; the same for every arm."""
 
     conversations: int = 600
-    held_out: int = 200
-    steps: int = 150
-    batch_size: int = 8
+    held_out: int = 150
+    steps: int = 600
+    batch_size: int = 4
     seeds: int = 3
     peak_rate: float = 6e-3
-    warmup_steps: int = 20
+    warmup_steps: int = 40
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,11 +107,18 @@ def extract_all(work: Path, setup: Setup) -> dict[str, Path]:
     if not chats.is_file():
         work.mkdir(parents=True, exist_ok=True)
         write_jsonl(chats, make_training(3, setup.conversations))
+        write_jsonl(work / "held_out.jsonl", make_held_out()[: setup.held_out])
     ours = extract(work / "nucleus_and_tail", chats)
     k = min(round(mean_entries(ours)), 255)
-    first = teacher_bytes(extract(work / f"top_{k}", chats, *top_k_options(k)))
-    fitted = min(max(round(k * teacher_bytes(ours) / first), 1), 255)
-    return {"ours": ours, "top_k": extract(work / f"top_{fitted}", chats, *top_k_options(fitted))}
+    tried = extract(work / "tried", chats, *top_k_options(k), "--limit", 100)
+    fitted = min(max(round(k * teacher_bytes(ours) / teacher_bytes(tried)), 1), 255)
+    top_k = extract(work / f"top_{fitted}", chats, *top_k_options(fitted))
+    held_out = work / "held_out.jsonl"
+    return {
+        "ours": ours,
+        "top_k": top_k,
+        "held_out": extract(work / "held_out", held_out, "--sampled-n", 0, "--top-p-max", 1),
+    }
 
 
 def top_k_options(k: int) -> list[object]:
@@ -113,7 +127,7 @@ def top_k_options(k: int) -> list[object]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 2 Arms
+# 2 Models, and the rival: sampling with replacement
 # ---------------------------------------------------------------------------------------------
 
 
@@ -145,22 +159,28 @@ def make_student(teacher: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
 def wanted_logits(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Return float32 logits (N, V) at the extracted positions, for the tokenizer's entries."""
     hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    flat = hidden.reshape(-1, hidden.shape[-1])[batch["teacher_positions"]]
+    flat = hidden.reshape(-1, hidden.shape[-1])[flat_positions(batch)]
     return model.lm_head(flat)[:, :VOCAB].float()
 
 
 def actual_tokens(batch: Batch) -> Tensor:
     """Return the tokens (N,) that the text holds at the extracted positions."""
-    return batch["labels"].reshape(-1)[batch["teacher_positions"] + 1]
+    return batch["labels"].reshape(-1)[flat_positions(batch) + 1]
 
 
-def sample_with_replacement(logits: Tensor, draws: int, batch: Batch) -> Batch:
-    """Return a batch whose teacher is the frequencies of draws from the dense one.
+def draws_for_bytes(probs: Tensor, target: float) -> int:
+    """Return how many draws from (N, V) probabilities fill `target` bytes a token on average."""
+    low, high = 1, 1 << 16
+    while high - low > 1:
+        middle = (low + high) // 2
+        distinct = -torch.expm1(middle * torch.log1p(-probs.clamp(max=1 - 1e-12))).sum(-1).mean()
+        low, high = (middle, high) if DRAW_BYTES * float(distinct) <= target else (low, middle)
+    return low
 
-    A conversation's draws are the same whenever it comes, as if they had been stored.
-    """
-    generator = torch.Generator().manual_seed(int(batch["index"].sum()))
-    drawn = torch.multinomial(logits.softmax(-1), draws, replacement=True, generator=generator)
+
+def draw_frequencies(probs: Tensor, draws: int, generator: torch.Generator) -> Row:
+    """Return the frequencies of draws with replacement from (N, V), as the columns of a row."""
+    drawn = torch.multinomial(probs, draws, replacement=True, generator=generator)
     drawn = drawn.sort(-1).values
     first = torch.ones_like(drawn, dtype=torch.bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
@@ -169,30 +189,39 @@ def sample_with_replacement(logits: Tensor, draws: int, batch: Batch) -> Batch:
     ids = torch.zeros_like(drawn).scatter_(1, group, drawn)
     width = int(group.max()) + 1
     counts, ids = counts[:, :width], ids[:, :width]
-    there = counts > 0
     return {
-        "teacher_positions": batch["teacher_positions"],
-        "teacher_ids": ids,
-        "teacher_log_probs": (counts.clamp(min=1) / draws).log(),
-        "teacher_log_weights": torch.zeros(ids.shape),
-        "teacher_mask": there,
-        "teacher_tail_mask": torch.zeros_like(there),
-        "teacher_log_rest": torch.full((ids.shape[0],), -27.0),
+        "teacher_ids": ids.numpy(),
+        "teacher_log_probs": (counts.clamp(min=1) / draws).log().numpy(),
+        "teacher_mask": (counts > 0).numpy(),
+        "teacher_tail_mask": np.zeros(ids.shape, np.bool_),
+        "teacher_log_rest": np.full(ids.shape[0], -27.0, np.float32),
     }
 
 
-def draws_for_bytes(teacher: LlamaForCausalLM, folder: Path, target: float) -> int:
-    """Return how many draws with replacement fill as many bytes, at 3 for each distinct token."""
-    rows = list(LogitIterableDataset(folder, seed=0, weigh=False))[:64]
-    with torch.no_grad():
-        probs = wanted_logits(teacher, collate_logits(rows)).double().softmax(-1)
-    low, high = 1, 1 << 16
-    while high - low > 1:
-        middle = (low + high) // 2
-        distinct = -torch.expm1(middle * torch.log1p(-probs.clamp(max=1 - 1e-12))).sum(-1).mean()
-        low, high = (middle, high) if 3 * float(distinct) <= target else (low, middle)
-    return low
+@torch.no_grad()
+def store_draws(teacher: LlamaForCausalLM, folder: Path, draws: int) -> dict[int, Row]:
+    """Return by conversation what sampling its teacher with replacement would have stored."""
+    stored = {}
+    for row in LogitIterableDataset(folder, seed=None, weigh=False):
+        probs = wanted_logits(teacher, collate_logits([row])).softmax(-1)
+        generator = torch.Generator().manual_seed(row["index"])
+        stored[row["index"]] = draw_frequencies(probs, draws, generator)
+    return stored
 
+
+@torch.no_grad()
+def count_draws(teacher: LlamaForCausalLM, folder: Path) -> int:
+    """Return how many draws of 64 conversations' teachers fill as many bytes as an output's."""
+    rows = [
+        row for row, _ in zip(LogitIterableDataset(folder, weigh=False), range(64), strict=False)
+    ]
+    probs = wanted_logits(teacher, collate_logits(rows)).double().softmax(-1)
+    return draws_for_bytes(probs, teacher_bytes(folder))
+
+
+# ---------------------------------------------------------------------------------------------
+# 3 Arms
+# ---------------------------------------------------------------------------------------------
 
 ARMS = {
     "text": "cross-entropy on the text",
@@ -205,36 +234,33 @@ ARMS = {
     "unbiased": "nucleus and tail, unbiased",
     "dense": "the dense teacher",
 }
+TAIL_OF = {"top-k": "ignore", "top-k, ghost": "ghost", "with replacement": "ignore"}
 
 
-def arm_loss(arm: str, logits: Tensor, batch: Batch, dense: Tensor | None, draws: int) -> Tensor:
-    """Return the training loss of one arm."""
+def arm_loss(arm: str, logits: Tensor, batch: Batch, dense: Tensor | None = None) -> Tensor:
+    """Return the training loss of one arm; `dense` is the teacher's logits for the dense one."""
     if arm == "text":
         return torch.nn.functional.cross_entropy(logits, actual_tokens(batch))
-    if arm == "dense":
-        assert dense is not None
+    if dense is not None:
         log_p = dense.log_softmax(-1)
         return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1).mean()
-    if arm == "with replacement":
-        assert dense is not None
-        batch, tail = sample_with_replacement(dense, draws, batch), "ignore"
-    elif arm.startswith("top-k"):
-        tail = "ghost" if arm.endswith("ghost") else "ignore"
-    else:
-        tail = arm
-    loss: Tensor = distillation_loss(logits, batch, tail=tail)
+    loss: Tensor = distillation_loss(logits, batch, tail=TAIL_OF.get(arm, arm))
     return loss
 
 
-def iter_batches(folder: Path, setup: Setup, seed: int) -> Iterator[Batch]:
-    """Yield the batches of as many epochs as the steps take."""
-    dataset: Any = LogitIterableDataset(folder, seed=seed)
+def iter_batches(
+    folder: Path, setup: Setup, seed: int, *, weigh: bool, stored: Mapping[int, Row] | None = None
+) -> Iterator[Batch]:
+    """Yield the batches of as many epochs as the steps take; `stored` replaces their teacher."""
+
+    def collate(rows: list[Row]) -> Batch:
+        return collate_logits([{**row, **(stored or {}).get(row["index"], {})} for row in rows])
+
+    dataset: Any = LogitIterableDataset(folder, seed=seed, weigh=weigh)
+    loader = torch.utils.data.DataLoader(dataset, setup.batch_size, collate_fn=collate)
     step = 0
     for epoch in range(setup.steps):
         dataset.set_epoch(epoch)
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_size=setup.batch_size, collate_fn=collate_logits
-        )
         for batch in loader:
             yield batch
             step += 1
@@ -243,41 +269,34 @@ def iter_batches(folder: Path, setup: Setup, seed: int) -> Iterator[Batch]:
 
 
 def train(
-    arm: str, folder: Path, teacher: LlamaForCausalLM, setup: Setup, *, seed: int, draws: int
-) -> tuple[LlamaForCausalLM, float]:
-    """Train a student; return it and its processor seconds per step, loading included."""
-    student = make_student(teacher, seed)
+    arm: str, student: LlamaForCausalLM, batches: Iterator[Batch], setup: Setup, teacher: Any
+) -> float:
+    """Train a student; return its processor seconds per step, loading included."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=setup.peak_rate, betas=(0.9, 0.95))
     started_s = time.process_time()
-    for step, batch in enumerate(iter_batches(folder, setup, seed)):
+    for step, batch in enumerate(batches):
         warm = min(1.0, (step + 1) / setup.warmup_steps)
         rate = setup.peak_rate * warm * 0.5 * (1 + np.cos(np.pi * step / setup.steps))
         optimizer.param_groups[0]["lr"] = rate
         dense = None
-        if arm in ("dense", "with replacement"):
+        if arm == "dense":
             with torch.no_grad():
                 dense = wanted_logits(teacher, batch)
-        loss = arm_loss(arm, wanted_logits(student, batch), batch, dense, draws)
-        loss.backward()
+        arm_loss(arm, wanted_logits(student, batch), batch, dense).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return student, (time.process_time() - started_s) / setup.steps
+    return (time.process_time() - started_s) / setup.steps
 
 
 # ---------------------------------------------------------------------------------------------
-# 3 Evaluation
+# 4 Evaluation
 # ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def held_out_logits(
-    teacher: LlamaForCausalLM, work: Path, setup: Setup
-) -> list[tuple[Batch, Tensor]]:
+def held_out_logits(teacher: LlamaForCausalLM, folder: Path) -> list[tuple[Batch, Tensor]]:
     """Return batches of held-out conversations with the dense teacher's log-probabilities."""
-    chats = work / "held_out.jsonl"
-    write_jsonl(chats, make_held_out()[: setup.held_out])
-    folder = extract(work / "held_out", chats, "--sampled-n", 0, "--top-p-max", 1)
     rows = list(LogitIterableDataset(folder, seed=None, weigh=False))
     batches = [collate_logits(rows[i : i + 16]) for i in range(0, len(rows), 16)]
     return [(batch, wanted_logits(teacher, batch).log_softmax(-1)) for batch in batches]
@@ -299,7 +318,7 @@ def evaluate(model: LlamaForCausalLM, held_out: Sequence[tuple[Batch, Tensor]]) 
         "kl": float(torch.cat(kl).mean()),
         "loss": float(torch.cat(loss).mean()),
         "calibration_error": calibration_error(torch.cat(sure).numpy(), torch.cat(right).numpy()),
-        "agreement": float(torch.cat(right).mean()),
+        "accuracy": float(torch.cat(right).mean()),
     }
 
 
@@ -311,38 +330,65 @@ def calibration_error(sure: np.ndarray, right: np.ndarray, bins: int = 15) -> fl
 
 
 # ---------------------------------------------------------------------------------------------
-# 4 Run, table, picture
+# 5 Run
 # ---------------------------------------------------------------------------------------------
 
 
-def run(work: Path, setup: Setup, arms: Sequence[str]) -> dict[str, Any]:
-    """Train and evaluate every arm with every seed; results are kept and not made twice."""
+@functools.cache
+def open_work(work: Path, setup: Setup) -> dict[str, Any]:
+    """Return what every arm needs: shards, teacher, held-out distributions, number of draws."""
     torch.set_num_threads(1)
-    teacher = load_teacher()
-    folders = extract_all(work, setup)
-    sizes = {name: teacher_bytes(folder) for name, folder in folders.items()}
-    draws = draws_for_bytes(teacher, folders["ours"], sizes["ours"])
-    held_out = held_out_logits(teacher, work, setup)
+    folders, teacher = extract_all(work, setup), load_teacher()
+    return {
+        "folders": folders,
+        "teacher": teacher,
+        "held_out": held_out_logits(teacher, folders["held_out"]),
+        "draws": count_draws(teacher, folders["ours"]),
+    }
+
+
+@functools.cache
+def stored_draws(work: Path, setup: Setup) -> dict[int, Row]:
+    """Return the rival's teacher of every conversation."""
+    made = open_work(work, setup)
+    return store_draws(made["teacher"], made["folders"]["ours"], made["draws"])
+
+
+def run_arm(work: Path, setup: Setup, arm: str, seed: int) -> dict[str, float]:
+    """Train and evaluate one student."""
+    made = open_work(work, setup)
+    folder = made["folders"]["top_k" if arm.startswith("top-k") else "ours"]
+    stored = stored_draws(work, setup) if arm == "with replacement" else None
+    batches = iter_batches(folder, setup, seed, weigh=arm == "unbiased", stored=stored)
+    student = make_student(made["teacher"], seed)
+    step_s = train(arm, student, batches, setup, made["teacher"])
+    return {**evaluate(student, made["held_out"]), "step_s": step_s}
+
+
+def run(work: Path, setup: Setup, arms: Sequence[str], jobs: int) -> dict[str, Any]:
+    """Train and evaluate every arm with every seed, several at a time; what is there is kept."""
+    made = open_work(work, setup)
     kept = work / "results.json"
     results: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
-    for seed in range(setup.seeds):
-        for arm in arms:
-            name = f"{arm}/{seed}"
-            if name in results:
-                continue
-            folder = folders["top_k" if arm.startswith("top-k") else "ours"]
-            student, step_s = train(arm, folder, teacher, setup, seed=seed, draws=draws)
-            results[name] = {**evaluate(student, held_out), "step_s": step_s}
+    pairs = [(arm, seed) for seed in range(setup.seeds) for arm in arms]
+    wanted = [(arm, seed) for arm, seed in pairs if f"{arm}/{seed}" not in results]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
+        running = {
+            pool.submit(run_arm, work, setup, *pair): "{}/{}".format(*pair) for pair in wanted
+        }
+        for done in as_completed(running):
+            results[running[done]] = done.result()
             kept.write_text(json.dumps(results))
-            print(name, {k: round(v, 4) for k, v in results[name].items()}, file=sys.stderr)
-    weights = make_student(teacher, 0).num_parameters() / teacher.num_parameters()
+            print(running[done], results[running[done]], file=sys.stderr)
+    sizes = {name: teacher_bytes(made["folders"][name]) for name in ("ours", "top_k")}
+    student = make_student(made["teacher"], 0)
     return {
         "arms": {arm: summarize(arm, results, setup, sizes) for arm in arms},
-        "teacher": evaluate(teacher, held_out),
-        "student_share": weights,
-        "k": int(folders["top_k"].name.removeprefix("top_")),
-        "draws": draws,
-        "bytes_per_token": sizes,
+        "teacher": evaluate(made["teacher"], made["held_out"]),
+        "student_share": student.num_parameters() / made["teacher"].num_parameters(),
+        "k": int(made["folders"]["top_k"].name.removeprefix("top_")),
+        "draws": made["draws"],
         **vars(setup),
         "machine": platform.machine(),
     }
@@ -368,17 +414,23 @@ def deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+# ---------------------------------------------------------------------------------------------
+# 6 Tables and picture
+# ---------------------------------------------------------------------------------------------
+
+FIGURES = {"kl": "held-out KL", "loss": "held-out loss", "calibration_error": "calibration error"}
+
+
 def print_table(report: Mapping[str, Any]) -> None:
     """Print the comparison as Markdown."""
-    print("| trained on | bytes/token | held-out KL | held-out loss | calibration error | s/step |")
+    print(f"| trained on | bytes/token | {' | '.join(FIGURES.values())} | s/step |")
     print("|---|---|---|---|---|---|")
     for arm, figures in report["arms"].items():
-        cells = [
-            f"{figures[name][0]:.4f} ± {figures[name][1]:.4f}"
-            for name in ("kl", "loss", "calibration_error")
-        ]
+        cells = [f"{figures[name][0]:.4f} ± {figures[name][1]:.4f}" for name in FIGURES]
         size = f"{figures['bytes_per_token']:,.0f}"
         print(f"| {ARMS[arm]} | {size} | {' | '.join(cells)} | {figures['step_s'][0]:.3f} |")
+    cells = [f"{report['teacher'][name]:.4f}" for name in FIGURES]
+    print(f"| (the teacher itself) | | {' | '.join(cells)} | |")
 
 
 def print_distance(report: Mapping[str, Any]) -> None:
@@ -392,47 +444,58 @@ def print_distance(report: Mapping[str, Any]) -> None:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draw held-out KL and loss of every arm."""
+    """Draw held-out KL, loss and calibration error of every arm."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     arms = list(report["arms"])[::-1]
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axes, name, title in zip(
-        panels, ("kl", "loss"), ("KL from the teacher", "loss on the text"), strict=True
-    ):
-        pairs = [report["arms"][arm][name] for arm in arms]
-        colours = ["#4269d0" if arm == "unbiased" else "#9aa5b1" for arm in arms]
-        axes.barh(
-            range(len(arms)), [p[0] for p in pairs], xerr=[p[1] for p in pairs], color=colours
-        )
-        low = min(p[0] for p in pairs)
-        axes.set_xlim(left=0.8 * low)
-        axes.set(xlabel="nats per held-out token", title=title)
+    colours = ["#4269d0" if arm == "unbiased" else "#9aa5b1" for arm in arms]
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    titles = ("KL from the teacher", "loss on the text", "calibration error")
+    units = ("nats per held-out token", "nats per held-out token", "probability")
+    for axes, name, title, unit in zip(panels, FIGURES, titles, units, strict=True):
+        means, errors = zip(*(report["arms"][arm][name] for arm in arms), strict=True)
+        axes.errorbar(means, range(len(arms)), xerr=errors, fmt="none", ecolor="#444", capsize=3)
+        axes.scatter(means, range(len(arms)), c=colours, s=45, zorder=3)
+        axes.set(xlabel=unit, title=title)
         axes.set_yticks(range(len(arms)), [ARMS[arm] for arm in arms])
+        axes.grid(axis="x", color="#ddd")
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 
 
 def print_bias(draws: int) -> None:
     """Print bias and deviation of every estimator as Markdown."""
-    from sparse_batches import ROWS, estimate, make_batch, teacher_row
+    from sparse_batches import ROWS, estimate, estimate_with_replacement, make_batch, teacher_row
 
-    print("| row | divergence | tail | true | bias | deviation | gradient off by |")
-    print("|---|---|---|---|---|---|---|")
+    print("| row | divergence | tail | true | bias | deviation | gradient: bias | deviation |")
+    print("|---|---|---|---|---|---|---|---|")
     for kind in ROWS:
         batch = make_batch(teacher_row(kind, 1_000).repeat(draws, 1))
-        for divergence in ("forward_kl", "jsd", "reverse_kl"):
-            for tail in ("unbiased", "renormalized", "ghost", "ignore"):
-                found = estimate(kind, divergence, tail, draws=draws, batch=batch)
-                error = 1.96 * found.deviation / draws**0.5
-                print(
-                    f"| {kind} | {divergence} | {tail} | {found.true:.4f} | "
-                    f"{found.bias:+.5f} ± {error:.5f} | {found.deviation:.5f} | "
-                    f"{found.gradient_bias:.1%} |"
-                )
+        found = {
+            (divergence, tail): estimate(kind, divergence, tail, draws=draws, batch=batch)
+            for divergence in ("forward_kl", "jsd", "reverse_kl")
+            for tail in ("unbiased", "renormalized", "ghost", "ignore")
+        }
+        entries = float(batch["teacher_mask"].sum() / draws)
+        for drawn in (24, draws_of(teacher_row(kind, 1_000), entries)):
+            name = f"{drawn} draws with replacement"
+            found["forward_kl", name] = estimate_with_replacement(kind, drawn, repeats=draws)
+        for (divergence, tail), made in found.items():
+            error = 1.96 * made.deviation / draws**0.5
+            print(
+                f"| {kind} | {divergence} | {tail} | {made.true:.4f} | "
+                f"{made.bias:+.5f} ± {error:.5f} | {made.deviation:.5f} | "
+                f"{made.gradient_bias:.1%} | {made.gradient_deviation:.1%} |"
+            )
+
+
+def draws_of(teacher: Tensor, entries: float) -> int:
+    """Return how many draws take the bytes of so many entries: 4.25 each and 25 for the token."""
+    return draws_for_bytes(teacher[None].double().softmax(-1), 4.25 * entries + 25)
 
 
 def main() -> None:
@@ -441,6 +504,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "demo" / "distill")
     parser.add_argument("--picture", type=Path, help="where to draw it (extra viz)")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=2, help="students trained at a time")
     for name, value in vars(Setup()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--bias", action="store_true", help="the estimators' table, no training")
@@ -450,12 +514,11 @@ def main() -> None:
         print_bias(args.draws)
         return
     setup = Setup(**{name: getattr(args, name) for name in vars(Setup())})
-    report = run(args.output, setup, args.arms)
+    report = run(args.output, setup, args.arms, args.jobs)
     print_table(report)
     if {"text", "dense"} <= set(args.arms):
         print_distance(report)
     if args.picture:
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(report, args.picture)
     print(json.dumps(report))
 

@@ -130,6 +130,7 @@ class Estimates:
     true_slope: float  # the gradient along one random direction
     slopes: np.ndarray  # (draws,)
     gradient_bias: float  # length of (mean gradient - true gradient) / length of the true one
+    gradient_deviation: float  # root mean square of the length of one gradient's distance to it
 
     @property
     def bias(self) -> float:
@@ -181,4 +182,39 @@ def estimate(
         true_slope=float(true_gradient @ way),
         slopes=(gradients @ way).numpy(),
         gradient_bias=float(off.norm() / true_gradient.norm()),
+        gradient_deviation=relative_distance(gradients, true_gradient),
+    )
+
+
+def relative_distance(gradients: Tensor, true: Tensor) -> float:
+    """Return the root mean square of the rows' distance from the truth, over its length."""
+    return float(((gradients - true).square().sum(-1).mean()).sqrt() / true.norm())
+
+
+def estimate_with_replacement(
+    kind: str, drawn: int, *, repeats: int = 2_000, vocab: int = 1_000, seed: int = 0
+) -> Estimates:
+    """Estimate the forward KL from draws of the whole distribution, as Anshumann et al. do.
+
+    What is trained is the cross-entropy with the draws' frequencies. The teacher's entropy, a
+    constant that frequencies do not tell, is subtracted here, so that the values compare.
+    """
+    teacher, student = teacher_row(kind, vocab).double(), student_row(teacher_row(kind, vocab))
+    log_p, log_q = teacher.log_softmax(-1), student.double().log_softmax(-1)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.multinomial(
+        log_p.exp().repeat(repeats, 1), drawn, replacement=True, generator=generator
+    )
+    values = -log_q[ids].mean(-1) + (log_p.exp() * log_p).sum()
+    shares = torch.zeros(repeats, vocab, dtype=torch.float64)
+    shares.scatter_add_(1, ids, torch.full(ids.shape, 1 / drawn, dtype=torch.float64))
+    gradients, true_gradient = log_q.exp() - shares, log_q.exp() - log_p.exp()
+    way = torch.randn(vocab, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return Estimates(
+        true=float((log_p.exp() * (log_p - log_q)).sum()),
+        values=values.numpy(),
+        true_slope=float(true_gradient @ way),
+        slopes=(gradients @ way).numpy(),
+        gradient_bias=float((gradients.mean(0) - true_gradient).norm() / true_gradient.norm()),
+        gradient_deviation=relative_distance(gradients, true_gradient),
     )

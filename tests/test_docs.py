@@ -125,9 +125,9 @@ def test_reasons_are_needed() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page: Path, small_demo: Path) -> None:
+def test_snippets_run(page: Path, small_demo: Path, tmp_path: Path) -> None:
     for snippet in code_blocks(page, "python"):
-        code = snippet.replace("demo/logits", str(small_demo))
+        code = snippet.replace("demo/logits", str(small_demo)).replace('"demo/', f'"{tmp_path}/')
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
             check=False,

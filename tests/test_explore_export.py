@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CHATS, ROOT, TEACHER, run_script
 from small_output import SETTINGS, random_rows, write_output
 
 from explore_logits import (
@@ -150,28 +147,3 @@ def test_distillkits_configuration_says_how_the_bytes_were_made(
     assert config["exact_dtype"] == "float32"
     assert config["residual_bins"] == "[]"
     assert config["delta_encoding"] == "false"
-
-
-def test_the_documented_examples_run(tmp_path: Path) -> None:
-    """Run every Python block of docs/distillation.md, in order, as one program."""
-    import subprocess
-
-    done = run_script(
-        "extract_logits.py",
-        *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24),
-        *("--store-tokens", "--cache-dir", tmp_path / "cache"),
-        *("--output", tmp_path / "demo" / "logits"),
-    )
-    assert done.code == 0, done.stderr
-    text = (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "teacher").symlink_to(ROOT / "tests" / "teacher")
-    program = tmp_path / "program.py"
-    program.write_text("\n".join(blocks), encoding="utf-8")
-    finished = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, cwd=tmp_path, check=False,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": ""},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr

@@ -213,9 +213,9 @@ def test_students_that_are_sure_or_wrong_give_finite_losses_and_gradients() -> N
 
 def test_an_empty_batch_costs_nothing() -> None:
     batch = make_batch(teacher_row("flat", 200)[None])
-    none: dict[str, Any] = {n: v[:0] for n, v in batch.items() if n.startswith("teacher")}
-    student = torch.zeros(1, 4, 200, requires_grad=True)
-    loss = distillation_loss(student, none)
+    none: dict[str, Any] = {n: v[:, :0] for n, v in batch.items() if n.startswith("teacher")}
+    student = torch.zeros(1, 2, 200, requires_grad=True)
+    loss = distillation_loss(student, {**batch, **none})
     loss.backward()
     assert float(loss.detach()) == 0
 

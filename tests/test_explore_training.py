@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +31,7 @@ from explore_logits import (
     collate_logits,
     dequantize_all_logits,
     distillation_loss,
+    flat_positions,
     get_sample,
     load_logit_dataset,
     open_text,
@@ -94,17 +97,47 @@ def test_a_batch_points_each_token_at_the_position_that_predicts_it(output: Path
     batch = collate_logits(rows, pad_id=7)
     count, longest = batch["input_ids"].shape
     assert (count, longest) == (5, max(row["input_ids"].size for row in rows))
-    predicted = batch["teacher_positions"] + 1
+    predicted = flat_positions(batch) + 1
     actual = torch.cat(
         [torch.from_numpy(row["input_ids"][row["teacher_positions"]]) for row in rows]
     )
     assert (batch["input_ids"].reshape(-1)[predicted] == actual).all()
     assert (batch["labels"].reshape(-1)[predicted] == actual).all()
-    assert (
-        int((batch["labels"] != -100).sum()) == predicted.numel() == batch["teacher_ids"].shape[0]
-    )
+    assert int((batch["labels"] != -100).sum()) == predicted.numel()
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 7).all()
     assert batch["teacher_ids"].dtype == torch.int64
+    there = batch["teacher_positions"] >= 0
+    assert there.sum(1).tolist() == [row["teacher_positions"].size for row in rows]
+    assert not batch["teacher_mask"][~there].any()
+    flat = batch["teacher_ids"][there]
+    assert (
+        flat == torch.cat([pad_entries(row["teacher_ids"], flat.shape[1]) for row in rows])
+    ).all()
+
+
+def pad_entries(ids: np.ndarray, width: int) -> torch.Tensor:
+    """Return ids (N, E) with zeros up to a width."""
+    return torch.from_numpy(np.pad(ids, ((0, 0), (0, width - ids.shape[1]))))
+
+
+@pytest.mark.parametrize("tail", ["unbiased", "ghost"])
+def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(
+    output: Path, tail: str
+) -> None:
+    rows = list(LogitIterableDataset(output, seed=None))[:6]
+    whole = collate_logits(rows)
+    logits = torch.randn(
+        *whole["input_ids"].shape, STORED["vocab_size"], generator=torch.Generator().manual_seed(1)
+    )
+    each = distillation_loss(logits, whole, tail=tail, reduction="none")
+    pieces = [
+        distillation_loss(
+            logits[part], {k: v[part] for k, v in whole.items()}, tail=tail, reduction="none"
+        )
+        for part in (slice(0, 2), slice(2, 6))
+    ]
+    torch.testing.assert_close(torch.cat(pieces), each)
+    assert each.numel() == sum(row["teacher_positions"].size for row in rows)
 
 
 def test_without_a_seed_rows_come_in_the_order_of_the_output(output: Path) -> None:
@@ -203,14 +236,160 @@ def test_a_pass_that_was_broken_off_is_not_continued_unasked(output: Path) -> No
     assert indices(dataset) == whole
 
 
-def test_a_state_of_another_seed_or_of_more_workers_is_refused(output: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"seed": 1}, "seed 2, this is 1"),
+        ({"rank": 1, "world_size": 2}, "rank 0, this is 1"),
+        ({"world_size": 2}, "world_size 1, this is 2"),
+    ],
+)
+def test_a_state_of_another_division_is_refused(
+    output: Path, options: dict[str, Any], named: str
+) -> None:
+    first: Any = LogitIterableDataset(output, seed=2)
+    other: Any = LogitIterableDataset(output, **{"seed": 2, **options})
+    with pytest.raises(LogitsError, match=named):
+        other.load_state_dict(first.state_dict())
+
+
+def test_a_state_of_an_output_that_has_grown_is_refused(output: Path, tmp_path: Path) -> None:
+    state = LogitIterableDataset(output).state_dict()
+    more = write_output(tmp_path / "more", random_rows(30, settings=STORED), settings=STORED)
+    with pytest.raises(LogitsError, match="dataset_rows 20, this is 30"):
+        LogitIterableDataset(more).load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_state_of_another_number_of_workers_is_refused(output: Path, workers: int) -> None:
     dataset: Any = LogitIterableDataset(output, seed=2)
-    state = dataset.state_dict(batches=4, batch_size=2, num_workers=3)
-    with pytest.raises(LogitsError, match="seed 2"):
-        LogitIterableDataset(output, seed=1).load_state_dict(state)
-    dataset.load_state_dict(state)
-    with pytest.raises(LogitsError, match="3 or more workers"):
-        next(iter(dataset))
+    dataset.load_state_dict(dataset.state_dict(batches=4, batch_size=2, num_workers=3))
+    loader: Any = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate_logits)
+    with pytest.raises(LogitsError, match=f"3 workers, there are {workers}"):
+        next(iter(loader))
+
+
+def test_with_workers_a_state_without_the_batches_is_refused(output: Path) -> None:
+    dataset: Any = LogitIterableDataset(output, seed=2)
+    loader: Any = DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=collate_logits)
+    next(iter(loader))
+    with pytest.raises(LogitsError, match="give state_dict the loader's batches"):
+        dataset.state_dict()
+    dataset.set_epoch(1)
+    assert dataset.state_dict()["rows"] == {}, "an epoch's start is known"
+
+
+def test_a_state_is_used_once_even_by_workers_that_live_on(output: Path) -> None:
+    dataset: Any = LogitIterableDataset(output, seed=2)
+    dataset.load_state_dict(dataset.state_dict(batches=4, batch_size=2, num_workers=2))
+    loader: Any = DataLoader(
+        dataset, batch_size=2, num_workers=2, collate_fn=collate_logits, persistent_workers=True
+    )
+    assert len(loader_indices(loader)) == 12
+    assert sorted(loader_indices(loader)) == list(range(20))
+    dataset.load_state_dict(dataset.state_dict(batches=4, batch_size=2, num_workers=2))
+    assert len(loader_indices(loader)) == 12, "and such workers see the next state"
+
+
+class FakeWorker:
+    """What `get_worker_info` says inside a worker."""
+
+    def __init__(self, number: int, count: int) -> None:
+        self.id, self.num_workers = number, count
+
+
+def test_inside_workers_states_work_as_a_stateful_data_loader_calls_them(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, given, left = [], [], []
+    for number in range(2):
+        monkeypatch.setattr(
+            torch.utils.data, "get_worker_info", lambda number=number: FakeWorker(number, 2)
+        )
+        whole += indices(LogitIterableDataset(output, seed=2))
+        dataset: Any = LogitIterableDataset(output, seed=2)
+        rows = iter(dataset)
+        given += [next(rows)["index"] for _ in range(3 + number)]
+        again: Any = LogitIterableDataset(output, seed=2)
+        again.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+        left += indices(again)
+    assert sorted(whole) == sorted(given + left) == list(range(20))
+
+
+def prepare(dataset: Any, **options: Any) -> Any:
+    """Return a loader as accelerate prepares it, for one process."""
+    from accelerate.data_loader import prepare_data_loader
+
+    loader: Any = DataLoader(dataset, batch_size=3, collate_fn=collate_logits)
+    return prepare_data_loader(
+        loader, device=torch.device("cpu"), put_on_device=True,
+        **{"num_processes": 1, "process_index": 0, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dispatch", [None, False])
+def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: bool | None) -> None:
+    dataset: Any = LogitIterableDataset(output, seed=2)
+    plain: Any = DataLoader(dataset, batch_size=3, collate_fn=collate_logits)
+    loader = prepare(dataset, dispatch_batches=dispatch)
+    for found, wanted in zip(loader, plain, strict=True):
+        assert found.keys() == wanted.keys()
+        assert all((found[name] == wanted[name]).all() for name in wanted)
+    loader.set_epoch(1)
+    assert dataset.epoch == 1
+
+
+def test_accelerate_divides_rows_among_processes_when_the_dataset_does_not(output: Path) -> None:
+    seen: Counter[int] = Counter()
+    for rank in range(2):
+        dataset = LogitIterableDataset(output, seed=2, rank=0, world_size=1)
+        loader = prepare(dataset, dispatch_batches=False, num_processes=2, process_index=rank)
+        seen.update(loader_indices(loader))
+    assert set(seen) == set(range(20)), "20 rows fill 3 rounds of 6, and the last is filled up"
+
+
+def test_under_accelerate_ranks_are_not_taken_from_the_environment(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import PartialState
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": 2})
+    with pytest.raises(LogitsError, match="divides the rows of a loader"):
+        next(iter(LogitIterableDataset(output)))
+    with pytest.raises(LogitsError, match="divides the rows of a loader"):
+        pickle.dumps(LogitIterableDataset(output))
+    assert len(indices(LogitIterableDataset(output, rank=1, world_size=2))) == 10
+
+
+def test_torchdatas_loader_goes_on_from_its_own_state(output: Path) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make() -> Any:
+        return stateful.StatefulDataLoader(
+            LogitIterableDataset(output, seed=2),
+            batch_size=3, num_workers=2, collate_fn=collate_logits,
+        )  # fmt: skip
+
+    whole = loader_indices(make())
+    loader = make()
+    given = loader_indices(itertools.islice(loader, 3))
+    again = make()
+    again.load_state_dict(loader.state_dict())
+    assert given + loader_indices(again) == whole
+
+
+def test_workers_that_are_spawned_read_and_render_as_this_process_does(extracted: Path) -> None:
+    dataset: Any = LogitIterableDataset(extracted, seed=1)
+    loader: Any = DataLoader(
+        dataset, batch_size=6, num_workers=1, collate_fn=collate_logits,
+        multiprocessing_context="spawn",
+    )  # fmt: skip
+    here: Any = DataLoader(dataset, batch_size=6, collate_fn=collate_logits)
+    for found, wanted in zip(loader, here, strict=True):
+        assert found.keys() == wanted.keys()
+        assert all((found[name] == wanted[name]).all() for name in wanted)
 
 
 def test_a_dataset_travels_to_a_process_that_was_started_anew(output: Path) -> None:
@@ -226,10 +405,27 @@ def test_long_conversations_are_cut_with_their_teacher(output: Path) -> None:
         size = row["input_ids"].size
         assert size <= 6
         kept = row["teacher_positions"].size
-        assert 0 < kept == row["teacher_ids"].shape[0] == row["teacher_log_rest"].size
-        assert row["teacher_positions"].max() < size
+        assert kept == row["teacher_ids"].shape[0] == row["teacher_log_rest"].size
+        assert row["teacher_positions"].max(initial=0) < size
+        positions = whole[row["index"]]["teacher_positions"]
+        assert kept == (positions < size).sum()
         np.testing.assert_array_equal(row["input_ids"], whole[row["index"]]["input_ids"][:size])
-    assert not list(LogitIterableDataset(output, max_seq_len=3)), "prompts alone teach nothing"
+
+
+def test_a_conversation_cut_before_its_first_extracted_token_stays_and_costs_nothing(
+    output: Path,
+) -> None:
+    rows = list(LogitIterableDataset(output, max_seq_len=2))
+    assert len(rows) == 20, "ranks and batches are counted in rows"
+    empty = [row for row in rows if row["teacher_positions"].size == 0]
+    assert empty
+    batch = collate_logits(empty)
+    logits = torch.zeros(*batch["input_ids"].shape, 300, requires_grad=True)
+    loss = distillation_loss(logits, batch)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
 
 
 def test_tokens_that_are_not_stored_are_rendered_again(extracted: Path) -> None:
@@ -261,7 +457,11 @@ def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: 
                 logits, batch, divergence=divergence, tail=tail, reduction="none"
             )
             assert float(each.abs().max()) < 1e-3, (divergence, tail)
-    shifted = {**batch, "teacher_positions": batch["teacher_positions"] - 1}
+    shifted = dict(batch)
+    assert (batch["teacher_positions"][:, 0] > 0).all()
+    shifted["teacher_positions"] = torch.where(
+        batch["teacher_positions"] < 0, -1, batch["teacher_positions"] - 1
+    )
     assert float(distillation_loss(logits, shifted, tail="ghost")) > 1, "an offset would be seen"
 
 
@@ -304,3 +504,76 @@ def test_the_names_are_there_without_torch_and_using_them_says_what_is_missing()
     )  # fmt: skip
     assert done.stdout.count("torch is needed for this") == 2
     assert {"LogitIterableDataset", "distillation_loss"} <= set(explore_logits.__all__)
+
+
+def load_example(name: str) -> Any:
+    """Import a program of docs/examples."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    """Run a program of docs/examples in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    load_example(name).main()
+
+
+def test_the_plain_loop_learns_and_goes_on_with_the_next_batch(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run_example("plain_loop", monkeypatch, extracted, "--steps", 8)
+    whole = capsys.readouterr().out.splitlines()
+    place = tmp_path / "student.pt"
+    for steps in (3, 5):  # the epoch ends after 6
+        run_example("plain_loop", monkeypatch, extracted, "--steps", steps, "--checkpoint", place)
+    parts = capsys.readouterr().out.splitlines()
+    told = [[line.partition("epoch")[2] for line in lines] for lines in (whole, parts)]
+    assert told[0] == told[1]
+    losses = [float(line.split()[-1]) for line in whole]
+    assert [line.split()[3] for line in whole] == ["0"] * 6 + ["1"] * 2
+    assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.3
+
+
+def test_the_trainer_takes_the_same_step_whether_it_accumulates_or_not(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from safetensors.torch import load_file
+
+    students = []
+    for size, accumulate in ((8, 1), (4, 2), (2, 4)):
+        folder = tmp_path / f"{size}"
+        run_example(
+            "trainer", monkeypatch, extracted, "--steps", 1, "--batch-size", size,
+            "--accumulate", accumulate, "--save", folder,
+        )  # fmt: skip
+        students.append(load_file(folder / "model.safetensors"))
+    for other in students[1:]:
+        far = [float((other[name] - students[0][name]).abs().max()) for name in other]
+        assert max(far) < 2e-4, "Adam's first step is 3e-3 long; a wrong divisor would not show"
+    losses = re.findall(r"'loss': '?([0-9.]+)", capsys.readouterr().out)
+    assert len(losses) == 3
+    assert max(map(float, losses)) - min(map(float, losses)) < 0.01, "but it shows in the loss"
+    run_example("plain_loop", monkeypatch, extracted, "--steps", 2)
+    by_batch = [float(x) for x in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
+    assert min(by_batch) - 0.05 < float(losses[0]) < max(by_batch) + 0.05
+
+
+@pytest.mark.slow
+def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *(ROOT / "docs" / "examples" / "trainer.py", extracted, "--steps", "8"),
+            *("--save", tmp_path / "student"),
+        ],
+        capture_output=True, text=True, cwd=ROOT, check=False, timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", done.stdout)]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
