@@ -3588,7 +3588,10 @@ class Destination(Protocol):
         """Tell whether it is there, and readable."""
 
     def open(self) -> None:
-        """Create it where it does not exist, and make sure that it can be written."""
+        """Make sure that it can be written, or made."""
+
+    def create(self) -> None:
+        """Make it where it does not exist, before the first commit."""
 
     def turn(self) -> contextlib.AbstractContextManager[None]:
         """Hold off other workers from listing to commit, where a commit would not notice them."""
@@ -3626,6 +3629,9 @@ class FolderDestination:
             nearest = nearest_folder(self.folder / "data", flag="--output")
             if not os.access(nearest, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, f"no right to write in {nearest}")
+
+    def create(self) -> None:
+        """Leave that to the first commit."""
 
     def list_files(self) -> dict[str, ListedFile]:
         with storage_errors(self.name):
@@ -3716,6 +3722,7 @@ class HubDestination:
         self._private = private
         self._api = HfApi(endpoint=endpoint, token=token)
         self._head: str | None = None
+        self._there = True  # as far as is known
 
     def exists(self) -> bool:
         return self._find() is not None
@@ -3731,17 +3738,18 @@ class HubDestination:
                 return None
 
     def open(self) -> None:
-        """Create the repository, or make sure that the token may write to it.
+        """Make sure that the token may write to the repository; `create` makes one.
 
         Raises:
             ConfigError: `--private`, but it exists and is public.
         """
         info = self._find()
+        self._there = info is not None
         with hub_errors(self.name):
+            if info is None and self._api.token is False:
+                raise HubError(explain_status(401, self.name))
             if info is None:
-                self._api.create_repo(
-                    self.name, repo_type="dataset", private=self._private, exist_ok=True
-                )
+                self._api.whoami()  # refuses a token that is none
                 return
             self._api.auth_check(self.name, repo_type="dataset", write=True)
         if self._private and not info.private:
@@ -3750,6 +3758,16 @@ class HubDestination:
                 "leave out --private"
             )
 
+    def create(self) -> None:
+        """Create the repository where it does not exist."""
+        if self._there:
+            return
+        with hub_errors(self.name):
+            self._api.create_repo(
+                self.name, repo_type="dataset", private=self._private, exist_ok=True
+            )
+        self._there = True
+
     def turn(self) -> contextlib.AbstractContextManager[None]:
         """Hold off nobody: a commit on another parent than the one listed is refused."""
         return contextlib.nullcontext()
@@ -3757,6 +3775,8 @@ class HubDestination:
     def list_files(self) -> dict[str, ListedFile]:
         from huggingface_hub.hf_api import RepoFile
 
+        if not self._there:
+            return {}
         with hub_errors(self.name):
             head = self._api.repo_info(self.name, repo_type="dataset").sha
             tree = self._api.list_repo_tree(
@@ -3950,17 +3970,19 @@ def open_destination(
     return HubDestination(output, private=private, endpoint=endpoint, token=token)
 
 
-def read_recorded_settings(output: str) -> dict[str, Any]:
+def read_recorded_settings(output: str, *, stop: Stop | None = None) -> dict[str, Any]:
     """Return extraction_config.json of an output, {} when there is none that can be read.
 
     Raises:
         HubError: the output refused or was out of reach.
     """
     destination = open_destination(output)
-    if not retry(destination.exists) or CONFIG_FILE not in retry(destination.list_files):
+    if not retry(destination.exists, stop=stop):
+        return {}
+    if CONFIG_FILE not in retry(destination.list_files, stop=stop):
         return {}
     try:
-        settings = json.loads(retry(lambda: destination.read(CONFIG_FILE)))
+        settings = json.loads(retry(lambda: destination.read(CONFIG_FILE), stop=stop))
     except ValueError:
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -3979,9 +4001,28 @@ def cache_key(
     return f"{label}-{digest}{worker}"
 
 
-def retry(
-    request: Callable[[], T], *, stop: threading.Event | None = None, further_tries: int = 0
-) -> T:
+class Stop(Protocol):
+    """What ends waiting: a `threading.Event`, or a signal seen by `PolledStop`."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float) -> object: ...
+
+
+class PolledStop:
+    """Asks again and again whether to stop, since a signal handler must not set an event."""
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.is_set = stopping
+
+    def wait(self, timeout: float) -> None:
+        """Wait for so many seconds, or until told to stop."""
+        end = time.monotonic() + timeout
+        while not self.is_set() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+
+def retry(request: Callable[[], T], *, stop: Stop | None = None, further_tries: int = 0) -> T:
     """Return what the request returns, trying again with growing waits while it can pass.
 
     Raises:
@@ -4037,7 +4078,7 @@ def read_listed_notes(
     size: int,
     *,
     footer_bytes: int | None = None,
-    stop: threading.Event | None = None,
+    stop: Stop | None = None,
 ) -> ShardNotes:
     """Read the notes of a listed shard: its footer, or its `index` column if a stranger wrote it.
 
@@ -4159,7 +4200,7 @@ class OutputState:
 
 
 def read_checkpoints(
-    destination: Destination, state: OutputState, *, stop: threading.Event | None = None
+    destination: Destination, state: OutputState, *, stop: Stop | None = None
 ) -> dict[str, tuple[ShardRecord, Checkpoint]]:
     """Return the records of listed shards that agree with the listing, and whose they are.
 
@@ -4207,7 +4248,7 @@ def learn_shards(
     names: Sequence[str],
     *,
     keep_ids: bool = False,
-    stop: threading.Event | None = None,
+    stop: Stop | None = None,
 ) -> None:
     """Add to `state` which conversations some listed shards hold.
 
@@ -4249,14 +4290,16 @@ def learn_shards(
             state.settings.append(notes.settings)
 
 
-def read_output(destination: Destination, *, keep_ids: bool = False) -> OutputState:
+def read_output(
+    destination: Destination, *, keep_ids: bool = False, stop: Stop | None = None
+) -> OutputState:
     """List the output and read which conversations its shards hold.
 
     Raises:
         HubError: the output is out of reach, or lists a shard that is not complete.
     """
-    state = OutputState(retry(destination.list_files))
-    learn_shards(destination, state, state.shards(), keep_ids=keep_ids)
+    state = OutputState(retry(destination.list_files, stop=stop))
+    learn_shards(destination, state, state.shards(), keep_ids=keep_ids, stop=stop)
     return state
 
 
@@ -4492,8 +4535,9 @@ class StreamingHFUploader:
             key = cache_key(output, rank=rank, world_size=world_size, endpoint=endpoint)
             self._cache = ShardCache(cache_dir, key)
             undo.callback(self._cache.close)
-            retry(self._destination.open)
-            self._state = read_output(self._destination, keep_ids=world_size > 1)
+            stop = PolledStop(stopping)
+            retry(self._destination.open, stop=stop)
+            self._state = read_output(self._destination, keep_ids=world_size > 1, stop=stop)
             self._begin(resume=resume, force_restart=force_restart)
             undo.pop_all()
         self._writer = self._open_writer()
@@ -4579,6 +4623,14 @@ class StreamingHFUploader:
                 self._taken.update(indices)
             else:
                 self._cache.make_pending(shard)
+
+    def create_output(self) -> None:
+        """Create the Hub repository where it does not exist; without it the first upload does.
+
+        Raises:
+            HubError: the Hub refused or was out of reach.
+        """
+        retry(self._destination.create, stop=PolledStop(self._stopping))
 
     # -- rows in
 
@@ -4801,6 +4853,7 @@ class StreamingHFUploader:
         can add others before the commit: a folder has turns, and the Hub refuses a commit on
         another parent than the one looked at.
         """
+        self._destination.create()
         with self._destination.turn():
             others_count = final and self._world_size > 1  # for the card
             if self._in_doubt or others_count or not self._destination.detects_changes:
@@ -5106,9 +5159,9 @@ class Job:
     schema: pa.Schema
 
 
-def open_job(config: ExtractionConfig) -> Job:
+def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
     """Open tokenizer, template and source, and refuse what cannot work before it costs time."""
-    config, dataset_revision = pin_revisions(config)
+    config, dataset_revision = pin_revisions(config, stop=stop)
     tokenizer = load_tokenizer(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -5145,14 +5198,16 @@ def open_job(config: ExtractionConfig) -> Job:
     return Job(config, source, encoder, vocab_size, settings, schema)
 
 
-def pin_revisions(config: ExtractionConfig) -> tuple[ExtractionConfig, str | None]:
+def pin_revisions(
+    config: ExtractionConfig, *, stop: Stop | None = None
+) -> tuple[ExtractionConfig, str | None]:
     """Hold a run to one commit of model and source, a resumed one to those that it began with.
 
     Returns:
         The configuration with the model's commit as its revision, and the commit of the source;
         for local files, and where nobody knows it, what was asked for and None.
     """
-    recorded = read_recorded_settings(config.output) if config.resume else {}
+    recorded = read_recorded_settings(config.output, stop=stop) if config.resume else {}
     revision, dataset_revision = config.revision, None
     if revision is None and recorded.get("model") == config.model:
         revision = recorded.get("model_revision")
@@ -5243,34 +5298,44 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
 
 def run_alone(config: ExtractionConfig) -> dict[str, Any]:
     """Run the job as the only process that reads and writes."""
-    started = time.monotonic()
     with GracefulInterrupt() as interrupt:
-        job = open_job(config)
-        if config.verify_mask and not confirm_masks(job):
-            raise ConfigError("stopped at --verify-mask: nothing was extracted")
-        if config.plan:
-            return plan_until(job, interrupt)
-        uploader = open_uploader(job, stopping=lambda: interrupt.stopping)
-        deadline = TimedShutdown(
-            config.max_runtime_minutes,
-            elapsed_s=process_age_s(),
-            upload_s=uploader.expected_upload_s,
-        )
         try:
-            uploader.load_pending_into_buffer()
-            run = Extraction(
-                job,
-                uploader,
-                lambda: interrupt.stopping or deadline.due(),
-                begin_step=deadline.begin_step,
-            )
-            complete = run.extract()
-            if complete or not interrupt.stopping:
-                uploader.flush(final=True)
-            else:
-                uploader.save_pending_locally()
-        finally:
-            uploader.shutdown()
+            return run_until(config, interrupt)
+        except OutOfReachError:  # a signal ends the waiting for the Hub
+            if not interrupt.stopping:
+                raise
+            return {"output": config.output, "exit_code": interrupt.exit_code}
+
+
+def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[str, Any]:
+    """Extract until all is done, the time is over or a signal comes; return the summary."""
+    started = time.monotonic()
+    job = open_job(config, stop=PolledStop(lambda: interrupt.stopping))
+    if config.verify_mask and not confirm_masks(job):
+        raise ConfigError("stopped at --verify-mask: nothing was extracted")
+    if config.plan:
+        return plan_until(job, interrupt)
+    uploader = open_uploader(job, stopping=lambda: interrupt.stopping)
+    deadline = TimedShutdown(
+        config.max_runtime_minutes,
+        elapsed_s=process_age_s(),
+        upload_s=uploader.expected_upload_s,
+    )
+    try:
+        uploader.load_pending_into_buffer()
+        run = Extraction(
+            job,
+            uploader,
+            lambda: interrupt.stopping or deadline.due(),
+            begin_step=deadline.begin_step,
+        )
+        complete = run.extract()
+        if complete or not interrupt.stopping:
+            uploader.flush(final=True)
+        else:
+            uploader.save_pending_locally()
+    finally:
+        uploader.shutdown()
     stored = uploader.summary()
     code = exit_code(stored, complete, interrupt.signal)
     return run.summary(stored, code, time.monotonic() - started)
@@ -5343,6 +5408,9 @@ class RowSink(Protocol):
 
     def get_resume_info(self) -> ResumeInfo:
         """Tell which rows are there already."""
+
+    def create_output(self) -> None:
+        """Make room for rows that are about to come."""
 
     def add_sample(self, rows: pa.Table) -> None:
         """Take finished rows."""
@@ -5444,6 +5512,7 @@ class Extraction:
         if done.all():
             return
         if self.teacher is None:
+            self.uploader.create_output()  # not before the conversations are known to be usable
             self.teacher = load_teacher(self.job.config, vocab_size=self.job.vocab_size)
             self.begin_step()
         sampler = self.plan_batches(prepared, done)
@@ -5630,6 +5699,9 @@ class RowKeeper:
 
     def __init__(self) -> None:
         self.tables: list[pa.Table] = []
+
+    def create_output(self) -> None:
+        """Nothing is written."""
 
     def get_resume_info(self) -> ResumeInfo:
         """Tell that there is no row yet."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -390,7 +392,9 @@ def test_resume_reads_under_a_megabyte_of_four_shards_of_40_mb(
 def test_resume_reads_only_two_small_columns_of_a_stranger_s_shards(
     hub: LoopbackHub, open_uploader: Opener, tmp_path: Path
 ) -> None:
-    open_uploader().shutdown()
+    uploader = open_uploader()
+    uploader.create_output()
+    uploader.shutdown()
     rows = make_rows(range(200), tokens=500, measured=False)
     pq.write_table(rows, tmp_path / "part.parquet", row_group_size=64)
     data = (tmp_path / "part.parquet").read_bytes()
@@ -540,3 +544,40 @@ def test_a_refused_upload_ends_in_exit_code_4_and_the_next_run_delivers(
     assert done.summary["rows"] == 6
     assert sum(listed(hub).values()) == 6
     assert hub.token not in done.stdout + done.stderr
+
+
+def test_a_repository_is_created_once_there_is_something_to_store(
+    hub: LoopbackHub, open_uploader: Opener
+) -> None:
+    open_uploader().shutdown()
+    assert not requests(hub, r"POST /api/repos/create")
+    uploader = open_uploader()
+    uploader.create_output()
+    assert hub.files(REPO)
+    uploader.shutdown()
+    finish(open_uploader(resume=True), 0, 15)
+    assert listed(hub) == Counter(range(15))
+
+
+def test_a_signal_ends_the_waiting_for_a_dead_hub(
+    monkeypatch: pytest.MonkeyPatch, open_uploader: Opener
+) -> None:
+    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (60,))
+    stopping = threading.Event()
+    threading.Timer(1.0, stopping.set).start()
+    started = time.monotonic()
+    with pytest.raises(extract_logits.OutOfReachError):
+        open_uploader(endpoint="http://127.0.0.1:9", stopping=stopping.is_set)
+    assert time.monotonic() - started < 20
+
+
+def test_a_run_that_waits_for_a_dead_hub_ends_with_the_signals_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (60,))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    argv = ["--model", TEACHER, "--dataset", CHATS, "--output", REPO, "--resume"]
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    assert extract_logits.main([str(arg) for arg in argv]) == 130
+    assert json.loads(capsys.readouterr().out) == {"output": REPO, "exit_code": 130}
