@@ -419,19 +419,27 @@ class RowEncoder:
     def encode(self, row: Mapping[str, Any], index: int) -> EncodedRow | SkippedRow:
         """Render, tokenize and align one conversation; one that cannot be used says why."""
         try:
-            encoded = encode_row(
-                row,
-                self.columns,
-                self.tokenizer,
-                chat_template=self.chat_template,
-                include_think=self.include_think,
-                include_end=self.include_end,
-            )
+            encoded = self.align(row)
         except ConversationError as error:
             return SkippedRow(index, error.reason, str(error))
         if self.max_seq_len is not None and encoded.input_ids.size > self.max_seq_len:
             return too_long(index, encoded.input_ids.size, self.max_seq_len)
         return EncodedRow(index, encoded.input_ids, encoded.token_positions)
+
+    def align(self, row: Mapping[str, Any]) -> EncodedConversation:
+        """Return a conversation with its text and the tokens to extract, however long it is.
+
+        Raises:
+            ConversationError: it cannot be used.
+        """
+        return encode_row(
+            row,
+            self.columns,
+            self.tokenizer,
+            chat_template=self.chat_template,
+            include_think=self.include_think,
+            include_end=self.include_end,
+        )
 
 
 def too_long(index: int, length: int, max_seq_len: int) -> SkippedRow:
@@ -673,10 +681,15 @@ def read_source_indices(source: Any, columns: ConversationColumns) -> npt.NDArra
     outside = np.flatnonzero((ids < -INDEX_LIMIT) | (ids >= INDEX_LIMIT))
     if outside.size:
         source_id({column: int(ids[outside[0]])}, int(outside[0]), columns)
+    check_unique(ids, column)
+    return ids.astype(np.int64)
+
+
+def check_unique(ids: npt.NDArray[Any], column: str) -> None:
+    """Raise DataError at the lowest id that occurs more than once."""
     unique, counts = np.unique(ids, return_counts=True)
     if unique.size < ids.size:
         raise repeated_index(int(unique[counts > 1][0]), column)
-    return ids.astype(np.int64)
 
 
 def repeated_index(value: int, column: str) -> DataError:
@@ -1046,9 +1059,8 @@ def scan_stream(
         if config.subject_col is not None:
             groups.append(sys.intern(group_name(row.get(config.subject_col))))
     indices = np.frombuffer(ids, np.int64)
-    unique, counts = np.unique(indices, return_counts=True)
-    if columns.index is not None and unique.size < indices.size:
-        raise repeated_index(int(unique[counts > 1][0]), columns.index)
+    if columns.index is not None:
+        check_unique(indices, columns.index)
     return indices, None if config.subject_col is None else groups
 
 
@@ -1056,14 +1068,9 @@ def pick_rows(
     source: Any, numbers: npt.NDArray[np.int64], indices: npt.NDArray[np.int64]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield (index, row) of the rows of a stream with these numbers, which must ascend."""
-    wanted = zip(numbers.tolist(), indices.tolist(), strict=True)
-    next_number, index = next(wanted, (-1, 0))
-    for number, row in enumerate(source):
-        if number == next_number:
-            yield index, row
-            next_number, index = next(wanted, (-1, 0))
-        if next_number < 0:
-            return
+    rows = enumerate(source)
+    for wanted, index in zip(numbers.tolist(), indices.tolist(), strict=True):
+        yield index, next(row for number, row in rows if number == wanted)
 
 
 STREAM_WINDOW = 2048  # rows of a stream that are sorted into batches together
@@ -1089,7 +1096,7 @@ def prepare_windows(
     encoded = itertools.chain.from_iterable(
         run_ahead(
             functools.partial(encode_rows, encoder),
-            chunk_rows(stream_share(config, source, encoder), MEASURE_ROWS),
+            chunk_rows(stream_share(config, source, encoder, should_stop), MEASURE_ROWS),
             processes=worker_processes(config.limit or STREAM_WINDOW),
             should_stop=should_stop,
         )
@@ -1098,8 +1105,22 @@ def prepare_windows(
         yield keep_window(window)
 
 
+@dataclass(frozen=True)
+class StoppableRows:
+    """The rows of a stream, which may take hours to pass over, until the run is told to stop."""
+
+    source: Any
+    should_stop: Callable[[], bool]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for row in self.source:
+            if self.should_stop():
+                raise StopRequested
+            yield row
+
+
 def stream_share(
-    config: ExtractionConfig, source: Any, encoder: RowEncoder
+    config: ExtractionConfig, source: Any, encoder: RowEncoder, should_stop: Callable[[], bool]
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield (index, row) of this worker's part of the selected rows, with the columns it uses."""
     names = source_columns(source)
@@ -1108,7 +1129,7 @@ def stream_share(
     used = encoder.columns.needed() | {config.subject_col}
     if source.column_names is not None:  # what is not decoded costs no time
         source = source.select_columns([name for name in names if name in used])
-    for index, row in stream_rows(config, source, encoder.columns):
+    for index, row in stream_rows(config, StoppableRows(source, should_stop), encoder.columns):
         if worker_of(np.asarray([index]), config.world_size or 1)[0] == (config.rank or 0):
             yield index, {name: value for name, value in row.items() if name in used}
 
@@ -3086,15 +3107,15 @@ def measure_row(row: pa.Table, *, nucleus_cap: int) -> Figures:
     """Return the figures of a table of one row, with or without `_mass` and `_actual`."""
     counts = row["top_counts"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     tokens = row["num_tokens"][0].as_py()
-    measured = {"_mass", "_actual"} <= set(row.column_names)
+    measured = {MASS_COLUMN, ACTUAL_COLUMN} <= set(row.column_names)
     return Figures(
         rows=1,
         tokens=tokens,
         nucleus_tokens=int(counts.sum()),
         capped_tokens=int((counts == nucleus_cap).sum()),
         measured_tokens=tokens if measured else 0,
-        mass=row["_mass"][0].as_py() if measured else 0.0,
-        actual=row["_actual"][0].as_py() if measured else 0.0,
+        mass=row[MASS_COLUMN][0].as_py() if measured else 0.0,
+        actual=row[ACTUAL_COLUMN][0].as_py() if measured else 0.0,
     )
 
 
@@ -3117,7 +3138,11 @@ class LocalShard:
     path: Path
     notes: ShardNotes
     size: int
-    sha256: str
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the content, read when it is first asked for: in the upload thread as a rule."""
+        return hash_file(self.path)
 
     @property
     def name(self) -> str:
@@ -3178,13 +3203,12 @@ def read_footer(source: Path | pa.BufferReader) -> pq.FileMetaData:
 
 
 def read_local_shard(path: Path) -> LocalShard:
-    """Read a cached file's footer and hash it.
+    """Read a cached file's footer.
 
     Raises:
         FormatError: truncated, not Parquet, or not written by `ShardWriter`.
     """
-    notes = decode_notes(read_footer(path))
-    return LocalShard(path, notes, path.stat().st_size, hash_file(path))
+    return LocalShard(path, decode_notes(read_footer(path)), path.stat().st_size)
 
 
 def hash_file(path: Path) -> str:
@@ -3201,7 +3225,7 @@ def iter_rows(shard: LocalShard) -> Iterator[tuple[int, pa.Table]]:
     table = pq.read_table(shard.path)
     for number, index in enumerate(shard.notes.indices.tolist()):
         row = table.slice(number, 1)
-        for name, values in (("_mass", shard.notes.mass), ("_actual", shard.notes.actual)):
+        for name, values in ((MASS_COLUMN, shard.notes.mass), (ACTUAL_COLUMN, shard.notes.actual)):
             if not math.isnan(values[number]):
                 row = row.append_column(name, pa.array([values[number]], pa.float64()))
         yield index, row
@@ -3491,18 +3515,25 @@ class ShardCache:
     def pending_folder(self) -> Path:
         return self.folder / "pending"
 
+    def paths(self) -> list[Path]:
+        """Return the files: shards that wait for delivery by part number, then pending rows."""
+        shards = [*self.folder.glob("part-*.parquet"), *self.folder.glob("backup_part-*.parquet")]
+        shards.sort(key=lambda path: path.name.removeprefix("backup_"))
+        return shards + sorted(self.pending_folder.glob("pending-*.parquet"))
+
     def shards(self) -> list[LocalShard]:
         """Return the shards that wait for delivery, failed ones included, by part number."""
-        paths = [*self.folder.glob("part-*.parquet"), *self.folder.glob("backup_part-*.parquet")]
-        return self._read(sorted(paths, key=lambda path: path.name.removeprefix("backup_")))
+        return self._read(self.folder)
 
     def pending(self) -> list[LocalShard]:
         """Return the files of pending rows, oldest first."""
-        return self._read(sorted(self.pending_folder.glob("pending-*.parquet")))
+        return self._read(self.pending_folder)
 
-    def _read(self, paths: list[Path]) -> list[LocalShard]:
+    def _read(self, folder: Path) -> list[LocalShard]:
         found = []
-        for path in paths:
+        for path in self.paths():
+            if path.parent != folder:
+                continue
             try:
                 found.append(read_local_shard(path))
             except FormatError as error:
@@ -3528,14 +3559,16 @@ class ShardCache:
         os.replace(shard.path, path)
         return replace(shard, path=path)
 
-    def make_pending(self, shard: LocalShard) -> None:
+    def make_pending(self, shard: LocalShard) -> LocalShard:
         """Turn a shard that cannot be delivered as it is into pending rows."""
-        os.replace(shard.path, self.next_pending_path())
+        path = self.next_pending_path()
+        os.replace(shard.path, path)
+        return replace(shard, path=path)
 
     def discard(self) -> None:
         """Remove every shard and pending row."""
-        for shard in [*self.shards(), *self.pending()]:
-            shard.path.unlink()
+        for path in self.paths():
+            path.unlink()
 
     def close(self) -> None:
         """Release the lock."""
@@ -4103,11 +4136,11 @@ def read_index_column(file: RangedFile, footer: pq.FileMetaData) -> ShardNotes:
         table = pq.ParquetFile(file, metadata=footer).read(columns=["index", "num_tokens"])
         index = table["index"].to_numpy().astype(np.int32)
         tokens = int(table["num_tokens"].to_numpy().sum())
-    except (OSError, pa.ArrowException, KeyError) as error:
+        settings = json.loads((footer.metadata or {}).get(METADATA_SETTINGS, b"{}"))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise FormatError(f"its columns index and num_tokens cannot be read ({error})") from error
     unknown = np.full(index.size, np.nan, np.float32)
     figures = Figures(rows=index.size, tokens=tokens)
-    settings = json.loads((footer.metadata or {}).get(METADATA_SETTINGS, b"{}"))
     return ShardNotes(index, unknown, unknown, figures, settings, footer.serialized_size)
 
 
@@ -4516,7 +4549,7 @@ class StreamingHFUploader:
         self._rank, self._world_size = rank, world_size
         self._stopping = stopping
         self._max_waiting = MAX_WAITING_SHARDS * world_size  # workers share the pace
-        self._pending: list[PendingRows] = []
+        self._pending: list[PendingRows] = []  # fill up the next shards
         self._closed: deque[LocalShard] = deque()  # complete in the cache, not flushed
         self._waiting: deque[LocalShard] = deque()  # handed to the upload thread, not delivered
         self._lock = threading.Lock()  # of _waiting, which both threads change
@@ -4553,20 +4586,22 @@ class StreamingHFUploader:
             self._discarded = dict(self._state.files)
             self._state = OutputState(self._state.files)
         held = [name for name in self._state.records if not self._is_of_peer(name)]
-        left = len(self._cache.shards()) + len(self._cache.pending())
+        shards, pending = self._cache.shards(), self._cache.pending()
+        left = [*shards, *pending]
         if not (resume or force_restart) and (held or left):
             raise ConfigError(
-                f"{self._destination.name} already holds {len(held)} shards, the cache {left} "
+                f"{self._destination.name} already holds {len(held)} shards, the cache {len(left)} "
                 "files of them: continue with --resume, or start over with --force-restart"
             )
-        self._check_settings()
-        self._next_number = self._find_next_number()
-        self._taken = set(self._state.done)
-        self._adopt_shards()
-        self._pending_indices = {
-            index for shard in self._cache.pending() for index in shard.notes.indices.tolist()
-        } - self._taken
+        self._compare_settings([*self._state.settings, *(shard.notes.settings for shard in left)])
+        self._next_number = self._find_next_number(shards)
+        self._taken = set(self._state.done)  # ids that need no row any more
+        self._kept = pending + self._adopt_shards(shards)  # files of pending rows
         self._remove_delivered()
+        self._unloaded: list[PendingRows] = []
+        for shard in self._kept:
+            self._unloaded.append(PendingRows(shard, self._taken))
+            self._taken.update(self._unloaded[-1].left)
 
     def _may_remove(self, name: str) -> bool:
         """Tell whether starting over is this worker's to remove a shard."""
@@ -4586,15 +4621,11 @@ class StreamingHFUploader:
     def _shard_name(self, number: int) -> str:
         return shard_name(number, rank=self._rank, world_size=self._world_size)
 
-    def _find_next_number(self) -> int:
+    def _find_next_number(self, cached: list[LocalShard]) -> int:
         """Return the part number after those of the output and of the cache."""
-        names = [*self._state.records, *(shard.name for shard in self._cache.shards())]
+        names = [*self._state.records, *(shard.name for shard in cached)]
         own = [SHARD_NAME.fullmatch(name) for name in names if self._is_own(name)]
         return max((int(match["number"]) for match in own if match), default=-1) + 1
-
-    def _check_settings(self) -> None:
-        local = [shard.notes.settings for shard in (*self._cache.shards(), *self._cache.pending())]
-        self._compare_settings([*self._state.settings, *local])
 
     def _compare_settings(self, found: Iterable[Mapping[str, Any]]) -> None:
         """Refuse shards of another job.
@@ -4611,10 +4642,11 @@ class StreamingHFUploader:
                     "--force-restart to discard it"
                 )
 
-    def _adopt_shards(self) -> None:
-        """Sort the shards in the cache: deliver them, or their rows, or forget them if listed."""
+    def _adopt_shards(self, shards: list[LocalShard]) -> list[LocalShard]:
+        """Deliver shards of the cache, or forget them if listed; return what only holds rows."""
         listed = {plain_name(path) for path in self._state.shards()}
-        for shard in self._cache.shards():
+        pending = []
+        for shard in shards:
             indices = shard.notes.indices.tolist()
             if self._state.done.issuperset(indices):
                 shard.path.unlink()
@@ -4622,7 +4654,8 @@ class StreamingHFUploader:
                 self._closed.append(shard)
                 self._taken.update(indices)
             else:
-                self._cache.make_pending(shard)
+                pending.append(self._cache.make_pending(shard))
+        return pending
 
     def create_output(self) -> None:
         """Create the Hub repository where it does not exist; without it the first upload does.
@@ -4636,10 +4669,9 @@ class StreamingHFUploader:
 
     def get_resume_info(self) -> ResumeInfo:
         """Return which conversations need no extraction, and where numbering goes on."""
-        kept = (self._taken | self._pending_indices) - self._state.done
         return ResumeInfo(
             np.asarray(sorted(self._state.done), np.int64),
-            np.asarray(sorted(kept), np.int64),
+            np.asarray(sorted(self._taken - self._state.done), np.int64),
             self._next_number,
             len(self._state.records),
         )
@@ -4649,13 +4681,10 @@ class StreamingHFUploader:
 
         Their files stay until a listed shard holds the rows.
         """
-        for shard in self._cache.pending():
-            rows = PendingRows(shard, self._taken)
-            self._taken.update(rows.left)
-            self._pending.append(rows)
-        self._pending_indices = set()
+        self._pending += self._unloaded
+        self._unloaded = []
         loaded = self._pending_rows
-        while self._is_full():
+        while self.buffer_fill() >= 1:
             self._close_shard()
         return loaded
 
@@ -4675,24 +4704,25 @@ class StreamingHFUploader:
         self._raise_failure()
         table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
         for number, index in enumerate(table["index"].to_pylist()):
-            if index in self._taken or index in self._pending_indices:
+            if index in self._taken:
                 continue
             self._taken.add(index)
             with self._writing():
                 self._writer.add(table.slice(number, 1))
-            if self._is_full():
+            if self.buffer_fill() >= 1:
                 self._close_shard()
 
-    def _is_full(self) -> bool:
+    def _fill(self, pending: list[PendingRows]) -> float:
+        """Return how full the shard under way is with some pending rows; 1 and more: full."""
         if self._limit_bytes is None:
-            return self._writer.rows + self._pending_rows >= self._upload_every
-        pending = sum(rows.bytes_left for rows in self._pending)
-        return self._writer.encoded_bytes + pending >= self._limit_bytes
+            rows = self._writer.rows + sum(len(rows.left) for rows in pending)
+            return rows / self._upload_every
+        size = self._writer.encoded_bytes + sum(rows.bytes_left for rows in pending)
+        return size / self._limit_bytes
 
-    def _is_writer_full(self) -> bool:
-        if self._limit_bytes is None:
-            return self._writer.rows >= self._upload_every
-        return self._writer.encoded_bytes >= self._limit_bytes
+    def buffer_fill(self) -> float:
+        """Return how full the shard under way is, 0..1."""
+        return min(1.0, self._fill(self._pending))
 
     def _open_writer(self) -> ShardWriter:
         cap = int(self._settings.get("top_p_max", 255))
@@ -4714,7 +4744,7 @@ class StreamingHFUploader:
         """Close the shard under way, filled up with pending rows."""
         with self._writing():
             for rows in self._pending:
-                rows.draw(self._writer, self._is_writer_full)
+                rows.draw(self._writer, lambda: self._fill([]) >= 1)
             self._pending = [rows for rows in self._pending if rows.left]
             if not self._writer.rows:
                 return
@@ -4755,12 +4785,6 @@ class StreamingHFUploader:
         size = sum(shard.size for shard in waiting) + self._writer.encoded_bytes
         by_earlier_s = self._slowest_upload_s * (len(waiting) + 1)
         return max(by_earlier_s, 2.0 + size / UPLOAD_BYTES_PER_S)
-
-    def buffer_fill(self) -> float:
-        """Return how full the shard under way is, 0..1."""
-        if self._limit_bytes is None:
-            return min(1.0, (self._writer.rows + self._pending_rows) / self._upload_every)
-        return min(1.0, self._writer.encoded_bytes / self._limit_bytes)
 
     def flush(self, final: bool = False) -> None:
         """Hand full shards to the upload, waiting while too many wait there already.
@@ -4982,9 +5006,13 @@ class StreamingHFUploader:
 
     def _remove_delivered(self) -> None:
         """Remove pending files whose rows are all in listed shards."""
-        for shard in self._cache.pending():
+        left = []
+        for shard in self._kept:
             if self._state.done.issuperset(shard.notes.indices.tolist()):
                 shard.path.unlink()
+            else:
+                left.append(shard)
+        self._kept = left
 
     # -- end
 
@@ -4996,11 +5024,7 @@ class StreamingHFUploader:
             "tokens": figures.tokens,
             "shards": len(self._state.records),
             "bytes": sum(record.bytes for record in self._state.records.values()),
-            "undelivered": [
-                str(path)
-                for path in sorted(self._cache.folder.rglob("*.parquet"))
-                if re.match(r"(backup_)?part-|pending-", path.name)
-            ],
+            "undelivered": [str(path) for path in self._cache.paths()],
         }
 
     def shutdown(self) -> None:
@@ -5015,6 +5039,8 @@ class StreamingHFUploader:
             self.save_pending_locally()
         except HubError as error:
             logger.warning("%s", error)
+        if left := len(self._cache.paths()):
+            logger.warning("%d files kept in %s for --resume", left, self._cache.folder)
         self._cache.close()
 
 
@@ -5246,17 +5272,7 @@ def check_vocabulary(config: ExtractionConfig, tokenizer: Any) -> int:
             f"{config.model}: its token ids go up to {vocab_size - 1}, the format holds ids up to "
             f"{MAX_TOKEN_ID}; this teacher cannot be stored"
         )
-    if config.sampled_n >= vocab_size:
-        raise ConfigError(
-            f"--sampled-n {config.sampled_n}: the vocabulary of {vocab_size} leaves "
-            f"{vocab_size - 1} outside the smallest nucleus"
-        )
-    if config.top_p_max + config.sampled_n > vocab_size:
-        raise ConfigError(
-            f"--sampled-n {config.sampled_n}: --top-p-max {config.top_p_max} leaves "
-            f"{max(0, vocab_size - config.top_p_max)} of {vocab_size} tokens to draw from; "
-            "lower one of them"
-        )
+    check_candidates(vocab_size, top_p_max=config.top_p_max, sampled_n=config.sampled_n)
     return vocab_size
 
 
@@ -5315,12 +5331,12 @@ def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[st
         raise ConfigError("stopped at --verify-mask: nothing was extracted")
     if config.plan:
         return plan_until(job, interrupt)
-    uploader = open_uploader(job, stopping=lambda: interrupt.stopping)
     deadline = TimedShutdown(
         config.max_runtime_minutes,
         elapsed_s=process_age_s(),
-        upload_s=uploader.expected_upload_s,
+        upload_s=lambda: uploader.expected_upload_s(),
     )
+    uploader = open_uploader(job, lambda: interrupt.stopping or deadline.left_s() <= 0)
     try:
         uploader.load_pending_into_buffer()
         run = Extraction(
@@ -5341,7 +5357,7 @@ def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[st
     return run.summary(stored, code, time.monotonic() - started)
 
 
-def open_uploader(job: Job, *, stopping: Callable[[], bool]) -> StreamingHFUploader:
+def open_uploader(job: Job, stopping: Callable[[], bool]) -> StreamingHFUploader:
     """Open the output; one that holds other settings, or anything without --resume, is refused."""
     config = job.config
     return StreamingHFUploader(
@@ -5388,44 +5404,11 @@ def confirm_masks(job: Job, *, rows: int = 3) -> bool:
 
 def encode_usable(job: Job) -> Iterator[EncodedConversation]:
     """Yield the first conversations of the source, passing over those that cannot be used."""
-    encoder = job.encoder
     for number, row in enumerate(job.source):
         try:
-            yield encode_row(
-                row,
-                encoder.columns,
-                encoder.tokenizer,
-                chat_template=encoder.chat_template,
-                include_think=encoder.include_think,
-                include_end=encoder.include_end,
-            )
+            yield job.encoder.align(row)
         except ConversationError as error:
             logger.warning("row %d cannot be used: %s", number, error)
-
-
-class RowSink(Protocol):
-    """Where finished rows go: a `StreamingHFUploader`, or memory while a run is planned."""
-
-    def get_resume_info(self) -> ResumeInfo:
-        """Tell which rows are there already."""
-
-    def create_output(self) -> None:
-        """Make room for rows that are about to come."""
-
-    def add_sample(self, rows: pa.Table) -> None:
-        """Take finished rows."""
-
-    def should_flush(self) -> bool:
-        """Tell whether a shard is full."""
-
-    def flush(self, final: bool = False) -> None:
-        """Hand full shards on."""
-
-    def is_uploading(self) -> bool:
-        """Tell whether shards are on their way."""
-
-    def buffer_fill(self) -> float:
-        """Return how full the shard under way is, 0..1."""
 
 
 class Extraction:
@@ -5434,7 +5417,7 @@ class Extraction:
     def __init__(
         self,
         job: Job,
-        uploader: RowSink,
+        uploader: StreamingHFUploader | RowKeeper,
         should_stop: Callable[[], bool],
         *,
         begin_step: Callable[[], None] = lambda: None,
@@ -5444,7 +5427,7 @@ class Extraction:
         self.should_stop = should_stop
         self.begin_step = begin_step
         resumed = uploader.get_resume_info()
-        self.done = np.union1d(as_ids(resumed.done), as_ids(resumed.pending))
+        self.done = np.union1d(resumed.done, resumed.pending)
         self.skipped: dict[int, str] = {}
         self.suspects: list[EncodedRow] = []
         self.rows = self.tokens = self.unusable = 0
@@ -5669,11 +5652,6 @@ def open_bar(total: int | None) -> tqdm[Any]:
     )
 
 
-def as_ids(values: Iterable[int]) -> npt.NDArray[np.int64]:
-    """Return ids as an array, whatever collection they come in."""
-    return values if isinstance(values, np.ndarray) else np.fromiter(values, np.int64)
-
-
 def fetch_and_pack(batch: Batch, result: GPUBatchResult, *, schema: pa.Schema) -> PackedBatch:
     """Bring a result to the host in one transfer and pack it; runs beside the next forward."""
     return cpu_postprocess_batch(result.to_host(), batch, schema=schema)
@@ -5843,12 +5821,10 @@ def sample_stream(job: Job, should_stop: Callable[[], bool]) -> Sample:
     logger.info("reading the stream once to count its conversations")
     kept: list[tuple[int, int, Mapping[str, Any]]] = []  # a heap, the largest hash on top
     selected = 0
-    for index, row in stream_share(job.config, job.source, job.encoder):
+    for index, row in stream_share(job.config, job.source, job.encoder, should_stop):
         selected += 1
         entry = (-int(mix_hash(np.asarray([index]), seed=1)[0]), index, row)
         (heapq.heappush if selected <= PLAN_ROWS else heapq.heappushpop)(kept, entry)
-        if should_stop():
-            raise StopRequested
     chosen = [(index, row) for _, index, row in kept]
     encoded = run_ahead(
         functools.partial(encode_rows, job.encoder),

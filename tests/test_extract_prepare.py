@@ -375,6 +375,22 @@ def test_measuring_stops_when_told_to() -> None:
         prepare_dataset(make(), source, encoder, should_stop=lambda: True)
 
 
+@pytest.mark.parametrize("random_sample", [False, True])
+def test_passing_over_the_rows_of_a_stream_stops_when_told_to(random_sample: bool) -> None:
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 20
+
+    config = make(streaming=True, start_offset=90, limit=5, random_sample=random_sample)
+    source = datasets.IterableDataset.from_generator(iter_rows, gen_kwargs={"rows": rows_of(100)})
+    with pytest.raises(StopRequested):
+        list(prepare_windows(config, source, encoder_for(rows_of(1)), should_stop=should_stop))
+    assert asked == 20
+
+
 def test_a_column_of_lengths_is_used_as_it_is() -> None:
     rows = rows_of(4, size=[40, 10, 30, 20])
     prepared = prepare(rows, length_col="size", max_seq_len=30)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,35 @@ def test_loading_the_teacher_is_no_step_that_the_runtime_limit_keeps_time_for(
     monkeypatch.setattr(extract_logits, "process_age_s", lambda: 0.0)
     code, summary, err = extract("--limit", 5, "--max-runtime-minutes", 15)
     assert (code, summary["rows"]) == (0, 5), err
+
+
+def test_the_runtime_limit_ends_waiting_for_an_output_out_of_reach(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(*_: Any) -> None:
+        raise extract_logits.PassingError("HTTP 503")
+
+    monkeypatch.setattr(extract_logits.FolderDestination, "commit", out_of_reach)
+    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (100.0,) * 3)
+    started = time.monotonic()
+    code, summary, err = extract("--limit", 3, "--max-runtime-minutes", 0.0001)
+    assert (code, summary["rows"]) == (75, 0), err
+    assert time.monotonic() - started < 60
+
+
+def test_a_refusal_says_where_the_files_are(
+    extract: Extract,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise extract_logits.HubError("HTTP 403")
+
+    monkeypatch.setattr(extract_logits.FolderDestination, "commit", refuse)
+    assert extract("--limit", 5, "--upload-every", 2)[0] == 4
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert f"files kept in {cache} for --resume" in caplog.text
 
 
 def test_a_run_told_to_stop_does_not_wait_for_room_among_the_uploads() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 from collections import Counter
@@ -551,3 +552,19 @@ def test_a_run_beside_workers_on_the_same_output_doubles_no_row(tmp_path: Path) 
     one.flush(final=True)
     one.shutdown()
     assert listed(tmp_path / "out") == Counter(range(30))
+
+
+def test_rows_that_two_pending_files_hold_are_delivered_once(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 7)
+    uploader.shutdown()
+    (pending,) = tmp_path.glob("cache/*/pending/*.parquet")
+    shutil.copy(pending, pending.with_name("pending-00001.parquet"))
+    uploader = open_uploader(tmp_path, resume=True)
+    assert uploader.get_resume_info().pending.tolist() == list(range(7))
+    assert uploader.load_pending_into_buffer() == 7
+    feed(uploader, 7, 12)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    assert listed(tmp_path / "out") == Counter(range(12))
+    assert not list(tmp_path.glob("cache/*/pending/*.parquet"))
