@@ -3057,6 +3057,7 @@ SHARD_NAME = re.compile(r"data/(?:\d+/)?part-(?:w(?P<rank>\d+)-)?(?P<number>\d+)
 SHARDS_PER_FOLDER = 9_000  # the Hub takes 10,000 entries a folder
 METADATA_ROWS = b"logits.rows"  # JSON: what resume and the card need, so that no data is read
 ROW_GROUP_ROWS = 64
+GROUPS_AHEAD = 4  # row groups that wait for the encoder, 10 MB of rows at most
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
 SETTINGS_FREE_TO_CHANGE = {"attn", "versions"}  # differ between machines, not between jobs
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -3334,7 +3335,9 @@ def storage_errors(place: str) -> Iterator[None]:
 class ShardWriter:
     """Encode rows into one Parquet file, row group by row group, under a temporary name.
 
-    The bytes depend on the rows, their order and the schema only. Memory holds one row group.
+    The bytes depend on the rows, their order and the schema only. Row groups are encoded in a
+    thread of their own, where pyarrow lets go of the interpreter; what fails there is raised by the
+    next call. Memory holds `GROUPS_AHEAD` row groups and the one that fills.
     """
 
     def __init__(
@@ -3346,9 +3349,12 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._writer: pq.ParquetWriter | None = None
         self._group: list[pa.Table] = []
-        self._group_tokens = self._group_bytes = 0
-        self._raw_bytes = 0  # of the row groups written
+        self._group_tokens = 0
+        self._added_bytes = 0  # of all rows, before encoding
+        self._written = (0, 0)  # bytes of the row groups on disk: encoded, and before
         self._notes: list[tuple[int, Figures]] = []
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoding: deque[Future[None]] = deque()
 
     @property
     def rows(self) -> int:
@@ -3358,9 +3364,16 @@ class ShardWriter:
     @property
     def encoded_bytes(self) -> int:
         """Bytes on disk, plus the rows still in memory at the ratio of those written."""
-        written = self._file.tell() if self._file else 0
-        ratio = written / self._raw_bytes if self._raw_bytes else 0.9
-        return written + int(ratio * self._group_bytes)
+        encoded, before = self._written
+        ratio = encoded / before if before else 0.9
+        return encoded + int(ratio * (self._added_bytes - before))
+
+    def reaches(self, size_bytes: float) -> bool:
+        """Tell whether the file is that large; by its rows alone, however fast it is encoded."""
+        if 1.5 * self._added_bytes < size_bytes:  # random values get a quarter larger, none more
+            return False
+        self._wait(groups=0)
+        return self.encoded_bytes >= size_bytes
 
     def add(self, row: pa.Table) -> None:
         """Append a table of one row, with or without `_mass` and `_actual`."""
@@ -3368,23 +3381,36 @@ class ShardWriter:
         self._notes.append((row["index"][0].as_py(), figures))
         self._group.append(row.select(self._schema.names))
         self._group_tokens += figures.tokens
-        self._group_bytes += self._group[-1].nbytes
+        self._added_bytes += self._group[-1].nbytes
         if len(self._group) == ROW_GROUP_ROWS or self._group_tokens >= ROW_GROUP_TOKENS:
-            self._write_group()
+            self._hand_over()
 
-    def _write_group(self) -> None:
-        group = pa.concat_tables(self._group).combine_chunks().cast(self._schema)
+    def _hand_over(self) -> None:
+        """Let the thread encode the group once it is no more than `GROUPS_AHEAD` behind."""
+        self._wait(groups=GROUPS_AHEAD - 1)
+        self._encoding.append(self._encoder.submit(self._write_group, self._group))
+        self._group, self._group_tokens = [], 0
+
+    def _wait(self, *, groups: int) -> None:
+        """Wait until at most so many groups are under way; raise what failed."""
+        while len(self._encoding) > groups:
+            self._encoding.popleft().result()
+
+    def _write_group(self, rows: list[pa.Table]) -> None:
+        group = pa.concat_tables(rows).combine_chunks().cast(self._schema)
         if self._writer is None:
             self._file = self._temporary.open("wb")
             self._writer = open_parquet_writer(self._file, self._schema)
         self._writer.write_table(group, row_group_size=group.num_rows)
-        self._raw_bytes += group.nbytes
-        self._group, self._group_tokens, self._group_bytes = [], 0, 0
+        before = self._written[1] + sum(row.nbytes for row in rows)
+        self._written = (self._file.tell() if self._file else 0, before)
 
     def close(self, path: Path) -> LocalShard:
         """Finish the file and give it its name once its bytes are on the disk."""
         if self._group:
-            self._write_group()
+            self._hand_over()
+        self._wait(groups=0)
+        self._encoder.shutdown()
         if self._writer is None or self._file is None:
             raise ValueError("a shard needs a row")
         self._writer.add_key_value_metadata({METADATA_ROWS: encode_row_notes(self._notes)})
@@ -3399,6 +3425,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Forget the file under way; after a failed write there is nothing to finish."""
+        self._encoder.shutdown(cancel_futures=True)
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
@@ -4684,7 +4711,7 @@ class StreamingHFUploader:
         self._pending += self._unloaded
         self._unloaded = []
         loaded = self._pending_rows
-        while self.buffer_fill() >= 1:
+        while self._is_full(self._pending):
             self._close_shard()
         return loaded
 
@@ -4709,11 +4736,18 @@ class StreamingHFUploader:
             self._taken.add(index)
             with self._writing():
                 self._writer.add(table.slice(number, 1))
-            if self.buffer_fill() >= 1:
+                full = self._is_full(self._pending)
+            if full:
                 self._close_shard()
 
+    def _is_full(self, pending: list[PendingRows]) -> bool:
+        """Tell whether the shard under way is full with some pending rows."""
+        if self._limit_bytes is None:
+            return self._fill(pending) >= 1
+        return self._writer.reaches(self._limit_bytes - sum(rows.bytes_left for rows in pending))
+
     def _fill(self, pending: list[PendingRows]) -> float:
-        """Return how full the shard under way is with some pending rows; 1 and more: full."""
+        """Return about how full the shard under way is with some pending rows."""
         if self._limit_bytes is None:
             rows = self._writer.rows + sum(len(rows.left) for rows in pending)
             return rows / self._upload_every
@@ -4744,7 +4778,7 @@ class StreamingHFUploader:
         """Close the shard under way, filled up with pending rows."""
         with self._writing():
             for rows in self._pending:
-                rows.draw(self._writer, lambda: self._fill([]) >= 1)
+                rows.draw(self._writer, lambda: self._is_full([]))
             self._pending = [rows for rows in self._pending if rows.left]
             if not self._writer.rows:
                 return

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -367,6 +368,42 @@ def test_shards_close_at_the_asked_encoded_size(tmp_path: Path) -> None:
     assert len(sizes) > 3
     assert all(abs(size - 2_000_000) < 150_000 for size in sizes[:-1])
     assert listed(tmp_path / "out") == Counter(range(500))
+
+
+def test_row_groups_are_encoded_beside_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    write = pq.ParquetWriter.write_table
+
+    def watch(writer: Any, table: Any, **options: Any) -> None:
+        threads.add(threading.current_thread().name)
+        write(writer, table, **options)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", watch)
+    run_to_end(tmp_path, 24)
+    assert threads
+    assert all(name.startswith("encode") for name in threads)
+
+
+@pytest.mark.parametrize("limit", [{"upload_every": 40}, {"upload_size_mb": 0.2}])
+def test_rows_that_the_encoder_cannot_write_are_dropped_and_extracted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(extract_logits, "ROW_GROUP_ROWS", 4)
+    uploader = open_uploader(tmp_path, **limit)
+    with monkeypatch.context() as full:
+        full.setattr(pq.ParquetWriter, "write_table", no_room)
+        with pytest.raises(HubError, match="make room"):
+            feed(uploader, 0, 1000, batch=1)
+    uploader.shutdown()
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    run_to_end(tmp_path, 100, resume=True)
+    assert listed(tmp_path / "out") == Counter(range(100))
+
+
+def no_room(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_row_groups_stay_small_so_that_one_row_is_cheap_to_read(tmp_path: Path) -> None:
