@@ -37,6 +37,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -928,6 +929,7 @@ class ChatTemplate:
         marks_prompt: those markers cover part of the generation prompt, too.
         prompt: the generation prompt, such as "<|im_start|>assistant\\n".
         ends: what ends a turn, such as "<|im_end|>"; longest first.
+        date: told to a template that asks for the time, YYYY-MM-DD; None: the real time.
     """
 
     source: str
@@ -938,6 +940,7 @@ class ChatTemplate:
     marks_prompt: bool = False
     prompt: str = ""
     ends: tuple[str, ...] = ()
+    date: str | None = None
 
     @cached_property
     def tokens(self) -> re.Pattern[str]:
@@ -980,10 +983,11 @@ class ChatTemplate:
         if self.parts:
             messages = [_as_parts(message) for message in messages]
         try:
-            texts, spans = _chat_template_utils().render_jinja_template(
-                conversations=[messages], chat_template=self.source, tools=tools,
-                **options, **self.special,
-            )  # fmt: skip
+            with _stopped_clock(self.source, self.date):
+                texts, spans = _chat_template_utils().render_jinja_template(
+                    conversations=[messages], chat_template=self.source, tools=tools,
+                    **options, **self.special,
+                )  # fmt: skip
         except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
             why = f"the template says: {first_line(error)}"
             raise ConversationError("refused_by_template", why) from error
@@ -991,8 +995,30 @@ class ChatTemplate:
 
 
 _RENDER_LOCK = threading.Lock()
+_CLOCK_LOCK = threading.Lock()
 # What Python raises inside a template that meets data it was not written for.
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+@contextlib.contextmanager
+def _stopped_clock(source: str, date: str | None) -> Iterator[None]:
+    """Let a template see the first moment of a date in place of the time."""
+    if date is None or not prints_time(source):
+        yield
+        return
+    start = datetime.fromisoformat(date)
+    names = _chat_template_utils()._compile_jinja_template(source).globals
+    with _CLOCK_LOCK:
+        names["strftime_now"] = lambda form: start.strftime(form)
+        try:
+            yield
+        finally:
+            del names["strftime_now"]  # what the environment offers shows again
+
+
+def prints_time(template: str) -> bool:
+    """Tell whether a template can ask for the time, as those that print today's date do."""
+    return "strftime_now" in template
 
 
 def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -1003,7 +1029,9 @@ def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
-def prepare_template(tokenizer: Any, chat_template: str | None = None) -> ChatTemplate:
+def prepare_template(
+    tokenizer: Any, chat_template: str | None = None, *, date: str | None = None
+) -> ChatTemplate:
     """Probe a template once per tokenizer and template; later calls are free.
 
     Raises:
@@ -1011,17 +1039,21 @@ def prepare_template(tokenizer: Any, chat_template: str | None = None) -> ChatTe
     """
     source = chat_template if chat_template is not None else _own_template(tokenizer)
     special = tuple(sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()))
-    return _probe_template(tokenizer, source, special, len(tokenizer))
+    return _probe_template(tokenizer, source, special, len(tokenizer), date)
 
 
 @lru_cache(maxsize=16)
 def _probe_template(
-    tokenizer: Any, source: str, special: tuple[tuple[str, str], ...], _size: int
+    tokenizer: Any,
+    source: str,
+    special: tuple[tuple[str, str], ...],
+    _size: int,
+    date: str | None,
 ) -> ChatTemplate:
     added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     added = {token for token in added if token.strip("\u2581 \t\n\r")}  # Gemma adds line breaks
     longest_first = tuple(sorted(added, key=lambda token: (-len(token), token)))
-    plain = ChatTemplate(source, dict(special), longest_first)
+    plain = ChatTemplate(source, dict(special), longest_first, date=date)
     for template in (plain, replace(plain, parts=True)):
         for opening in ((), ("system",)):
             facts = _probe_turns(template, opening)
@@ -1172,7 +1204,7 @@ def _settled_spans(
     Returns:
         The rendering, whether the template's markers were used, and the spans.
     """
-    timeless = "strftime_now" not in template.source
+    timeless = template.date is not None or not prints_time(template.source)
     for _ in range(3):
         dialect, text, marked = _render_dialects(messages, template, tools)
         rendering = _Rendering(dialect, template, tools, text, _unused_mark(text))
@@ -1668,6 +1700,7 @@ def encode_conversation(
     tools: Any = None,
     include_think: bool = False,
     include_end: bool = False,
+    date: str | None = None,
 ) -> EncodedConversation:
     """Tokenize a conversation and find the tokens that the assistant itself would have to write.
 
@@ -1681,13 +1714,14 @@ def encode_conversation(
         tools: tool schemas for the template.
         include_think: extract think tags that the template inserts and the data does not hold, too.
         include_end: extract what the template appends after the end-of-turn token, too.
+        date: YYYY-MM-DD, for a template that prints the date; None: the real time.
 
     Raises:
         ConversationError: "no_assistant", "refused_by_template", "no_tokens", "unaligned",
             "malformed".
         TemplateError: no conversation could work with this template or tokenizer.
     """
-    template = prepare_template(tokenizer, chat_template)
+    template = prepare_template(tokenizer, chat_template, date=date)
     rendered = render_conversation(
         messages, template, tools=tools, include_think=include_think, include_end=include_end
     )
@@ -1710,11 +1744,12 @@ def encode_row(
     chat_template: str | None = None,
     include_think: bool = False,
     include_end: bool = False,
+    date: str | None = None,
 ) -> EncodedConversation:
     """Read the conversation of a source row, with its tools, and encode it."""
     return encode_conversation(
         read_conversation(row, columns), tokenizer, chat_template=chat_template,
-        tools=read_tools(row), include_think=include_think, include_end=include_end,
+        tools=read_tools(row), include_think=include_think, include_end=include_end, date=date,
     )  # fmt: skip
 
 
@@ -4107,6 +4142,7 @@ class TextSource:
             chat_template=self.chat_template,
             include_think=bool(self.settings.get("include_think")),
             include_end=bool(self.settings.get("include_end")),
+            date=self.settings.get("template_date"),
         )
 
     def actual_tokens(self, block: TokenBlock) -> list[npt.NDArray[Any] | None]:

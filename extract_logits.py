@@ -59,7 +59,7 @@ from dataclasses import (
     fields,
     replace,
 )
-from datetime import timedelta
+from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from inspect import signature
 from pathlib import Path
@@ -93,6 +93,7 @@ from explore_logits import (
     load_tokenizer,
     open_source,
     pack_indices,
+    prints_time,
     read_lengths,
     resolve_columns,
     shard_schema,
@@ -415,6 +416,7 @@ class RowEncoder:
     include_think: bool = False
     include_end: bool = False
     max_seq_len: int | None = None  # tokens
+    date: str | None = None  # that a template is told which asks for the time
 
     def encode(self, row: Mapping[str, Any], index: int) -> EncodedRow | SkippedRow:
         """Render, tokenize and align one conversation; one that cannot be used says why."""
@@ -439,6 +441,7 @@ class RowEncoder:
             chat_template=self.chat_template,
             include_think=self.include_think,
             include_end=self.include_end,
+            date=self.date,
         )
 
 
@@ -4048,6 +4051,15 @@ def read_recorded_settings(output: str, *, stop: Stop | None = None) -> dict[str
     return settings if isinstance(settings, dict) else {}
 
 
+def read_cached_settings(config: ExtractionConfig) -> dict[str, Any]:
+    """Return the settings of the rows that wait in this job's cache, {} when there are none."""
+    key = cache_key(config.output, rank=config.rank or 0, world_size=config.world_size or 1)
+    for path in sorted((Path(config.cache_dir).expanduser() / key).rglob("*.parquet")):
+        with contextlib.suppress(FormatError):
+            return decode_notes(read_footer(path)).settings
+    return {}
+
+
 def cache_key(
     output: str, *, rank: int = 0, world_size: int = 1, endpoint: str | None = None
 ) -> str:
@@ -5221,7 +5233,8 @@ class Job:
 
 def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
     """Open tokenizer, template and source, and refuse what cannot work before it costs time."""
-    config, dataset_revision = pin_revisions(config, stop=stop)
+    recorded = find_recorded_settings(config, stop=stop)
+    config, dataset_revision = pin_revisions(config, recorded)
     tokenizer = load_tokenizer(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -5250,6 +5263,7 @@ def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
         config.include_think,
         config.include_end,
         config.max_seq_len or max_positions(model_config),
+        choose_date(template, recorded),
     )
     vocab_size = check_vocabulary(config, tokenizer)
     settings = describe_settings(config, encoder, model_config, vocab_size)
@@ -5258,8 +5272,25 @@ def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
     return Job(config, source, encoder, vocab_size, settings, schema)
 
 
+def find_recorded_settings(config: ExtractionConfig, *, stop: Stop | None = None) -> dict[str, Any]:
+    """Return the settings that a job was begun with: of its output, else of its cache, else {}."""
+    several = (config.world_size or 1) > 1  # where one worker may have begun before another
+    if not (config.resume or (several and not config.force_restart)):
+        return {}
+    recorded = read_recorded_settings(config.output, stop=stop)
+    return recorded or read_cached_settings(config)
+
+
+def choose_date(template: str, recorded: Mapping[str, Any]) -> str | None:
+    """Return the date that a template is told which asks for the time: that of the job's start."""
+    if not prints_time(template):
+        return None
+    today = datetime.now().astimezone().date().isoformat()
+    return recorded.get("template_date") if recorded else today
+
+
 def pin_revisions(
-    config: ExtractionConfig, *, stop: Stop | None = None
+    config: ExtractionConfig, recorded: Mapping[str, Any]
 ) -> tuple[ExtractionConfig, str | None]:
     """Hold a run to one commit of model and source, a resumed one to those that it began with.
 
@@ -5267,7 +5298,6 @@ def pin_revisions(
         The configuration with the model's commit as its revision, and the commit of the source;
         for local files, and where nobody knows it, what was asked for and None.
     """
-    recorded = read_recorded_settings(config.output, stop=stop) if config.resume else {}
     revision, dataset_revision = config.revision, None
     if revision is None and recorded.get("model") == config.model:
         revision = recorded.get("model_revision")
@@ -5318,6 +5348,7 @@ def describe_settings(
     return {
         "format_version": FORMAT_VERSION,
         **conversation_settings(config, encoder.columns, encoder.chat_template),
+        "template_date": encoder.date,
         **{name: getattr(config, name) for name in kept.split()},
         "dtype": resolve_dtype(config, model_config),
         "vocab_size": vocab_size,

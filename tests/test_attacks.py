@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +321,42 @@ def test_no_token_of_the_hub_is_logged_beside_the_bar(capsys: pytest.CaptureFixt
     finally:
         root.handlers = kept
     assert "Authorization: Bearer ***" in capsys.readouterr().err
+
+
+class Calendar:
+    """Stands in for `datetime` on a given day."""
+
+    def __init__(self, day: int) -> None:
+        self.day = day
+
+    def now(self) -> datetime:
+        """Return noon of the day."""
+        return datetime(2030, 5, self.day, 12)
+
+
+@pytest.mark.parametrize("stored", ["shards", "pending rows"])
+def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str
+) -> None:
+    own = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + own, encoding="utf-8")
+    options = ("--chat-template", dated, "--store-tokens", "--resume", "--index-col", "id")
+    monkeypatch.setattr(extract_logits, "datetime", Calendar(9))
+    if stored == "pending rows":
+        uploader = extract_logits.StreamingHFUploader
+        monkeypatch.setattr(uploader, "flush", lambda self, **_: self.save_pending_locally())
+    argv = ("--model", TEACHER, "--dataset", CHATS, "--output", "./out", "--cache-dir", "cache")
+    extract_logits.main([str(arg) for arg in (*argv, "--limit", 2, *options)])
+    assert (tmp_path / "out" / "data").exists() == (stored == "shards")
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extract_logits, "datetime", Calendar(10))
+    code, summary, err = extract("--limit", 4, *options)
+    assert (code, summary["rows"]) == (0, 4), err
+    tokenizer = load_tokenizer(str(TEACHER))
+    rows = next(load_logit_dataset("out").iter_tables(["input_ids"]))["input_ids"].to_pylist()
+    assert {tokenizer.decode(ids)[:11] for ids in rows} == {"09 May 2030"}
+    assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
+    assert explore_logits.main(["out", "--sample", "0-3"]) == 0

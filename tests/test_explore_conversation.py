@@ -381,6 +381,19 @@ def test_a_clock_that_changes_the_text_while_it_is_looked_at_does_no_harm(
         explore_logits.render_conversation(CHAT, template)
 
 
+def test_a_given_date_is_what_the_template_prints_and_nothing_else_changes() -> None:
+    dated = "{{ strftime_now('%d %b %Y, %H:%M') }}" + PLAIN
+    tokenizer = tokenizer_for(dated)
+    encoded = encode_conversation(CHAT, tokenizer, date="2024-07-26")
+    assert encoded.text.startswith("26 Jul 2024, 00:00<|")
+    assert encode_conversation(CHAT, tokenizer, date="2025-01-02").text.startswith("02 Jan 2025")
+    assert not encode_conversation(CHAT, tokenizer).text.startswith("02 Jan 2025")
+    plain = tokenizer_for(PLAIN)
+    one, two = (encode_conversation(CHAT, plain, date=date) for date in (None, "2024-07-26"))
+    assert one.text == two.text
+    assert one.input_ids.tolist() == two.input_ids.tolist()
+
+
 def test_a_template_that_ends_no_turn_has_no_end() -> None:
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     tokenizer = tokenizer_for(template + "{# <|user|><|assistant|> #}")
