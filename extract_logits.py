@@ -3721,15 +3721,13 @@ class FolderDestination:
             for path in add:
                 (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             for path in add:
-                if SHARD_NAME.fullmatch(path) and path not in removed and self._has(path):
+                there = path not in removed and (self.folder / path).exists()
+                if there and SHARD_NAME.fullmatch(path):
                     raise PassingError(f"{path} has appeared in {self.name}")
             for path in sorted(removed):  # first, or a crash would leave old rows beside new ones
                 (self.folder / path).unlink(missing_ok=True)
             for path, content in add.items():
                 write_durably(self.folder / path, content)
-
-    def _has(self, path: str) -> bool:
-        return (self.folder / path).exists()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -4720,16 +4718,12 @@ class StreamingHFUploader:
 
         Their files stay until a listed shard holds the rows.
         """
-        self._pending += self._unloaded
+        self._pending += [rows for rows in self._unloaded if rows.left]
         self._unloaded = []
-        loaded = self._pending_rows
+        loaded = sum(len(rows.left) for rows in self._pending)
         while self._is_full(self._pending):
             self._close_shard()
         return loaded
-
-    @property
-    def _pending_rows(self) -> int:
-        return sum(len(rows.left) for rows in self._pending)
 
     def add_sample(self, rows: pa.Table | pa.RecordBatch) -> None:
         """Add rows of the schema, with or without the float64 columns `_mass` and `_actual`.
@@ -4842,7 +4836,7 @@ class StreamingHFUploader:
             HubError: an upload was refused.
         """
         self._raise_failure()
-        while final and (self._writer.rows or self._pending_rows):
+        while final and (self._writer.rows or self._pending):
             self._close_shard()
         while self._closed:
             if not self._wait_until(lambda: len(self._waiting) < self._max_waiting):
@@ -4856,12 +4850,9 @@ class StreamingHFUploader:
         self._hurry.set()
         if not self._wait_until(lambda: not self.is_uploading()):
             return
-        self._submit(self._take_backups(), final=True)
-        self._wait_until(lambda: not self.is_uploading())
-
-    def _take_backups(self) -> list[LocalShard]:
         backups, self._backups = self._backups, []
-        return backups
+        self._submit(backups, final=True)
+        self._wait_until(lambda: not self.is_uploading())
 
     def _wait_until(self, condition: Callable[[], bool]) -> bool:
         """Wait for a condition that uploads bring about; False when told to stop before."""
