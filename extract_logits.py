@@ -4548,6 +4548,7 @@ class StreamingHFUploader:
         chat_template: stored beside the shards.
         upload_every: rows per shard, unless `upload_size_mb` (encoded bytes / 10^6) is given.
         stopping: asked while waiting for room; once true, waiting ends and shards stay cached.
+        late: asked when an upload has failed; once true, it is not tried again in this run.
         endpoint, token: of the Hub; by default those of the environment and of `hf auth login`.
 
     Raises:
@@ -4572,6 +4573,7 @@ class StreamingHFUploader:
         rank: int = 0,
         world_size: int = 1,
         stopping: Callable[[], bool] = lambda: False,
+        late: Callable[[], bool] = lambda: False,
         endpoint: str | None = None,
         token: str | None = None,
     ) -> None:
@@ -4597,6 +4599,7 @@ class StreamingHFUploader:
         self._in_doubt = True  # the output may differ from what we know
         self._side: dict[str, bytes] = {}  # what the output's small files hold
         self._stop = threading.Event()
+        self._end_of_tries = PolledStop(lambda: self._stop.is_set() or late())
         self._hurry = threading.Event()
         self._pace = CommitPace(workers=world_size, rank=rank)
         self._slowest_upload_s = 0.0
@@ -4889,7 +4892,7 @@ class StreamingHFUploader:
         try:
             retry(
                 lambda: self._commit(shards, final=final),
-                stop=self._stop,
+                stop=self._end_of_tries,
                 further_tries=min(self._world_size - 1, 20),  # they get into each other's way
             )
         except OutOfReachError as error:
@@ -5392,7 +5395,9 @@ def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[st
         elapsed_s=process_age_s(),
         upload_s=lambda: uploader.expected_upload_s(),
     )
-    uploader = open_uploader(job, lambda: interrupt.stopping or deadline.left_s() <= 0)
+    uploader = open_uploader(
+        job, stopping=lambda: interrupt.stopping, late=lambda: deadline.left_s() <= 0
+    )
     try:
         uploader.load_pending_into_buffer()
         run = Extraction(
@@ -5413,7 +5418,9 @@ def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[st
     return run.summary(stored, code, time.monotonic() - started)
 
 
-def open_uploader(job: Job, stopping: Callable[[], bool]) -> StreamingHFUploader:
+def open_uploader(
+    job: Job, *, stopping: Callable[[], bool], late: Callable[[], bool]
+) -> StreamingHFUploader:
     """Open the output; one that holds other settings, or anything without --resume, is refused."""
     config = job.config
     return StreamingHFUploader(
@@ -5430,6 +5437,7 @@ def open_uploader(job: Job, stopping: Callable[[], bool]) -> StreamingHFUploader
         rank=config.rank or 0,
         world_size=config.world_size or 1,
         stopping=stopping,
+        late=late,
     )
 
 

@@ -27,6 +27,7 @@ from extract_logits import (
     ROW_GROUP_TOKENS,
     ConfigError,
     HubError,
+    PassingError,
     StreamingHFUploader,
     cache_key,
     open_destination,
@@ -605,3 +606,152 @@ def test_rows_that_two_pending_files_hold_are_delivered_once(tmp_path: Path) -> 
     uploader.shutdown()
     assert listed(tmp_path / "out") == Counter(range(12))
     assert not list(tmp_path.glob("cache/*/pending/*.parquet"))
+
+
+def test_what_is_late_is_delivered_all_the_same_but_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploader = open_uploader(tmp_path, late=lambda: True)
+    feed(uploader, 0, 12)
+    uploader.flush(final=True)
+    assert listed(tmp_path / "out") == Counter(range(12))
+    tries = []
+
+    def out_of_reach(*_: Any) -> None:
+        tries.append(1)
+        raise PassingError("HTTP 503")
+
+    monkeypatch.setattr(extract_logits.FolderDestination, "commit", out_of_reach)
+    uploader.add_sample(make_rows(range(12, 15)))
+    uploader.flush(final=True)
+    uploader.shutdown()
+    assert len(tries) == 2  # once as a shard, once more as a backup at the end
+    assert len(uploader.summary()["undelivered"]) == 1
+
+
+# What a power loss, a stranger or another run could leave -----------------------------------------
+
+
+def test_bytes_are_on_the_disk_before_a_file_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    sync, rename = os.fsync, os.replace
+
+    def fsync(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        sync(file)
+
+    def replace(source: Path, target: Path) -> None:
+        assert os.stat(source).st_ino in synced, f"{source} was renamed before it was synced"
+        rename(source, target)
+
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "link", no_links)
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 12)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    assert listed(tmp_path / "out") == Counter(range(12))
+    folders = {(tmp_path / name).stat().st_ino for name in ("out", "out/data")}
+    assert folders <= synced
+
+
+def test_a_footer_that_contradicts_its_rows_is_not_believed(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 6)
+    uploader.shutdown()
+    (pending,) = tmp_path.glob("cache/*/pending/*.parquet")
+    table = pq.read_table(pending)
+    pq.write_table(table.slice(0, 5), pending)  # its metadata speaks of six rows
+    uploader = open_uploader(tmp_path, resume=True)
+    assert uploader.get_resume_info().pending.size == 0
+    uploader.shutdown()
+    assert [path.name for path in pending.parent.iterdir()] == [f"unreadable_{pending.name}"]
+
+
+def test_a_setting_that_only_one_of_two_runs_knows_makes_them_different_jobs(
+    tmp_path: Path,
+) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 10)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    with pytest.raises(ConfigError, match="answers_only: None there, True now"):
+        open_uploader(tmp_path, resume=True, settings={**SETTINGS, "answers_only": True})
+    less = {name: value for name, value in SETTINGS.items() if name != "seed"}
+    with pytest.raises(ConfigError, match="seed: 42 there, None now"):
+        open_uploader(tmp_path, resume=True, settings=less)
+
+
+def test_pending_rows_never_take_the_name_of_others(tmp_path: Path) -> None:
+    for first in (0, 3, 6):
+        uploader = open_uploader(tmp_path, resume=True)
+        feed(uploader, first, first + 3)
+        uploader.shutdown()
+    (folder,) = tmp_path.glob("cache/*/pending")
+    (folder / "pending-00000.parquet").unlink()
+    uploader = open_uploader(tmp_path, resume=True)
+    feed(uploader, 9, 12)
+    uploader.shutdown()
+    assert len(list(folder.iterdir())) == 3
+    uploader = open_uploader(tmp_path, resume=True)
+    assert uploader.get_resume_info().pending.tolist() == list(range(3, 12))
+    uploader.shutdown()
+
+
+def test_the_card_counts_the_nuclei_of_the_largest_size_only(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    rows = make_rows(range(8))
+    uploader.add_sample(rows)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    counts = [count for row in rows["top_counts"].to_pylist() for count in row]
+    share = counts.count(SETTINGS["top_p_max"]) / len(counts)
+    assert 0 < share < 1
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"| nuclei of the largest size allowed | {share:.2%} |" in card
+
+
+def test_a_commit_to_a_folder_replaces_no_shard(tmp_path: Path) -> None:
+    destination = open_destination(str(tmp_path / "out"))
+    destination.commit("one", {"data/part-00000.parquet": b"one"}, [])
+    with pytest.raises(PassingError, match="has appeared"):
+        destination.commit("two", {"data/part-00000.parquet": b"two"}, [])
+    assert (tmp_path / "out/data/part-00000.parquet").read_bytes() == b"one"
+    name = "data/part-00000.parquet"
+    destination.commit("three", {name: b"three"}, [name])  # named as one to go
+    assert (tmp_path / "out" / name).read_bytes() == b"three"
+
+
+def test_part_numbers_go_on_after_the_highest_whatever_has_gone(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    feed(uploader, 0, 30)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    (tmp_path / "out/data/part-00000.parquet").unlink()
+    uploader = open_uploader(tmp_path, resume=True)
+    assert uploader.get_resume_info().next_part == 3
+    feed(uploader, 0, 10)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    assert listed(tmp_path / "out") == Counter(range(30))
+    assert (tmp_path / "out/data/part-00003.parquet").exists()
+
+
+def test_shards_of_workers_that_the_job_no_longer_has_are_no_peers(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path, rank=3, world_size=4)
+    uploader.add_sample(make_rows(range(4)))
+    uploader.flush(final=True)
+    uploader.shutdown()
+    with pytest.raises(ConfigError, match="already holds 1 shards"):
+        open_uploader(tmp_path, rank=1, world_size=2)
+    uploader = open_uploader(tmp_path, rank=0, world_size=2, force_restart=True)
+    uploader.add_sample(make_rows(range(10, 12)))
+    uploader.flush(final=True)
+    uploader.shutdown()
+    assert listed(tmp_path / "out") == Counter([10, 11])
