@@ -442,12 +442,32 @@ def _open_file(path: Path, *, split: str, streaming: bool) -> Any:
         raise SourceError(f"dataset {str(path)!r}: the file is empty")
     if streaming and path.suffix == ".jsonl":
         return _stream_json_lines(path, split=split)
-    # In a CSV, "NA", "None" and "null" are words that somebody wrote; only an empty cell is null.
-    cells = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+    cells = _csv_options(path) if builder == "csv" else {}
     return _load_dataset(
         str(path), builder, data_files=str(path), split=split, streaming=streaming, file=path,
         **cells,
     )  # fmt: skip
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Have the cells of a CSV read as they are written: 007 and 1.50 are text, and so is NA.
+
+    Only an empty cell is null. A column is one of integers where every cell is spelled as one.
+    """
+    cells = {"keep_default_na": False, "na_values": [""]}
+    integer: dict[str, bool] = {}
+    try:
+        with import_extra("pandas").read_csv(path, dtype=str, chunksize=10_000, **cells) as chunks:
+            for chunk in chunks:
+                for name in chunk.columns:
+                    spelled = chunk[name].str.fullmatch(r"0|-?[1-9]\d{0,17}", na=False).all()
+                    integer[name] = integer.get(name, True) and bool(spelled)
+    except (OSError, ValueError):
+        return cells  # whoever opens it says what is wrong
+    datasets = import_extra("datasets")
+    kinds = {name: "int64" if whole else "string" for name, whole in integer.items()}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+    return {**cells, "features": features}
 
 
 def _open_folder(path: Path, *, subset: str | None, split: str, streaming: bool) -> Any:

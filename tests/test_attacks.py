@@ -157,6 +157,16 @@ def test_words_in_a_csv_are_words(streaming: bool, tmp_path: Path) -> None:
     assert [row["answer"] for row in rows] == ["NA", "None", None]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_in_a_csv_keep_their_spelling(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "chats.csv"
+    rows = [(10, "007", "1"), (11, "1.50", ""), (12, "7", "2"), (13, "True", "03")]
+    lines = ["id,answer,question", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = list(open_source(str(path), streaming=streaming))
+    assert [(row["id"], row["answer"], row["question"] or "") for row in found] == rows
+
+
 @pytest.mark.parametrize(("name", "text"), [("e.json", "[]"), ("h.csv", "question,answer\n")])
 def test_a_source_without_rows_is_said_to_have_none(name: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / name
