@@ -1721,6 +1721,7 @@ def encode_conversation(
     include_think: bool = False,
     include_end: bool = False,
     date: str | None = None,
+    max_tokens: int | None = None,
 ) -> EncodedConversation:
     """Tokenize a conversation and find the tokens that the assistant itself would have to write.
 
@@ -1735,10 +1736,12 @@ def encode_conversation(
         include_think: extract think tags that the template inserts and the data does not hold, too.
         include_end: extract what the template appends after the end-of-turn token, too.
         date: YYYY-MM-DD, for a template that prints the date; None: the real time.
+        max_tokens: refuse text that surely has more, without tokenizing it; what may have as many
+            is returned, however long it turns out.
 
     Raises:
         ConversationError: "no_assistant", "refused_by_template", "no_tokens", "unaligned",
-            "malformed".
+            "malformed", "too_long".
         TemplateError: no conversation could work with this template or tokenizer.
     """
     template = prepare_template(tokenizer, chat_template, date=date)
@@ -1749,6 +1752,10 @@ def encode_conversation(
         raise ConversationError(
             "malformed", "half a surrogate pair (\\ud800 to \\udfff) is no text"
         )
+    if max_tokens is not None and (widest := widest_token(tokenizer)) is not None:
+        least = -(-len(rendered.text) // widest)
+        if least > max_tokens:
+            raise ConversationError("too_long", f"{least} tokens or more, at most {max_tokens} fit")
     ids, starts, ends = tokenize_with_offsets(rendered.text, tokenizer)
     positions = token_positions_of(rendered.spans, starts, ends)
     if positions.size == 0:
@@ -1765,11 +1772,13 @@ def encode_row(
     include_think: bool = False,
     include_end: bool = False,
     date: str | None = None,
+    max_tokens: int | None = None,
 ) -> EncodedConversation:
     """Read the conversation of a source row, with its tools, and encode it."""
     return encode_conversation(
         read_conversation(row, columns), tokenizer, chat_template=chat_template,
         tools=read_tools(row), include_think=include_think, include_end=include_end, date=date,
+        max_tokens=max_tokens,
     )  # fmt: skip
 
 
@@ -1808,6 +1817,57 @@ def tokenize_with_offsets(
         return ids, *_spelled_offsets(text, ids.tolist(), tokenizer)
     offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     return ids, offsets[:, 0], offsets[:, 1]
+
+
+@lru_cache(maxsize=16)
+def widest_token(tokenizer: Any) -> int | None:
+    """Return how many characters of text a token stands for at most; None: there is no bound.
+
+    There is one for BPE over bytes, or with bytes for what it does not know, where nothing drops
+    characters: no normalizer that shortens, no unknown token, no added token that takes blanks in.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not getattr(tokenizer, "is_fast", False):
+        return None
+    parts = json.loads(backend.to_str())
+    vocab = tokenizer.get_vocab()
+    shrinks = _shrinkage(parts["normalizer"])
+    kinds = [part["type"] for part in _steps(parts["pre_tokenizer"])]
+    removes = any(part.get("behavior") == "Removed" for part in _steps(parts["pre_tokenizer"]))
+    takes_blanks = any(added["lstrip"] or added["rstrip"] for added in parts["added_tokens"])
+    if parts["model"]["type"] != "BPE" or shrinks is None or removes or takes_blanks:
+        return None
+    if not set(kinds) <= {"Split", "Digits", "ByteLevel", "Metaspace"}:
+        return None
+    if "ByteLevel" in kinds:
+        alphabet = set(map(chr, [*range(33, 127), *range(161, 173), *range(174, 324)]))
+    else:
+        alphabet = {f"<0x{byte:02X}>" for byte in range(256)}
+        if not parts["model"]["byte_fallback"]:
+            return None
+    return shrinks * max(map(len, vocab)) if alphabet <= vocab.keys() else None
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, those of sequences one by one."""
+    if part is None:
+        return []
+    inner = part.get("normalizers", part.get("pretokenizers"))
+    return [part] if inner is None else [step for item in inner for step in _steps(item)]
+
+
+def _shrinkage(normalizer: Mapping[str, Any] | None) -> int | None:
+    """Return how many characters a normalizer makes one of at most; None: any number."""
+    shrinks = 1
+    for step in _steps(normalizer):
+        pattern = step.get("pattern", {}).get("String")
+        if step["type"] == "NFC":
+            shrinks *= 4  # what the longest canonical decomposition has
+        elif step["type"] == "Replace" and pattern and len(step["content"]) >= len(pattern):
+            continue
+        elif step["type"] != "Prepend":
+            return None
+    return shrinks
 
 
 def _spelled_offsets(

@@ -421,15 +421,19 @@ class RowEncoder:
     def encode(self, row: Mapping[str, Any], index: int) -> EncodedRow | SkippedRow:
         """Render, tokenize and align one conversation; one that cannot be used says why."""
         try:
-            encoded = self.align(row)
+            encoded = self.align(row, max_tokens=self.max_seq_len)
         except ConversationError as error:
             return SkippedRow(index, error.reason, str(error))
         if self.max_seq_len is not None and encoded.input_ids.size > self.max_seq_len:
             return too_long(index, encoded.input_ids.size, self.max_seq_len)
         return EncodedRow(index, encoded.input_ids, encoded.token_positions)
 
-    def align(self, row: Mapping[str, Any]) -> EncodedConversation:
+    def align(
+        self, row: Mapping[str, Any], *, max_tokens: int | None = None
+    ) -> EncodedConversation:
         """Return a conversation with its text and the tokens to extract, however long it is.
+
+        Only text that surely has more than `max_tokens` tokens is refused.
 
         Raises:
             ConversationError: it cannot be used.
@@ -442,6 +446,7 @@ class RowEncoder:
             include_think=self.include_think,
             include_end=self.include_end,
             date=self.date,
+            max_tokens=max_tokens,
         )
 
 

@@ -15,7 +15,15 @@ import pytest
 from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import explore_logits
@@ -668,3 +676,54 @@ def test_the_preview_cuts_long_stretches() -> None:
     shown = format_mask_preview(encoded, tokenizer, max_run_chars=100)
     assert len(shown) < 600
     assert re.search(r"… [\d,]+ characters …", shown)
+
+
+def byte_tokenizer(normalizer: Any = None, **added: bool) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer whose longest token is a run of eight."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    runs = ["a" * n for n in (2, 4, 8)]
+    vocab = {token: number for number, token in enumerate([*alphabet, *runs])}
+    merges = [("a", "a"), ("aa", "aa"), ("aaaa", "aaaa")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.add_special_tokens([AddedToken("<|end|>", special=True, **added)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=PLAIN)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.sampled_from("aaaaaab é\u0301e\u0301 <|end|>ﷺ각\n")), st.booleans())
+def test_no_token_stands_for_more_characters_than_the_widest(text: str, nfc: bool) -> None:
+    tokenizer = byte_tokenizer(normalizers.NFC() if nfc else None)
+    widest = explore_logits.widest_token(tokenizer)
+    assert widest == 8 * (4 if nfc else 1)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(text) <= widest * len(ids)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        lambda: byte_tokenizer(normalizers.Strip()),
+        lambda: byte_tokenizer(normalizers.NFKC()),
+        lambda: byte_tokenizer(normalizers.Replace(Regex(" +"), " ")),
+        lambda: byte_tokenizer(rstrip=True),
+        lambda: slow_tokenizer(),
+    ],
+    ids=["strip", "nfkc", "replace", "added token that takes blanks", "slow"],
+)
+def test_where_characters_may_vanish_there_is_no_widest_token(tokenizer: Any) -> None:
+    assert explore_logits.widest_token(tokenizer()) is None
+
+
+def test_text_that_cannot_fit_is_refused_without_being_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = byte_tokenizer()
+    messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a" * 8000}]
+    assert encode_conversation(messages, tokenizer, max_tokens=1200).input_ids.size > 1000
+    monkeypatch.setattr(explore_logits, "tokenize_with_offsets", None)
+    with pytest.raises(ConversationError, match="at most 1000 fit") as refused:
+        encode_conversation(messages, tokenizer, max_tokens=1000)
+    assert refused.value.reason == "too_long"
