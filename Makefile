@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0  # what pip installs first; override it for another CUDA build
-EXTRAS ?= test,viz
+EXTRAS ?= test,viz,scale
 
 PY = .venv/bin/python
 TEACHER = tests/teacher/model
@@ -77,7 +77,7 @@ distill: .venv/.done
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
 scale: .venv/.done
 	$(PY) tests/scale_table.py
-	$(PY) -m pytest -q -m slow tests/test_extract_scale.py tests/test_extract_tensor_parallel.py
+	$(PY) -m pytest -q -m slow tests/test_extract_tensor_parallel.py tests/test_extract_scale_executor.py
 
 # make lint    ruff and mypy
 lint: .venv/.done

@@ -37,6 +37,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -175,6 +176,14 @@ def parse_thresholds(text: str) -> dict[int, int]:
     if not value or min(value) < 1 or min(value.values()) < 1:
         raise ValueError("needs lengths and batch sizes of at least 1")
     return value
+
+
+def parse_texts(text: str) -> dict[str, str]:
+    """Parse a JSON object of names and values, such as {"account": "llm", "qos": "high"}."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return {str(name): str(setting) for name, setting in value.items()}
 
 
 def option(default: Any, help_text: str, *, group: str, **checks: Any) -> Any:
@@ -335,6 +344,41 @@ class ExtractionConfig:
         None, "number of workers (default: the launcher's)", group="run", low=1
     )
 
+    executor: str | None = option(
+        None,
+        "let datatrove run the job as tasks: local, slurm or ray (extra scale)",
+        group="executor",
+        choices=("local", "slurm", "ray"),
+    )
+    tasks: int | None = option(
+        None, "tasks, each a worker; what is done stays done when given again", group="executor",
+        low=1,
+    )  # fmt: skip
+    workers: int | None = option(
+        None, "tasks that run at the same time (default: all)", group="executor", low=1
+    )
+    gpus_per_task: int | None = option(
+        None, "GPUs of a task (default: 1 on slurm and ray, what is there if local)",
+        group="executor", low=0,
+    )  # fmt: skip
+    cpus_per_task: int = option(4, "CPUs of a task, slurm and ray", group="executor", low=1)
+    mem_per_cpu_gb: int = option(
+        4, "memory of a CPU, slurm and ray, in GB", group="executor", low=1
+    )
+    executor_logs: str | None = option(
+        None, "shared folder of logs and marks of done tasks (default: in --cache-dir)",
+        group="executor",
+    )  # fmt: skip
+    slurm_partition: str | None = option(None, "partition to submit to", group="executor")
+    slurm_time: str = option("24:00:00", "time limit of a task", group="executor")
+    slurm_setup: str | None = option(
+        None, "shell command before a task (default: this Python's environment)", group="executor"
+    )
+    slurm_options: dict[str, str] | None = option(
+        None, 'further options of sbatch, JSON: {"account": "llm", "qos": "high"}',
+        group="executor", parse=parse_texts,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         for entry in fields(self):
             check_option(entry.name, getattr(self, entry.name), entry.metadata)
@@ -355,6 +399,26 @@ class ExtractionConfig:
                 f"--rank {self.rank} is not below --world-size {self.world_size}: count from 0"
             )
         self._check_full_dataset()
+        self._check_executor()
+
+    def _check_executor(self) -> None:
+        if (self.executor is None) != (self.tasks is None):
+            raise ConfigError("--executor and --tasks need each other: give both")
+        if self.executor is None:
+            return
+        single = {
+            "--rank": self.rank is not None, "--plan": self.plan,
+            "--verify-mask": self.verify_mask, "--tensor-parallel": self.tensor_parallel,
+        }  # fmt: skip
+        for flag in [flag for flag, given in single.items() if given]:
+            raise ConfigError(f"--executor starts tasks, {flag} is for a single run: drop one")
+        if self.force_restart:
+            raise ConfigError(
+                "--force-restart would discard rows with every task that is started again: empty "
+                "the output yourself, or give another --output"
+            )
+        if self.executor == "slurm" and self.slurm_partition is None:
+            raise ConfigError("--executor slurm needs --slurm-partition: `sinfo` names those there")
 
     def _check_full_dataset(self) -> None:
         selecting = {
@@ -4552,6 +4616,7 @@ class StreamingHFUploader:
         settings: what identifies the job; resuming with others is refused.
         chat_template: stored beside the shards.
         upload_every: rows per shard, unless `upload_size_mb` (encoded bytes / 10^6) is given.
+        at_once: how many of the workers run at the same time; by default all.
         stopping: asked while waiting for room; once true, waiting ends and shards stay cached.
         late: asked when an upload has failed; once true, it is not tried again in this run.
         endpoint, token: of the Hub; by default those of the environment and of `hf auth login`.
@@ -4577,6 +4642,7 @@ class StreamingHFUploader:
         force_restart: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        at_once: int | None = None,
         stopping: Callable[[], bool] = lambda: False,
         late: Callable[[], bool] = lambda: False,
         endpoint: str | None = None,
@@ -4592,7 +4658,8 @@ class StreamingHFUploader:
         self._limit_bytes = None if upload_size_mb is None else upload_size_mb * 1e6
         self._rank, self._world_size = rank, world_size
         self._stopping = stopping
-        self._max_waiting = MAX_WAITING_SHARDS * world_size  # workers share the pace
+        at_once = min(at_once or world_size, world_size)
+        self._max_waiting = MAX_WAITING_SHARDS * at_once  # workers share the pace
         self._pending: list[PendingRows] = []  # fill up the next shards
         self._closed: deque[LocalShard] = deque()  # complete in the cache, not flushed
         self._waiting: deque[LocalShard] = deque()  # handed to the upload thread, not delivered
@@ -4606,7 +4673,7 @@ class StreamingHFUploader:
         self._stop = threading.Event()
         self._end_of_tries = PolledStop(lambda: self._stop.is_set() or late())
         self._hurry = threading.Event()
-        self._pace = CommitPace(workers=world_size, rank=rank)
+        self._pace = CommitPace(workers=at_once, rank=rank % at_once)
         self._slowest_upload_s = 0.0
         self._uploads: list[Future[None]] = []
         with contextlib.ExitStack() as undo:
@@ -5367,6 +5434,8 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     Raises:
         LogitsError: bad options, input, teacher or output; nothing is half-written.
     """
+    if config.executor is not None:
+        return run_tasks(config)
     if not config.tensor_parallel:
         return run_alone(config)
     if not join_group(config):
@@ -5441,6 +5510,7 @@ def open_uploader(
         force_restart=config.force_restart,
         rank=config.rank or 0,
         world_size=config.world_size or 1,
+        at_once=config.workers,
         stopping=stopping,
         late=late,
     )
@@ -5732,6 +5802,254 @@ def describe_skips(skipped: Mapping[int, str]) -> str:
     if not counts:
         return "no conversation was selected"
     return "skipped " + ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+
+
+# Tasks --------------------------------------------------------------------------------------------
+
+NO_OTHER_JOB = {  # options that change how tasks run, not what they store
+    "batch_thresholds",
+    "cache_dir",
+    "cpus_per_task",
+    "device",
+    "executor",
+    "executor_logs",
+    "gpus_per_task",
+    "max_batch_size",
+    "max_batch_tokens",
+    "max_runtime_minutes",
+    "mem_per_cpu_gb",
+    "private",
+    "resume",
+    "slurm_options",
+    "slurm_partition",
+    "slurm_setup",
+    "slurm_time",
+    "workers",
+}
+
+
+class TaskError(LogitsError):
+    """A task has not stored all of its part; met in its log. The next start runs it again."""
+
+
+class ExtractTask:
+    """One task of a datatrove pipeline: a worker's part of the job."""
+
+    name = "extract logits"
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.folder = os.getcwd()
+        self.submitter = os.getpid()
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        """Extract and store the part of one rank.
+
+        Raises:
+            LogitsError: not all of it is stored; the task counts as failed.
+        """
+        alone = os.environ.get("DATATROVE_EXECUTOR") == "LOCAL"
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        if alone:
+            share_machine(self.options["workers"] or world_size)
+        config = ExtractionConfig(**self.options, rank=rank, world_size=world_size, resume=True)
+        with log_to_datatrove():
+            summary = run_extraction(config)
+        code = summary["exit_code"]
+        if alone and code == 128 + signal.SIGTERM and os.getpid() != self.submitter:
+            os._exit(code)  # the pool that sent it waits for the process to end
+        if code:
+            raise TaskError(
+                f"task {rank} stored {summary['new_rows']} rows and ended with exit code {code}: "
+                "start the same command again"
+            )
+
+
+def share_machine(workers: int) -> None:
+    """Give this process of a pool a GPU and CPUs of its own, where there are enough."""
+    from multiprocess import current_process
+
+    number = (current_process()._identity or (1,))[-1]
+    os.environ["LOCAL_RANK"] = str(number)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@contextmanager
+def log_to_datatrove() -> Iterator[None]:
+    """Write what is logged into the log of the task."""
+    from datatrove.utils.logging import logger as task_log
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            task_log.log(record.levelname, "{}", hide_tokens(record.getMessage()))
+
+    handler = Handler(logging.INFO)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
+    """Let datatrove run the tasks that are not done; on Slurm, submit them.
+
+    Returns:
+        The summary that `main` prints: what the output holds, and how many tasks are left.
+
+    Raises:
+        ConfigError: datatrove or the engine is missing, or the output holds another job.
+    """
+    try:
+        import datatrove.executor  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"--executor needs datatrove ({error}): pip install 'logit-extraction[scale]'"
+        ) from error
+    job = open_job(replace(config, device="auto"))
+    destination = open_destination(config.output, private=config.private)
+    retry(destination.open)
+    retry(destination.create)
+    folder = task_folder(config)
+    shards = OutputState(retry(destination.list_files)).shards()
+    if shards and not config.resume and not folder.is_dir():
+        raise ConfigError(
+            f"{config.output} already holds {len(shards)} shards: continue with --resume, or give "
+            "another --output"
+        )
+    executor = make_executor(config, folder, job.config.revision, skip_completed=bool(shards))
+    left = executor.get_incomplete_ranks()
+    logger.info("%d of %d tasks to run, their logs are in %s", len(left), config.tasks, folder)
+    with engine(config) if left else contextlib.nullcontext():
+        try:
+            executor.run()
+        except LogitsError as error:
+            logger.error("%s", error)
+    submitted = len(left) if config.executor == "slurm" else 0
+    left = executor.get_incomplete_ranks(skip_completed=True)
+    stored = read_output(destination)
+    return {
+        "rows": stored.figures().rows,
+        "tokens": stored.figures().tokens,
+        "shards": len(stored.records),
+        "bytes": sum(record.bytes for record in stored.records.values()),
+        "tasks": config.tasks,
+        "tasks_left": len(left),
+        "tasks_submitted": submitted,
+        "logs": str(folder),
+        "output": config.output,
+        "exit_code": EXIT_RUNTIME if left and not submitted else 0,
+    }
+
+
+def task_folder(config: ExtractionConfig) -> Path:
+    """Return where the logs and the marks of done tasks of this very job are."""
+    options = {name: value for name, value in asdict(config).items() if name not in NO_OTHER_JOB}
+    text = json.dumps(options, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    place = Path(config.executor_logs or Path(config.cache_dir) / "tasks").expanduser().absolute()
+    return place / f"{cache_key(config.output)}-{digest}"
+
+
+def make_executor(
+    config: ExtractionConfig, folder: Path, revision: str | None, *, skip_completed: bool
+) -> Any:
+    """Return datatrove's executor of the job; classes it pickles come from the module by name."""
+    from datatrove.executor import (
+        LocalPipelineExecutor,
+        RayPipelineExecutor,
+        SlurmPipelineExecutor,
+    )
+
+    from extract_logits import ExtractTask  # not __main__'s, which no other process has
+
+    own = {"executor", "tasks", "resume", "rank", "world_size"}
+    options = {name: value for name, value in asdict(config).items() if name not in own}
+    common = {
+        "pipeline": [ExtractTask({**options, "revision": revision})],
+        "tasks": config.tasks,
+        "workers": config.workers or -1,
+        "logging_dir": str(folder),
+        "skip_completed": skip_completed,
+    }
+    if config.executor == "local":
+        return LocalPipelineExecutor(**common)
+    common |= {
+        "cpus_per_task": config.cpus_per_task,
+        "mem_per_cpu_gb": config.mem_per_cpu_gb,
+        "gpus_per_task": 1 if config.gpus_per_task is None else config.gpus_per_task,
+    }
+    if config.executor == "ray":
+        return RayPipelineExecutor(**common)
+    return SlurmPipelineExecutor(
+        **common,
+        time=config.slurm_time,
+        partition=config.slurm_partition,
+        job_name="extract-logits",
+        qos=None,
+        env_command=config.slurm_setup or describe_environment(),
+        sbatch_args={"signal": "USR1@90", **(config.slurm_options or {})},
+    )
+
+
+def describe_environment() -> str:
+    """Return the shell command, one line, that gives a task this Python and these scripts."""
+    here = Path(__file__).resolve().parent
+    return (
+        f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
+        f"PYTHONPATH={shlex.quote(str(here))}:$PYTHONPATH"
+    )
+
+
+@contextmanager
+def engine(config: ExtractionConfig) -> Iterator[None]:
+    """Connect to the Ray cluster that is there, or start one on this machine; else do nothing.
+
+    Raises:
+        ConfigError: Ray or Slurm is not installed, or the cluster is too small for a task.
+    """
+    if config.executor == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError("--executor slurm: there is no sbatch here; run it on a login node")
+    if config.executor != "ray":
+        yield
+        return
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            f"--executor ray needs Ray ({error}): pip install 'logit-extraction[scale]'"
+        ) from error
+    path = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    try:
+        ray.init(address="auto", runtime_env=environment)
+    except ConnectionError:
+        ray.init(runtime_env=environment, include_dashboard=False)
+    try:
+        check_cluster(config, ray.cluster_resources())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_cluster(config: ExtractionConfig, there: Mapping[str, float]) -> None:
+    """Refuse tasks for which a Ray cluster would wait for ever."""
+    wanted = {
+        "CPU": config.cpus_per_task,
+        "GPU": 1 if config.gpus_per_task is None else config.gpus_per_task,
+        "memory": config.cpus_per_task * config.mem_per_cpu_gb * 2**30,
+    }
+    for name, amount in wanted.items():
+        if there.get(name, 0) < amount:
+            raise ConfigError(
+                f"a task wants {amount:,} {name}, the whole Ray cluster has "
+                f"{there.get(name, 0):,.0f}: see --gpus-per-task, --cpus-per-task, --mem-per-cpu-gb"
+            )
 
 
 # Plan ---------------------------------------------------------------------------------------------
@@ -6092,7 +6410,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:
     """
     options = vars(build_parser().parse_args(argv))
     if options["rank"] is None and options["world_size"] is None:
-        environment = dict(os.environ)
+        environment = dict(os.environ) if options["executor"] is None else {}
         if options["tensor_parallel"]:  # all processes of a torchrun are one worker
             environment.pop("RANK", None)
         options["rank"], options["world_size"] = launched_as(environment)

@@ -32,12 +32,16 @@ DEFAULTS: dict[str, Any] = {
 
 # An option's text on the command line and the value that it means.
 SAMPLES: dict[str, tuple[str, Any]] = {
+    "executor": ("local", "local"),
+    "slurm_options": ('{"qos": "high"}', {"qos": "high"}),
     "batch_thresholds": ('{"512": 8, "1024": 4}', {512: 8, 1024: 4}),
     "sample_subject": ('{"math": 20, "": 3, "*": 0}', {"math": 20, "": 3, "*": 0}),
     "dtype": ("bfloat16", "bfloat16"),
     "rank": ("0", 0),
 }
 PARTNERS = {
+    "executor": ["--tasks", "2"],
+    "tasks": ["--executor", "local"],
     "sample_subject": ["--subject-col", "s"],
     "subject_col": ["--sample-subject", "{}"],
     "rank": ["--world-size", "8"],
