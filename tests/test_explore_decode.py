@@ -244,3 +244,16 @@ def test_a_row_whose_lists_do_not_fit_is_refused_by_number(change: dict[str, Any
     with pytest.raises(FormatError, match="row 3: "):
         list(iter_samples(rows))
     assert get_sample(rows, 2)["index"] == 2
+
+
+def test_a_value_that_does_not_fit_the_formats_type_is_refused_not_wrapped() -> None:
+    table = rows_to_table(ROWS)
+    at = table.column_names.index("top_indices_low")
+    wide = table.column(at).cast(pa.list_(pa.int64()))
+    assert decode_rows(table.set_column(at, "top_indices_low", wide)).top_ids.size > 0
+    values = wide.combine_chunks().flatten().to_numpy().copy()
+    values[3] += 2**16
+    offsets = wide.combine_chunks().offsets
+    wrapped = pa.ListArray.from_arrays(offsets, pa.array(values))
+    with pytest.raises(FormatError, match="top_indices_low"):
+        decode_rows(table.set_column(at, "top_indices_low", wrapped))

@@ -88,6 +88,8 @@ def test_an_id_outside_the_format_is_refused_by_name(bad: int) -> None:
 
 
 def test_bytes_or_counts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(FormatError, match="4 ids need 1 high bytes, found 2"):
+        unpack_indices([1, 2, 3, 4], b"\0\0")
     with pytest.raises(FormatError, match="need 2 high bytes, found 1"):
         unpack_indices(np.arange(5), b"\0")
     with pytest.raises(FormatError, match="sum to 4"):

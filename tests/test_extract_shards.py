@@ -755,3 +755,32 @@ def test_shards_of_workers_that_the_job_no_longer_has_are_no_peers(tmp_path: Pat
     uploader.flush(final=True)
     uploader.shutdown()
     assert listed(tmp_path / "out") == Counter([10, 11])
+
+
+def test_a_cached_shard_whose_name_another_machine_has_used_gets_another(tmp_path: Path) -> None:
+    here = open_uploader(tmp_path)
+    here.add_sample(make_rows(range(10)))  # closed in the cache, not flushed
+    here.shutdown()
+    elsewhere = open_uploader(tmp_path, cache_dir=tmp_path / "elsewhere")
+    feed(elsewhere, 20, 30)
+    elsewhere.flush(final=True)
+    elsewhere.shutdown()
+    here = open_uploader(tmp_path, resume=True)
+    assert here.get_resume_info().pending.tolist() == list(range(10))
+    here.load_pending_into_buffer()
+    here.flush(final=True)
+    here.shutdown()
+    assert listed(tmp_path / "out") == Counter([*range(10), *range(20, 30)])
+
+
+def test_two_runs_that_give_the_same_name_to_different_rows_are_noticed(tmp_path: Path) -> None:
+    one, other = (open_uploader(tmp_path, cache_dir=tmp_path / name) for name in ("one", "other"))
+    feed(one, 0, 10)
+    one.flush(final=True)
+    one.shutdown()
+    other.add_sample(make_rows(range(10, 20)))
+    with pytest.raises(HubError, match="written by another run"):
+        other.flush(final=True)
+    other.shutdown()
+    assert listed(tmp_path / "out") == Counter(range(10))
+    assert len(other.summary()["undelivered"]) == 1
