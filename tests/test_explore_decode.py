@@ -231,6 +231,11 @@ STRUCTURE = {
     "tail levels": {"sampled_logits_quantized": []},
     "tail high bits": {"sampled_indices_high": b"\0" * 999},
     "tail minima": {"sampled_min": [1.0]},
+    "uneven tail": {
+        "sampled_indices_low": [5] * (ROWS[3]["num_tokens"] + 1),
+        "sampled_indices_high": bytes(-(-(ROWS[3]["num_tokens"] + 1) // 4)),
+        "sampled_logits_quantized": [0] * (ROWS[3]["num_tokens"] + 1),
+    },
     "log-sum-exp": {"logsumexp": []},
     "null list": {"top_counts": None},
     "null value": {"logsumexp": [None] * ROWS[3]["num_tokens"]},
