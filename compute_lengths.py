@@ -15,11 +15,15 @@ Exit codes: 0 measured and stored; 1 a bug; 2 bad usage or input; 130 interrupte
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while libraries load leaves without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import json
 import logging
 import multiprocessing
-import os
-import signal
 import sys
 import time
 from collections import Counter, deque
@@ -621,4 +625,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # main says what became of it
     sys.exit(main())

@@ -17,6 +17,12 @@ per token, B sequences in a batch.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while libraries load leaves without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import base64
 import contextlib
@@ -30,7 +36,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import sys
 import threading

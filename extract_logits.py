@@ -19,6 +19,12 @@ locally; 75 stopped by the runtime limit, resumable; 130/143 stopped by a signal
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while libraries load leaves without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import base64
 import contextlib
@@ -34,12 +40,10 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import random
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import threading

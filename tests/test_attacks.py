@@ -7,8 +7,10 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -370,3 +372,21 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     assert {tokenizer.decode(ids)[:11] for ids in rows} == {"09 May 2030"}
     assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
     assert explore_logits.main(["out", "--sample", "0-3"]) == 0
+
+
+@pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
+def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
+    script: str, tmp_path: Path
+) -> None:
+    slow = "import pathlib, time\npathlib.Path(__file__).with_name('loading').touch()\n"
+    (tmp_path / "numpy.py").write_text(slow + "time.sleep(60)\n", encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / f"{script}.py"), "--help"], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    ) as process:  # fmt: skip
+        while not (tmp_path / "loading").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
