@@ -265,3 +265,9 @@ def test_the_configuration_takes_what_the_sampler_takes() -> None:
     config = ExtractionConfig(model="m", dataset="d", output="./o", batch_thresholds={512: 8})
     sampler = make_sampler(config, prepared([512, 513]), device_type="cpu", done=np.zeros(2, bool))
     assert list(sampler) == [[1], [0]]
+
+
+def test_conversations_of_one_length_keep_their_order_on_every_machine() -> None:
+    lengths = np.random.default_rng(3).integers(1, 4, 3000)
+    order = [at for batch in TokenBudgetBatchSampler(lengths, max_batch_size=7) for at in batch]
+    assert order == sorted(range(3000), key=lambda at: (-lengths[at], at))
