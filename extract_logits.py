@@ -338,6 +338,17 @@ class ExtractionConfig:
     plan: bool = option(
         False, "print rows, tokens, bytes, shards and hours; write nothing", group="run"
     )
+    plan_tokens: float | None = option(
+        None, "plan for so many stored tokens, such as 1e12, of which the dataset is a sample",
+        group="run", above=0,
+    )  # fmt: skip
+    plan_rate: float | None = option(
+        None, "plan with so many stored tokens a second of one worker, not the probe's",
+        group="run", above=0,
+    )  # fmt: skip
+    plan_price: float | None = option(
+        None, "plan with this price of a worker's hour", group="run", above=0
+    )
     resume: bool = option(False, "continue; with nothing to continue, start", group="run")
     force_restart: bool = option(False, "discard recorded progress and start over", group="run")
     max_runtime_minutes: float | None = option(
@@ -4069,6 +4080,7 @@ class CommitPace:
     def __init__(self, *, workers: int = 1, rank: int = 0) -> None:
         reserved = min(max(COMMIT_BURST, workers), MOST_RESERVED)
         self._interval_s = 3600 * workers / (COMMITS_PER_HOUR - reserved)
+        self.per_hour = COMMITS_PER_HOUR - reserved  # of all workers
         self._burst_s = self._interval_s * (max(1, COMMIT_BURST // workers) - 1)
         self._next_s = -math.inf
         if workers > COMMIT_BURST:
@@ -5345,7 +5357,7 @@ def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
 def find_recorded_settings(config: ExtractionConfig, *, stop: Stop | None = None) -> dict[str, Any]:
     """Return the settings that a job was begun with: of its output, else of its cache, else {}."""
     several = (config.world_size or 1) > 1  # where one worker may have begun before another
-    if not (config.resume or (several and not config.force_restart)):
+    if config.plan or not (config.resume or (several and not config.force_restart)):
         return {}
     recorded = read_recorded_settings(config.output, stop=stop)
     return recorded or read_cached_settings(config)
@@ -5953,7 +5965,11 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
 
 def task_folder(config: ExtractionConfig) -> Path:
     """Return where the logs and the marks of done tasks of this very job are."""
-    options = {name: value for name, value in asdict(config).items() if name not in NO_OTHER_JOB}
+    options = {
+        entry.name: getattr(config, entry.name)
+        for entry in fields(config)
+        if entry.name not in NO_OTHER_JOB and getattr(config, entry.name) != entry.default
+    }
     text = json.dumps(options, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     place = Path(config.executor_logs or Path(config.cache_dir) / "tasks").expanduser().absolute()
@@ -6134,23 +6150,28 @@ def plan_extraction(job: Job, *, should_stop: Callable[[], bool] = lambda: False
     """Estimate what a run would read, store and take, from lengths and a probe of the teacher.
 
     Nothing is written, neither to the output nor to the cache. What an output holds already is
-    not subtracted. With several workers the figures are those of this one.
+    not subtracted. With several workers the figures are those of the whole job.
 
     Returns:
         `rows`, `tokens` of whole conversations, `stored_tokens` of which distributions are kept,
-        `bytes` on disk, `shards`, `commits` at most, `hours` at the probe's rate, and what they
-        were found from.
+        `bytes` on disk, `shards`, `commits` at most, `hours` of all workers at the probe's rate or
+        the given one, `share`, what one worker does of it, `limits` of the Hub that are met, and
+        what they were found from.
 
     Raises:
         DataError: nothing to extract.
         StopRequested: `should_stop` said so.
     """
+    workers = job.config.world_size or 1
+    job = replace(job, config=replace(job.config, rank=None, world_size=None))
     sample = sample_job(job, should_stop)
     if not sample.rows.indices.size:
         skipped = {row.index: row.reason for row in sample.rows.skipped}
         raise DataError(f"nothing to extract: {describe_skips(skipped)}")
     probe = probe_teacher(job, sample.rows, should_stop)
-    return {**describe_plan(job, sample, probe), "output": job.config.output}
+    plan = describe_plan(job, sample, probe)
+    plan |= describe_shares(job.config, plan, workers)
+    return {**plan, "output": job.config.output}
 
 
 def describe_plan(job: Job, sample: Sample, probe: Probe) -> dict[str, Any]:
@@ -6161,6 +6182,10 @@ def describe_plan(job: Job, sample: Sample, probe: Probe) -> dict[str, Any]:
         stored_tokens = round(tokens * probe.stored_tokens / probe.tokens)
     else:
         stored_tokens = round(int(sample.rows.num_tokens.sum()) / sample.share)
+    rate = job.config.plan_rate or stored_tokens / (tokens * probe.s_per_token)
+    if job.config.plan_tokens is not None:
+        times = job.config.plan_tokens / stored_tokens
+        rows, tokens, stored_tokens = (round(times * n) for n in (rows, tokens, stored_tokens))
     data_bytes = probe.token_bytes * stored_tokens
     shards = count_shards(job.config, rows, data_bytes)
     skipped = Counter(row.reason for row in sample.rows.skipped)
@@ -6172,14 +6197,91 @@ def describe_plan(job: Job, sample: Sample, probe: Probe) -> dict[str, Any]:
         "bytes": round(data_bytes + shards * probe.shard_bytes),
         "shards": shards,
         "commits": shards + 1,
-        "hours": round(tokens * probe.s_per_token / 3600, 4),
-        "stored_tokens_per_second": round(stored_tokens / (tokens * probe.s_per_token), 1),
+        "hours": round(stored_tokens / rate / 3600, 4),
+        "stored_tokens_per_second": round(rate, 1),
         "bytes_per_stored_token": round(probe.token_bytes, 1),
+        "assumed": describe_assumptions(job.config),
         "skipped": {reason: round(n / sample.share) for reason, n in sorted(skipped.items())},
         "measured_rows": round(sample.selected * sample.share),
         "selected_rows": sample.selected,
         "probe": {name: getattr(probe, name) for name in ("batches", "rows", "stored_tokens", "s")},
     }
+
+
+def describe_assumptions(config: ExtractionConfig) -> str:
+    """Say which figures of a plan were given, not measured."""
+    given = ["--plan-tokens"] if config.plan_tokens is not None else []
+    given += ["--plan-rate"] if config.plan_rate is not None else []
+    return f", and {' and '.join(given)}, which nobody has measured" if given else ""
+
+
+FILES_PER_REPOSITORY = 100_000  # what the Hub recommends at most
+REPOSITORY_COMMITS = 5_000  # beyond, a repository of the Hub gets slow
+
+
+def describe_shares(
+    config: ExtractionConfig, plan: Mapping[str, Any], workers: int
+) -> dict[str, Any]:
+    """Return what one of several workers does of a plan, its cost, and the limits that it meets."""
+    hours = plan["hours"] / workers
+    share: dict[str, Any] = {
+        name: math.ceil(plan[name] / workers)
+        for name in ("rows", "stored_tokens", "bytes", "shards")
+    }
+    found: dict[str, Any] = {
+        "workers": workers,
+        "commits": plan["shards"] + workers,
+        "share": {**share, "hours": round(hours, 4)},
+        "limits": [],
+    }
+    if config.plan_price is not None:
+        found["cost"] = round(plan["hours"] * config.plan_price, 2)
+    if plan["rows"] > INDEX_LIMIT:
+        found["limits"].append(
+            f"{plan['rows']:,} rows, where ids end at {INDEX_LIMIT:,}: divide the dataset over "
+            f"{-(-plan['rows'] // INDEX_LIMIT)} outputs"
+        )
+    if not is_local_output(config.output):
+        commits, limits = describe_limits(plan, workers=workers, hours=hours)
+        found |= {"commits": commits, "limits": [*found["limits"], *limits]}
+    return found
+
+
+def describe_limits(
+    plan: Mapping[str, Any], *, workers: int, hours: float
+) -> tuple[int, list[str]]:
+    """Return the commits that deliver a plan to the Hub at most, and what of its limits is met."""
+    paced = CommitPace(workers=workers).per_hour * hours
+    commits = math.ceil(min(plan["shards"], COMMIT_BURST + paced)) + workers
+    shards, size_mb = plan["shards"], plan["bytes"] / 1e6
+    limits = []
+    if shards > FILES_PER_REPOSITORY - 100:
+        repositories = -(-shards // (FILES_PER_REPOSITORY - 100))
+        limits.append(
+            f"{shards:,} shards, where a repository should hold {FILES_PER_REPOSITORY:,} files: "
+            f"give --upload-size-mb {math.ceil(size_mb / FILES_PER_REPOSITORY * 1.1):,}, or divide "
+            f"the dataset over {repositories} outputs (--start-offset and --limit)"
+        )
+    elif shards > SHARDS_PER_FOLDER:
+        folders = -(-shards // SHARDS_PER_FOLDER)
+        limits.append(f"{shards:,} shards go into {folders} folders below data/, by themselves")
+    if commits > REPOSITORY_COMMITS:
+        limits.append(
+            f"{commits:,} commits, where a repository gets slow beyond {REPOSITORY_COMMITS:,}: "
+            "larger shards, or several outputs"
+        )
+    if shards / commits > MAX_WAITING_SHARDS:
+        limits.append(
+            f"{shards / commits:,.0f} shards a commit, as the Hub takes no more commits an hour; "
+            f"beyond {MAX_WAITING_SHARDS * workers:,} that wait, a worker stops for them: give "
+            "--upload-size-mb"
+        )
+    if workers > MOST_RESERVED:
+        limits.append(
+            f"the last commits of {workers:,} workers alone take "
+            f"{workers / COMMITS_PER_HOUR:,.1f} hours: use fewer workers an output"
+        )
+    return commits, limits
 
 
 def count_shards(config: ExtractionConfig, rows: int, data_bytes: float) -> int:
@@ -6329,7 +6431,7 @@ def measure_shard(job: Job, table: pa.Table) -> tuple[float, float]:
 
 def format_plan(plan: Mapping[str, Any]) -> str:
     """Lay out a plan as a table for people."""
-    hours = plan["hours"]
+    share, workers = plan["share"], plan["workers"]
     lines = {
         "rows": f"{plan['rows']:,}",
         "tokens": f"{plan['tokens']:,}",
@@ -6337,15 +6439,29 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         "bytes on disk": f"{plan['bytes']:,} ({plan['bytes_per_stored_token']} a stored token)",
         "shards": f"{plan['shards']:,}",
         "commits": f"at most {plan['commits']:,}",
-        "hours": f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.4f} ({hours * 3600:.0f} s)",
-        "stored tokens/s": f"{plan['stored_tokens_per_second']:,}",
+        "hours": format_hours(plan["hours"]),
+        "stored tokens/s": f"{plan['stored_tokens_per_second']:,} of one worker",
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in plan["skipped"].items()) or "none",
         "found from": (
             f"the lengths of {plan['measured_rows']:,} of {plan['selected_rows']:,} conversations, "
-            f"{plan['probe']['batches']} batches of the teacher"
+            f"{plan['probe']['batches']} batches of the teacher{plan['assumed']}"
         ),
     }
-    return "\n".join(f"{name:>16}  {value}" for name, value in lines.items())
+    if workers > 1:
+        lines[f"each of {workers:,}"] = (
+            f"{share['rows']:,} rows, {share['stored_tokens']:,} stored tokens, "
+            f"{share['bytes']:,} bytes, {share['shards']:,} shards, {format_hours(share['hours'])}"
+            " hours"
+        )
+    if "cost" in plan:
+        lines["cost"] = f"{plan['cost']:,.2f}, of the hours alone"
+    table = [f"{name:>16}  {value}" for name, value in lines.items()]
+    return "\n".join([*table, *(f"{'limit':>16}  {text}" for text in plan["limits"])])
+
+
+def format_hours(hours: float) -> str:
+    """Return hours, short ones in seconds too."""
+    return f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.4f} ({hours * 3600:.0f} s)"
 
 
 # --------------------------------------------------------------------------------------------------

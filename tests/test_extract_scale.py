@@ -17,12 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import CHATS, TEACHER, run_script
 from loopback_hub import LoopbackHub
 from shard_rows import SETTINGS, make_rows, make_schema
 
 import extract_logits
 from explore_logits import get_sample, load_logit_dataset
 from extract_logits import (
+    ExtractionConfig,
     HubError,
     StreamingHFUploader,
     choose_folders,
@@ -296,6 +298,63 @@ def test_commits_of_all_workers_together_stay_under_the_limit(
     most = max(sum(start <= t < start + 3600 for t in starts) for start in starts[::7])
     assert most <= 128  # what the Hub allows
     assert len(starts) / hours >= 35  # and still often enough
+
+
+# The plan of a large job --------------------------------------------------------------------------
+
+
+def describe(workers: int, **changes: Any) -> dict[str, Any]:
+    """Return the shares of a plan of 1e9 stored tokens for the Hub."""
+    plan = {"rows": 10**6, "stored_tokens": 10**9, "bytes": 2 * 10**11, "shards": 2000}
+    plan |= {"hours": 128.0, **changes}
+    options = {"model": "m", "dataset": "d", "output": "user/logits", "plan_price": 2.0}
+    return extract_logits.describe_shares(ExtractionConfig(**options), plan, workers)
+
+
+def test_a_plan_shows_the_whole_job_and_a_share_of_it() -> None:
+    found = describe(64)
+    assert found["share"] == {
+        "rows": 15625, "stored_tokens": 15625000, "bytes": 3125000000, "shards": 32, "hours": 2.0,
+    }  # fmt: skip
+    assert found["cost"] == 256.0
+    # 56 commits an hour are left beside the last ones: 30 + 112 + 64
+    assert found["commits"] == 206
+    assert describe(1)["commits"] == 2001
+
+
+@pytest.mark.parametrize(
+    ("workers", "changes", "words"),
+    [
+        (1, {}, []),
+        (1, {"shards": 20_000, "hours": 1000.0}, ["3 folders", "gets slow"]),
+        (8, {"shards": 200_000, "hours": 1e5}, ["--upload-size-mb", "a repository gets slow"]),
+        (8, {"rows": 5 * 10**9}, ["3 outputs"]),
+        (64, {}, ["shards a commit"]),
+        (256, {"shards": 300}, ["2.1 hours"]),
+    ],
+)
+def test_a_plan_says_which_limits_it_meets(
+    workers: int, changes: dict[str, Any], words: list[str]
+) -> None:
+    limits = describe(workers, **changes)["limits"]
+    assert len(limits) == len(words)
+    assert all(word in limit for word, limit in zip(words, limits, strict=True))
+
+
+def test_a_plan_of_given_tokens_at_a_given_rate_says_that_nobody_has_measured_them() -> None:
+    given = ["--plan-tokens", "1e12", "--plan-rate", "20000", "--plan-price", "3"]
+    workers = ["--rank", "5", "--world-size", "64", "--upload-size-mb", "500"]
+    job = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 20]
+    done = run_script("extract_logits.py", *job, "--output", REPO, "--plan", *given, *workers)
+    assert done.code == 0, done.stderr
+    plan = done.summary
+    assert plan["stored_tokens"] == 10**12
+    assert plan["hours"] == pytest.approx(10**12 / 20000 / 3600, rel=1e-6)
+    assert plan["share"]["hours"] == pytest.approx(plan["hours"] / 64, rel=1e-3)
+    assert plan["cost"] == pytest.approx(3 * plan["hours"], rel=1e-6)
+    assert plan["selected_rows"] == 20  # of the whole job, not of a worker
+    assert "each of 64" in done.stdout
+    assert "nobody has measured" in done.stdout
 
 
 # The table ----------------------------------------------------------------------------------------
