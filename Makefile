@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help dist images demo test bench chaos oracle scale storage lint clean
+.PHONY: help dist images demo test bench bench-io chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,9 +50,13 @@ demo: demo/report.html
 test: .venv/.done
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
 
-# make bench   what extraction, decoding and uploads cost, against plain ways (6 minutes)
+# make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done
 	$(PY) tests/bench_extraction.py
+	$(PY) tests/bench_pipeline.py
+
+# make bench-io  the same of decoding and of uploads (3 minutes)
+bench-io: .venv/.done
 	$(PY) tests/bench_decode.py
 	$(PY) tests/bench_upload.py
 
