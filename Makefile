@@ -59,6 +59,8 @@ bench: .venv/.done
 bench-io: .venv/.done
 	$(PY) tests/bench_decode.py
 	$(PY) tests/bench_upload.py
+	$(PY) tests/bench_loader.py
+	$(PY) tests/bench_loss.py
 
 # make oracle  every row of the embedded conversations against the slow second extractor (5 minutes)
 oracle: .venv/.done
@@ -72,11 +74,12 @@ storage: .venv/.done
 chaos: .venv/.done
 	$(PY) tests/chaos.py --runs 200 --seed 1
 
-# make distill students of the embedded teacher, from stored logits and without (20 minutes)
+# make distill students of the embedded teacher, from stored logits and without (15 minutes)
 distill: .venv/.done
 	OMP_NUM_THREADS=1 $(PY) tests/distill.py --output demo/distill \
 	  --picture docs/images/distill.png
 	OMP_NUM_THREADS=1 $(PY) tests/distill.py --bias
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/test_explore_training.py
 
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
 scale: .venv/.done

@@ -508,7 +508,7 @@ def main() -> None:
     for name, value in vars(Setup()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--bias", action="store_true", help="the estimators' table, no training")
-    parser.add_argument("--draws", type=int, default=4_000, help="tails for --bias")
+    parser.add_argument("--draws", type=int, default=2_000, help="tails for --bias")
     args = parser.parse_args()
     if args.bias:
         print_bias(args.draws)

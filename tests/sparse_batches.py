@@ -7,6 +7,8 @@ are not quantized here, so that what is measured is the estimator alone.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from explore_logits import TokenBlock, collate_logits, distillation_loss, sparse_teacher, to_starts
+from explore_logits import (
+    TokenBlock,
+    collate_logits,
+    distillation_loss,
+    quantize_logits,
+    sparse_teacher,
+    to_starts,
+)
 from extract_logits import extract_tokens
 
 ROWS = ("peaked", "natural", "flat")
@@ -90,18 +99,34 @@ def exact_block(
     )
 
 
-def make_batch(logits: Tensor, **settings: Any) -> dict[str, Tensor]:
-    """Return a batch of one conversation whose token i was predicted by `logits[i]`."""
-    block = exact_block(logits, **settings)
-    count = logits.shape[0]
-    row = {
+def quantized_block(exact: ExactBlock, *, bits: int) -> TokenBlock:
+    """Return the block that is read when its logits have been stored with so many bits."""
+    parts: dict[str, Any] = {}
+    for name in ("top", "tail"):
+        starts, values = getattr(exact, f"{name}_starts"), getattr(exact, f"exact_{name}")
+        runs = [values[a:b] for a, b in itertools.pairwise(starts)]
+        q, low, high = zip(*(quantize_logits(run, bits=bits) for run in runs), strict=True)
+        parts[f"{name}_q"] = np.concatenate(q)
+        parts[f"{name}_min"], parts[f"{name}_max"] = np.array(low), np.array(high)
+    fields = {f.name: getattr(exact, f.name) for f in dataclasses.fields(TokenBlock)}
+    return TokenBlock(**{**fields, **parts})
+
+
+def make_row(block: TokenBlock) -> dict[str, Any]:
+    """Return a conversation to train on whose tokens are those of a block."""
+    count = block.tail_counts.size
+    return {
         "index": 0,
         "input_ids": np.zeros(count + 1, np.int32),
         "labels": np.zeros(count + 1, np.int64),
         "teacher_positions": np.arange(1, count + 1),
         **sparse_teacher(block),
     }
-    batch: dict[str, Tensor] = collate_logits([row])
+
+
+def make_batch(logits: Tensor, **settings: Any) -> dict[str, Tensor]:
+    """Return a batch of one conversation whose token i was predicted by `logits[i]`."""
+    batch: dict[str, Tensor] = collate_logits([make_row(exact_block(logits, **settings))])
     return batch
 
 

@@ -19,6 +19,8 @@ from sparse_batches import (
     estimate,
     exact_block,
     make_batch,
+    make_row,
+    quantized_block,
     student_row,
     teacher_row,
 )
@@ -27,6 +29,7 @@ from explore_logits import (
     DIVERGENCES,
     TAILS,
     LogitsError,
+    collate_logits,
     distillation_loss,
     sparse_teacher,
     weigh_tail,
@@ -35,25 +38,26 @@ from explore_logits import (
 LIMIT = 4.5  # standard errors
 
 
+def set_probability(probs: np.ndarray, sample: list[int]) -> float:
+    """Return the probability of drawing a set without replacement, over all orders of it."""
+    total = 0.0
+    for order in itertools.permutations(sample):
+        mass, chance = probs.sum(), 1.0
+        for i in order:
+            chance *= probs[i] / mass
+            mass -= probs[i]
+        total += chance
+    return total
+
+
 def brute_force_weights(probs: np.ndarray, chosen: list[int]) -> np.ndarray:
-    """Return log-weights from the probability of the sample over all orders of drawing it."""
-
-    def probability(left: np.ndarray, sample: list[int]) -> float:
-        total = 0.0
-        for order in itertools.permutations(sample):
-            mass, chance = left.sum(), 1.0
-            for i in order:
-                chance *= left[i] / mass
-                mass -= left[i]
-            total += chance
-        return total
-
-    whole = probability(probs, chosen)
+    """Return log-weights from the probability of the sample with and without each token."""
+    whole = set_probability(probs, chosen)
     weights = []
     for i in chosen:
         without = probs.copy()
         without[i] = 0
-        weights.append(probability(without, [j for j in chosen if j != i]) / whole)
+        weights.append(set_probability(without, [j for j in chosen if j != i]) / whole)
     return np.log(weights)
 
 
@@ -70,6 +74,52 @@ def test_weights_are_those_of_brute_force_enumeration(spread: float) -> None:
             continue  # differences of such numbers are what enumeration itself cannot tell
         found = weigh_tail(np.log(probs[chosen])[None], [probs.sum()])[0]
         np.testing.assert_allclose(found, brute_force_weights(probs, chosen), atol=1e-7)
+
+
+def every_tail(teacher: torch.Tensor, nucleus: int, size: int) -> tuple[Any, np.ndarray]:
+    """Return a batch of every tail sample there is of one row, and the probability of each."""
+    log_p = teacher.double().log_softmax(-1).numpy()
+    order = np.argsort(-log_p)
+    top, rest = order[:nucleus], np.exp(log_p[order[nucleus:]])
+    tails = [list(chosen) for chosen in itertools.combinations(range(rest.size), size)]
+    chances = np.array([set_probability(rest, tail) for tail in tails])
+    ids = np.stack([np.concatenate([top, order[nucleus:][tail]]) for tail in tails])
+    weights = np.zeros(ids.shape)
+    weights[:, nucleus:] = weigh_tail(log_p[ids[:, nucleus:]], np.full(len(tails), rest.sum()))
+    sampled = np.broadcast_to(np.arange(nucleus + size) >= nucleus, ids.shape)
+    row = {
+        "index": 0,
+        "input_ids": np.zeros(len(tails) + 1, np.int32),
+        "labels": np.zeros(len(tails) + 1, np.int64),
+        "teacher_positions": np.arange(1, len(tails) + 1),
+        "teacher_ids": ids,
+        "teacher_log_probs": log_p[ids],
+        "teacher_log_weights": weights,
+        "teacher_mask": np.ones(ids.shape, np.bool_),
+        "teacher_tail_mask": sampled,
+        "teacher_log_rest": np.full(len(tails), np.log(rest.sum())),
+    }
+    return collate_logits([row]), chances
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("nucleus", "size"), [(2, 1), (2, 3), (0, 4), (5, 2)])
+def test_over_every_sample_there_is_the_mean_is_the_dense_loss_and_gradient(
+    divergence: str, nucleus: int, size: int
+) -> None:
+    generator = torch.Generator().manual_seed(nucleus + size)
+    teacher = 2 * torch.randn(9, generator=generator)
+    batch, chances = every_tail(teacher, nucleus, size)
+    assert chances.sum() == pytest.approx(1)
+    student = torch.randn(9, generator=generator).double().repeat(chances.size, 1).requires_grad_()
+    losses = distillation_loss(student, batch, divergence=divergence, reduction="none")
+    mean = (losses * torch.from_numpy(chances)).sum()
+    (gradient,) = torch.autograd.grad(mean, student)
+    one = student[0].detach().requires_grad_()
+    true = dense_loss(one[None], teacher.double()[None], divergence).sum()
+    assert float(mean.detach()) == pytest.approx(float(true.detach()), abs=3e-6), "float32 columns"
+    (wanted,) = torch.autograd.grad(true, one)
+    np.testing.assert_allclose(gradient.sum(0), wanted, atol=3e-6)
 
 
 def test_a_single_tail_token_stands_for_the_whole_residual() -> None:
@@ -252,9 +302,112 @@ def test_a_student_with_a_smaller_vocabulary_is_refused() -> None:
         distillation_loss(torch.zeros(1, 20), batch)
 
 
-def test_quantized_shards_give_the_weights_of_exact_logits_within_their_rounding() -> None:
-    block = exact_block(torch.stack([teacher_row(kind, 500) for kind in ROWS]))
-    teacher = sparse_teacher(block)
-    there = teacher["teacher_mask"]
-    mass = np.exp(teacher["teacher_log_probs"] + teacher["teacher_log_weights"])
-    assert abs((mass * there).sum(1) - 1).max() < 0.2, "about 1 in sum, exactly so on average"
+def test_a_batch_without_weights_is_refused_by_unbiased_and_fits_the_other_ways() -> None:
+    teacher = torch.stack([teacher_row(kind, 300) for kind in ROWS])
+    batch = make_batch(teacher)
+    without = {name: value for name, value in batch.items() if name != "teacher_log_weights"}
+    student = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(LogitsError, match="weigh=False"):
+        distillation_loss(student, without)
+    for tail in ("renormalized", "ghost", "ignore"):
+        found = distillation_loss(student, without, tail=tail)
+        torch.testing.assert_close(found, distillation_loss(student, batch, tail=tail))
+        assert torch.isfinite(distillation_loss(student, without, tail=tail, temperature=2.0))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_student_whose_padding_is_cut_off_has_the_loss_of_one_without(
+    divergence: str, tail: str
+) -> None:
+    batch = make_batch(torch.stack([teacher_row(kind, 200) for kind in ROWS]), top_p_max=20)
+    short = torch.randn(3, 200, generator=torch.Generator().manual_seed(6))
+    long = torch.nn.functional.pad(short, (0, 56), value=-torch.inf).requires_grad_()
+    loss = distillation_loss(long, batch, divergence=divergence, tail=tail)
+    (gradient,) = torch.autograd.grad(loss, long)
+    assert torch.isfinite(gradient).all()
+    assert not gradient[:, 200:].any()
+    if divergence != "reverse_kl":  # whose stand-in for the tail spreads over the padding too
+        wanted = distillation_loss(short, batch, divergence=divergence, tail=tail)
+        torch.testing.assert_close(loss.detach(), wanted)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_an_embedding_with_padding_is_pushed_away_from_it_as_by_the_dense_teacher(
+    divergence: str,
+) -> None:
+    teacher = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
+    batch = make_batch(teacher, top_p=1.0, top_p_max=16, sampled_n=24)
+    student = torch.zeros(4, 50, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        distillation_loss(student, batch, divergence=divergence), student
+    )
+    assert (gradient[:, 40:] > 0).all(), "a step down the gradient lowers them"
+
+
+def test_tails_too_improbable_for_floating_point_give_finite_losses_and_gradients() -> None:
+    teacher = torch.full((3, 60), -700.0)
+    teacher[:, 0], teacher[1, 1:4], teacher[2] = 0.0, -5.0, torch.linspace(0, -1500, 60)
+    batch = make_batch(teacher, top_p=0.5, top_p_max=4, sampled_n=20)
+    for divergence, tail, temperature in itertools.product(DIVERGENCES, TAILS, (0.5, 1.0, 4.0)):
+        student = torch.randn(3, 60, generator=torch.Generator().manual_seed(6)).requires_grad_()
+        loss = distillation_loss(
+            student, batch, divergence=divergence, tail=tail, temperature=temperature
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert torch.isfinite(loss), (divergence, tail, temperature)
+        assert torch.isfinite(gradient).all(), (divergence, tail, temperature)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_ghost_of_nothing_gives_finite_gradients(divergence: str) -> None:
+    teacher = torch.randn(4, 30, generator=torch.Generator().manual_seed(1))
+    batch = make_batch(teacher, top_p=1.0, top_p_max=30, sampled_n=0)
+    student = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    loss = distillation_loss(student, batch, divergence=divergence, tail="ghost")
+    (found,) = torch.autograd.grad(loss, student)
+    true = dense_loss(student, teacher, divergence).mean()
+    np.testing.assert_allclose(found, torch.autograd.grad(true, student)[0], atol=1e-5)
+
+
+def test_the_gradient_of_a_float16_student_does_not_underflow_before_it_is_scaled() -> None:
+    batch = make_batch(teacher_row("natural", 2_000)[None])
+    student = student_row(teacher_row("natural", 2_000))[None].half().requires_grad_()
+    (distillation_loss(student, batch) * 2.0**16).backward()
+    exact = student.detach().float().requires_grad_()
+    (distillation_loss(exact, batch) * 2.0**16).backward()
+    assert student.grad is not None
+    assert exact.grad is not None
+    assert student.grad.dtype == torch.float16
+    np.testing.assert_allclose(student.grad.float(), exact.grad, rtol=2e-3, atol=1e-6)
+
+
+def test_logits_that_are_not_at_the_positions_of_the_batch_are_refused() -> None:
+    batch = make_batch(teacher_row("flat", 200)[None])
+    with pytest.raises(LogitsError, match=r"shape \(1, 3, 200\) are not at the positions"):
+        distillation_loss(torch.zeros(1, 3, 200), batch)
+    with pytest.raises(LogitsError, match="2 rows of student logits for 1 token"):
+        distillation_loss(torch.zeros(2, 200), batch)
+    with pytest.raises(LogitsError, match="temperature 0 is not positive"):
+        distillation_loss(torch.zeros(1, 200), batch, temperature=0)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(16, 2e-4), (8, 0.02), (4, 0.5)])
+def test_quantized_logits_move_the_loss_by_no_more_than_their_step(bits: int, limit: float) -> None:
+    teacher = torch.stack([teacher_row(kind, 500, seed=i) for i in range(8) for kind in ROWS])
+    student = torch.stack([student_row(row) for row in teacher])
+    exact = exact_block(teacher)
+    coarse = {**make_row(exact), **sparse_teacher(quantized_block(exact, bits=bits))}
+    for tail in TAILS:
+        found = distillation_loss(student, collate_logits([coarse]), tail=tail)
+        wanted = distillation_loss(student, collate_logits([make_row(exact)]), tail=tail)
+        assert torch.isfinite(found)
+        assert abs(float(found - wanted)) < limit, tail
+
+
+def test_the_weighted_sample_holds_exactly_the_mass_outside_the_nucleus() -> None:
+    for kind in ROWS:  # the estimator has no variance for what is proportional to p
+        batch = make_batch(teacher_row(kind, 500).repeat(50, 1))
+        mass = (batch["teacher_log_probs"] + batch["teacher_log_weights"]).double().exp()
+        sums = (mass * batch["teacher_mask"]).sum(-1)[0]
+        np.testing.assert_allclose(sums, 1, atol=1e-5)

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import distill
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CHATS, ROOT, TEACHER, run_script
+from loopback_hub import LoopbackHub
 from small_output import SETTINGS, random_rows, rows_to_table, write_output
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -316,6 +318,56 @@ def test_inside_workers_states_work_as_a_stateful_data_loader_calls_them(
     assert sorted(whole) == sorted(given + left) == list(range(20))
 
 
+HUB_LOADER = """
+import json, sys, torch
+import huggingface_hub
+from torch.utils.data import DataLoader
+from explore_logits import LogitIterableDataset, collate_logits, get_sample, load_logit_dataset
+
+api = huggingface_hub.HfApi()
+api.create_repo("user/logits", repo_type="dataset")
+api.upload_folder(repo_id="user/logits", repo_type="dataset", folder_path=sys.argv[1])
+output = load_logit_dataset("user/logits")
+get_sample(output, 3)  # the parent has a file and a connection open when its workers begin
+sums = {}
+for workers in (0, 2):
+    loader = DataLoader(LogitIterableDataset(output, seed=4), batch_size=3,
+                        num_workers=workers, collate_fn=collate_logits)
+    sums[workers] = {
+        int(index): [float(ids[there].sum()), float(probs[there].double().sum())]
+        for batch in loader
+        for index, ids, probs, there in zip(*(
+            batch[name] for name in ("index", "teacher_ids", "teacher_log_probs", "teacher_mask")))
+    }
+print(json.dumps([sums[0], sums[2]]))
+"""
+
+
+def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, tmp_path: Path) -> None:
+    with LoopbackHub(root=str(tmp_path / "hub")) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_LOADER, output],
+            capture_output=True, text=True, check=False, timeout=200,
+            env={
+                **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_loopback",
+                "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            },
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    wanted = {
+        str(row["index"]): [
+            float(row["teacher_ids"][row["teacher_mask"]].sum()),
+            float(row["teacher_log_probs"][row["teacher_mask"]].astype(np.float64).sum()),
+        ]
+        for row in LogitIterableDataset(output)
+    }
+    for found in json.loads(done.stdout.splitlines()[-1]):
+        assert found.keys() == wanted.keys()
+        for index, sums in found.items():
+            np.testing.assert_allclose(sums, wanted[index])
+
+
 def prepare(dataset: Any, **options: Any) -> Any:
     """Return a loader as accelerate prepares it, for one process."""
     from accelerate.data_loader import prepare_data_loader
@@ -577,3 +629,60 @@ def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> N
     losses = [float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", done.stdout)]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
+
+
+@pytest.fixture(scope="module")
+def work(extracted: Path) -> dict[str, Any]:
+    """Return what tests/distill.py trains with, on few conversations."""
+    teacher = distill.load_teacher()
+    held_out = distill.held_out_logits(teacher, extracted)
+    return {"teacher": teacher, "held_out": held_out, "folder": extracted}
+
+
+def test_a_batchs_loss_and_gradient_are_about_the_dense_teachers(
+    work: dict[str, Any],
+) -> None:
+    setup = distill.Setup(batch_size=12, steps=1)
+    batch = next(distill.iter_batches(work["folder"], setup, 0, weigh=True))
+    student = distill.make_student(work["teacher"], 0)
+    dense = distill.wanted_logits(work["teacher"], batch).detach()
+    logits = distill.wanted_logits(student, batch).detach().requires_grad_()
+    values, gradients = {}, {}
+    for arm in ("dense", "unbiased", "renormalized", "ghost", "ignore"):
+        loss = distill.arm_loss(arm, logits, batch, dense if arm == "dense" else None)
+        values[arm] = float(loss.detach())
+        (gradients[arm],) = torch.autograd.grad(loss, logits)
+    size = gradients["dense"].norm()
+    off = {arm: float((gradients[arm] - gradients["dense"]).norm() / size) for arm in gradients}
+    assert abs(values["unbiased"] / values["dense"] - 1) < 0.02
+    assert off["unbiased"] < 0.05
+    assert max(off.values()) < 0.1, off
+    assert values["ghost"] < values["dense"], "it never exceeds the truth"
+
+
+def test_a_student_of_few_steps_is_nearer_to_the_dense_teachers_than_to_the_texts(
+    work: dict[str, Any],
+) -> None:
+    setup = distill.Setup(batch_size=4, steps=30, warmup_steps=5)
+    found = {}
+    for arm in ("text", "unbiased", "dense"):
+        student = distill.make_student(work["teacher"], 0)
+        batches = distill.iter_batches(work["folder"], setup, 0, weigh=arm == "unbiased")
+        distill.train(arm, student, batches, setup, work["teacher"])
+        found[arm] = distill.evaluate(student, work["held_out"])["kl"]
+    untrained = distill.make_student(work["teacher"], 0)
+    assert found["dense"] < distill.evaluate(untrained, work["held_out"])["kl"] - 1
+    assert found["dense"] < found["text"], "soft targets tell more than the text"
+    apart = abs(found["unbiased"] - found["dense"])
+    assert apart < 0.2 * abs(found["text"] - found["dense"]), found
+
+
+def test_draws_with_replacement_are_counted_by_token() -> None:
+    probs = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    row = distill.draw_frequencies(probs, 64, torch.Generator().manual_seed(0))
+    there = row["teacher_mask"]
+    shares = np.exp(row["teacher_log_probs"]) * there
+    np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-6)
+    assert row["teacher_ids"][0][there[0]].tolist() == [0, 1, 2]
+    assert row["teacher_ids"][1][there[1]].tolist() == [3]
+    assert distill.draws_for_bytes(probs[:1], 8.9) > distill.draws_for_bytes(probs[:1], 6.0) >= 2
