@@ -660,7 +660,6 @@ def test_a_batchs_loss_and_gradient_are_about_the_dense_teachers(
     assert values["ghost"] < values["dense"], "it never exceeds the truth"
 
 
-@pytest.mark.slow
 def test_a_student_of_few_steps_is_nearer_to_the_dense_teachers_than_to_the_texts(
     work: dict[str, Any],
 ) -> None:
