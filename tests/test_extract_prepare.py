@@ -412,11 +412,11 @@ def test_a_column_that_holds_no_lengths_is_refused(sizes: list[Any], message: st
 
 @pytest.fixture
 def measured(tmp_path: Path) -> dict[str, Any]:
-    """A source of 30 rows, two of them unusable, with its lengths by compute_lengths.py."""
+    """A source of 30 rows, two of them unusable and no spot checks, and its computed lengths."""
     TOKENIZER.save_pretrained(tmp_path / "model")
     rows = rows_of(30, id=[5 * n - 20 for n in range(30)])
-    rows[3]["messages"] = []
-    rows[9]["messages"] = [{"role": "user", "content": "anyone?"}]
+    rows[4]["messages"] = []
+    rows[10]["messages"] = [{"role": "user", "content": "anyone?"}]
     write_jsonl(tmp_path / "chats.jsonl", rows)
     options = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "chats.jsonl")}
     compute_lengths.compute_lengths(
@@ -465,7 +465,7 @@ def test_lengths_are_joined_on_the_index_in_whatever_order_they_come(
 def test_conversations_with_length_0_are_skipped_by_their_reason(measured: dict[str, Any]) -> None:
     prepared = open_and_prepare(measured)
     assert [(row.index, row.reason) for row in prepared.skipped] == [
-        (-5, "empty"), (25, "no_assistant"),
+        (0, "empty"), (30, "no_assistant"),
     ]  # fmt: skip
 
 
