@@ -369,6 +369,16 @@ def test_a_template_that_cannot_be_used_is_refused_as_itself(count: int) -> None
     assert "--chat-template" in str(refusal.value)
 
 
+def test_what_cannot_be_used_is_named_wherever_it_stands() -> None:
+    rows = rows_of(150)
+    for number in (3, 80, 149):
+        rows[number]["messages"] = []
+    prepared = prepare(rows)
+    assert [row.index for row in prepared.skipped] == [3, 80, 149]
+    assert prepared.indices.size == 147
+    assert int(prepared.lengths.min()) > 0
+
+
 def test_measuring_stops_when_told_to() -> None:
     source, encoder = datasets.Dataset.from_list(rows_of(5)), encoder_for(rows_of(1))
     with pytest.raises(StopRequested):
