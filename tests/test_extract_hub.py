@@ -581,3 +581,23 @@ def test_a_run_that_waits_for_a_dead_hub_ends_with_the_signals_code(
     threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     assert extract_logits.main([str(arg) for arg in argv]) == 130
     assert json.loads(capsys.readouterr().out) == {"output": REPO, "exit_code": 130}
+
+
+def test_a_commit_that_comes_between_the_look_and_ours_is_not_overwritten(
+    open_uploader: Opener, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(open_uploader(), 100, 110)
+    one, other = (open_uploader(cache_dir=tmp_path / n, resume=True) for n in ("one", "other"))
+    one.add_sample(make_rows(range(10)))
+    real = other._destination.commit
+
+    def commit_after_one(*args: Any) -> None:
+        if not one.summary()["rows"] > 10:
+            one.flush(final=True)
+        real(*args)
+
+    monkeypatch.setattr(other._destination, "commit", commit_after_one)
+    other.add_sample(make_rows(range(10, 20)))
+    with pytest.raises(HubError, match="written by another run"):
+        other.flush(final=True)
+    assert listed(hub) == Counter([*range(10), *range(100, 110)])

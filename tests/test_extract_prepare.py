@@ -32,6 +32,7 @@ from extract_logits import (
     PreparedDataset,
     RowEncoder,
     StopRequested,
+    describe_differences,
     prepare_dataset,
     prepare_windows,
 )
@@ -640,3 +641,10 @@ def test_every_length_of_a_small_job_is_checked_against_the_text(measured: dict[
     rewrite(measured["tokenized_dataset"], shift_last)
     with pytest.raises(DataError, match="for index 15, there are"):
         open_and_prepare({**measured, "limit": 8})
+
+
+def test_lengths_of_another_dataset_are_another_jobs_unless_its_files_are_the_same() -> None:
+    found = {"dataset": "user/chats", "dataset_revision": "1234"}
+    other = {"dataset": "user/talks", "dataset_revision": None}
+    assert describe_differences(found, other) == ["dataset 'user/chats', here 'user/talks'"]
+    assert describe_differences(found, {**other, "dataset_revision": "1234"}) == []
