@@ -1787,9 +1787,6 @@ class Teacher:
     def describe(self) -> dict[str, Any]:
         """Return what identifies the teacher and how it runs, as JSON values."""
         config = self.model.config
-        quantization: Any = getattr(config, "quantization_config", None)
-        if hasattr(quantization, "to_dict"):
-            quantization = quantization.to_dict()
         return {
             "model": getattr(config, "_name_or_path", ""),
             "model_revision": getattr(config, "_commit_hash", None),
@@ -1801,7 +1798,7 @@ class Teacher:
             "layout_reason": self.layout_reason,
             "head": self.head,
             "head_dtype": str(self.head_dtype).removeprefix("torch."),
-            "quantization": json.loads(json.dumps(quantization, default=str)),
+            "quantization": describe_quantization(config).get("quantization"),
             "vocab_size": self.vocab_size,
             "max_seq_len": self.max_seq_len,
         }
@@ -5438,7 +5435,17 @@ def describe_settings(
             name: importlib.metadata.version(name)
             for name in ("torch", "transformers", "datasets", "pyarrow")
         },
+        **describe_quantization(model_config),
     }
+
+
+def describe_quantization(model_config: Any) -> dict[str, Any]:
+    """Return how the weights of a checkpoint are quantized, nothing where they are not."""
+    found: Any = getattr(model_config, "quantization_config", None)
+    if found is None:
+        return {}
+    found = found.to_dict() if hasattr(found, "to_dict") else found
+    return {"quantization": json.loads(json.dumps(found, default=str, sort_keys=True))}
 
 
 def run_extraction(config: ExtractionConfig) -> dict[str, Any]:

@@ -91,13 +91,13 @@ class Pool:
         self.kills = 0
         self.codes: list[int] = []
 
-    def start(self, output: str, worker: Worker | None) -> Any:
+    def start(self, output: str, worker: Worker | None, rows: int = ROWS) -> Any:
         """Start one worker, or None: one process without workers."""
         from forked import Child
 
         self.started += 1
         argv = [
-            *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", ROWS),
+            *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", rows),
             *("--upload-every", 3, "--max-batch-size", 1, "--output", output, "--resume"),
             *("--cache-dir", self.folder / "caches" / f"{self.started}"),
         ]
@@ -154,6 +154,27 @@ def run_case(case: Case, output: str, pool: Pool, read: Any, wanted: dict[int, A
     return tally
 
 
+def measure_speed_up(folder: Path, pool: Pool, rows: int = 200) -> dict[str, Any]:
+    """Time one process and two workers on the same rows, in turn, one thread each."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(3):
+        for count, times in seconds.items():
+            begun = time.monotonic()
+            output = str(folder / f"speed-{count}-{number}")
+            children = [pool.start(output, worker, rows) for worker in workers(count)]
+            assert [child.wait() for child in children] == [0] * count
+            times.append(time.monotonic() - begun)
+    best = {count: min(times) for count, times in seconds.items()}
+    return {
+        "rows": rows,
+        "seconds_of_1": round(best[1], 2),
+        "seconds_of_2": round(best[2], 2),
+        "speed_up": round(best[1] / best[2], 2),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
 def run_table(
     folder: Path, *, seed: int, names: Sequence[str] = (), outputs: Sequence[str] = OUTPUTS
 ) -> list[dict[str, Any]]:
@@ -207,6 +228,10 @@ def run_table(
                 )
                 sys.stderr.write(f"{lines[-1]}\n")
         ask_hub(endpoint, "/_ctl/clear", {})
+        if not names:
+            speed = measure_speed_up(folder, Pool(script, folder))
+            sys.stderr.write(f"{json.dumps(speed)}\n")
+            lines[0]["speed"] = speed
     return lines
 
 
@@ -235,7 +260,10 @@ def main() -> int:
     if not options.keep:
         shutil.rmtree(folder)
     print(format_table(lines))
-    print(json.dumps({"lines": lines, "bad": len(bad)}))
+    speed = lines[0].get("speed")
+    if speed:
+        print("\nspeed-up of 2 processes against 1, one thread each:", speed["speed_up"])
+    print(json.dumps({"lines": lines, "bad": len(bad), "speed": speed}))
     return int(bool(bad))
 
 
