@@ -1428,6 +1428,7 @@ def read_batch(dataset: ConversationDataset, positions: list[int]) -> Batch:
 # --------------------------------------------------------------------------------------------------
 
 HEAD_CHUNK_BYTES = 256 * 2**20  # float32 logits of one chunk
+CUDA_CHUNKS = 3  # such chunks at once on CUDA, where 300 launches a chunk cost more than its memory
 CAST_ROWS = 16_384  # vocabulary rows cast to float32 at a time where no kernel accumulates into it
 PROBE_LENGTHS = (7, 19)  # tokens; lengths that share no divisor with each other or with a window
 PROBE_WINDOW = 5  # stands in for a model's window during the probe, so that its edge is met
@@ -1828,7 +1829,8 @@ class Teacher:
             torch.OutOfMemoryError: the batch is too large for the device.
         """
         self._check_ids(sequences)
-        size = chunk_tokens or max(1, HEAD_CHUNK_BYTES // (4 * self.vocab_size))
+        at_once = HEAD_CHUNK_BYTES * (CUDA_CHUNKS if self.device.type == "cuda" else 1)
+        size = chunk_tokens or max(1, at_once // (4 * self.vocab_size))
         for part in self._parts([len(ids) for ids in sequences]):
             rows = [torch.from_numpy(np.asarray(sequences[i], np.int64)) for i in part]
             wanted = [torch.from_numpy(np.asarray(token_positions[i], np.int64)) - 1 for i in part]
@@ -2361,7 +2363,7 @@ REFERENCE_AT_ONCE = 2**20  # logits per float64 temporary of the plain implement
 LOWEST = torch.finfo(torch.float32).min  # for a maximum of -inf: -inf minus -inf would be NaN
 BLOCK = 64  # vocabulary ids per block of the fast path
 WEIGHED_AT_ONCE = {"cpu": 2**17, "cuda": 2**24}  # logits in its first look: 0.5 MB, 64 MB
-HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**23}  # and in its second: a few temporaries of 4, 64 MB
+HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}  # and in its second: temporaries of 4, 128 MB at most
 BLOCK_STREAM = 2**32  # random counters of blocks start here, above every vocabulary id
 HELD_BLOCKS = 100  # of a row, at least, get the second look and float64, however small K is
 SPARE_BLOCKS = 4  # float32 weights misplace a block by more than this once in 1e20 tokens
@@ -2484,6 +2486,7 @@ def gpu_process_batch(
         at_actual = logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float()
         parts.append(quantize_tokens(tokens, at_actual, bits=logit_bits))
         start += logits.shape[0]
+        del logits  # before the next chunk is made
     result = concatenate(parts)
     if result.logsumexp.is_cuda:
         result.ready = torch.cuda.current_stream(result.logsumexp.device).record_event()
