@@ -70,6 +70,11 @@ class Setup:
     peak_rate: float = 6e-3
     warmup_steps: int = 40
 
+    def name_run(self, arm: str, seed: int) -> str:
+        """Name a student by all that decides what it becomes, so that no other's result is kept."""
+        schedule = f"{self.steps}x{self.batch_size}, {self.peak_rate:g}, {self.warmup_steps}"
+        return f"{arm}/{seed}/{self.conversations}+{self.held_out}/{schedule}"
+
 
 # ---------------------------------------------------------------------------------------------
 # 1 Shards
@@ -103,6 +108,7 @@ def mean_entries(folder: Path) -> float:
 
 def extract_all(work: Path, setup: Setup) -> dict[str, Path]:
     """Write the conversations, and the shards of nucleus and tail, and of top-k at equal bytes."""
+    work = work / f"{setup.conversations}+{setup.held_out}"
     chats = work / "conversations.jsonl"
     if not chats.is_file():
         work.mkdir(parents=True, exist_ok=True)
@@ -371,11 +377,11 @@ def run(work: Path, setup: Setup, arms: Sequence[str], jobs: int) -> dict[str, A
     kept = work / "results.json"
     results: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
     pairs = [(arm, seed) for seed in range(setup.seeds) for arm in arms]
-    wanted = [(arm, seed) for arm, seed in pairs if f"{arm}/{seed}" not in results]
+    wanted = [pair for pair in pairs if setup.name_run(*pair) not in results]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=jobs, mp_context=spawn) as pool:
         running = {
-            pool.submit(run_arm, work, setup, *pair): "{}/{}".format(*pair) for pair in wanted
+            pool.submit(run_arm, work, setup, *pair): setup.name_run(*pair) for pair in wanted
         }
         for done in as_completed(running):
             results[running[done]] = done.result()
@@ -398,7 +404,7 @@ def summarize(
     arm: str, results: Mapping[str, Mapping[str, float]], setup: Setup, sizes: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return mean and standard deviation over the seeds of every figure of an arm."""
-    rows = [results[f"{arm}/{seed}"] for seed in range(setup.seeds)]
+    rows = [results[setup.name_run(arm, seed)] for seed in range(setup.seeds)]
     figures: dict[str, Any] = {
         name: [float(np.mean([row[name] for row in rows])), deviation([row[name] for row in rows])]
         for name in rows[0]
