@@ -304,7 +304,7 @@ def test_commits_of_all_workers_together_stay_under_the_limit(
 
 
 def test_shards_say_how_the_teacher_is_quantized() -> None:
-    """Of the configuration alone: no quantizer is among the packages of these tests."""
+    """Of the configuration alone; tests/test_extract_quantized.py loads such a teacher."""
     from transformers import BitsAndBytesConfig
 
     found = {"quant_method": "fp8", "weight_block_size": (128, 128)}

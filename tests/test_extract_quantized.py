@@ -1,0 +1,61 @@
+"""A teacher that is quantized on disk: transformers loads it, and its own logits are stored."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from explore_logits import iter_samples, load_logit_dataset
+
+pytest.importorskip("torchao", reason="torchao quantizes the teacher")
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = ROOT / "tests" / "teacher" / "model"
+VOCAB = 5_000  # entries of the tokenizer; the rows beyond are padding
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save the embedded teacher with its linear layers in 8 bits."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    folder = tmp_path_factory.mktemp("quantized")
+    model = AutoModelForCausalLM.from_pretrained(
+        TEACHER, dtype=torch.float32, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def own_logsumexp(folder: Path, input_ids: list[int], positions: list[int]) -> np.ndarray:
+    """Return the log-sum-exp (N,) of a model's plain forward pass before each position."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = model(torch.tensor([input_ids])).logits[0, torch.tensor(positions) - 1, :VOCAB]
+    return logits.double().logsumexp(-1).numpy()
+
+
+def test_the_logits_are_those_of_the_quantized_teacher_and_the_shards_say_so(
+    quantized: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "logits"
+    command = [sys.executable, ROOT / "extract_logits.py", "--model", quantized, "--limit", 3]
+    command += ["--dataset", ROOT / "tests" / "teacher" / "conversations.jsonl"]
+    command += ["--index-col", "id", "--store-tokens", "--cache-dir", tmp_path / "cache"]
+    subprocess.run([*map(str, command), "--output", str(output)], check=True, capture_output=True)
+    settings = json.loads((output / "extraction_config.json").read_text())
+    assert settings["quantization"]["quant_method"] == "torchao"
+    for sample in iter_samples(load_logit_dataset(output)):
+        text = list(sample["input_ids"]), list(sample["token_positions"])
+        stored = np.asarray(sample["logsumexp"])
+        np.testing.assert_allclose(stored, own_logsumexp(quantized, *text), atol=1e-4)
+        plain = own_logsumexp(TEACHER, *text)
+        assert np.abs(stored - plain).max() > 1e-3, "8 bits would not be noticed"
