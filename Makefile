@@ -74,7 +74,7 @@ storage: .venv/.done
 chaos: .venv/.done
 	$(PY) tests/chaos.py --runs 200 --seed 1
 
-# make distill students of the embedded teacher, from stored logits and without (15 minutes)
+# make distill students of the embedded teacher, from stored logits and without (30 minutes)
 distill: .venv/.done
 	OMP_NUM_THREADS=1 $(PY) tests/distill.py --output demo/distill \
 	  --picture docs/images/distill.png

@@ -8,7 +8,7 @@ with replacement, as many draws as give equal bytes (Anshumann et al. 2025); nuc
 every `tail`; the dense teacher. Every arm sees the same conversations in the same order, from the
 same initial weights. Bytes are those of the shards on disk, without the text's own tokens.
 
-    python tests/distill.py --output demo/distill          # everything; a quarter of an hour
+    python tests/distill.py --output demo/distill          # everything; half an hour
     python tests/distill.py --bias                         # bias and deviation of the estimators
 
 Results are kept in the output and not made twice. Ends in one JSON line; the table before it is
@@ -64,7 +64,7 @@ class Setup:
 
     conversations: int = 600
     held_out: int = 150
-    steps: int = 600
+    steps: int = 1_500
     batch_size: int = 4
     seeds: int = 3
     peak_rate: float = 6e-3
