@@ -203,18 +203,23 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
     return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
 
 
+def loopback_environment(folder: Path, endpoint: str) -> dict[str, str]:
+    """Return the environment in which the clients speak to a loopback Hub and share the machine."""
+    return {
+        "HF_ENDPOINT": endpoint,
+        "HF_TOKEN": "hf_loopback",
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 def run_chaos(runs: int, seed: int, folder: Path) -> dict[str, Any]:
     """Run jobs until so many runs are done; return the figures."""
     started = time.monotonic()
     with serve_hub(folder / "hub") as endpoint:
-        os.environ |= {
-            "HF_ENDPOINT": endpoint,
-            "HF_TOKEN": "hf_loopback",
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        os.environ |= loopback_environment(folder, endpoint)
         driver = Driver(import_and_shorten_waits(), folder, endpoint, seed)
         for _ in range(2):  # the first one fills the caches of the libraries
             shutil.rmtree(folder / "wanted", ignore_errors=True)

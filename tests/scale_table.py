@@ -32,6 +32,7 @@ from chaos import (
     Tally,
     ask_hub,
     import_and_shorten_waits,
+    loopback_environment,
     read_folder,
     serve_hub,
 )
@@ -181,14 +182,7 @@ def run_table(
     """Run the cases on folder and Hub; return a line of figures each."""
     lines = []
     with serve_hub(folder / "hub") as endpoint:
-        os.environ |= {
-            "HF_ENDPOINT": endpoint,
-            "HF_TOKEN": "hf_loopback",
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        os.environ |= loopback_environment(folder, endpoint)
         script = import_and_shorten_waits()
         reader = Reader(script, folder, endpoint, seed)
         pool = Pool(script, folder)
