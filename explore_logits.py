@@ -447,41 +447,54 @@ def _open_file(path: Path, *, split: str, streaming: bool) -> Any:
         raise SourceError(f"dataset {str(path)!r}: the file is empty")
     if streaming and path.suffix == ".jsonl":
         return _stream_json_lines(path, split=split)
-    cells = _csv_options(path) if builder == "csv" else {}
+    cells = _csv_options([path]) if builder == "csv" else {}
     return _load_dataset(
         str(path), builder, data_files=str(path), split=split, streaming=streaming, file=path,
         **cells,
     )  # fmt: skip
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Have the cells of a CSV read as they are written: 007 and 1.50 are text, and so is NA.
+def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
+    """Have the cells of CSV files read as they are written: 007 and 1.50 are text, and so is NA.
 
-    Only an empty cell is null. A column is one of integers where every cell is spelled as one.
+    Only an empty cell is null. A column is one of integers where every cell is spelled as one, in
+    all files. Where the files have different columns, the loader decides what is text.
     """
     cells = {"keep_default_na": False, "na_values": [""]}
-    integer: dict[str, bool] = {}
     try:
-        with import_extra("pandas").read_csv(path, dtype=str, chunksize=10_000, **cells) as chunks:
-            for chunk in chunks:
-                for name in chunk.columns:
-                    spelled = chunk[name].str.fullmatch(r"0|-?[1-9]\d{0,17}", na=False).all()
-                    integer[name] = integer.get(name, True) and bool(spelled)
+        spelled = [_integer_columns(path, cells) for path in files]
     except (OSError, ValueError):
         return cells  # whoever opens it says what is wrong
+    if any(columns.keys() != spelled[0].keys() for columns in spelled):
+        return cells
     datasets = import_extra("datasets")
-    kinds = {name: "int64" if whole else "string" for name, whole in integer.items()}
+    kinds = {n: "int64" if all(c[n] for c in spelled) else "string" for n in spelled[0]}
     features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
     return {**cells, "features": features}
+
+
+def _integer_columns(path: Path, cells: Mapping[str, Any]) -> dict[str, bool]:
+    """Tell for each column of a CSV file whether every cell is spelled as an integer."""
+    integer: dict[str, bool] = {}
+    with import_extra("pandas").read_csv(path, dtype=str, chunksize=10_000, **cells) as chunks:
+        for chunk in chunks:
+            for name in chunk.columns:
+                spelled = chunk[name].str.fullmatch(r"0|-?[1-9]\d{0,17}", na=False).all()
+                integer[name] = integer.get(name, True) and bool(spelled)
+    return integer
 
 
 def _open_folder(path: Path, *, subset: str | None, split: str, streaming: bool) -> Any:
     """Open a folder of data files, or one that `save_to_disk` wrote."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _open_saved(path, split=split, streaming=streaming)
-    if not any(_builder_of(file) for file in path.rglob("*") if file.is_file()):
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and _builder_of(file)]
+    if not files:
         raise SourceError(f"dataset {str(path)!r}: no {', '.join(_BUILDERS)} file in this folder")
-    return _load_dataset(str(path), str(path), name=subset, split=split, streaming=streaming)
+    cells = _csv_options(files) if {_builder_of(file) for file in files} == {"csv"} else {}
+    return _load_dataset(
+        str(path), str(path), name=subset, split=split, streaming=streaming, **cells
+    )
 
 
 def _open_saved(path: Path, *, split: str, streaming: bool) -> Any:
@@ -583,6 +596,8 @@ def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Except
         cause = _root_cause(error)
         if "BatchSize must be greater than 0" in cause:  # Parquet without a row
             return f"dataset {dataset!r} has no rows"
+        if cause.startswith("Schema at index"):
+            cause = "its files have different columns; give one of them, or a folder of like ones"
         return f"dataset {dataset!r} cannot be read: {cause}"
     why = " ".join(str(error).split()) or kind
     if "corresponds to no data" in why:

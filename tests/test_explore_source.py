@@ -142,6 +142,22 @@ def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_csv_files_in_a_folder_keep_their_spelling_too(streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,question,answer\n1,007,3\n2,NA,4\n")
+    (tmp_path / "b.csv").write_text("id,question,answer\n3,1e5,1.50\n4,5,\n")
+    rows = [tuple(row.values()) for row in open_source(str(tmp_path), streaming=streaming)]
+    assert rows == [(1, "007", "3"), (2, "NA", "4"), (3, "1e5", "1.50"), (4, "5", None)]
+
+
+def test_csv_files_of_other_columns_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "b.csv").write_text("question,reply\na,b\n")
+    with pytest.raises(SourceError, match="different columns; give") as refused:
+        open_source(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_what_save_to_disk_wrote_opens(streaming: bool, tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(PLAIN_ROWS)
     saved.save_to_disk(tmp_path / "one")
