@@ -49,12 +49,14 @@ from explore_logits import (
     OneLineParser,
     SourceError,
     conversation_settings,
+    date_of_today,
     encode_row,
     first_line,
     import_extra,
     load_chat_template,
     load_tokenizer,
     open_source,
+    prints_time,
     resolve_columns,
     source_columns,
     source_id,
@@ -168,7 +170,11 @@ Measured = dict[str, list[Any]]
 
 
 def get_transform_fn(
-    config: LengthsConfig, columns: ConversationColumns, *, tokenizer: Any = None
+    config: LengthsConfig,
+    columns: ConversationColumns,
+    *,
+    tokenizer: Any = None,
+    date: str | None = None,
 ) -> Callable[[Batch, Sequence[int]], Measured]:
     """Build the function that measures a batch of rows.
 
@@ -180,6 +186,7 @@ def get_transform_fn(
         config: model, template and what to include.
         columns: from `resolve_columns`.
         tokenizer: when loaded already.
+        date: YYYY-MM-DD, for a template that prints the date; None: the real time.
     """
     if tokenizer is None:
         tokenizer = _load_tokenizer(config)
@@ -190,7 +197,7 @@ def get_transform_fn(
         try:
             encoded = encode_row(
                 row, columns, tokenizer, chat_template=template,
-                include_think=config.include_think, include_end=config.include_end,
+                include_think=config.include_think, include_end=config.include_end, date=date,
             )  # fmt: skip
         except ConversationError as error:
             return index, 0, 0, error.reason, str(error)
@@ -224,7 +231,12 @@ def iter_batches(source: Any, size: int) -> Iterator[tuple[int, Batch]]:
 
 
 def measure_source(
-    config: LengthsConfig, source: Any, columns: ConversationColumns, tokenizer: Any
+    config: LengthsConfig,
+    source: Any,
+    columns: ConversationColumns,
+    tokenizer: Any,
+    *,
+    date: str | None = None,
 ) -> Iterator[Measured]:
     """Measure all batches of a source, in order, in `num_proc` processes.
 
@@ -236,12 +248,12 @@ def measure_source(
     if hasattr(source, "__len__"):
         workers = min(workers, -(-len(source) // config.batch_size))
     if workers <= 1:
-        transform = get_transform_fn(config, columns, tokenizer=tokenizer)
+        transform = get_transform_fn(config, columns, tokenizer=tokenizer, date=date)
         for start, batch in iter_batches(source, config.batch_size):
             yield transform(batch, [start])
         return
     try:
-        yield from _measure_in_processes(config, columns, source, workers)
+        yield from _measure_in_processes(config, columns, source, workers, date=date)
     except BrokenProcessPool as error:
         raise LengthsError(
             "a worker process died, perhaps for lack of memory: lower --num-proc or --batch-size"
@@ -262,7 +274,12 @@ def _cpus() -> int:
 
 
 def _measure_in_processes(
-    config: LengthsConfig, columns: ConversationColumns, source: Any, workers: int
+    config: LengthsConfig,
+    columns: ConversationColumns,
+    source: Any,
+    workers: int,
+    *,
+    date: str | None,
 ) -> Iterator[Measured]:
     """Spread batches over processes; few are under way at a time, results come in order.
 
@@ -279,7 +296,7 @@ def _measure_in_processes(
     if method == "forkserver":
         context.set_forkserver_preload(PRELOADED)  # seconds of imports, once instead of per worker
     pool = ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(config, columns, shared)
+        workers, context, initializer=_start_worker, initargs=(config, columns, shared, date)
     )
     waiting: deque[Future[Measured]] = deque()
     try:
@@ -297,12 +314,14 @@ _transform: Callable[[Batch, Sequence[int]], Measured] | None = None  # of this 
 _source: Any = None
 
 
-def _start_worker(config: LengthsConfig, columns: ConversationColumns, source: Any) -> None:
+def _start_worker(
+    config: LengthsConfig, columns: ConversationColumns, source: Any, date: str | None
+) -> None:
     """Load the tokenizer in a worker process."""
     global _transform, _source
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _transform, _source = get_transform_fn(config, columns), source
+    _transform, _source = get_transform_fn(config, columns, date=date), source
 
 
 def _measure_batch(start: int, batch: Batch | range) -> Measured:
@@ -368,11 +387,12 @@ def format_skipped(skipped: Mapping[str, int]) -> str:
 
 
 def describe_measure(
-    config: LengthsConfig, columns: ConversationColumns, template: str
+    config: LengthsConfig, columns: ConversationColumns, template: str, date: str | None = None
 ) -> dict[str, Any]:
     """Return what the lengths depend on; extraction compares it with its own settings."""
     return {
         **conversation_settings(config, columns, template),
+        "template_date": date,
         "dataset_revision": source_revision(config.dataset),
     }
 
@@ -542,8 +562,10 @@ def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
     )  # fmt: skip
     total = len(source) if hasattr(source, "__len__") else None
     log.info("measuring %s rows of %s", "all" if total is None else f"{total:,}", config.dataset)
-    measured = collect(measure_source(config, source, columns, tokenizer), total=total)
-    settings = describe_measure(config, columns, template)
+    date = date_of_today() if prints_time(template) else None
+    batches = measure_source(config, source, columns, tokenizer, date=date)
+    measured = collect(batches, total=total)
+    settings = describe_measure(config, columns, template, date)
     path = Path(config.output_dir).expanduser() / config.filename
     write_lengths(measured, settings, path)
     log.info("wrote %s", path)

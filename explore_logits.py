@@ -1061,6 +1061,11 @@ def prints_time(template: str) -> bool:
     return "strftime_now" in template
 
 
+def date_of_today() -> str:
+    """Return the date here and now as YYYY-MM-DD."""
+    return datetime.now().astimezone().date().isoformat()
+
+
 def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """Wrap string content the way templates of vision models want it."""
     content = message.get("content")
@@ -2567,6 +2572,32 @@ class Lengths:
     settings: dict[str, Any]  # what it was measured with; empty where the file does not say
 
 
+def read_lengths_settings(name: str) -> dict[str, Any]:
+    """Return what a lengths dataset was measured with, {} where it does not say.
+
+    Raises:
+        SourceError: no such file.
+    """
+    store = open_store(name)
+    path = lengths_files(store, name)[-1]
+    with store.open(path) as file, parquet_errors(path):
+        return parse_lengths_settings(pq.read_schema(file))
+
+
+def parse_lengths_settings(schema: pa.Schema) -> dict[str, Any]:
+    """Return what a lengths file says that it was measured with."""
+    settings: dict[str, Any] = json.loads((schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
+    return settings
+
+
+def lengths_files(store: Store, name: str) -> list[str]:
+    """Return the files of a lengths dataset in order."""
+    files = sorted(path for path in store.list_files() if path.endswith(".parquet"))
+    if not files:
+        raise SourceError(f"lengths {name!r}: no Parquet file there")
+    return files
+
+
 def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     """Read a lengths dataset: a Parquet file, a folder of them, or a Hub id.
 
@@ -2580,16 +2611,13 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     store = open_store(name)
     wanted = ["index", length_col]
     parts, settings = [], {}
-    files = [path for path in store.list_files() if path.endswith(".parquet")]
-    if not files:
-        raise SourceError(f"lengths {name!r}: no Parquet file there")
-    for path in sorted(files):
+    for path in lengths_files(store, name):
         with store.open(path) as file, parquet_errors(path):
             table = pq.read_table(file)
         missing = [column for column in wanted if column not in table.column_names]
         if missing:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        settings = json.loads((table.schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
+        settings = parse_lengths_settings(table.schema)
         known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
         parts.append(table.select(known))
     table = pa.concat_tables(parts, promote_options="default")

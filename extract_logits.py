@@ -64,7 +64,7 @@ from dataclasses import (
     fields,
     replace,
 )
-from datetime import datetime, timedelta
+from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from inspect import signature
 from pathlib import Path
@@ -91,6 +91,7 @@ from explore_logits import (
     LogitsError,
     OneLineParser,
     conversation_settings,
+    date_of_today,
     encode_row,
     first_line,
     format_mask_preview,
@@ -100,6 +101,7 @@ from explore_logits import (
     pack_indices,
     prints_time,
     read_lengths,
+    read_lengths_settings,
     resolve_columns,
     shard_schema,
     source_columns,
@@ -992,6 +994,7 @@ def measure_settings(config: ExtractionConfig, encoder: RowEncoder) -> dict[str,
     local = os.path.exists(os.path.expanduser(config.dataset))
     return {
         **conversation_settings(config, encoder.columns, encoder.chat_template),
+        "template_date": encoder.date,
         "dataset_revision": source_revision(config.dataset) if local else None,
     }
 
@@ -1000,15 +1003,15 @@ def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     """Say where recorded settings differ from those of this job.
 
     Names of local files and folders are compared as full paths, and that of the dataset not at all
-    where the recorded revision, a digest of the files, agrees. A revision that one of the two does
-    not name is not compared, nor a branch with a commit.
+    where the recorded revision, a digest of the files, agrees. A revision or date that one of the
+    two does not name is not compared, nor a branch with a commit.
     """
     revision = wanted["dataset_revision"]
     same_files = revision is not None and found.get("dataset_revision") == revision
     differences = []
     for name, value in wanted.items():
         other = found.get(name)
-        if name.endswith("_revision") and (
+        if name.endswith(("_revision", "_date")) and (
             None in (other, value) or is_commit(other) != is_commit(value)
         ):
             continue
@@ -5345,7 +5348,7 @@ def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
         config.include_think,
         config.include_end,
         config.max_seq_len or max_positions(model_config),
-        choose_date(template, recorded),
+        choose_date(config, template, recorded),
     )
     vocab_size = check_vocabulary(config, tokenizer)
     settings = describe_settings(config, encoder, model_config, vocab_size)
@@ -5363,12 +5366,17 @@ def find_recorded_settings(config: ExtractionConfig, *, stop: Stop | None = None
     return recorded or read_cached_settings(config)
 
 
-def choose_date(template: str, recorded: Mapping[str, Any]) -> str | None:
-    """Return the date that a template is told which asks for the time: that of the job's start."""
+def choose_date(config: ExtractionConfig, template: str, recorded: Mapping[str, Any]) -> str | None:
+    """Return the date that a template is told which asks for the time: that of the job's start.
+
+    A job starts when its lengths are measured, where that is done before.
+    """
     if not prints_time(template):
         return None
-    today = datetime.now().astimezone().date().isoformat()
-    return recorded.get("template_date") if recorded else today
+    if recorded:
+        return recorded.get("template_date")
+    lengths = read_lengths_settings(config.tokenized_dataset) if config.tokenized_dataset else {}
+    return lengths.get("template_date") or date_of_today()
 
 
 def pin_revisions(

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -335,26 +334,21 @@ def test_no_token_of_the_hub_is_logged_beside_the_bar(capsys: pytest.CaptureFixt
     assert "Authorization: Bearer ***" in capsys.readouterr().err
 
 
-class Calendar:
-    """Stands in for `datetime` on a given day."""
-
-    def __init__(self, day: int) -> None:
-        self.day = day
-
-    def now(self) -> datetime:
-        """Return noon of the day."""
-        return datetime(2030, 5, self.day, 12)
+@pytest.fixture
+def dated(tmp_path: Path) -> Path:
+    """Write the teacher's template with the date in front of it."""
+    own = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
+    path = tmp_path / "dated.jinja"
+    path.write_text("{{ strftime_now('%d %B %Y') }}" + own, encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize("stored", ["shards", "pending rows"])
 def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
-    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: Path, stored: str
 ) -> None:
-    own = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
-    dated = tmp_path / "dated.jinja"
-    dated.write_text("{{ strftime_now('%d %b %Y') }}" + own, encoding="utf-8")
     options = ("--chat-template", dated, "--store-tokens", "--resume", "--index-col", "id")
-    monkeypatch.setattr(extract_logits, "datetime", Calendar(9))
+    monkeypatch.setattr(extract_logits, "date_of_today", lambda: "2030-05-09")
     if stored == "pending rows":
         uploader = extract_logits.StreamingHFUploader
         monkeypatch.setattr(uploader, "flush", lambda self, **_: self.save_pending_locally())
@@ -364,7 +358,7 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(extract_logits, "datetime", Calendar(10))
+    monkeypatch.setattr(extract_logits, "date_of_today", lambda: "2030-05-10")
     code, summary, err = extract("--limit", 4, *options)
     assert (code, summary["rows"]) == (0, 4), err
     tokenizer = load_tokenizer(str(TEACHER))
@@ -372,6 +366,39 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     assert {tokenizer.decode(ids)[:11] for ids in rows} == {"09 May 2030"}
     assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
     assert explore_logits.main(["out", "--sample", "0-3"]) == 0
+
+
+def test_lengths_measured_on_another_day_are_those_of_the_run(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: Path
+) -> None:
+    monkeypatch.setattr(compute_lengths, "date_of_today", lambda: "2030-05-09")
+    monkeypatch.setattr(extract_logits, "date_of_today", lambda: "2030-09-30")
+    options = ("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--num-proc", 1)
+    options += ("--chat-template", dated, "--output-dir", tmp_path)
+    assert compute_lengths.main([str(option) for option in options]) == 0
+    lengths = explore_logits.read_lengths(str(tmp_path / "lengths.parquet"))
+    args = ("--chat-template", dated, "--index-col", "id", "--store-tokens", "--limit", 4)
+    code, _, err = extract(*args, "--tokenized-dataset", tmp_path / "lengths.parquet")
+    assert code == 0, err
+    assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
+    rows = next(load_logit_dataset("out").iter_tables(["index", "input_ids"])).to_pylist()
+    by_index = dict(zip(lengths.index.tolist(), lengths.length.tolist(), strict=True))
+    assert all(len(row["input_ids"]) == by_index[row["index"]] for row in rows)
+
+
+def test_a_job_begun_on_another_day_than_its_lengths_says_so(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: Path
+) -> None:
+    args = ("--chat-template", dated, "--limit", 2)
+    assert extract(*args)[0] == 0
+    monkeypatch.setattr(compute_lengths, "date_of_today", lambda: "2030-05-09")
+    options = ("--model", TEACHER, "--dataset", CHATS, "--chat-template", dated, "--num-proc", 1)
+    compute_lengths.main([str(option) for option in (*options, "--output-dir", tmp_path)])
+    args = ("--chat-template", dated, "--limit", 4, "--resume")
+    code, _, err = extract(*args, "--tokenized-dataset", tmp_path / "lengths.parquet")
+    assert code == 2
+    assert "template_date '2030-05-09', here" in err.splitlines()[-1]
+    assert extract(*args)[0] == 0
 
 
 @pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
