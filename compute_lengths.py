@@ -56,6 +56,7 @@ from explore_logits import (
     load_chat_template,
     load_tokenizer,
     open_source,
+    outlive_readers,
     prints_time,
     resolve_columns,
     source_columns,
@@ -630,6 +631,7 @@ def _add_option(group: Any, entry: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
+    outlive_readers("stdout", "stderr")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     began = time.monotonic()
     try:

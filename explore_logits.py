@@ -26,6 +26,7 @@ if __name__ == "__main__":  # Ctrl-C while libraries load leaves without a trace
 import argparse
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import html
@@ -6181,6 +6182,45 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+class LenientFile(io.FileIO):
+    """Drops what cannot be written: into a closed pipe, a full disk, a terminal that is gone."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written; returns as if all had been."""
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written
+
+
+def outlive_readers(*names: str) -> None:
+    """Let the process's own `stdout` or `stderr` drop what nobody can take.
+
+    So no work ends because its log is full or its terminal gone. A stream in place of the
+    process's own, such as a notebook's, stays as it is.
+    """
+    for name in names:
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us; no other file may get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and _raw_file(stream) is io.FileIO:
+            stream.flush()
+            file = LenientFile(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(file),
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=True,
+            )
+            setattr(sys, name, text)
+
+
+def _raw_file(stream: Any) -> type:
+    """Return the kind of file below a text stream."""
+    return type(getattr(stream.buffer, "raw", stream.buffer))
+
+
 def row_list(text: str) -> list[int]:
     """Parse row numbers such as `3`, `0,5` or `0-4`; a leading minus counts from the end."""
     rows: list[int] = []
@@ -6241,6 +6281,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: what was asked for on stdout, a JSON object as its last line."""
+    outlive_readers("stderr")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -6252,9 +6293,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LogitsError as error:
         log.error("explore-logits: %s", show_text(str(error)))
         return 2
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if error.errno == errno.EPIPE:  # the reader, such as head, has seen enough
+            return 0
+        log.error("explore-logits: cannot write the result: %s; make room", error.strerror)
+        return 2
     return code
 
 

@@ -14,7 +14,7 @@ M tail samples per token (--sampled-n), B sequences in a batch.
     python extract_logits.py --model ./teacher --dataset chats.jsonl --output ./logits --resume
 
 Exit codes: 0 all is stored; 1 a bug; 2 bad usage or input; 4 the Hub refused, shards are kept
-locally; 75 stopped by the runtime limit, resumable; 130/143 stopped by a signal, resumable.
+locally; 75 stopped by the runtime limit, resumable; 129/130/143 stopped by a signal, resumable.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ from explore_logits import (
     load_chat_template,
     load_tokenizer,
     open_source,
+    outlive_readers,
     pack_indices,
     prints_time,
     read_lengths,
@@ -639,10 +640,11 @@ def pass_through(made: Any) -> Any:
 def leave_signals_to_parent(_: int) -> None:
     """Make a worker outlive the signals that its whole group gets: the run still needs its rows.
 
-    Ctrl-C on a terminal and the SIGTERM of a batch system reach every process of a group. A worker
-    ends when its parent ends it or is gone.
+    Ctrl-C on a terminal, its loss and the SIGTERM of a batch system reach every process of a group.
+    A worker ends when its parent ends it or is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in filter(None, (signal.SIGINT, HANG_UP)):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to the group ends the run
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=wait_for_end, daemon=True).start()
@@ -5200,11 +5202,15 @@ def make_record(shard: LocalShard, *, keep_ids: bool = False) -> ShardRecord:
 # --------------------------------------------------------------------------------------------------
 
 
+HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # None on Windows
+
+
 class GracefulInterrupt:
     """Within the context, a first SIGINT or SIGTERM asks to stop and a second leaves at once.
 
-    Leaving at once is safe: every file is complete or has a temporary name. Outside the main
-    thread, where Python allows no signal handlers, nothing is installed.
+    SIGHUP, of a terminal that is gone, asks to stop too, where `nohup` does not have it ignored; it
+    often comes twice. Leaving at once is safe: every file is complete or has a temporary name.
+    Outside the main thread, where Python allows no signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -5218,12 +5224,15 @@ class GracefulInterrupt:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal: 130 for Ctrl-C, 143 for SIGTERM; 0 when none has come."""
+        """128 + the signal: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; 0 when none has come."""
         return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> GracefulInterrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if HANG_UP is not None and signal.getsignal(HANG_UP) != signal.SIG_IGN:
+                numbers.append(HANG_UP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -5233,15 +5242,13 @@ class GracefulInterrupt:
         self._previous = {}
 
     def _receive(self, number: int, _: object) -> None:
-        if self.signal is not None:
+        if self.signal is not None and number != HANG_UP:
             os._exit(128 + number)
+        if self.signal is not None:
+            return
         self.signal = number
-        try:
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a `tee`
             os.write(2, b"\nstopping after this batch; once more to leave at once\n")
-        except BrokenPipeError:  # the same Ctrl-C has ended the `tee` that we are piped to
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in [1, 2] if os.path.sameopenfile(1, 2) else [2]:
-                os.dup2(nowhere, stream)
 
 
 def process_age_s() -> float:
@@ -6583,6 +6590,7 @@ def launched_as(environment: Mapping[str, str]) -> tuple[int | None, int | None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. The last line on stdout is one JSON object."""
+    outlive_readers("stdout", "stderr")
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )

@@ -21,6 +21,7 @@ import pytest
 from conftest import CHATS, ROOT, TEACHER
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
+from small_output import write_output
 
 import compute_lengths
 import explore_logits
@@ -417,3 +418,45 @@ def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
+
+
+WRITE_TO_BOTH = """
+import sys, explore_logits
+explore_logits.outlive_readers("stdout", "stderr")
+for _ in range(3):
+    print("log" * 5000, file=sys.stderr, flush=True)
+print("result")
+"""
+
+
+@pytest.mark.parametrize("way", ["2> /dev/full", "2>&-", "2> >(true)"])
+def test_what_nobody_can_take_is_dropped(way: str) -> None:
+    command = f"sleep 0.05; exec {sys.executable} -c '{WRITE_TO_BOTH}' {way}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "result\n")
+
+
+def test_a_run_does_not_end_because_its_log_is_full(tmp_path: Path) -> None:
+    words = ["--model", TEACHER, "--dataset", CHATS, "--limit", "2", "--output", tmp_path / "out"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "extract_logits.py", *words, "--cache-dir", tmp_path / "cache"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stderr=full, stdout=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["rows"] == 2
+
+
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "explore_logits.py", write_output(tmp_path), "--validate"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "explore-logits: cannot write the result: No space left on device; make room\n"
+    )

@@ -15,7 +15,9 @@ import extract_logits
 from extract_logits import GracefulInterrupt, TimedShutdown, process_age_s
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_first_signal_asks_to_stop(number: int, code: int) -> None:
     before = signal.getsignal(number)
     with GracefulInterrupt() as interrupt:
@@ -44,6 +46,25 @@ def test_a_second_signal_leaves_at_once(number: int, code: int) -> None:
         assert child.output.readline().strip() == word
         child.send(number)
     assert child.wait(timeout_s=10) == code
+
+
+def test_a_lost_terminal_that_says_so_twice_asks_once() -> None:
+    with GracefulInterrupt() as interrupt:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+        assert interrupt.signal == signal.SIGHUP
+
+
+def test_a_lost_terminal_does_not_stop_what_nohup_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with GracefulInterrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert not interrupt.stopping
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
