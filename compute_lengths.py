@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C while libraries load leaves without a traceback
+# As a script and as an installed command: Ctrl-C while libraries load leaves without a traceback.
+if __name__ == "__main__" or sys.argv[0].endswith("compute-lengths"):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
 import logging
 import multiprocessing
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -648,6 +649,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" or sys.argv[0].endswith("compute-lengths"):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # main says what became of it
+if __name__ == "__main__":
     sys.exit(main())

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C while libraries load leaves without a traceback
+# As a script and as an installed command: Ctrl-C while libraries load leaves without a traceback.
+if __name__ == "__main__" or sys.argv[0].endswith("explore-logits"):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -38,7 +40,6 @@ import json
 import logging
 import math
 import re
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C while libraries load leaves without a traceback
+# As a script and as an installed command: Ctrl-C while libraries load leaves without a traceback.
+if __name__ == "__main__" or sys.argv[0].endswith("extract-logits"):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -44,7 +46,6 @@ import random
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 import threading
 import time

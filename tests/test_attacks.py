@@ -402,15 +402,20 @@ def test_a_job_begun_on_another_day_than_its_lengths_says_so(
     assert extract(*args)[0] == 0
 
 
+@pytest.mark.parametrize("installed", [False, True])
 @pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
 def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
-    script: str, tmp_path: Path
+    script: str, installed: bool, tmp_path: Path
 ) -> None:
+    path = ROOT / f"{script}.py"
+    if installed:
+        path = tmp_path / script.replace("_", "-")
+        path.write_text(f"from {script} import main\nraise SystemExit(main())\n")
     slow = "import pathlib, time\npathlib.Path(__file__).with_name('loading').touch()\n"
     (tmp_path / "numpy.py").write_text(slow + "time.sleep(60)\n", encoding="utf-8")
     with subprocess.Popen(
-        [sys.executable, str(ROOT / f"{script}.py"), "--help"], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, str(path), "--help"], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
     ) as process:  # fmt: skip
         while not (tmp_path / "loading").exists():
             assert process.poll() is None
