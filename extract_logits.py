@@ -160,7 +160,13 @@ class TeacherError(LogitsError):
 
 
 class HubError(LogitsError):
-    """The Hub refused or was out of reach; what could not be delivered is kept locally (exit 4)."""
+    """The Hub refused or was out of reach; what could not be delivered is kept locally (exit 4).
+
+    Attributes:
+        stored: what is known of the output, and of the files kept, as the run's summary has it.
+    """
+
+    stored: Mapping[str, Any] = {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5492,10 +5498,10 @@ def run_alone(config: ExtractionConfig) -> dict[str, Any]:
     with GracefulInterrupt() as interrupt:
         try:
             return run_until(config, interrupt)
-        except OutOfReachError:  # a signal ends the waiting for the Hub
+        except OutOfReachError as error:  # a signal ends the waiting for the Hub
             if not interrupt.stopping:
                 raise
-            return {"output": config.output, "exit_code": interrupt.exit_code}
+            return {**error.stored, "output": config.output, "exit_code": interrupt.exit_code}
 
 
 def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[str, Any]:
@@ -5514,7 +5520,7 @@ def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[st
     uploader = open_uploader(
         job, stopping=lambda: interrupt.stopping, late=lambda: deadline.left_s() <= 0
     )
-    try:
+    with end_of_upload(uploader):
         uploader.load_pending_into_buffer()
         run = Extraction(
             job,
@@ -5527,11 +5533,22 @@ def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[st
             uploader.flush(final=True)
         else:
             uploader.save_pending_locally()
-    finally:
-        uploader.shutdown()
     stored = uploader.summary()
     code = exit_code(stored, complete, interrupt.signal)
     return run.summary(stored, code, time.monotonic() - started)
+
+
+@contextmanager
+def end_of_upload(uploader: StreamingHFUploader) -> Iterator[None]:
+    """Shut the uploader down at the end; a refusal takes along what is stored nevertheless."""
+    try:
+        try:
+            yield
+        finally:
+            uploader.shutdown()
+    except HubError as error:
+        error.stored = uploader.summary()
+        raise
 
 
 def open_uploader(
@@ -6589,27 +6606,54 @@ def launched_as(environment: Mapping[str, str]) -> tuple[int | None, int | None]
     return None, None
 
 
+TALKATIVE = {  # loggers of libraries, and what is worth a line of theirs
+    "httpx": logging.WARNING,  # a line for every request
+    "httpx2": logging.WARNING,
+    "torchao": logging.ERROR,  # kernels for other devices that could not be loaded
+    "torch.utils._pytree": logging.ERROR,  # what torchao does that torch will not like one day
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. The last line on stdout is one JSON object."""
+    """Run the command line; returns the exit code.
+
+    The last line on stdout is one JSON object, unless the input was refused (exit code 2).
+    """
     outlive_readers("stdout", "stderr")
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
-    for name in ("httpx", "httpx2"):  # a line for every request
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in TALKATIVE.items():
+        logging.getLogger(name).setLevel(level)
     for handler in logging.getLogger().handlers:
         handler.addFilter(HideTokens())
     try:
-        summary = run_extraction(parse_args(argv))
+        config = parse_args(argv)
+        summary = run_or_refuse(config)
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
-        return EXIT_UNDELIVERED if isinstance(error, HubError) else EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT
     if summary.keys() == {"exit_code"}:
         return int(summary["exit_code"])  # a process that only follows another
+    if "error" in summary:
+        sys.stderr.write(f"extract_logits.py: {summary['error']}\n")
     if "plan" in summary:
         sys.stdout.write(format_plan(summary) + "\n")
     print(json.dumps(summary))  # noqa: T201
     return int(summary["exit_code"])
+
+
+def run_or_refuse(config: ExtractionConfig) -> dict[str, Any]:
+    """Run; where the Hub or the disk refuses, return a summary that holds the `error`."""
+    try:
+        return run_extraction(config)
+    except HubError as error:
+        return {
+            **error.stored,
+            "output": config.output,
+            "error": hide_tokens(str(error)),
+            "exit_code": EXIT_UNDELIVERED,
+        }
 
 
 if __name__ == "__main__":

@@ -440,3 +440,39 @@ def test_a_reader_of_the_log_that_is_gone_does_not_change_how_a_signal_ends_the_
     os.close(reading)  # the same Ctrl-C has ended a `tee`
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == 130
+
+
+def test_a_hub_out_of_reach_is_told_to_people_and_to_machines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = ["--model", str(TEACHER), "--dataset", str(CHATS), "--cache-dir", str(tmp_path)]
+    assert extract_logits.main([*argv, "--output", "user/logits"]) == 4
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert summary == {"output": "user/logits", "error": summary["error"], "exit_code": 4}
+    assert err.splitlines()[-1] == f"extract_logits.py: {summary['error']}"
+
+
+def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = []
+
+    def commit(self: extract_logits.FolderDestination, *args: Any) -> None:
+        commits.append(args)
+        if len(commits) > 1:
+            raise extract_logits.HubError("the disk is full")
+        take(self, *args)
+
+    take = extract_logits.FolderDestination.commit
+    monkeypatch.setattr(extract_logits.FolderDestination, "commit", commit)
+    code, summary, err = extract("--limit", 6, "--upload-every", 2, "--max-batch-size", 1)
+    assert (code, summary["exit_code"], summary["error"]) == (4, 4, "the disk is full")
+    assert (summary["rows"], summary["shards"]) == (2, 1)
+    assert all(Path(path).is_relative_to(tmp_path / "cache") for path in summary["undelivered"])
+    assert summary["undelivered"]
+    assert err.splitlines()[-1] == "extract_logits.py: the disk is full"
+    monkeypatch.undo()
+    code, summary, err = extract("--limit", 6, "--resume")
+    assert (code, summary["rows"], summary["undelivered"]) == (0, 6, []), err
