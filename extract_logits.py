@@ -74,6 +74,7 @@ from typing import IO, Any, Protocol, TypeVar, cast, get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
@@ -669,8 +670,14 @@ def worker_processes(rows: int) -> int:
     """Return how many processes are worth starting for that many rows; 0 is this one."""
     if rows < 512:
         return 0
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, (cpus or 1) - 1))
+    return max(1, min(8, count_processors() - 1))
+
+
+def count_processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3156,7 +3163,8 @@ SHARD_NAME = re.compile(r"data/(?:\d+/)?part-(?:w(?P<rank>\d+)-)?(?P<number>\d+)
 SHARDS_PER_FOLDER = 9_000  # the Hub takes 10,000 entries a folder
 METADATA_ROWS = b"logits.rows"  # JSON: what resume and the card need, so that no data is read
 ROW_GROUP_ROWS = 64
-GROUPS_AHEAD = 4  # row groups that wait for the encoder, 10 MB of rows at most
+CLOSING_AT_ONCE = 2  # shards that get their last rows and their name beside the loop
+GROUPS_AHEAD = 4  # row groups that a thread encodes or that wait for it, 10 MB of rows at most
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
 SETTINGS_FREE_TO_CHANGE = {"attn", "versions"}  # differ between machines, not between jobs
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -3203,20 +3211,54 @@ class Figures:
         return Figures(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def measure_row(row: pa.Table, *, nucleus_cap: int) -> Figures:
-    """Return the figures of a table of one row, with or without `_mass` and `_actual`."""
-    counts = row["top_counts"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    tokens = row["num_tokens"][0].as_py()
-    measured = {MASS_COLUMN, ACTUAL_COLUMN} <= set(row.column_names)
-    return Figures(
-        rows=1,
-        tokens=tokens,
-        nucleus_tokens=int(counts.sum()),
-        capped_tokens=int((counts == nucleus_cap).sum()),
-        measured_tokens=tokens if measured else 0,
-        mass=row[MASS_COLUMN][0].as_py() if measured else 0.0,
-        actual=row[ACTUAL_COLUMN][0].as_py() if measured else 0.0,
+@dataclass(frozen=True)
+class MeasuredRows:
+    """A table of rows with what a shard has to know of each."""
+
+    table: pa.Table
+    indices: list[int]
+    figures: list[Figures]
+    sizes: list[int]  # bytes before encoding, the same in whatever table a row stands
+
+
+def measure_table(table: pa.Table, *, nucleus_cap: int) -> MeasuredRows:
+    """Return a table with the figures of its rows, with or without `_mass` and `_actual`."""
+    counts = table["top_counts"].combine_chunks()
+    ends = np.cumsum(pc.list_value_length(counts).to_numpy())
+    values = counts.flatten().to_numpy().astype(np.int64)
+    tokens = table["num_tokens"].to_pylist()
+    measured = {MASS_COLUMN, ACTUAL_COLUMN} <= set(table.column_names)
+    unknown = [0.0] * len(tokens)
+    columns = (
+        tokens,
+        add_up(values, ends),
+        add_up(values == nucleus_cap, ends),
+        tokens if measured else [0] * len(tokens),
+        table[MASS_COLUMN].to_pylist() if measured else unknown,
+        table[ACTUAL_COLUMN].to_pylist() if measured else unknown,
     )
+    figures = [Figures(1, *row) for row in zip(*columns, strict=True)]
+    return MeasuredRows(table, table["index"].to_pylist(), figures, row_sizes(table).tolist())
+
+
+def add_up(values: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> list[int]:
+    """Return the sums of flattened values row by row; `ends` are the rows' last ones plus one."""
+    sums = np.concatenate(([0], np.cumsum(values)))[ends]
+    return [int(total) for total in np.diff(sums, prepend=0)]
+
+
+def row_sizes(table: pa.Table) -> npt.NDArray[np.int64]:
+    """Return the bytes that each row's values and list offsets take, (rows,)."""
+    sizes = np.zeros(table.num_rows, np.int64)
+    for column in table.columns:
+        if pa.types.is_list(column.type):
+            width = column.type.value_type.bit_width // 8
+            sizes += 4 + width * pc.list_value_length(column).to_numpy()
+        elif pa.types.is_binary(column.type):
+            sizes += 4 + pc.binary_length(column).to_numpy()
+        else:
+            sizes += column.type.bit_width // 8
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -3431,12 +3473,26 @@ def storage_errors(place: str) -> Iterator[None]:
         ) from error
 
 
+MAGIC = b"PAR1"  # begins and ends a Parquet file
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One encoded row group, as a file of its own holds it right behind the magic number."""
+
+    rows: int
+    size: int  # bytes of its rows before encoding
+    pages: memoryview
+    metadata: bytes  # of the row group, in Thrift's compact protocol
+
+
 class ShardWriter:
     """Encode rows into one Parquet file, row group by row group, under a temporary name.
 
-    The bytes depend on the rows, their order and the schema only. Row groups are encoded in a
-    thread of their own, where pyarrow lets go of the interpreter; what fails there is raised by the
-    next call. Memory holds `GROUPS_AHEAD` row groups and the one that fills.
+    The bytes depend on the rows, their order and the schema only. Row groups are encoded in
+    `encode_threads()` threads, where pyarrow lets go of the interpreter, and appended in order by
+    another; what fails there is raised by the next call. Memory holds `GROUPS_AHEAD` row groups for
+    each thread and the one that fills.
     """
 
     def __init__(
@@ -3445,15 +3501,18 @@ class ShardWriter:
         self._temporary = folder / f"{name}.parquet.tmp"
         self._schema = schema
         self._nucleus_cap = nucleus_cap
+        self._options = writer_options(schema)
         self._file: IO[bytes] | None = None
-        self._writer: pq.ParquetWriter | None = None
-        self._group: list[pa.Table] = []
-        self._group_tokens = 0
+        self._group: list[tuple[pa.Table, int]] = []  # tables and places of rows in them
+        self._group_tokens = self._group_size = 0
         self._added_bytes = 0  # of all rows, before encoding
         self._written = (0, 0)  # bytes of the row groups on disk: encoded, and before
+        self._row_groups: list[bytes] = []  # metadata of those on disk
         self._notes: list[tuple[int, Figures]] = []
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._encoding: deque[Future[None]] = deque()
+        self._ahead = GROUPS_AHEAD * encode_threads()
+        self._encoder = ThreadPoolExecutor(encode_threads(), thread_name_prefix="encode")
+        self._appender = ThreadPoolExecutor(1, thread_name_prefix="append")
+        self._appending: deque[Future[None]] = deque()
 
     @property
     def rows(self) -> int:
@@ -3469,89 +3528,304 @@ class ShardWriter:
 
     def reaches(self, size_bytes: float) -> bool:
         """Tell whether the file is that large; by its rows alone, however fast it is encoded."""
-        if 1.5 * self._added_bytes < size_bytes:  # random values get a quarter larger, none more
+        encoded, before = self._written
+        most = encoded + 1.5 * (self._added_bytes - before)
+        if most < size_bytes:  # random values get a quarter larger, none more
             return False
         self._wait(groups=0)
         return self.encoded_bytes >= size_bytes
 
-    def add(self, row: pa.Table) -> None:
-        """Append a table of one row, with or without `_mass` and `_actual`."""
-        figures = measure_row(row, nucleus_cap=self._nucleus_cap)
-        self._notes.append((row["index"][0].as_py(), figures))
-        self._group.append(row.select(self._schema.names))
+    def add(self, rows: pa.Table) -> None:
+        """Append the rows of a table, with or without `_mass` and `_actual`."""
+        measured = measure_table(rows, nucleus_cap=self._nucleus_cap)
+        for place in range(rows.num_rows):
+            self.add_row(measured, place)
+
+    def add_row(self, rows: MeasuredRows, place: int) -> None:
+        """Append one of some rows; nothing is computed or copied here."""
+        figures = rows.figures[place]
+        self._notes.append((rows.indices[place], figures))
+        self._group.append((rows.table, place))
         self._group_tokens += figures.tokens
-        self._added_bytes += self._group[-1].nbytes
+        self._group_size += rows.sizes[place]
+        self._added_bytes += rows.sizes[place]
         if len(self._group) == ROW_GROUP_ROWS or self._group_tokens >= ROW_GROUP_TOKENS:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """Let the thread encode the group once it is no more than `GROUPS_AHEAD` behind."""
-        self._wait(groups=GROUPS_AHEAD - 1)
-        self._encoding.append(self._encoder.submit(self._write_group, self._group))
-        self._group, self._group_tokens = [], 0
+        """Let the threads encode the group once no more than `_ahead` wait for them."""
+        self._wait(groups=self._ahead - 1)
+        encoding = self._encoder.submit(self._encode, self._group, self._group_size)
+        self._appending.append(self._appender.submit(self._append, encoding))
+        self._group, self._group_tokens, self._group_size = [], 0, 0
 
     def _wait(self, *, groups: int) -> None:
         """Wait until at most so many groups are under way; raise what failed."""
-        while len(self._encoding) > groups:
-            self._encoding.popleft().result()
+        while len(self._appending) > groups:
+            self._appending.popleft().result()
 
-    def _write_group(self, rows: list[pa.Table]) -> None:
-        group = pa.concat_tables(rows).combine_chunks().cast(self._schema)
-        if self._writer is None:
+    def _encode(self, rows: list[tuple[pa.Table, int]], size: int) -> RowGroup:
+        table = pa.concat_tables(join_rows(rows, self._schema.names)).combine_chunks()
+        return encode_row_group(table.cast(self._schema), self._options, size=size)
+
+    def _append(self, encoding: Future[RowGroup]) -> None:
+        group = encoding.result()
+        if self._file is None:
             self._file = self._temporary.open("wb")
-            self._writer = open_parquet_writer(self._file, self._schema)
-        self._writer.write_table(group, row_group_size=group.num_rows)
-        before = self._written[1] + sum(row.nbytes for row in rows)
-        self._written = (self._file.tell() if self._file else 0, before)
+            self._file.write(MAGIC)
+        moved = move_row_group(
+            group.metadata, by=self._file.tell() - len(MAGIC), number=len(self._row_groups)
+        )
+        self._file.write(group.pages)
+        self._row_groups.append(moved)
+        self._written = (self._file.tell(), self._written[1] + group.size)
 
-    def close(self, path: Path) -> LocalShard:
-        """Finish the file and give it its name once its bytes are on the disk."""
+    def finish(self, path: Path) -> Future[LocalShard]:
+        """Let the threads complete the file, which then gets its name; raise what failed before."""
         if self._group:
             self._hand_over()
-        self._wait(groups=0)
+        return self._appender.submit(self._finish, path)
+
+    def close(self, path: Path) -> LocalShard:
+        """Finish the file and wait until it has its name."""
+        return self.finish(path).result()
+
+    def _finish(self, path: Path) -> LocalShard:
+        """Write the footer and rename the file once its bytes are on the disk."""
+        self._wait(groups=0)  # all are done: their thread is this one
         self._encoder.shutdown()
-        if self._writer is None or self._file is None:
+        if self._file is None:
             raise ValueError("a shard needs a row")
-        self._writer.add_key_value_metadata({METADATA_ROWS: encode_row_notes(self._notes)})
-        self._writer.close()
+        notes = {METADATA_ROWS: encode_row_notes(self._notes)}
+        empty = encode_footer(self._schema, self._options, notes)
+        footer = fill_footer(empty, rows=self.rows, row_groups=self._row_groups)
+        self._file.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self._temporary, path)
         sync_directory(path.parent)
+        self._appender.shutdown(wait=False)
         return read_local_shard(path)
 
     def discard(self) -> None:
         """Forget the file under way; after a failed write there is nothing to finish."""
         self._encoder.shutdown(cancel_futures=True)
+        self._appender.shutdown(cancel_futures=True)
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
+def encode_threads() -> int:
+    """Return how many row groups are encoded at once: a quarter of the processors, 8 at most."""
+    return max(1, min(8, count_processors() // 4))
+
+
+def join_rows(rows: list[tuple[pa.Table, int]], names: list[str]) -> list[pa.Table]:
+    """Return some columns of rows, given as tables and places, in as few tables as they allow."""
+    parts: list[tuple[pa.Table, int, int]] = []  # table, first row, number of rows
+    for table, place in rows:
+        if parts and parts[-1][0] is table and sum(parts[-1][1:]) == place:
+            parts[-1] = (table, parts[-1][1], parts[-1][2] + 1)
+        else:
+            parts.append((table, place, 1))
+    return [table.slice(first, count).select(names) for table, first, count in parts]
+
+
+def encode_row_group(table: pa.Table, options: dict[str, Any], *, size: int) -> RowGroup:
+    """Encode a table as a file of one row group, and take that group out of it."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
+        writer.write_table(table, row_group_size=table.num_rows)
+    file = sink.getvalue()
+    footer, start = split_footer(file)
+    return RowGroup(
+        table.num_rows, size, memoryview(file)[len(MAGIC) : start], take_row_group(footer)
+    )
+
+
+def encode_footer(
+    schema: pa.Schema, options: dict[str, Any], metadata: Mapping[bytes, bytes]
+) -> bytes:
+    """Return the footer of a file with this metadata and no row group."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, **options) as writer:
+        writer.add_key_value_metadata(dict(metadata))
+    return split_footer(sink.getvalue())[0]
+
+
+def split_footer(file: pa.Buffer) -> tuple[bytes, int]:
+    """Return the Thrift bytes of a Parquet file's footer and where they start."""
+    end = len(file) - len(MAGIC) - 4
+    start = end - int.from_bytes(file[end : end + 4], "little")
+    return bytes(file[start:end]), start
+
+
+# Thrift's compact protocol, as far as footers need it: pyarrow encodes a file in one thread and
+# cannot join files. Numbers and types of fields: parquet.thrift in apache/parquet-format.
+I16, I32, I64, BINARY, LIST, STRUCT = 4, 5, 6, 8, 9, 12
+FIXED_BYTES = {1: 0, 2: 0, 3: 1, 7: 8}  # of true, false, byte, double
+ROWS_FIELD, ROW_GROUPS_FIELD = 3, 4  # of FileMetaData
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return an unsigned integer of variable length and where it ends."""
+    value = shift = 0
+    while data[at] & 0x80:
+        value |= (data[at] & 0x7F) << shift
+        shift += 7
+        at += 1
+    return value | data[at] << shift, at + 1
+
+
+def encode_varint(value: int) -> bytes:
+    """Return an unsigned integer in variable length: the inverse of `read_varint`."""
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
+
+
+def read_list(data: bytes, at: int) -> tuple[int, int, int]:
+    """Return the size and the type of a list and where its first element starts."""
+    size, kind = data[at] >> 4, data[at] & 15
+    if size < 15:
+        return size, kind, at + 1
+    size, at = read_varint(data, at + 1)
+    return size, kind, at
+
+
+def encode_list_head(size: int, kind: int) -> bytes:
+    """Return what comes before the elements of a list: the inverse of `read_list`."""
+    return bytes([size << 4 | kind]) if size < 15 else bytes([0xF0 | kind]) + encode_varint(size)
+
+
+def read_field(data: bytes, at: int, before: int) -> tuple[int, int, int]:
+    """Return number and type of a struct's next field and where its value starts; type 0: none."""
+    step, kind = data[at] >> 4, data[at] & 15
+    if step or not kind:
+        return before + step, kind, at + 1
+    number, at = read_varint(data, at + 1)
+    return number >> 1, kind, at
+
+
+def skip_value(data: bytes, at: int, kind: int) -> int:
+    """Return where a value ends."""
+    if kind in (I16, I32, I64):
+        while data[at] & 0x80:
+            at += 1
+        return at + 1
+    if kind == BINARY:
+        size, at = read_varint(data, at)
+        return at + size
+    if kind == LIST:
+        size, inner, at = read_list(data, at)
+        for _ in range(size):
+            at = skip_value(data, at, inner)
+        return at
+    if kind == STRUCT:
+        number, inner, at = read_field(data, at, 0)
+        while inner:
+            at = skip_value(data, at, inner)
+            number, inner, at = read_field(data, at, number)
+        return at
+    return at + FIXED_BYTES[kind]
+
+
+Edit = Any  # bytes instead of a value; a function of an integer; of fields by number: their edits
+
+
+def edit_value(data: bytes, at: int, kind: int, edit: Edit, out: bytearray) -> int:
+    """Append a value to `out` as edited, each element of a list alike; return where it ends."""
+    if isinstance(edit, bytes):
+        out += edit
+        return skip_value(data, at, kind)
+    if kind == STRUCT:
+        return edit_struct(data, at, edit, out)
+    if kind == LIST:
+        size, inner, first = read_list(data, at)
+        out += data[at:first]
+        at = first
+        for _ in range(size):
+            at = edit_value(data, at, inner, edit, out)
+        return at
+    value, at = read_varint(data, at)
+    value = edit(value >> 1 ^ -(value & 1))
+    out += encode_varint(value << 1 if value >= 0 else ~(value << 1))
+    return at
+
+
+def edit_struct(data: bytes, at: int, edits: Mapping[int, Edit], out: bytearray) -> int:
+    """Append a struct to `out` with some fields edited; return where it ends."""
+    copied = at
+    number, kind, at = read_field(data, at, 0)
+    while kind:
+        if number in edits:
+            out += data[copied:at]
+            copied = at = edit_value(data, at, kind, edits[number], out)
+        else:
+            at = skip_value(data, at, kind)
+        number, kind, at = read_field(data, at, number)
+    out += data[copied:at]
+    return at
+
+
+def take_row_group(footer: bytes) -> bytes:
+    """Return the metadata of the only row group of a file, from its footer."""
+    number, kind, at = read_field(footer, 0, 0)
+    while number != ROW_GROUPS_FIELD:
+        at = skip_value(footer, at, kind)
+        number, kind, at = read_field(footer, at, number)
+    _, _, first = read_list(footer, at)
+    return footer[first : skip_value(footer, first, STRUCT)]
+
+
+def move_row_group(metadata: bytes, *, by: int, number: int) -> bytes:
+    """Return the metadata of a file's first row group as that of a later one, `by` bytes on."""
+
+    def shift(offset: int) -> int:
+        return offset + by if offset else 0  # 0: there is none
+
+    places = {9: shift, 10: shift, 11: shift}  # of data, index and dictionary pages
+    edits = {1: {2: shift, 3: places}, 5: shift, 7: lambda _: number}
+    moved = bytearray()
+    edit_struct(metadata, 0, edits, moved)
+    return bytes(moved)
+
+
+def fill_footer(empty: bytes, *, rows: int, row_groups: list[bytes]) -> bytes:
+    """Return the footer of a file without rows as that of one with these row groups."""
+    groups = encode_list_head(len(row_groups), STRUCT) + b"".join(row_groups)
+    filled = bytearray()
+    edits = {ROWS_FIELD: encode_varint(rows << 1), ROW_GROUPS_FIELD: groups}
+    edit_struct(empty, 0, edits, filled)
+    return bytes(filled)
+
+
 DICTIONARY_BITS = 13  # up to 8,192 levels of a logit a dictionary is smaller than differences
 DICTIONARY_VOCAB = 2**16  # tail ids of larger vocabularies repeat too seldom for a dictionary
 
 
-def open_parquet_writer(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
-    """Open a writer with the encodings that serve these columns best and that every reader knows.
+def writer_options(schema: pa.Schema) -> dict[str, Any]:
+    """Return the options of a writer that serve these columns best and that every reader knows.
 
     `python tests/storage_table.py` measures them. Splitting the bytes of ids and quantized logits
     too would save another tenth, but DuckDB before 2.0 refuses that. Statistics of ids and logits
     would only make the footer larger.
     """
     encodings = choose_encodings(schema)
-    return pq.ParquetWriter(
-        file,
-        schema,
-        compression="zstd",
-        compression_level=2,
-        use_dictionary=[leaf for leaf, how in encodings.items() if how == "DICTIONARY"],
-        column_encoding={leaf: how for leaf, how in encodings.items() if how != "DICTIONARY"},
-        write_statistics=["index", "num_tokens"],
-    )
+    return {
+        "compression": "zstd",
+        "compression_level": 2,
+        "use_dictionary": [leaf for leaf, how in encodings.items() if how == "DICTIONARY"],
+        "column_encoding": {leaf: how for leaf, how in encodings.items() if how != "DICTIONARY"},
+        "write_statistics": ["index", "num_tokens"],
+    }
 
 
 def choose_encodings(schema: pa.Schema) -> dict[str, str]:
@@ -4632,6 +4906,40 @@ class PendingRows:
         return self.shard.size * len(self.left) // self.shard.notes.indices.size
 
 
+@dataclass(frozen=True)
+class ClosedShard:
+    """A shard that is full and has, or is about to get, its name in the cache."""
+
+    file: Future[LocalShard]
+    writer: ShardWriter | None = None
+
+    @classmethod
+    def of(cls, shard: LocalShard) -> ClosedShard:
+        """Return a file that is complete as one of those that may not be."""
+        file: Future[LocalShard] = Future()
+        file.set_result(shard)
+        return cls(file)
+
+    def wait(self) -> LocalShard:
+        """Return the complete file.
+
+        Raises:
+            OSError: it could not be written; half of it is removed.
+        """
+        try:
+            return self.file.result()
+        except OSError:
+            if self.writer is not None:
+                logger.warning("%d rows have to be extracted again", self.writer.rows)
+                self.writer.discard()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, or of what is written of it."""
+        return self.file.result().size if self.writer is None else self.writer.encoded_bytes
+
+
 class StreamingHFUploader:
     """Collect rows into shards and deliver them, in the background, to a folder or a Hub dataset.
 
@@ -4681,6 +4989,7 @@ class StreamingHFUploader:
         )
         self._schema = schema
         self._settings = dict(settings)
+        self._nucleus_cap = int(settings.get("top_p_max", 255))
         self._chat_template = chat_template
         self._upload_every = upload_every
         self._limit_bytes = None if upload_size_mb is None else upload_size_mb * 1e6
@@ -4689,8 +4998,8 @@ class StreamingHFUploader:
         at_once = min(at_once or world_size, world_size)
         self._max_waiting = MAX_WAITING_SHARDS * at_once  # workers share the pace
         self._pending: list[PendingRows] = []  # fill up the next shards
-        self._closed: deque[LocalShard] = deque()  # complete in the cache, not flushed
-        self._waiting: deque[LocalShard] = deque()  # handed to the upload thread, not delivered
+        self._closed: deque[ClosedShard] = deque()  # in the cache, not flushed
+        self._waiting: deque[ClosedShard] = deque()  # handed to the upload thread, not delivered
         self._lock = threading.Lock()  # of _waiting, which both threads change
         self._backups: list[LocalShard] = []
         self._removals: set[str] = set()  # shards of a discarded job, gone with the first commit
@@ -4791,7 +5100,7 @@ class StreamingHFUploader:
             if self._state.done.issuperset(indices):
                 shard.path.unlink()
             elif self._taken.isdisjoint(indices) and shard.name not in listed:
-                self._closed.append(shard)
+                self._closed.append(ClosedShard.of(shard))
                 self._taken.update(indices)
             else:
                 pending.append(self._cache.make_pending(shard))
@@ -4839,12 +5148,13 @@ class StreamingHFUploader:
         """
         self._raise_failure()
         table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
-        for number, index in enumerate(table["index"].to_pylist()):
+        measured = measure_table(table, nucleus_cap=self._nucleus_cap)
+        for place, index in enumerate(measured.indices):
             if index in self._taken:
                 continue
             self._taken.add(index)
             with self._writing():
-                self._writer.add(table.slice(number, 1))
+                self._writer.add_row(measured, place)
                 full = self._is_full(self._pending)
             if full:
                 self._close_shard()
@@ -4868,8 +5178,10 @@ class StreamingHFUploader:
         return min(1.0, self._fill(self._pending))
 
     def _open_writer(self) -> ShardWriter:
-        cap = int(self._settings.get("top_p_max", 255))
-        return ShardWriter(self._cache.folder, self._schema, nucleus_cap=cap)
+        name = f"under-way-{self._next_number:05d}"
+        return ShardWriter(
+            self._cache.folder, self._schema, nucleus_cap=self._nucleus_cap, name=name
+        )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -4884,7 +5196,10 @@ class StreamingHFUploader:
             raise
 
     def _close_shard(self) -> None:
-        """Close the shard under way, filled up with pending rows."""
+        """Let the shard under way, filled up with pending rows, be closed beside what goes on."""
+        with self._lock:
+            files = [shard.file for shard in (*self._waiting, *self._closed)]
+        wait([file for file in files if not file.done()][: 1 - CLOSING_AT_ONCE])
         with self._writing():
             for rows in self._pending:
                 rows.draw(self._writer, lambda: self._is_full([]))
@@ -4892,7 +5207,7 @@ class StreamingHFUploader:
             if not self._writer.rows:
                 return
             path = self._cache.shard_path(self._shard_name(self._next_number))
-            self._closed.append(self._writer.close(path))
+            self._closed.append(ClosedShard(self._writer.finish(path), self._writer))
         self._next_number += 1
         self._writer = self._open_writer()
 
@@ -4954,7 +5269,7 @@ class StreamingHFUploader:
         if not self._wait_until(lambda: not self.is_uploading()):
             return
         backups, self._backups = self._backups, []
-        self._submit(backups, final=True)
+        self._submit([ClosedShard.of(shard) for shard in backups], final=True)
         self._wait_until(lambda: not self.is_uploading())
 
     def _wait_until(self, condition: Callable[[], bool]) -> bool:
@@ -4974,7 +5289,7 @@ class StreamingHFUploader:
         for upload in finished:
             upload.result()
 
-    def _submit(self, shards: list[LocalShard], *, final: bool = False) -> None:
+    def _submit(self, shards: list[ClosedShard], *, final: bool = False) -> None:
         with self._lock:
             self._waiting.extend(shards)
         self._uploads.append(self._executor.submit(self._deliver, final=final))
@@ -4986,10 +5301,12 @@ class StreamingHFUploader:
         if self._destination.detects_changes:
             self._hurry.wait(self._pace.take())
         with self._lock:
-            shards = list(self._waiting)
-        count = len(shards)
+            waiting = list(self._waiting)
+        shards: list[LocalShard] = []
         started_s = time.monotonic()
         try:
+            with storage_errors(str(self._cache.folder)):
+                shards += [shard.wait() for shard in waiting]
             retry(
                 lambda: self._commit(shards, final=final),
                 stop=self._end_of_tries,
@@ -5006,7 +5323,7 @@ class StreamingHFUploader:
             self._refused = True
             raise
         with self._lock:
-            for _ in range(count):
+            for _ in waiting:
                 self._waiting.popleft()
         self._slowest_upload_s = max(self._slowest_upload_s, time.monotonic() - started_s)
 
@@ -5175,13 +5492,22 @@ class StreamingHFUploader:
         self._stop.set()
         self._hurry.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
-        try:
-            self.save_pending_locally()
-        except HubError as error:
-            logger.warning("%s", error)
+        unfinished = [shard.wait for shard in (*self._waiting, *self._closed)]
+        for complete in (*unfinished, self.save_pending_locally):
+            with log_failure(), storage_errors(str(self._cache.folder)):
+                complete()
         if left := len(self._cache.paths()):
             logger.warning("%d files kept in %s for --resume", left, self._cache.folder)
         self._cache.close()
+
+
+@contextmanager
+def log_failure() -> Iterator[None]:
+    """Log a HubError where another one may be on its way."""
+    try:
+        yield
+    except HubError as error:
+        logger.warning("%s", error)
 
 
 def encode_settings(settings: Mapping[str, Any]) -> bytes:

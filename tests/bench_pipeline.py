@@ -151,8 +151,7 @@ def run_in_turn(teacher: el.Teacher, batches: list[el.Batch], folder: Path) -> d
         with clock.stage("packing"):
             packed = el.cpu_postprocess_batch(host, batch, schema=schema)
         with clock.stage("encoding"):
-            for number in range(packed.table.num_rows):
-                writer.add(packed.table.slice(number, 1))
+            writer.add(packed.table)
             writer._wait(groups=0)
     with clock.stage("encoding"):
         writer.close(folder / "shard.parquet")
@@ -183,8 +182,7 @@ def run_together(
     writer = el.ShardWriter(folder, schema, nucleus_cap=K)
 
     def deliver(packed: el.PackedBatch) -> None:
-        for number in range(packed.table.num_rows):
-            writer.add(packed.table.slice(number, 1))
+        writer.add(packed.table)
 
     post = el.AsyncPostProcessor(partial(el.fetch_and_pack, schema=schema), deliver)
     wait_for_device()

@@ -547,10 +547,14 @@ def test_a_failing_disk_is_no_file_system_that_cannot_sync(
     def fsync(file: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
+    def fill() -> None:
+        feed(uploader, 0, 12)
+        uploader.flush(final=True)
+
     uploader = open_uploader(tmp_path)
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(HubError, match="Input/output error"):
-        feed(uploader, 0, 12)
+        fill()
     monkeypatch.undo()
     uploader.shutdown()
 
