@@ -4622,12 +4622,12 @@ def histogram_svg(histogram: npt.NDArray[np.int64]) -> str:
     last = int(used[-1])
     heights = np.log1p(histogram[1 : last + 1]) / np.log1p(histogram.max())
     path = step_path(heights, 60)
-    middle = f"tokens by nucleus size, logarithmic, {int(histogram.max()):,} at most"
+    middle = f"tokens by nucleus size (log scale, {int(histogram.max()):,} at the highest)"
     return (
         '<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 '
         f'{last} 60" preserveAspectRatio="none" style="width:100%;height:5rem" role="img" '
         f'aria-label="histogram of nucleus sizes"><path d="{path}" fill="#3b82c4"/></svg>'
-        '<figcaption style="display:flex;justify-content:space-between">'
+        '<figcaption style="display:flex;justify-content:space-between;gap:1rem">'
         f"<span>1</span><span>{middle}</span><span>{last}</span></figcaption></figure>"
     )
 
@@ -4740,7 +4740,7 @@ function make(parent, tag, name, text) {
   return node;
 }
 function percent(p) {
-  if (p > 0 && p < 1e-5) return p.toExponential(1);
+  if (p > 0 && p < 1e-5) return (100 * p).toExponential(1) + "%";
   return (p >= 0.01 ? (100 * p).toFixed(1) : (100 * p).toPrecision(2)) + "%";
 }
 function rows(parent, title, list, real) {

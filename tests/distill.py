@@ -467,6 +467,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes.scatter(means, range(len(arms)), c=colours, s=45, zorder=3)
         axes.set(xlabel=unit, title=title)
         axes.set_yticks(range(len(arms)), [ARMS[arm] for arm in arms])
+        axes.locator_params(axis="x", nbins=3)
         axes.grid(axis="x", color="#ddd")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
