@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from loopback_hub import LoopbackHub
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -69,3 +72,16 @@ def write_chats(tmp_path: Path) -> Callable[[list[Any]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A loopback Hub; waits of the extractor between tries are short, the client's own too."""
+    import extract_logits  # here: what tests the explorer alone starts without torch
+
+    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (0.02,) * 6)
+    short = SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.02)), time=time.time)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", short)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with LoopbackHub() as server:
+        yield server

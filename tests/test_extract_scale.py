@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,17 +35,6 @@ from extract_logits import (
 
 REPO = "tester/logits"
 Opener = Callable[..., StreamingHFUploader]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A loopback Hub; waits between tries are short, the client's own too."""
-    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (0.02,) * 6)
-    short = SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.02)), time=time.time)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", short)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with LoopbackHub() as server:
-        yield server
 
 
 @pytest.fixture(params=["folder", "hub"])
