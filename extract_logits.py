@@ -666,11 +666,14 @@ def wait_for_end() -> None:
     os._exit(0)
 
 
+MOST_WORKERS = 16  # processes that tokenize, each about 100,000 tokens a second
+
+
 def worker_processes(rows: int) -> int:
     """Return how many processes are worth starting for that many rows; 0 is this one."""
     if rows < 512:
         return 0
-    return max(1, min(8, count_processors() - 1))
+    return max(1, min(MOST_WORKERS, count_processors() - 1))
 
 
 def count_processors() -> int:
@@ -730,11 +733,11 @@ def prepare_dataset(
         StopRequested: `should_stop` said so.
     """
     rows = select_dataset(config, source, encoder)
-    return add_lengths(config, source, ConversationDataset(rows, encoder), should_stop)
+    return add_lengths(config, ConversationDataset(rows, encoder), should_stop)
 
 
 def select_dataset(config: ExtractionConfig, source: Any, encoder: RowEncoder) -> PreparedDataset:
-    """Select the conversations of this worker; their lengths stay 0.
+    """Select the conversations of this worker; lengths that no option gives stay 0.
 
     Raises:
         DataError, SourceError: no such column, bad ids, nothing left.
@@ -751,12 +754,16 @@ def select_dataset(config: ExtractionConfig, source: Any, encoder: RowEncoder) -
             f"{config.dataset}: none of its {indices.size} rows is selected; "
             "see --start-offset, --limit and --sample-subject"
         )
-    if config.world_size is not None:
-        workers = divide_rows(config, source, encoder, numbers, indices[numbers])
-        numbers = numbers[workers == config.rank]
+    lengths, num_tokens = find_lengths(config, source, encoder, numbers, indices[numbers])
     used = [name for name in source.column_names if name in encoder.columns.needed()]
-    narrow = source.select_columns(used)
-    return PreparedDataset(narrow, numbers, indices[numbers], np.zeros_like(numbers))
+    known = np.zeros_like(numbers) if lengths is None else lengths
+    rows = PreparedDataset(
+        source.select_columns(used), numbers, indices[numbers], known, num_tokens
+    )
+    if config.world_size is None:
+        return rows
+    workers = divide_rows(rows.indices, lengths, config.world_size)
+    return rows.take(workers == config.rank)
 
 
 def read_column(source: Any, column: str) -> pa.ChunkedArray:
@@ -839,21 +846,12 @@ def deal_by_length(
 
 
 def divide_rows(
-    config: ExtractionConfig,
-    source: Any,
-    encoder: RowEncoder,
-    numbers: npt.NDArray[np.int64],
-    indices: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64] | None, world_size: int
 ) -> npt.NDArray[np.int64]:
     """Return the worker of each selected conversation: by its length where that is given, else by
     its index alone.
     """
-    world_size = config.world_size or 1
-    if config.tokenized_dataset is not None:
-        lengths, _ = join_lengths(config, encoder, indices)
-    elif config.length_col is not None:
-        lengths = read_length_column(source, config.length_col)[numbers]
-    else:
+    if lengths is None:
         return worker_of(indices, world_size)
     return deal_by_length(indices, lengths, world_size)
 
@@ -895,22 +893,32 @@ class GroupLimits:
         return limit is None or self.counts[group] <= limit
 
 
-def add_lengths(
+def find_lengths(
     config: ExtractionConfig,
     source: Any,
-    dataset: ConversationDataset,
-    should_stop: Callable[[], bool],
+    encoder: RowEncoder,
+    numbers: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64] | None]:
+    """Return lengths and tokens to extract of selected rows as far as the options give them."""
+    if config.tokenized_dataset is not None:
+        return join_lengths(config, encoder, indices)
+    if config.length_col is not None:
+        return read_length_column(source, config.length_col)[numbers], None
+    return None, None
+
+
+def add_lengths(
+    config: ExtractionConfig, dataset: ConversationDataset, should_stop: Callable[[], bool]
 ) -> PreparedDataset:
-    """Take the lengths from where the options say, else measure; leave out what is not usable."""
+    """Check the lengths that were given, or measure them; leave out what is not usable."""
     rows, encoder = dataset.prepared, dataset.encoder
     positions = np.arange(rows.numbers.size)
-    num_tokens: npt.NDArray[np.int64] | None = None
+    lengths, num_tokens = rows.lengths, rows.num_tokens
+    skipped: dict[int, SkippedRow] = {}
     if config.tokenized_dataset is not None:
-        lengths, num_tokens = join_lengths(config, encoder, rows.indices)
         skipped = check_lengths(config, dataset, lengths, should_stop)
-    elif config.length_col is not None:
-        lengths, skipped = read_length_column(source, config.length_col)[rows.numbers], {}
-    else:
+    elif config.length_col is None:
         lengths, num_tokens, skipped = measure_rows(dataset, positions, should_stop)
     if encoder.max_seq_len is not None:
         for at in np.flatnonzero(lengths > encoder.max_seq_len).tolist():
@@ -1430,11 +1438,13 @@ def longest_batch(rows: int, length: int, vocab_size: int) -> Batch:
 
 
 def load_batches(dataset: ConversationDataset, sampler: TokenBudgetBatchSampler) -> Iterator[Batch]:
-    """Yield the batches of the plan, read and encoded ahead of the teacher where it pays."""
+    """Yield the batches of the plan, read and encoded ahead of the teacher where it pays.
+
+    Half of the processors do so: the others run the teacher, pack and encode.
+    """
     processes = 0 if dataset.prepared.encoded is not None else worker_processes(len(dataset))
-    yield from run_ahead(
-        functools.partial(read_batch, dataset), sampler, processes=min(processes, 4)
-    )
+    processes = min(processes, max(1, count_processors() // 2))
+    yield from run_ahead(functools.partial(read_batch, dataset), sampler, processes=processes)
 
 
 def read_batch(dataset: ConversationDataset, positions: list[int]) -> Batch:
@@ -3037,7 +3047,7 @@ def cpu_postprocess_batch(result: Any, batch: Batch, *, schema: pa.Schema) -> Pa
     starts = np.cumsum(sizes) - sizes
     good = np.logical_and.reduceat(result.usable, starts) if sizes.size else np.zeros(0, bool)
     rows = [row for row, usable in zip(batch.rows, good, strict=True) if usable]
-    tokens = np.repeat(good, sizes)
+    tokens = slice(None) if good.all() else np.repeat(good, sizes)  # all: nothing is copied
     columns = pack_columns(result, tokens, sizes[good], rows)
     wanted = packed_schema(schema)
     table = pa.Table.from_arrays([columns[name] for name in wanted.names], schema=wanted)
@@ -3047,7 +3057,7 @@ def cpu_postprocess_batch(result: Any, batch: Batch, *, schema: pa.Schema) -> Pa
 
 def pack_columns(
     result: Any,
-    tokens: npt.NDArray[np.bool_],
+    tokens: slice | npt.NDArray[np.bool_],
     sizes: npt.NDArray[np.int64],
     rows: Sequence[EncodedRow],
 ) -> dict[str, pa.Array]:
@@ -3083,11 +3093,11 @@ def pack_columns(
 
 
 def pack_tail_range(
-    result: Any, tokens: npt.NDArray[np.bool_], sizes: npt.NDArray[np.int64]
+    result: Any, tokens: slice | npt.NDArray[np.bool_], sizes: npt.NDArray[np.int64]
 ) -> dict[str, pa.Array]:
     """Build `sampled_min` and `sampled_max`: one entry per token, none where M is 0."""
     if result.sampled_ids.shape[1] == 0:
-        tokens, sizes = np.zeros_like(tokens), np.zeros_like(sizes)
+        tokens, sizes = slice(0), np.zeros_like(sizes)
     return {
         "sampled_min": as_list(result.sampled_min[tokens], sizes, np.float32),
         "sampled_max": as_list(result.sampled_max[tokens], sizes, np.float32),
@@ -3120,10 +3130,10 @@ def sum_rows(values: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> npt.NDArr
 
 
 class AsyncPostProcessor:
-    """Fetches and packs results in one background thread while the teacher goes on.
+    """Fetches and packs results in background threads while the teacher goes on.
 
     Args:
-        process: called in the thread with what was submitted.
+        process: called with what was submitted, in as many threads as results are under way.
         deliver: called with each outcome, in order, in the thread of the caller of `submit` and
             `flush`, so what it feeds needs no lock.
         depth: results under way at most; `submit` waits beyond.
@@ -3136,7 +3146,7 @@ class AsyncPostProcessor:
         self.process = process
         self.depth = depth
         self.pending: deque[Future[Any]] = deque()
-        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack")
+        self.executor = ThreadPoolExecutor(max_workers=depth, thread_name_prefix="pack")
 
     def submit(self, *work: Any) -> None:
         """Hand over a result; raises what an earlier one raised."""
@@ -3150,7 +3160,7 @@ class AsyncPostProcessor:
             self.deliver(self.pending.popleft().result())
 
     def shutdown(self) -> None:
-        """End the thread; what was not delivered is dropped."""
+        """End the threads; what was not delivered is dropped."""
         self.pending.clear()
         self.executor.shutdown(wait=True, cancel_futures=True)
 
@@ -6105,8 +6115,9 @@ class Extraction:
         """Hand finished rows to the uploader, and shards to the output when they are full."""
         self.sort_out(packed)
         table = packed.table
-        new = ~np.isin(table["index"].to_numpy(), self.done)
-        table = table.filter(pa.array(new))
+        done = is_among(self.done, table["index"].to_numpy())
+        if done.any():
+            table = table.filter(pa.array(~done))
         if table.num_rows:
             self.uploader.add_sample(table)
         self.rows += table.num_rows
@@ -6179,6 +6190,14 @@ def open_bar(total: int | None) -> tqdm[Any]:
 def fetch_and_pack(batch: Batch, result: GPUBatchResult, *, schema: pa.Schema) -> PackedBatch:
     """Bring a result to the host in one transfer and pack it; runs beside the next forward."""
     return cpu_postprocess_batch(result.to_host(), batch, schema=schema)
+
+
+def is_among(known: npt.NDArray[np.int64], ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Tell which ids are among known ones, which ascend; takes no longer where these are many."""
+    if not known.size:
+        return np.zeros(ids.size, bool)
+    places = np.minimum(np.searchsorted(known, ids), known.size - 1)
+    return np.asarray(known[places] == ids)
 
 
 def describe_skips(skipped: Mapping[int, str]) -> str:
@@ -6675,7 +6694,7 @@ def sample_job(job: Job, should_stop: Callable[[], bool]) -> Sample:
         rows = rows.take(np.sort(order[:PLAN_ROWS]))
     share = rows.indices.size / max(1, selected)
     dataset = ConversationDataset(rows, encoder)
-    return Sample(add_lengths(config, job.source, dataset, should_stop), selected, share)
+    return Sample(add_lengths(config, dataset, should_stop), selected, share)
 
 
 def sample_stream(job: Job, should_stop: Callable[[], bool]) -> Sample:

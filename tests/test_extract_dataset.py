@@ -11,7 +11,9 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -313,7 +315,33 @@ def alive(pids: str) -> list[int]:
     ]
 
 
-def test_few_rows_need_no_processes_and_many_need_no_more_than_eight() -> None:
+def test_few_rows_need_no_processes_and_many_need_no_more_than_sixteen() -> None:
     assert extract_logits.worker_processes(0) == 0
     assert extract_logits.worker_processes(511) == 0
-    assert 1 <= extract_logits.worker_processes(10**9) <= 8
+    assert 1 <= extract_logits.worker_processes(10**9) <= 16
+
+
+@pytest.mark.parametrize(
+    ("processors", "measuring", "beside"),
+    [(1, 1, 1), (2, 1, 1), (8, 7, 4), (16, 15, 8), (99, 16, 16)],
+)
+def test_all_processors_but_one_measure_and_half_of_them_work_beside_the_teacher(
+    processors: int, measuring: int, beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def note(make: Any, batches: Any, *, processes: int, **_: Any) -> Iterator[Any]:
+        used.append(processes)
+        return iter(())
+
+    class Rows:
+        prepared = SimpleNamespace(encoded=None)
+
+        def __len__(self) -> int:
+            return 10**6
+
+    monkeypatch.setattr(extract_logits, "count_processors", lambda: processors)
+    monkeypatch.setattr(extract_logits, "run_ahead", note)
+    assert extract_logits.worker_processes(10**6) == measuring
+    assert list(extract_logits.load_batches(Rows(), [])) == []
+    assert used == [beside]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,18 @@ def test_rows_with_an_unusable_token_are_left_out_and_handed_back(bad: list[int]
     assert_same_rows(packed.table, pack_by_loops(result, batch))
 
 
+def test_usable_results_are_packed_without_a_copy_of_all_of_them() -> None:
+    sizes, k, m = [40_000], 255, 24
+    rng = np.random.default_rng(0)
+    batch, result = random_batch(rng, sizes), random_result(rng, sum(sizes), k, m)
+    result.top_counts[:] = 1  # nearly nothing of what a copy would hold is kept
+    tracemalloc.start()
+    cpu_postprocess_batch(result, batch, schema=SCHEMA)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < result.top_ids.nbytes  # 41 MB; 24 MB are the tail's and the mask
+
+
 @pytest.mark.parametrize("store_tokens", [False, True])
 def test_the_schema_is_that_of_a_shard_with_two_figures_behind(store_tokens: bool) -> None:
     schema = shard_schema(store_tokens=store_tokens, settings={"seed": 1})
@@ -212,12 +225,23 @@ def test_processing_overlaps_with_what_the_caller_does_next() -> None:
     assert delivered == [True]
 
 
+def test_as_many_results_as_may_be_under_way_are_processed_at_once() -> None:
+    meeting = threading.Barrier(2, timeout=30)
+    delivered: list[bool] = []
+    post = AsyncPostProcessor(lambda _: meeting.wait() >= 0, delivered.append, depth=2)
+    for number in range(6):
+        post.submit(number)
+    post.flush()
+    post.shutdown()
+    assert delivered == [True] * 6
+
+
 def test_no_more_than_depth_results_are_under_way() -> None:
-    gate = threading.Semaphore(0)
+    gates = [threading.Event() for _ in range(12)]
     most = under_way = 0
 
     def process(number: int) -> int:
-        assert gate.acquire(timeout=30)
+        assert gates[number].wait(timeout=30)
         return number
 
     def deliver(_: int) -> None:
@@ -227,12 +251,12 @@ def test_no_more_than_depth_results_are_under_way() -> None:
     post = AsyncPostProcessor(process, deliver, depth=3)
     for number in range(12):
         if under_way == 3:
-            gate.release()  # without it, submit would wait for ever
+            gates[number - 3].set()  # without it, submit would wait for ever
         post.submit(number)
         under_way += 1
         most = max(most, under_way)
-    for _ in range(3):
-        gate.release()
+    for gate in gates:
+        gate.set()
     post.flush()
     post.shutdown()
     assert most == 3

@@ -458,6 +458,31 @@ def rewrite(path: str, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(pq.read_table(path)), path)
 
 
+def test_each_of_several_workers_reads_the_lengths_once(
+    measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_lengths = extract_logits.read_lengths
+
+    def note(name: str, **options: Any) -> Any:
+        read.append(name)
+        return read_lengths(name, **options)
+
+    whole = open_and_prepare(measured)
+    monkeypatch.setattr(extract_logits, "read_lengths", note)
+    shares = [open_and_prepare({**measured, "rank": rank, "world_size": 3}) for rank in range(3)]
+    assert len(read) == 3
+    found = {
+        index: (length, tokens)
+        for share in shares
+        for index, length, tokens in zip(
+            share.indices.tolist(), share.lengths.tolist(), share.num_tokens.tolist(), strict=True
+        )
+    }
+    columns = (whole.indices, whole.lengths, whole.num_tokens)
+    assert found == {index: (n, m) for index, n, m in zip(*map(list, columns), strict=True)}
+
+
 def test_lengths_are_joined_on_the_index_in_whatever_order_they_come(
     measured: dict[str, Any],
 ) -> None:

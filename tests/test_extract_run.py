@@ -476,3 +476,14 @@ def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
     monkeypatch.undo()
     code, summary, err = extract("--limit", 6, "--resume")
     assert (code, summary["rows"], summary["undelivered"]) == (0, 6, []), err
+
+
+def test_ids_among_a_million_known_ones_are_told_at_once() -> None:
+    known = np.cumsum(np.random.default_rng(0).integers(1, 2000, 10**6))
+    ids = np.asarray([known[0], known[0] - 1, known[-1], known[-1] + 1, known[500_000]], np.int32)
+    begun = time.process_time()
+    for _ in range(100):
+        found = extract_logits.is_among(known, ids)
+    assert time.process_time() - begun < 0.1  # np.isin takes seconds
+    assert found.tolist() == [True, False, True, False, True]
+    assert extract_logits.is_among(known[:0], ids).tolist() == [False] * 5
