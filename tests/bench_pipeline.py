@@ -2,6 +2,7 @@
 
     python tests/bench_pipeline.py            # a minute on 2 cores; ends in one JSON line
     python tests/bench_pipeline.py 0.5B 8B    # teachers of these shapes, on a GPU
+    python tests/bench_pipeline.py --budgets  # batches of 1k to 32k tokens on a CPU, 8 minutes
 
 Teachers have random weights; the head is scaled so that its logits are as peaked as a trained
 model's, or flat. Conversations have the lengths of a chat dataset. Without a GPU, times are those
@@ -16,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from explore_logits import encode_conversation, shard_schema, unpack_indices
 # (hidden, layers, intermediate, heads, key-value heads), conversations
 SHAPES = {
     "tiny": ((64, 2, 256, 4, 2), 6),
+    "100M": ((768, 12, 3072, 12, 12), 6),
     "0.5B": ((896, 24, 4864, 14, 2), 2000),
     "8B": ((4096, 36, 12288, 32, 8), 600),
     "32B": ((5120, 64, 25600, 64, 8), 200),
@@ -339,17 +343,159 @@ def print_figures(figures: dict[str, Any]) -> None:
         print(f"the GPU stood idle between batches for {figures['idle']:.2%} of the time")
 
 
-def tokenizing_rate() -> float:
+# Beside the teacher -------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def host_rates() -> dict[str, float]:
+    """Return the stored tokens per second that one thread packs and encodes, and the loop notes.
+
+    The batch has 50,000 tokens of real nuclei: one teacher's, with other ids and levels each time.
+    """
+    batch, result = repeat_result(16)
+    schema, rates = bench_schema(), {}
+    with tempfile.TemporaryDirectory() as name:
+        for _ in range(3):
+            for stage, tokens_per_s in stage_rates(batch, result, schema, Path(name)):
+                rates[stage] = max(tokens_per_s, rates.get(stage, 0.0))
+    return rates
+
+
+def stage_rates(
+    batch: el.Batch, result: el.GPUBatchResult, schema: pa.Schema, folder: Path
+) -> Iterator[tuple[str, float]]:
+    """Yield the rate of each stage on the way of one result into a shard."""
+    clock = Clock()
+    with clock.stage("packing"):
+        packed = el.cpu_postprocess_batch(result, batch, schema=schema)
+    writer = el.ShardWriter(folder, schema, nucleus_cap=K)
+    with clock.stage("noting rows, in the loop"):
+        el.measure_table(packed.table, nucleus_cap=K)
+    groups = [packed.table.slice(at, 16) for at in range(0, packed.table.num_rows, 16)]
+    with clock.stage("encoding"):
+        for group in groups:
+            writer._encode([(group, place) for place in range(group.num_rows)], size=0)
+    for stage, seconds in clock.seconds.items():
+        yield stage, batch.num_tokens / seconds
+    threads = el.encode_threads()
+    started = time.perf_counter()
+    writer = el.ShardWriter(folder, schema, nucleus_cap=K)
+    writer.add(packed.table)
+    writer.close(folder / "rate.parquet")
+    yield f"shard by {threads} threads", batch.num_tokens / (time.perf_counter() - started)
+
+
+def repeat_result(copies: int) -> tuple[el.Batch, el.GPUBatchResult]:
+    """Return a batch of peaked logits several times over, no two copies alike."""
+    teacher = make_teacher("tiny", "cpu")
+    batches = make_batches(SHAPES["tiny"][1], el.DEFAULT_BATCH_TOKENS["cpu"])
+    batch = el.Batch([row for one in batches for row in one.rows])
+    spread_logits(teacher, batch, SPREADS["peaked"])
+    once = el.gpu_process_batch(teacher, batch, **SETTINGS).to_host()
+    draw, parts = np.random.default_rng(5), defaultdict(list)
+    for copy in range(copies):
+        for entry in fields(once):
+            values = getattr(once, entry.name)
+            if entry.name.endswith("_ids"):
+                values = values ^ (67 * copy)
+            elif entry.name.endswith("_q"):
+                values = values ^ draw.integers(0, 64, values.shape, values.dtype)
+            elif values.dtype.kind == "f":
+                values = values + draw.normal(0, 0.01, values.shape).astype(values.dtype)
+            parts[entry.name].append(values)
+    rows = [
+        replace(row, index=copy * 1000 + row.index) for copy in range(copies) for row in batch.rows
+    ]
+    return el.Batch(rows), el.GPUBatchResult(**{n: np.concatenate(p) for n, p in parts.items()})
+
+
+def tokenizing_rates() -> dict[str, float]:
     """Return the tokens per second that one worker process renders, tokenizes and aligns."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER / "model")
-    lines = (TEACHER / "conversations.jsonl").read_text(encoding="utf-8").splitlines()[:200]
-    conversations = [json.loads(line)["messages"] for line in lines]
+    lines = (TEACHER / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    short = [json.loads(line)["messages"] for line in lines]
+    long = join_conversations(short, draw_lengths(100))
+    cases = {
+        "short, template with marks": (short[:200], None),
+        "chat lengths, template with marks": (long, None),
+        "chat lengths, template without": (long, CHATML),
+    }
+    return {name: tokenizing_rate(tokenizer, *case) for name, case in cases.items()}
+
+
+def join_conversations(chats: list[Any], lengths: Any) -> list[Any]:
+    """Return conversations of about these lengths, in tokens, made of several others each."""
+    turns = iter(
+        message
+        for chat in chats * 1000
+        for message in chat
+        if message["role"] in ("user", "assistant") and isinstance(message["content"], str)
+    )
+    joined = []
+    for length in lengths:
+        joined.append([next(turns)])
+        while sum(len(m["content"]) for m in joined[-1]) < 4 * length:  # about 4 letters a token
+            joined[-1].append(next(turns))
+    return joined
+
+
+def tokenizing_rate(tokenizer: Any, chats: list[Any], template: str | None) -> float:
+    """Return the tokens per second of conversations under a template."""
     rate = 0.0
-    for _ in range(3):
+    for _ in range(2):
         started = seconds_now()
-        tokens = sum(encode_conversation(c, tokenizer).input_ids.size for c in conversations)
+        tokens = sum(
+            encode_conversation(chat, tokenizer, chat_template=template).input_ids.size
+            for chat in chats
+        )
         rate = max(rate, tokens / (seconds_now() - started))
     return rate
+
+
+def print_rates(rates: dict[str, float], tokenizing: dict[str, float]) -> None:
+    """Print what one thread or process does in a second."""
+    print(f"\n{'of one thread or process':<48}{'tokens/s':>12}")
+    for name, rate in (rates | {f"tokenizing, {n}": r for n, r in tokenizing.items()}).items():
+        print(f"{name:<48}{rate:12,.0f}")
+    cores = el.count_processors()
+    print(
+        f"a run on these {cores} processors encodes in {el.encode_threads()}, packs in 2 threads "
+        f"and tokenizes in {min(el.worker_processes(10**9), max(1, cores * 3 // 4))} processes"
+    )
+
+
+def bench_budgets(shapes: list[str]) -> list[dict[str, Any]]:
+    """Measure the forward pass of conversations of 450 tokens in batches of 1k to 32k tokens."""
+    runs: list[dict[str, Any]] = []
+    for shape in shapes:
+        teacher = make_teacher(shape, "cpu")
+        for budget in (1024, 2048, 4096, 8192, 16384, 32768):
+            batch = el.longest_batch(budget // 450, 450, VOCAB)
+            ids = [torch.from_numpy(row.input_ids.astype(np.int64)) for row in batch.rows]
+            repeats, before = max(1, 4096 // budget), peak_memory()
+            started = seconds_now()
+            for _ in range(repeats):
+                inputs, starts = teacher._lay_out(ids)
+                teacher._hidden(inputs, torch.tensor(starts))
+            rate = repeats * len(ids) * 450 / (seconds_now() - started)
+            runs.append(
+                {"shape": shape, "budget": budget, "tokens_per_s": rate,
+                 "more_memory_mb": peak_memory() - before}
+            )  # fmt: skip
+            print(
+                f"{shape}, batches of {budget:6,} tokens: {rate:8,.0f} tokens/s, "
+                f"{runs[-1]['more_memory_mb']:6,.0f} MB more at the peak", flush=True,
+            )  # fmt: skip
+    return runs
+
+
+def peak_memory() -> float:
+    """Return the largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def main() -> None:
@@ -357,9 +503,14 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     usual = ["0.5B", "8B", "32B"] if gpu else ["tiny"]
     parser.add_argument("shapes", nargs="*", default=usual, help=", ".join(SHAPES))
+    parser.add_argument("--budgets", action="store_true", help="batch sizes on a CPU, no more")
     args = parser.parse_args()
     figures: dict[str, Any] = {"benchmark": "pipeline", "machine": machine(), "runs": []}
     print("\n".join(f"{name:8} {value}" for name, value in figures["machine"].items()))
+    if args.budgets:
+        figures["runs"] = bench_budgets(["tiny", "100M"])
+        print(json.dumps(figures))
+        return
     for shape in args.shapes:
         teacher = make_teacher(shape, "cuda" if gpu else "cpu")
         for kind in SPREADS:
@@ -369,8 +520,9 @@ def main() -> None:
             print_figures(measured)
             figures["runs"].append(measured)
         del teacher
-    figures["tokenizing_tokens_per_s"] = tokenizing_rate()
-    print(f"\none process tokenizes {figures['tokenizing_tokens_per_s']:,.0f} tokens/s")
+    figures["tokens_per_s"] = host_rates()
+    figures["tokenizing_tokens_per_s"] = tokenizing_rates()
+    print_rates(figures["tokens_per_s"], figures["tokenizing_tokens_per_s"])
     if not gpu:
         print("no CUDA device: nothing was measured on one")
     assert all(math.isfinite(run["together_s"]) for run in figures["runs"])

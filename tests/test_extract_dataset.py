@@ -323,9 +323,9 @@ def test_few_rows_need_no_processes_and_many_need_no_more_than_sixteen() -> None
 
 @pytest.mark.parametrize(
     ("processors", "measuring", "beside"),
-    [(1, 1, 1), (2, 1, 1), (8, 7, 4), (16, 15, 8), (99, 16, 16)],
+    [(1, 1, 1), (2, 1, 1), (8, 7, 6), (16, 15, 12), (99, 16, 16)],
 )
-def test_all_processors_but_one_measure_and_half_of_them_work_beside_the_teacher(
+def test_all_processors_but_one_measure_and_three_quarters_work_beside_the_teacher(
     processors: int, measuring: int, beside: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []

@@ -93,9 +93,9 @@ def test_several_row_groups_are_encoded_at_the_same_time(
 
 
 @pytest.mark.parametrize(
-    ("processors", "threads"), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4), (256, 8)]
+    ("processors", "threads"), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 5), (256, 8)]
 )
-def test_a_quarter_of_the_processors_encodes(
+def test_a_third_of_the_processors_encodes(
     processors: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extract_logits, "count_processors", lambda: processors)

@@ -63,6 +63,21 @@ def test_a_batch_asks_the_device_for_no_value(
     assert result.sampled_q.shape == (40, 7)
 
 
+def test_a_model_that_looks_for_padding_in_its_ids_is_kept_from_it(
+    no_numbers: torch.device,
+) -> None:
+    model = tiny_model("gpt2", pad_token_id=0)
+    teacher = Teacher(tiny_model("gpt2", pad_token_id=0))
+    teacher.layout = "padded"
+    for one in (model, teacher.model):
+        one.to(no_numbers)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # what transformers itself would do
+        model(torch.zeros(2, 3, dtype=torch.long, device=no_numbers))
+    teacher.device = no_numbers
+    result = gpu_process_batch(teacher, batch_of(9, 20, 14), **SETTINGS)
+    assert result.top_ids.shape == (40, 20)
+
+
 def test_a_value_asked_for_is_noticed(no_numbers: torch.device) -> None:
     logits = torch.zeros(3, 200, device=no_numbers)
     for ask in (
