@@ -2636,17 +2636,21 @@ def extract_by_blocks(
     held = gather_blocks(logits, blocks)  # (N, <= k, BLOCK) float32
     at = top_k_ids(held.flatten(1), k)
     top = held.flatten(1).gather(1, at).double()  # (N, k)
-    top_blocks = blocks.gather(1, at // BLOCK)
-    top_ids = top_blocks * BLOCK + at % BLOCK
+    top_ids = blocks.gather(1, at // BLOCK) * BLOCK + at % BLOCK
     held.flatten(1).scatter_(1, at, float("-inf"))
     weights.scatter_(1, blocks, log_weights(*sum_blocks(held.double())))  # without the k largest
     logsumexp = torch.logaddexp(weights.logsumexp(-1), top.logsumexp(-1))
     counts = count_nucleus(top[:, :top_p_max], logsumexp, top_p=top_p)
-    outside = top.masked_fill(column_numbers(top) < counts.unsqueeze(1), float("-inf"))
-    weights = add_to_blocks(weights, top_blocks, outside)  # without the nucleus
-    last = (counts - 1).unsqueeze(1)
-    edge = (top.gather(1, last).unsqueeze(2), top_ids.gather(1, last).unsqueeze(2))
-    sampled_ids, complete = sample_tail(logits, states, weights, edge=edge, sampled_n=sampled_n)
+    in_nucleus = column_numbers(top) < counts.unsqueeze(1)
+    sampled_ids, complete = sample_tail(
+        logits,
+        states,
+        weights,
+        top_ids,
+        top.masked_fill(in_nucleus, float("-inf")),
+        edge=(top[:, -1:, None], top_ids[:, -1:, None]),
+        sampled_n=sampled_n,
+    )
     return collect_tokens(
         logits,
         logsumexp,
@@ -2680,16 +2684,6 @@ def takes_kernel(device: torch.device) -> bool:
 def log_weights(maxima: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """Return the log-sum-exp of blocks, float64, from what `sum_blocks` returns."""
     return maxima.double() + sums.double().log_()
-
-
-def add_to_blocks(
-    weights: torch.Tensor, blocks: torch.Tensor, logits: torch.Tensor
-) -> torch.Tensor:
-    """Add single tokens, (N, K) of them in as many blocks, to the log-weights (N, C) of blocks."""
-    largest = weights.scatter_reduce(1, blocks, logits, "amax").clamp_(min=LOWEST)
-    sums = (weights - largest).exp_()
-    sums.scatter_add_(1, blocks, (logits - largest.gather(1, blocks)).exp_())
-    return sums.log_().add_(largest)
 
 
 def sum_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2791,12 +2785,12 @@ def ids_in_blocks(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=blocks.device)
 
 
-def drop_nucleus(
+def drop_largest(
     values: torch.Tensor, blocks: torch.Tensor, edge: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """Return blocks of logits with -inf in place of the nucleus.
+    """Return blocks of logits with -inf in place of the k largest of the row.
 
-    The nucleus is what does not come after its last token (`edge`: logit and id) in the order of
+    These are what does not come after the last of them (`edge`: logit and id) in the order of
     descending logit, ties: lower id first.
     """
     logit, last_id = edge
@@ -2808,22 +2802,27 @@ def sample_tail(
     logits: torch.Tensor,
     states: torch.Tensor,
     weights: torch.Tensor,
+    top_ids: torch.Tensor,
+    top_left: torch.Tensor,
     *,
     edge: tuple[torch.Tensor, torch.Tensor],
     sampled_n: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw M tokens without replacement from outside the nucleus, in order.
 
-    The Gumbel-max trick is a race: token i arrives after Exp(1) / p_i, the first M win. Here blocks
-    race first, by their weight; a block's clock is the first arrival in it, so the first M tokens
-    are in the first M blocks. The order inside a block comes from its tokens' own clocks, set
-    so that the first one arrives with the block: when is independent of who, and as clocks have no
-    memory, the others' delays after the first are unchanged. All in logarithms, so nothing
-    underflows.
+    The Gumbel-max trick is a race: token i arrives after Exp(1) / p_i, the first M win. Here the k
+    largest race one by one and all others in blocks, by the blocks' weights; a block's clock is the
+    first arrival in it, so the first M tokens are in the first M blocks or among the k. The order
+    inside a block comes from its tokens' own clocks, set so that the first one arrives with the
+    block: when is independent of who, and as clocks have no memory, the others' delays after the
+    first are unchanged. All in logarithms, so nothing underflows.
 
     Args:
-        weights: (N, C) float64, log-sum-exp of each block without the nucleus; float32 accuracy
+        weights: (N, C) float64, log-sum-exp of each block without the k largest; float32 accuracy
             is enough, since a few spare blocks run and all that run are weighed again.
+        top_ids: (N, k) int64, the k largest in order.
+        top_left: (N, k) float64, their logits, -inf for those in the nucleus.
+        edge: logit and id of the last of the k.
 
     Returns:
         (N, M) int64 ids, and (N,) bool: there were M possible tokens.
@@ -2835,15 +2834,17 @@ def sample_tail(
     noise = exponential_clocks(states, first).log_()  # (N, C) float64
     runners = min(sampled_n + SPARE_BLOCKS, weights.shape[1])
     blocks = (noise - weights).topk(runners, largest=False, sorted=False).indices
-    values = drop_nucleus(gather_blocks(logits, blocks), blocks, edge).double()
+    values = drop_largest(gather_blocks(logits, blocks), blocks, edge).double()
     start = (noise.gather(1, blocks) - values.logsumexp(-1)).unsqueeze(2)  # (N, runners, 1)
     ids = ids_in_blocks(blocks)
     clocks = exponential_clocks(states.unsqueeze(2), ids).log_().sub_(values)
     delay = (clocks - clocks.amin(-1, keepdim=True)).neg_().expm1_().neg_().log_()
     arrival = torch.logaddexp(start, delay + clocks)
     arrival = arrival.masked_fill_(values == float("-inf"), float("inf")).flatten(1)
-    drawn = arrival.topk(sampled_n, largest=False)
-    sampled_ids = ids.flatten(1).gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1)
+    alone = exponential_clocks(states, top_ids).log_().sub_(top_left)  # (N, k)
+    drawn = torch.cat([arrival, alone], 1).topk(sampled_n, largest=False)
+    ids = torch.cat([ids.flatten(1), top_ids], 1)
+    sampled_ids = ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1)
     return sampled_ids, drawn.values.isfinite().all(-1)
 
 

@@ -389,8 +389,11 @@ def race_all_blocks(
     tails = []
     for row, count, state in zip(logits, counts.tolist(), states, strict=True):
         x = row.double()
-        x[el.top_k_ids(row.unsqueeze(0), count)[0]] = -math.inf
+        top = el.top_k_ids(row.unsqueeze(0), 100)[0]
         arrivals = torch.full_like(x, math.inf)
+        alone = top[count:]
+        arrivals[alone] = el.exponential_clocks(state, alone).log() - x[alone]
+        x[top] = -math.inf
         for block in range(-(-x.numel() // 64)):
             ids = torch.arange(64 * block, min(64 * block + 64, x.numel()))
             ids = ids[x[ids] > -math.inf]
