@@ -113,6 +113,12 @@ from explore_logits import (
 )
 
 try:
+    import triton
+    import triton.language as tl
+except (ImportError, OSError, RuntimeError):  # extraction on a GPU takes plain torch instead
+    triton = None
+
+try:
     import fcntl
 except ImportError:  # Windows: runs that share a cache are not noticed
     fcntl = None  # type: ignore[assignment]
@@ -2409,6 +2415,8 @@ HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}  # and in its second: temporaries o
 BLOCK_STREAM = 2**32  # random counters of blocks start here, above every vocabulary id
 HELD_BLOCKS = 100  # of a row, at least, get the second look and float64, however small K is
 SPARE_BLOCKS = 4  # float32 weights misplace a block by more than this once in 1e20 tokens
+DRAWN_BLOCKS = 64  # what the last kernel holds of a row at most: its runners and the k largest
+LANES_PER_WARP = 512  # logits that a warp of 32 threads has in its registers
 NUCLEUS_SLACK = 1e-13  # rounding of a float64 sum of 255 probabilities; decides exact ties only
 
 
@@ -2562,6 +2570,9 @@ def extract_tokens(
         ConfigError: the vocabulary has fewer than M tokens outside a full nucleus.
     """
     check_candidates(logits.shape[1], top_p_max=top_p_max, sampled_n=sampled_n)
+    sizes = {"top_p_max": top_p_max, "sampled_n": sampled_n}
+    if not reference and takes_kernels(logits.device, **sizes):
+        return extract_by_kernels(logits, index, position, top_p=top_p, seed=seed, **sizes)
     if logits.device.type == "mps":  # which has no float64
         logits, index, position = logits.cpu(), index.cpu(), position.cpu()
     states = row_states(index, position, seed=seed)
@@ -2571,9 +2582,7 @@ def extract_tokens(
     extract = extract_by_definition if reference else extract_by_blocks
     return concatenate(
         [
-            extract(
-                logits[rows], states[rows], top_p=top_p, top_p_max=top_p_max, sampled_n=sampled_n
-            )
+            extract(logits[rows], states[rows], top_p=top_p, **sizes)
             for rows in row_slices(count, max(1, at_once))
         ]
     )
@@ -2668,17 +2677,9 @@ def weigh_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (N, C) float32 and (N, C) float64 with the errors of float32 sums; C = V / 64 rounded up.
     """
-    if takes_kernel(logits.device):
-        maxima, sums = sum_blocks_by_kernel(logits)
-    else:
-        parts = [sum_blocks(values) for values in split_blocks(logits)]
-        maxima, sums = torch.cat([m for m, _ in parts], 1), torch.cat([s for _, s in parts], 1)
+    parts = [sum_blocks(values) for values in split_blocks(logits)]
+    maxima, sums = torch.cat([m for m, _ in parts], 1), torch.cat([s for _, s in parts], 1)
     return maxima, log_weights(maxima, sums)
-
-
-def takes_kernel(device: torch.device) -> bool:
-    """Tell whether logits on a device are read by a Triton kernel."""
-    return device.type == "cuda" and block_kernel() is not None
 
 
 def log_weights(maxima: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
@@ -2706,53 +2707,6 @@ def sum_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         torch.sub(chunk, top.clamp(min=LOWEST).unsqueeze(2), out=shifted)
         torch.sum(shifted.exp_(), -1, out=sums[at])
     return maxima, sums
-
-
-def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `sum_blocks` does, for (N, V) logits, in one Triton kernel that reads them once."""
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    rows, vocab = logits.shape
-    count, group = -(-vocab // BLOCK), 32
-    maxima, sums = torch.empty(2, rows, count, device=logits.device)
-    grid = (rows * -(-count // group),)
-    with torch.cuda.device_of(logits):
-        block_kernel()[grid](
-            logits, logits.stride(0), maxima, sums, vocab, count, BLOCK=BLOCK, GROUP=group
-        )
-    return maxima, sums
-
-
-@functools.cache
-def block_kernel() -> Any:
-    """Build the Triton kernel of `sum_blocks_by_kernel`; None where Triton is not installed.
-
-    A program reads 32 blocks of one row, 8 kB of float32; where rows begin at multiples of 16
-    values, in loads of 16 bytes. A NaN need not reach the maximum, but it always reaches the sum.
-    """
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return None
-
-    @triton.jit
-    def kernel(  # type: ignore[no-untyped-def]
-        logits, row_stride, maxima, sums, vocab, count, BLOCK: tl.constexpr, GROUP: tl.constexpr
-    ):
-        groups = tl.cdiv(count, GROUP)  # neighbours in launch order are neighbours in memory
-        row = (tl.program_id(0) // groups).to(tl.int64)  # rows times vocabulary exceeds 32 bits
-        block = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
-        ids = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
-        values = values.to(tl.float32)
-        top = tl.max(values, axis=1)
-        floor = tl.maximum(top, -3.4028234663852886e38)  # LOWEST
-        total = tl.sum(tl.exp(values - floor[:, None]), axis=1)
-        tl.store(maxima + row * count + block, top, mask=block < count)
-        tl.store(sums + row * count + block, total, mask=block < count)
-
-    return kernel
 
 
 def split_blocks(logits: torch.Tensor) -> list[torch.Tensor]:
@@ -3025,6 +2979,345 @@ def quantize_rows(
 def column_numbers(values: torch.Tensor) -> torch.Tensor:
     """Return 0, 1, … for the columns of a matrix, on its device."""
     return torch.arange(values.shape[1], device=values.device)
+
+
+def takes_kernels(device: torch.device, *, top_p_max: int, sampled_n: int) -> bool:
+    """Tell whether logits on a device are extracted by Triton kernels."""
+    singles = -(-max(top_p_max, HELD_BLOCKS) // BLOCK)
+    fits = sampled_n + SPARE_BLOCKS + singles <= DRAWN_BLOCKS
+    return device.type == "cuda" and triton is not None and fits
+
+
+def extract_by_kernels(
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    position: torch.Tensor,
+    *,
+    top_p: float,
+    top_p_max: int,
+    sampled_n: int,
+    seed: int,
+) -> ExtractedTokens:
+    """Do what `extract_by_blocks` does in six launches, which ask the device for nothing."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    rows, vocab = logits.shape
+    k = min(max(top_p_max, HELD_BLOCKS), vocab)
+    maxima, sums, logsumexp, keys = hold_by_kernels(logits, k)
+    new = functools.partial(torch.zeros, device=logits.device)
+    top_ids, top_logits = new(rows, k, dtype=torch.int32), new(rows, k)
+    counts, usable = new(rows, dtype=torch.int32), new(rows, dtype=torch.bool)
+    enough = np.float64(top_p - NUCLEUS_SLACK if top_p < 1 else math.inf).view(np.int64).item()
+    cap = min(top_p_max, vocab)
+    outputs = (top_ids, top_logits, counts)
+    launch(rank_kernel, rows, keys, logsumexp, *outputs, enough, k, cap, lanes=k)
+    state = (index, position, int(mix64_(torch.tensor([seed]) + SPLITMIX_STEP)))
+    count = maxima.shape[1]
+    running = min(sampled_n + SPARE_BLOCKS, count)
+    runners = new(rows, running, dtype=torch.int32)
+    launch(race_kernel, rows, maxima, sums, logsumexp, *state, runners, count, running, lanes=count)
+    sampled_ids, sampled_logits = new(rows, sampled_n, dtype=torch.int32), new(rows, sampled_n)
+    launch(
+        draw_kernel, rows, logits, logits.stride(0), logsumexp, top_ids, counts, *state, runners,
+        sampled_ids, sampled_logits, usable, vocab, k, running, sampled_n,
+        lanes=(running + -(-k // BLOCK)) * BLOCK,
+    )  # fmt: skip
+    missing = (0, max(0, top_p_max - k))  # K may exceed the vocabulary
+    return ExtractedTokens(
+        logsumexp=logsumexp,
+        top_ids=torch.nn.functional.pad(top_ids[:, :top_p_max], missing),
+        top_logits=torch.nn.functional.pad(top_logits[:, :top_p_max], missing),
+        top_counts=counts,
+        sampled_ids=sampled_ids,
+        sampled_logits=sampled_logits,
+        usable=usable,
+    )
+
+
+def hold_by_kernels(
+    logits: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find the k largest of each row and weigh the blocks without them.
+
+    Returns:
+        (N, C) float32 maxima and sums of the blocks as by `sum_blocks`, (N,) float64 log-sum-exp of
+        the whole row, (N, k) int64 the k largest in ascending order of ids, as keys that order as
+        `top_k_ids` says.
+    """
+    rows, vocab = logits.shape
+    new = functools.partial(torch.empty, device=logits.device)
+    maxima, sums = sum_blocks_by_kernel(logits)
+    count = maxima.shape[1]
+    held = min(k, count)
+    blocks, keys = new(rows, held, dtype=torch.int32), new(rows, k, dtype=torch.int64)
+    largest, (others, logsumexp) = new(rows), new(2, rows, dtype=torch.float64)
+    launch(choose_kernel, rows, maxima, sums, blocks, largest, others, count, held, lanes=count)
+    launch(
+        hold_kernel, rows, logits, logits.stride(0), blocks, largest, others, maxima, sums, keys,
+        logsumexp, vocab, count, held, k, lanes=held * BLOCK,
+    )  # fmt: skip
+    return maxima, sums, logsumexp, keys
+
+
+def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `sum_blocks` does, for (N, V) logits, in one launch that reads them once."""
+    rows, vocab = logits.shape
+    count, group = -(-vocab // BLOCK), 32
+    maxima, sums = torch.empty(2, rows, count, device=logits.device)
+    with torch.cuda.device_of(logits):
+        weigh_kernel[(rows * -(-count // group),)](
+            logits, logits.stride(0), maxima, sums, vocab, count, GROUP=group
+        )
+    return maxima, sums
+
+
+def launch(kernel: Any, rows: int, *args: Any, lanes: int) -> None:
+    """Run a kernel with one program for each row, of lanes rounded up to a power of two."""
+    lanes = max(BLOCK, 1 << (lanes - 1).bit_length())
+    warps = min(max(lanes // LANES_PER_WARP, 1), 16)
+    with torch.cuda.device_of(args[0]):
+        kernel[(rows,)](*args, LANES=lanes, num_warps=warps)
+
+
+# The kernels: `extract_by_blocks` for a GPU, where its three hundred small operations would take
+# longer than reading the logits. A program works on one row, and reads nothing that another one of
+# the same launch wrote. Kernels see no constants of this module: LOWEST and those of SplitMix64
+# stand in them as numbers, BLOCK as 64.
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Make a function a Triton kernel where there is Triton."""
+    return triton.jit(function, do_not_specialize=["seed_state"]) if triton else function
+
+
+@jit
+def mixed(z):  # type: ignore[no-untyped-def]
+    """Scramble uint64 values: `mix64_`."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@jit
+def row_state(seed_state, index, position, row):  # type: ignore[no-untyped-def]
+    """Return the state of a row's random stream, uint64: `row_states`."""
+    state = seed_state.to(tl.int64).to(tl.uint64)
+    state = mixed((state ^ tl.load(index + row).to(tl.uint64)) + 0x9E3779B97F4A7C15)
+    return mixed((state ^ tl.load(position + row).to(tl.uint64)) + 0x9E3779B97F4A7C15)
+
+
+@jit
+def uniforms(state, counters):  # type: ignore[no-untyped-def]
+    """Return uniform variables above 0, float64, one per counter."""
+    bits = mixed(state + (counters.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15) >> 11
+    return (bits.to(tl.float64) + 0.5) * 1.1102230246251565e-16  # 2**-53
+
+
+@jit
+def log_clocks(state, counters):  # type: ignore[no-untyped-def]
+    """Return the logarithms of `exponential_clocks`, float64; log1p as Kahan writes it."""
+    u = uniforms(state, counters)
+    rest = 1.0 - u
+    return tl.log(tl.where(rest == 1.0, u, -tl.log(rest) * (u / (1.0 - rest))))
+
+
+@jit
+def rough_log_clocks(state, counters):  # type: ignore[no-untyped-def]
+    """Return the same as float32, right to 2e-6: below 1/2 by the series of the area tangent."""
+    u = uniforms(state, counters)
+    small = tl.minimum(u, 0.5).to(tl.float32)
+    s = small / (2.0 - small)
+    q = s * s
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
+    return tl.log(tl.where(u < 0.5, 2 * s * series, -tl.log((1.0 - u).to(tl.float32))))
+
+
+@jit
+def in_order(values):  # type: ignore[no-untyped-def]
+    """Return int32 in the order of float32 values, -0.0 and 0.0 as one."""
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def mark_largest(order, k):  # type: ignore[no-untyped-def]
+    """Return bool, true for the k largest of int32 values, ties: the first ones."""
+    edge = tl.full((), -2147483648, tl.int32)
+    bit = edge
+    for _ in range(32):  # the k-th largest, bit by bit
+        trial = edge ^ bit
+        edge = tl.where(tl.sum((order >= trial).to(tl.int32)) >= k, trial, edge)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    above, equal = order > edge, order == edge
+    missing = k - tl.sum(above.to(tl.int32))
+    return above | (equal & (tl.cumsum(equal.to(tl.int32)) <= missing))
+
+
+@jit
+def weigh_kernel(  # type: ignore[no-untyped-def]
+    logits, row_stride, maxima, sums, vocab, count, GROUP: tl.constexpr
+):
+    """Return maximum and sum of 32 blocks of one row: `sum_blocks`.
+
+    In loads of 16 bytes, where rows begin at multiples of 16 values. A NaN need not reach the
+    maximum, but it always reaches the sum.
+    """
+    groups = tl.cdiv(count, GROUP)  # neighbours in launch order are neighbours in memory
+    row = (tl.program_id(0) // groups).to(tl.int64)  # rows times vocabulary exceeds 32 bits
+    block = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
+    ids = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
+    values = values.to(tl.float32)
+    top = tl.max(values, axis=1)
+    floor = tl.maximum(top, -3.4028234663852886e38)
+    total = tl.sum(tl.exp(values - floor[:, None]), axis=1)
+    tl.store(maxima + row * count + block, top, mask=block < count)
+    tl.store(sums + row * count + block, total, mask=block < count)
+
+
+@jit
+def choose_kernel(  # type: ignore[no-untyped-def]
+    maxima, sums, blocks, largest, others, count, held, LANES: tl.constexpr
+):
+    """Choose the `held` blocks with the largest maxima, ascending, and add up the others."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, LANES)
+    inside = block < count
+    top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
+    chosen = mark_largest(tl.where(inside, in_order(top), -2147483648), held)
+    at = tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(blocks + row * held + at, block, mask=chosen)
+    floor = tl.maximum(tl.max(top), -3.4028234663852886e38)
+    total = tl.load(sums + row * count + block, mask=inside, other=0.0).to(tl.float64)
+    total *= tl.exp(top.to(tl.float64) - floor.to(tl.float64))
+    tl.store(others + row, tl.sum(tl.where(inside & ~chosen, total, 0.0)))
+    tl.store(largest + row, floor)
+
+
+@jit
+def hold_kernel(  # type: ignore[no-untyped-def]
+    logits, row_stride, blocks, largest, others, maxima, sums, keys, logsumexp,
+    vocab, count, held, k, LANES: tl.constexpr
+):  # fmt: skip
+    """Pick the k largest of the held blocks, weigh these blocks without them, and the whole row."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    block = tl.load(blocks + row * held + lane // 64, mask=lane < held * 64, other=0)
+    ids = block * 64 + lane % 64
+    inside = (lane < held * 64) & (ids < vocab)
+    values = tl.load(logits + row * row_stride + ids, mask=inside, other=float("-inf"))
+    values = values.to(tl.float32)
+    order = tl.where(inside, in_order(values), -2147483648)
+    chosen = mark_largest(order, k)
+    key = (order.to(tl.int64) << 31) | (2147483647 - ids).to(tl.int64)
+    tl.store(keys + row * k + tl.cumsum(chosen.to(tl.int32)) - 1, key, mask=chosen)
+    floor = tl.load(largest + row).to(tl.float64)
+    total = tl.sum(tl.exp(values.to(tl.float64) - floor)) + tl.load(others + row)
+    tl.store(logsumexp + row, floor + tl.log(total))
+    left = tl.reshape(tl.where(chosen, float("-inf"), values), (LANES // 64, 64))
+    top = tl.max(left, axis=1)
+    shift = tl.maximum(top, -3.4028234663852886e38)
+    total_left = tl.sum(tl.exp(left - shift[:, None]), axis=1)
+    number = tl.arange(0, LANES // 64)
+    place = tl.load(blocks + row * held + number, mask=number < held, other=0)
+    tl.store(maxima + row * count + place, top, mask=number < held)
+    tl.store(sums + row * count + place, total_left, mask=number < held)
+
+
+@jit
+def rank_kernel(  # type: ignore[no-untyped-def]
+    keys, logsumexp, top_ids, top_logits, counts, top_p_bits, k, top_p_max, LANES: tl.constexpr
+):
+    """Sort the k largest and count the nucleus: `count_nucleus`."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    key = tl.load(keys + row * k + lane, mask=lane < k, other=-9223372036854775808)
+    key = tl.sort(key, descending=True)
+    order = (key >> 31).to(tl.int32)
+    values = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    ids = 2147483647 - (key & 2147483647)
+    possible = (lane < k) & (lane < top_p_max) & (values > float("-inf"))
+    p = tl.exp(values.to(tl.float64) - tl.load(logsumexp + row))
+    reached = tl.cumsum(tl.where(possible, p, 0.0))
+    short = possible & (reached < top_p_bits.to(tl.float64, bitcast=True))
+    count = tl.minimum(tl.sum(short.to(tl.int32)) + 1, tl.sum(possible.to(tl.int32)))
+    tl.store(counts + row, tl.maximum(count, 1))
+    tl.store(top_ids + row * k + lane, ids.to(tl.int32), mask=lane < k)
+    finite = tl.abs(values) < float("inf")
+    tl.store(top_logits + row * k + lane, tl.where(finite, values, 0.0), mask=lane < k)
+
+
+@jit
+def race_kernel(  # type: ignore[no-untyped-def]
+    maxima, sums, logsumexp, index, position, seed_state, runners,
+    count, running, LANES: tl.constexpr
+):  # fmt: skip
+    """Let the blocks race and keep the first `running` of them, in no order of arrival."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, LANES)
+    inside = block < count
+    top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
+    total = tl.load(sums + row * count + block, mask=inside, other=0.0)
+    weight = (top.to(tl.float64) - tl.load(logsumexp + row)).to(tl.float32) + tl.log(total)
+    state = row_state(seed_state, index, position, row)
+    ahead = weight - rough_log_clocks(state, 4294967296 + block.to(tl.int64))
+    chosen = mark_largest(tl.where(inside, in_order(ahead), -2147483648), running)
+    at = tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(runners + row * running + at, block, mask=chosen)
+
+
+@jit
+def arrivals(state, ids, values, block):  # type: ignore[no-untyped-def]
+    """Return when tokens arrive, (C, 64) float64 logarithms; rows of block -1 race one by one."""
+    clocks = log_clocks(state, ids) - values
+    top = tl.maximum(tl.max(values, axis=1), -1.7976931348623157e308)
+    weight = top + tl.log(tl.sum(tl.exp(values - top[:, None]), axis=1))
+    start = (log_clocks(state, 4294967296 + block.to(tl.int64)) - weight)[:, None]
+    after = clocks - tl.min(clocks, axis=1)[:, None]
+    own = clocks + tl.log(1.0 - tl.exp(-after))
+    late = tl.maximum(start, own)
+    together = late + tl.log(1.0 + tl.exp(tl.minimum(start, own) - late))
+    return tl.where(block[:, None] < 0, clocks, together)
+
+
+@jit
+def draw_kernel(  # type: ignore[no-untyped-def]
+    logits, row_stride, logsumexp, top_ids, counts, index, position, seed_state, runners,
+    sampled_ids, sampled_logits, usable, vocab, k, running, sampled_n, LANES: tl.constexpr
+):  # fmt: skip
+    """Let the tokens of the first blocks and what is left of the k largest race: `sample_tail`."""
+    row = tl.program_id(0).to(tl.int64)
+    number = tl.arange(0, LANES // 64)
+    block = tl.load(runners + row * running + number, mask=number < running, other=-1)
+    column = tl.arange(0, 64)[None, :]
+    alone = (number - running)[:, None] * 64 + column  # rows behind the blocks hold the k largest
+    in_block = (number < running)[:, None] & (column < 64)
+    single = ~in_block & (alone < k) & (alone >= tl.load(counts + row))
+    ids = tl.load(top_ids + row * k + alone, mask=single, other=vocab)
+    ids = tl.where(in_block, block[:, None] * 64 + column, ids)
+    values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
+    values = values.to(tl.float32)
+    last_id = tl.load(top_ids + row * k + k - 1)
+    last = tl.load(logits + row * row_stride + last_id).to(tl.float32)
+    after = (values < last) | ((values == last) & (ids > last_id))
+    races = (values > float("-inf")) & (single | (in_block & after))
+    raced = tl.where(races, values.to(tl.float64), float("-inf"))
+    arrival = arrivals(row_state(seed_state, index, position, row), ids, raced, block)
+    arrival = tl.reshape(tl.where(races, arrival, float("inf")), (LANES,))
+    lane = tl.arange(0, LANES)
+    place = tl.full((LANES,), -1, tl.int32)
+    latest = tl.load(logsumexp + row) * 0.0  # NaN where the row is no distribution
+    for draw in range(sampled_n):
+        first, at = tl.min(arrival, axis=0, return_indices=True)
+        latest += first
+        place = tl.where(lane == at, draw, place)
+        arrival = tl.where(lane == at, float("inf"), arrival)
+    drawn = place >= 0
+    tl.store(usable + row, tl.abs(latest) < float("inf"))
+    where = row * sampled_n + place
+    ids = tl.reshape(tl.minimum(ids, vocab - 1), (LANES,))
+    values = tl.reshape(tl.where(races, values, 0.0), (LANES,))
+    tl.store(sampled_ids + where, ids, mask=drawn)
+    tl.store(sampled_logits + where, values, mask=drawn)
 
 
 # --------------------------------------------------------------------------------------------------
