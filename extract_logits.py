@@ -2415,8 +2415,10 @@ HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}  # and in its second: temporaries o
 BLOCK_STREAM = 2**32  # random counters of blocks start here, above every vocabulary id
 HELD_BLOCKS = 100  # of a row, at least, get the second look and float64, however small K is
 SPARE_BLOCKS = 4  # float32 weights misplace a block by more than this once in 1e20 tokens
+QUANTIZED_AT_ONCE = 2**14  # tokens, 100 MB of temporaries at K = 255
 DRAWN_BLOCKS = 64  # what the last kernel holds of a row at most: its runners and the k largest
 LANES_PER_WARP = 512  # logits that a warp of 32 threads has in its registers
+CHECKED_SPREADS = (0.0, 0.1, 1.0, 3.0, 10.0, 300.0, 3.0, 3.0)  # of the rows kernels are checked on
 NUCLEUS_SLACK = 1e-13  # rounding of a float64 sum of 255 probabilities; decides exact ties only
 
 
@@ -2518,7 +2520,7 @@ def gpu_process_batch(
     position = np.concatenate(positions)
     actual = np.concatenate([row.input_ids[row.token_positions] for row in batch.rows])
     columns = torch.from_numpy(np.stack([index, position, actual]).astype(np.int64))
-    parts, start = [], 0
+    parts, at_actual, start = [], [], 0
     for logits in teacher.iter_logits([row.input_ids for row in batch.rows], positions):
         if start == 0:
             columns = send(columns, logits.device)
@@ -2533,11 +2535,11 @@ def gpu_process_batch(
             seed=seed,
             reference=reference,
         )
-        at_actual = logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float()
-        parts.append(quantize_tokens(tokens, at_actual, bits=logit_bits))
+        parts.append(tokens)
+        at_actual.append(logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float())
         start += logits.shape[0]
         del logits  # before the next chunk is made
-    result = concatenate(parts)
+    result = quantize_tokens(concatenate(parts), torch.cat(at_actual), bits=logit_bits)
     if result.logsumexp.is_cuda:
         result.ready = torch.cuda.current_stream(result.logsumexp.device).record_event()
     return result
@@ -2571,7 +2573,7 @@ def extract_tokens(
     """
     check_candidates(logits.shape[1], top_p_max=top_p_max, sampled_n=sampled_n)
     sizes = {"top_p_max": top_p_max, "sampled_n": sampled_n}
-    if not reference and takes_kernels(logits.device, **sizes):
+    if not reference and takes_kernels(logits, **sizes):
         return extract_by_kernels(logits, index, position, top_p=top_p, seed=seed, **sizes)
     if logits.device.type == "mps":  # which has no float64
         logits, index, position = logits.cpu(), index.cpu(), position.cpu()
@@ -2926,6 +2928,24 @@ def quantize_tokens(
     tokens: ExtractedTokens, actual_logits: torch.Tensor, *, bits: int
 ) -> GPUBatchResult:
     """Quantize nucleus and tail of each token and add up the nucleus' probability."""
+    count = len(actual_logits)
+    return concatenate(
+        [
+            quantize_some(take_rows(tokens, rows), actual_logits[rows], bits=bits)
+            for rows in row_slices(count, QUANTIZED_AT_ONCE)
+        ]
+    )
+
+
+def take_rows(tokens: ExtractedTokens, rows: slice) -> ExtractedTokens:
+    """Return some of the tokens, without a copy."""
+    return ExtractedTokens(**{f.name: getattr(tokens, f.name)[rows] for f in fields(tokens)})
+
+
+def quantize_some(
+    tokens: ExtractedTokens, actual_logits: torch.Tensor, *, bits: int
+) -> GPUBatchResult:
+    """Do the same at once, with temporaries of the size of the tokens."""
     top_q, top_min, top_max = quantize_rows(tokens.top_logits, tokens.top_counts, bits=bits)
     sampled_q, sampled_min, sampled_max = quantize_rows(tokens.sampled_logits, bits=bits)
     beyond = column_numbers(tokens.top_logits) >= tokens.top_counts.unsqueeze(1)
@@ -2981,11 +3001,52 @@ def column_numbers(values: torch.Tensor) -> torch.Tensor:
     return torch.arange(values.shape[1], device=values.device)
 
 
-def takes_kernels(device: torch.device, *, top_p_max: int, sampled_n: int) -> bool:
-    """Tell whether logits on a device are extracted by Triton kernels."""
+def takes_kernels(logits: torch.Tensor, *, top_p_max: int, sampled_n: int) -> bool:
+    """Tell whether logits are extracted by Triton kernels."""
     singles = -(-max(top_p_max, HELD_BLOCKS) // BLOCK)
     fits = sampled_n + SPARE_BLOCKS + singles <= DRAWN_BLOCKS
-    return device.type == "cuda" and triton is not None and fits
+    return (
+        logits.is_cuda
+        and triton is not None
+        and fits
+        and kernels_agree(logits.device, logits.dtype, logits.shape[1], top_p_max, sampled_n)
+    )
+
+
+@functools.cache
+def kernels_agree(
+    device: torch.device, dtype: torch.dtype, vocab: int, top_p_max: int, sampled_n: int
+) -> bool:
+    """Compare the kernels with plain torch on rows of many kinds, once, on the device itself.
+
+    A driver, compiler or card that gets one of them wrong, or that has no compiler at all, costs
+    speed then, and no token.
+    """
+    sizes: dict[str, Any] = {"top_p": 0.98, "top_p_max": top_p_max, "sampled_n": sampled_n}
+    number = torch.arange(len(CHECKED_SPREADS), device=device)
+    generator = torch.Generator(device).manual_seed(1)
+    rows = torch.randn(len(number), vocab, device=device, generator=generator)
+    rows.mul_(torch.tensor(CHECKED_SPREADS, device=device).unsqueeze(1))
+    rows[-1] = rows[-1].bfloat16()  # has ties
+    rows[-2, top_p_max + sampled_n :] = float("-inf")
+    try:
+        got = extract_by_kernels(rows.to(dtype), number, number + 1, seed=1, **sizes)
+        want = extract_by_blocks(rows.to(dtype), row_states(number, number + 1, seed=1), **sizes)
+        wrong = [f.name for f in fields(want) if differs(f.name, got, want)]
+        why = f"differ from plain torch in {', '.join(wrong)}" if wrong else ""
+    except Exception as error:  # noqa: BLE001 - whatever Triton and its compiler raise
+        why = f"do not run: {first_line(error)}"
+    if why:
+        logger.warning("extraction goes without its Triton kernels, slower: they %s", why)
+    return not why
+
+
+def differs(name: str, got: ExtractedTokens, want: ExtractedTokens) -> bool:
+    """Tell whether a field differs; the log-sum-exp by more than float32 sums explain."""
+    ours, theirs = getattr(got, name), getattr(want, name)
+    if name == "logsumexp":
+        return bool(((ours - theirs).abs() > 1e-7).any())
+    return not torch.equal(ours, theirs)
 
 
 def extract_by_kernels(
@@ -3065,7 +3126,14 @@ def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     maxima, sums = torch.empty(2, rows, count, device=logits.device)
     with torch.cuda.device_of(logits):
         weigh_kernel[(rows * -(-count // group),)](
-            logits, logits.stride(0), maxima, sums, vocab, count, GROUP=group
+            logits,
+            logits.stride(0),
+            maxima,
+            sums,
+            vocab,
+            count,
+            GROUP=group,
+            enable_fp_fusion=False,
         )
     return maxima, sums
 
@@ -3073,9 +3141,13 @@ def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def launch(kernel: Any, rows: int, *args: Any, lanes: int) -> None:
     """Run a kernel with one program for each row, of lanes rounded up to a power of two."""
     lanes = max(BLOCK, 1 << (lanes - 1).bit_length())
-    warps = min(max(lanes // LANES_PER_WARP, 1), 16)
     with torch.cuda.device_of(args[0]):
-        kernel[(rows,)](*args, LANES=lanes, num_warps=warps)
+        kernel[(rows,)](*args, LANES=lanes, num_warps=warps_for(lanes), enable_fp_fusion=False)
+
+
+def warps_for(lanes: int) -> int:
+    """Return how many warps share the lanes of a program; with fewer, registers would spill."""
+    return min(max(lanes // LANES_PER_WARP, 1), 16)
 
 
 # The kernels: `extract_by_blocks` for a GPU, where its three hundred small operations would take
@@ -3121,14 +3193,11 @@ def log_clocks(state, counters):  # type: ignore[no-untyped-def]
 
 
 @jit
-def rough_log_clocks(state, counters):  # type: ignore[no-untyped-def]
-    """Return the same as float32, right to 2e-6: below 1/2 by the series of the area tangent."""
+def rough_clocks(state, counters):  # type: ignore[no-untyped-def]
+    """Return `exponential_clocks` as float32, right to a few units in the last place."""
     u = uniforms(state, counters)
-    small = tl.minimum(u, 0.5).to(tl.float32)
-    s = small / (2.0 - small)
-    q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
-    return tl.log(tl.where(u < 0.5, 2 * s * series, -tl.log((1.0 - u).to(tl.float32))))
+    rest, u = (1.0 - u).to(tl.float32), u.to(tl.float32)
+    return tl.where(rest == 1.0, u, -tl.log(rest) * (u / (1.0 - rest)))
 
 
 @jit
@@ -3143,13 +3212,20 @@ def mark_largest(order, k):  # type: ignore[no-untyped-def]
     """Return bool, true for the k largest of int32 values, ties: the first ones."""
     edge = tl.full((), -2147483648, tl.int32)
     bit = edge
-    for _ in range(32):  # the k-th largest, bit by bit
+    found = tl.sum((order >= edge).to(tl.int32))
+    while (bit != 0) & (found != k):  # the k-th largest, bit by bit, unless fewer bits tell it
         trial = edge ^ bit
-        edge = tl.where(tl.sum((order >= trial).to(tl.int32)) >= k, trial, edge)
+        count = tl.sum((order >= trial).to(tl.int32))
+        edge = tl.where(count >= k, trial, edge)
+        found = tl.where(count >= k, count, found)
         bit = (bit >> 1) & 0x7FFFFFFF
-    above, equal = order > edge, order == edge
-    missing = k - tl.sum(above.to(tl.int32))
-    return above | (equal & (tl.cumsum(equal.to(tl.int32)) <= missing))
+    chosen = order >= edge
+    if found != k:
+        equal = order == edge
+        spare = found - k
+        last_first = tl.cumsum(equal.to(tl.int32), reverse=True)
+        chosen = chosen & ~(equal & (last_first <= spare))
+    return chosen
 
 
 @jit
@@ -3257,9 +3333,10 @@ def race_kernel(  # type: ignore[no-untyped-def]
     inside = block < count
     top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
     total = tl.load(sums + row * count + block, mask=inside, other=0.0)
-    weight = (top.to(tl.float64) - tl.load(logsumexp + row)).to(tl.float32) + tl.log(total)
+    weight = (top.to(tl.float64) - tl.load(logsumexp + row)).to(tl.float32)
     state = row_state(seed_state, index, position, row)
-    ahead = weight - rough_log_clocks(state, 4294967296 + block.to(tl.int64))
+    clocks = rough_clocks(state, 4294967296 + block.to(tl.int64))
+    ahead = weight - tl.log(clocks / total)
     chosen = mark_largest(tl.where(inside, in_order(ahead), -2147483648), running)
     at = tl.cumsum(chosen.to(tl.int32)) - 1
     tl.store(runners + row * running + at, block, mask=chosen)
@@ -3272,11 +3349,10 @@ def arrivals(state, ids, values, block):  # type: ignore[no-untyped-def]
     top = tl.maximum(tl.max(values, axis=1), -1.7976931348623157e308)
     weight = top + tl.log(tl.sum(tl.exp(values - top[:, None]), axis=1))
     start = (log_clocks(state, 4294967296 + block.to(tl.int64)) - weight)[:, None]
-    after = clocks - tl.min(clocks, axis=1)[:, None]
-    own = clocks + tl.log(1.0 - tl.exp(-after))
-    late = tl.maximum(start, own)
-    together = late + tl.log(1.0 + tl.exp(tl.minimum(start, own) - late))
-    return tl.where(block[:, None] < 0, clocks, together)
+    late = 1.0 - tl.exp(tl.min(clocks, axis=1)[:, None] - clocks)
+    apart = tl.exp(-tl.abs(start - clocks))
+    part = tl.where(start > clocks, 1.0 + apart * late, apart + late)
+    return tl.where(block[:, None] < 0, clocks, tl.maximum(start, clocks) + tl.log(part))
 
 
 @jit

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,27 +200,39 @@ def time_on_gpu(repeat: Callable[[], Any], times: int = 20) -> float:
     return float(start.elapsed_time(end)) / 1000 / times
 
 
-def gpu_figures() -> dict[str, float]:
-    """Compare with the CPU, then time extraction on the device against a copy of the logits."""
-    host = make_logits("trained")
+def gpu_figures(kind: str) -> dict[str, float]:
+    """Compare with the CPU, then time extraction on the device against a copy of the logits.
+
+    Milliseconds per 1,000 positions; `reads` is the multiple of one read of the logits, half of a
+    copy's time.
+    """
+    host = make_logits(kind)
     logits = host.cuda()
     got, want = extract(logits), extract(host)
     assert torch.equal(got.sampled_ids.cpu(), want.sampled_ids)
     assert torch.equal(got.counts.cpu(), want.counts)
+    sizes = {"top_p_max": K, "sampled_n": M}
+    kernels = el.takes_kernels(logits, **sizes)
     logits = logits.repeat(4, 1)
     target = torch.empty_like(logits)
-    per_thousand = 1000 * 1000 / len(logits)
+    number = torch.arange(len(logits), device="cuda")
+    states = el.row_states(number, number, seed=SEED)
+    run = partial(el.extract_tokens, logits, number, number, top_p=TOP_P, seed=SEED, **sizes)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    extract(logits)
+    run()
     peak = torch.cuda.max_memory_allocated() - before
-    return {
-        "ms_per_1000": time_on_gpu(lambda: extract(logits)) * per_thousand,
-        "first_look_ms_per_1000": time_on_gpu(lambda: el.weigh_blocks(logits)) * per_thousand,
-        "one_read_ms_per_1000": time_on_gpu(lambda: target.copy_(logits)) * per_thousand / 2,
-        "peak_memory_bytes": peak,
-        "triton": float(el.block_kernel() is not None),
+    methods: dict[str, Callable[[], Any]] = {
+        "one read": lambda: target.copy_(logits),
+        "extraction": run,
+        "plain torch": lambda: el.extract_by_blocks(logits, states, top_p=TOP_P, **sizes),
     }
+    if kernels:
+        methods["first kernel"] = lambda: el.sum_blocks_by_kernel(logits)
+    figures = {name: time_on_gpu(work) * 1e6 / len(logits) for name, work in methods.items()}
+    figures["one read"] /= 2
+    figures["reads"] = figures["extraction"] / figures["one read"]
+    return figures | {"peak memory, MB": peak / 1e6, "kernels": float(kernels)}
 
 
 def machine() -> dict[str, Any]:
@@ -265,8 +278,10 @@ def main() -> None:
         print_table(kind, times, memory)
         figures[kind] = {"seconds": times, "peak_memory_bytes": memory}
     if torch.cuda.is_available():
-        figures["gpu"] = gpu_figures()
-        print("\n" + "\n".join(f"{name:24} {value:.3f}" for name, value in figures["gpu"].items()))
+        figures["gpu"] = {kind: gpu_figures(kind) for kind in ("trained", "flat")}
+        for kind, measured in figures["gpu"].items():
+            print(f"\non the GPU, {kind} rows, milliseconds per 1,000 positions")
+            print("\n".join(f"{name:16} {value:10.3f}" for name, value in measured.items()))
     else:
         print("\nno CUDA device: nothing was measured on one")
     seconds = figures["trained"]["seconds"]
