@@ -1286,7 +1286,9 @@ def keep_window(window: Sequence[EncodedRow | SkippedRow]) -> PreparedDataset:
 # 3 Batches
 # --------------------------------------------------------------------------------------------------
 
-DEFAULT_BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 4096}  # on CUDA a probe begins there
+# On CUDA a probe begins there. A CPU runs 12 layers of width 768 as fast in batches of 1,024 tokens
+# as of 8,192, and slower in larger ones; see docs/benchmarks.md.
+DEFAULT_BATCH_TOKENS = {"cuda": 16384, "mps": 8192, "cpu": 4096}
 MOST_BATCH_TOKENS = 131_072
 LONG_BATCH_S = 2.0  # a batch that takes this long hides every launch; a longer one delays a stop
 PROBE_HEADROOM_BYTES = 2**30  # kept free in the probe: results on their way, fragmentation

@@ -31,7 +31,7 @@ NOT_RUN = {
     r"python \w+\.py .*(Qwen/Qwen3-8B|user/chats).*": "needs a model of 8 billion parameters",
     r"python tests/(template_table|architectures)\.py": "minutes; their tests run parts",
     r"python tests/storage_table\.py": "minutes: make storage",
-    r"python tests/bench_\w+\.py": "minutes of both cores: make bench",
+    r"python tests/bench_\w+\.py.*": "minutes of both cores: make bench",
     r"python tests/distill\.py.*": "minutes; tests/test_explore_training.py runs its parts",
     r"python docs/option_table\.py": "would write the README; its functions are tested below",
     r"python .*(OUTPUT|FOLDER).*": "stands for an output of the reader's",
