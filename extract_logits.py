@@ -2489,7 +2489,7 @@ def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8
 
     if ready is None:
         return joined().cpu().numpy()
-    stream = torch.cuda.Stream(tensors[0].device)
+    stream = copy_stream(tensors[0].device)
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         source = joined()
@@ -2497,6 +2497,21 @@ def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8
         host.copy_(source, non_blocking=True)
     stream.synchronize()
     return host.numpy()
+
+
+COPY_STREAMS = threading.local()
+
+
+def copy_stream(device: torch.device) -> Any:
+    """Return the CUDA stream on which this thread copies from a device, always the same one.
+
+    Memory stays with the stream that it was first used on: with a new one for each batch, torch
+    would come to keep 32 copies of the largest result.
+    """
+    streams = COPY_STREAMS.__dict__.setdefault("by_device", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 Tokens = TypeVar("Tokens", ExtractedTokens, GPUBatchResult)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -101,3 +103,25 @@ def test_knowing_what_is_packed_leaves_the_logits_as_they_are(
     asked = gpu_process_batch(teacher, batch, **SETTINGS)
     assert torch.equal(known.top_q, asked.top_q)
     assert torch.equal(known.logsumexp, asked.logsumexp)
+
+
+def test_each_packing_thread_copies_on_one_stream_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[torch.device] = []
+
+    def make(device: torch.device) -> object:
+        made.append(device)
+        return object()
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    device, meeting = torch.device("cuda:0"), threading.Barrier(2, timeout=30)
+
+    def fetch(_: int) -> Any:
+        meeting.wait()
+        return extract_logits.copy_stream(device)
+
+    with ThreadPoolExecutor(2) as threads:
+        streams = list(threads.map(fetch, range(10)))
+    assert len(set(streams)) == 2
+    assert made == [device, device]
