@@ -56,6 +56,7 @@ from explore_logits import (
     import_extra,
     load_chat_template,
     load_tokenizer,
+    log_hub_once,
     open_source,
     outlive_readers,
     prints_time,
@@ -637,6 +638,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         config = parse_args(argv)
+        log_hub_once()
         measured, path = compute_lengths(config)
     except LogitsError as error:
         log.error("%s", error)

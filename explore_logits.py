@@ -28,6 +28,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("explore-logits"):
 import argparse
 import base64
 import contextlib
+import difflib
 import errno
 import functools
 import hashlib
@@ -608,6 +609,8 @@ def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Except
         return f"dataset {dataset!r}, --subset {options.get('name')}: {why}"
     if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
         why += " (is the name right, and are you logged in? hf auth login)"
+    if not Path(dataset).expanduser().exists():
+        why += "; no file or folder here has this name either"
     return f"dataset {dataset!r} cannot be opened: {why}"
 
 
@@ -711,7 +714,7 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
     value = row.get(columns.index)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise SourceError(
-            f"row {number}: {columns.index!r} is {value!r}, not an integer (--index-col)"
+            f"row {number}: {columns.index!r} is {value!r:.40}, not an integer (--index-col)"
         )
     if not -(2**31) <= int(value) < 2**31:
         raise SourceError(f"row {number}: {columns.index!r} is {value}: over 32 bits (--index-col)")
@@ -875,16 +878,22 @@ def load_tokenizer(
             f"model {model!r} is a file: give the folder that holds it together with config.json "
             "and the tokenizer, or a Hub id"
         )
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+        raise LogitsError(f"model {model!r}: no such folder")
     transformers = import_extra("transformers")
     try:
         return transformers.AutoTokenizer.from_pretrained(
             model, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise LogitsError(
-            f"no tokenizer for model {model!r}: {_root_cause(error)} "
-            "(is the name right, and are you logged in? hf auth login)"
-        ) from error
+        if Path(model).expanduser().is_dir():
+            why = "the folder holds none that can be read; copy the files of the tokenizer into it"
+        else:
+            why = (
+                f"{_root_cause(error)} (is the name right, and are you logged in? hf auth login); "
+                "no folder here has this name either"
+            )
+        raise LogitsError(f"no tokenizer for model {model!r}: {why}") from error
 
 
 def load_chat_template(path: str | None, tokenizer: Any) -> str:
@@ -2178,6 +2187,21 @@ class LogitDataset:
                 self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
 
+    def readable_file(self, shard: int) -> Any:
+        """Return an opened shard whose rows are of a format that is known here.
+
+        Raises:
+            FormatError: they are of a later one.
+        """
+        file = self.file(shard)
+        version = (file.schema_arrow.metadata or {}).get(METADATA_VERSION, b"")
+        if version.isdigit() and int(version) > FORMAT_VERSION:
+            raise FormatError(
+                f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
+                "can be read here: use a later logit-extraction"
+            )
+        return file
+
     def count_rows(self, shard: int) -> int:
         """Return the rows of a shard, from the checkpoint or its footer."""
         listed = self._listed.get(self.shards[shard]) if shard not in self._files else None
@@ -2221,7 +2245,7 @@ class LogitDataset:
         self, shard: int, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
     ) -> Iterator[pa.Table]:
         """Yield the rows of one shard in order, at most `rows` at a time."""
-        file = self.file(shard)
+        file = self.readable_file(shard)
         known = [name for name in columns if name in file.schema_arrow.names]
         for group in range(file.metadata.num_row_groups):
             check_group_size(file.metadata.row_group(group), self.shards[shard])
@@ -2232,7 +2256,7 @@ class LogitDataset:
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         if self._kept is None or self._kept[0] != (shard, group):
-            file = self.file(shard)
+            file = self.readable_file(shard)
             check_group_size(file.metadata.row_group(group), self.shards[shard])
             known = [name for name in READ_COLUMNS if name in file.schema_arrow.names]
             with parquet_errors(self.shards[shard]):
@@ -2343,7 +2367,7 @@ def open_store(name: str | Path) -> Store:
     for prefix in _HUB_PREFIXES:
         text = text.removeprefix(prefix)
     repo, _, revision = text.partition("@")
-    if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(repo):
+    if text.startswith((".", "/", "~")) or text.endswith(".parquet") or not _HUB_ID.fullmatch(repo):
         raise OpenError(f"no such folder or file: {name}")
     return HubStore(repo, revision=revision or None)
 
@@ -2596,7 +2620,7 @@ def lengths_files(store: Store, name: str) -> list[str]:
     """Return the files of a lengths dataset in order."""
     files = sorted(path for path in store.list_files() if path.endswith(".parquet"))
     if not files:
-        raise SourceError(f"lengths {name!r}: no Parquet file there")
+        raise SourceError(f"lengths {name!r}: no Parquet file there; compute_lengths.py makes one")
     return files
 
 
@@ -2747,7 +2771,10 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
     """
     if field.name not in table.column_names:
         needed = ", ".join(name for name in SCHEMA.names if name not in OPTIONAL_COLUMNS)
-        raise FormatError(f"no column {field.name!r}; a row of logits needs {needed}")
+        raise FormatError(
+            f"no column {field.name!r}; a row of logits needs {needed} "
+            "(is this an output of extract_logits.py?)"
+        )
     column = table.column(field.name)
     array = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
     if pa.types.is_binary(field.type):
@@ -4265,15 +4292,19 @@ class TextSource:
         row = self._find_row(index)
         if row is None:
             raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
-        return encode_row(
-            self.source[row],
-            self._columns,
-            self.tokenizer,
-            chat_template=self.chat_template,
-            include_think=bool(self.settings.get("include_think")),
-            include_end=bool(self.settings.get("include_end")),
-            date=self.settings.get("template_date"),
-        )
+        try:
+            return encode_row(
+                self.source[row],
+                self._columns,
+                self.tokenizer,
+                chat_template=self.chat_template,
+                include_think=bool(self.settings.get("include_think")),
+                include_end=bool(self.settings.get("include_end")),
+                date=self.settings.get("template_date"),
+            )
+        except ConversationError as error:
+            why = f"{error} in {self.settings['dataset']}: is it the run's (--dataset)?"
+            raise ConversationError(error.reason, why) from error
 
     def actual_tokens(self, block: TokenBlock) -> list[npt.NDArray[Any] | None]:
         """Return the ids of each row's extracted tokens, None where row and text do not match."""
@@ -5025,11 +5056,29 @@ def render_sparkline(tokens: Sequence[TokenAnalysis]) -> str:
 
 
 def write_page(path: str | Path, page: str) -> None:
-    """Write a page under a temporary name and rename it."""
+    """Write a page under a temporary name and rename it.
+
+    Raises:
+        LogitsError: it cannot be written there.
+    """
+    with writing(path) as target:
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            temporary.write_text(page, encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """Make the folder of a file that is written for the user; say in one line where that fails."""
     target = Path(path).expanduser()
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield target
+    except OSError as error:
+        raise LogitsError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6178,6 +6227,18 @@ VIOLATIONS_FOUND = 3
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose refusals are one line, like every other error."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an option that is none is named first, with the one that looks like it."""
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.partition("=")[0]
+            known = self._option_string_actions
+            if flag == "--":
+                break
+            if re.match(r"--\w", flag) and not any(name.startswith(flag) for name in known):
+                like = "".join(difflib.get_close_matches(flag, known, 1))
+                self.error(f"there is no option {flag}" + (f": is it {like}?" if like else ""))
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and exit 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -6215,6 +6276,12 @@ def outlive_readers(*names: str) -> None:
                 line_buffering=True,
             )
             setattr(sys, name, text)
+
+
+def log_hub_once() -> None:
+    """Keep huggingface_hub from writing every line of its log twice: itself, and through ours."""
+    import_extra("huggingface_hub.utils.logging")
+    logging.getLogger("huggingface_hub").handlers.clear()
 
 
 def _raw_file(stream: Any) -> type:
@@ -6284,6 +6351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: what was asked for on stdout, a JSON object as its last line."""
     outlive_readers("stderr")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("huggingface_hub").propagate = False  # it writes its lines by itself
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no block characters
@@ -6330,9 +6398,8 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         write_rows_page(args.html, dataset, [], stats)
         summary["html"] = args.html
     if args.plot:
-        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
-        plot_nucleus_size_analysis(dataset, max_samples=args.max_samples).savefig(args.plot)
-        summary["plot"] = args.plot
+        figure = plot_nucleus_size_analysis(dataset, max_samples=args.max_samples)
+        summary["plot"] = save_figure(figure, args.plot)
     if args.plots:
         summary["plots"] = write_plots(dataset, rows[0] if rows else 0, Path(args.plots))
     return summary, 0
@@ -6366,7 +6433,9 @@ def show_rows(
     """Print rows beside their text, or by token ids where there is none, and write their page."""
     text, why = find_text(dataset, args)
     if text is None and (args.html or not rows):
-        raise LogitsError(f"the text is needed for this: {why}")
+        raise LogitsError(
+            f"the text is needed for this: {why}; --model and --dataset say where they are now"
+        )
     samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
     analyses = []
     if text is not None:
@@ -6374,7 +6443,10 @@ def show_rows(
         if not rows:
             analyses = [analyze_missing(text, args.conversation)]
     else:
-        log.warning("explore-logits: showing ids only: %s", show_text(str(why)))
+        log.warning(
+            "explore-logits: showing ids only: %s; --model and --dataset say where they are now",
+            show_text(str(why)),
+        )
     if args.html:
         write_rows_page(args.html, dataset, analyses, stats)
         return {"sample": rows, "html": args.html}
@@ -6425,6 +6497,21 @@ def show_tokens(
         print_top_tokens(sample, t, tokenizer, k=args.top, actual=actual)
 
 
+def save_figure(figure: Any, path: str | Path) -> str:
+    """Write a figure as the kind of picture that the file's name says, else PNG; return the name.
+
+    Raises:
+        LogitsError: there is no such kind, or it cannot be written there.
+    """
+    path = path if Path(path).suffix else f"{path}.png"
+    with writing(path) as target:
+        try:
+            figure.savefig(target)
+            return str(path)
+        except ValueError as error:  # a format that matplotlib does not know
+            raise LogitsError(f"cannot write {path}: {first_line(error)}") from error
+
+
 def write_plots(dataset: LogitDataset, row: int, folder: Path) -> list[str]:
     """Write every plot as PNG into a folder; return the files."""
     sample = get_sample(dataset, row)
@@ -6435,10 +6522,7 @@ def write_plots(dataset: LogitDataset, row: int, folder: Path) -> list[str]:
         "nucleus_sizes": plot_nucleus_sizes(sample),
         "nucleus_size_analysis": plot_nucleus_size_analysis(dataset),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
-    return [str(folder / f"{name}.png") for name in figures]
+    return [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ import time
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import (
@@ -99,6 +99,7 @@ from explore_logits import (
     format_mask_preview,
     load_chat_template,
     load_tokenizer,
+    log_hub_once,
     open_source,
     outlive_readers,
     pack_indices,
@@ -4889,7 +4890,7 @@ def retry(request: Callable[[], T], *, stop: Stop | None = None, further_tries: 
             return request()
         except PassingError as error:
             if wait_s is None or stop.is_set():
-                raise OutOfReachError(str(error)) from None
+                raise OutOfReachError(f"{error}; when it can be reached again: --resume") from None
             pause_s = max(error.retry_after_s, wait_s * random.uniform(0.75, 1.25))
             logger.warning("%s; trying again in %.0f s", error, pause_s)
             stop.wait(pause_s)
@@ -5451,9 +5452,10 @@ class StreamingHFUploader:
         shards, pending = self._cache.shards(), self._cache.pending()
         left = [*shards, *pending]
         if not (resume or force_restart) and (held or left):
+            kept = f", {self._cache.folder} {len(left)} files that belong there" if left else ""
             raise ConfigError(
-                f"{self._destination.name} already holds {len(held)} shards, the cache {len(left)} "
-                "files of them: continue with --resume, or start over with --force-restart"
+                f"{self._destination.name} already holds {count_of(held, 'shard')}{kept}: continue "
+                "with --resume, or start over with --force-restart"
             )
         self._compare_settings([*self._state.settings, *(shard.notes.settings for shard in left)])
         self._next_number = self._find_next_number(shards)
@@ -5936,6 +5938,11 @@ def describe_commit(shards: list[LocalShard]) -> str:
     return f"Add {', '.join(shard.name for shard in shards)} ({rows} rows)"
 
 
+def count_of(things: Collection[Any], word: str) -> str:
+    """Return "1 shard" or "2 shards"."""
+    return f"{len(things):,} {word}{'' if len(things) == 1 else 's'}"
+
+
 def make_record(shard: LocalShard, *, keep_ids: bool = False) -> ShardRecord:
     """Return what checkpoint.json says about a shard."""
     notes = shard.notes
@@ -6387,7 +6394,7 @@ class Extraction:
                 self.bar.close()
         alone = self.job.config.world_size in (None, 1)  # one worker of many may have no row
         if complete and alone and not (self.rows or self.done.size):
-            raise DataError(f"nothing to extract: {describe_skips(self.skipped)}")
+            raise DataError(f"nothing to extract: {explain_skips(self.skipped)}")
         return complete
 
     def extract_windows(self, post: AsyncPostProcessor) -> bool:
@@ -6603,12 +6610,23 @@ def is_among(known: npt.NDArray[np.int64], ids: npt.NDArray[Any]) -> npt.NDArray
     return np.asarray(known[places] == ids)
 
 
-def describe_skips(skipped: Mapping[int, str]) -> str:
-    """Say how many conversations were skipped for which reason."""
+SKIP_REMEDIES = {
+    "too_long": "raise --max-seq-len",
+    "refused_by_template": "give another --chat-template",
+    "no_tokens": "give another --chat-template",
+}
+
+
+def explain_skips(skipped: Mapping[int, str]) -> str:
+    """Say how many conversations were skipped for which reason, and what helps most of them."""
     counts = Counter(skipped.values())
     if not counts:
         return "no conversation was selected"
-    return "skipped " + ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    remedy = SKIP_REMEDIES.get(
+        counts.most_common(1)[0][0], "check --messages-col, or --user-col and --assistant-col"
+    )
+    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    return f"skipped {reasons}; {remedy}"
 
 
 # Tasks --------------------------------------------------------------------------------------------
@@ -6726,8 +6744,8 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
     shards = OutputState(retry(destination.list_files)).shards()
     if shards and not config.resume and not folder.is_dir():
         raise ConfigError(
-            f"{config.output} already holds {len(shards)} shards: continue with --resume, or give "
-            "another --output"
+            f"{config.output} already holds {count_of(shards, 'shard')}: continue with --resume, "
+            "or give another --output"
         )
     executor = make_executor(config, folder, job.config.revision, skip_completed=bool(shards))
     left = executor.get_incomplete_ranks()
@@ -6958,7 +6976,7 @@ def plan_extraction(job: Job, *, should_stop: Callable[[], bool] = lambda: False
     sample = sample_job(job, should_stop)
     if not sample.rows.indices.size:
         skipped = {row.index: row.reason for row in sample.rows.skipped}
-        raise DataError(f"nothing to extract: {describe_skips(skipped)}")
+        raise DataError(f"nothing to extract: {explain_skips(skipped)}")
     probe = probe_teacher(job, sample.rows, should_stop)
     plan = describe_plan(job, sample, probe)
     plan |= describe_shares(job.config, plan, workers)
@@ -7377,6 +7395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler.addFilter(HideTokens())
     try:
         config = parse_args(argv)
+        log_hub_once()
         summary = run_or_refuse(config)
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")

@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import CHATS, ROOT, TEACHER, run_script
 from small_output import SETTINGS, random_rows, write_output
 
 import explore_logits
-from explore_logits import build_parser, main, parse_args, row_list
+from explore_logits import METADATA_VERSION, build_parser, main, parse_args, row_list
 
 STORED = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
 HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib", "seaborn", "huggingface_hub",
@@ -244,3 +247,55 @@ def test_a_reader_that_stops_early_is_no_error(output: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 0
+
+
+def test_a_page_is_written_where_no_folder_is_yet(output: Path, tmp_path: Path) -> None:
+    assert main([str(output), "--html", str(tmp_path / "new" / "page.html")]) == 0
+    assert (tmp_path / "new" / "page.html").is_file()
+
+
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_what_cannot_be_written_is_one_line(
+    option: str, output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.png").mkdir()
+    assert main([str(output), option, str(tmp_path / "a.png")]) == 2
+    assert caplog.messages == [f"explore-logits: cannot write {tmp_path / 'a.png'}: Is a directory"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_picture_without_a_kind_is_png_and_an_unknown_kind_is_refused(
+    output: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert main([str(output), "--plot", str(tmp_path / "sizes")]) == 0
+    assert json.loads(capsys.readouterr().out)["plot"] == str(tmp_path / "sizes.png")
+    assert main([str(output), "--plot", str(tmp_path / "sizes.xyz")]) == 2
+    assert "'xyz' is not supported" in caplog.messages[-1]
+
+
+def test_a_later_format_is_refused_and_not_misread(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (shard,) = (write_output(tmp_path, rows_per_shard=100) / "data").iterdir()
+    table = pq.read_table(shard)
+    metadata = {**table.schema.metadata, METADATA_VERSION: b"2"}
+    pq.write_table(table.replace_schema_metadata(metadata), shard)
+    for arguments in (["--sample", "0"], ["--stats"]):
+        assert main([str(tmp_path), *arguments]) == 2
+        assert "is in format 2, formats up to 1 can be read here" in caplog.messages[-1]
+    assert main([str(tmp_path), "--validate"]) == 3
+
+
+def test_another_dataset_than_the_runs_is_asked_about(
+    tmp_path: Path, write_chats: Callable[[list[Any]], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_chats([{"messages": []}] * 20)
+    settings = SETTINGS | {"model": str(TEACHER)}
+    rows = random_rows(20, settings=settings)
+    template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
+    out = write_output(tmp_path / "out", rows, settings=settings, chat_template=template)
+    assert main([str(out), "--dataset", str(source)]) == 2
+    assert "is it the run's (--dataset)?" in caplog.messages[-1]

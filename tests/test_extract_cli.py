@@ -64,7 +64,10 @@ def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: dict[str
         ({"--resume": True, "--force-restart": True}, ["--resume", "--force-restart"]),
         ({"--start-offset": "1000000"}, ["--start-offset"]),
         ({"--chat-template": "./no.jinja"}, ["no.jinja"]),
-        ({"--limt": "3"}, ["--limt"]),
+        ({"--limt": "3"}, ["--limt", "is it --limit?"]),
+        ({"--model": "./teecher"}, ["no such folder"]),
+        ({"--index-col": "messages"}, ["not an integer", "--index-col"]),
+        ({"--tokenized-dataset": "data/none.parquet"}, ["no such folder or file"]),
     ],
 )
 def test_a_bad_option_is_one_line_that_names_it(
@@ -78,6 +81,41 @@ def test_a_bad_option_is_one_line_that_names_it(
     message = refuse(capsys, tmp_path, options)
     for word in words:
         assert word in message
+
+
+def test_a_mistyped_option_is_named_before_the_one_that_it_was_to_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        extract_logits.main(["--model", "m", "--dataset", "d", "--ouput=./o"])
+    assert "there is no option --ouput: is it --output?" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    message = refuse(capsys, tmp_path, {"--model": tmp_path / "model"})
+    assert "the folder holds none that can be read" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "hi"}]}, {}, "2 no_assistant; check --mess"),
+        ({"question": "a", "answer": "b"}, {"--max-seq-len": 3}, "2 too_long; raise --max-seq-len"),
+    ],
+)
+def test_nothing_to_extract_comes_with_what_may_help(
+    row: dict[str, Any],
+    options: dict[str, object],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    write_chats: Callable[[list[Any]], Path],
+) -> None:
+    assert words in refuse(capsys, tmp_path, {"--dataset": write_chats([row, row]), **options})
 
 
 def test_a_broken_line_of_the_source_is_named(

@@ -753,7 +753,7 @@ def test_shards_of_workers_that_the_job_no_longer_has_are_no_peers(tmp_path: Pat
     uploader.add_sample(make_rows(range(4)))
     uploader.flush(final=True)
     uploader.shutdown()
-    with pytest.raises(ConfigError, match="already holds 1 shards"):
+    with pytest.raises(ConfigError, match="already holds 1 shard"):
         open_uploader(tmp_path, rank=1, world_size=2)
     uploader = open_uploader(tmp_path, rank=0, world_size=2, force_restart=True)
     uploader.add_sample(make_rows(range(10, 12)))
