@@ -3892,7 +3892,6 @@ class RowGroup:
     """One encoded row group, as a file of its own holds it right behind the magic number."""
 
     rows: int
-    size: int  # bytes of its rows before encoding
     pages: memoryview
     metadata: bytes  # of the row group, in Thrift's compact protocol
 
@@ -3912,13 +3911,12 @@ class ShardWriter:
         self._temporary = folder / f"{name}.parquet.tmp"
         self._schema = schema
         self._nucleus_cap = nucleus_cap
-        self._options = writer_options(schema)
+        self._content = (JoinedGroups if groups_join(schema) else GroupsOfOneWriter)(schema)
         self._file: IO[bytes] | None = None
         self._group: list[tuple[pa.Table, int]] = []  # tables and places of rows in them
         self._group_tokens = self._group_size = 0
         self._added_bytes = 0  # of all rows, before encoding
         self._written = (0, 0)  # bytes of the row groups on disk: encoded, and before
-        self._row_groups: list[bytes] = []  # metadata of those on disk
         self._notes: list[tuple[int, Figures]] = []
         self._ahead = GROUPS_AHEAD * encode_threads()
         self._encoder = ThreadPoolExecutor(encode_threads(), thread_name_prefix="encode")
@@ -3966,8 +3964,8 @@ class ShardWriter:
     def _hand_over(self) -> None:
         """Let the threads encode the group once no more than `_ahead` wait for them."""
         self._wait(groups=self._ahead - 1)
-        encoding = self._encoder.submit(self._encode, self._group, self._group_size)
-        self._appending.append(self._appender.submit(self._append, encoding))
+        encoding = self._encoder.submit(self._encode, self._group)
+        self._appending.append(self._appender.submit(self._append, encoding, self._group_size))
         self._group, self._group_tokens, self._group_size = [], 0, 0
 
     def _wait(self, *, groups: int) -> None:
@@ -3975,21 +3973,17 @@ class ShardWriter:
         while len(self._appending) > groups:
             self._appending.popleft().result()
 
-    def _encode(self, rows: list[tuple[pa.Table, int]], size: int) -> RowGroup:
+    def _encode(self, rows: list[tuple[pa.Table, int]]) -> Any:
         table = pa.concat_tables(join_rows(rows, self._schema.names)).combine_chunks()
-        return encode_row_group(table.cast(self._schema), self._options, size=size)
+        return self._content.encode(table.cast(self._schema))
 
-    def _append(self, encoding: Future[RowGroup]) -> None:
+    def _append(self, encoding: Future[Any], size: int) -> None:
         group = encoding.result()
         if self._file is None:
             self._file = self._temporary.open("wb")
-            self._file.write(MAGIC)
-        moved = move_row_group(
-            group.metadata, by=self._file.tell() - len(MAGIC), number=len(self._row_groups)
-        )
-        self._file.write(group.pages)
-        self._row_groups.append(moved)
-        self._written = (self._file.tell(), self._written[1] + group.size)
+            self._content.begin(self._file)
+        self._content.append(group)
+        self._written = (self._file.tell(), self._written[1] + size)
 
     def finish(self, path: Path) -> Future[LocalShard]:
         """Let the threads complete the file, which then gets its name; raise what failed before."""
@@ -4007,10 +4001,7 @@ class ShardWriter:
         self._encoder.shutdown()
         if self._file is None:
             raise ValueError("a shard needs a row")
-        notes = {METADATA_ROWS: encode_row_notes(self._notes)}
-        empty = encode_footer(self._schema, self._options, notes)
-        footer = fill_footer(empty, rows=self.rows, row_groups=self._row_groups)
-        self._file.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
+        self._content.end({METADATA_ROWS: encode_row_notes(self._notes)})
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -4049,16 +4040,101 @@ def join_rows(rows: list[tuple[pa.Table, int]], names: list[str]) -> list[pa.Tab
     return [table.slice(first, count).select(names) for table, first, count in parts]
 
 
-def encode_row_group(table: pa.Table, options: dict[str, Any], *, size: int) -> RowGroup:
-    """Encode a table as a file of one row group, and take that group out of it."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, **options) as writer:
-        writer.write_table(table, row_group_size=table.num_rows)
-    file = sink.getvalue()
-    footer, start = split_footer(file)
-    return RowGroup(
-        table.num_rows, size, memoryview(file)[len(MAGIC) : start], take_row_group(footer)
-    )
+class GroupsOfOneWriter:
+    """A Parquet file whose row groups pyarrow encodes one after the other."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.options = writer_options(schema)
+        self.writer: Any = None
+
+    def begin(self, file: IO[bytes]) -> None:
+        """Write to this file, which is empty."""
+        self.writer = pq.ParquetWriter(file, self.schema, **self.options)
+
+    def encode(self, table: pa.Table) -> Any:
+        """Do what can be done of a row group in any thread, beside others."""
+        return table
+
+    def append(self, group: Any) -> None:
+        """Write what `encode` returned."""
+        self.writer.write_table(group, row_group_size=group.num_rows)
+
+    def end(self, metadata: Mapping[bytes, bytes]) -> None:
+        """Write the footer, with more metadata than the schema has."""
+        self.writer.add_key_value_metadata(dict(metadata))
+        self.writer.close()
+
+
+class JoinedGroups(GroupsOfOneWriter):
+    """The same file to the byte, its row groups encoded apart and joined."""
+
+    file: IO[bytes]
+
+    def begin(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.rows = 0
+        self.row_groups: list[bytes] = []  # metadata
+        file.write(MAGIC)
+
+    def encode(self, table: pa.Table) -> RowGroup:
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, self.schema, **self.options) as writer:
+            writer.write_table(table, row_group_size=table.num_rows)
+        file = sink.getvalue()
+        footer, start = split_footer(file)
+        pages = memoryview(file)[len(MAGIC) : start]
+        return RowGroup(table.num_rows, pages, take_row_group(footer))
+
+    def append(self, group: RowGroup) -> None:
+        behind = self.file.tell() - len(MAGIC)
+        moved = move_row_group(group.metadata, by=behind, number=len(self.row_groups))
+        self.file.write(group.pages)
+        self.row_groups.append(moved)
+        self.rows += group.rows
+
+    def end(self, metadata: Mapping[bytes, bytes]) -> None:
+        empty = encode_footer(self.schema, self.options, metadata)
+        footer = fill_footer(empty, rows=self.rows, row_groups=self.row_groups)
+        self.file.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
+
+
+@functools.cache
+def groups_join(schema: pa.Schema) -> bool:
+    """Tell whether joined row groups are what this pyarrow writes by itself, to the byte.
+
+    A release that puts more into a footer than is moved here costs threads then, and no shard.
+    """
+    wanted = write_sample(GroupsOfOneWriter(schema))
+    try:
+        joined = write_sample(JoinedGroups(schema))
+    except (LookupError, ValueError):  # of a footer that cannot be walked
+        joined = b""
+    if joined != wanted:
+        logger.warning(
+            "pyarrow %s writes Parquet in a way that is not known here: one thread encodes",
+            pa.__version__,
+        )
+    return joined == wanted
+
+
+def write_sample(content: GroupsOfOneWriter) -> bytes:
+    """Return a file of 20 small row groups."""
+    row = {field_.name: [sample_value(field_.type)] * 3 for field_ in content.schema}
+    table = pa.table(row, schema=content.schema)
+    sink = io.BytesIO()
+    content.begin(sink)
+    for number in range(20):  # 15 and more are counted in another way
+        content.append(content.encode(table.slice(0, 1 + number % 3)))
+    content.end({METADATA_ROWS: b"20 row groups"})
+    return sink.getvalue()
+
+
+def sample_value(kind: pa.DataType) -> Any:
+    """Return a value of a type."""
+    if pa.types.is_list(kind):
+        return [sample_value(kind.value_type)] * 2
+    return pa.scalar("7").cast(kind).as_py()
 
 
 def encode_footer(

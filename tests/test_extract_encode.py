@@ -23,6 +23,7 @@ import extract_logits
 from explore_logits import shard_schema
 from extract_logits import (
     HubError,
+    JoinedGroups,
     ShardWriter,
     StreamingHFUploader,
     edit_struct,
@@ -58,11 +59,19 @@ def write_alone(rows: pa.Table, groups: list[int], notes: bytes) -> bytes:
     return sink.getvalue()
 
 
+@pytest.mark.parametrize("joins", [True, False], ids=["joined", "one_writer"])
 @pytest.mark.parametrize("threads", [1, 5])
 @pytest.mark.parametrize(("rows", "group"), [(1, 64), (9, 4), (64, 4), (45, 2), (200, 64)])
 def test_the_file_is_that_of_one_writer_to_the_byte(
-    rows: int, group: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    group: int,
+    threads: int,
+    joins: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert extract_logits.groups_join(make_schema())
+    monkeypatch.setattr(extract_logits, "groups_join", lambda schema: joins)
     monkeypatch.setattr(extract_logits, "ROW_GROUP_ROWS", group)
     monkeypatch.setattr(extract_logits, "encode_threads", lambda: threads)
     table = make_rows(range(rows), tokens=7)
@@ -74,11 +83,36 @@ def test_the_file_is_that_of_one_writer_to_the_byte(
         assert write_shard(tmp_path, table, batch=batch) == wanted
 
 
+@pytest.mark.parametrize("changed", ["page_index", "footer"])
+def test_a_pyarrow_that_writes_otherwise_encodes_in_one_thread_and_it_is_said(
+    changed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    extract_logits.groups_join.cache_clear()
+    if changed == "page_index":
+        known = extract_logits.writer_options
+        more = {"write_page_index": True}
+        monkeypatch.setattr(extract_logits, "writer_options", lambda schema: known(schema) | more)
+    else:
+        monkeypatch.setattr(extract_logits, "FIXED_BYTES", {})
+        monkeypatch.setattr(extract_logits, "BINARY", 13)
+    rows = make_rows(range(200))
+    write_shard(tmp_path, rows, batch=50)
+    file = pq.ParquetFile(tmp_path / "shard.parquet")
+    assert file.read()["index"].to_pylist() == list(range(200))
+    assert file.metadata.row_group(1).column(0).has_offset_index == (changed == "page_index")
+    assert "one thread encodes" in caplog.text
+    extract_logits.groups_join.cache_clear()
+
+
 def test_several_row_groups_are_encoded_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert extract_logits.groups_join(make_schema())
     meeting = threading.Barrier(3, timeout=30)
-    encode = extract_logits.encode_row_group
+    encode = JoinedGroups.encode
 
     def meet(*args: Any, **options: Any) -> Any:
         meeting.wait()  # breaks, and raises, unless three are there at once
@@ -86,7 +120,7 @@ def test_several_row_groups_are_encoded_at_the_same_time(
 
     monkeypatch.setattr(extract_logits, "ROW_GROUP_ROWS", 4)
     monkeypatch.setattr(extract_logits, "encode_threads", lambda: 3)
-    monkeypatch.setattr(extract_logits, "encode_row_group", meet)
+    monkeypatch.setattr(JoinedGroups, "encode", meet)
     rows = make_rows(range(24))
     write_shard(tmp_path, rows, batch=24)
     assert pq.read_table(tmp_path / "shard.parquet")["index"].to_pylist() == list(range(24))
@@ -105,8 +139,9 @@ def test_a_third_of_the_processors_encodes(
 def test_rows_that_wait_for_the_encoder_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert extract_logits.groups_join(make_schema())
     gate, added = threading.Event(), 0
-    encode = extract_logits.encode_row_group
+    encode = JoinedGroups.encode
 
     def wait(*args: Any, **options: Any) -> Any:
         assert gate.wait(timeout=30)
@@ -114,7 +149,7 @@ def test_rows_that_wait_for_the_encoder_are_bounded(
 
     monkeypatch.setattr(extract_logits, "ROW_GROUP_ROWS", 1)
     monkeypatch.setattr(extract_logits, "encode_threads", lambda: 2)
-    monkeypatch.setattr(extract_logits, "encode_row_group", wait)
+    monkeypatch.setattr(JoinedGroups, "encode", wait)
     writer = ShardWriter(tmp_path, make_schema(), nucleus_cap=255)
 
     def add() -> None:
