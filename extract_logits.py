@@ -1294,6 +1294,8 @@ MOST_BATCH_TOKENS = 131_072
 LONG_BATCH_S = 2.0  # a batch that takes this long hides every launch; a longer one delays a stop
 PROBE_HEADROOM_BYTES = 2**30  # kept free in the probe: results on their way, fragmentation
 DEFAULT_BATCH_SIZE = 256
+MOST_PADDING = 0.015  # of a batch; where few conversations are alike, batches get smaller
+PADDED_ANYWAY_TOKENS = 8192  # down to this size, which keeps a device busy
 
 
 @dataclass(frozen=True)
@@ -1324,6 +1326,9 @@ class Batch:
 
 class TokenBudgetBatchSampler(torch.utils.data.Sampler[list[int]]):
     """Batches of conversations of like length, longest first, as many as the limits allow.
+
+    Under a budget of tokens a batch is closed early, but not below 8,192 tokens, where more than
+    1.5% of it would be padding: a large budget for few conversations mixes long and short ones.
 
     The plan depends on the lengths and the limits alone, not on what is done: a resumed run forms
     the same batches, so its forward passes have the same shapes and round alike. Batches that
@@ -1358,12 +1363,22 @@ class TokenBudgetBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def _plan(self) -> list[npt.NDArray[np.int64]]:
         order = np.argsort(-self.lengths, kind="stable")
+        sums = np.concatenate(([0], np.cumsum(self.lengths[order])))
         batches, start = [], 0
         while start < order.size:
             size = self._size_at(int(self.lengths[order[start]]))
+            if self.max_batch_tokens is not None and not self.thresholds:
+                size = self._without_padding(sums[start : start + size + 1])
             batches.append(order[start : start + size])
             start += size
         return batches
+
+    def _without_padding(self, sums: npt.NDArray[np.int64]) -> int:
+        """Return how many of the next conversations, of these running sums, go together."""
+        padded = (sums[1] - sums[0]) * np.arange(1, sums.size)
+        real = sums[1:] - sums[0]
+        fits = (padded <= PADDED_ANYWAY_TOKENS) | (padded - real <= MOST_PADDING * padded)
+        return max(1, int(fits.sum()))
 
     def _size_at(self, length: int) -> int:
         """Return how many conversations of at most `length` tokens go into one batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -73,13 +74,17 @@ def test_no_batch_but_the_last_has_room_for_the_next_row(
     sampler = TokenBudgetBatchSampler(
         lengths, max_batch_tokens=tokens, max_batch_size=size, thresholds=thresholds
     )
-    for batch in list(sampler)[:-1]:
+    batches = list(sampler)
+    for batch, following in itertools.pairwise(batches):
         longest, wanted = max(lengths[at] for at in batch), len(batch) + 1
         full = [wanted > (size or 256), tokens is not None and wanted * longest > tokens]
         if thresholds is not None:
             full.append(
                 wanted > next((n for top, n in sorted(thresholds.items()) if longest <= top), 1)
             )
+        elif tokens is not None and wanted * longest > 8192:
+            together = sum(lengths[at] for at in [*batch, following[0]])
+            full.append(together < 0.985 * wanted * longest)
         assert any(full)
 
 
@@ -124,6 +129,24 @@ def test_little_of_a_batch_is_padding(budget: int) -> None:
           f"{padding_share(lengths, shuffled):.0%}")  # fmt: skip
     assert share < 0.01
     assert padding_share(lengths, shuffled) > 0.5
+
+
+@pytest.mark.parametrize("budget", [4096, 8192, 16384, 32768, 65536, 131072])
+@pytest.mark.parametrize("count", [2000, extract_logits.STREAM_WINDOW, 20_000])
+def test_little_is_padding_however_few_conversations_fill_large_batches(
+    count: int, budget: int
+) -> None:
+    lengths = log_normal_lengths(count)
+    sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=budget)
+    assert padding_share(lengths, sampler.batches) < 0.02
+    assert lengths.sum() / len(sampler) > min(budget, 8192) / 2  # and batches stay large
+
+
+def test_the_padding_of_batches_that_thresholds_form_is_the_users_choice() -> None:
+    lengths = [1000] * 10 + [1] * 10
+    sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=10**6, thresholds={1000: 20})
+    assert [len(batch) for batch in sampler] == [20]
+    assert len(TokenBudgetBatchSampler(lengths, max_batch_tokens=10**6)) == 2
 
 
 def prepared(lengths: list[int]) -> PreparedDataset:
