@@ -1,6 +1,6 @@
-# make demo    the whole way on the embedded teacher, into ./demo
-# make test    the tests (under 10 minutes on 2 cores)
-# make help    the other targets
+#  make demo    the whole way on the embedded teacher, into ./demo
+#  make test    the tests (under 10 minutes on 2 cores)
+#  make help    the other targets
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0  # what pip installs first; override it for another CUDA build

@@ -5543,10 +5543,12 @@ class StreamingHFUploader:
         shards, pending = self._cache.shards(), self._cache.pending()
         left = [*shards, *pending]
         if not (resume or force_restart) and (held or left):
-            kept = f", {self._cache.folder} {len(left)} files that belong there" if left else ""
+            there = [f"already holds {count_of(held, 'shard')}"] if held else []
+            if left:
+                there.append(f"has {count_of(left, 'file')} not delivered in {self._cache.folder}")
             raise ConfigError(
-                f"{self._destination.name} already holds {count_of(held, 'shard')}{kept}: continue "
-                "with --resume, or start over with --force-restart"
+                f"{self._destination.name} {' and '.join(there)}: continue with --resume, or start "
+                "over with --force-restart"
             )
         self._compare_settings([*self._state.settings, *(shard.notes.settings for shard in left)])
         self._next_number = self._find_next_number(shards)
@@ -6002,8 +6004,8 @@ class StreamingHFUploader:
         for complete in (*unfinished, self.save_pending_locally):
             with log_failure(), storage_errors(str(self._cache.folder)):
                 complete()
-        if left := len(self._cache.paths()):
-            logger.warning("%d files kept in %s for --resume", left, self._cache.folder)
+        if left := self._cache.paths():
+            logger.warning("%s kept in %s for --resume", count_of(left, "file"), self._cache.folder)
         self._cache.close()
 
 
@@ -6802,14 +6804,16 @@ def log_to_datatrove() -> Iterator[None]:
             task_log.log(record.levelname, "{}", hide_tokens(record.getMessage()))
 
     handler = Handler(logging.INFO)
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
+    logger.propagate = False  # that log goes to the terminal, too
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def run_tasks(config: ExtractionConfig) -> dict[str, Any]:

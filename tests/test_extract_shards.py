@@ -789,3 +789,11 @@ def test_two_runs_that_give_the_same_name_to_different_rows_are_noticed(tmp_path
     other.shutdown()
     assert listed(tmp_path / "out") == Counter(range(10))
     assert len(other.summary()["undelivered"]) == 1
+
+
+def test_rows_that_wait_in_the_cache_alone_are_named_with_their_place(tmp_path: Path) -> None:
+    uploader = open_uploader(tmp_path)
+    uploader.add_sample(make_rows(range(4)))
+    uploader.shutdown()
+    with pytest.raises(ConfigError, match=r"out has 1 file not delivered in \S+: continue with"):
+        open_uploader(tmp_path)
