@@ -240,17 +240,23 @@ def open_uploader(folder: Path, **options: Any) -> StreamingHFUploader:
     )
 
 
-def test_rows_go_on_while_a_full_shard_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def hold_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let fsync wait until the event that is returned is set."""
     gate, sync = threading.Event(), os.fsync
 
     def slow(file: int) -> None:
         assert gate.wait(timeout=30)
         sync(file)
 
-    uploader = open_uploader(tmp_path)
     monkeypatch.setattr(os, "fsync", slow)
+    return gate
+
+
+def test_rows_go_on_while_a_full_shard_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploader = open_uploader(tmp_path)
+    gate = hold_disk(monkeypatch)
     for number in range(15):  # the first shard is full at 10, and its disk is slow
         uploader.add_sample(make_rows([number]))
         if uploader.should_flush():
@@ -269,14 +275,8 @@ def test_rows_go_on_while_a_full_shard_is_closed(
 def test_shards_that_cannot_be_closed_in_time_hold_the_loop_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, sync = threading.Event(), os.fsync
-
-    def slow(file: int) -> None:
-        assert gate.wait(timeout=30)
-        sync(file)
-
     uploader = open_uploader(tmp_path)
-    monkeypatch.setattr(os, "fsync", slow)
+    gate = hold_disk(monkeypatch)
     adding = threading.Thread(target=uploader.add_sample, args=(make_rows(range(100)),))
     adding.start()
     adding.join(timeout=1)
