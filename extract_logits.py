@@ -3097,7 +3097,7 @@ def extract_by_kernels(
     rows, vocab = logits.shape
     k = min(max(top_p_max, HELD_BLOCKS), vocab)
     maxima, sums, logsumexp, keys = hold_by_kernels(logits, k)
-    new = functools.partial(torch.zeros, device=logits.device)
+    new = functools.partial(torch.empty, device=logits.device)
     top_ids, top_logits = new(rows, k, dtype=torch.int32), new(rows, k)
     counts, usable = new(rows, dtype=torch.int32), new(rows, dtype=torch.bool)
     enough = np.float64(top_p - NUCLEUS_SLACK if top_p < 1 else math.inf).view(np.int64).item()
@@ -3108,18 +3108,22 @@ def extract_by_kernels(
     count = maxima.shape[1]
     running = min(sampled_n + SPARE_BLOCKS, count)
     runners = new(rows, running, dtype=torch.int32)
-    launch(race_kernel, rows, maxima, sums, logsumexp, *state, runners, count, running, lanes=count)
-    sampled_ids, sampled_logits = new(rows, sampled_n, dtype=torch.int32), new(rows, sampled_n)
+    launch(race_kernel, rows, maxima, sums, *state, runners, count, running, lanes=count)
+    sampled_ids = torch.zeros(rows, sampled_n, dtype=torch.int32, device=logits.device)
+    sampled_logits = torch.zeros_like(sampled_ids, dtype=torch.float32)  # rows may lack candidates
     launch(
         draw_kernel, rows, logits, logits.stride(0), logsumexp, top_ids, counts, *state, runners,
         sampled_ids, sampled_logits, usable, vocab, k, running, sampled_n,
         lanes=(running + -(-k // BLOCK)) * BLOCK,
     )  # fmt: skip
-    missing = (0, max(0, top_p_max - k))  # K may exceed the vocabulary
+    if top_p_max > k:  # K may exceed the vocabulary
+        top_ids, top_logits = (
+            torch.nn.functional.pad(values, (0, top_p_max - k)) for values in (top_ids, top_logits)
+        )
     return ExtractedTokens(
         logsumexp=logsumexp,
-        top_ids=torch.nn.functional.pad(top_ids[:, :top_p_max], missing),
-        top_logits=torch.nn.functional.pad(top_logits[:, :top_p_max], missing),
+        top_ids=top_ids[:, :top_p_max],
+        top_logits=top_logits[:, :top_p_max],
         top_counts=counts,
         sampled_ids=sampled_ids,
         sampled_logits=sampled_logits,
@@ -3143,11 +3147,13 @@ def hold_by_kernels(
     count = maxima.shape[1]
     held = min(k, count)
     blocks, keys = new(rows, held, dtype=torch.int32), new(rows, k, dtype=torch.int64)
-    largest, (others, logsumexp) = new(rows), new(2, rows, dtype=torch.float64)
-    launch(choose_kernel, rows, maxima, sums, blocks, largest, others, count, held, lanes=count)
+    edges, largest = new(rows, dtype=torch.int32), new(rows)
+    others, logsumexp = new(2, rows, dtype=torch.float64)
+    chosen = (blocks, edges, largest, others)
+    launch(choose_kernel, rows, maxima, sums, *chosen, count, held, lanes=count)
     launch(
-        hold_kernel, rows, logits, logits.stride(0), blocks, largest, others, maxima, sums, keys,
-        logsumexp, vocab, count, held, k, lanes=held * BLOCK,
+        hold_kernel, rows, logits, logits.stride(0), *chosen, maxima, sums, keys, logsumexp,
+        vocab, count, held, k, lanes=held * BLOCK,
     )  # fmt: skip
     return maxima, sums, logsumexp, keys
 
@@ -3189,9 +3195,14 @@ def warps_for(lanes: int) -> int:
 # stand in them as numbers, BLOCK as 64.
 
 
+# Arguments that differ from launch to launch: without a kernel compiled for each of their kinds (1,
+# multiples of 16), none is compiled after the kernels were checked.
+AS_THEY_COME = ["seed_state", "top_p_bits", "index", "position", "sums", "logsumexp"]
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """Make a function a Triton kernel where there is Triton."""
-    return triton.jit(function, do_not_specialize=["seed_state"]) if triton else function
+    return triton.jit(function, do_not_specialize=AS_THEY_COME) if triton else function
 
 
 @jit
@@ -3211,26 +3222,33 @@ def row_state(seed_state, index, position, row):  # type: ignore[no-untyped-def]
 
 
 @jit
-def uniforms(state, counters):  # type: ignore[no-untyped-def]
-    """Return uniform variables above 0, float64, one per counter."""
-    bits = mixed(state + (counters.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15) >> 11
-    return (bits.to(tl.float64) + 0.5) * 1.1102230246251565e-16  # 2**-53
+def random_bits(state, counters):  # type: ignore[no-untyped-def]
+    """Return a random uint64 per counter, of which `exponential_clocks` takes the first 53 bits."""
+    return mixed(state + (counters.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15)
 
 
 @jit
 def log_clocks(state, counters):  # type: ignore[no-untyped-def]
-    """Return the logarithms of `exponential_clocks`, float64; log1p as Kahan writes it."""
-    u = uniforms(state, counters)
+    """Return the logarithms of `exponential_clocks`, float64.
+
+    The logarithm of 1 - u is that of 1 - u rounded, and what the rounding took away.
+    """
+    bits = random_bits(state, counters) >> 11
+    u = (bits.to(tl.float64) + 0.5) * 1.1102230246251565e-16  # 2**-53
     rest = 1.0 - u
-    return tl.log(tl.where(rest == 1.0, u, -tl.log(rest) * (u / (1.0 - rest))))
+    return tl.log(-(tl.log(rest) + ((1.0 - rest) - u)))
 
 
 @jit
 def rough_clocks(state, counters):  # type: ignore[no-untyped-def]
-    """Return `exponential_clocks` as float32, right to a few units in the last place."""
-    u = uniforms(state, counters)
-    rest, u = (1.0 - u).to(tl.float32), u.to(tl.float32)
-    return tl.where(rest == 1.0, u, -tl.log(rest) * (u / (1.0 - rest)))
+    """Return `exponential_clocks` as float32, from 31 bits: good enough to tell who may win.
+
+    Clocks beyond 17, one in 3e7, return 17, so that nobody who might still win is left out.
+    """
+    bits = (random_bits(state, counters) >> 33).to(tl.int32)
+    u = (bits.to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
+    rest = tl.maximum(1.0 - u, 2.9802322387695312e-08)  # 2**-25
+    return -(tl.log(rest) + ((1.0 - rest) - u))
 
 
 @jit
@@ -3241,24 +3259,57 @@ def in_order(values):  # type: ignore[no-untyped-def]
 
 
 @jit
-def mark_largest(order, k):  # type: ignore[no-untyped-def]
-    """Return bool, true for the k largest of int32 values, ties: the first ones."""
-    edge = tl.full((), -2147483648, tl.int32)
-    bit = edge
-    found = tl.sum((order >= edge).to(tl.int32))
-    while (bit != 0) & (found != k):  # the k-th largest, bit by bit, unless fewer bits tell it
-        trial = edge ^ bit
+def as_floats(order):  # type: ignore[no-untyped-def]
+    """Return the float32 values of which `in_order` made integers."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
+def log_count(count):  # type: ignore[no-untyped-def]
+    """Return roughly the logarithm of a count, to some base: the bits of a float32."""
+    return (count.to(tl.float32) + 0.5).to(tl.int32, bitcast=True).to(tl.float32)
+
+
+@jit
+def mark_largest(order, low, k):  # type: ignore[no-untyped-def]
+    """Return bool, true for the k largest of the int32 values of floats, ties: the first ones.
+
+    Guesses the k-th largest until as many as k are no less, as if the logarithm of how many are no
+    less fell evenly; after eight guesses, or without finite bounds, by halves.
+
+    Args:
+        order: (LANES,) by `in_order`.
+        low: where the k-th largest is sought from; where it is less, the search takes longer.
+
+    Returns:
+        The marks, and what is no more than the k-th largest.
+    """
+    k = tl.full((), k, tl.int32)
+    high = tl.max(order)
+    found = tl.sum((order >= low).to(tl.int32))
+    low = tl.where(found < k, -2147483648, low)
+    found = tl.where(found < k, order.shape[0], found)
+    above = found - found
+    step = found - found
+    while (low != high) & (found != k):  # `found` are no less than `low`, `above` exceed `high`
+        first, last = as_floats(low), as_floats(high)
+        part = (log_count(found) - log_count(k)) / (log_count(found) - log_count(above))
+        guess = first + (last - first) * part
+        middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
+        trial = tl.where((step < 8) & (tl.abs(guess) < float("inf")), in_order(guess), middle)
+        trial = tl.minimum(tl.maximum(trial, low + 1), high)
         count = tl.sum((order >= trial).to(tl.int32))
-        edge = tl.where(count >= k, trial, edge)
+        low = tl.where(count >= k, trial, low)
         found = tl.where(count >= k, count, found)
-        bit = (bit >> 1) & 0x7FFFFFFF
-    chosen = order >= edge
+        high = tl.where(count >= k, high, trial - 1)
+        above = tl.where(count >= k, above, count)
+        step += 1
+    chosen = order >= low
     if found != k:
-        equal = order == edge
-        spare = found - k
-        last_first = tl.cumsum(equal.to(tl.int32), reverse=True)
-        chosen = chosen & ~(equal & (last_first <= spare))
-    return chosen
+        equal = order == low
+        places = k - found + tl.sum(equal.to(tl.int32))
+        chosen = chosen & ~(equal & (tl.cumsum(equal.to(tl.int32)) > places))
+    return chosen, low
 
 
 @jit
@@ -3285,14 +3336,17 @@ def weigh_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def choose_kernel(  # type: ignore[no-untyped-def]
-    maxima, sums, blocks, largest, others, count, held, LANES: tl.constexpr
+    maxima, sums, blocks, edges, largest, others, count, held, LANES: tl.constexpr
 ):
     """Choose the `held` blocks with the largest maxima, ascending, and add up the others."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, LANES)
     inside = block < count
     top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
-    chosen = mark_largest(tl.where(inside, in_order(top), -2147483648), held)
+    order = in_order(top)
+    lowest = tl.min(tl.where(inside, order, 2147483647))
+    chosen, edge = mark_largest(tl.where(inside, order, -2147483648), lowest, held)
+    tl.store(edges + row, edge)
     at = tl.cumsum(chosen.to(tl.int32)) - 1
     tl.store(blocks + row * held + at, block, mask=chosen)
     floor = tl.maximum(tl.max(top), -3.4028234663852886e38)
@@ -3304,7 +3358,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def hold_kernel(  # type: ignore[no-untyped-def]
-    logits, row_stride, blocks, largest, others, maxima, sums, keys, logsumexp,
+    logits, row_stride, blocks, edges, largest, others, maxima, sums, keys, logsumexp,
     vocab, count, held, k, LANES: tl.constexpr
 ):  # fmt: skip
     """Pick the k largest of the held blocks, weigh these blocks without them, and the whole row."""
@@ -3316,7 +3370,7 @@ def hold_kernel(  # type: ignore[no-untyped-def]
     values = tl.load(logits + row * row_stride + ids, mask=inside, other=float("-inf"))
     values = values.to(tl.float32)
     order = tl.where(inside, in_order(values), -2147483648)
-    chosen = mark_largest(order, k)
+    chosen, _ = mark_largest(order, tl.load(edges + row), k)
     key = (order.to(tl.int64) << 31) | (2147483647 - ids).to(tl.int64)
     tl.store(keys + row * k + tl.cumsum(chosen.to(tl.int32)) - 1, key, mask=chosen)
     floor = tl.load(largest + row).to(tl.float64)
@@ -3341,13 +3395,13 @@ def rank_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, LANES)
     key = tl.load(keys + row * k + lane, mask=lane < k, other=-9223372036854775808)
     key = tl.sort(key, descending=True)
-    order = (key >> 31).to(tl.int32)
-    values = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    values = as_floats((key >> 31).to(tl.int32))
     ids = 2147483647 - (key & 2147483647)
     possible = (lane < k) & (lane < top_p_max) & (values > float("-inf"))
     p = tl.exp(values.to(tl.float64) - tl.load(logsumexp + row))
     reached = tl.cumsum(tl.where(possible, p, 0.0))
-    short = possible & (reached < top_p_bits.to(tl.float64, bitcast=True))
+    enough = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    short = possible & (reached < enough)
     count = tl.minimum(tl.sum(short.to(tl.int32)) + 1, tl.sum(possible.to(tl.int32)))
     tl.store(counts + row, tl.maximum(count, 1))
     tl.store(top_ids + row * k + lane, ids.to(tl.int32), mask=lane < k)
@@ -3357,35 +3411,35 @@ def rank_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def race_kernel(  # type: ignore[no-untyped-def]
-    maxima, sums, logsumexp, index, position, seed_state, runners,
-    count, running, LANES: tl.constexpr
-):  # fmt: skip
+    maxima, sums, index, position, seed_state, runners, count, running, LANES: tl.constexpr
+):
     """Let the blocks race and keep the first `running` of them, in no order of arrival."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, LANES)
     inside = block < count
     top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
     total = tl.load(sums + row * count + block, mask=inside, other=0.0)
-    weight = (top.to(tl.float64) - tl.load(logsumexp + row)).to(tl.float32)
+    weight = top - tl.maximum(tl.max(top), -3.4028234663852886e38)
     state = row_state(seed_state, index, position, row)
     clocks = rough_clocks(state, 4294967296 + block.to(tl.int64))
-    ahead = weight - tl.log(clocks / total)
-    chosen = mark_largest(tl.where(inside, in_order(ahead), -2147483648), running)
+    order = in_order(weight - tl.log(clocks / total))
+    lowest = tl.min(tl.where(inside, order, 2147483647))
+    chosen, _ = mark_largest(tl.where(inside, order, -2147483648), lowest, running)
     at = tl.cumsum(chosen.to(tl.int32)) - 1
     tl.store(runners + row * running + at, block, mask=chosen)
 
 
 @jit
 def arrivals(state, ids, values, block):  # type: ignore[no-untyped-def]
-    """Return when tokens arrive, (C, 64) float64 logarithms; rows of block -1 race one by one."""
+    """Return when tokens arrive, (64, C) float64 logarithms; those of block -1 race one by one."""
     clocks = log_clocks(state, ids) - values
-    top = tl.maximum(tl.max(values, axis=1), -1.7976931348623157e308)
-    weight = top + tl.log(tl.sum(tl.exp(values - top[:, None]), axis=1))
-    start = (log_clocks(state, 4294967296 + block.to(tl.int64)) - weight)[:, None]
-    late = 1.0 - tl.exp(tl.min(clocks, axis=1)[:, None] - clocks)
+    top = tl.maximum(tl.max(values, axis=0), -1.7976931348623157e308)
+    weight = top + tl.log(tl.sum(tl.exp(values - top[None, :]), axis=0))
+    start = (log_clocks(state, 4294967296 + block.to(tl.int64)) - weight)[None, :]
+    late = 1.0 - tl.exp(tl.min(clocks, axis=0)[None, :] - clocks)
     apart = tl.exp(-tl.abs(start - clocks))
     part = tl.where(start > clocks, 1.0 + apart * late, apart + late)
-    return tl.where(block[:, None] < 0, clocks, tl.maximum(start, clocks) + tl.log(part))
+    return tl.where(block[None, :] < 0, clocks, tl.maximum(start, clocks) + tl.log(part))
 
 
 @jit
@@ -3397,12 +3451,12 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, LANES // 64)
     block = tl.load(runners + row * running + number, mask=number < running, other=-1)
-    column = tl.arange(0, 64)[None, :]
-    alone = (number - running)[:, None] * 64 + column  # rows behind the blocks hold the k largest
-    in_block = (number < running)[:, None] & (column < 64)
+    column = tl.arange(0, 64)[:, None]  # a thread has all that a warp has of a block
+    alone = (number - running)[None, :] * 64 + column  # behind the blocks stand the k largest
+    in_block = (number < running)[None, :] & (column < 64)
     single = ~in_block & (alone < k) & (alone >= tl.load(counts + row))
     ids = tl.load(top_ids + row * k + alone, mask=single, other=vocab)
-    ids = tl.where(in_block, block[:, None] * 64 + column, ids)
+    ids = tl.where(in_block, block[None, :] * 64 + column, ids)
     values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
     values = values.to(tl.float32)
     last_id = tl.load(top_ids + row * k + k - 1)

@@ -106,7 +106,7 @@ from triton.compiler import ASTSource
 TYPES = {
     "logits": "*fp32", "maxima": "*fp32", "sums": "*fp32", "largest": "*fp32", "others": "*fp64",
     "logsumexp": "*fp64", "keys": "*i64", "index": "*i64", "position": "*i64", "blocks": "*i32",
-    "runners": "*i32", "top_ids": "*i32", "counts": "*i32", "top_logits": "*fp32",
+    "edges": "*i32", "runners": "*i32", "top_ids": "*i32", "counts": "*i32", "top_logits": "*fp32",
     "sampled_ids": "*i32", "sampled_logits": "*fp32", "usable": "*i1", "seed_state": "i64",
     "top_p_bits": "i64",
 }
