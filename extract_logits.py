@@ -3038,40 +3038,69 @@ def takes_kernels(logits: torch.Tensor, *, top_p_max: int, sampled_n: int) -> bo
     """Tell whether logits are extracted by Triton kernels."""
     singles = -(-max(top_p_max, HELD_BLOCKS) // BLOCK)
     fits = sampled_n + SPARE_BLOCKS + singles <= DRAWN_BLOCKS
+    vocab, aligned = logits.shape[1], logits.stride(0) % 16 == 0
     return (
         logits.is_cuda
         and triton is not None
         and fits
-        and kernels_agree(logits.device, logits.dtype, logits.shape[1], top_p_max, sampled_n)
+        and kernels_agree(logits.device, logits.dtype, vocab, aligned, top_p_max, sampled_n)
     )
 
 
 @functools.cache
 def kernels_agree(
-    device: torch.device, dtype: torch.dtype, vocab: int, top_p_max: int, sampled_n: int
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab: int,
+    aligned: bool,
+    top_p_max: int,
+    sampled_n: int,
 ) -> bool:
     """Compare the kernels with plain torch on rows of many kinds, once, on the device itself.
 
     A driver, compiler or card that gets one of them wrong, or that has no compiler at all, costs
-    speed then, and no token.
+    speed then, and no token. Rows that begin at multiples of 16 values, or not, have kernels of
+    their own.
+
+    Raises:
+        torch.OutOfMemoryError: the device is full, which says nothing about the kernels.
     """
-    sizes: dict[str, Any] = {"top_p": 0.98, "top_p_max": top_p_max, "sampled_n": sampled_n}
-    number = torch.arange(len(CHECKED_SPREADS), device=device)
-    generator = torch.Generator(device).manual_seed(1)
-    rows = torch.randn(len(number), vocab, device=device, generator=generator)
-    rows.mul_(torch.tensor(CHECKED_SPREADS, device=device).unsqueeze(1))
-    rows[-1] = rows[-1].bfloat16()  # has ties
-    rows[-2, top_p_max + sampled_n :] = float("-inf")
     try:
-        got = extract_by_kernels(rows.to(dtype), number, number + 1, seed=1, **sizes)
-        want = extract_by_blocks(rows.to(dtype), row_states(number, number + 1, seed=1), **sizes)
-        wrong = [f.name for f in fields(want) if differs(f.name, got, want)]
+        rows = checked_rows(device, dtype, vocab, aligned, top_p_max + sampled_n)
+        wrong = wrong_fields(rows, top_p_max=top_p_max, sampled_n=sampled_n)
         why = f"differ from plain torch in {', '.join(wrong)}" if wrong else ""
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever Triton and its compiler raise
         why = f"do not run: {first_line(error)}"
     if why:
         logger.warning("extraction goes without its Triton kernels, slower: they %s", why)
     return not why
+
+
+def checked_rows(
+    device: torch.device, dtype: torch.dtype, vocab: int, aligned: bool, possible: int
+) -> torch.Tensor:
+    """Return rows of logits of many kinds, one with as many possible tokens as are kept."""
+    spreads = torch.tensor(CHECKED_SPREADS, device=device).unsqueeze(1)
+    stride = vocab + (-vocab % 16 if aligned else vocab % 16 == 0)
+    generator = torch.Generator(device).manual_seed(1)
+    rows = torch.randn(len(spreads), stride, device=device, generator=generator).mul_(spreads)
+    rows[-1] = rows[-1].bfloat16()  # has ties
+    rows[-2, possible:] = float("-inf")
+    return rows.to(dtype)[:, :vocab]
+
+
+def wrong_fields(rows: torch.Tensor, *, top_p_max: int, sampled_n: int) -> list[str]:
+    """Return the fields in which the kernels differ from plain torch, then break the rows."""
+    sizes: dict[str, Any] = {"top_p": 0.98, "top_p_max": top_p_max, "sampled_n": sampled_n}
+    number = torch.arange(len(rows), device=rows.device)
+    got = extract_by_kernels(rows, number, number + 1, seed=1, **sizes)
+    want = extract_by_blocks(rows, row_states(number, number + 1, seed=1), **sizes)
+    wrong = [f.name for f in fields(want) if differs(f.name, got, want)]
+    rows[::2, 7], rows[1::2, -1] = float("nan"), float("inf")
+    broken = extract_by_kernels(rows, number, number + 1, seed=1, **sizes)
+    return [*wrong, "rows that are broken"] if broken.usable.any() else wrong
 
 
 def differs(name: str, got: ExtractedTokens, want: ExtractedTokens) -> bool:
@@ -3462,7 +3491,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     last_id = tl.load(top_ids + row * k + k - 1)
     last = tl.load(logits + row * row_stride + last_id).to(tl.float32)
     after = (values < last) | ((values == last) & (ids > last_id))
-    races = (values > float("-inf")) & (single | (in_block & after))
+    races = (tl.abs(values) < float("inf")) & (single | (in_block & after))
     raced = tl.where(races, values.to(tl.float64), float("-inf"))
     arrival = arrivals(row_state(seed_state, index, position, row), ids, raced, block)
     arrival = tl.reshape(tl.where(races, arrival, float("inf")), (LANES,))

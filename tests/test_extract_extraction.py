@@ -478,7 +478,7 @@ def test_a_gpu_gives_what_a_cpu_gives(logits: torch.Tensor) -> None:
 @pytest.mark.parametrize("vocab", [32_000, 151_936, 262_144])
 def test_a_gpu_with_triton_extracts_by_kernels(vocab: int) -> None:
     device = torch.device("cuda")
-    assert el.triton is None or el.kernels_agree(device, torch.float32, vocab, 100, 24)
+    assert el.triton is None or el.kernels_agree(device, torch.float32, vocab, True, 100, 24)
 
 
 # Quantization and transfer

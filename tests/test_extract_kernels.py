@@ -66,11 +66,14 @@ assert by_kernels(torch.zeros(0, 5021)).sampled_ids.shape == (0, 24)
 far = torch.empty(2**31 + 300, dtype=torch.bfloat16).as_strided((3, 300), (2**30, 1))
 far.copy_(wide[:3, :300])  # rows that begin beyond 31 bits; untouched pages take no memory
 compare(far, "far apart")
-broken = CASES["trained_not_multiple_of_64"]()[:5]
+broken = CASES["trained_not_multiple_of_64"]()[:9]
 broken[0, 70], broken[1, 5020], broken[2] = float("nan"), float("inf"), float("-inf")
 broken[3, 120:] = float("-inf")
+broken[4], broken[5, :4900] = float("nan"), float("nan")
+broken[6] = torch.tensor([-1], dtype=torch.int32).view(torch.float32)  # the NaN of least order
+broken[7, 3::5] = float("inf")  # more than the k largest
 got = by_kernels(broken)
-assert got.usable.tolist() == [False] * 4 + [True], got.usable
+assert got.usable.tolist() == [False] * 8 + [True], got.usable
 for ids, logits in ((got.top_ids, got.top_logits), (got.sampled_ids, got.sampled_logits)):
     assert int(ids.min()) >= 0 and int(ids.max()) < 5021 and logits.isfinite().all()
 """
@@ -80,7 +83,7 @@ import logging
 import torch
 import extract_logits as el
 logging.basicConfig(format="%(message)s")
-sizes = (torch.device("cpu"), torch.float32, 700, 10, 5)
+sizes = (torch.device("cpu"), torch.float32, 700, True, 10, 5)
 def agree():
     el.kernels_agree.cache_clear()
     return el.kernels_agree(*sizes)
@@ -96,6 +99,20 @@ def no_compiler(*args, **options):
     raise RuntimeError("Failed to find C compiler\\nset CC")
 el.extract_by_kernels = no_compiler
 assert not agree() and not el.kernels_agree(*sizes)
+def full(*args, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+el.extract_by_kernels = full
+try:
+    raise SystemExit(f"told of a full device: {agree()}")
+except torch.OutOfMemoryError:
+    pass
+def every_row_is_usable(*args, **options):
+    got = real(*args, **options)
+    return el.replace(got, usable=torch.ones_like(got.usable))
+el.extract_by_kernels = every_row_is_usable
+assert not agree()
+el.extract_by_kernels = real
+assert el.kernels_agree(torch.device("cpu"), torch.float32, 704, False, 10, 5)
 """
 
 COMPILED = """
@@ -185,6 +202,7 @@ def test_kernels_that_fail_or_differ_on_a_device_are_not_used_and_it_is_said_onc
     assert [line for line in lines if "Warning" not in line and not line.startswith(" ")] == [
         said + "differ from plain torch in sampled_ids",
         said + "do not run: Failed to find C compiler",
+        said + "differ from plain torch in rows that are broken",
     ]
 
 
