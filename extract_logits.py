@@ -3460,15 +3460,18 @@ def race_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def arrivals(state, ids, values, block):  # type: ignore[no-untyped-def]
-    """Return when tokens arrive, (64, C) float64 logarithms; those of block -1 race one by one."""
+    """Return when tokens arrive, (64, C) float64 logarithms; those of block -1 race one by one.
+
+    A token whose own clock rings e**40 times later than its block starts arrives by that clock.
+    """
     clocks = log_clocks(state, ids) - values
     top = tl.maximum(tl.max(values, axis=0), -1.7976931348623157e308)
     weight = top + tl.log(tl.sum(tl.exp(values - top[None, :]), axis=0))
     start = (log_clocks(state, 4294967296 + block.to(tl.int64)) - weight)[None, :]
-    late = 1.0 - tl.exp(tl.min(clocks, axis=0)[None, :] - clocks)
-    apart = tl.exp(-tl.abs(start - clocks))
-    part = tl.where(start > clocks, 1.0 + apart * late, apart + late)
-    return tl.where(block[None, :] < 0, clocks, tl.maximum(start, clocks) + tl.log(part))
+    behind = clocks - start
+    delay = tl.exp(tl.minimum(behind, 40.0))
+    arrival = start + tl.log(1.0 + (delay - tl.min(delay, axis=0)[None, :]))
+    return tl.where((block[None, :] < 0) | (behind > 40.0), clocks, arrival)
 
 
 @jit
