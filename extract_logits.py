@@ -6767,12 +6767,16 @@ class Extraction:
 
 def open_bar(total: int | None) -> tqdm[Any]:
     """Show the progress bar on stderr; into a file it is written seldom."""
+    terminal = sys.stderr.isatty()
+    sized = not terminal or os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
         total=total,
         unit="row",
         file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        dynamic_ncols=True,
+        mininterval=0.2 if terminal else 10,
+        dynamic_ncols=sized,
+        ncols=None if sized else 80,  # some terminals of containers say 0, and tqdm nothing then
+        nrows=None if sized else 24,
     )
 
 

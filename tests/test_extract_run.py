@@ -487,3 +487,17 @@ def test_ids_among_a_million_known_ones_are_told_at_once() -> None:
     assert time.process_time() - begun < 0.1  # np.isin takes seconds
     assert found.tolist() == [True, False, True, False, True]
     assert extract_logits.is_among(known[:0], ids).tolist() == [False] * 5
+
+
+def test_a_terminal_that_knows_no_width_shows_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.openpty()  # of 0 columns
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        bar = extract_logits.open_bar(10)
+        bar.update(10)
+        bar.close()
+        shown = b""
+        while b"10/10" not in shown:
+            assert b"\n" not in shown
+            shown += os.read(reader, 4096)
+    os.close(reader)
