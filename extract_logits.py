@@ -3337,7 +3337,7 @@ def mark_largest(order, low, k):  # type: ignore[no-untyped-def]
     if found != k:
         equal = order == low
         places = k - found + tl.sum(equal.to(tl.int32))
-        chosen = chosen & ~(equal & (tl.cumsum(equal.to(tl.int32)) > places))
+        chosen = (order > low) | (equal & (tl.cumsum(equal.to(tl.int32)) <= places))
     return chosen, low
 
 
@@ -3381,7 +3381,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     floor = tl.maximum(tl.max(top), -3.4028234663852886e38)
     total = tl.load(sums + row * count + block, mask=inside, other=0.0).to(tl.float64)
     total *= tl.exp(top.to(tl.float64) - floor.to(tl.float64))
-    tl.store(others + row, tl.sum(tl.where(inside & ~chosen, total, 0.0)))
+    tl.store(others + row, tl.sum(tl.where(chosen, 0.0, total)))
     tl.store(largest + row, floor)
 
 
@@ -3486,7 +3486,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, 64)[:, None]  # a thread has all that a warp has of a block
     alone = (number - running)[None, :] * 64 + column  # behind the blocks stand the k largest
     in_block = (number < running)[None, :] & (column < 64)
-    single = ~in_block & (alone < k) & (alone >= tl.load(counts + row))
+    single = (alone < k) & (alone >= tl.load(counts + row))
     ids = tl.load(top_ids + row * k + alone, mask=single, other=vocab)
     ids = tl.where(in_block, block[None, :] * 64 + column, ids)
     values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
