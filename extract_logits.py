@@ -3377,7 +3377,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     chosen, edge = mark_largest(tl.where(inside, order, -2147483648), lowest, held)
     tl.store(edges + row, edge)
     at = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(blocks + row * held + at, block, mask=chosen)
+    tl.store(blocks + row * held + at, block, mask=chosen & (at < held))
     floor = tl.maximum(tl.max(top), -3.4028234663852886e38)
     total = tl.load(sums + row * count + block, mask=inside, other=0.0).to(tl.float64)
     total *= tl.exp(top.to(tl.float64) - floor.to(tl.float64))
@@ -3401,7 +3401,8 @@ def hold_kernel(  # type: ignore[no-untyped-def]
     order = tl.where(inside, in_order(values), -2147483648)
     chosen, _ = mark_largest(order, tl.load(edges + row), k)
     key = (order.to(tl.int64) << 31) | (2147483647 - ids).to(tl.int64)
-    tl.store(keys + row * k + tl.cumsum(chosen.to(tl.int32)) - 1, key, mask=chosen)
+    at = tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(keys + row * k + at, key, mask=chosen & (at < k))
     floor = tl.load(largest + row).to(tl.float64)
     total = tl.sum(tl.exp(values.to(tl.float64) - floor)) + tl.load(others + row)
     tl.store(logsumexp + row, floor + tl.log(total))
@@ -3455,7 +3456,7 @@ def race_kernel(  # type: ignore[no-untyped-def]
     lowest = tl.min(tl.where(inside, order, 2147483647))
     chosen, _ = mark_largest(tl.where(inside, order, -2147483648), lowest, running)
     at = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(runners + row * running + at, block, mask=chosen)
+    tl.store(runners + row * running + at, block, mask=chosen & (at < running))
 
 
 @jit
