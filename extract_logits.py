@@ -3133,7 +3133,11 @@ def extract_by_kernels(
     cap = min(top_p_max, vocab)
     outputs = (top_ids, top_logits, counts)
     launch(rank_kernel, rows, keys, logsumexp, *outputs, enough, k, cap, lanes=k)
-    state = (index, position, int(mix64_(torch.tensor([seed]) + SPLITMIX_STEP)))
+    state = (
+        index.contiguous(),
+        position.contiguous(),
+        int(mix64_(torch.tensor([seed]) + SPLITMIX_STEP)),
+    )
     count = maxima.shape[1]
     running = min(sampled_n + SPARE_BLOCKS, count)
     runners = new(rows, running, dtype=torch.int32)
