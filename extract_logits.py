@@ -2685,15 +2685,8 @@ def extract_by_blocks(
     weights.scatter_(1, blocks, log_weights(*sum_blocks(held.double())))  # without the k largest
     logsumexp = torch.logaddexp(weights.logsumexp(-1), top.logsumexp(-1))
     counts = count_nucleus(top[:, :top_p_max], logsumexp, top_p=top_p)
-    in_nucleus = column_numbers(top) < counts.unsqueeze(1)
     sampled_ids, complete = sample_tail(
-        logits,
-        states,
-        weights,
-        top_ids,
-        top.masked_fill(in_nucleus, float("-inf")),
-        edge=(top[:, -1:, None], top_ids[:, -1:, None]),
-        sampled_n=sampled_n,
+        logits, states, weights, top=top, top_ids=top_ids, counts=counts, sampled_n=sampled_n
     )
     return collect_tokens(
         logits,
@@ -2791,10 +2784,10 @@ def sample_tail(
     logits: torch.Tensor,
     states: torch.Tensor,
     weights: torch.Tensor,
-    top_ids: torch.Tensor,
-    top_left: torch.Tensor,
     *,
-    edge: tuple[torch.Tensor, torch.Tensor],
+    top: torch.Tensor,
+    top_ids: torch.Tensor,
+    counts: torch.Tensor,
     sampled_n: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw M tokens without replacement from outside the nucleus, in order.
@@ -2809,9 +2802,9 @@ def sample_tail(
     Args:
         weights: (N, C) float64, log-sum-exp of each block without the k largest; float32 accuracy
             is enough, since a few spare blocks run and all that run are weighed again.
-        top_ids: (N, k) int64, the k largest in order.
-        top_left: (N, k) float64, their logits, -inf for those in the nucleus.
-        edge: logit and id of the last of the k.
+        top: (N, k) float64, the k largest logits in order.
+        top_ids: (N, k) int64, their ids.
+        counts: (N,) how many of them are the nucleus.
 
     Returns:
         (N, M) int64 ids, and (N,) bool: there were M possible tokens.
@@ -2823,6 +2816,7 @@ def sample_tail(
     noise = exponential_clocks(states, first).log_()  # (N, C) float64
     runners = min(sampled_n + SPARE_BLOCKS, weights.shape[1])
     blocks = (noise - weights).topk(runners, largest=False, sorted=False).indices
+    edge = (top[:, -1:, None], top_ids[:, -1:, None])
     values = drop_largest(gather_blocks(logits, blocks), blocks, edge).double()
     start = (noise.gather(1, blocks) - values.logsumexp(-1)).unsqueeze(2)  # (N, runners, 1)
     ids = ids_in_blocks(blocks)
@@ -2830,7 +2824,8 @@ def sample_tail(
     delay = (clocks - clocks.amin(-1, keepdim=True)).neg_().expm1_().neg_().log_()
     arrival = torch.logaddexp(start, delay + clocks)
     arrival = arrival.masked_fill_(values == float("-inf"), float("inf")).flatten(1)
-    alone = exponential_clocks(states, top_ids).log_().sub_(top_left)  # (N, k)
+    left = top.masked_fill(column_numbers(top) < counts.unsqueeze(1), float("-inf"))
+    alone = exponential_clocks(states, top_ids).log_().sub_(left)  # (N, k)
     drawn = torch.cat([arrival, alone], 1).topk(sampled_n, largest=False)
     ids = torch.cat([ids.flatten(1), top_ids], 1)
     sampled_ids = ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1)
@@ -3346,6 +3341,21 @@ def mark_largest(order, low, k):  # type: ignore[no-untyped-def]
 
 
 @jit
+def mark_blocks(values, inside, k):  # type: ignore[no-untyped-def]
+    """Return what `mark_largest` does of float32 values, which count where `inside` says so."""
+    order = in_order(values)
+    lowest = tl.min(tl.where(inside, order, 2147483647))
+    return mark_largest(tl.where(inside, order, -2147483648), lowest, k)
+
+
+@jit
+def store_marked(target, values, marks, count):  # type: ignore[no-untyped-def]
+    """Store the marked values one after the other, `count` of them."""
+    at = tl.cumsum(marks.to(tl.int32)) - 1
+    tl.store(target + at, values, mask=marks & (at < count))
+
+
+@jit
 def weigh_kernel(  # type: ignore[no-untyped-def]
     logits, row_stride, maxima, sums, vocab, count, GROUP: tl.constexpr
 ):
@@ -3376,12 +3386,9 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     block = tl.arange(0, LANES)
     inside = block < count
     top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
-    order = in_order(top)
-    lowest = tl.min(tl.where(inside, order, 2147483647))
-    chosen, edge = mark_largest(tl.where(inside, order, -2147483648), lowest, held)
+    chosen, edge = mark_blocks(top, inside, held)
     tl.store(edges + row, edge)
-    at = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(blocks + row * held + at, block, mask=chosen & (at < held))
+    store_marked(blocks + row * held, block, chosen, held)
     floor = tl.maximum(tl.max(top), -3.4028234663852886e38)
     total = tl.load(sums + row * count + block, mask=inside, other=0.0).to(tl.float64)
     total *= tl.exp(top.to(tl.float64) - floor.to(tl.float64))
@@ -3405,8 +3412,7 @@ def hold_kernel(  # type: ignore[no-untyped-def]
     order = tl.where(inside, in_order(values), -2147483648)
     chosen, _ = mark_largest(order, tl.load(edges + row), k)
     key = (order.to(tl.int64) << 31) | (2147483647 - ids).to(tl.int64)
-    at = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(keys + row * k + at, key, mask=chosen & (at < k))
+    store_marked(keys + row * k, key, chosen, k)
     floor = tl.load(largest + row).to(tl.float64)
     total = tl.sum(tl.exp(values.to(tl.float64) - floor)) + tl.load(others + row)
     tl.store(logsumexp + row, floor + tl.log(total))
@@ -3456,11 +3462,8 @@ def race_kernel(  # type: ignore[no-untyped-def]
     weight = top - tl.maximum(tl.max(top), -3.4028234663852886e38)
     state = row_state(seed_state, index, position, row)
     clocks = rough_clocks(state, 4294967296 + block.to(tl.int64))
-    order = in_order(weight - tl.log(clocks / total))
-    lowest = tl.min(tl.where(inside, order, 2147483647))
-    chosen, _ = mark_largest(tl.where(inside, order, -2147483648), lowest, running)
-    at = tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(runners + row * running + at, block, mask=chosen & (at < running))
+    chosen, _ = mark_blocks(weight - tl.log(clocks / total), inside, running)
+    store_marked(runners + row * running, block, chosen, running)
 
 
 @jit
