@@ -3636,7 +3636,10 @@ def as_lists(arrays: Sequence[npt.NDArray[np.int32]]) -> pa.Array:
 def sum_rows(values: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Add up per-token values row by row, float64; `ends` are the rows' last tokens plus one."""
     starts = np.concatenate(([0], ends[:-1])).astype(np.int64)
-    return np.add.reduceat(values.astype(np.float64), starts) if ends.size else np.zeros(0)
+    filled, sums = ends > starts, np.zeros(ends.size)
+    if filled.any():
+        sums[filled] = np.add.reduceat(values.astype(np.float64), starts[filled])
+    return sums
 
 
 class AsyncPostProcessor:
@@ -3745,26 +3748,20 @@ def measure_table(table: pa.Table, *, nucleus_cap: int) -> MeasuredRows:
     """Return a table with the figures of its rows, with or without `_mass` and `_actual`."""
     counts = table["top_counts"].combine_chunks()
     ends = np.cumsum(pc.list_value_length(counts).to_numpy())
-    values = counts.flatten().to_numpy().astype(np.int64)
+    values = counts.flatten().to_numpy()
     tokens = table["num_tokens"].to_pylist()
     measured = {MASS_COLUMN, ACTUAL_COLUMN} <= set(table.column_names)
     unknown = [0.0] * len(tokens)
     columns = (
         tokens,
-        add_up(values, ends),
-        add_up(values == nucleus_cap, ends),
+        sum_rows(values, ends).astype(np.int64).tolist(),
+        sum_rows(values == nucleus_cap, ends).astype(np.int64).tolist(),
         tokens if measured else [0] * len(tokens),
         table[MASS_COLUMN].to_pylist() if measured else unknown,
         table[ACTUAL_COLUMN].to_pylist() if measured else unknown,
     )
     figures = [Figures(1, *row) for row in zip(*columns, strict=True)]
     return MeasuredRows(table, table["index"].to_pylist(), figures, row_sizes(table).tolist())
-
-
-def add_up(values: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> list[int]:
-    """Return the sums of flattened values row by row; `ends` are the rows' last ones plus one."""
-    sums = np.concatenate(([0], np.cumsum(values)))[ends]
-    return [int(total) for total in np.diff(sums, prepend=0)]
 
 
 def row_sizes(table: pa.Table) -> npt.NDArray[np.int64]:
