@@ -306,8 +306,17 @@ def quantize_logits(
 
     Returns:
         (n,) uint16, and the per-token minimum and maximum, float32.
+
+    Raises:
+        FormatError: a logit is not finite; names it.
     """
     values = np.asarray(logits, np.float32).reshape(-1)
+    strange = np.flatnonzero(~np.isfinite(values))
+    if strange.size:
+        raise FormatError(
+            f"logit {strange[0]} of {values.size} is {values[strange[0]]}: only finite ones are "
+            "stored, so leave the token out"
+        )
     per_token = np.asarray([values.size] if counts is None else counts, np.int64).reshape(-1)
     if values.size == 0:
         return np.zeros(0, np.uint16), np.zeros(0, np.float32), np.zeros(0, np.float32)
@@ -2017,7 +2026,9 @@ MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refus
 MAX_GROUP_VALUES = 2**28
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PREFIXES = ("hf://datasets/", "https://huggingface.co/datasets/")
-_SPLIT_NAME = re.compile(r"(?:^|[/_.-])(train|validation|valid|dev|test|eval)(?=[/_.-])")
+_SPLITS = "train|validation|valid|dev|test|eval"
+_SPLIT_NAME = re.compile(rf"(?:^|/)({_SPLITS})(?=/|-[0-9]|\.parquet$)")
+_SHARD = re.compile(rf"(?:data/)?(?:[0-9]{{3}}/|(?:{_SPLITS})/)?[^/]+\.parquet")
 
 
 # Where the files are ------------------------------------------------------------------------------
@@ -2068,6 +2079,8 @@ class FileStore:
         for file in self._files:
             if not Path(file).is_file():
                 raise OpenError(f"no such file: {file}")
+        if len({Path(file).resolve() for file in self._files}) < len(self._files):
+            raise OpenError("the list names a file twice")
         return {file: Path(file).stat().st_size for file in self._files}
 
     def open(self, path: str) -> Any:
@@ -2373,30 +2386,39 @@ def open_store(name: str | Path) -> Store:
 
 
 def find_shards(files: Mapping[str, int], name: str, split: str) -> dict[str, int]:
-    """Choose the Parquet files of a split, with their sizes, in order of shard number.
+    """Choose the Parquet files of a split, with their sizes, in order of their numbers.
 
-    Files under `data/` win over others; a file whose path names no split belongs to `train`.
+    Files under `data/` win over others; a file whose name or folder is no split's belongs to
+    `train`. What lies further down is another output's, and is never read with these.
     """
-    parquet = [path for path in files if path.endswith(".parquet")]
+    parquet = [path for path in files if _SHARD.fullmatch(path)]
     parquet = [path for path in parquet if path.startswith("data/")] or parquet
     if not parquet:
-        raise OpenError(f"{name} holds no Parquet files")
+        raise OpenError(f"{name} holds no Parquet files{outputs_below(files, name)}")
     splits: dict[str, list[str]] = {}
     for path in parquet:
         found = _SPLIT_NAME.search(path)
         splits.setdefault(found[1] if found else "train", []).append(path)
     if split not in splits:
         raise OpenError(f"{name} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return {path: files[path] for path in sorted(splits[split], key=natural_key)}
+    return {path: files[path] for path in sorted(splits[split], key=shard_order)}
 
 
-def natural_key(path: str) -> list[tuple[int, int | str]]:
-    """Sort key that reads runs of digits as numbers."""
-    return [
-        (0, int(part)) if part.isdigit() else (1, part)
-        for part in re.split(r"([0-9]+)", path)
-        if part
-    ]
+def outputs_below(files: Mapping[str, int], name: str) -> str:
+    """Name the folders below that hold shards of their own; an empty text where none do."""
+    folders = {re.sub(r"(?:^|/)(?:data(?:/[0-9]{3})?/)?[^/]+$", "", path) for path in files}
+    folders = {folder for folder in folders if folder}
+    own = {re.sub(r"/?[^/]+$", "", path) for path in files if "/data/" in path}
+    own = {re.sub(r"/data(/[0-9]{3})?$", "", folder) for folder in own}
+    names = [f"{name}/{folder}" for folder in sorted(own or folders)]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f" itself; name one of those below: {', '.join(names[:5])}{more}" if names else ""
+
+
+def shard_order(path: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sort key that reads runs of digits in a file's own name as numbers."""
+    runs = filter(None, re.split(r"([0-9]+)", path.rpartition("/")[2]))
+    return [(0, int(run)) if run.isdigit() else (1, run) for run in runs], path
 
 
 def load_logit_dataset(
@@ -2412,7 +2434,8 @@ def load_logit_dataset(
             shards into the Hub's local cache first. Files at hand are never copied.
 
     Raises:
-        OpenError: no such output, no Parquet files in it, or no such split.
+        OpenError: no such output, no Parquet files in it, or no such split; a folder that only
+            holds outputs is refused with their names.
     """
     store = open_store(name) if isinstance(name, (str, Path)) else FileStore(name)
     if isinstance(store, FileStore):
@@ -3224,8 +3247,14 @@ def score_tokens(
 def half_step(
     low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], logit_bits: int
 ) -> npt.NDArray[np.float64]:
-    """Return how far a logit quantized over a range can be off, in nats: half of a step kept."""
-    return 0.5 / (2**logit_bits - 1) * (high.astype(np.float64) - low)
+    """Return how far a logit quantized over a range can be off, in nats.
+
+    Half of a step that is kept; and where those steps do not divide the 65,536 levels of the format
+    evenly, half of one of its levels more.
+    """
+    steps = 2**logit_bits - 1
+    uneven = 0.5 / 65535 if 65535 % steps else 0.0
+    return (0.5 / steps + uneven) * (high.astype(np.float64) - low)
 
 
 def unstored_bound(block: TokenBlock, logit_bits: int = 16) -> npt.NDArray[np.float64]:
