@@ -41,6 +41,7 @@ import json
 import logging
 import math
 import re
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -2021,6 +2022,8 @@ SETTING_TEXTS = (
     *("model", "model_revision", "dataset", "dataset_revision", "subset", "split"),
     *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
 )
+# What all rows of an output have in common; versions and attention may differ between machines.
+RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
 MAX_GROUP_VALUES = 2**28
@@ -2174,8 +2177,10 @@ class LogitDataset:
     def __repr__(self) -> str:
         return f"LogitDataset({self.name!r}, {len(self.shards)} shards)"
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return dict(self.read_row(i).to_pylist()[0])
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return self.read_rows(range(*i.indices(len(self)))).to_pylist()
+        return self.read_rows([check_row_number(i)]).to_pylist()[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for table in self.iter_tables():
@@ -2204,7 +2209,7 @@ class LogitDataset:
         """Return an opened shard whose rows are of a format that is known here.
 
         Raises:
-            FormatError: they are of a later one.
+            FormatError: they are of a later one, or of another run than a shard read before.
         """
         file = self.file(shard)
         version = (file.schema_arrow.metadata or {}).get(METADATA_VERSION, b"")
@@ -2212,6 +2217,15 @@ class LogitDataset:
             raise FormatError(
                 f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
                 "can be read here: use a later logit-extraction"
+            )
+        first = next(iter(self._files))  # opened
+        schemas = (self.file(first).schema_arrow, file.schema_arrow)
+        texts = [(schema.metadata or {}).get(METADATA_SETTINGS, b"{}") for schema in schemas]
+        differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
+        if differ:
+            raise FormatError(
+                f"{self.shards[first]} and {self.shards[shard]} are of two runs, which differ in "
+                f"{', '.join(differ)}: open the files of each by themselves"
             )
         return file
 
@@ -2224,28 +2238,51 @@ class LogitDataset:
     def _listed(self) -> dict[str, int]:
         return listed_rows(self.store, self.sizes)
 
-    def locate_row(self, i: int) -> tuple[int, int]:
-        """Return the shard that holds row `i` (negative: from the end) and its row there."""
-        left, listed = i if i >= 0 else i + len(self), len(self._listed)
-        for shard in range(len(self.shards)):
-            size = self.count_rows(shard)
-            if 0 <= left < size:
-                self.file(shard)
-                # Opening it may show that the list is wrong: then look again, without it.
-                return (shard, left) if len(self._listed) == listed else self.locate_row(i)
-            left -= size
-        raise RowError(f"{self.name} has {len(self)} rows, there is no row {i}")
+    def read_rows(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> pa.Table:
+        """Return rows by number (negative: from the end), in the order asked for.
 
-    def read_row(self, i: int) -> pa.Table:
-        """Return row `i` as a table of one row, reading one row group and no more."""
-        shard, offset = self.locate_row(i)
-        metadata = self.file(shard).metadata
-        for group in range(metadata.num_row_groups):
-            size = metadata.row_group(group).num_rows
-            if offset < size:
-                return self._read_group(shard, group).slice(offset, 1)
-            offset -= size
-        raise FormatError(f"{self.shards[shard]}: its footer counts more rows than it has")
+        Each row group that holds some of them is read once.
+
+        Raises:
+            RowError: there is no such row.
+        """
+        shards, offsets = self._locate(np.asarray(rows, np.int64))
+        tables, places = [], []
+        for shard in np.unique(shards).tolist():
+            metadata = self.file(shard).metadata
+            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+            starts, mine = to_starts(sizes), np.flatnonzero(shards == shard)
+            groups = np.searchsorted(starts, offsets[mine], side="right") - 1
+            for group in np.unique(groups).tolist():
+                at = mine[groups == group]
+                table = self._read_group(shard, group)
+                tables.append(table.take(pa.array(offsets[at] - starts[group])))
+                places.append(at)
+        if len(tables) == 1 and places[0].size == 1:
+            return tables[0]
+        order = np.argsort(np.concatenate(places or [np.zeros(0, np.int64)]))
+        return pa.concat_tables(tables).take(pa.array(order)) if tables else rows_table([])
+
+    def _locate(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the shard of each row, and its number there."""
+        while True:
+            listed = len(self._listed)
+            wanted = np.where(rows < 0, rows + len(self), rows) if (rows < 0).any() else rows
+            starts, most = [0], int(wanted.max(initial=-1))
+            while starts[-1] <= most and len(starts) <= len(self.shards):
+                starts.append(starts[-1] + self.count_rows(len(starts) - 1))
+            outside = (wanted < 0) | (wanted >= starts[-1])
+            if outside.any():
+                raise RowError(
+                    f"{self.name} has {len(self)} rows, there is no row {rows[outside][0]}"
+                )
+            shards = np.searchsorted(starts, wanted, side="right") - 1
+            for shard in np.unique(shards).tolist():
+                self.file(shard)
+            if len(self._listed) == listed:  # else opening a file showed that the list is wrong
+                return shards, wanted - np.asarray(starts)[shards]
 
     def iter_tables(
         self, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
@@ -2346,6 +2383,20 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
         if not isinstance(settings.get(entry), (str, type(None))):
             raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not text")
     return settings
+
+
+@lru_cache(maxsize=64)
+def peek_settings(text: bytes) -> dict[str, Any]:
+    """Return the settings of a run where they can be read, else nothing."""
+    try:
+        return parse_settings(text, "")
+    except FormatError:
+        return {}
+
+
+def run_differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Return the settings in which two shards of one output cannot differ, but these do."""
+    return sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
 
 
 @dataclass(frozen=True)
@@ -2501,7 +2552,7 @@ def as_dataset(dataset: Any) -> Any:
     return dataset
 
 
-def get_sample(dataset: Any, i: int = 0) -> dict[str, Any]:
+def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> dict[str, Any]:
     """Decode row `i`, without reading the rows before it and without changing `dataset`.
 
     Args:
@@ -2509,6 +2560,7 @@ def get_sample(dataset: Any, i: int = 0) -> dict[str, Any]:
             `pyarrow.Table`, a list of rows. A `datasets.IterableDataset` works too, but has to
             be read from its start.
         i: row number; negative counts from the end where the end is known.
+        conversation: choose by `index`, the id in the source, instead.
 
     Returns:
         `index`, `num_tokens` (N); by token: `top_indices`, `top_logits_quantized`,
@@ -2521,7 +2573,14 @@ def get_sample(dataset: Any, i: int = 0) -> dict[str, Any]:
         RowError: there is no such row.
         FormatError: the row does not hold what the format says.
     """
-    return block_samples(decode_rows(read_row(as_dataset(dataset), i), first_row=i))[0]
+    dataset = as_dataset(dataset)
+    if conversation is not None:
+        numbers = row_numbers(dataset)
+        if conversation not in numbers:
+            raise RowError(f"none of the {len(numbers):,} rows is of conversation {conversation!r}")
+        i = numbers[conversation]
+    i = check_row_number(i)
+    return block_samples(decode_rows(read_row(dataset, i), first_row=i))[0]
 
 
 def iter_samples(dataset: Any, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -2530,12 +2589,27 @@ def iter_samples(dataset: Any, *, limit: int | None = None) -> Iterator[dict[str
         yield from block_samples(block)
 
 
+def check_row_number(i: Any) -> int:
+    """Refuse what is no row number."""
+    if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)):
+        raise RowError(
+            f"a row number is an integer, not {i!r:.40} ({type(i).__name__}); iter_samples gives "
+            "many rows, conversation= takes the id of one in the source"
+        )
+    return int(i)
+
+
 def read_row(dataset: Any, i: int) -> pa.Table:
     """Return row `i` of any kind of dataset as a table of one row."""
     if isinstance(dataset, LogitDataset):
-        return dataset.read_row(i)
-    if isinstance(dataset, Mapping) and i == 0:
-        return rows_table([dataset])
+        return dataset.read_rows([i])
+    if isinstance(dataset, Mapping):
+        dataset = [dataset]
+    if not any(hasattr(dataset, name) for name in ("__len__", "skip")):
+        raise LogitsError(
+            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
+            f"{dataset!r:.40} ({type(dataset).__name__})"
+        )
     if hasattr(dataset, "skip") and not hasattr(dataset, "__len__"):
         return read_stream(dataset, i)
     size = len(dataset)
@@ -2546,6 +2620,13 @@ def read_row(dataset: Any, i: int) -> pa.Table:
     if hasattr(dataset, "with_format"):
         return dataset.with_format("arrow")[i % size : i % size + 1]
     return rows_table([dataset[i]])
+
+
+def read_many(dataset: Any, rows: Sequence[int]) -> pa.Table:
+    """Return rows by number of any kind of dataset."""
+    if isinstance(dataset, LogitDataset):
+        return dataset.read_rows(rows)
+    return pa.concat_tables([read_row(dataset, row) for row in rows])
 
 
 def read_stream(dataset: Any, i: int) -> pa.Table:
@@ -2593,7 +2674,8 @@ def _all_tables(dataset: Any, columns: Sequence[str], *, rows: int) -> Iterator[
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
-    fields = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in rows[0]]
+    names = rows[0] if rows else SCHEMA.names
+    fields = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
     try:
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -3658,6 +3740,7 @@ class ValidationReport:
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # violations by rule, all of them
     violations: list[Violation] = field(default_factory=list)
+    _alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def ok(self) -> bool:
@@ -3676,8 +3759,8 @@ class ValidationReport:
         """Count a violation and keep it unless its rule has many in this shard already."""
         violation = Violation(shard, row, token, rule, message)
         self.counts[rule] += 1
-        alike = sum(v[0::3] == violation[0::3] for v in self.violations)
-        if alike < MAX_REPORTED:
+        self._alike[shard, rule] += 1
+        if self._alike[shard, rule] <= MAX_REPORTED:
             self.violations.append(violation)
 
     def __str__(self) -> str:
@@ -3971,17 +4054,18 @@ class Comparison:
     """Two outputs, row by row where both hold the conversation.
 
     `divergence` is KL(first ‖ second) in nats, for each token the least that what is stored
-    allows: tokens that only the second leaves out count with the most that they can have.
+    allows: tokens that only the second leaves out count with the most that they can have. Figures
+    are None where no token could be compared.
     """
 
     rows: tuple[int, int]
     common_rows: int
     unequal_rows: int  # in common, but with another number of tokens
     tokens: int
-    mean_divergence: float
-    max_divergence: float
-    same_first: float  # share of tokens with the same likeliest token
-    max_logsumexp: float  # largest difference
+    mean_divergence: float | None
+    max_divergence: float | None
+    same_first: float | None  # share of tokens with the same likeliest token
+    max_logsumexp: float | None  # largest difference
     largest: list[tuple[float, int, int]]  # divergence, conversation, token; largest first
 
     def __str__(self) -> str:
@@ -3989,6 +4073,10 @@ class Comparison:
             f"rows in common      {self.common_rows:,} of {self.rows[0]:,} and {self.rows[1]:,}",
             f"of another length   {self.unequal_rows:,}",
             f"tokens compared     {self.tokens:,}",
+        ]
+        if not self.tokens:
+            return "\n".join([*lines, "nothing to compare: no token is in both"])
+        lines += [
             f"KL, mean and max    {self.mean_divergence:.3g} and {self.max_divergence:.3g} nats",
             f"same likeliest      {self.same_first:.3%}",
             f"log-sum-exp differs by {self.max_logsumexp:.3g} at most",
@@ -3997,11 +4085,14 @@ class Comparison:
         return "\n".join([*lines, "largest differences", *worst] if worst else lines)
 
 
+COMPARED_TOKENS = 2**17  # of the first output, held at once beside those of the second
+
+
 def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison:
     """Compare the distributions of two outputs over the conversations that both hold.
 
     Args:
-        first, second: outputs by name or opened by `load_logit_dataset`.
+        first, second: outputs by name or opened by `load_logit_dataset`, or rows at hand.
         largest: how many of the most different tokens to name.
     """
     one, two = as_dataset(first), as_dataset(second)
@@ -4010,34 +4101,72 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     sums: Counter[str] = Counter()
     worst: list[tuple[float, int, int]] = []
     peak = 0.0
-    for sample in iter_samples(one):
-        sums["rows"] += 1
-        if sample["index"] not in known:
-            continue
-        other = get_sample(two, known[sample["index"]])
-        sums["common"] += 1
-        if other["num_tokens"] != sample["num_tokens"]:
-            sums["unequal"] += 1
-            continue
-        a, b = sample_block(sample), sample_block(other)
+    for a, b in iter_common(one, two, known, sums):
         divergence = bound_divergence(a, b, logit_bits=bits)
         same = int((a.top_ids[a.top_starts[:-1]] == b.top_ids[b.top_starts[:-1]]).sum())
         sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
-        here = [(float(kl), sample["index"], t) for t, kl in enumerate(divergence) if kl > 0]
-        worst = sorted([*worst, *here], key=lambda item: -item[0])[:largest]
-    tokens = max(sums["tokens"], 1)
+        chosen = np.argsort(-divergence, kind="stable")[:largest]
+        rows = np.searchsorted(a.row_starts, chosen, side="right") - 1
+        tokens = chosen - a.row_starts[rows]
+        here = zip(divergence[chosen], a.index[rows], tokens, strict=True)
+        worst += [(float(kl), int(i), int(t)) for kl, i, t in here if kl > 0]
+        worst = sorted(worst, key=lambda item: -item[0])[:largest]
+    count = sums["tokens"]
     return Comparison(
-        rows=(sums["rows"], len(two)),
+        rows=(sums["rows"], len(known)),
         common_rows=sums["common"],
         unequal_rows=sums["unequal"],
-        tokens=sums["tokens"],
-        mean_divergence=sums["kl"] / tokens,
-        max_divergence=worst[0][0] if worst else 0.0,
-        same_first=sums["same"] / tokens,
-        max_logsumexp=peak,
+        tokens=count,
+        mean_divergence=sums["kl"] / count if count else None,
+        max_divergence=(worst[0][0] if worst else 0.0) if count else None,
+        same_first=sums["same"] / count if count else None,
+        max_logsumexp=peak if count else None,
         largest=worst,
     )
+
+
+def iter_common(
+    one: Any, two: Any, known: Mapping[int, int], sums: Counter[str]
+) -> Iterator[tuple[TokenBlock, TokenBlock]]:
+    """Yield the rows of two outputs that can be compared, as blocks of the same rows.
+
+    Many rows of the second are read together, so that its row groups are read seldom in whatever
+    order they are.
+
+    Args:
+        one, two: the outputs.
+        known: row number in `two` by conversation.
+        sums: `rows` of `one`, those in `common` and those of them that are `unequal` are added.
+    """
+
+    def pair(tables: list[pa.Table]) -> Iterator[tuple[TokenBlock, TokenBlock]]:
+        table = pa.concat_tables(tables)
+        index = read_column(table, SCHEMA.field("index")).tolist()
+        sums["rows"] += len(index)
+        common = [row for row, conversation in enumerate(index) if conversation in known]
+        sums["common"] += len(common)
+        if not common:
+            return
+        other = read_many(two, [known[index[row]] for row in common])
+        a, b = decode_rows(table.take(common)), decode_rows(other)
+        equal = np.flatnonzero(a.num_tokens == b.num_tokens)
+        sums["unequal"] += len(common) - equal.size
+        if equal.size < len(common):
+            a = decode_rows(table.take(np.array(common)[equal]))
+            b = decode_rows(other.take(equal))
+        yield a, b
+
+    waiting: list[pa.Table] = []
+    tokens = 0
+    for table in iter_tables(one):
+        waiting.append(table)
+        tokens += read_column(table, SCHEMA.field("top_counts")).values.size
+        if tokens >= COMPARED_TOKENS:
+            yield from pair(waiting)
+            waiting, tokens = [], 0
+    if waiting:
+        yield from pair(waiting)
 
 
 def bound_divergence(
@@ -6080,7 +6209,7 @@ def export_axolotl(
 
     Args:
         dataset: the output.
-        folder: gets the Parquet files, one for each 256 rows.
+        folder: a new one for the Parquet files, one for each 256 rows.
         k: nucleus entries kept of each token.
         at: `predicting` puts a distribution at the position that predicts, as the trainer since
             its Liger kernel (2025) expects; `predicted` at the token itself, as the one before,
@@ -6090,14 +6219,17 @@ def export_axolotl(
     Returns:
         The number of rows.
 
+    Raises:
+        LogitsError: `k` is below 1, or something is in the folder.
+
     Source: axolotl, src/axolotl/integrations/kd: collator.py for the columns, kernels/liger.py
     and trainer.py for the positions.
     """
     check_choice("at", at, ("predicting", "predicted"))
-    return write_export(
-        (axolotl_row(row, k, back=int(at == "predicting")) for row in export_rows(dataset, text)),
-        Path(folder),
-    )
+    target = check_export(folder, k)
+    back = int(at == "predicting")
+    rows = (axolotl_row(row, k, back=back) for row in export_rows(dataset, text))
+    return write_export(rows, target)
 
 
 def axolotl_row(row: Mapping[str, Any], k: int, *, back: int) -> dict[str, npt.NDArray[Any]]:
@@ -6137,12 +6269,15 @@ def export_distillkit(
 
     Args:
         dataset: the output.
-        folder: gets the Parquet files, one for each 256 rows, and the configuration.
+        folder: a new one for the Parquet files, one for each 256 rows, and the configuration.
         k: nucleus entries kept of each token.
         text: see `LogitIterableDataset`.
 
     Returns:
         The number of rows.
+
+    Raises:
+        LogitsError: `k` is below 1, or something is in the folder.
 
     Source: arcee-ai/DistillKit, distillkit/sample_common.py (schema), compression/config.py, and
     compression/bitpack.py and monotonic_logprobs.py for the bytes.
@@ -6150,11 +6285,10 @@ def export_distillkit(
     output = as_output(dataset)
     vocab = int(load_extraction_config(output).get("vocab_size") or MAX_TOKEN_ID + 1)
     bits = max((vocab - 1).bit_length(), 1)
-    rows = (distillkit_row(row, k, bits=bits) for row in export_rows(output, text))
-    count = write_export(rows, Path(folder))
+    target = check_export(folder, k)
     lines = (f"d: {vocab}", f"k: {k}", f"exact_k: {k}", "exact_dtype: float32", *DISTILLKIT_PLAIN)
-    (Path(folder) / "compression_config.yaml").write_text("\n".join(lines) + "\n")
-    return count
+    rows = (distillkit_row(row, k, bits=bits) for row in export_rows(output, text))
+    return write_export(rows, target, texts={"compression_config.yaml": "\n".join(lines) + "\n"})
 
 
 def distillkit_row(row: Mapping[str, Any], k: int, *, bits: int) -> dict[str, npt.NDArray[Any]]:
@@ -6213,20 +6347,46 @@ def pack_bits(ids: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:
     return np.packbits(wide[..., 32 - bits :].reshape(ids.shape[0], -1), axis=-1)
 
 
+def check_export(folder: str | Path, k: int) -> Path:
+    """Return the folder of an export, which must be new, as a file of another would be read too.
+
+    Raises:
+        LogitsError: something is there, or `k` is no number of entries.
+    """
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise LogitsError(f"k={k!r}: an export keeps at least 1 entry of each token")
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise LogitsError(f"{folder} is not empty: name a new folder for the export")
+    return path
+
+
 def write_export(
-    rows: Iterable[Mapping[str, npt.NDArray[Any]]], folder: Path, *, at_once: int = 256
+    rows: Iterable[Mapping[str, npt.NDArray[Any]]],
+    folder: Path,
+    *,
+    texts: Mapping[str, str] | None = None,
+    at_once: int = 256,
 ) -> int:
-    """Write rows of one- and two-dimensional arrays as Parquet files of (nested) lists."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write rows of one- and two-dimensional arrays as Parquet files of (nested) lists.
+
+    The folder appears when everything is in it, with `texts` by name of file.
+    """
     source, count = iter(rows), 0
-    for number in itertools.count():
-        chunk = list(itertools.islice(source, at_once))
-        if not chunk:
-            return count
-        columns = {name: nested_lists([row[name] for row in chunk]) for name in chunk[0]}
-        path = folder / f"data_{number}.parquet"
-        pq.write_table(pa.table(columns), path, compression="zstd")
-        count += len(chunk)
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as made:
+        new = Path(made) / "export"
+        new.mkdir()
+        for number in itertools.count():
+            chunk = list(itertools.islice(source, at_once))
+            if not chunk:
+                break
+            columns = {name: nested_lists([row[name] for row in chunk]) for name in chunk[0]}
+            path = new / f"data_{number}.parquet"
+            pq.write_table(pa.table(columns), path, compression="zstd")
+            count += len(chunk)
+        for name, text in (texts or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+        new.replace(folder)
     return count
 
 
