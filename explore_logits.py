@@ -153,6 +153,9 @@ class FormatError(LogitsError):
     """A file or an array is not in the shard format; met when reading foreign or damaged shards."""
 
 
+EXTRAS: dict[str | None, tuple[str, ...]] = {"viz": ("matplotlib", "seaborn", "termcolor")}
+
+
 def import_extra(module: str, extra: str | None = None) -> Any:
     """Import a package that only some functions need; when missing, name what brings it."""
     try:
@@ -161,8 +164,16 @@ def import_extra(module: str, extra: str | None = None) -> Any:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:
             raise
-        brings = f"'logit-extraction[{extra}]'" if extra else package
+        # The project is on no index, so its extras come from its own folder where that is known.
+        folder = Path(__file__).resolve().parent
+        beside = extra is not None and (folder / "pyproject.toml").is_file()
+        brings = f"-e '{folder}[{extra}]'" if beside else " ".join(EXTRAS.get(extra, (package,)))
         raise LogitsError(f"{package} is needed for this: pip install {brings}") from error
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count and its noun: `1 token`, `2,000 tokens`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def first_line(error: BaseException) -> str:
@@ -178,6 +189,7 @@ FORMAT_VERSION = 1
 MAX_TOKEN_ID = 2**18 - 1  # 16 bits in *_indices_low, 2 in *_indices_high
 METADATA_VERSION = b"logits.format_version"
 METADATA_SETTINGS = b"logits.extraction"  # JSON object: the settings of the run
+METADATA_PART = b"logits.part"  # JSON object: number, ids, skipped conversations and sums of a part
 METADATA_LENGTHS = b"logits.lengths"  # JSON object: what a lengths file was measured with
 
 _U16_LIST = pa.list_(pa.uint16())
@@ -2009,7 +2021,7 @@ TOKEN_COLUMNS = tuple(field.name for field in TOKEN_FIELDS)
 OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS)
 READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
 CONFIG_FILE = "extraction_config.json"
-CHECKPOINT_FILE = "checkpoint.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint(-w[0-9]+)?\.json")
 TEMPLATE_FILE = "chat_template.jinja"
 SETTING_RANGES = {
     "top_p": (0, 1),
@@ -2024,6 +2036,7 @@ SETTING_TEXTS = (
 )
 # What all rows of an output have in common; versions and attention may differ between machines.
 RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
+PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
 MAX_GROUP_VALUES = 2**28
@@ -2055,6 +2068,11 @@ class LocalStore:
             if path.is_file() and self._inside(path)
         }
 
+    def list_checkpoints(self) -> list[str]:
+        """Return the names of the workers' checkpoints."""
+        names = (path.name for path in self.root.glob("checkpoint*.json"))
+        return sorted(name for name in names if CHECKPOINT_NAME.fullmatch(name))
+
     def open(self, path: str) -> Any:
         """Open a file to read by ranges."""
         full = self.root / path
@@ -2085,6 +2103,10 @@ class FileStore:
         if len({Path(file).resolve() for file in self._files}) < len(self._files):
             raise OpenError("the list names a file twice")
         return {file: Path(file).stat().st_size for file in self._files}
+
+    def list_checkpoints(self) -> list[str]:
+        """Return nothing: no file was named."""
+        return []
 
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; there are none but those that were named."""
@@ -2132,6 +2154,10 @@ class HubStore:
             found = self._fs.find(self._root, detail=True)
         return {path[len(self._root) + 1 :]: int(entry["size"]) for path, entry in found.items()}
 
+    def list_checkpoints(self) -> list[str]:
+        """Return the names of the workers' checkpoints."""
+        return sorted(path for path in self.list_files() if CHECKPOINT_NAME.fullmatch(path))
+
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; nothing is fetched ahead or kept."""
         with hub_errors(self.name):
@@ -2140,7 +2166,7 @@ class HubStore:
     def download(self, files: Sequence[str]) -> LocalStore:
         """Fetch files and the run's settings into the Hub's local cache."""
         hub = import_extra("huggingface_hub")
-        wanted = [*files, CONFIG_FILE, TEMPLATE_FILE]
+        wanted = [*files, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"]
         commit = self._root.rpartition("@")[2]
         with hub_errors(self.name):
             folder = hub.snapshot_download(
@@ -2175,7 +2201,7 @@ class LogitDataset:
         return sum(self.count_rows(shard) for shard in range(len(self.shards)))
 
     def __repr__(self) -> str:
-        return f"LogitDataset({self.name!r}, {len(self.shards)} shards)"
+        return f"LogitDataset({self.name!r}, {plural(len(self.shards), 'shard')})"
 
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
@@ -2204,6 +2230,15 @@ class LogitDataset:
             if self._listed.get(self.shards[shard], rows) != rows:
                 self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
+
+    def part(self, shard: int) -> dict[str, Any]:
+        """Return what a shard says of the part that it is; empty in files of version 0.1.
+
+        Raises:
+            FormatError: it is not what a part says of itself; names the entry.
+        """
+        text = (self.file(shard).schema_arrow.metadata or {}).get(METADATA_PART)
+        return {} if text is None else parse_part(text, self.shards[shard])
 
     def readable_file(self, shard: int) -> Any:
         """Return an opened shard whose rows are of a format that is known here.
@@ -2275,9 +2310,8 @@ class LogitDataset:
                 starts.append(starts[-1] + self.count_rows(len(starts) - 1))
             outside = (wanted < 0) | (wanted >= starts[-1])
             if outside.any():
-                raise RowError(
-                    f"{self.name} has {len(self)} rows, there is no row {rows[outside][0]}"
-                )
+                row = rows[outside][0]
+                raise RowError(f"{self.name} has {plural(len(self), 'row')}, there is no row {row}")
             shards = np.searchsorted(starts, wanted, side="right") - 1
             for shard in np.unique(shards).tolist():
                 self.file(shard)
@@ -2383,6 +2417,43 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
         if not isinstance(settings.get(entry), (str, type(None))):
             raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not text")
     return settings
+
+
+PART_COUNTS = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
+
+
+def parse_part(text: bytes, name: str) -> dict[str, Any]:
+    """Parse what a shard says of its part: counts, the hash of its ids, who gave no row and why.
+
+    Raises:
+        FormatError: an entry is missing or of another kind; names it.
+    """
+    try:
+        part = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{name}: the figures of the part are not JSON: {error}") from error
+    if not isinstance(part, dict):
+        raise FormatError(f"{name}: the figures of the part are no JSON object")
+    for entry in PART_COUNTS:
+        if type(part.get(entry)) is not int or part[entry] < 0:
+            raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}, no count")
+    skipped = part.setdefault("skipped", {})
+    if not isinstance(skipped, dict) or not all(re.fullmatch("-?[0-9]{1,10}", i) for i in skipped):
+        raise FormatError(f"{name}: skipped of the part is {skipped!r:.40}, no reasons by id")
+    if not isinstance(part.get("ids"), str):
+        raise FormatError(f"{name}: ids of the part is {part.get('ids')!r:.40}, no hash")
+    return part
+
+
+def hash_ids(ids: npt.ArrayLike) -> str:
+    """Return the hash of the conversations of a part, in the order of their selection."""
+    return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()[:16]
+
+
+def part_path(number: int) -> str:
+    """Return where the file of a part is in an output."""
+    folder = f"{number // PARTS_PER_FOLDER:03d}/" if number >= PARTS_PER_FOLDER else ""
+    return f"data/{folder}part-{number:05d}.parquet"
 
 
 @lru_cache(maxsize=64)
@@ -2509,15 +2580,44 @@ def read_text(store: Store, path: str) -> str | None:
     return bytes(data).decode("utf-8", "replace")
 
 
+def read_checkpoints(store: Store) -> dict[str, dict[str, Any]]:
+    """Return what the checkpoints of all workers list: `bytes`, `rows` and more, by shard.
+
+    Raises:
+        FormatError: one is no checkpoint.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for name in store.list_checkpoints():
+        try:
+            content = json.loads(read_text(store, name) or "{}")
+            if "parts" in content:
+                columns = content["parts"]
+                for row in zip(*columns.values(), strict=True):
+                    record = dict(zip(columns, row, strict=True))
+                    records[part_path(record["number"])] = {"bytes": None, "rows": None, **record}
+            else:  # version 0.1
+                for path, entry in content["shards"].items():
+                    rows = entry.get("figures", {}).get("rows")
+                    records[path] = {"bytes": entry["bytes"], "rows": rows}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FormatError(f"{name} is no checkpoint with a list of shards") from error
+    return records
+
+
 def listed_rows(store: Store, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the rows of the shards that the output's checkpoint lists at their present size."""
+    """Return the rows of the shards that a checkpoint lists at their present size."""
     try:
-        listed = json.loads(read_text(store, CHECKPOINT_FILE) or "{}")["shards"]
-        same = {path: entry for path, entry in listed.items() if entry["bytes"] == sizes.get(path)}
-        rows = {path: entry["figures"]["rows"] for path, entry in same.items()}
-    except (OpenError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        records = read_checkpoints(store)
+    except LogitsError:
         return {}
+    rows = {path: r["rows"] for path, r in records.items() if r["bytes"] == sizes.get(path)}
     return rows if all(type(n) is int and n >= 0 for n in rows.values()) else {}
+
+
+def count_skipped(dataset: LogitDataset) -> Counter[str]:
+    """Count by reason the conversations that gave no row, as far as the shards say."""
+    parts = (dataset.part(shard) for shard in range(len(dataset.shards)))
+    return Counter(str(reason) for part in parts for reason in part.get("skipped", {}).values())
 
 
 def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
@@ -2614,7 +2714,7 @@ def read_row(dataset: Any, i: int) -> pa.Table:
         return read_stream(dataset, i)
     size = len(dataset)
     if not -size <= i < size:
-        raise RowError(f"the dataset has {size} rows, there is no row {i}")
+        raise RowError(f"the dataset has {plural(size, 'row')}, there is no row {i}")
     if isinstance(dataset, pa.Table):
         return dataset.slice(i % size, 1)
     if hasattr(dataset, "with_format"):
@@ -3068,6 +3168,7 @@ def block_sample(block: TokenBlock, row: int) -> dict[str, Any]:
 
 def sample_block(sample: Mapping[str, Any]) -> TokenBlock:
     """Return a sample as a block of one row: the inverse of `block_sample`, less its tokens."""
+    check_sample(sample)
     flat: dict[str, Any] = {
         name: np.concatenate(sample[name]) if sample[name] else np.zeros(0, kind)
         for name, kind in (
@@ -3139,11 +3240,33 @@ def _dequantize(sample: Mapping[str, Any], part: str, t: int | None) -> LogitPai
     return sample[f"{part}_indices"][t], dequantize_logits(q, vmin, vmax)
 
 
-def check_token(sample: Mapping[str, Any], t: int) -> None:
+def check_sample(sample: Any) -> None:
+    """Refuse what is no sample, and say what to pass."""
+    if not isinstance(sample, Mapping) or "top_indices" not in sample:
+        raise LogitsError(
+            f"a sample is needed, as get_sample(dataset, i) returns it, not {type(sample).__name__}"
+        )
+
+
+def check_token(sample: Mapping[str, Any], t: Any) -> None:
     """Refuse a token number that the sample does not have."""
+    check_sample(sample)
     n = sample["num_tokens"]
+    if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)):
+        raise RowError(f"a token's number is an integer, not {t!r:.40} ({type(t).__name__})")
     if not -n <= t < n:
-        raise RowError(f"row with index {sample['index']} has {n} tokens, there is no token {t}")
+        raise RowError(
+            f"row with index {sample['index']} has {plural(n, 'token')}, there is no token {t}"
+        )
+
+
+def check_tokenizer(tokenizer: Any) -> Any:
+    """Refuse what is no tokenizer; None is one that knows no words."""
+    if tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tokenizer
+    raise LogitsError(
+        f"tokenizer={tokenizer!r:.60} is no tokenizer: pass what load_tokenizer('MODEL') returns"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3260,8 +3383,10 @@ def decode_top_tokens(
 
     Without a tokenizer the text is `#id`.
     """
+    check_token(sample, t)
     ids, logits = dequantize_top_logits(sample, t)
-    return make_predictions(ids[:k], logits[:k], sample["logsumexp"][t], tokenizer)
+    known = check_tokenizer(tokenizer)
+    return make_predictions(ids[:k], logits[:k], sample["logsumexp"][t], known)
 
 
 def make_predictions(
@@ -3558,6 +3683,7 @@ class DatasetStats(Figures):
     agreement: float | None = None  # the actual token is the likeliest
     in_nucleus: float | None = None
     in_tail: float | None = None
+    bounded: int = 0  # known tokens that are not stored, whose probability is a bound
     mean_log_probability: float | None = None  # of the actual token; bounds taken as they are
     bytes_per_token: float | None = None
 
@@ -3583,7 +3709,9 @@ class DatasetStats(Figures):
         )
         facts += [(label, f"{share:.2%}") for label, share in shares if share is not None]
         if self.mean_log_probability is not None:
-            facts.append(("perplexity of the text", f"{math.exp(-self.mean_log_probability):.3f}"))
+            least = "≥ " if self.bounded else ""
+            perplexity = f"{least}{math.exp(-self.mean_log_probability):.3f}"
+            facts.append(("perplexity of the text", perplexity))
         if self.bytes_per_token is not None:
             facts.append(("bytes per token", f"{self.bytes_per_token:.1f}"))
         return facts
@@ -3646,6 +3774,7 @@ def compute_dataset_stats(
         mean_first=sums["first"] / tokens,
         capped=sums["capped"] / tokens if limits.top_p else None,
         known=int(known),
+        bounded=int(sums["bounded"]),
         bytes_per_token=cost,
         **about_text,
     )
@@ -3705,6 +3834,7 @@ def sum_agreement(
         "agreement": int((known & scores.in_nucleus & (scores.rank == 1)).sum()),
         "in_nucleus": int(scores.in_nucleus.sum()),
         "in_tail": int(scores.in_tail.sum()),
+        "bounded": int((known & ~scores.exact).sum()),
         "mean_log_probability": float(scores.log_probability[known].sum()),
     }
 
@@ -3740,6 +3870,7 @@ class ValidationReport:
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # violations by rule, all of them
     violations: list[Violation] = field(default_factory=list)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what shards say they are
     _alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -3764,13 +3895,15 @@ class ValidationReport:
             self.violations.append(violation)
 
     def __str__(self) -> str:
-        seen = f"{self.shards:,} shards, {self.rows:,} rows, {self.tokens:,} tokens"
+        counts = ((self.shards, "shard"), (self.rows, "row"), (self.tokens, "token"))
+        seen = ", ".join(plural(*count) for count in counts)
         if self.ok:
             return f"{self.name}: valid: {seen}"
         total = self.counts.total()
         kinds = ", ".join(f"{rule} {n:,}" for rule, n in self.counts.most_common())
         lines = [str(violation) for violation in self.violations]
-        return "\n".join([*lines, f"{self.name}: {total:,} violations ({kinds}) in {seen}"])
+        found = plural(total, "violation")
+        return "\n".join([*lines, f"{self.name}: {found} ({kinds}) in {seen}"])
 
 
 MACHINE_SETTINGS = {"attn", "versions"}  # may differ between the machines of one run
@@ -3784,7 +3917,7 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     throughout; list lengths; ids in range and never twice for a token; order, quantization and
     finite ranges; the nucleus covers top_p or is cut by the cap, and is no larger than needed; no
     tail token above the nucleus; probabilities that sum to 1 at most; positions of stored tokens;
-    no conversation twice; the shards that the checkpoint lists.
+    no conversation twice; what parts say of themselves; the shards that checkpoints list.
 
     Raises:
         OpenError: there is no such output; what is wrong inside it is reported, not raised.
@@ -3792,20 +3925,25 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     dataset = as_output(name)
     report = ValidationReport(dataset.name, shards=len(dataset.shards))
     config = validate_config(dataset, report)
-    places: list[tuple[str, npt.NDArray[np.int64]]] = []
+    places: list[tuple[str, npt.NDArray[np.int64], int]] = []
     for shard in dataset.shards:
         alone = LogitDataset(dataset.store, {shard: dataset.sizes[shard]})
+        alone._listed = {}  # its footer counts
         found: list[npt.NDArray[np.int64]] = []
+        sums: Counter[str] = Counter(tokens=0, nucleus=0, capped=0)
+        skipped = np.zeros(0, np.int64)
         try:
             settings = validate_footer(alone, config, report)
             config = config or settings
-            validate_shard(alone, RunLimits.of(settings), report, found)
+            validate_shard(alone, RunLimits.of(settings), report, found, sums)
+            index = np.concatenate(found or [np.zeros(0, np.int64)])
+            skipped = validate_part(alone, settings, index, sums, report)
         except LogitsError as error:
             row = sum(part.size for part in found)
             report.add(shard, "unreadable", str(error), row=row or None)
-        places.append((shard, np.concatenate(found) if found else np.zeros(0, np.int64)))
+        places.append((shard, np.concatenate([*found, skipped]), sum(p.size for p in found)))
     validate_unique(places, report)
-    validate_checkpoint(dataset, report)
+    validate_checkpoints(dataset, report)
     return report
 
 
@@ -3847,7 +3985,7 @@ def validate_footer(
     differ = [name for name in names if settings[name] != config[name]]
     if differ:
         add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset):
+    if not len(dataset) and METADATA_PART not in (schema.metadata or {}):
         add("empty", "holds no rows")
     return settings
 
@@ -3857,8 +3995,9 @@ def validate_shard(
     limits: RunLimits,
     report: ValidationReport,
     found: list[npt.NDArray[np.int64]],
+    sums: Counter[str],
 ) -> None:
-    """Check the rows of one shard and append their indices to `found`."""
+    """Check the rows of one shard, append their indices to `found` and add up their figures."""
     shard, first = dataset.shards[0], 0
     for table in dataset.iter_tables():
         columns = read_columns(table)
@@ -3874,6 +4013,9 @@ def validate_shard(
         first += table.num_rows
         report.rows += table.num_rows
         report.tokens += int(block.num_tokens.sum())
+        counts = columns["top_counts"].values.astype(np.int64)
+        capped = int((counts == limits.top_p_max).sum())
+        sums.update(tokens=counts.size, nucleus=int(counts.sum()), capped=capped)
 
 
 def validate_block(
@@ -4016,34 +4158,98 @@ def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
 
 
 def validate_unique(
-    places: Sequence[tuple[str, npt.NDArray[np.int64]]], report: ValidationReport
+    places: Sequence[tuple[str, npt.NDArray[np.int64], int]], report: ValidationReport
 ) -> None:
-    """Report conversations that occur twice, naming the second place."""
-    indices = np.concatenate([found for _, found in places] or [np.zeros(0, np.int64)])
+    """Report conversations that occur twice, naming the second place.
+
+    Args:
+        places: shard, its conversations, and how many of them have rows, which come first.
+        report: gets what is wrong.
+    """
+    indices = np.concatenate([found for _, found, _ in places] or [np.zeros(0, np.int64)])
     order = np.argsort(indices, kind="stable")
     again = np.sort(order[1:][np.diff(indices[order]) == 0])
-    starts = to_starts([found.size for _, found in places])
+    starts = to_starts([found.size for _, found, _ in places])
     for place in again:
-        shard = int(np.searchsorted(starts, place, side="right")) - 1
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        shard, _, rows = places[number]
+        row = int(place - starts[number])
         message = f"conversation {indices[place]} is there already"
-        report.add(places[shard][0], "twice", message, row=int(place - starts[shard]))
+        report.add(shard, "twice", message, row=row if row < rows else None)
 
 
-def validate_checkpoint(dataset: LogitDataset, report: ValidationReport) -> None:
-    """Report shards that the output's checkpoint lists otherwise than they are."""
-    text = read_text(dataset.store, CHECKPOINT_FILE)
-    if text is None:
+def validate_checkpoints(dataset: LogitDataset, report: ValidationReport) -> None:
+    """Report shards that the output's checkpoints list otherwise than they are."""
+    if not dataset.store.list_checkpoints():
         return
     try:
-        listed = {path: entry["bytes"] for path, entry in json.loads(text)["shards"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        report.add(CHECKPOINT_FILE, "checkpoint", "is no checkpoint with a list of shards")
+        records = read_checkpoints(dataset.store)
+    except LogitsError as error:
+        report.add(str(error).split()[0], "checkpoint", str(error))
         return
-    for path in sorted(listed.keys() | dataset.sizes.keys()):
-        there, size = dataset.sizes.get(path), listed.get(path)
+    for path in sorted(records.keys() | dataset.sizes.keys()):
+        there, size = dataset.sizes.get(path), records.get(path, {}).get("bytes")
         if there != size:
             message = f"{there or 'no'} bytes, but the checkpoint lists {size or 'none'}"
-            report.add(str(path), "checkpoint", message)
+            report.add(path, "checkpoint", message)
+        elif path in report.parts:
+            part, record = report.parts[path], records[path]
+            names = ("number", "ids", "conversations", "rows", "tokens", "nucleus", "capped")
+            differ = [n for n in names if n in record and record[n] != part[n]]
+            if differ:
+                found = ", ".join(f"{name} {record[name]!s:.20}" for name in differ)
+                report.add(path, "checkpoint", f"the checkpoint lists {found}; it says otherwise")
+
+
+def validate_part(
+    dataset: LogitDataset,
+    settings: Mapping[str, Any],
+    index: npt.NDArray[np.int64],
+    sums: Mapping[str, int],
+    report: ValidationReport,
+) -> npt.NDArray[np.int64]:
+    """Check what a shard says of the part that it is; return who it says gave no row.
+
+    The hash of the ids tells whether these conversations, in this order, were selected. Where some
+    gave no row their places are known only if ids ascend: in the order of a source whose rows are
+    numbered.
+
+    Args:
+        dataset: the shard alone.
+        settings: of its run.
+        index: conversations of its rows.
+        sums: `tokens`, `nucleus` and `capped`, counted from its rows.
+        report: gets what is wrong.
+    """
+    shard = dataset.shards[0]
+    add = functools.partial(report.add, shard, "part")
+    try:
+        part = dataset.part(0)
+    except FormatError as error:
+        add(str(error))
+        return np.zeros(0, np.int64)
+    if not part:
+        if settings.get("rows_per_part") is not None:
+            report.add(shard, "metadata", "does not say which part it is")
+        return np.zeros(0, np.int64)
+    report.parts[shard] = part
+    if part_path(part["number"]) != shard and part_path(part["number"]) != f"data/{shard}":
+        add(f"is part {part['number']}, whose file is {part_path(part['number'])}")
+    for name, count in {"rows": index.size, **sums}.items():
+        if part[name] != count:
+            add(f"says {part[name]:,} of {name}, holds {count:,}")
+    skipped = np.array([int(i) for i in part["skipped"]], np.int64)
+    if index.size + skipped.size != part["conversations"]:
+        parts = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
+        add(f"{parts} are not the {plural(part['conversations'], 'conversation')} selected")
+    ascending = settings.get("index_col") is None and not settings.get("random_sample")
+    if not skipped.size or ascending:
+        selected = np.sort(np.append(index, skipped)) if skipped.size else index
+        if ascending and (np.diff(index) <= 0).any():
+            add("rows are not in the order of their selection")
+        elif hash_ids(selected) != part["ids"]:
+            add("the conversations, or their order, are not those that were selected")
+    return skipped
 
 
 # Comparison ---------------------------------------------------------------------------------------
@@ -4260,6 +4466,12 @@ class ConversationAnalysis:
         """Mean log-probability of the extracted tokens, bounds taken as they are; 0 for none."""
         return float(np.mean([token.log_probability for token in self.tokens] or [0.0]))
 
+    @property
+    def typical_probability(self) -> str:
+        """The geometric mean of the tokens' probabilities, with `≤` where some are bounds."""
+        bound = "" if all(token.exact for token in self.tokens) else "≤ "
+        return f"{bound}{math.exp(self.mean_log_probability):.1%}"
+
     def to_pandas(self) -> Any:
         """Return one row per extracted token as a `pandas.DataFrame`."""
         pandas = import_extra("pandas")
@@ -4353,8 +4565,8 @@ def check_alignment(
     """
     if positions.size != sample["num_tokens"]:
         raise AlignmentError(
-            f"row with index {sample['index']} holds {sample['num_tokens']} tokens, but its "
-            f"conversation has {positions.size} to extract ({ids.size} in all): another "
+            f"row with index {sample['index']} holds {plural(sample['num_tokens'], 'token')}, but "
+            f"its conversation has {positions.size} to extract ({ids.size} in all): another "
             "conversation, tokenizer, chat template or --include-think/--include-end"
         )
 
@@ -4489,35 +4701,50 @@ class TextSource:
 
 
 def open_text(
-    dataset: str | Path | LogitDataset,
+    output: str | Path | LogitDataset,
     *,
     model: str | None = None,
-    source: str | None = None,
+    dataset: str | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> TextSource:
     """Find the teacher's tokenizer, the chat template and the source of an output by itself.
 
     Args:
-        dataset: the output.
+        output: by name, or opened.
         model: where the teacher is now, if not where the run found it.
-        source: where the conversations are now, if not where the run found them.
+        dataset: where the conversations are now, if not where the run found them.
         tokenizer: the teacher's, when it is loaded already.
+        trust_remote_code: run code that the teacher's tokenizer brings along.
 
     Raises:
         LogitsError: the output does not name them, or they are not there.
     """
-    output = as_output(dataset)
+    output = as_output(output)
     settings = load_extraction_config(output)
-    name = model or settings.get("model")
-    if tokenizer is None:
-        if not name:
-            raise OpenError(f"{output.name} does not say which model it was made with (--model)")
-        revision = None if model else settings.get("model_revision")
-        tokenizer = load_tokenizer(str(name), revision=revision)
-    if source:
-        settings = {**settings, "dataset": source, "dataset_revision": None}
+    if check_tokenizer(tokenizer) is None:
+        tokenizer = find_tokenizer(settings, model=model, trust_remote_code=trust_remote_code)
+    if dataset:
+        settings = {**settings, "dataset": dataset, "dataset_revision": None}
     template = read_text(output.store, TEMPLATE_FILE)
     return TextSource(settings, tokenizer=tokenizer, chat_template=template or None)
+
+
+def find_tokenizer(
+    settings: Mapping[str, Any], *, model: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of the teacher that a run's settings name, or from where it is now."""
+    name = model or settings.get("model")
+    if not name:
+        raise OpenError("the output does not say which model it was made with (--model, model=)")
+    try:
+        revision = None if model else settings.get("model_revision")
+        return load_tokenizer(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    except LogitsError as error:
+        remedy = "--model, model= says where it is now"
+        if settings.get("trust_remote_code") and not trust_remote_code:
+            remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
+        raise LogitsError(f"{error}; {remedy}") from error
 
 
 def analyze_row(
@@ -4532,16 +4759,22 @@ def analyze_row(
     if all(name in sample for name in TOKEN_COLUMNS):
         ids, positions = stored_tokens(sample)
     else:
-        encoded = text.encode(sample["index"])
+        try:
+            encoded = text.encode(sample["index"])
+        except SourceError as error:
+            raise SourceError(f"{error}; --dataset, dataset= says where it is now") from error
         ids, positions = encoded.input_ids, encoded.token_positions
     bits = RunLimits.of(text.settings).logit_bits
     analysis = align_tokens(sample, ids, positions, text.tokenizer, top_k=top_k, logit_bits=bits)
     return replace(analysis, model=str(text.settings.get("model") or ""))
 
 
-def analyze_missing(text: TextSource, index: int) -> ConversationAnalysis:
+def analyze_missing(output: LogitDataset, text: TextSource, index: int) -> ConversationAnalysis:
     """Show a conversation of the source that the output does not hold, as not extracted."""
     note = "this conversation is not in the output"
+    for shard in range(len(output.shards)):
+        reason = output.part(shard).get("skipped", {}).get(str(index))
+        note = f"this conversation gave no row: {reason}" if reason is not None else note
     try:
         encoded = text.encode(index)
     except ConversationError as error:
@@ -4558,8 +4791,9 @@ def execute_analysis(
     *,
     conversation: int | None = None,
     model: str | None = None,
-    source: str | None = None,
+    dataset: str | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     top_k: int = 5,
 ) -> ConversationAnalysis:
     """Put one row of an output beside its conversation; everything is found from the output.
@@ -4569,17 +4803,20 @@ def execute_analysis(
         sample_index: row number.
         conversation: choose by `index` in the source instead; one that was not extracted is shown
             as such.
-        model, source, tokenizer: see `open_text`.
+        model, dataset, tokenizer, trust_remote_code: see `open_text`.
         top_k: predictions kept for each token.
     """
-    dataset = as_output(logit_dataset_id)
-    text = open_text(dataset, model=model, source=source, tokenizer=tokenizer)
+    output = as_output(logit_dataset_id)
+    text = open_text(
+        output, model=model, dataset=dataset, tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if conversation is None:
-        return analyze_row(dataset, sample_index, text, top_k=top_k)
-    row = row_numbers(dataset).get(conversation)
+        return analyze_row(output, check_row_number(sample_index), text, top_k=top_k)
+    row = row_numbers(output).get(conversation)
     if row is None:
-        return analyze_missing(text, conversation)
-    return analyze_row(dataset, row, text, top_k=top_k)
+        return analyze_missing(output, text, conversation)
+    return analyze_row(output, row, text, top_k=top_k)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4651,18 +4888,19 @@ def paint(text: str, colour: str, *attributes: str) -> str:
 def print_sample_info(sample: Mapping[str, Any]) -> None:
     """Print what a sample holds: tokens, nucleus sizes and the probability they cover."""
     block = sample_block(sample)
-    print(f"conversation {sample['index']}: {sample['num_tokens']} tokens")
+    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}")
     if not sample["num_tokens"]:
         return
     counts, mass, first = block.top_counts, block.top_mass(), block.first_probs()
-    sizes = f"{counts.min()} to {counts.max()} tokens, median {np.median(counts):g}"
+    sizes = f"{counts.min()} to {plural(counts.max(), 'token')}, median {np.median(counts):g}"
     print(f"  nucleus     {sizes}, mean {counts.mean():.1f}")
     print(f"  it covers   {mass.min():.1%} to {mass.max():.1%}, mean {mass.mean():.1%}")
     print(f"  likeliest   {first.min():.1%} to {first.max():.1%}, mean {first.mean():.1%}")
-    tail = f"{block.tail_counts.max()} tokens, worth {block.tail_mass().mean():.2%} on average"
+    drawn = plural(block.tail_counts.max(), "token")
+    tail = f"{drawn}, worth {block.tail_mass().mean():.2%} on average"
     print(f"  tail        {tail}")
     if "input_ids" in sample:
-        print(f"  text        {sample['input_ids'].size} tokens stored with it")
+        print(f"  text        {plural(sample['input_ids'].size, 'token')} stored with it")
 
 
 def print_top_tokens(
@@ -4723,7 +4961,11 @@ def quick_explore(
 def describe_run(dataset: LogitDataset) -> str:
     """Say in one line how large an output is and how it was made."""
     settings = dataset.settings
-    size = f"{len(dataset):,} rows in {len(dataset.shards):,} shards"
+    size = f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"
+    skipped = count_skipped(dataset)
+    if skipped:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
+        size += f", {plural(skipped.total(), 'conversation')} without a row ({reasons})"
     known = [name for name in ABOUT_RUN if settings.get(name) is not None]
     parts = [f"{name} {settings[name]!s:.100}" for name in known]
     return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
@@ -4759,9 +5001,10 @@ def visualize_conversation_probabilities(
     """
     if return_html:
         return render_page([analysis])
-    heading = f"conversation {analysis.index}: {len(analysis.tokens)} tokens by the teacher"
-    likely = math.exp(analysis.mean_log_probability)
-    facts = f"typical probability of a token {likely:.1%}" if analysis.tokens else "not extracted"
+    count = plural(len(analysis.tokens), "token")
+    heading = f"conversation {analysis.index}: {count} by the teacher"
+    likely = f"typical probability of a token {analysis.typical_probability}"
+    facts = likely if analysis.tokens else "not extracted"
     note = f"\n{show_text(analysis.note)}" if analysis.note else ""
     text = "".join(paint_piece(analysis, text, t) for text, t in analysis.pieces)
     return f"{heading}, {facts}{note}\n{paint_legend()}\n\n{text}"
@@ -5162,9 +5405,9 @@ def render_legend() -> str:
 def render_sample(analysis: ConversationAnalysis, number: int) -> str:
     """Return the section of one conversation: its figures, its sparkline, its text."""
     tokens = analysis.tokens
-    facts = [f"{len(tokens)} tokens" if tokens else "not extracted"]
+    facts = [plural(len(tokens), "token") if tokens else "not extracted"]
     if tokens:
-        facts.append(f"typical probability {math.exp(analysis.mean_log_probability):.1%}")
+        facts.append(f"typical probability {analysis.typical_probability}")
         first = sum(token.rank == 1 for token in tokens) / len(tokens)
         facts.append(f"{first:.0%} are the teacher's first choice")
     facts += [escape(text) for text in (analysis.model, analysis.note) if text]
@@ -5269,10 +5512,17 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
     with plot_style() as (pyplot, colours):
         figure, axes = pyplot.subplots(figsize=(7, 4))
         ranks = np.arange(1, ids.size + 1)
-        axes.plot(ranks, logits, "o-", ms=4, color=colours[0], label=f"nucleus, {ids.size} tokens")
+        axes.plot(
+            ranks,
+            logits,
+            "o-",
+            ms=4,
+            color=colours[0],
+            label=f"nucleus, {plural(ids.size, 'token')}",
+        )
         if tail.size:
             behind = ids.size + np.arange(1, tail.size + 1)
-            label = f"tail sample, {tail.size} tokens (ranks unknown)"
+            label = f"tail sample, {plural(tail.size, 'token')} (ranks unknown)"
             axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
         axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
         likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
@@ -5307,7 +5557,7 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
 
     Those of token `t`, or of all tokens of the sample.
     """
-    which = f"{sample['num_tokens']} tokens" if t is None else f"token {t}"
+    which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
     parts = []
     for name, decode, group in (
         ("nucleus", dequantize_top_logits, "top_indices"),
@@ -5371,7 +5621,7 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
         left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
-        left.set_title(f"{stats.tokens:,} tokens of {stats.rows:,} rows")
+        left.set_title(f"{plural(stats.tokens, 'token')} of {plural(stats.rows, 'row')}")
         share = 100 * to_starts(counts) / max(stats.tokens, 1)
         right.step(np.arange(share.size), share, where="post", color=colours[0])
         for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
@@ -6408,9 +6658,9 @@ def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
 
 EXIT_CODES = (
     "exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that cannot be "
-    "opened; 3 --validate found violations"
+    "opened; 3 --validate found violations, or --compare nothing to compare"
 )
-VIOLATIONS_FOUND = 3
+CHECK_FAILED = 3
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -6528,6 +6778,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", action="store_true", help="--stats: read the source too, for the agreement")
     add("--model", help="where the teacher's tokenizer is now (default: as the run had it)")
     add("--dataset", help="where the conversations are now (default: as the run had it)")
+    add("--trust-remote-code", action="store_true", help="run code of the teacher's tokenizer")
     return parser
 
 
@@ -6566,17 +6817,28 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Do what the command line asks for; return what goes into the last line and the exit code."""
     dataset = load_logit_dataset(args.output, args.split)
     summary: dict[str, Any] = {"output": args.output, "shards": len(dataset.shards)}
+    code = 0
     if args.validate:
         report = validate_output(dataset)
         print(report)
-        rules = dict(report.counts)
-        summary |= {"rows": report.rows, "tokens": report.tokens, "violations": rules}
-        return summary, 0 if report.ok else VIOLATIONS_FOUND
+        summary |= {"rows": report.rows, "tokens": report.tokens}
+        summary["violations"] = dict(report.counts)
+        code = code if report.ok else CHECK_FAILED
     if args.compare:
         comparison = compare_outputs(dataset, args.compare)
         print(comparison)
-        return summary | asdict(comparison), 0
-    summary["rows"] = len(dataset)
+        summary |= asdict(comparison)
+        code = code if comparison.tokens else CHECK_FAILED
+    if not (args.validate or args.compare):
+        summary["rows"] = len(dataset)
+    if code and args.validate and not report.ok:
+        return summary, code  # what breaks the rules is not summed up
+    return summary | show_output(dataset, args), code
+
+
+def show_output(dataset: LogitDataset, args: argparse.Namespace) -> dict[str, Any]:
+    """Show figures, rows and pictures that were asked for; return what they add to the summary."""
+    summary: dict[str, Any] = {}
     stats = show_stats(dataset, args) if args.stats else None
     if stats is not None:
         summary |= {"tokens": stats.tokens, "bytes_per_token": stats.bytes_per_token}
@@ -6591,7 +6853,7 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         summary["plot"] = save_figure(figure, args.plot)
     if args.plots:
         summary["plots"] = write_plots(dataset, rows[0] if rows else 0, Path(args.plots))
-    return summary, 0
+    return summary
 
 
 def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
@@ -6599,14 +6861,15 @@ def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
     if args.conversation is not None:
         row = row_numbers(dataset).get(args.conversation)
         return [row] if row is not None else []
-    if args.sample is None and (args.stats or args.plot or args.plots) and args.token is None:
+    other = any((args.stats, args.plot, args.plots, args.validate, args.compare))
+    if args.sample is None and other and args.token is None:
         return []
     return args.sample if args.sample is not None else [0]
 
 
 def show_stats(dataset: LogitDataset, args: argparse.Namespace) -> DatasetStats:
     """Print the figures of an output."""
-    text = open_text(dataset, model=args.model, source=args.dataset) if args.text else None
+    text = open_asked_text(dataset, args) if args.text else None
     stats = compute_dataset_stats(
         dataset,
         max_samples=args.max_samples,
@@ -6622,20 +6885,15 @@ def show_rows(
     """Print rows beside their text, or by token ids where there is none, and write their page."""
     text, why = find_text(dataset, args)
     if text is None and (args.html or not rows):
-        raise LogitsError(
-            f"the text is needed for this: {why}; --model and --dataset say where they are now"
-        )
+        raise LogitsError(f"the text is needed for this: {why}")
     samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
     analyses = []
     if text is not None:
         analyses = [analyze_row(dataset, row, text, top_k=args.top) for row in rows]
         if not rows:
-            analyses = [analyze_missing(text, args.conversation)]
+            analyses = [analyze_missing(dataset, text, args.conversation)]
     else:
-        log.warning(
-            "explore-logits: showing ids only: %s; --model and --dataset say where they are now",
-            show_text(str(why)),
-        )
+        log.warning("explore-logits: showing ids only: %s", show_text(str(why)))
     if args.html:
         write_rows_page(args.html, dataset, analyses, stats)
         return {"sample": rows, "html": args.html}
@@ -6657,12 +6915,22 @@ def write_rows_page(
     write_page(path, render_page(analyses, about=about, stats=stats.to_html() if stats else ""))
 
 
+def open_asked_text(dataset: LogitDataset, args: argparse.Namespace) -> TextSource:
+    """Open the text behind an output, where the command line says it is now."""
+    return open_text(
+        dataset,
+        model=args.model,
+        dataset=args.dataset,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
 def find_text(
     dataset: LogitDataset, args: argparse.Namespace
 ) -> tuple[TextSource | None, LogitsError | None]:
     """Open the text behind an output if it can be found, and say why not."""
     try:
-        return open_text(dataset, model=args.model, source=args.dataset), None
+        return open_asked_text(dataset, args), None
     except LogitsError as error:
         return None, error
 
