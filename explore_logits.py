@@ -92,6 +92,7 @@ __all__ = [
     "compare_outputs",
     "compute_bytes_per_token_stats",
     "compute_dataset_stats",
+    "conversation_settings",
     "decode_rows",
     "decode_top_tokens",
     "dequantize_all_logits",
@@ -505,7 +506,7 @@ def open_source(
     split: str = "train",
     streaming: bool = False,
     revision: str | None = None,
-    index_col: str | None = None,
+    integers: Sequence[str | None] = (),
 ) -> Any:
     """Open one split of a chat dataset: a `datasets.Dataset`, or a `Stream` of its rows.
 
@@ -516,7 +517,7 @@ def open_source(
         split: name of the split; `train[:100]` slices too when not streaming.
         streaming: never hold the source in memory or write it to a cache.
         revision: branch, tag or commit of a Hub dataset.
-        index_col: the column of CSV files that holds integers; all others are read as text.
+        integers: columns of CSV files that hold integers; all others are read as text.
 
     Raises:
         SourceError: nothing there, no such split (names those there are), an unreadable file
@@ -538,7 +539,7 @@ def open_source(
     if path.is_file() and path.stat().st_size == 0:
         raise SourceError(f"dataset {str(path)!r}: the file is empty")
     if {_builder_of(file) for file in files} == {"csv"}:
-        how |= _csv_options(str(path), files, index_col)
+        how |= _csv_options(str(path), files, integers)
     if path.is_dir():
         return _load(str(path), files, str(path), name=subset, **how)
     if streaming and ".jsonl" in path.suffixes:
@@ -547,7 +548,7 @@ def open_source(
         lines = import_extra("datasets").IterableDataset.from_generator(
             read_json_lines, gen_kwargs={"path": str(path)}
         )
-        return Stream(lines, str(path), files)
+        return Stream(lines, str(path), files, features={})
     return _load(str(path), files, str(_builder_of(path)), data_files=str(path), **how)
 
 
@@ -557,17 +558,19 @@ def _builder_of(path: Path) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _csv_options(name: str, files: Sequence[Path], index_col: str | None) -> dict[str, Any]:
+def _csv_options(
+    name: str, files: Sequence[Path], integers: Sequence[str | None]
+) -> dict[str, Any]:
     """Have the cells of CSV files read as they are written: 007, 1.50 and NA are text.
 
-    Only an empty cell is null, and only the index column is one of integers.
+    Only an empty cell is null, and only the columns `integers` are none of text.
     """
     datasets, pandas = import_extra("datasets"), import_extra("pandas")
     try:
         header = list(pandas.read_csv(files[0], nrows=0, dtype=str).columns)
     except (OSError, EOFError, ValueError) as error:
         raise SourceError(f"dataset {name!r}: {files[0].name}: {first_line(error)}") from error
-    kinds = {column: "int64" if column == index_col else "string" for column in header}
+    kinds = {column: "int64" if column in integers else "string" for column in header}
     features = datasets.Features({column: datasets.Value(kinds[column]) for column in kinds})
     return {"keep_default_na": False, "na_values": [""], "features": features}
 
@@ -592,7 +595,8 @@ def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
     Raises:
         SourceError: a line is not a JSON object or no text, or the file is cut; names its number.
     """
-    number, faults = 0, (OSError, EOFError, *_decompression_faults())
+    number = 0
+    faults: tuple[type[Exception], ...] = (OSError, EOFError, *_decompression_faults())
     try:
         with import_extra("fsspec").open(
             path, "rt", encoding="utf-8-sig", compression="infer"
@@ -629,20 +633,17 @@ class Stream:
     """Rows of a source one after the other; what goes wrong on the way is a `SourceError`.
 
     Has of a `datasets.IterableDataset` what the scripts use.
+
+    Attributes:
+        column_names: None where no schema says.
+        features: kinds of values by column, as `padding_of` reads them; None where no schema says,
+            {} where the rows are as they were written.
     """
 
-    def __init__(self, rows: Any, name: str, files: Sequence[Path]) -> None:
+    def __init__(self, rows: Any, name: str, files: Sequence[Path], features: Any = None) -> None:
         self.rows, self.name, self.files = rows, name, files
-
-    @property
-    def column_names(self) -> list[str] | None:
-        """The columns, None where no schema says."""
-        return self.rows.column_names
-
-    @property
-    def features(self) -> Any:
-        """What kind of value each column holds, None where no schema says."""
-        return self.rows.features
+        self.column_names: list[str] | None = rows.column_names
+        self.features = rows.features if features is None else features
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with _load_errors(self.name, self.files, {}):
@@ -650,15 +651,15 @@ class Stream:
 
     def take(self, count: int) -> Stream:
         """Return the first rows."""
-        return Stream(self.rows.take(count), self.name, self.files)
+        return Stream(self.rows.take(count), self.name, self.files, self.features)
 
     def skip(self, count: int) -> Stream:
         """Leave the first rows out."""
-        return Stream(self.rows.skip(count), self.name, self.files)
+        return Stream(self.rows.skip(count), self.name, self.files, self.features)
 
     def select_columns(self, names: Sequence[str]) -> Stream:
         """Return only these columns of each row."""
-        return Stream(self.rows.select_columns(list(names)), self.name, self.files)
+        return Stream(self.rows.select_columns(list(names)), self.name, self.files, self.features)
 
 
 def _load(dataset: str, files: Sequence[Path], builder: str, **options: Any) -> Any:
@@ -838,18 +839,27 @@ def padding_of(feature: Any) -> Any:
     return None if inner is None else [inner]
 
 
-def _plain(value: Any, padding: Any = None) -> Any:
-    """Return a value of a row as JSON would hold it, without the nulls of `padding_of`."""
+def _plain(value: Any, padding: Any) -> Any:
+    """Return a value of a row as JSON would hold it, without the nulls of `padding_of`.
+
+    `padding` is True where nobody knows: then every null of an object is taken for one.
+    """
     if isinstance(value, Mapping):
         if isinstance(padding, list) and isinstance(padding[0], dict):  # a struct of lists
             padding = {key: [item] for key, item in padding[0].items()}
+        if padding is True:
+            padding = dict.fromkeys(value, True)
         padded = padding if isinstance(padding, dict) else {}
         kept = {key: item for key, item in value.items() if item is not None or key not in padded}
         return {key: _plain(item, padded.get(key)) for key, item in kept.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        inner = padding[0] if isinstance(padding, list) else None
+        inner = padding[0] if isinstance(padding, list) else True if padding is True else None
         return [_plain(item, inner) for item in value]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _cell(row: Mapping[str, Any], name: str, padding: Mapping[str, Any] | None) -> Any:
+    return _plain(row.get(name), True if padding is None else padding.get(name))
 
 
 def _parsed_json(value: Any) -> Any:
@@ -870,12 +880,12 @@ def read_conversation(
     Both dialects are understood (`role`/`content` and `from`/`value`), messages stored as a JSON
     string too, a question and an answer as text or as messages. Content given as a list of parts is
     joined, parts of reasoning become `reasoning_content`. `padding` tells by column where Arrow put
-    nulls (`padding_of`).
+    nulls (`padding_of`); without it every null of an object is taken for one of those.
 
     Raises:
         ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
     """
-    cells = {name: _plain(row.get(name), (padding or {}).get(name)) for name in columns.needed()}
+    cells = {name: _cell(row, name, padding) for name in columns.needed()}
     if columns.messages is not None:
         messages = _read_messages(cells[columns.messages], columns.messages)
     else:
@@ -1018,7 +1028,7 @@ def read_tools(
     row: Mapping[str, Any], padding: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]] | None:
     """Return the tool schemas of a row's `tools` column (a list or a JSON string), None without."""
-    tools = _parsed_json(_plain(row.get("tools"), (padding or {}).get("tools")))
+    tools = _parsed_json(_cell(row, "tools", padding))
     if not tools or isinstance(tools, str):
         return None
     if isinstance(tools, list):
@@ -1037,7 +1047,7 @@ def read_template_kwargs(
         ConversationError: "malformed".
     """
     name = "chat_template_kwargs"
-    given = _parsed_json(_plain(row.get(name), (padding or {}).get(name)))
+    given = _parsed_json(_cell(row, name, padding))
     if given in (None, "", [], {}):
         return {}
     if not isinstance(given, dict):
@@ -1373,6 +1383,10 @@ class ChatTemplate:
         found = self.tokens.match(tail)
         return found.end() if found else len(tail.rstrip())
 
+    def moment(self) -> datetime:
+        """Return the time to tell a template: one for all renderings that are compared."""
+        return datetime.fromisoformat(self.date) if self.date else datetime.now()
+
     def render(
         self, messages: Messages, tools: Any = None, *, prompt: bool = False, moment: Any = None
     ) -> Rendering:
@@ -1399,8 +1413,7 @@ class ChatTemplate:
             (under_way.discard if at == "" else under_way.add)(kind)
             return f"{edge}{kind}:{at}{edge}"
 
-        if moment is None:
-            moment = datetime.fromisoformat(self.date) if self.date else datetime.now()
+        moment = moment or self.moment()
         jinja2 = import_extra("jinja2")
         try:
             out = _compile_marked(self.source).render(
@@ -1477,10 +1490,11 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
     roles = (*opening, "user", "assistant", "user", "assistant")
     chat: Messages = [{"role": r, "content": s} for r, s in zip(roles, says, strict=False)]
     n = len(opening) + 1  # the first answer
-    shown = [r for r in (_try_render(template, chat[:k]) for k in (n + 1, len(chat))) if r]
+    render = functools.partial(_try_render, template, moment=template.moment())
+    shown = [r for r in (render(chat[:k]) for k in (n + 1, len(chat))) if r]
     if not shown or says[n] not in shown[0].text:
         return None
-    asked, before = (_try_render(template, chat[:n], prompt=p) for p in (True, False))
+    asked, before = (render(chat[:n], prompt=p) for p in (True, False))
     prompt = ""
     if asked and before:  # what follows the messages, but for what follows them anyway
         end = max([b for _, b, who in asked.runs if who is not None], default=0)
@@ -1498,9 +1512,12 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
         ]
     if not turns:
         return None
-    if not template.loops:
-        turns = [(head, tail[: _shared_prefix(tail, turns[-1][1])]) for head, tail in turns]
-        turns = [(head, tail.partition(says[n + 1])[0]) for head, tail in turns]
+    if not template.loops:  # a tail ends where the next header begins: by what both renderings have
+        ends = [found.end() if (found := template.tokens.match(tail)) else 0 for _, tail in turns]
+        common = _shared_prefix(turns[0][1], turns[-1][1]) if len(turns) > 1 else len(turns[0][1])
+        turns = [
+            (head, tail[: common or end]) for (head, tail), end in zip(turns, ends, strict=True)
+        ]
     if not prompt.strip() and turns[0][0].strip():
         prompt = turns[0][0]
     heads = {
@@ -1588,7 +1605,7 @@ def render_conversation(
         raise ConversationError("no_assistant", f"no message is the assistant's: roles {roles}")
     wanted = {n for n in (answers if turns == "all" else answers[-1:])
               if messages[n].get("weight", 1) != 0}  # fmt: skip
-    moment = datetime.fromisoformat(template.date) if template.date else datetime.now()
+    moment = template.moment()
     chat, rendering = _render_dialects(messages, template, tools, moment)
     reader = _TurnReader(template, chat, tools, rendering, moment, include_think, include_end)
     found = reader.turns(wanted) if template.loops else reader.replaced_turns(wanted)
@@ -1768,7 +1785,7 @@ class _TurnReader:
         return end - len(tail) + len(tail.rstrip())
 
     def inserted_think(self, said: str, message: Mapping[str, Any]) -> int:
-        """Return the length of the think tags at the start of a turn that its data does not hold."""
+        """Return the length of the think tags that a turn starts with and its data lacks."""
         content = message.get("content")
         content = content if isinstance(content, str) else ""
         if not _EMPTY_THINK.match(content):
@@ -1991,7 +2008,7 @@ class ConversationEncoder:
         columns: from `resolve_columns`.
         include_think, include_end, turns, template_kwargs, date: see `encode_conversation`; a row's
             own `chat_template_kwargs` go over `template_kwargs`.
-        padding: by column, where Arrow put nulls, see `padding_of`.
+        padding: by column, where Arrow put nulls, see `padding_of`; None where nobody knows.
     """
 
     tokenizer: Any
@@ -2002,7 +2019,7 @@ class ConversationEncoder:
     turns: str = "all"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
-    padding: Mapping[str, Any] = field(default_factory=dict)
+    padding: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -2022,7 +2039,9 @@ class ConversationEncoder:
 
     def for_source(self, source: Any) -> ConversationEncoder:
         """Return an encoder that knows where the rows of an open source hold Arrow's nulls."""
-        features = getattr(source, "features", None) or {}
+        features = source.features
+        if features is None:
+            return self
         needed = self.columns.needed() & features.keys()
         return replace(self, padding={name: padding_of(features[name]) for name in needed})
 
@@ -2055,7 +2074,7 @@ class ConversationEncoder:
             "include_think": self.include_think,
             "include_end": self.include_end,
             "turns": self.turns,
-            "template_kwargs": dict(self.template_kwargs),
+            "template_kwargs": dict(self.template_kwargs) or None,
             "template_date": self.date,
         }
 
@@ -2087,7 +2106,8 @@ def open_conversations(
     )
     source = open_source(
         options.dataset, subset=options.subset, split=options.split, streaming=options.streaming,
-        revision=dataset_revision, index_col=options.index_col,
+        revision=dataset_revision,
+        integers=(options.index_col, getattr(options, "length_col", None)),
     )  # fmt: skip
     names = source_columns(source)
     columns = resolve_columns(
@@ -2120,6 +2140,31 @@ def open_conversations(
         given, (date or date_of_today()) if prints_time(source_text) else None,
     )  # fmt: skip
     return Conversations(source, encoder.for_source(source))
+
+
+def conversation_settings(
+    config: Any, columns: ConversationColumns, chat_template: str
+) -> dict[str, Any]:
+    """Return what decides which tokens each conversation has, as runs and lengths record it.
+
+    Args:
+        config: of a script: model, revision, dataset, subset, split, include_think, include_end,
+            and, where the script has them, turns and template_kwargs.
+        columns: from `resolve_columns`.
+        chat_template: Jinja source, of which the hash is recorded.
+    """
+    encoder = ConversationEncoder(
+        None, chat_template, columns, config.include_think, config.include_end,
+        getattr(config, "turns", "all"), getattr(config, "template_kwargs", None) or {},
+    )  # fmt: skip
+    return {
+        "model": config.model,
+        "model_revision": config.revision,
+        "dataset": config.dataset,
+        "subset": config.subset,
+        "split": config.split,
+        **encoder.settings(),
+    }
 
 
 def encode_row(

@@ -136,7 +136,8 @@ def test_the_file_says_what_it_was_measured_with(tmp_path: Path) -> None:
         "model": str(TEACHER), "model_revision": None, "dataset": str(CHATS), "subset": None,
         "split": "train", "messages_col": "messages", "user_col": None, "assistant_col": None,
         "system_col": None, "index_col": None, "chat_template_sha256": hash_template(template),
-        "include_think": False, "include_end": True, "template_date": None,
+        "include_think": False, "include_end": True, "template_date": None, "context_col": None,
+        "text_col": None, "turns": "all", "template_kwargs": None,
     }  # fmt: skip
     assert [field.name for field in pq.read_schema(tmp_path / "l.parquet")] == [
         "index", "length", "num_tokens",

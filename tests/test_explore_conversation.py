@@ -7,6 +7,7 @@ import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -248,10 +249,10 @@ def test_a_role_header_inside_the_markers_is_left_out() -> None:
     assert extracted(follow, template) == ["Birch bark.<|end|>", "Dune.<|end|>", "Echo.<|end|>"]
 
 
-def test_markers_that_mark_nothing_fall_through_to_differential_rendering() -> None:
+def test_markers_that_mark_nothing_fall_through_to_what_the_loop_writes() -> None:
     template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and m.trained")
     encoded = encode_conversation(CHAT, tokenizer_for(template))
-    assert encoded.way == "differential"
+    assert encoded.way == "loop"
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
@@ -358,35 +359,31 @@ def test_formats_of_well_known_families_give_the_turns(name: str) -> None:
     assert taken == [form.format("Birch bark."), form.format("Dune.")]
 
 
-class Clock:
-    """Stands in for `datetime`: shows each of the times once, then the last one for ever."""
+class Clock(datetime):
+    """Stands in for `datetime`: a minute passes whenever somebody looks."""
 
-    def __init__(self, times: list[str]) -> None:
-        self.times = times
+    looks = 0
 
-    def now(self) -> Clock:
-        """Return itself."""
-        return self
-
-    def strftime(self, _: str) -> str:
-        """Return the time."""
-        return self.times.pop(0) if len(self.times) > 1 else self.times[0]
+    @classmethod
+    def now(cls, tz: Any = None) -> Clock:
+        """Return the next minute."""
+        cls.looks += 1
+        return cls(2024, 7, 26, cls.looks // 60 % 24, cls.looks % 60, tzinfo=tz)
 
 
-def test_a_clock_that_changes_the_text_while_it_is_looked_at_does_no_harm(
+def test_a_clock_that_goes_on_while_the_text_is_looked_at_does_no_harm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dated = "{{ strftime_now('%H:%M') }}" + PLAIN
-    template = prepare_template(tokenizer_for(dated))
-    where = "transformers.utils.chat_template_utils.datetime"
-    for calls in range(1, 8):
-        monkeypatch.setattr(where, Clock(["09:59"] * calls + ["10:00"]))
-        rendered = explore_logits.render_conversation(CHAT, template)
-        taken = [rendered.text[a:b] for a, b in rendered.spans]
-        assert taken == ["Birch bark.<|end|>", "Dune.<|end|>"]
-    monkeypatch.setattr(where, Clock([f"{n:05}" for n in range(9999)]))
-    with pytest.raises(ConversationError, match="time"):
-        explore_logits.render_conversation(CHAT, template)
+    monkeypatch.setattr(explore_logits, "datetime", Clock)
+    loop = "{{ strftime_now('%H:%M') }}" + PLAIN + "{{ strftime_now('%M') }}"
+    gathered = "{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t + m.role + "
+    gathered += "': ' + m.content + '<|end|>' %}{% endfor %}{{ strftime_now('%H:%M') + ns.t }}"
+    for source in (loop, gathered):
+        template = prepare_template(tokenizer_for(source))
+        for _ in range(70):
+            rendered = explore_logits.render_conversation(CHAT, template)
+            taken = [rendered.text[a:b] for a, b in rendered.spans]
+            assert taken == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
 def test_a_given_date_is_what_the_template_prints_and_nothing_else_changes() -> None:
@@ -423,7 +420,7 @@ def test_results_have_the_promised_types() -> None:
     encoded = encode_conversation(CHAT, tokenizer_for(PLAIN))
     assert encoded.input_ids.dtype == encoded.token_positions.dtype == np.int32
     assert (np.diff(encoded.token_positions) > 0).all()
-    assert (encoded.way, encoded.end_of_turn) == ("differential", "<|end|>")
+    assert (encoded.way, encoded.end_of_turn) == ("loop", "<|end|>")
 
 
 def test_arguments_as_an_object_or_as_text_render_alike() -> None:
@@ -572,8 +569,9 @@ def test_a_slow_tokenizer_that_does_not_spell_the_text_is_refused(
 ) -> None:
     tokenizer = slow_tokenizer()
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: "x" * len(ids))
-    with pytest.raises(TemplateError, match="do not spell the text"):
+    with pytest.raises(ConversationError, match="do not spell the text") as refused:
         encode_conversation(CHAT, tokenizer)
+    assert refused.value.reason == "unaligned"
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -659,7 +657,7 @@ def test_the_preview_marks_the_extracted_tokens_and_says_how_they_were_found() -
     encoded = encode_conversation([user("amber\x1b[2J?"), says("Birch\nbark.")], tokenizer)
     shown = format_mask_preview(encoded, tokenizer)
     assert "⟦Birch⟧\n⟦bark.<|end|>⟧" in shown
-    assert "differential rendering" in shown.splitlines()[0]
+    assert "found by what the template writes for each message" in shown.splitlines()[0]
     assert "'<|end|>'" in shown.splitlines()[0]
     count, total = encoded.token_positions.size, encoded.input_ids.size
     assert shown.startswith(f"{count} of {total} tokens extracted")

@@ -23,6 +23,7 @@ from explore_logits import (
     METADATA_LENGTHS,
     ConversationColumns,
     SourceError,
+    Stream,
     open_source,
     read_conversation,
     read_lengths,
@@ -112,7 +113,7 @@ WRITERS: dict[str, Callable[[Path, list[Any]], Path]] = {
 def test_every_kind_of_file_gives_its_rows(name: str, streaming: bool, tmp_path: Path) -> None:
     path = WRITERS[name](tmp_path / name, PLAIN_ROWS)
     source = open_source(str(path), streaming=streaming)
-    assert isinstance(source, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert isinstance(source, Stream if streaming else datasets.Dataset)
     assert source_columns(source) == ["question", "answer"]
     assert list(source) == PLAIN_ROWS
 
@@ -145,14 +146,17 @@ def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> No
 def test_csv_files_in_a_folder_keep_their_spelling_too(streaming: bool, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,question,answer\n1,007,3\n2,NA,4\n")
     (tmp_path / "b.csv").write_text("id,question,answer\n3,1e5,1.50\n4,5,\n")
-    rows = [tuple(row.values()) for row in open_source(str(tmp_path), streaming=streaming)]
+    source = open_source(str(tmp_path), streaming=streaming, integers=("id", None))
+    rows = [tuple(row.values()) for row in source]
     assert rows == [(1, "007", "3"), (2, "NA", "4"), (3, "1e5", "1.50"), (4, "5", None)]
 
 
 def test_csv_files_of_other_columns_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,answer\na,b\n")
     (tmp_path / "b.csv").write_text("question,reply\na,b\n")
-    with pytest.raises(SourceError, match="different columns; give") as refused:
+    with pytest.raises(
+        SourceError, match=r"b\.csv' and a\.csv have .* \(answer, reply\); give"
+    ) as refused:
         open_source(str(tmp_path))
     assert "\n" not in str(refused.value)
 
@@ -195,7 +199,7 @@ def test_a_malformed_line_is_named(
         (lambda p: p / "none.jsonl", "no such file"),
         (lambda p: p / "none", "no such file"),
         (lambda p: write_lines(p / "r.txt", ["x"]), "unknown kind of file"),
-        (lambda p: p, "no .jsonl"),
+        (lambda p: p, "no file in this folder is .jsonl"),
         (lambda p: (p / "e.jsonl").touch() or p / "e.jsonl", "empty"),
         (lambda p: (p / "b.parquet").write_text("x") and p / "b.parquet", "cannot be"),
         (lambda p: (p / "b.json").write_text("[1") and p / "b.json", "cannot be"),
@@ -249,7 +253,7 @@ def test_columns_are_found(
     ("options", "flag"),
     [
         ({}, "--messages-col"),
-        ({"user_col": "left"}, "--user-col"),
+        ({"user_col": "left"}, "--assistant-col"),
         ({"messages_col": "none"}, "--messages-col"),
         ({"user_col": "left", "assistant_col": "right", "system_col": "s"}, "--system-col"),
         ({"user_col": "left", "assistant_col": "right", "index_col": "i"}, "--index-col"),
