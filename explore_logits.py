@@ -772,10 +772,18 @@ def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Except
     )
 
 
-def source_revision(dataset: str, revision: str | None = None) -> str | None:
-    """Name the version of a source: the commit of a Hub dataset, a digest of local files.
+def source_revision(
+    dataset: str, revision: str | None = None, *, kind: str = "dataset"
+) -> str | None:
+    """Name the version of a source or model: the commit on the Hub, a digest of local files.
 
-    The digest covers names, sizes and both ends of each file, so it is cheap for large ones.
+    The digest covers the names and the whole content of files up to 1 GB together; of more, names,
+    sizes and 16 places of each file, so that it stays cheap.
+
+    Args:
+        dataset: Hub id, or a local file or folder.
+        revision: branch, tag or commit on the Hub.
+        kind: "dataset" or "model", for the Hub.
 
     Returns:
         None when the Hub does not say.
@@ -784,18 +792,24 @@ def source_revision(dataset: str, revision: str | None = None) -> str | None:
     if not path.exists():
         hub = import_extra("huggingface_hub")
         try:
-            return str(hub.HfApi().dataset_info(dataset, revision=revision).sha)
+            return str(hub.HfApi().repo_info(dataset, revision=revision, repo_type=kind).sha)
         except (hub.errors.HTTPError, OSError, ValueError):
             return None
-    digest, end_bytes = hashlib.sha256(), 2**20
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and not file.name.startswith("."):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())
-            with file.open("rb") as data:
-                digest.update(data.read(end_bytes))
-                data.seek(max(0, size - end_bytes))
-                digest.update(data.read(end_bytes))
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    whole = sum(file.stat().st_size for file in files) <= 2**30
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())
+        with file.open("rb") as data:
+            if whole or size <= 2**20:
+                while block := data.read(2**20):
+                    digest.update(block)
+                continue
+            for n in range(16):
+                data.seek((size - 2**16) * n // 15)
+                digest.update(data.read(2**16))
     return "sha256:" + digest.hexdigest()[:40]
 
 
@@ -2079,8 +2093,7 @@ class ConversationEncoder:
         }
 
 
-@dataclass(frozen=True)
-class Conversations:
+class Conversations(NamedTuple):
     """An open source and the encoder of its rows."""
 
     source: Any
