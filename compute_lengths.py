@@ -57,6 +57,7 @@ from explore_logits import (
     outlive_readers,
     source_id,
     source_revision,
+    warn_once,
 )
 
 __all__ = [
@@ -189,7 +190,7 @@ PRELOADED = [
     "transformers.utils.chat_template_utils",
     "compute_lengths",
 ]
-MEASURED = (*LENGTHS_SCHEMA.names, "reason", "detail")
+MEASURED = (*LENGTHS_SCHEMA.names, "reason", "detail", "notes")
 Batch = Mapping[str, Sequence[Any]]
 Measured = dict[str, list[Any]]
 
@@ -199,7 +200,8 @@ def get_transform_fn(encoder: ConversationEncoder) -> Callable[[Batch, Sequence[
 
     It takes a batch as `Dataset.map(batched=True, with_indices=True)` gives it: columns, and the
     numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens`,
-    `reason` (None, or why the conversation cannot be used, in a word) and `detail` (in a sentence).
+    `reason` (None, or why the conversation cannot be used, in a word), `detail` (in a sentence) and
+    `notes` (what the template does not show).
     """
 
     def measure(row: Mapping[str, Any], number: int) -> tuple[Any, ...]:
@@ -207,8 +209,9 @@ def get_transform_fn(encoder: ConversationEncoder) -> Callable[[Batch, Sequence[
         try:
             encoded = encoder.encode(row)
         except ConversationError as error:
-            return index, 0, 0, error.reason, str(error)
-        return index, encoded.input_ids.size, encoded.token_positions.size, None, None
+            return index, 0, 0, error.reason, str(error), []
+        sizes = encoded.input_ids.size, encoded.token_positions.size
+        return index, *sizes, None, None, list(encoded.notes)
 
     def transform(batch: Batch, numbers: Sequence[int]) -> Measured:
         rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
@@ -345,6 +348,8 @@ def collect(batches: Iterable[Measured], *, total: int | None = None) -> Measure
                 if reason is not None and reason not in skipped:
                     log.warning("index %d cannot be used (%s): %s", index, reason, detail)
                 skipped.update([reason] if reason is not None else [])
+            for note in dict.fromkeys(note for notes in batch["notes"] for note in notes):
+                warn_once(note)
             parts.append(np.array([batch[c] for c in LENGTHS_SCHEMA.names], np.int32))
             bar.update(len(batch["index"]))
     table = np.concatenate([np.zeros((3, 0), np.int32), *parts], axis=1)

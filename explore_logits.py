@@ -497,6 +497,7 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+NOT_UTF8 = "the text is not UTF-8 (is it UTF-16? write it as UTF-8)"
 
 
 def open_source(
@@ -536,10 +537,12 @@ def open_source(
     if not files:
         what = "unknown kind of file, expected" if path.is_file() else "no file in this folder is"
         raise SourceError(f"dataset {str(path)!r}: {what} {', '.join(_BUILDERS)}")
+    if ".zst" in {file.suffix for file in files} and not importlib.util.find_spec("zstandard"):
+        raise SourceError(f"dataset {str(path)!r}: pip install zstandard to read it")
     if path.is_file() and path.stat().st_size == 0:
         raise SourceError(f"dataset {str(path)!r}: the file is empty")
     if {_builder_of(file) for file in files} == {"csv"}:
-        how |= _csv_options(str(path), files, integers)
+        how |= _csv_options(files, integers)
     if path.is_dir():
         return _load(str(path), files, str(path), name=subset, **how)
     if streaming and ".jsonl" in path.suffixes:
@@ -558,18 +561,18 @@ def _builder_of(path: Path) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _csv_options(
-    name: str, files: Sequence[Path], integers: Sequence[str | None]
-) -> dict[str, Any]:
+def _csv_options(files: Sequence[Path], integers: Sequence[str | None]) -> dict[str, Any]:
     """Have the cells of CSV files read as they are written: 007, 1.50 and NA are text.
 
     Only an empty cell is null, and only the columns `integers` are none of text.
     """
     datasets, pandas = import_extra("datasets"), import_extra("pandas")
+    faults: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, *_decompression_faults())
     try:
         header = list(pandas.read_csv(files[0], nrows=0, dtype=str).columns)
-    except (OSError, EOFError, ValueError) as error:
-        raise SourceError(f"dataset {name!r}: {files[0].name}: {first_line(error)}") from error
+    except faults as error:
+        why = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else first_line(error)
+        raise SourceError(f"dataset {str(files[0])!r} cannot be read: {why}") from error
     kinds = {column: "int64" if column in integers else "string" for column in header}
     features = datasets.Features({column: datasets.Value(kinds[column]) for column in kinds})
     return {"keep_default_na": False, "na_values": [""], "features": features}
@@ -608,11 +611,9 @@ def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
                 yield row
-    except UnicodeDecodeError as error:
-        why = f"not UTF-8 ({error.reason}; is it UTF-16? write it as UTF-8)"
+    except UnicodeDecodeError:
+        why = NOT_UTF8
     except (ValueError, RecursionError) as error:
-        if "zstd" in str(error) or "Compression type" in str(error):
-            raise SourceError(f"dataset {path!r}: pip install zstandard to read it") from None
         raise SourceError(f"dataset {path!r}, line {number}: not JSON ({error})") from None
     except faults as error:
         why = f"{first_line(error)}: the file is damaged"
@@ -710,8 +711,9 @@ def _name_bad_file(files: Sequence[Path]) -> None:
             try:
                 json.loads(file.read_text(encoding="utf-8-sig"))
             except ValueError as error:
-                if "Extra data" not in str(error):  # else one object a line, which is read, too
-                    raise SourceError(f"dataset {str(file)!r} cannot be read: {error}") from error
+                why = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else str(error)
+                if "Extra data" not in why:  # else one object a line, which is read, too
+                    raise SourceError(f"dataset {str(file)!r} cannot be read: {why}") from error
         elif file.suffix == ".parquet":
             try:
                 columns = pq.read_schema(file).names
@@ -754,8 +756,6 @@ def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Except
         return _no_split(dataset, str(options.get("split")), names)
     kind, cause = type(error).__name__, _root_cause(error)
     why = " ".join(str(error).split()) or kind
-    if "zstandard" in why + cause:
-        return f"dataset {dataset!r}: pip install zstandard to read it"
     # Parquet without a row, other files without one
     if "BatchSize must be greater than 0" in cause or "corresponds to no data" in why:
         return f"dataset {dataset!r} has no rows"
@@ -810,7 +810,12 @@ def source_revision(
             for n in range(16):
                 data.seek((size - 2**16) * n // 15)
                 digest.update(data.read(2**16))
-    return "sha256:" + digest.hexdigest()[:40]
+    return "sha256:" + digest.hexdigest()
+
+
+def is_digest(revision: Any) -> bool:
+    """Tell whether a revision is a digest of local files; those of version 0.1 were shorter."""
+    return isinstance(revision, str) and re.fullmatch("sha256:[0-9a-f]{64}", revision) is not None
 
 
 def source_columns(dataset: Any) -> list[str]:
@@ -2151,8 +2156,13 @@ def open_conversations(
     encoder = ConversationEncoder(
         tokenizer, source_text, columns, options.include_think, options.include_end, options.turns,
         given, (date or date_of_today()) if prints_time(source_text) else None,
-    )  # fmt: skip
-    return Conversations(source, encoder.for_source(source))
+    ).for_source(source)  # fmt: skip
+    needed = [name for name in names if name in columns.needed()]
+    for row in itertools.islice(source.select_columns(needed), 8):
+        with contextlib.suppress(ConversationError):
+            for note in encoder.encode(row).notes:
+                warn_once(note)
+    return Conversations(source, encoder)
 
 
 def conversation_settings(
@@ -2994,13 +3004,17 @@ def read_lengths_settings(name: str) -> dict[str, Any]:
     store = open_store(name)
     path = lengths_files(store, name)[-1]
     with store.open(path) as file, parquet_errors(path):
-        return parse_lengths_settings(pq.read_schema(file))
+        return parse_lengths_settings(pq.read_schema(file), path)
 
 
-def parse_lengths_settings(schema: pa.Schema) -> dict[str, Any]:
+def parse_lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
     """Return what a lengths file says that it was measured with."""
-    settings: dict[str, Any] = json.loads((schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
-    return settings
+    with contextlib.suppress(ValueError, RecursionError):
+        settings = json.loads((schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
+        if isinstance(settings, dict):
+            return settings
+    name = METADATA_LENGTHS.decode()
+    raise SourceError(f"{path}: its metadata {name} are damaged; measure the lengths again")
 
 
 def lengths_files(store: Store, name: str) -> list[str]:
@@ -3019,7 +3033,8 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         length_col: the column of lengths, when others made the dataset.
 
     Raises:
-        SourceError: no such file, a column is missing, or an index occurs twice.
+        SourceError: no such file, a column is missing or holds no integers, or an index occurs
+            twice.
     """
     store = open_store(name)
     wanted = ["index", length_col]
@@ -3030,8 +3045,12 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         missing = [column for column in wanted if column not in table.column_names]
         if missing:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        settings = parse_lengths_settings(table.schema)
+        settings = parse_lengths_settings(table.schema, path)
         known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
+        for column in known:
+            if not pa.types.is_integer(kind := table.schema.field(column).type):
+                why = f"column {column!r} holds {kind}, not integers"
+                raise SourceError(f"lengths {name!r}: {why}; compute_lengths.py makes them")
         parts.append(table.select(known))
     table = pa.concat_tables(parts, promote_options="default")
     if any(column.null_count for column in table.columns):
@@ -4654,43 +4673,63 @@ class TextSource:
         self.settings = settings
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        template = _own_template(tokenizer) if chat_template is None else chat_template
-        self._encoder = ConversationEncoder.of(settings, tokenizer, template)
-        self._columns = self._encoder.columns
         self._rows: dict[int, int] | None = None
 
     @cached_property
     def source(self) -> Any:
-        """The source dataset, opened at the run's revision."""
+        """The source dataset, opened at the run's revision.
+
+        Raises:
+            SourceError: it cannot be opened, or it is not what the run read.
+        """
         if not self.settings.get("dataset"):
             raise SourceError("the output does not say which dataset it was made from")
+        name = str(self.settings["dataset"])
+        recorded = self.settings.get("dataset_revision")
+        if is_digest(recorded) and source_revision(name) != recorded:
+            raise SourceError(
+                f"dataset {name!r} has changed since the run, so its text may not be what the "
+                "teacher read; bring back the file of then, or name what to read (--dataset)"
+            )
         return open_source(
-            str(self.settings["dataset"]),
+            name,
             subset=self.settings.get("subset"),
             split=str(self.settings.get("split") or "train"),
-            revision=self.settings.get("dataset_revision"),
+            revision=recorded,
+            integers=[self.settings.get("index_col")],
         )
+
+    @cached_property
+    def encoder(self) -> ConversationEncoder:
+        """Turns rows of the source into the tokens that the run had.
+
+        Raises:
+            TemplateError: the chat template is not the run's.
+        """
+        template = self.chat_template
+        if template is None:
+            text_only = bool(self.settings.get("text_col"))
+            template = "" if text_only else load_chat_template(None, self.tokenizer)
+        if self.settings.get("chat_template_sha256") not in (None, hash_template(template)):
+            raise TemplateError(
+                "the chat template is not the one that the run used, so its tokens cannot be found "
+                f"again; bring back {TEMPLATE_FILE} of the output"
+            )
+        encoder = ConversationEncoder.of(self.settings, self.tokenizer, template)
+        return encoder.for_source(self.source)
 
     def encode(self, index: int) -> EncodedConversation:
         """Tokenize the conversation with this `index` and find its extracted tokens.
 
         Raises:
-            SourceError: the source has no such conversation.
+            SourceError: the source has no such conversation, or is not the run's.
             ConversationError: it cannot be rendered.
         """
         row = self._find_row(index)
         if row is None:
             raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
         try:
-            return encode_row(
-                self.source[row],
-                self._columns,
-                self.tokenizer,
-                chat_template=self.chat_template,
-                include_think=bool(self.settings.get("include_think")),
-                include_end=bool(self.settings.get("include_end")),
-                date=self.settings.get("template_date"),
-            )
+            return self.encoder.encode(self.source[row])
         except ConversationError as error:
             why = f"{error} in {self.settings['dataset']}: is it the run's (--dataset)?"
             raise ConversationError(error.reason, why) from error
@@ -4711,11 +4750,11 @@ class TextSource:
         return ids if ids.size == n else None
 
     def _find_row(self, index: int) -> int | None:
-        if self._columns.index is None:
+        column = self.encoder.columns.index
+        if column is None:
             return index if 0 <= index < len(self.source) else None
         if self._rows is None:
-            ids = self.source[self._columns.index]
-            self._rows = {int(value): row for row, value in enumerate(ids)}
+            self._rows = {int(value): row for row, value in enumerate(self.source[column])}
         return self._rows.get(index)
 
 
