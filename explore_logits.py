@@ -679,7 +679,7 @@ def _load_errors(name: str, files: Sequence[Path], options: Mapping[str, Any]) -
     level = noisy.level
     noisy.setLevel(logging.CRITICAL)
     faults = (datasets.exceptions.DatasetsError, OSError, EOFError, ValueError, RuntimeError,
-              TypeError, ImportError, *_decompression_faults())  # fmt: skip
+              TypeError, KeyError, ImportError, *_decompression_faults())  # fmt: skip
     try:
         yield
     except faults as error:
