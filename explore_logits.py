@@ -1245,7 +1245,8 @@ def _one_template(template: Any) -> str:
     if "tool_use" not in template:
         return str(template["default"])
     with_tools, plain = (template[name].removesuffix("\n") for name in ("tool_use", "default"))
-    return f"{{%+ if tools is not none +%}}{with_tools}{{%+ else +%}}{plain}{{%+ endif +%}}"
+    # each begins on a line of its own, as it does alone: blocks are trimmed and stripped there
+    return f"{{%+ if tools is not none %}}\n{with_tools}{{%+ else %}}\n{plain}{{%+ endif %}}"
 
 
 def hash_template(source: str) -> str:
