@@ -1628,9 +1628,10 @@ def render_conversation(
     moment = template.moment()
     chat, rendering = _render_dialects(messages, template, tools, moment)
     reader = _TurnReader(template, chat, tools, rendering, moment, include_think, include_end)
-    found = reader.turns(wanted) if template.loops else reader.replaced_turns(wanted)
-    text = rendering.text
-    way = "generation" if template.marked else "loop" if template.loops else "replacing"
+    text, way = rendering.text, "generation" if template.marked else "loop"
+    found = reader.turns(wanted) if template.loops else []
+    if not template.loops or reader.doubts(wanted, found):
+        found, way = reader.replaced_turns(wanted), "replacing"
     end = next((e for e in template.ends for a, b in found if e in text[a:b]), None)
     return RenderedConversation(text, _merged(found), way, end, reader.notes())
 
@@ -1821,8 +1822,36 @@ class _TurnReader:
         found = _OPEN_THINK.match(said)
         return found.end() if found else 0
 
+    def doubts(self, wanted: set[int], spans: Iterable[Span]) -> bool:
+        """Tell whether the loops do not say who wrote what in this conversation.
+
+        A template may write the next message while it is at this one, or copies of messages: then
+        what others say stands in a span, or what the assistant says where no turn of it is.
+        """
+        text, runs, _ = self.rendering
+        shown = {number for a, b, number in runs if text[a:b].strip()}
+        for number in wanted - shown:
+            content = self.chat[number].get("content")
+            if isinstance(content, str) and content.strip() and content.strip() in text:
+                return True
+        turns = [(number, a, b) for a, b, number in runs if number in wanted]
+        for start, end in spans:
+            number = next((n for n, a, b in turns if a <= start < b), len(self.chat))
+            own = repr(self.chat[number : number + 1])
+            for message in self.chat[number + 1 :]:
+                if message.get("role") == "assistant":
+                    break
+                said = str(message.get("content") or "").strip()
+                if (
+                    len(said) > 2
+                    and text.find(said, start, end) >= 0
+                    and repr(said)[1:-1] not in own
+                ):
+                    return True
+        return False
+
     def replaced_turns(self, wanted: set[int]) -> list[Span]:
-        """Find turns in a template without a loop: by what changes with what a turn says."""
+        """Find turns where loops do not show them: by what changes with what a turn says."""
         text, template, spans = self.rendering.text, self.template, []
         mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text) * 3
         floor = 0

@@ -275,6 +275,34 @@ def test_plain_text_is_extracted_from_the_second_token_on() -> None:
 # What is extracted --------------------------------------------------------------------------------
 
 
+def test_a_template_that_writes_the_next_message_at_this_one_is_seen_through() -> None:
+    ahead = (
+        "{% for m in messages %}{% if m.role != 'tool' %}"
+        "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
+        "{% if loop.nextitem is defined and loop.nextitem.role == 'tool' %}<|start|>tool\n"
+        "{{ messages[loop.index0 + 1].content }}<|end|>\n{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    chat = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
+    expected = ["Birch bark.<|end|>", "Elm.<|end|>", "Dune.<|end|>"]
+    assert extracted(chat, ahead) == expected
+    assert encode_conversation(chat, tokenizer_for(ahead)).way == "replacing"
+    assert encode_conversation(CHAT, tokenizer_for(ahead)).way == "loop"
+
+
+def test_a_template_that_copies_messages_is_seen_through() -> None:
+    """It joins what the user says in two messages, so that later messages are others."""
+    copies = (
+        "{% set ns = namespace(all=[]) %}{% for m in messages %}{% if ns.all and "
+        "ns.all[-1].role == m.role %}{% set ns.all = ns.all[:-1] + [{'role': m.role, 'content': "
+        "ns.all[-1].content + '\n' + m.content}] %}{% else %}{% set ns.all = ns.all + [m] %}"
+        "{% endif %}{% endfor %}" + PLAIN.replace("in messages", "in ns.all")
+    )
+    assert extracted(CHAT, copies) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+    chat = [*CHAT, says("Elm.")]
+    assert extracted(chat, copies) == ["Birch bark.<|end|>", "Dune.\nElm.<|end|>"]
+
+
 @pytest.mark.parametrize("template", [PLAIN, MARKED, GATHERED])
 def test_turns_are_extracted_with_their_end_and_nothing_else(template: str) -> None:
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
