@@ -376,9 +376,8 @@ def format_skipped(skipped: Mapping[str, int]) -> str:
 def describe_measure(config: LengthsConfig, encoder: ConversationEncoder) -> dict[str, Any]:
     """Return what the lengths depend on; extraction compares it with its own settings."""
     return {
-        **conversation_settings(config, encoder.columns, encoder.chat_template),
+        **conversation_settings(config, encoder),
         "model_revision": config.revision or source_revision(config.model, kind="model"),
-        "template_date": encoder.date,
         "dataset_revision": source_revision(config.dataset),
     }
 

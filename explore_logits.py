@@ -2136,20 +2136,25 @@ class Conversations(NamedTuple):
 
 
 def open_conversations(
-    options: Any, *, date: str | None = None, dataset_revision: str | None = None
+    options: Any,
+    *,
+    tokenizer: Any = None,
+    date: str | None = None,
+    dataset_revision: str | None = None,
 ) -> Conversations:
     """Open tokenizer, template, source and columns as the options of a script name them.
 
     Args:
         options: model, revision, trust_remote_code, dataset, subset, split, streaming, the columns
             (`messages_col` …), chat_template, template_kwargs, include_think, include_end, turns.
+        tokenizer: the model's, when it is loaded already.
         date: that a template is told which asks for the time; None: today's.
         dataset_revision: commit of a Hub dataset.
 
     Raises:
         LogitsError: one of them cannot be used, or two options exclude each other.
     """
-    tokenizer = load_tokenizer(
+    tokenizer = tokenizer or load_tokenizer(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
     source = open_source(
@@ -2196,20 +2201,18 @@ def open_conversations(
 
 
 def conversation_settings(
-    config: Any, columns: ConversationColumns, chat_template: str
+    config: Any, encoder: ConversationEncoder | ConversationColumns, chat_template: str = ""
 ) -> dict[str, Any]:
     """Return what decides which tokens each conversation has, as runs and lengths record it.
 
     Args:
-        config: of a script: model, revision, dataset, subset, split, include_think, include_end,
-            and, where the script has them, turns and template_kwargs.
-        columns: from `resolve_columns`.
+        config: of a script: model, revision, dataset, subset, split.
+        encoder: of the run; or its columns, with the options of `config` and `chat_template`.
         chat_template: Jinja source, of which the hash is recorded.
     """
-    encoder = ConversationEncoder(
-        None, chat_template, columns, config.include_think, config.include_end,
-        getattr(config, "turns", "all"), getattr(config, "template_kwargs", None) or {},
-    )  # fmt: skip
+    if isinstance(encoder, ConversationColumns):
+        include = config.include_think, config.include_end
+        encoder = ConversationEncoder(None, chat_template, encoder, *include)
     return {
         "model": config.model,
         "model_revision": config.revision,
