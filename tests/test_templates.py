@@ -155,6 +155,23 @@ def test_what_is_shown_is_not_said_to_be_hidden(name: str) -> None:
         assert encoded is None or encoded.notes == ()
 
 
+def test_what_a_tool_message_begins_with_is_not_the_assistants() -> None:
+    """Replacing what a turn says could not tell: the line break comes with the tool's message."""
+    encoded = encode("deepseek_r1_distill", "tool, then more", include_end=True)
+    assert encoded is not None
+    assert "<｜end▁of▁sentence｜>\n<｜tool▁output▁begin｜>Snowy." in encoded.text
+    taken = stock("deepseek_r1_distill").decode(encoded.input_ids[encoded.token_positions].tolist())
+    assert "\n" not in taken
+
+
+def test_two_answers_in_a_row_are_told_apart_though_nothing_stands_between() -> None:
+    """Replacing refused this one: the end of the first turn is the start of the second."""
+    encoded = encode("llava_next", "two answers in a row", include_end=True)
+    assert encoded is not None
+    taken = stock("llava_next").decode(encoded.input_ids[encoded.token_positions].tolist())
+    assert taken == " Birch bark.</s>  Dune.</s> "
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_user_who_writes_the_markup_of_the_assistant_is_not_extracted(name: str) -> None:
     template = prepare_template(stock(name))
