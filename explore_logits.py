@@ -1704,6 +1704,7 @@ class _TurnReader:
     moment: Any
     include_think: bool
     include_end: bool
+    closings: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def turns(self, wanted: set[int]) -> list[Span]:
         """Cut the runs of text that the assistant's messages wrote."""
@@ -1716,7 +1717,8 @@ class _TurnReader:
             start, end, inside = a, b, [s for s in marked if a <= s[0] and s[1] <= b]
             if template.marked and not inside:
                 continue
-            if number not in begun:
+            first = number not in begun
+            if first:
                 prompt = _bare(template.prompt) if template.marked else template.prompt
                 start += self.header_length(number, text[a:b], prompt)
                 begun.add(number)
@@ -1724,7 +1726,7 @@ class _TurnReader:
                 start, end = max(start, inside[0][0]), inside[-1][1]
                 end += self.closing_after(start, end, b)
             elif self.chat[number].get("tool_calls"):
-                end += self.closing_of_calls(number, a, b)
+                end += self.closing_of_calls(number, a, b, first=first)
             spans.append(self.cut(number, start, end, a))
         if template.marked and self.include_end and max(begun, default=-1) == self.last:
             spans += [s for s in marked if s[0] >= max(b for _, b, who in runs if who is not None)]
@@ -1762,22 +1764,21 @@ class _TurnReader:
         token = next(t for t in added if text.startswith(t, end + first.end()))
         return first.end() + len(token)
 
-    def closing_of_calls(self, number: int, a: int, b: int) -> int:
+    def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:
         """Return how much of what closes a turn with calls stands in the text of the next one.
 
         That is what also follows the calls where the conversation stops there.
         """
-        said = self.rendering.text[a:b]
-        message = self.chat[number]
-        silent = {"content": ""} if message.get("content") else {}
-        how = {"tools": self.tools, "moment": self.moment}
-        stopped = _try_render(self.template, [*self.chat[:number], {**message, **silent}], **how)
-        if stopped is None:
-            return 0
-        own = [stopped.text[x:y] for x, y, who in stopped.runs if who == number]
-        if not own or said[-40:] not in own[-1]:
-            return 0
-        more = own[-1].rpartition(said[-40:])[2]
+        message, said = self.chat[number], self.rendering.text[a:b][-40:]
+        kind = (str(first), *sorted(key for key, value in message.items() if value))
+        if kind not in self.closings:  # alike for all turns of a kind: rendered for one of them
+            silent = {"content": ""} if message.get("content") else {}
+            how = {"tools": self.tools, "moment": self.moment}
+            chat = [*self.chat[:number], {**message, **silent}]
+            stopped = _try_render(self.template, chat, **how) or Rendering("", [], [])
+            own = [stopped.text[x:y] for x, y, who in stopped.runs if who == number]
+            self.closings[kind] = own[-1].rpartition(said)[2] if own and said in own[-1] else ""
+        more = self.closings[kind]
         return _shared_prefix(more, self.rendering.text[b:]) if more.strip() else 0
 
     def cut(self, number: int, start: int, end: int, base: int) -> Span:
