@@ -1747,7 +1747,7 @@ class _TurnReader:
         how = {"tools": self.tools, "moment": self.moment, "prompt": True}
         asked = _try_render(self.template, self.chat[:number], **how)
         before = asked.text if asked else ""
-        longest = range(min(len(before), len(said)), 0, -1)
+        longest = range(min(len(before), len(said), len(prompt) + 256), 0, -1)  # headers are short
         given_length = next((n for n in longest if before.endswith(said[:n])), 0)
         return given_length if said[:given_length].strip() else 0
 
