@@ -58,6 +58,7 @@ from explore_logits import (
     source_id,
     source_revision,
     warn_once,
+    without_idle_columns,
 )
 
 __all__ = [
@@ -229,9 +230,7 @@ def measure_source(
     Raises:
         LengthsError: a process died.
     """
-    if source.column_names:  # what no conversation is read from is not decoded
-        needed = encoder.columns.needed()
-        source = source.select_columns([n for n in source.column_names if n in needed])
+    source = without_idle_columns(source, encoder.columns)
     shared = source if hasattr(source, "__len__") else None  # read in the workers; streams here
     batches: Iterable[tuple[int, Batch | int]] = (
         stream_batches(source, batch_size)

@@ -832,6 +832,16 @@ def source_columns(dataset: Any) -> list[str]:
     return list(names)
 
 
+def without_idle_columns(source: Any, columns: ConversationColumns) -> Any:
+    """Leave out what no conversation is read from, such as images: decoding it costs time.
+
+    A stream without a schema stays as it is: not all its rows have the same columns.
+    """
+    if not source.column_names:
+        return source
+    return source.select_columns([n for n in source.column_names if n in columns.needed()])
+
+
 # Rows to messages ---------------------------------------------------------------------------------
 
 _ROLES = {
@@ -2193,8 +2203,7 @@ def open_conversations(
         tokenizer, source_text, columns, options.include_think, options.include_end, options.turns,
         given, (date or date_of_today()) if prints_time(source_text) else None,
     ).for_source(source)  # fmt: skip
-    needed = [name for name in names if name in columns.needed()]
-    for row in itertools.islice(source.select_columns(needed), 8):
+    for row in itertools.islice(without_idle_columns(source, columns), 8):
         with contextlib.suppress(ConversationError):
             for note in encoder.encode(row).notes:
                 warn_once(note)

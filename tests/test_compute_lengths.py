@@ -44,6 +44,7 @@ from explore_logits import (
     hash_template,
     load_chat_template,
     load_tokenizer,
+    open_conversations,
     open_source,
     read_lengths,
     source_revision,
@@ -359,6 +360,19 @@ class Fatal:
 
     def __reduce__(self) -> Any:
         return os._exit, (9,)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_other_columns_are_measured_too(streaming: bool, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = tmp_path / "r.jsonl"
+    rows = [{"messages": chat}, {"messages": chat, "tools": tools}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source, encoder = open_conversations(make_config(dataset=str(path), streaming=streaming))
+    (batch,) = measure_source(source, encoder, batch_size=9, workers=1)
+    assert batch["reason"] == [None, None]
+    assert batch["length"][0] < batch["length"][1]
 
 
 def test_a_worker_that_dies_is_an_error_with_a_remedy() -> None:
