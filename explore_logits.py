@@ -42,7 +42,10 @@ import logging
 import lzma
 import math
 import re
+import shutil
 import tempfile
+import textwrap
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -2444,8 +2447,11 @@ def _shortened(text: str, limit: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# 3 Open
+# 4 Output
 # --------------------------------------------------------------------------------------------------
+#
+#     name ──open_store──► files ──LogitDataset──► rows by number ──decode_rows──► TokenBlock
+#                                                                    one row of it: Sample
 
 
 class OpenError(LogitsError):
@@ -2461,8 +2467,8 @@ TOKEN_COLUMNS = tuple(field.name for field in TOKEN_FIELDS)
 OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS)
 READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
 CONFIG_FILE = "extraction_config.json"
-CHECKPOINT_NAME = re.compile(r"checkpoint(-w[0-9]+)?\.json")
 TEMPLATE_FILE = "chat_template.jinja"
+PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
 SETTING_RANGES = {
     "top_p": (0, 1),
     "top_p_max": (1, 255),
@@ -2476,89 +2482,125 @@ SETTING_TEXTS = (
 )
 # What all rows of an output have in common; versions and attention may differ between machines.
 RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
-PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
 MAX_GROUP_VALUES = 2**28
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_PREFIXES = ("hf://datasets/", "https://huggingface.co/datasets/")
 _SPLITS = "train|validation|valid|dev|test|eval"
 _SPLIT_NAME = re.compile(rf"(?:^|/)({_SPLITS})(?=/|-[0-9]|\.parquet$)")
 _SHARD = re.compile(rf"(?:data/)?(?:[0-9]{{3}}/|(?:{_SPLITS})/)?[^/]+\.parquet")
+_CHECKPOINT = re.compile(r"checkpoint(-w[0-9]+)?\.json")
 
 
-# Where the files are ------------------------------------------------------------------------------
+def part_path(number: int) -> str:
+    """Return where the file of a part is in an output."""
+    folder = f"{number // PARTS_PER_FOLDER:03d}/" if number >= PARTS_PER_FOLDER else ""
+    return f"data/{folder}part-{number:05d}.parquet"
 
 
-class LocalStore:
-    """The files of an output in a folder; nothing outside the folder is ever read."""
+# Files --------------------------------------------------------------------------------------------
 
-    def __init__(self, root: Path) -> None:
-        self.name = str(root)
-        self.root = root.resolve()
-        # The Hub's local cache keeps snapshots as links to ../../blobs.
-        blobs = self.root.parent.parent / "blobs"
-        self._allowed = [self.root, *([blobs] if self.root.parent.name == "snapshots" else [])]
 
-    def list_files(self) -> dict[str, int]:
-        """Return the size in bytes of every Parquet file, by path relative to the folder."""
-        return {
-            path.relative_to(self.root).as_posix(): path.stat().st_size
-            for path in sorted(self.root.rglob("*.parquet"))
-            if path.is_file() and self._inside(path)
-        }
+class Store:
+    """Files by path, wherever fsspec reads them: in a folder, or a Hub dataset at one commit."""
+
+    def __init__(self, name: str, files: Any, root: str, *, inside: Sequence[str] = ()) -> None:
+        """Take the files of `root`; those that links lead out of the folders `inside` are none."""
+        self.name, self.files, self.root, self.inside = name, files, root, tuple(inside)
+
+    @property
+    def on_hub(self) -> bool:
+        """Say whether every read is a request."""
+        return "file" not in self.files.protocol
+
+    def list_files(self, *, depth: int | None = None) -> dict[str, int]:
+        """Return the size in bytes of every file, at most so many levels down, by path."""
+        with self._errors():
+            found = self.files.find(self.root, maxdepth=depth, detail=True)
+        sizes = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+        return {path: size for path, size in sizes.items() if self._is_inside(path)}
+
+    def open(self, path: str) -> Any:
+        """Open a file to read by ranges; nothing is fetched ahead or kept."""
+        if not self._is_inside(path):
+            raise OpenError(f"{path} leads outside {self.name} and is not read")
+        with self._errors():
+            return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
 
     def list_checkpoints(self) -> list[str]:
         """Return the names of the workers' checkpoints."""
-        names = (path.name for path in self.root.glob("checkpoint*.json"))
-        return sorted(name for name in names if CHECKPOINT_NAME.fullmatch(name))
+        return sorted(path for path in self.list_files(depth=1) if _CHECKPOINT.fullmatch(path))
 
-    def open(self, path: str) -> Any:
-        """Open a file to read by ranges."""
-        full = self.root / path
-        if not self._inside(full):
-            raise OpenError(f"{path} leads outside {self.name} and is not read")
-        if not full.is_file():
-            raise FileNotFoundError(path)
-        return pa.OSFile(str(full))
+    def read_text(self, path: str) -> str | None:
+        """Return a small text file; None when there is no such file."""
+        try:
+            with self.open(path) as file:
+                data = file.read(MAX_TEXT_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if len(data) > MAX_TEXT_BYTES:
+            raise OpenError(f"{self.name}: {path} is larger than {MAX_TEXT_BYTES >> 20} MiB")
+        return bytes(data).decode("utf-8", "replace")
 
-    def _inside(self, path: Path) -> bool:
-        return any(path.resolve().is_relative_to(folder) for folder in self._allowed)
+    def _is_inside(self, path: str) -> bool:
+        real = os.path.realpath(f"{self.root}/{path}") if self.inside else ""
+        return not self.inside or any(Path(real).is_relative_to(f) for f in self.inside)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return hub_errors(self.name) if self.on_hub else contextlib.nullcontext()
 
 
-class FileStore:
-    """Parquet files named one by one."""
+def open_store(name: str | Path) -> Store:
+    """Find where an output is: a folder, or a dataset repository on the Hub.
 
-    def __init__(self, files: Sequence[str | Path]) -> None:
-        if not files:
-            raise OpenError("the list of files is empty")
-        self.name = str(files[0]) if len(files) == 1 else f"{len(files)} files"
-        self._files = [str(Path(file).expanduser()) for file in files]
+    Raises:
+        OpenError: neither is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        root = path.resolve()
+        # The Hub's local cache keeps snapshots as links to ../../blobs.
+        snapshots = next((p for p in root.parents if p.name == "snapshots"), None)
+        inside = [str(root), *([str(snapshots.parent / "blobs")] if snapshots else [])]
+        return Store(str(path), import_extra("fsspec").filesystem("file"), str(root), inside=inside)
+    text = str(name)
+    for prefix in ("hf://datasets/", "https://huggingface.co/datasets/"):
+        text = text.removeprefix(prefix)
+    repo, _, revision = text.partition("@")
+    local = text.startswith((".", "/", "~")) or text.endswith(".parquet")
+    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise OpenError(f"no such folder or file: {name}")
+    hub = import_extra("huggingface_hub")
+    with hub_errors(repo):
+        commit = hub.HfApi().dataset_info(repo, revision=revision or None).sha
+    return Store(repo, hub.HfFileSystem(), f"datasets/{repo}@{commit}")
 
-    def list_files(self) -> dict[str, int]:
-        """Return the size in bytes of every file that was named."""
-        for file in self._files:
-            if not Path(file).is_file():
-                raise OpenError(f"no such file: {file}")
-        if len({Path(file).resolve() for file in self._files}) < len(self._files):
-            raise OpenError("the list names a file twice")
-        return {file: Path(file).stat().st_size for file in self._files}
 
-    def list_checkpoints(self) -> list[str]:
-        """Return nothing: no file was named."""
-        return []
+def open_files(files: Sequence[str | Path]) -> tuple[Store, dict[str, int]]:
+    """Return a store that holds Parquet files named one by one, and their sizes in that order."""
+    if not files:
+        raise OpenError("the list of files is empty")
+    paths = [Path(file).expanduser().absolute() for file in files]
+    for file, path in zip(files, paths, strict=True):
+        if not path.is_file():
+            raise OpenError(f"no such file: {file}")
+    if len(set(paths)) < len(paths):
+        raise OpenError("the list names a file twice")
+    root = os.path.commonpath([path.parent for path in paths])
+    name = str(files[0]) if len(files) == 1 else f"{len(files)} files"
+    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
+    return Store(name, import_extra("fsspec").filesystem("file"), root), sizes
 
-    def open(self, path: str) -> Any:
-        """Open a file to read by ranges; there are none but those that were named."""
-        if path not in self._files:
-            raise FileNotFoundError(path)
-        return pa.OSFile(path)
+
+def transfer_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises when a transfer fails, if it is loaded, and `others`."""
+    errors = sys.modules.get("huggingface_hub.errors")
+    return (errors.HTTPError, *others) if errors is not None else others
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turn what the Hub's client raises into an `OpenError`; a missing file stays what it is."""
-    errors = import_extra("huggingface_hub").errors
+    errors = import_extra("huggingface_hub.errors")
     try:
         yield
     except errors.RepositoryNotFoundError as error:
@@ -2571,51 +2613,87 @@ def hub_errors(name: str) -> Iterator[None]:
         raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
 
 
-def transfer_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what the Hub's client raises when a transfer fails, if it is loaded, and `others`."""
-    errors = sys.modules.get("huggingface_hub.errors")
-    return (errors.HTTPError, *others) if errors is not None else others
+@contextlib.contextmanager
+def parquet_errors(name: str) -> Iterator[None]:
+    """Turn what pyarrow raises on a damaged file into a `FormatError` that names the file."""
+    try:
+        yield
+    except transfer_errors() as error:
+        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{name} cannot be read as Parquet: {error}") from error
 
 
-class HubStore:
-    """The files of a dataset repository on the Hub, read by byte ranges at one commit."""
+def load_logit_dataset(
+    name: str | Path | Sequence[str | Path], split: str = "train", streaming: bool = True
+) -> LogitDataset:
+    """Open an output for reading: nothing but file names is read until a row is asked for.
 
-    def __init__(self, repo: str, *, revision: str | None = None) -> None:
-        hub = import_extra("huggingface_hub")
-        self.name = repo
-        self._fs = hub.HfFileSystem()
-        with hub_errors(repo):
-            commit = hub.HfApi().dataset_info(repo, revision=revision).sha
-        self._root = f"datasets/{repo}@{commit}"
+    Args:
+        name: a folder, a Parquet file, a list of Parquet files, or a dataset on the Hub
+            (`user/name`, `user/name@revision`).
+        split: `train` for what `extract_logits.py` writes.
+        streaming: read from the Hub by byte ranges, row group by row group; False downloads the
+            shards into the Hub's local cache first. Files at hand are never copied.
 
-    def list_files(self) -> dict[str, int]:
-        """Return the size in bytes of every file, by path in the repository."""
-        with hub_errors(self.name):
-            found = self._fs.find(self._root, detail=True)
-        return {path[len(self._root) + 1 :]: int(entry["size"]) for path, entry in found.items()}
-
-    def list_checkpoints(self) -> list[str]:
-        """Return the names of the workers' checkpoints."""
-        return sorted(path for path in self.list_files() if CHECKPOINT_NAME.fullmatch(path))
-
-    def open(self, path: str) -> Any:
-        """Open a file to read by ranges; nothing is fetched ahead or kept."""
-        with hub_errors(self.name):
-            return self._fs.open(f"{self._root}/{path}", "rb", cache_type="none")
-
-    def download(self, files: Sequence[str]) -> LocalStore:
-        """Fetch files and the run's settings into the Hub's local cache."""
-        hub = import_extra("huggingface_hub")
-        wanted = [*files, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"]
-        commit = self._root.rpartition("@")[2]
-        with hub_errors(self.name):
-            folder = hub.snapshot_download(
-                self.name, repo_type="dataset", revision=commit, allow_patterns=wanted
+    Raises:
+        OpenError: no such output, no Parquet files in it, or no such split; a folder that only
+            holds outputs is refused with their names.
+    """
+    if isinstance(name, (list, tuple)):
+        return LogitDataset(*open_files(name))
+    if not isinstance(name, (str, Path)):
+        raise OpenError(f"an output is a folder, a file or user/name, not {describe_type(name)}")
+    if Path(name).expanduser().is_file():
+        return LogitDataset(*open_files([name]))
+    store = open_store(name)
+    shards = find_shards(store, split)
+    if store.on_hub and not streaming:
+        wanted = [*shards, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"]
+        commit = store.root.rpartition("@")[2]
+        with hub_errors(store.name):
+            folder = import_extra("huggingface_hub").snapshot_download(
+                store.name, repo_type="dataset", revision=commit, allow_patterns=wanted
             )
-        return LocalStore(Path(folder))
+        store = open_store(folder)
+    return LogitDataset(store, shards)
 
 
-Store = LocalStore | FileStore | HubStore
+def find_shards(store: Store, split: str) -> dict[str, int]:
+    """Choose the Parquet files of a split, with their sizes, in order of their numbers.
+
+    Files under `data/` win over others; a file whose name or folder is no split's belongs to
+    `train`. What lies further down is another output's.
+    """
+    files = store.list_files(depth=None if store.on_hub else 3)
+    found = [path for path in files if _SHARD.fullmatch(path)]
+    found = [path for path in found if path.startswith("data/")] or found
+    if not found:
+        raise OpenError(f"{store.name} holds no Parquet files{_outputs_below(store)}")
+    splits: dict[str, list[str]] = {}
+    for path in found:
+        named = _SPLIT_NAME.search(path)
+        splits.setdefault(named[1] if named else "train", []).append(path)
+    if split not in splits:
+        raise OpenError(f"{store.name} has no split {split!r}; it has {', '.join(sorted(splits))}")
+    return {path: files[path] for path in sorted(splits[split], key=_shard_order)}
+
+
+def _outputs_below(store: Store) -> str:
+    """Name the outputs in the folders below; an empty text where there are none."""
+    files = store.list_files(depth=None if store.on_hub else 5)
+    folders = {os.path.dirname(path) for path in files if path.endswith(".parquet")}
+    folders = {re.sub(r"(/data)?(/[0-9]{3})?$", "", folder) for folder in folders} - {""}
+    own = sorted(folder for folder in folders if f"{folder}/{CONFIG_FILE}" in files)
+    names = [f"{store.name}/{folder}" for folder in own or sorted(folders)]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f" itself; name one of those below: {', '.join(names[:5])}{more}" if names else ""
+
+
+def _shard_order(path: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sort key that reads runs of digits in a file's name as numbers."""
+    runs = filter(None, re.split(r"([0-9]+)", os.path.basename(path)))
+    return [(0, int(run)) if run.isdigit() else (1, run) for run in runs], path
 
 
 # Rows by number -----------------------------------------------------------------------------------
@@ -2624,8 +2702,8 @@ Store = LocalStore | FileStore | HubStore
 class LogitDataset:
     """The rows of an output, in shard order; each is read from its own row group alone.
 
-    Iterating and `[i]` give rows as stored (a dictionary by column); `get_sample` decodes. Which
-    shard a row is in follows from the output's `checkpoint.json`, else from the footers of the
+    Iterating, `[i]` and `[a:b]` give rows as stored (a dictionary by column); `get_sample` decodes.
+    Which shard a row is in follows from the output's checkpoints, else from the footers of the
     shards before it. Footers are kept; of the data, only the last row group.
     """
 
@@ -2636,6 +2714,9 @@ class LogitDataset:
         self.sizes = dict(sizes)  # bytes of each shard
         self._files: dict[int, Any] = {}
         self._kept: tuple[tuple[int, int], pa.Table] | None = None
+
+    def __reduce__(self) -> Any:
+        return LogitDataset, (self.store, self.sizes)  # another process opens files of its own
 
     def __len__(self) -> int:
         return sum(self.count_rows(shard) for shard in range(len(self.shards)))
@@ -2655,47 +2736,66 @@ class LogitDataset:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run, from the first shard's metadata; empty when it holds none."""
-        return table_settings(self.file(0).schema_arrow.metadata, self.shards[0])
+        return parse_settings(self.metadata(0).get(METADATA_SETTINGS, b"{}"), self.shards[0])
 
     @property
     def column_names(self) -> list[str]:
         """Columns of the first shard."""
         return list(self.file(0).schema_arrow.names)
 
+    @cached_property
+    def words(self) -> tuple[Any, str]:
+        """The teacher's tokenizer, found from the settings; or None and why it is not there."""
+        try:
+            return find_tokenizer(load_extraction_config(self)), ""
+        except LogitsError as error:
+            return None, str(error)
+
     def file(self, shard: int) -> Any:
-        """Return the opened `pyarrow.parquet.ParquetFile` of a shard."""
+        """Return the opened `pyarrow.parquet.ParquetFile` of a shard; only its footer is read."""
         if shard not in self._files:
-            self._files[shard] = open_parquet(self.store, self.shards[shard])
-            rows = self._files[shard].metadata.num_rows
-            if self._listed.get(self.shards[shard], rows) != rows:
+            name = self.shards[shard]
+            with parquet_errors(name):
+                file = pq.ParquetFile(
+                    self.store.open(name),
+                    pre_buffer=self.store.on_hub,
+                    thrift_string_size_limit=2**26,
+                    page_checksum_verification=True,
+                )
+                file.schema_arrow.names  # noqa: B018 - read here, where a bad one is reported
+            self._files[shard] = file
+            if self._listed.get(name, file.metadata.num_rows) != file.metadata.num_rows:
                 self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
 
+    def metadata(self, shard: int) -> dict[bytes, bytes]:
+        """Return the key-value metadata of a shard."""
+        return self.file(shard).schema_arrow.metadata or {}
+
     def part(self, shard: int) -> dict[str, Any]:
-        """Return what a shard says of the part that it is; empty in files of version 0.1.
+        """Return what a shard says of the part it is; empty in files of version 0.1.
 
         Raises:
-            FormatError: it is not what a part says of itself; names the entry.
+            FormatError: it is no JSON object with the entries of a part.
         """
-        text = (self.file(shard).schema_arrow.metadata or {}).get(METADATA_PART)
+        text = self.metadata(shard).get(METADATA_PART)
         return {} if text is None else parse_part(text, self.shards[shard])
 
     def readable_file(self, shard: int) -> Any:
-        """Return an opened shard whose rows are of a format that is known here.
+        """Return an opened shard whose rows may be read beside those of the others.
 
         Raises:
-            FormatError: they are of a later one, or of another run than a shard read before.
+            FormatError: they are of a later format, or of another run than a shard read before.
         """
-        file = self.file(shard)
-        version = (file.schema_arrow.metadata or {}).get(METADATA_VERSION, b"")
+        file, metadata = self.file(shard), self.metadata(shard)
+        version = metadata.get(METADATA_VERSION, b"")
         if version.isdigit() and int(version) > FORMAT_VERSION:
             raise FormatError(
                 f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
                 "can be read here: use a later logit-extraction"
             )
         first = next(iter(self._files))  # opened
-        schemas = (self.file(first).schema_arrow, file.schema_arrow)
-        texts = [(schema.metadata or {}).get(METADATA_SETTINGS, b"{}") for schema in schemas]
+        texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
         differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
         if differ:
             raise FormatError(
@@ -2705,13 +2805,20 @@ class LogitDataset:
         return file
 
     def count_rows(self, shard: int) -> int:
-        """Return the rows of a shard, from the checkpoint or its footer."""
+        """Return the rows of a shard, from a checkpoint or its footer."""
         listed = self._listed.get(self.shards[shard]) if shard not in self._files else None
         return int(self.file(shard).metadata.num_rows) if listed is None else listed
 
     @cached_property
     def _listed(self) -> dict[str, int]:
-        return listed_rows(self.store, self.sizes)
+        """Rows of the shards that a checkpoint lists at their present size."""
+        try:
+            records = read_checkpoints(self.store)
+        except LogitsError:
+            return {}
+        sizes = self.sizes
+        rows = {path: r["rows"] for path, r in records.items() if r["bytes"] == sizes.get(path)}
+        return rows if all(type(n) is int and n >= 0 for n in rows.values()) else {}
 
     def read_rows(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> pa.Table:
         """Return rows by number (negative: from the end), in the order asked for.
@@ -2721,36 +2828,36 @@ class LogitDataset:
         Raises:
             RowError: there is no such row.
         """
-        shards, offsets = self._locate(np.asarray(rows, np.int64))
-        tables, places = [], []
+        wanted = np.asarray(rows, np.int64)
+        shards, offsets = self._locate(wanted)
+        keys, places = [], []
         for shard in np.unique(shards).tolist():
             metadata = self.file(shard).metadata
             sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-            starts, mine = to_starts(sizes), np.flatnonzero(shards == shard)
-            groups = np.searchsorted(starts, offsets[mine], side="right") - 1
+            mine = np.flatnonzero(shards == shard)
+            groups = np.searchsorted(to_starts(sizes), offsets[mine], side="right") - 1
             for group in np.unique(groups).tolist():
                 at = mine[groups == group]
                 table = self._read_group(shard, group)
-                tables.append(table.take(pa.array(offsets[at] - starts[group])))
+                keys.append(table.take(pa.array(offsets[at] - to_starts(sizes)[group])))
                 places.append(at)
-        if len(tables) == 1 and places[0].size == 1:
-            return tables[0]
-        order = np.argsort(np.concatenate(places or [np.zeros(0, np.int64)]))
-        return pa.concat_tables(tables).take(pa.array(order)) if tables else rows_table([])
+        if not keys:
+            return pa.schema([*SCHEMA, *TOKEN_FIELDS]).empty_table()
+        if len(keys) == 1 and places[0].size == 1:
+            return keys[0]
+        return pa.concat_tables(keys).take(pa.array(np.argsort(np.concatenate(places))))
 
-    def _locate(
-        self, rows: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _locate(self, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
         """Return the shard of each row, and its number there."""
         while True:
             listed = len(self._listed)
             wanted = np.where(rows < 0, rows + len(self), rows) if (rows < 0).any() else rows
             starts, most = [0], int(wanted.max(initial=-1))
-            while starts[-1] <= most and len(starts) <= len(self.shards):
-                starts.append(starts[-1] + self.count_rows(len(starts) - 1))
-            outside = (wanted < 0) | (wanted >= starts[-1])
-            if outside.any():
-                row = rows[outside][0]
+            for shard in range(len(self.shards)):
+                if starts[-1] <= most:
+                    starts.append(starts[-1] + self.count_rows(shard))
+            if most >= starts[-1] or wanted.min(initial=0) < 0:
+                row = int(rows[(wanted < 0) | (wanted >= starts[-1])][0])
                 raise RowError(f"{self.name} has {plural(len(self), 'row')}, there is no row {row}")
             shards = np.searchsorted(starts, wanted, side="right") - 1
             for shard in np.unique(shards).tolist():
@@ -2788,33 +2895,6 @@ class LogitDataset:
         return self._kept[1]
 
 
-# Parquet files and settings -----------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def parquet_errors(name: str) -> Iterator[None]:
-    """Turn what pyarrow raises on a damaged file into a `FormatError` that names the file."""
-    try:
-        yield
-    except transfer_errors() as error:
-        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{name} cannot be read as Parquet: {error}") from error
-
-
-def open_parquet(store: Store, path: str) -> Any:
-    """Open a shard of a store; only its footer is read."""
-    with parquet_errors(path):
-        file = pq.ParquetFile(
-            store.open(path),
-            pre_buffer=isinstance(store, HubStore),
-            thrift_string_size_limit=2**26,
-            page_checksum_verification=True,
-        )
-        file.schema_arrow.names  # noqa: B018 - read here, where an unreadable one is reported
-        return file
-
-
 def check_group_size(group: Any, name: str) -> None:
     """Refuse a row group whose footer announces more than is safe to decode at once.
 
@@ -2831,23 +2911,50 @@ def check_group_size(group: Any, name: str) -> None:
         )
 
 
-def table_settings(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, Any]:
-    """Return the run's settings from Parquet key-value metadata; empty when there are none."""
-    return parse_settings((metadata or {}).get(METADATA_SETTINGS, b"{}"), name)
+# What an output says of itself --------------------------------------------------------------------
+
+
+def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
+    """Return the settings of the run that wrote an output.
+
+    They are read from `extraction_config.json`, else from the metadata of the first shard.
+
+    Args:
+        name: the output, by name or opened.
+
+    Raises:
+        OpenError: there is no such output, or it says nothing about its run.
+    """
+    dataset = as_output(name)
+    text = dataset.store.read_text(CONFIG_FILE)
+    settings = dataset.settings if text is None else parse_settings(text.encode(), CONFIG_FILE)
+    if not settings:
+        raise OpenError(f"{dataset.name} has no {CONFIG_FILE} and no settings in its shards")
+    return settings
+
+
+def parse_object(text: bytes | str, name: str, what: str) -> dict[str, Any]:
+    """Parse a JSON object that an output holds.
+
+    Raises:
+        FormatError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{name}: {what} are not JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{name}: {what} are no JSON object")
+    return value
 
 
 def parse_settings(text: bytes, name: str) -> dict[str, Any]:
-    """Parse the settings of a run: a JSON object whose known entries are of the right kind.
+    """Parse the settings of a run, whose known entries must be of the right kind.
 
     Raises:
         FormatError: they are not; names the entry.
     """
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{name}: the settings are not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise FormatError(f"{name}: the settings are no JSON object")
+    settings = parse_object(text, name, "the settings")
     for entry, (low, high) in SETTING_RANGES.items():
         value = settings.get(entry)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -2857,43 +2964,6 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
         if not isinstance(settings.get(entry), (str, type(None))):
             raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not text")
     return settings
-
-
-PART_COUNTS = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
-
-
-def parse_part(text: bytes, name: str) -> dict[str, Any]:
-    """Parse what a shard says of its part: counts, the hash of its ids, who gave no row and why.
-
-    Raises:
-        FormatError: an entry is missing or of another kind; names it.
-    """
-    try:
-        part = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{name}: the figures of the part are not JSON: {error}") from error
-    if not isinstance(part, dict):
-        raise FormatError(f"{name}: the figures of the part are no JSON object")
-    for entry in PART_COUNTS:
-        if type(part.get(entry)) is not int or part[entry] < 0:
-            raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}, no count")
-    skipped = part.setdefault("skipped", {})
-    if not isinstance(skipped, dict) or not all(re.fullmatch("-?[0-9]{1,10}", i) for i in skipped):
-        raise FormatError(f"{name}: skipped of the part is {skipped!r:.40}, no reasons by id")
-    if not isinstance(part.get("ids"), str):
-        raise FormatError(f"{name}: ids of the part is {part.get('ids')!r:.40}, no hash")
-    return part
-
-
-def hash_ids(ids: npt.ArrayLike) -> str:
-    """Return the hash of the conversations of a part, in the order of their selection."""
-    return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()[:16]
-
-
-def part_path(number: int) -> str:
-    """Return where the file of a part is in an output."""
-    folder = f"{number // PARTS_PER_FOLDER:03d}/" if number >= PARTS_PER_FOLDER else ""
-    return f"data/{folder}part-{number:05d}.parquet"
 
 
 @lru_cache(maxsize=64)
@@ -2906,8 +2976,64 @@ def peek_settings(text: bytes) -> dict[str, Any]:
 
 
 def run_differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    """Return the settings in which two shards of one output cannot differ, but these do."""
+    """Return the settings in which two shards cannot be of one output."""
     return sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
+
+
+PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
+
+
+def parse_part(text: bytes, name: str) -> dict[str, Any]:
+    """Parse what a shard says of its part: whole numbers, the hash of its ids, who gave no row.
+
+    Raises:
+        FormatError: an entry is missing or of another kind; names it.
+    """
+    part = parse_object(text, name, "the figures of the part")
+    for entry in PART_FIGURES:
+        if type(part.get(entry)) is not int or part[entry] < 0:
+            raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}")
+    skipped = part.setdefault("skipped", {})
+    if not isinstance(skipped, dict) or not all(re.fullmatch("-?[0-9]{1,10}", k) for k in skipped):
+        raise FormatError(f"{name}: skipped conversations of the part are {skipped!r:.40}")
+    if not isinstance(part.get("ids"), str):
+        raise FormatError(f"{name}: ids of the part are {part.get('ids')!r:.40}")
+    return part
+
+
+def hash_ids(ids: npt.ArrayLike) -> str:
+    """Return what `logits.part` says of the ids of a part's conversations, in selection order."""
+    return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()[:16]
+
+
+def read_checkpoints(store: Store) -> dict[str, dict[str, Any]]:
+    """Return what the checkpoints of all workers list: `bytes`, `rows` and more, by shard.
+
+    Raises:
+        FormatError: one is no checkpoint.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for name in store.list_checkpoints():
+        try:
+            content = json.loads(store.read_text(name) or "{}")
+            if "parts" in content:
+                columns = content["parts"]
+                for row in zip(*columns.values(), strict=True):
+                    record = dict(zip(columns, row, strict=True))
+                    records[part_path(record["number"])] = {"bytes": None, "rows": None, **record}
+            else:  # version 0.1
+                for path, entry in content["shards"].items():
+                    rows = entry.get("figures", {}).get("rows")
+                    records[path] = {"bytes": entry["bytes"], "rows": rows}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FormatError(f"{name} is no checkpoint with a list of shards") from error
+    return records
+
+
+def count_skipped(dataset: LogitDataset) -> Counter[str]:
+    """Count, by reason, the conversations that gave no row, as far as the shards say."""
+    parts = (dataset.part(shard) for shard in range(len(dataset.shards)))
+    return Counter(str(reason) for part in parts for reason in part.get("skipped", {}).values())
 
 
 @dataclass(frozen=True)
@@ -2928,265 +3054,129 @@ class RunLimits:
         return cls(**{name: settings[name] for name in names})
 
 
-# Opening ------------------------------------------------------------------------------------------
+# An output, or rows at hand -----------------------------------------------------------------------
 
 
-def open_store(name: str | Path) -> Store:
-    """Find where an output is: a folder, a Parquet file, or a dataset repository on the Hub."""
-    text = str(name)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return LocalStore(path)
-    if path.is_file():
-        return FileStore([path])
-    for prefix in _HUB_PREFIXES:
-        text = text.removeprefix(prefix)
-    repo, _, revision = text.partition("@")
-    if text.startswith((".", "/", "~")) or text.endswith(".parquet") or not _HUB_ID.fullmatch(repo):
-        raise OpenError(f"no such folder or file: {name}")
-    return HubStore(repo, revision=revision or None)
+def describe_type(value: Any) -> str:
+    """Say what kind of thing was passed instead of what was needed."""
+    return f"a {type(value).__name__}" if value is not None else "None"
 
 
-def find_shards(files: Mapping[str, int], name: str, split: str) -> dict[str, int]:
-    """Choose the Parquet files of a split, with their sizes, in order of their numbers.
-
-    Files under `data/` win over others; a file whose name or folder is no split's belongs to
-    `train`. What lies further down is another output's, and is never read with these.
-    """
-    parquet = [path for path in files if _SHARD.fullmatch(path)]
-    parquet = [path for path in parquet if path.startswith("data/")] or parquet
-    if not parquet:
-        raise OpenError(f"{name} holds no Parquet files{outputs_below(files, name)}")
-    splits: dict[str, list[str]] = {}
-    for path in parquet:
-        found = _SPLIT_NAME.search(path)
-        splits.setdefault(found[1] if found else "train", []).append(path)
-    if split not in splits:
-        raise OpenError(f"{name} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return {path: files[path] for path in sorted(splits[split], key=shard_order)}
-
-
-def outputs_below(files: Mapping[str, int], name: str) -> str:
-    """Name the folders below that hold shards of their own; an empty text where none do."""
-    folders = {re.sub(r"(?:^|/)(?:data(?:/[0-9]{3})?/)?[^/]+$", "", path) for path in files}
-    folders = {folder for folder in folders if folder}
-    own = {re.sub(r"/?[^/]+$", "", path) for path in files if "/data/" in path}
-    own = {re.sub(r"/data(/[0-9]{3})?$", "", folder) for folder in own}
-    names = [f"{name}/{folder}" for folder in sorted(own or folders)]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f" itself; name one of those below: {', '.join(names[:5])}{more}" if names else ""
-
-
-def shard_order(path: str) -> tuple[list[tuple[int, int | str]], str]:
-    """Sort key that reads runs of digits in a file's own name as numbers."""
-    runs = filter(None, re.split(r"([0-9]+)", path.rpartition("/")[2]))
-    return [(0, int(run)) if run.isdigit() else (1, run) for run in runs], path
-
-
-def load_logit_dataset(
-    name: str | Path | Sequence[str | Path], split: str = "train", streaming: bool = True
-) -> LogitDataset:
-    """Open an output for reading: nothing but file names is read until a row is asked for.
-
-    Args:
-        name: a folder, a Parquet file, a list of Parquet files, or a dataset on the Hub
-            (`user/name`, `user/name@revision`).
-        split: `train` for what `extract_logits.py` writes.
-        streaming: read from the Hub by byte ranges, row group by row group; False downloads the
-            shards into the Hub's local cache first. Files at hand are never copied.
-
-    Raises:
-        OpenError: no such output, no Parquet files in it, or no such split; a folder that only
-            holds outputs is refused with their names.
-    """
-    store = open_store(name) if isinstance(name, (str, Path)) else FileStore(name)
-    if isinstance(store, FileStore):
-        return LogitDataset(store, store.list_files())
-    shards = find_shards(store.list_files(), store.name, split)
-    if isinstance(store, HubStore) and not streaming:
-        store = store.download(list(shards))
-    return LogitDataset(store, shards)
-
-
-def read_text(store: Store, path: str) -> str | None:
-    """Return a small text file of an output; None when the output has no such file."""
-    try:
-        with store.open(path) as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if len(data) > MAX_TEXT_BYTES:
-        raise OpenError(f"{store.name}: {path} is larger than {MAX_TEXT_BYTES >> 20} MiB")
-    return bytes(data).decode("utf-8", "replace")
-
-
-def read_checkpoints(store: Store) -> dict[str, dict[str, Any]]:
-    """Return what the checkpoints of all workers list: `bytes`, `rows` and more, by shard.
-
-    Raises:
-        FormatError: one is no checkpoint.
-    """
-    records: dict[str, dict[str, Any]] = {}
-    for name in store.list_checkpoints():
-        try:
-            content = json.loads(read_text(store, name) or "{}")
-            if "parts" in content:
-                columns = content["parts"]
-                for row in zip(*columns.values(), strict=True):
-                    record = dict(zip(columns, row, strict=True))
-                    records[part_path(record["number"])] = {"bytes": None, "rows": None, **record}
-            else:  # version 0.1
-                for path, entry in content["shards"].items():
-                    rows = entry.get("figures", {}).get("rows")
-                    records[path] = {"bytes": entry["bytes"], "rows": rows}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise FormatError(f"{name} is no checkpoint with a list of shards") from error
-    return records
-
-
-def listed_rows(store: Store, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the rows of the shards that a checkpoint lists at their present size."""
-    try:
-        records = read_checkpoints(store)
-    except LogitsError:
-        return {}
-    rows = {path: r["rows"] for path, r in records.items() if r["bytes"] == sizes.get(path)}
-    return rows if all(type(n) is int and n >= 0 for n in rows.values()) else {}
-
-
-def count_skipped(dataset: LogitDataset) -> Counter[str]:
-    """Count by reason the conversations that gave no row, as far as the shards say."""
-    parts = (dataset.part(shard) for shard in range(len(dataset.shards)))
-    return Counter(str(reason) for part in parts for reason in part.get("skipped", {}).values())
-
-
-def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
-    """Return the settings of the run that wrote an output.
-
-    They are read from `extraction_config.json`, else from the metadata of the first shard.
-
-    Raises:
-        OpenError: there is no such output, or it says nothing about its run.
-    """
-    dataset = as_output(name)
-    text = read_text(dataset.store, CONFIG_FILE)
-    settings = dataset.settings if text is None else parse_settings(text.encode(), CONFIG_FILE)
-    if not settings:
-        raise OpenError(f"{dataset.name} has no {CONFIG_FILE} and no settings in its shards")
-    return settings
-
-
-# Any kind of dataset ------------------------------------------------------------------------------
-
-
-def as_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> LogitDataset:
+def as_output(name: Any) -> LogitDataset:
     """Open an output unless it is open already."""
     return name if isinstance(name, LogitDataset) else load_logit_dataset(name)
 
 
-def as_dataset(dataset: Any) -> Any:
-    """Open what is a name, or a list of files; return anything else as it is."""
+def as_rows(dataset: Any) -> Any:
+    """Return an opened output, a `pyarrow.Table`, or something that gives rows as dictionaries."""
     files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
     if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
+    if isinstance(dataset, Sample):
+        raise LogitsError("a dataset is needed here, not a sample")
+    if isinstance(dataset, Mapping):
+        return [dataset]
+    if hasattr(dataset, "with_format"):  # of `datasets`; what was passed stays as it is
+        return dataset.with_format(None)
+    if not hasattr(dataset, "__iter__") and not isinstance(dataset, pa.Table):
+        raise LogitsError(
+            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
+            f"{describe_type(dataset)}"
+        )
     return dataset
-
-
-def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> dict[str, Any]:
-    """Decode row `i`, without reading the rows before it and without changing `dataset`.
-
-    Args:
-        dataset: what `load_logit_dataset` returns, or a name it takes; a `datasets.Dataset`, a
-            `pyarrow.Table`, a list of rows. A `datasets.IterableDataset` works too, but has to
-            be read from its start.
-        i: row number; negative counts from the end where the end is known.
-        conversation: choose by `index`, the id in the source, instead.
-
-    Returns:
-        `index`, `num_tokens` (N); by token: `top_indices`, `top_logits_quantized`,
-        `sampled_indices`, `sampled_logits_quantized` (lists of N arrays), `top_counts`,
-        `top_min`, `top_max`, `sampled_min`, `sampled_max`, `logsumexp` (N,); and `input_ids` (S,)
-        and `token_positions` (N,) where the output stores them. Decode the logits with
-        `dequantize_top_logits` and its siblings.
-
-    Raises:
-        RowError: there is no such row.
-        FormatError: the row does not hold what the format says.
-    """
-    dataset = as_dataset(dataset)
-    if conversation is not None:
-        numbers = row_numbers(dataset)
-        if conversation not in numbers:
-            raise RowError(f"none of the {len(numbers):,} rows is of conversation {conversation!r}")
-        i = numbers[conversation]
-    i = check_row_number(i)
-    return block_samples(decode_rows(read_row(dataset, i), first_row=i))[0]
-
-
-def iter_samples(dataset: Any, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Decode the rows of a dataset in order, at most `limit` of them; see `get_sample`."""
-    for block in iter_blocks(dataset, limit=limit):
-        yield from block_samples(block)
 
 
 def check_row_number(i: Any) -> int:
     """Refuse what is no row number."""
     if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)):
         raise RowError(
-            f"a row number is an integer, not {i!r:.40} ({type(i).__name__}); iter_samples gives "
+            f"a row number is an integer, not {i!r:.40} ({describe_type(i)}); iter_samples gives "
             "many rows, conversation= takes the id of one in the source"
         )
     return int(i)
 
 
-def read_row(dataset: Any, i: int) -> pa.Table:
-    """Return row `i` of any kind of dataset as a table of one row."""
-    if isinstance(dataset, LogitDataset):
-        return dataset.read_rows([i])
-    if isinstance(dataset, Mapping):
-        dataset = [dataset]
-    if not any(hasattr(dataset, name) for name in ("__len__", "skip")):
-        raise LogitsError(
-            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
-            f"{dataset!r:.40} ({type(dataset).__name__})"
-        )
-    if hasattr(dataset, "skip") and not hasattr(dataset, "__len__"):
-        return read_stream(dataset, i)
-    size = len(dataset)
+def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> Sample:
+    """Decode row `i`, without reading the rows before it and without changing `dataset`.
+
+    Args:
+        dataset: what `load_logit_dataset` returns, or a name it takes; or rows at hand: a
+            `datasets.Dataset`, a `pyarrow.Table`, a list. A stream has to be read from its start.
+        i: row number; negative counts from the end where the end is known.
+        conversation: choose by `index`, the id in the source, instead.
+
+    Returns:
+        Read like a dictionary: `index`, `num_tokens` (N); by token: `top_indices`,
+        `top_logits_quantized`, `sampled_indices`, `sampled_logits_quantized` (lists of N arrays),
+        `top_counts`, `top_min`, `top_max`, `sampled_min`, `sampled_max`, `logsumexp` (N,); and
+        `input_ids` (S,) and `token_positions` (N,) where the output stores them. Decode the logits
+        with `dequantize_top_logits` and its siblings.
+
+    Raises:
+        RowError: there is no such row.
+        FormatError: the row does not hold what the format says.
+    """
+    rows = as_rows(dataset)
+    if conversation is not None:
+        numbers = row_numbers(rows)
+        if conversation not in numbers:
+            raise RowError(f"none of the {len(numbers):,} rows is of conversation {conversation!r}")
+        i = numbers[conversation]
+    i = check_row_number(i)
+    if isinstance(rows, LogitDataset):
+        return Sample(decode_rows(rows.read_rows([i]), first_row=i), rows)
+    return Sample(decode_rows(_row_at_hand(rows, i), first_row=i))
+
+
+def _row_at_hand(rows: Any, i: int) -> pa.Table:
+    if not hasattr(rows, "__len__"):
+        found = list(itertools.islice(iter(rows), i, i + 1)) if i >= 0 else []
+        if not found:
+            raise RowError(f"the stream has no row {i}; a stream cannot be read from its end")
+        return rows_table(found)
+    size = len(rows)
     if not -size <= i < size:
         raise RowError(f"the dataset has {plural(size, 'row')}, there is no row {i}")
-    if isinstance(dataset, pa.Table):
-        return dataset.slice(i % size, 1)
-    if hasattr(dataset, "with_format"):
-        return dataset.with_format("arrow")[i % size : i % size + 1]
-    return rows_table([dataset[i]])
+    return rows.slice(i % size, 1) if isinstance(rows, pa.Table) else rows_table([rows[i]])
 
 
-def read_many(dataset: Any, rows: Sequence[int]) -> pa.Table:
-    """Return rows by number of any kind of dataset."""
-    if isinstance(dataset, LogitDataset):
-        return dataset.read_rows(rows)
-    return pa.concat_tables([read_row(dataset, row) for row in rows])
+def iter_samples(dataset: Any, *, max_samples: int | None = None) -> Iterator[Sample]:
+    """Decode the rows of a dataset in order, at most `max_samples` of them; see `get_sample`."""
+    rows = as_rows(dataset)
+    output = rows if isinstance(rows, LogitDataset) else None
+    for block in iter_blocks(rows, max_samples=max_samples):
+        for row in range(block.index.size):
+            yield Sample(block.row(row), output)
 
 
-def read_stream(dataset: Any, i: int) -> pa.Table:
-    """Return row `i` of a `datasets.IterableDataset`, which is read from its start."""
-    found = list(iter_tables(dataset.skip(i).take(1))) if i >= 0 else []
-    if not found or not found[0].num_rows:
-        raise RowError(f"the stream has no row {i}; a stream cannot be read from its end")
-    return found[0]
+def iter_blocks(dataset: Any, *, max_samples: int | None = None) -> Iterator[TokenBlock]:
+    """Decode any kind of dataset, some dozens of rows at a time."""
+    done = 0
+    for table in iter_tables(dataset, max_samples=max_samples):
+        yield decode_rows(table, first_row=done)
+        done += table.num_rows
 
 
 def iter_tables(
     dataset: Any,
     columns: Sequence[str] = READ_COLUMNS,
     *,
-    limit: int | None = None,
+    max_samples: int | None = None,
     rows: int = 64,
 ) -> Iterator[pa.Table]:
     """Yield the rows of any kind of dataset in order as small tables of `columns`."""
-    left = limit
-    for table in _all_tables(as_dataset(dataset), columns, rows=rows):
+    dataset, left = as_rows(dataset), max_samples
+    if isinstance(dataset, LogitDataset):
+        tables = dataset.iter_tables(columns, rows=rows)
+    elif isinstance(dataset, pa.Table):
+        known = [name for name in columns if name in dataset.column_names]
+        batches = dataset.select(known).to_batches(max_chunksize=rows)
+        tables = (pa.Table.from_batches([batch]) for batch in batches)
+    else:
+        source = iter(dataset)
+        chunks = iter(lambda: list(itertools.islice(source, rows)), [])
+        tables = (rows_table(chunk) for chunk in chunks)
+    for table in tables:
         if left is not None and table.num_rows >= left:
             yield table.slice(0, left)
             return
@@ -3194,30 +3184,11 @@ def iter_tables(
         yield table
 
 
-def _all_tables(dataset: Any, columns: Sequence[str], *, rows: int) -> Iterator[pa.Table]:
-    if isinstance(dataset, LogitDataset):
-        yield from dataset.iter_tables(columns, rows=rows)
-    elif isinstance(dataset, pa.Table):
-        known = [name for name in columns if name in dataset.column_names]
-        for batch in dataset.select(known).to_batches(max_chunksize=rows):
-            yield pa.Table.from_batches([batch])
-    elif hasattr(dataset, "with_format"):
-        names = dataset.column_names
-        known = [name for name in columns if names is None or name in names]
-        narrow = dataset if names is None else dataset.select_columns(known)
-        yield from narrow.with_format("arrow").iter(batch_size=rows)
-    else:
-        source = iter([dataset] if isinstance(dataset, Mapping) else dataset)
-        while chunk := list(itertools.islice(source, rows)):
-            yield rows_table(chunk)
-
-
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
-    names = rows[0] if rows else SCHEMA.names
-    fields = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
     try:
-        return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
+        known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in rows[0]]
+        return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the rows are not in the shard format: {error}") from error
 
@@ -3249,8 +3220,8 @@ def read_lengths_settings(name: str) -> dict[str, Any]:
     Raises:
         SourceError: no such file.
     """
-    store = open_store(name)
-    path = lengths_files(store, name)[-1]
+    store, paths = open_lengths(name)
+    path = paths[-1]
     with store.open(path) as file, parquet_errors(path):
         return parse_lengths_settings(pq.read_schema(file), path)
 
@@ -3265,12 +3236,16 @@ def parse_lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
     raise SourceError(f"{path}: its metadata {name} are damaged; measure the lengths again")
 
 
-def lengths_files(store: Store, name: str) -> list[str]:
-    """Return the files of a lengths dataset in order."""
+def open_lengths(name: str) -> tuple[Store, list[str]]:
+    """Return where a lengths dataset is, and its files in order."""
+    if Path(name).expanduser().is_file():
+        store, sizes = open_files([name])
+        return store, list(sizes)
+    store = open_store(name)
     files = sorted(path for path in store.list_files() if path.endswith(".parquet"))
     if not files:
         raise SourceError(f"lengths {name!r}: no Parquet file there; compute_lengths.py makes one")
-    return files
+    return store, files
 
 
 def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
@@ -3284,10 +3259,10 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         SourceError: no such file, a column is missing or holds no integers, or an index occurs
             twice.
     """
-    store = open_store(name)
+    store, paths = open_lengths(name)
     wanted = ["index", length_col]
     parts, settings = [], {}
-    for path in lengths_files(store, name):
+    for path in paths:
         with store.open(path) as file, parquet_errors(path):
             table = pq.read_table(file)
         missing = [column for column in wanted if column not in table.column_names]
@@ -3309,33 +3284,90 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4 Decode
-# --------------------------------------------------------------------------------------------------
+# Decoding -----------------------------------------------------------------------------------------
 
 LogitPair = tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Ids and logits stored of T tokens, nucleus or tail, flattened.
+
+    Token t owns the entries `starts[t]:starts[t + 1]`.
+    """
+
+    starts: npt.NDArray[np.int64]  # (T + 1,)
+    ids: npt.NDArray[np.int32]  # (n,)
+    q: npt.NDArray[np.uint16]  # (n,)
+    low: npt.NDArray[np.float32]  # (T,), zeros where nothing is stored
+    high: npt.NDArray[np.float32]  # (T,)
+    logsumexp: npt.NDArray[np.float64]  # (T,)
+    bits: int = 16  # resolution kept by the quantization
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Entries of each token, (T,)."""
+        return np.diff(self.starts)
+
+    @property
+    def owner(self) -> npt.NDArray[np.int64]:
+        """Token of each entry, (n,)."""
+        return np.repeat(np.arange(self.low.size), self.counts)
+
+    @cached_property
+    def logits(self) -> npt.NDArray[np.float64]:
+        """Every logit, (n,)."""
+        counts = self.counts
+        return dequantize_logits(self.q, np.repeat(self.low, counts), np.repeat(self.high, counts))
+
+    @cached_property
+    def log_probs(self) -> npt.NDArray[np.float64]:
+        """Log-probability of every entry, (n,)."""
+        return self.logits - np.repeat(self.logsumexp, self.counts)
+
+    @cached_property
+    def probs(self) -> npt.NDArray[np.float64]:
+        """Probability of every entry, (n,)."""
+        return np.exp(self.log_probs)
+
+    @cached_property
+    def mass(self) -> npt.NDArray[np.float64]:
+        """Probability of all entries of each token, (T,)."""
+        return sum_runs(self.probs, self.starts)
+
+    @property
+    def error(self) -> npt.NDArray[np.float64]:
+        """How far a logit of each token can be off by quantization, in nats, (T,).
+
+        Half of a step that is kept; and where those steps do not divide the 65,536 levels of the
+        format evenly, half of one of its levels more.
+        """
+        steps = 2**self.bits - 1
+        uneven = 0.5 / 65535 if 65535 % steps else 0.0
+        return (0.5 / steps + uneven) * (self.high.astype(np.float64) - self.low)
+
+    def of_tokens(self, first: int, last: int) -> Entries:
+        """Return the entries of some consecutive tokens, as views."""
+        starts = self.starts[first : last + 1]
+        part = slice(int(starts[0]), int(starts[-1]))
+        tokens = slice(first, last)
+        return replace(
+            self, starts=starts - starts[0], ids=self.ids[part], q=self.q[part],
+            low=self.low[tokens], high=self.high[tokens], logsumexp=self.logsumexp[tokens],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBlock:
     """Some whole rows, decoded at once: R rows of T tokens in all, everything flattened.
 
-    Row r owns tokens `row_starts[r]:row_starts[r + 1]`; token t owns the nucleus entries
-    `top_starts[t]:top_starts[t + 1]` and the tail entries `tail_starts[t]:tail_starts[t + 1]`.
+    Row r owns tokens `row_starts[r]:row_starts[r + 1]`.
     """
 
     index: npt.NDArray[np.int64]  # (R,)
     row_starts: npt.NDArray[np.int64]  # (R + 1,)
-    top_starts: npt.NDArray[np.int64]  # (T + 1,)
-    top_ids: npt.NDArray[np.int32]  # (sum of nucleus sizes,)
-    top_q: npt.NDArray[np.uint16]  # the same
-    top_min: npt.NDArray[np.float32]  # (T,)
-    top_max: npt.NDArray[np.float32]  # (T,)
-    tail_starts: npt.NDArray[np.int64]  # (T + 1,)
-    tail_ids: npt.NDArray[np.int32]  # (T * M,) where M is the same for all
-    tail_q: npt.NDArray[np.uint16]  # the same
-    tail_min: npt.NDArray[np.float32]  # (T,), zeros where M is 0
-    tail_max: npt.NDArray[np.float32]  # (T,)
+    top: Entries
+    tail: Entries
     logsumexp: npt.NDArray[np.float64]  # (T,)
     tokens: tuple[list[npt.NDArray[np.int32]], list[npt.NDArray[np.int32]]] | None = None
 
@@ -3345,51 +3377,70 @@ class TokenBlock:
         return np.diff(self.row_starts)
 
     @property
-    def top_counts(self) -> npt.NDArray[np.int64]:
-        """Nucleus size of each token, (T,)."""
-        return np.diff(self.top_starts)
-
-    @property
-    def tail_counts(self) -> npt.NDArray[np.int64]:
-        """Tail entries of each token, (T,)."""
-        return np.diff(self.tail_starts)
-
-    def top_logits(self) -> npt.NDArray[np.float64]:
-        """Dequantize every nucleus entry."""
-        counts = self.top_counts
-        return dequantize_logits(
-            self.top_q, np.repeat(self.top_min, counts), np.repeat(self.top_max, counts)
-        )
-
-    def top_probs(self) -> npt.NDArray[np.float64]:
-        """Return the probability of every nucleus entry."""
-        return logits_to_probs(self.top_logits(), np.repeat(self.logsumexp, self.top_counts))
-
-    def top_mass(self) -> npt.NDArray[np.float64]:
-        """Return the probability that each nucleus covers, (T,)."""
-        return sum_runs(self.top_probs(), self.top_starts)
-
-    def tail_logits(self) -> npt.NDArray[np.float64]:
-        """Dequantize every tail entry."""
-        counts = self.tail_counts
-        return dequantize_logits(
-            self.tail_q, np.repeat(self.tail_min, counts), np.repeat(self.tail_max, counts)
-        )
-
-    def tail_probs(self) -> npt.NDArray[np.float64]:
-        """Return the probability of every tail entry."""
-        return logits_to_probs(self.tail_logits(), np.repeat(self.logsumexp, self.tail_counts))
-
-    def tail_mass(self) -> npt.NDArray[np.float64]:
-        """Return the probability of each tail sample, (T,)."""
-        return sum_runs(self.tail_probs(), self.tail_starts)
-
     def first_probs(self) -> npt.NDArray[np.float64]:
-        """Return the probability of each token's likeliest entry, (T,)."""
-        return np.exp(self.top_max.astype(np.float64) - self.logsumexp)
+        """Probability of each token's likeliest entry, (T,)."""
+        return np.exp(self.top.high.astype(np.float64) - self.logsumexp)
+
+    def tokens_at(self, first: int, last: int) -> TokenBlock:
+        """Return some consecutive tokens of one row, without their text, as views."""
+        row = int(np.searchsorted(self.row_starts, first, side="right")) - 1
+        return TokenBlock(
+            self.index[row : row + 1],
+            np.array([0, last - first]),
+            self.top.of_tokens(first, last),
+            self.tail.of_tokens(first, last),
+            self.logsumexp[first:last],
+        )
+
+    def row(self, row: int) -> TokenBlock:
+        """Return one row as a block of its own, as views."""
+        first, last = self.row_starts[row : row + 2].tolist()
+        block = replace(self.tokens_at(first, last), index=self.index[row : row + 1])
+        tokens = self.tokens and ([self.tokens[0][row]], [self.tokens[1][row]])
+        return replace(block, tokens=tokens)
 
 
-# From columns to blocks ---------------------------------------------------------------------------
+class Sample(Mapping[str, Any]):
+    """One row, decoded: a view of a block of one row, read like a dictionary; see `get_sample`."""
+
+    def __init__(self, block: TokenBlock, output: LogitDataset | None = None) -> None:
+        self.block, self.output = block, output
+        names = [*SAMPLE_VIEWS, *(TOKEN_COLUMNS if block.tokens is not None else ())]
+        self._values: dict[str, Any] = dict.fromkeys(names)  # None until asked for
+
+    def __getitem__(self, name: str) -> Any:
+        if self._values[name] is None:
+            if name in TOKEN_COLUMNS and self.block.tokens is not None:
+                self._values[name] = self.block.tokens[TOKEN_COLUMNS.index(name)][0]
+            else:
+                self._values[name] = SAMPLE_VIEWS[name](self.block)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        tokens = plural(self["num_tokens"], "token")
+        return f"<sample of conversation {self['index']}: {tokens}, {', '.join(self)}>"
+
+
+SAMPLE_VIEWS: dict[str, Callable[[TokenBlock], Any]] = {
+    "index": lambda block: int(block.index[0]),
+    "num_tokens": lambda block: int(block.row_starts[1]),
+    "top_indices": lambda block: cut(block.top.ids, block.top.starts),
+    "top_counts": lambda block: block.top.counts.astype(np.int32),
+    "top_logits_quantized": lambda block: cut(block.top.q, block.top.starts),
+    "top_min": lambda block: block.top.low,
+    "top_max": lambda block: block.top.high,
+    "sampled_indices": lambda block: cut(block.tail.ids, block.tail.starts),
+    "sampled_logits_quantized": lambda block: cut(block.tail.q, block.tail.starts),
+    "sampled_min": lambda block: block.tail.low,
+    "sampled_max": lambda block: block.tail.high,
+    "logsumexp": lambda block: block.logsumexp,
+}
 
 
 class Ragged(NamedTuple):
@@ -3417,8 +3468,26 @@ def to_starts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.concatenate(([0], np.cumsum(np.asarray(lengths, np.int64)))).astype(np.int64)
 
 
+def cut(values: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+    """Cut a flat array into the runs that begin at `starts`."""
+    return [values[a:b] for a, b in itertools.pairwise(starts.tolist())]
+
+
+def sum_runs(
+    values: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Sum each run of a flat array, empty ones to 0."""
+    filled = starts[:-1] < starts[1:]
+    sums = np.zeros(starts.size - 1)
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, starts[:-1][filled])
+    return sums
+
+
 def read_column(table: pa.Table, field: pa.Field) -> Any:
     """Return a column of the format as numpy: an array, or `Ragged` for lists and bytes.
+
+    Nulls become 0 or empty; `null_faults` finds them.
 
     Raises:
         FormatError: the column is missing, of another type, or holds values out of its range.
@@ -3429,52 +3498,34 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
             f"no column {field.name!r}; a row of logits needs {needed} "
             "(is this an output of extract_logits.py?)"
         )
-    column = table.column(field.name)
-    array = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    if pa.types.is_binary(field.type):
-        return read_bytes(array, field.name)
-    if not pa.types.is_list(field.type):
-        return to_numpy(array, field)
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(kind(array.type) for kind in kinds):
-        raise FormatError(f"column {field.name!r} is {array.type}, not {field.type}")
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    return Ragged(to_numpy(pc.list_flatten(array), field), to_starts(lengths))
-
-
-def read_bytes(array: pa.Array, name: str) -> Ragged:
-    """Return a binary column as bytes of all rows, flattened."""
-    if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
-        raise FormatError(f"column {name!r} is {array.type}, not binary")
-    lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
-    joined = b"".join(value or b"" for value in array.to_pylist())
-    return Ragged(np.frombuffer(joined, np.uint8), to_starts(lengths))
-
-
-def to_numpy(array: pa.Array, field: pa.Field) -> npt.NDArray[Any]:
-    """Convert numbers to the format's type, nulls to 0; a value that does not fit is refused."""
-    wanted = getattr(field.type, "value_type", field.type)
     try:
-        if array.null_count:
-            array = pc.fill_null(array, 0)
-        if array.type != wanted:
-            array = array.cast(wanted, safe=not pa.types.is_floating(wanted))
-    except pa.ArrowException as error:
+        array = table.column(field.name).combine_chunks()
+        array = array if array.type == field.type else array.cast(field.type)
+    except (pa.ArrowException, TypeError) as error:
         raise FormatError(f"column {field.name!r} is not {field.type}: {error}") from error
-    return array.to_numpy(zero_copy_only=False)
+    if pa.types.is_binary(field.type):
+        lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
+        joined = b"".join(value or b"" for value in array.to_pylist())
+        return Ragged(np.frombuffer(joined, np.uint8), to_starts(lengths))
+    if not pa.types.is_list(field.type):
+        return pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    values = pc.list_flatten(array)
+    values = pc.fill_null(values, 0) if values.null_count else values
+    return Ragged(values.to_numpy(zero_copy_only=False), to_starts(lengths))
 
 
-def read_columns(table: pa.Table) -> dict[str, Any]:
-    """Return the format's columns as numpy; optional ones that are missing are filled in."""
+def read_columns(table: pa.Table) -> tuple[dict[str, Any], list[Fault]]:
+    """Return the format's columns as numpy, missing optional ones filled in, and what is wrong."""
     rows = table.num_rows
-    columns = {}
+    columns: dict[str, Any] = {}
     for kind in (*SCHEMA, *TOKEN_FIELDS):
         if kind.name in table.column_names or kind.name not in OPTIONAL_COLUMNS:
             columns[kind.name] = read_column(table, kind)
         elif kind.name in TAIL_COLUMNS:
             columns[kind.name] = Ragged(np.zeros(0, np.uint8), np.zeros(rows + 1, np.int64))
     columns.setdefault("num_tokens", columns["top_counts"].lengths)
-    return columns
+    return columns, [*null_faults(table), *shape_faults(columns)]
 
 
 def null_faults(table: pa.Table) -> list[Fault]:
@@ -3496,11 +3547,10 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
     """Find rows whose lists do not have the lengths that their counts ask for."""
     n = columns["num_tokens"].astype(np.int64)
     counts = columns["top_counts"]
-    entries = to_starts(counts.values)[counts.starts]
     tail = columns["sampled_indices_low"].lengths
     wanted = dict.fromkeys(("top_counts", "top_min", "top_max", "logsumexp"), n)
     for name in ("top_indices_low", "top_logits_quantized"):
-        wanted[name] = np.diff(entries)
+        wanted[name] = np.diff(to_starts(counts.values)[counts.starts])
     wanted["top_indices_high"] = -(-columns["top_indices_low"].lengths // 4)
     wanted["sampled_logits_quantized"] = tail
     wanted["sampled_indices_high"] = -(-tail // 4)
@@ -3519,202 +3569,67 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
     return faults + [Fault(int(row), "length", message.format(tail[row], n[row])) for row in uneven]
 
 
-def unpack_rows(low: Ragged, high: Ragged) -> npt.NDArray[np.int32]:
-    """Join the packed ids of many rows; each row's high bits start on a byte."""
-    ends = zip(itertools.pairwise(low.starts), itertools.pairwise(high.starts), strict=True)
-    rows = [unpack_indices(low.values[a:b], high.values[c:d]) for (a, b), (c, d) in ends]
-    return np.concatenate(rows) if rows else np.zeros(0, np.int32)
-
-
 def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     """Decode all rows of a table at once, without a loop over tokens.
 
     Args:
         table: rows in the shard format; columns of another width are converted when nothing is
-            lost, optional ones may be missing.
+            lost, optional ones may be missing. Its metadata says to how many bits logits were kept.
         first_row: number of the table's first row, for messages.
 
     Raises:
         FormatError: names the row and what is wrong with it.
     """
-    columns = read_columns(table)
-    for fault in (null_faults(table) or shape_faults(columns))[:1]:
+    columns, faults = read_columns(table)
+    for fault in faults[:1]:
         raise FormatError(f"row {first_row + fault.row}: {fault.message}")
-    return build_block(columns, first_row)
+    return build_block(columns, first_row, kept_bits(table))
 
 
-def build_block(columns: Mapping[str, Any], first_row: int) -> TokenBlock:
+def kept_bits(table: pa.Table) -> int:
+    """Return the resolution of a table's logits; all of it where the table does not say."""
+    text = (table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}")
+    return RunLimits.of(peek_settings(text)).logit_bits
+
+
+def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenBlock:
     """Assemble a block from columns whose lengths agree."""
-    counts = columns["top_counts"]
-    per_row = counts.lengths
-    tail_low = columns["sampled_indices_low"]
-    tail_sizes = np.repeat(tail_low.lengths // np.maximum(per_row, 1), per_row)
-    tail_range = {}
-    for name in ("sampled_min", "sampled_max"):
-        tail_range[name] = np.zeros(counts.values.size, np.float32)
-        tail_range[name][np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
+    counts, per_row = columns["top_counts"], columns["top_counts"].lengths
+    sizes = {
+        "top": counts.values,
+        "sampled": np.repeat(
+            columns["sampled_indices_low"].lengths // np.maximum(per_row, 1), per_row
+        ),
+    }
+    entries = {}
+    for part, size in sizes.items():
+        low, high = columns[f"{part}_indices_low"], columns[f"{part}_indices_high"]
+        ranges = np.zeros((2, counts.values.size), np.float32)
+        for ends, name in zip(ranges, (f"{part}_min", f"{part}_max"), strict=True):
+            ends[np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
+        pairs = zip(cut(low.values, low.starts), cut(high.values, high.starts), strict=True)
+        ids = [unpack_indices(*pair) for pair in pairs]  # each row's high bits start on a byte
+        entries[part] = Entries(
+            to_starts(size),
+            np.concatenate(ids or [np.zeros(0, np.int32)]),
+            columns[f"{part}_logits_quantized"].values,
+            ranges[0],
+            ranges[1],
+            columns["logsumexp"].values,
+            bits,
+        )
     numbers = np.arange(first_row, first_row + per_row.size)
     tokens = None
     if all(name in columns for name in TOKEN_COLUMNS):
-        ids, positions = (columns[name] for name in TOKEN_COLUMNS)
-        tokens = cut(ids.values, ids.starts), cut(positions.values, positions.starts)
+        texts, positions = (columns[name] for name in TOKEN_COLUMNS)
+        tokens = cut(texts.values, texts.starts), cut(positions.values, positions.starts)
     return TokenBlock(
-        index=columns.get("index", numbers).astype(np.int64),
-        row_starts=counts.starts,
-        top_starts=to_starts(counts.values),
-        top_ids=unpack_rows(columns["top_indices_low"], columns["top_indices_high"]),
-        top_q=columns["top_logits_quantized"].values,
-        top_min=columns["top_min"].values,
-        top_max=columns["top_max"].values,
-        tail_starts=to_starts(tail_sizes),
-        tail_ids=unpack_rows(tail_low, columns["sampled_indices_high"]),
-        tail_q=columns["sampled_logits_quantized"].values,
-        tail_min=tail_range["sampled_min"],
-        tail_max=tail_range["sampled_max"],
-        logsumexp=columns["logsumexp"].values,
-        tokens=tokens,
-    )
-
-
-def iter_blocks(dataset: Any, *, limit: int | None = None) -> Iterator[TokenBlock]:
-    """Decode any kind of dataset, some dozens of rows at a time."""
-    done = 0
-    for table in iter_tables(dataset, limit=limit):
-        yield decode_rows(table, first_row=done)
-        done += table.num_rows
-
-
-# Samples ------------------------------------------------------------------------------------------
-
-
-def block_samples(block: TokenBlock) -> list[dict[str, Any]]:
-    """Cut a block into samples, one a row; the arrays are views."""
-    return [block_sample(block, row) for row in range(block.index.size)]
-
-
-def block_sample(block: TokenBlock, row: int) -> dict[str, Any]:
-    """Return row `row` of a block as a sample."""
-    first, last = block.row_starts[row], block.row_starts[row + 1]
-    top, tail = block.top_starts[first : last + 1], block.tail_starts[first : last + 1]
-    sample = {
-        "index": int(block.index[row]),
-        "num_tokens": int(last - first),
-        "top_indices": cut(block.top_ids, top),
-        "top_counts": np.diff(top).astype(np.int32),
-        "top_logits_quantized": cut(block.top_q, top),
-        "top_min": block.top_min[first:last],
-        "top_max": block.top_max[first:last],
-        "sampled_indices": cut(block.tail_ids, tail),
-        "sampled_logits_quantized": cut(block.tail_q, tail),
-        "sampled_min": block.tail_min[first:last],
-        "sampled_max": block.tail_max[first:last],
-        "logsumexp": block.logsumexp[first:last],
-    }
-    if block.tokens is not None:
-        sample |= {name: block.tokens[i][row] for i, name in enumerate(TOKEN_COLUMNS)}
-    return sample
-
-
-def sample_block(sample: Mapping[str, Any]) -> TokenBlock:
-    """Return a sample as a block of one row: the inverse of `block_sample`, less its tokens."""
-    check_sample(sample)
-    flat: dict[str, Any] = {
-        name: np.concatenate(sample[name]) if sample[name] else np.zeros(0, kind)
-        for name, kind in (
-            ("top_indices", np.int32),
-            ("top_logits_quantized", np.uint16),
-            ("sampled_indices", np.int32),
-            ("sampled_logits_quantized", np.uint16),
-        )
-    }
-    return TokenBlock(
-        index=np.array([sample["index"]]),
-        row_starts=np.array([0, sample["num_tokens"]]),
-        top_starts=to_starts([ids.size for ids in sample["top_indices"]]),
-        top_ids=flat["top_indices"],
-        top_q=flat["top_logits_quantized"],
-        top_min=sample["top_min"],
-        top_max=sample["top_max"],
-        tail_starts=to_starts([ids.size for ids in sample["sampled_indices"]]),
-        tail_ids=flat["sampled_indices"],
-        tail_q=flat["sampled_logits_quantized"],
-        tail_min=sample["sampled_min"],
-        tail_max=sample["sampled_max"],
-        logsumexp=sample["logsumexp"],
-    )
-
-
-def cut(values: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
-    """Cut a flat array into the runs that begin at `starts`."""
-    return [values[a:b] for a, b in itertools.pairwise(starts.tolist())]
-
-
-# Logits of a token --------------------------------------------------------------------------------
-
-
-def dequantize_top_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
-    """Return the nucleus of token `t`: ids and logits, by descending logit.
-
-    With `t` None, those of all tokens, flattened; token t owns `top_counts[t]` of them.
-
-    Raises:
-        RowError: the sample has no token `t`.
-    """
-    return _dequantize(sample, "top", t)
-
-
-def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
-    """Return the tail sample of token `t`: ids and logits, in the order drawn.
-
-    With `t` None, those of all tokens, flattened, the same number for each.
-    """
-    return _dequantize(sample, "sampled", t)
-
-
-def dequantize_all_logits(sample: Mapping[str, Any], t: int) -> LogitPair:
-    """Return everything stored of token `t`: ids and logits, the nucleus first, then the tail."""
-    ids, logits = dequantize_top_logits(sample, t)
-    tail_ids, tail_logits = dequantize_sampled_logits(sample, t)
-    return np.concatenate([ids, tail_ids]), np.concatenate([logits, tail_logits])
-
-
-def _dequantize(sample: Mapping[str, Any], part: str, t: int | None) -> LogitPair:
-    if t is None:
-        block = sample_block(sample)
-        if part == "top":
-            return block.top_ids, block.top_logits()
-        return block.tail_ids, block.tail_logits()
-    check_token(sample, t)
-    q, vmin, vmax = (sample[f"{part}_{name}"][t] for name in ("logits_quantized", "min", "max"))
-    return sample[f"{part}_indices"][t], dequantize_logits(q, vmin, vmax)
-
-
-def check_sample(sample: Any) -> None:
-    """Refuse what is no sample, and say what to pass."""
-    if not isinstance(sample, Mapping) or "top_indices" not in sample:
-        raise LogitsError(
-            f"a sample is needed, as get_sample(dataset, i) returns it, not {type(sample).__name__}"
-        )
-
-
-def check_token(sample: Mapping[str, Any], t: Any) -> None:
-    """Refuse a token number that the sample does not have."""
-    check_sample(sample)
-    n = sample["num_tokens"]
-    if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)):
-        raise RowError(f"a token's number is an integer, not {t!r:.40} ({type(t).__name__})")
-    if not -n <= t < n:
-        raise RowError(
-            f"row with index {sample['index']} has {plural(n, 'token')}, there is no token {t}"
-        )
-
-
-def check_tokenizer(tokenizer: Any) -> Any:
-    """Refuse what is no tokenizer; None is one that knows no words."""
-    if tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens"):
-        return tokenizer
-    raise LogitsError(
-        f"tokenizer={tokenizer!r:.60} is no tokenizer: pass what load_tokenizer('MODEL') returns"
+        columns.get("index", numbers).astype(np.int64),
+        counts.starts,
+        entries["top"],
+        entries["sampled"],
+        columns["logsumexp"].values,
+        tokens,
     )
 
 
@@ -3730,6 +3645,78 @@ class Prediction(NamedTuple):
     text: str
     logit: float
     probability: float
+
+
+def as_sample(sample: Any) -> Sample:
+    """Return a sample; a row as stored is decoded.
+
+    Raises:
+        LogitsError: it is something else; says what to pass.
+    """
+    if isinstance(sample, Sample):
+        return sample
+    if isinstance(sample, Mapping) and "top_indices_low" in sample:
+        return get_sample(sample)
+    raise LogitsError(
+        f"a sample is needed, as get_sample(dataset, i) returns it, not {describe_type(sample)}"
+    )
+
+
+def check_token(sample: Sample, t: Any) -> int:
+    """Return a token's number, counted from the start; refuse one that the sample does not have."""
+    n = sample["num_tokens"]
+    if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)):
+        raise RowError(f"a token's number is an integer, not {t!r:.40} ({describe_type(t)})")
+    if not -n <= t < n:
+        raise RowError(
+            f"row with index {sample['index']} has {plural(n, 'token')}, there is no token {t}"
+        )
+    return int(t) % n
+
+
+def check_tokenizer(tokenizer: Any) -> Any:
+    """Refuse what is no tokenizer; None is one that knows no words."""
+    if tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tokenizer
+    raise LogitsError(
+        f"tokenizer={tokenizer!r:.60} is {describe_type(tokenizer)}: pass what "
+        "load_tokenizer('MODEL') returns"
+    )
+
+
+def dequantize_top_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
+    """Return the nucleus of token `t`: ids and logits, by descending logit.
+
+    With `t` None, those of all tokens, flattened; token t owns `top_counts[t]` of them.
+
+    Raises:
+        RowError: the sample has no token `t`.
+    """
+    return _decode_entries(as_sample(sample), "top", t)
+
+
+def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
+    """Return the tail sample of token `t`: ids and logits, in the order drawn.
+
+    With `t` None, those of all tokens, flattened, the same number for each.
+    """
+    return _decode_entries(as_sample(sample), "tail", t)
+
+
+def dequantize_all_logits(sample: Mapping[str, Any], t: int) -> LogitPair:
+    """Return everything stored of token `t`: ids and logits, the nucleus first, then the tail."""
+    sample = as_sample(sample)
+    ids, logits = dequantize_top_logits(sample, t)
+    tail_ids, tail_logits = dequantize_sampled_logits(sample, t)
+    return np.concatenate([ids, tail_ids]), np.concatenate([logits, tail_logits])
+
+
+def _decode_entries(sample: Sample, part: str, t: int | None) -> LogitPair:
+    entries: Entries = getattr(sample.block, part)
+    if t is not None:
+        t = check_token(sample, t)
+        entries = entries.of_tokens(t, t + 1)
+    return entries.ids, entries.logits
 
 
 def logits_to_probs(
@@ -3749,21 +3736,36 @@ def logits_to_probs(
 
 def get_nucleus_probability_mass(sample: Mapping[str, Any], t: int | None = None) -> Any:
     """Return the probability that the nucleus of token `t` covers; `t` None: of all, (N,)."""
-    if t is None:
-        return sample_block(sample).top_mass()
-    _, logits = dequantize_top_logits(sample, t)
-    return float(logits_to_probs(logits, sample["logsumexp"][t]).sum())
+    sample = as_sample(sample)
+    mass = sample.block.top.mass
+    return mass if t is None else float(mass[check_token(sample, t)])
 
 
-def sum_runs(
-    values: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Sum each run of a flat array, empty ones to 0."""
-    filled = starts[:-1] < starts[1:]
-    sums = np.zeros(starts.size - 1)
-    if filled.any():
-        sums[filled] = np.add.reduceat(values, starts[:-1][filled])
-    return sums
+def decode_top_tokens(
+    sample: Mapping[str, Any], t: int, tokenizer: Any = None, *, k: int = 10
+) -> list[Prediction]:
+    """Return the teacher's `k` likeliest tokens at token `t`, likeliest first.
+
+    Args:
+        sample: from `get_sample`.
+        t: number of the token in the row.
+        tokenizer: gives the tokens' text; `#id` stands there without one.
+        k: how many, as far as the nucleus goes.
+    """
+    sample = as_sample(sample)
+    t = check_token(sample, t)
+    ids, logits = dequantize_top_logits(sample, t)
+    logsumexp = sample["logsumexp"][t]
+    return make_predictions(ids[:k], logits[:k], logsumexp, check_tokenizer(tokenizer))
+
+
+def make_predictions(
+    ids: npt.NDArray[Any], logits: npt.NDArray[Any], logsumexp: npt.ArrayLike, tokenizer: Any
+) -> list[Prediction]:
+    """Put ids (n,), logits (n,) and log-sum-exp (n,), or one for all, together with their text."""
+    probs = logits_to_probs(logits, logsumexp).tolist()
+    rows = zip(ids.tolist(), token_texts(ids, tokenizer), logits.tolist(), probs, strict=True)
+    return [Prediction(*row) for row in rows]
 
 
 # Text of tokens -----------------------------------------------------------------------------------
@@ -3775,12 +3777,11 @@ def token_texts(ids: npt.ArrayLike, tokenizer: Any = None) -> list[str]:
     Bytes that are no whole character show as `⟨F0 9F⟩`, a leading space is kept.
     """
     unique, inverse = np.unique(np.asarray(ids, np.int64), return_inverse=True)
-    texts = [token_text(token, tokenizer) for token in unique.tolist()]
+    texts = [_token_text(token, tokenizer) for token in unique.tolist()]
     return [texts[i] for i in inverse.reshape(-1).tolist()]
 
 
-def token_text(token: int, tokenizer: Any) -> str:
-    """Return what one token writes; see `token_texts`."""
+def _token_text(token: int, tokenizer: Any) -> str:
     if tokenizer is None or token >= len(tokenizer):
         return f"#{token}"
     text = str(tokenizer.decode([token]))
@@ -3788,7 +3789,8 @@ def token_text(token: int, tokenizer: Any) -> str:
     if piece is None:
         return f"#{token}"
     if "\ufffd" in text:
-        return show_bytes(piece_bytes(str(piece)), text)
+        data = piece_bytes(str(piece))
+        return text if data is None else show_bytes(data)
     return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
 
 
@@ -3813,38 +3815,35 @@ def byte_alphabet() -> dict[str, int]:
     return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def show_bytes(data: bytes | None, text: str) -> str:
-    """Decode UTF-8 with what is no whole character as `⟨F0 9F⟩`; `text` when there are no bytes."""
-    if data is None:
-        return text
-    shown = data.decode("utf-8", "surrogateescape")
+def show_bytes(data: bytes) -> str:
+    """Decode UTF-8 with what is no whole character as `⟨F0 9F⟩`."""
     return re.sub(
         r"[\udc80-\udcff]+",
         lambda run: "⟨" + " ".join(f"{ord(c) - 0xDC00:02X}" for c in run[0]) + "⟩",
-        shown,
+        data.decode("utf-8", "surrogateescape"),
     )
 
 
-def decode_top_tokens(
-    sample: Mapping[str, Any], t: int, tokenizer: Any = None, *, k: int = 10
-) -> list[Prediction]:
-    """Return the teacher's `k` likeliest tokens at token `t`, likeliest first.
+def join_characters(texts: Sequence[str]) -> list[str]:
+    """Write characters that several tokens make up together at the last of these tokens.
 
-    Without a tokenizer the text is `#id`.
+    A run of tokens of bytes alone that make whole characters together, such as `⟨F0 9F⟩`,
+    `⟨98 80⟩`, becomes empty texts and the character; every other text stays.
     """
-    check_token(sample, t)
-    ids, logits = dequantize_top_logits(sample, t)
-    known = check_tokenizer(tokenizer)
-    return make_predictions(ids[:k], logits[:k], sample["logsumexp"][t], known)
-
-
-def make_predictions(
-    ids: npt.NDArray[Any], logits: npt.NDArray[Any], logsumexp: npt.ArrayLike, tokenizer: Any
-) -> list[Prediction]:
-    """Put ids (n,), logits (n,) and log-sum-exp (n,), or one for all, together with their text."""
-    probs = logits_to_probs(logits, logsumexp).tolist()
-    rows = zip(ids.tolist(), token_texts(ids, tokenizer), logits.tolist(), probs, strict=True)
-    return [Prediction(*row) for row in rows]
+    joined, some_bytes = list(texts), re.compile(r"(.*)⟨([0-9A-F]{2}(?: [0-9A-F]{2})*)⟩", re.S)
+    for start in range(len(texts)):
+        first = some_bytes.fullmatch(joined[start])
+        data = bytes.fromhex(first[2]) if first else b""
+        for end in range(start + 1, min(start + 4, len(texts)) if first else 0):
+            more = some_bytes.fullmatch(joined[end])
+            if more is None or more[1]:
+                break
+            data += bytes.fromhex(more[2])
+            with contextlib.suppress(UnicodeDecodeError):
+                whole = (first[1] if first else "") + data.decode("utf-8")
+                joined[start : end + 1] = [""] * (end - start) + [whole]
+                break
+    return joined
 
 
 # Probability and rank of a given token ------------------------------------------------------------
@@ -3860,20 +3859,7 @@ class TokenScores(NamedTuple):
     in_tail: npt.NDArray[np.bool_]
 
 
-def find_entries(
-    wanted: npt.NDArray[Any], ids: npt.NDArray[Any], starts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Return where in the flat `ids` each token's wanted id is, (T,); -1 where it is not stored."""
-    owner = np.repeat(np.arange(wanted.size), np.diff(starts))
-    hits = np.flatnonzero(ids == wanted[owner])
-    found = np.full(wanted.size, -1, np.int64)
-    found[owner[hits]] = hits
-    return found
-
-
-def score_tokens(
-    block: TokenBlock, actual: npt.NDArray[Any], *, logit_bits: int = 16
-) -> TokenScores:
+def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     """Find the probability and rank of the token that is really there, at each position.
 
     Exact for stored tokens. One that is not stored has at most the smallest nucleus logit, and at
@@ -3883,46 +3869,1360 @@ def score_tokens(
     Args:
         block: T tokens.
         actual: (T,) ids.
-        logit_bits: resolution kept; what quantization may have hidden is added to the bound.
     """
-    top = find_entries(actual, block.top_ids, block.top_starts)
-    tail = find_entries(actual, block.tail_ids, block.tail_starts)
+    log_prob = unstored_bound(block)
+    places = []
+    for entries in (block.tail, block.top):  # the nucleus has the last word
+        hits = np.flatnonzero(entries.ids == actual[entries.owner])
+        place = np.full(actual.size, -1, np.int64)
+        place[entries.owner[hits]] = hits
+        log_prob[place >= 0] = entries.log_probs[place[place >= 0]]
+        places.append(place)
+    tail, top = places
     in_nucleus, in_tail = top >= 0, (tail >= 0) & (top < 0)
-    log_prob = unstored_bound(block, logit_bits)
-    tail_logits = block.tail_logits()
-    log_prob[in_tail] = tail_logits[tail[in_tail]] - block.logsumexp[in_tail]
-    log_prob[in_nucleus] = block.top_logits()[top[in_nucleus]] - block.logsumexp[in_nucleus]
-    rank = block.top_counts + 1
-    rank[in_nucleus] = (top - block.top_starts[:-1])[in_nucleus] + 1
-    owner = np.repeat(np.arange(actual.size), block.tail_counts)
-    above = in_tail[owner] & (block.tail_q > block.tail_q[tail[owner]] if tail.size else False)
+    rank = np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts) + 1
+    owner = block.tail.owner
+    q = block.tail.q
+    above = in_tail[owner] & (q > q[tail[owner]] if q.size else False)
     rank += np.bincount(owner[above], minlength=actual.size)
     return TokenScores(log_prob, in_nucleus | in_tail, rank, in_nucleus, in_tail)
 
 
-def half_step(
-    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], logit_bits: int
-) -> npt.NDArray[np.float64]:
-    """Return how far a logit quantized over a range can be off, in nats.
-
-    Half of a step that is kept; and where those steps do not divide the 65,536 levels of the format
-    evenly, half of one of its levels more.
-    """
-    steps = 2**logit_bits - 1
-    uneven = 0.5 / 65535 if 65535 % steps else 0.0
-    return (0.5 / steps + uneven) * (high.astype(np.float64) - low)
-
-
-def unstored_bound(block: TokenBlock, logit_bits: int = 16) -> npt.NDArray[np.float64]:
+def unstored_bound(block: TokenBlock) -> npt.NDArray[np.float64]:
     """Return the largest log-probability that a token stored nowhere can have, (T,)."""
-    stored = block.top_mass() * np.exp(-half_step(block.top_min, block.top_max, logit_bits))
-    stored += block.tail_mass() * np.exp(-half_step(block.tail_min, block.tail_max, logit_bits))
+    stored = sum(part.mass * np.exp(-part.error) for part in (block.top, block.tail))
     left = np.log(np.maximum(1 - stored, np.finfo(np.float64).tiny))
-    return np.minimum(left, block.top_min - block.logsumexp)
+    return np.minimum(left, block.top.low - block.logsumexp)
 
 
 # --------------------------------------------------------------------------------------------------
-# 6 Statistics
+# 6 Beside the text
+# --------------------------------------------------------------------------------------------------
+
+
+class AlignmentError(LogitsError):
+    """A row and a conversation do not belong together; met when text is put beside logits."""
+
+
+@dataclass(frozen=True)
+class TokenAnalysis:
+    """One extracted token of a conversation and what the teacher thought of it."""
+
+    t: int
+    id: int
+    text: str
+    probability: float  # an upper bound unless `exact`
+    log_probability: float
+    exact: bool
+    rank: int  # the least possible unless `where` is "nucleus"
+    where: str  # "nucleus", "tail" or "not stored"
+    nucleus_size: int
+    nucleus_mass: float
+    predictions: list[Prediction]
+    tail: list[Prediction]
+
+
+@dataclass(frozen=True)
+class ConversationAnalysis:
+    """A conversation as the teacher saw it.
+
+    `pieces` is the whole rendered conversation, one piece a token: its text, and the number of the
+    token in `tokens`, None where nothing was extracted.
+    """
+
+    index: int
+    tokens: list[TokenAnalysis]
+    pieces: list[tuple[str, int | None]]
+    model: str = ""
+    note: str = ""
+
+    @property
+    def mean_log_probability(self) -> float:
+        """Mean log-probability of the extracted tokens, bounds taken as they are; 0 for none."""
+        return float(np.mean([token.log_probability for token in self.tokens] or [0.0]))
+
+    @property
+    def typical_probability(self) -> str:
+        """The geometric mean of the tokens' probabilities, with `≤` where some are bounds."""
+        bound = "" if all(token.exact for token in self.tokens) else "≤ "
+        return f"{bound}{math.exp(self.mean_log_probability):.1%}"
+
+    def to_pandas(self) -> Any:
+        """Return one row per extracted token as a `pandas.DataFrame`."""
+        names = [f.name for f in fields(TokenAnalysis) if f.name not in ("predictions", "tail")]
+        rows = [[getattr(token, name) for name in names] for token in self.tokens]
+        return import_extra("pandas").DataFrame(rows, columns=names)
+
+    def _repr_html_(self) -> str:
+        page = html.escape(visualize_conversation_probabilities(self, return_html=True))
+        style = "width:100%;height:32rem;border:1px solid #8884;border-radius:6px"
+        return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="{style}"></iframe>'
+
+
+def analyze_token_probabilities(
+    sample: Mapping[str, Any],
+    conversation: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Any,
+    chat_template: str | None = None,
+    *,
+    k: int = 5,
+    **options: Any,
+) -> ConversationAnalysis:
+    """Put a row beside its conversation, token by token.
+
+    Args:
+        sample: from `get_sample`.
+        conversation: chat messages; None takes the tokens that the row itself stores.
+        tokenizer: the teacher's.
+        chat_template: Jinja source; the tokenizer's own when None.
+        k: predictions kept for each token.
+        options: of `encode_conversation` (tools, include_think, include_end), as in the run.
+
+    Raises:
+        AlignmentError: conversation and row do not have the same number of extracted tokens.
+        ConversationError: the conversation cannot be rendered.
+    """
+    sample, tokenizer = as_sample(sample), check_tokenizer(tokenizer)
+    if conversation is None:
+        ids, positions = stored_tokens(sample)
+    elif isinstance(conversation, (str, int)) or not all(
+        isinstance(message, Mapping) for message in conversation
+    ):
+        raise LogitsError(
+            "conversation is a list of messages such as {'role': 'user', 'content': 'Hi'}, not "
+            f"{conversation!r:.60}; execute_analysis finds it by row or by id"
+        )
+    else:
+        messages = [dict(message) for message in conversation]
+        encoded = encode_conversation(messages, tokenizer, chat_template=chat_template, **options)
+        ids, positions = encoded.input_ids, encoded.token_positions
+    return align_tokens(sample, ids, positions, tokenizer, k=k)
+
+
+def align_tokens(
+    sample: Sample, ids: npt.NDArray[Any], positions: npt.NDArray[Any], tokenizer: Any, *, k: int
+) -> ConversationAnalysis:
+    """Put a row beside a tokenized conversation, ids (S,) and extracted positions (N,)."""
+    check_alignment(sample, ids, positions)
+    owner = {int(position): t for t, position in enumerate(positions)}
+    pieces = [(text, owner.get(i)) for i, text in enumerate(token_texts(ids, tokenizer))]
+    tokens = analyze_tokens(sample.block, ids[positions], tokenizer, k=k)
+    return ConversationAnalysis(sample["index"], tokens, pieces)
+
+
+def stored_tokens(
+    sample: Mapping[str, Any],
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return the conversation's ids and the positions of the row's tokens among them.
+
+    Raises:
+        AlignmentError: the row does not store them.
+    """
+    if any(name not in sample for name in TOKEN_COLUMNS):
+        raise AlignmentError(
+            "the row does not store its text (--store-tokens), so the conversation is needed"
+        )
+    ids, positions = (sample[name] for name in TOKEN_COLUMNS)
+    if positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < ids.size:
+        raise FormatError(f"row with index {sample['index']}: token_positions leave input_ids")
+    return ids, positions
+
+
+def check_alignment(
+    sample: Mapping[str, Any], ids: npt.NDArray[Any], positions: npt.NDArray[Any]
+) -> None:
+    """Refuse a conversation whose extracted tokens are not as many as the row's.
+
+    Raises:
+        AlignmentError: names both counts.
+    """
+    if positions.size != sample["num_tokens"]:
+        raise AlignmentError(
+            f"row with index {sample['index']} holds {plural(sample['num_tokens'], 'token')}, but "
+            f"its conversation has {positions.size} to extract ({ids.size} in all): another "
+            "conversation, tokenizer, chat template or --include-think/--include-end"
+        )
+
+
+def analyze_tokens(
+    block: TokenBlock, actual: npt.NDArray[Any], tokenizer: Any, *, k: int
+) -> list[TokenAnalysis]:
+    """Describe every token of a block, given the ids (T,) that are really there."""
+    scores = score_tokens(block, actual)
+    where = np.where(scores.in_nucleus, "nucleus", np.where(scores.in_tail, "tail", "not stored"))
+    top, tail, lists = block.top, block.tail, []
+    kept = np.arange(top.ids.size) - np.repeat(top.starts[:-1], top.counts) < k
+    for ids, logits, counts in (
+        (top.ids[kept], top.logits[kept], np.minimum(top.counts, k)),
+        (tail.ids, tail.logits, tail.counts),
+    ):
+        flat = make_predictions(ids, logits, np.repeat(block.logsumexp, counts), tokenizer)
+        lists.append([flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())])
+    return [
+        TokenAnalysis(
+            t=t,
+            id=int(actual[t]),
+            text=text,
+            probability=float(np.exp(scores.log_probability[t])),
+            log_probability=float(scores.log_probability[t]),
+            exact=bool(scores.exact[t]),
+            rank=int(scores.rank[t]),
+            where=str(where[t]),
+            nucleus_size=int(top.counts[t]),
+            nucleus_mass=float(top.mass[t]),
+            predictions=lists[0][t],
+            tail=lists[1][t],
+        )
+        for t, text in enumerate(token_texts(actual, tokenizer))
+    ]
+
+
+# The text behind an output ------------------------------------------------------------------------
+
+
+class TextSource:
+    """The conversations behind an output, tokenized as the run did.
+
+    Teacher, template and source are found from the output's settings; the source dataset is opened
+    when the first conversation is asked for.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], *, tokenizer: Any, chat_template: str | None = None
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+
+    @cached_property
+    def source(self) -> Any:
+        """The source dataset, opened at the run's revision.
+
+        Raises:
+            SourceError: it cannot be opened, or it is not what the run read.
+        """
+        if not self.settings.get("dataset"):
+            raise SourceError("the output does not say which dataset it was made from")
+        name = str(self.settings["dataset"])
+        recorded = self.settings.get("dataset_revision")
+        if is_digest(recorded) and source_revision(name) != recorded:
+            raise SourceError(
+                f"dataset {name!r} has changed since the run, so its text may not be what the "
+                "teacher read; bring back the file of then, or name what to read (--dataset)"
+            )
+        return open_source(
+            name,
+            subset=self.settings.get("subset"),
+            split=str(self.settings.get("split") or "train"),
+            revision=recorded,
+            integers=[self.settings.get("index_col")],
+        )
+
+    @cached_property
+    def encoder(self) -> ConversationEncoder:
+        """Turns rows of the source into the tokens that the run had.
+
+        Raises:
+            TemplateError: the chat template is not the run's.
+        """
+        template = self.chat_template
+        if template is None:
+            text_only = bool(self.settings.get("text_col"))
+            template = "" if text_only else load_chat_template(None, self.tokenizer)
+        if self.settings.get("chat_template_sha256") not in (None, hash_template(template)):
+            raise TemplateError(
+                "the chat template is not the one that the run used, so its tokens cannot be found "
+                f"again; bring back {TEMPLATE_FILE} of the output"
+            )
+        encoder = ConversationEncoder.of(self.settings, self.tokenizer, template)
+        return encoder.for_source(self.source)
+
+    @cached_property
+    def _rows(self) -> Any:
+        """Row of each conversation in the source, by id."""
+        column = self.encoder.columns.index
+        if column is None:
+            return range(len(self.source))
+        return {int(value): row for row, value in enumerate(self.source[column])}
+
+    def encode(self, index: int) -> EncodedConversation:
+        """Tokenize the conversation with this `index` and find its extracted tokens.
+
+        Raises:
+            SourceError: the source has no such conversation, or is not the run's.
+            ConversationError: it cannot be rendered.
+        """
+        if index not in self._rows:
+            raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
+        try:
+            return self.encoder.encode(self.source[self._rows[index]])
+        except ConversationError as error:
+            why = f"{error} in {self.settings['dataset']}: is it the run's (--dataset)?"
+            raise ConversationError(error.reason, why) from error
+
+    def actual_tokens(self, block: TokenBlock) -> list[npt.NDArray[Any] | None]:
+        """Return the ids of each row's extracted tokens, None where row and text do not match."""
+        found: list[npt.NDArray[Any] | None] = []
+        for index, n in zip(block.index.tolist(), block.num_tokens.tolist(), strict=True):
+            ids = None
+            if index in self._rows:
+                with contextlib.suppress(ConversationError):
+                    encoded = self.encode(index)
+                    ids = encoded.input_ids[encoded.token_positions]
+            found.append(ids if ids is not None and ids.size == n else None)
+        return found
+
+
+def find_tokenizer(
+    settings: Mapping[str, Any], *, model: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of the teacher that a run's settings name, or from where it is now."""
+    name = model or settings.get("model")
+    if not name:
+        raise OpenError("the output does not say which model it was made with (--model, model=)")
+    try:
+        revision = None if model else settings.get("model_revision")
+        return load_tokenizer(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    except LogitsError as error:
+        remedy = "--model, model= says where it is now"
+        if settings.get("trust_remote_code") and not trust_remote_code:
+            remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
+        raise LogitsError(f"{error}; {remedy}") from error
+
+
+def open_text(
+    output: str | Path | LogitDataset,
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> TextSource:
+    """Find the teacher's tokenizer, the chat template and the source of an output by itself.
+
+    Args:
+        output: by name, or opened.
+        model: where the teacher is now, if not where the run found it.
+        dataset: where the conversations are now, if not where the run found them.
+        tokenizer: the teacher's, when it is loaded already.
+        trust_remote_code: run code that the teacher's tokenizer brings along.
+
+    Raises:
+        LogitsError: the output does not name them, or they are not there.
+    """
+    output = as_output(output)
+    settings = load_extraction_config(output)
+    if check_tokenizer(tokenizer) is None:
+        tokenizer = find_tokenizer(settings, model=model, trust_remote_code=trust_remote_code)
+    if dataset:
+        settings = {**settings, "dataset": dataset, "dataset_revision": None}
+    template = output.store.read_text(TEMPLATE_FILE)
+    return TextSource(settings, tokenizer=tokenizer, chat_template=template or None)
+
+
+def analyze_row(
+    output: LogitDataset, row: int, text: TextSource, *, k: int = 5
+) -> ConversationAnalysis:
+    """Put row `row` of an output beside its conversation, stored with it or read from the source.
+
+    Raises:
+        AlignmentError: the conversation does not have as many extracted tokens as the row.
+    """
+    sample = get_sample(output, row)
+    if sample.block.tokens is not None:
+        ids, positions = stored_tokens(sample)
+    else:
+        try:
+            encoded = text.encode(sample["index"])
+        except SourceError as error:
+            raise SourceError(
+                f"{error}; --dataset, dataset= says where the conversations are now"
+            ) from error
+        ids, positions = encoded.input_ids, encoded.token_positions
+    analysis = align_tokens(sample, ids, positions, text.tokenizer, k=k)
+    return replace(analysis, model=str(text.settings.get("model") or ""))
+
+
+def analyze_missing(output: LogitDataset, text: TextSource, index: int) -> ConversationAnalysis:
+    """Show a conversation of the source that the output does not hold, as not extracted."""
+    note = "this conversation is not in the output"
+    for shard in range(len(output.shards)):
+        reason = output.part(shard).get("skipped", {}).get(str(index))
+        if reason is not None:
+            note = f"this conversation gave no row: {reason}"
+    try:
+        encoded = text.encode(index)
+    except ConversationError as error:
+        return ConversationAnalysis(index, [], [], note=f"{note}: {error}")
+    pieces: list[tuple[str, int | None]] = [
+        (piece, None) for piece in token_texts(encoded.input_ids, text.tokenizer)
+    ]
+    return ConversationAnalysis(index, [], pieces, note=note)
+
+
+def execute_analysis(
+    logit_dataset_id: str | Path | LogitDataset,
+    sample_index: int = 0,
+    *,
+    conversation: int | None = None,
+    model: str | None = None,
+    dataset: str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    k: int = 5,
+) -> ConversationAnalysis:
+    """Put one row of an output beside its conversation; everything is found from the output.
+
+    Args:
+        logit_dataset_id: the output, by name or opened.
+        sample_index: row number.
+        conversation: choose by `index` in the source instead; one that was not extracted is shown
+            as such.
+        model, dataset, tokenizer, trust_remote_code: see `open_text`.
+        k: predictions kept for each token.
+    """
+    output = as_output(logit_dataset_id)
+    text = open_text(
+        output, model=model, dataset=dataset, tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if conversation is None:
+        return analyze_row(output, check_row_number(sample_index), text, k=k)
+    row = row_numbers(output).get(conversation)
+    if row is None:
+        return analyze_missing(output, text, conversation)
+    return analyze_row(output, row, text, k=k)
+
+
+# --------------------------------------------------------------------------------------------------
+# 7 Show
+# --------------------------------------------------------------------------------------------------
+
+
+SURPRISE_LEVELS = (0.9, 0.5, 0.2, 0.05, 0.01, 0.001)  # level i: at least this probable; then 6
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def show_text(text: str) -> str:
+    """Make characters visible that would not show, or would act on a terminal or a page.
+
+    Line breaks and tabs stay. Control characters become their pictures (␛), direction marks,
+    zero-width characters and lone surrogates become `⟨U+202E⟩`. Joiners inside words stay as they
+    are part of scripts and emoji.
+    """
+
+    def picture(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        if code < 0x20:
+            return chr(0x2400 + code)
+        return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+    return _UNSEEN.sub(picture, text)
+
+
+def show_token(text: str) -> str:
+    """Write a token on one line, with its spaces and line breaks visible."""
+    return show_text(text).replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+
+
+def surprise_level(probability: float) -> int:
+    """Return 0 for a token the teacher expected to 6 for one it all but excluded."""
+    return sum(probability < bound for bound in SURPRISE_LEVELS)
+
+
+def show_probability(token: TokenAnalysis) -> str:
+    """Write a probability in percent, with `≤` where it is a bound."""
+    return (
+        f"{'' if token.exact else '≤'}{token.probability:.{1 if token.probability >= 0.01 else 2}%}"
+    )
+
+
+# Terminal -----------------------------------------------------------------------------------------
+
+
+def colours_wanted() -> bool:
+    """Say whether the terminal shows colours: a terminal, or FORCE_COLOR; never with NO_COLOR."""
+    if os.environ.get("NO_COLOR") or not (os.environ.get("FORCE_COLOR") or sys.stdout.isatty()):
+        return False
+    return importlib.util.find_spec("termcolor") is not None
+
+
+def screen_width() -> int | None:
+    """Return at how many columns lines are broken; None in pipes, whose text stays as it is."""
+    if os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty():
+        return max(shutil.get_terminal_size().columns, 40)
+    return None
+
+
+def count_columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for wide characters."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def break_lines(text: str, width: int | None) -> set[int]:
+    """Return the places in a text before which a line has to be broken, never inside of a word.
+
+    A space at such a place goes; scripts that write without spaces may be broken anywhere.
+    """
+    places: set[int] = set()
+    column = 0
+    for word in re.finditer(r"\n|[ \t]*[^\s]+|[ \t]+", text) if width else ():
+        size = count_columns(word[0])
+        if word[0] == "\n":
+            column = 0
+        elif column and column + size > (width or 0) and word[0].strip():
+            places.add(word.start())
+            column = count_columns(word[0].lstrip())
+        else:
+            column += size
+    return places
+
+
+def wrap_text(text: str) -> str:
+    """Break the lines of a text for the terminal, further ones indented."""
+    width = screen_width()
+    if width is None:
+        return text
+    how: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "    "}
+    return "\n".join(textwrap.fill(line, width, **how) for line in text.split("\n"))
+
+
+def paint(text: str, colour: str, *attributes: str) -> str:
+    """Colour text for the terminal, line by line, where colours are wanted."""
+    if not colour or not colours_wanted():
+        return text
+    termcolor = import_extra("termcolor", "viz")
+    return "\n".join(
+        termcolor.colored(line, colour, attrs=list(attributes), force_color=True) if line else line
+        for line in text.split("\n")
+    )
+
+
+def draw_bar(share: float, width: int = 30) -> str:
+    """Draw a share of 1 as a bar of block characters, in eighths."""
+    eighths = round(min(max(share, 0), 1) * width * 8)
+    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
+
+
+def print_sample_info(sample: Mapping[str, Any]) -> None:
+    """Print what a sample holds: tokens, nucleus sizes and the probability they cover."""
+    sample = as_sample(sample)
+    block = sample.block
+    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}")
+    if not sample["num_tokens"]:
+        return
+    counts, mass, first = block.top.counts, block.top.mass, block.first_probs
+    sizes = f"{counts.min()} to {plural(counts.max(), 'token')}, median {np.median(counts):g}"
+    drawn = plural(block.tail.counts.max(), "token")
+    print(f"  nucleus     {sizes}, mean {counts.mean():.1f}")
+    print(f"  it covers   {mass.min():.1%} to {mass.max():.1%}, mean {mass.mean():.1%}")
+    print(f"  likeliest   {first.min():.1%} to {first.max():.1%}, mean {first.mean():.1%}")
+    print(f"  tail        {drawn}, worth {block.tail.mass.mean():.2%} on average")
+    if "input_ids" in sample:
+        print(f"  text        {plural(sample['input_ids'].size, 'token')} stored with it")
+
+
+def print_top_tokens(
+    sample: Mapping[str, Any], t: int, tokenizer: Any = None, *, k: int = 10
+) -> None:
+    """Print the teacher's `k` likeliest tokens at token `t`, with bars, and the actual token.
+
+    Args:
+        sample: from `get_sample`.
+        t: number of the token in the row.
+        tokenizer: gives the words; None finds the teacher's from the output that the sample is of.
+        k: how many.
+    """
+    sample = as_sample(sample)
+    if check_tokenizer(tokenizer) is None:
+        tokenizer = show_missing_words(sample)
+    show_token_table(sample, t, tokenizer, k=k)
+
+
+def show_missing_words(sample: Sample) -> Any:
+    """Return the tokenizer of the output that a sample is of, or None and print why."""
+    if sample.output is None:
+        return None
+    tokenizer, why = sample.output.words
+    if why:
+        print(wrap_text(f"ids only: {why}"))
+    return tokenizer
+
+
+def show_token_table(
+    sample: Sample, t: int, tokenizer: Any, *, k: int, actual: TokenAnalysis | None = None
+) -> None:
+    """Print what `print_top_tokens` does; a row that stores its text tells the actual token."""
+    t = check_token(sample, t)
+    predictions = decode_top_tokens(sample, t, tokenizer, k=k)
+    if actual is None and sample.block.tokens is not None:
+        ids, positions = stored_tokens(sample)
+        (actual,) = analyze_tokens(sample.block.tokens_at(t, t + 1), ids[positions[t : t + 1]],
+                                   tokenizer, k=1)  # fmt: skip
+    there = ""
+    if actual is not None:
+        rank = f"rank {'' if actual.where == 'nucleus' else '≥ '}{actual.rank}"
+        there = f"; it is {show_token(actual.text)}, {show_probability(actual)}, {rank}"
+    size, mass = sample["top_counts"][t], get_nucleus_probability_mass(sample, t)
+    print(wrap_text(f"token {t}: nucleus of {size} covering {mass:.1%}{there}"))
+    texts = [shorten(show_token(prediction.text)) for prediction in predictions]
+    widest = max(map(count_columns, texts))
+    room = min(30, (screen_width() or 80) - widest - 19)
+    for rank_here, (text, prediction) in enumerate(zip(texts, predictions, strict=True), 1):
+        bar = paint(draw_bar(prediction.probability, max(room, 1)), "cyan")
+        text += " " * (widest - count_columns(text))
+        print(f"  {rank_here:3}  {text}  {prediction.probability:7.2%}  {bar}".rstrip())
+
+
+def shorten(text: str, most: int = 24) -> str:
+    """Cut a text for a table."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def print_dataset_stats(dataset: Any) -> None:
+    """Print the figures of a dataset: `DatasetStats`, or what `compute_dataset_stats` takes."""
+    stats = dataset if isinstance(dataset, DatasetStats) else compute_dataset_stats(dataset)
+    print(f"{stats}\nnuclei by size in tokens")
+    counts = np.add.reduceat(stats.nucleus.histogram, SIZE_CLASSES)
+    for low, high, count in zip(SIZE_CLASSES, (*SIZE_CLASSES[1:], 256), counts, strict=True):
+        label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
+        if count:
+            print(f"  {label:>10} {count:>12,}  {paint(draw_bar(count / counts.max()), 'cyan')}")
+
+
+SIZE_CLASSES = (1, 2, 3, 5, 9, 17, 33, 65, 129)
+
+
+def quick_explore(
+    name: str | Path | LogitDataset,
+    sample_index: int = 0,
+    *,
+    tokenizer: Any = None,
+    tokens: int = 3,
+) -> Sample:
+    """Print what an output is, one of its rows and the row's first tokens; return the sample.
+
+    Args:
+        name: the output, by name or opened.
+        sample_index: row number.
+        tokenizer: gives the words; None finds the teacher's from the output.
+        tokens: how many of the row's tokens to show.
+    """
+    dataset = as_output(name)
+    print(wrap_text(describe_run(dataset)))
+    sample = get_sample(dataset, sample_index)
+    print_sample_info(sample)
+    if check_tokenizer(tokenizer) is None:
+        tokenizer = show_missing_words(sample)
+    count = min(tokens, sample["num_tokens"])
+    print(f"its first {plural(count, 'token')}:")
+    for t in range(count):
+        show_token_table(sample, t, tokenizer, k=5)
+    return sample
+
+
+def describe_run(dataset: LogitDataset) -> str:
+    """Say in one line how large an output is and how it was made."""
+    settings = dataset.settings
+    size = f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"
+    skipped = count_skipped(dataset)
+    if skipped:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
+        size += f", {plural(skipped.total(), 'conversation')} without a row ({reasons})"
+    known = [name for name in ABOUT_RUN if settings.get(name) is not None]
+    parts = [f"{name} {settings[name]!s:.100}" for name in known]
+    return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
+
+
+ABOUT_RUN = ("model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype")
+PAINT: tuple[tuple[str, ...], ...] = (  # by surprise level
+    ("",),
+    ("",),
+    ("cyan",),
+    ("yellow",),
+    ("yellow", "bold"),
+    ("magenta", "bold"),
+    ("magenta", "bold", "reverse"),
+)
+
+
+def visualize_conversation_probabilities(
+    analysis: ConversationAnalysis, return_html: bool = False
+) -> str:
+    """Return the conversation with each extracted token coloured by its probability.
+
+    Coloured terminal text, or with `return_html` a self-contained page that loads nothing. Where
+    the terminal has no colours, tokens below 50% carry their probability in braces.
+    """
+    if return_html:
+        return render_page([analysis])
+    count = plural(len(analysis.tokens), "token")
+    likely = f"typical probability of a token {analysis.typical_probability}"
+    facts = [f"conversation {analysis.index}: {count} by the teacher"]
+    facts += [likely if analysis.tokens else "not extracted", *filter(None, [analysis.note])]
+    return f"{wrap_text(show_text(', '.join(facts)))}\n{paint_legend()}\n\n{paint_text(analysis)}"
+
+
+def paint_text(analysis: ConversationAnalysis) -> str:
+    """Colour the text of a conversation for the terminal, its lines broken between words."""
+    coloured = colours_wanted()
+    shown, styles = [], []
+    texts = join_characters([text for text, _ in analysis.pieces])
+    for text, (_, t) in zip(texts, analysis.pieces, strict=True):
+        level = surprise_level(analysis.tokens[t].probability) if t is not None else 0
+        text = show_text(text)
+        if t is not None and not coloured and level > 1:
+            body = text.rstrip("\n")
+            text = f"{body}{{{show_probability(analysis.tokens[t])}}}{text[len(body) :]}"
+        shown.append(text)
+        styles.append(PAINT[level] if t is not None else ("dark_grey",))
+    places, at, parts = break_lines("".join(shown), screen_width()), 0, []
+    for text, style in zip(shown, styles, strict=True):
+        inside = [place - at for place in sorted(places) if at <= place < at + len(text)]
+        for place in reversed(inside):
+            text = f"{text[:place]}\n{text[place:].removeprefix(' ')}"
+        parts.append(paint(text, *style))
+        at += len(shown[len(parts) - 1])
+    return "".join(parts)
+
+
+def paint_legend() -> str:
+    """Say what the colours, or the braces, mean."""
+    if not colours_wanted():
+        return "{3.1%}: what the teacher gave the token before it, where below 50%"
+    words = [paint(f"{100 * b:g}%+", *PAINT[i]) for i, b in enumerate(SURPRISE_LEVELS) if i]
+    least = paint(f"less than {100 * SURPRISE_LEVELS[-1]:g}%", *PAINT[-1])
+    boxes = "  ".join([*words, least, paint("not extracted", "dark_grey")])
+    return f"probability that the teacher gave the token that is there:\n{boxes}"
+
+
+# Markup -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def page_templates() -> Any:
+    """Return the environment whose templates escape, and make visible, everything from the data."""
+    jinja2 = import_extra("jinja2")
+    parts = {"page": PAGE, "facts": FACTS, "histogram": HISTOGRAM, "stats": STATS}
+    return jinja2.Environment(
+        loader=jinja2.DictLoader(parts),
+        autoescape=True,
+        finalize=lambda value: show_text(value) if type(value) is str else value,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def render(template: str, **values: Any) -> Any:
+    """Fill in a template; what comes out is markup, which other templates take as it is."""
+    markup = import_extra("markupsafe").Markup
+    return markup(page_templates().get_template(template).render(**values))
+
+
+def step_path(shares: Iterable[float], height: int) -> str:
+    """Return shares of 1 as the SVG path of bars that are one unit wide."""
+    steps = "".join(f"V{round(height - height * float(share), 2)}h1" for share in shares)
+    return f"M0 {height}{steps}V{height}Z"
+
+
+FACTS = """\
+<table><caption>{{ title }}</caption>
+{%- for label, value in facts %}<tr><th style='text-align:left'>{{ label }}</th>\
+<td style='text-align:right'>{{ value }}</td></tr>{% endfor %}</table>"""
+
+HISTOGRAM = """\
+<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 {{ last }} 60" \
+preserveAspectRatio="none" style="width:100%;height:5rem" role="img" \
+aria-label="histogram of nucleus sizes"><path d="{{ path }}" fill="#3b82c4"/></svg>\
+<figcaption style="display:flex;justify-content:space-between;gap:1rem"><span>1</span>\
+<span>number of tokens by nucleus size (log scale, {{ "{:,}".format(highest) }} at the highest)\
+</span><span>{{ last }}</span></figcaption></figure>"""
+
+STATS = """\
+<section><h2>The whole data set</h2>
+<dl>{% for label, value in facts %}<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>\
+{% endfor %}</dl>
+{{ histogram }}</section>"""
+
+
+def histogram_svg(histogram: npt.NDArray[np.int64]) -> Any:
+    """Draw the histogram of nucleus sizes, its heights by logarithm, as inline SVG."""
+    used = np.flatnonzero(histogram)
+    if not used.size:
+        return ""
+    last, highest = int(used[-1]), int(histogram.max())
+    heights = np.log1p(histogram[1 : last + 1]) / np.log1p(highest)
+    return render("histogram", last=last, highest=highest, path=step_path(heights, 60))
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<title>{{ title }}</title>
+<style>{{ css }}</style>
+</head>
+<body>
+<main>
+<h1>{{ title }}</h1>
+{% if about %}<p class="dim">{{ about }}</p>{% endif %}
+{% if sections|length > 1 %}
+<nav>{% for part in sections %}<a href="#s{{ loop.index0 }}">conversation {{ part.index }}</a>\
+{% endfor %}</nav>
+{% endif %}
+{% if sections %}
+<div class="legend"><span class="of">Probability that the teacher gave the token that is there\
+</span>{% for bound in bounds %}<span class="b{{ loop.index0 }}">≥ {{ bound }}</span>{% endfor %}\
+<span class="b{{ bounds|length }}">&lt; {{ bounds[-1] }}</span>\
+<span class="bound">not stored: at most this</span><span class="out">not extracted</span></div>
+<p class="dim">Point at, tap or focus a token for its predictions; arrow keys move, Esc closes.</p>
+{% endif %}
+{{ stats }}
+{% for part in sections %}
+<section id="s{{ loop.index0 }}" data-s="{{ loop.index0 }}">
+<h2>Conversation {{ part.index }}</h2>
+<p class="dim">{{ part.facts|join(" · ") }}</p>
+{% if part.path %}
+<figure><svg class="spark" data-n="{{ part.count }}" viewBox="0 0 {{ part.count }} 40" \
+preserveAspectRatio="none" role="img" aria-label="nucleus size along the conversation">\
+<path class="area" d="{{ part.path }}"/><line class="now" x1="0" x2="0" y1="0" y2="40" \
+visibility="hidden"/></svg><div class="axis"><span>token 0</span>\
+<span>nucleus size, 1 to {{ part.peak }}</span><span>token {{ part.count - 1 }}</span>\
+</div></figure>
+{% endif %}
+<div class="text" dir="auto">\
+{% for piece in part.pieces %}{% if piece.kind == "out" %}<span class="out">{{ piece.text }}</span>\
+{% else %}{{ piece.before }}<span class="{{ piece.kind }}" data-t="{{ piece.t }}" tabindex=\
+"{{ 0 if piece.t == 0 else -1 }}">{{ piece.text }}</span>{{ piece.after }}{% endif %}{% endfor %}\
+</div>
+</section>
+{% endfor %}
+</main>
+<div id="pop" role="tooltip" hidden></div>
+<script type="application/json" id="data">{{ data }}</script>
+<script>{{ script }}</script>
+</body>
+</html>
+"""
+
+PAGE_CSS = """
+:root {
+  --bg: #ffffff; --fg: #1b1f24; --dim: #5f6a75; --line: #d5dbe1; --card: #f5f7f9;
+  --bar: #0b62a8; --mark: #b3261e; --focus: #0b62a8;
+  --b1: #fff3e2; --b2: #fee0b8; --b3: #fdc27e; --b4: #fb9a42; --b5: #c04c00; --b6: #7a2503;
+  --t5: #ffffff; --t6: #ffffff;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #14171b; --fg: #e4e8ec; --dim: #98a3ae; --line: #363d45; --card: #1d2126;
+    --bar: #5aa9e6; --mark: #ff9a8f; --focus: #8cc8ff;
+    --b1: #2b2417; --b2: #463417; --b3: #6b4a14; --b4: #86570c; --b5: #f0a03c; --b6: #ffdf9e;
+    --t5: #14171b; --t6: #14171b;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--fg);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 16rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
+p { margin: .25rem 0 .75rem; }
+a { color: var(--bar); }
+.dim, figcaption { color: var(--dim); font-size: .875rem; }
+nav { display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: .75rem 0; font-size: .9rem; }
+.legend { display: flex; flex-wrap: wrap; gap: .35rem .5rem; align-items: center;
+  margin: .75rem 0; font-size: .85rem; }
+.legend span.of { border: 0; padding: 0; }
+.legend span { padding: .1rem .45rem; border-radius: 3px; border: 1px solid var(--line); }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; line-height: 1.85;
+  border: 1px solid var(--line); border-radius: 6px; padding: .75rem 1rem; margin: .5rem 0;
+  font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: .92rem; }
+.out { color: var(--dim); }
+.tok { border-radius: 2px; cursor: pointer; padding: .12em 0; box-shadow: inset -1px 0 var(--bg); }
+.b1 { background: var(--b1); } .b2 { background: var(--b2); } .b3 { background: var(--b3); }
+.b4 { background: var(--b4); }
+.b5 { background: var(--b5); color: var(--t5); } .b6 { background: var(--b6); color: var(--t6); }
+.bound { text-decoration: underline dotted 2px; text-underline-offset: .2em; }
+.tok:hover, .tok:focus, .tok.on { outline: 2px solid var(--focus); outline-offset: 0; }
+figure { margin: .75rem 0; }
+svg { display: block; width: 100%; overflow: visible; }
+.spark { height: 3.5rem; cursor: pointer; border-bottom: 1px solid var(--line); }
+.area { fill: var(--bar); opacity: .85; }
+.now { stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
+.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .8rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .5rem;
+  margin: .75rem 0; }
+dl div { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  padding: .4rem .7rem; }
+dt { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
+#pop { position: absolute; z-index: 5; overflow-y: auto; width: min(38rem, calc(100% - 1rem));
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .6rem .8rem; font-size: .85rem;
+  box-shadow: 0 4px 18px #0005; }
+#pop code { font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
+#pop .both { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
+  gap: 0 1.5rem; }
+#pop .row { display: grid; grid-template-columns: minmax(3rem, 7rem) 1fr 3.8rem; gap: .5rem;
+  align-items: center; }
+#pop .row bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
+  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+#pop .row.real bdi { color: var(--mark); font-weight: 600; }
+#pop .bar { height: .65rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
+#pop .num { text-align: right; font-variant-numeric: tabular-nums; }
+#pop h3 { font-size: .8rem; margin: .5rem 0 .1rem; color: var(--dim); font-weight: 600; }
+"""
+
+PAGE_SCRIPT = """
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const pop = document.getElementById("pop");
+let pinned = null, shown = null;
+
+function make(parent, tag, name, text) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined) node.textContent = text;
+  parent.append(node);
+  return node;
+}
+function percent(p) {
+  if (p > 0 && p < 1e-5) return (100 * p).toExponential(1) + "%";
+  return (p >= 0.01 ? (100 * p).toFixed(1) : (100 * p).toPrecision(2)) + "%";
+}
+function rows(parent, title, list, real) {
+  const part = make(parent, "div");
+  if (list.length) make(part, "h3", "", title);
+  for (const [text, id, p] of list) {
+    const row = make(part, "div", id === real ? "row real" : "row");
+    make(row, "bdi", "", text).title = "id " + id;
+    make(make(row, "div"), "div", "bar").style.width = 100 * Math.min(1, p) + "%";
+    make(row, "span", "num", percent(p));
+  }
+  return part;
+}
+function token(node) {
+  return data[+node.closest("section").dataset.s][+node.dataset.t];
+}
+function fill(node) {
+  const it = token(node), most = it.e ? "" : "\\u2264 ";
+  const least = it.w === "nucleus" ? "" : "\\u2265 ";
+  pop.replaceChildren();
+  const head = make(pop, "div");
+  make(make(head, "code"), "bdi", "", it.x);
+  make(head, "span", "dim", "  id " + it.i + ", token " + node.dataset.t);
+  make(pop, "div", "facts", "p " + most + percent(it.p) + ", log p " + most + it.l.toFixed(3) +
+    ", rank " + least + it.r + (it.w === "nucleus" ? "" : ", " + (it.w === "tail" ?
+    "in the tail sample" : "not stored")));
+  make(pop, "div", "dim", "nucleus of " + it.n + (it.n === 1 ? " token" : " tokens") +
+    " covering " + percent(it.m));
+  const both = make(pop, "div", "both");
+  rows(both, "Likeliest", it.top, it.i);
+  const tail = rows(both, "Tail sample, in the order drawn", it.tail, it.i);
+  if (it.s > it.tail.length) make(tail, "div", "dim", "and " + (it.s - it.tail.length) + " more");
+}
+function place(node) {
+  const boxes = [...node.getClientRects()].filter(box => box.height);
+  const first = boxes[0] || node.getBoundingClientRect(), last = boxes[boxes.length - 1] || first;
+  const wide = document.documentElement.clientWidth, high = document.documentElement.clientHeight;
+  pop.style.maxHeight = "";
+  const above = first.top - 14, below = high - last.bottom - 14, wanted = pop.offsetHeight;
+  const under = wanted <= below || below >= above;
+  pop.style.maxHeight = Math.max(96, under ? below : above) + "px";
+  const left = Math.max(8, Math.min(first.left, wide - pop.offsetWidth - 8));
+  pop.style.left = left + scrollX + "px";
+  const top = under ? last.bottom + 6 : first.top - pop.offsetHeight - 6;
+  pop.style.top = scrollY + top + "px";
+}
+function show(node) {
+  if (shown) { shown.classList.remove("on"); shown.removeAttribute("aria-describedby"); }
+  shown = node;
+  if (!node) { pop.hidden = true; return; }
+  fill(node);
+  pop.hidden = false;
+  place(node);
+  node.classList.add("on");
+  node.setAttribute("aria-describedby", "pop");
+  const line = node.closest("section").querySelector(".now");
+  if (line) {
+    for (const x of ["x1", "x2"]) line.setAttribute(x, +node.dataset.t + 0.5);
+    line.removeAttribute("visibility");
+  }
+}
+function move(node, key) {
+  const all = [...node.closest(".text").querySelectorAll(".tok")], at = all.indexOf(node);
+  if (key === "ArrowRight") return all[at + 1];
+  if (key === "ArrowLeft") return all[at - 1];
+  if (key === "Home") return all[0];
+  if (key === "End") return all[all.length - 1];
+  const step = key === "ArrowDown" ? 1 : -1, from = node.getClientRects()[0];
+  let best = null, score = Infinity, line = 0;
+  for (let i = at + step; all[i]; i += step) {
+    const box = all[i].getClientRects()[0], down = step * (box.top - from.top);
+    if (down < 4) continue;
+    if (best && down > line + 4) break;
+    const aside = Math.abs(box.left - from.left);
+    if (aside < score) { best = all[i]; score = aside; }
+    line = down;
+  }
+  return best;
+}
+function focus(node) {
+  if (!node) return;
+  for (const old of node.closest(".text").querySelectorAll('.tok[tabindex="0"]')) old.tabIndex = -1;
+  node.tabIndex = 0;
+  node.focus();
+}
+document.addEventListener("mouseover", event => {
+  const node = event.target.closest(".tok");
+  if (node && !pinned) show(node);
+});
+document.addEventListener("mouseout", event => {
+  if (!pinned && event.target.closest(".tok")) show(document.activeElement.closest(".tok"));
+});
+document.addEventListener("focusin", event => {
+  const node = event.target.closest(".tok");
+  if (node) { pinned = null; show(node); }
+});
+document.addEventListener("focusout", () => { if (!pinned) show(null); });
+document.addEventListener("click", event => {
+  const node = event.target.closest(".tok"), spark = event.target.closest(".spark");
+  if (spark) {
+    const box = spark.getBoundingClientRect(), n = +spark.dataset.n;
+    const at = Math.min(n - 1, Math.floor(n * (event.clientX - box.left) / box.width));
+    const wanted = spark.closest("section").querySelector('.tok[data-t="' + at + '"]');
+    if (wanted) { wanted.scrollIntoView({block: "center"}); focus(wanted); }
+  } else if (node) {
+    const again = pinned === node;
+    focus(node);
+    pinned = again ? null : node;
+    show(again ? null : node);
+  } else if (!event.target.closest("#pop")) {
+    pinned = null;
+    show(null);
+  }
+});
+document.addEventListener("keydown", event => {
+  const node = event.target.closest(".tok");
+  if (event.key === "Escape") { pinned = null; show(null); }
+  if (!node || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
+    event.preventDefault();
+    focus(move(node, event.key));
+  }
+});
+function follow() {
+  const at = /^#s([0-9]+)-t([0-9]+)$/.exec(location.hash);
+  const node = at && document.querySelector("#s" + at[1] + ' .tok[data-t="' + at[2] + '"]');
+  if (node) { node.scrollIntoView({block: "center"}); focus(node); }
+}
+addEventListener("hashchange", follow);
+follow();
+"""
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+def escape_json(value: Any) -> str:
+    """Write JSON that may stand in a script element whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text)
+
+
+def render_page(
+    analyses: Sequence[ConversationAnalysis],
+    *,
+    title: str = "What the teacher expected",
+    about: str = "",
+    stats: DatasetStats | None = None,
+) -> str:
+    """Return a self-contained page of several conversations: one file, no network, both themes.
+
+    `page.html#s1-t40` opens it at token 40 of the second conversation.
+
+    Args:
+        analyses: the conversations, in the order shown.
+        title: heading and window title.
+        about: a line under the heading.
+        stats: figures put before the conversations.
+    """
+    markup = import_extra("markupsafe").Markup
+    digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
+    page = render(
+        "page",
+        # Even a mistake in escaping could not run: only this very script may.
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        title=title,
+        about=about,
+        bounds=[f"{100 * bound:g}%" for bound in SURPRISE_LEVELS],
+        stats=stats.to_html() if stats is not None else "",
+        sections=[page_section(analysis) for analysis in analyses],
+        css=markup(PAGE_CSS),
+        data=markup(escape_json([[token_data(token) for token in a.tokens] for a in analyses])),
+        script=markup(PAGE_SCRIPT),
+    )
+    return str(page)
+
+
+TAIL_SHOWN = 6  # tail tokens listed in the page; how many more there are is said
+
+
+def token_data(token: TokenAnalysis) -> dict[str, Any]:
+    """Return what the page shows when a token is chosen, under short names."""
+    entries = {
+        name: [[show_token(p.text), p.id, round_to(p.probability)] for p in predictions]
+        for name, predictions in (("top", token.predictions), ("tail", token.tail[:TAIL_SHOWN]))
+    }
+    return {
+        "x": show_token(token.text),
+        "i": token.id,
+        "p": round_to(token.probability),
+        "l": round_to(token.log_probability, 6),
+        "e": int(token.exact),
+        "r": token.rank,
+        "w": token.where,
+        "n": token.nucleus_size,
+        "m": round_to(token.nucleus_mass),
+        "s": len(token.tail),
+        **entries,
+    }
+
+
+def round_to(value: float, digits: int = 4) -> float:
+    """Round to significant digits; what is not finite becomes the nearest number JSON has."""
+    if not math.isfinite(value):
+        return 0.0 if math.isnan(value) else math.copysign(sys.float_info.max, value)
+    return float(f"{value:.{digits}g}")
+
+
+def page_section(analysis: ConversationAnalysis) -> dict[str, Any]:
+    """Return what the page shows of one conversation: its figures, its sparkline, its text."""
+    tokens = analysis.tokens
+    facts = [plural(len(tokens), "token") if tokens else "not extracted"]
+    sizes, peak = [token.nucleus_size for token in tokens], 0
+    if tokens:
+        peak = max(sizes)
+        first = sum(token.rank == 1 for token in tokens) / len(tokens)
+        facts.append(f"typical probability {analysis.typical_probability}")
+        facts.append(f"{first:.0%} are the teacher's first choice")
+    return {
+        "index": analysis.index,
+        "facts": [*facts, *filter(None, (analysis.model, analysis.note))],
+        "count": len(tokens),
+        "peak": peak,
+        "path": step_path((size / peak for size in sizes), 40) if tokens else "",
+        "pieces": list(page_pieces(analysis)),
+    }
+
+
+def page_pieces(analysis: ConversationAnalysis) -> Iterator[dict[str, Any]]:
+    """Yield the text of a conversation; neighbours that were not extracted share a piece.
+
+    Spaces before a token and the line break after it are left out of its box: where a line wraps
+    they would hang there as a coloured stub.
+    """
+    for extracted, run in itertools.groupby(
+        analysis.pieces, key=lambda piece: piece[1] is not None
+    ):
+        if not extracted:
+            yield {"kind": "out", "text": "".join(text for text, _ in run)}
+            continue
+        for text, t in run:
+            token = analysis.tokens[t or 0]
+            before = re.match(r" *(?=[^ \n])", text)
+            body = text[before.end() if before else 0 :]
+            after = "\n" if body.endswith("\n") else ""
+            body = body.replace("\n", "↵\n").removesuffix(after)
+            body = body.replace(" ", "\u00a0") if not body.strip(" ") else body
+            kind = f"tok b{surprise_level(token.probability)}" + ("" if token.exact else " bound")
+            yield {"kind": kind, "t": t, "before": before[0] if before else "",
+                   "text": body or "∅", "after": after}  # fmt: skip
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Write a page under a temporary name and rename it.
+
+    Raises:
+        LogitsError: it cannot be written there.
+    """
+    with writing(path) as target:
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            temporary.write_text(page, encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """Make the folder of a file that is written for the user; say in one line where that fails."""
+    target = Path(path).expanduser()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield target
+    except OSError as error:
+        raise LogitsError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+# Plots --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def plot_style() -> Iterator[tuple[Any, Any]]:
+    """Yield pyplot and the colour-blind-safe palette, with the house style while it lasts."""
+    pyplot = import_extra("matplotlib.pyplot", "viz")
+    seaborn = import_extra("seaborn", "viz")
+    style = {"axes.titlesize": 11, "axes.labelsize": 10, "figure.dpi": 110, "font.size": 10}
+    with pyplot.rc_context(), seaborn.axes_style("whitegrid"), pyplot.rc_context(style):
+        yield pyplot, seaborn.color_palette("colorblind")
+
+
+def finish_figure(pyplot: Any, figure: Any) -> Any:
+    """Take a figure out of pyplot's hands, so that a notebook shows it once, as a result."""
+    figure.tight_layout()
+    pyplot.close(figure)
+    return figure
+
+
+def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer: Any = None) -> Any:
+    """Plot what is stored of token `t`: the nucleus by rank, then the tail sample."""
+    ids, logits = dequantize_top_logits(sample, t)
+    _, tail = dequantize_sampled_logits(sample, t)
+    total = float(sample["logsumexp"][t])
+    with plot_style() as (pyplot, colours):
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        ranks = np.arange(1, ids.size + 1)
+        axes.plot(
+            ranks,
+            logits,
+            "o-",
+            ms=4,
+            color=colours[0],
+            label=f"nucleus, {plural(ids.size, 'token')}",
+        )
+        if tail.size:
+            behind = ids.size + np.arange(1, tail.size + 1)
+            label = f"tail sample, {plural(tail.size, 'token')} (ranks unknown)"
+            axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
+        axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
+        likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
+        names = [f"{100 * p.probability:5.1f}%  {plain_label(p.text)}" for p in likeliest]
+        frame = {"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round"}
+        axes.text(
+            0.98,
+            0.86,
+            "\n".join(names),
+            va="top",
+            ha="right",
+            ma="left",
+            bbox=frame,
+            transform=axes.transAxes,
+            family=["monospace", "sans-serif"],
+        )
+        axes.set(xlabel="rank in the nucleus, then the tail sample", ylabel="logit (nats)")
+        axes.margins(y=0.12)
+        axes.set_title(f"Token {t}: {get_nucleus_probability_mass(sample, t):.1%} in the nucleus")
+        axes.legend()
+        return finish_figure(pyplot, figure)
+
+
+def plain_label(text: str) -> str:
+    """Return a token as a label that matplotlib takes literally, at most 20 characters long."""
+    shown = show_token(text).replace("$", r"\$")
+    return shown if len(shown) <= 20 else shown[:19] + "…"
+
+
+def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> Any:
+    """Plot the log-probabilities of nucleus entries against the tail sample's.
+
+    Those of token `t`, or of all tokens of the sample.
+    """
+    which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
+    parts = []
+    for name, decode, group in (
+        ("nucleus", dequantize_top_logits, "top_indices"),
+        ("tail sample", dequantize_sampled_logits, "sampled_indices"),
+    ):
+        _, logits = decode(sample, t)
+        sizes = [ids.size for ids in sample[group]]
+        totals = np.repeat(sample["logsumexp"], sizes) if t is None else sample["logsumexp"][t]
+        parts.append((name, logits - totals))
+    low = min((values.min() for _, values in parts if values.size), default=-1.0)
+    edges = np.linspace(min(low, -1.0), 0, 61)
+    with plot_style() as (pyplot, colours):
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        for (name, values), colour, hatch in zip(parts, colours, ("", "//"), strict=False):
+            axes.hist(
+                values,
+                edges,
+                color=colour,
+                alpha=0.6,
+                hatch=hatch,
+                edgecolor=colour,
+                label=f"{name}, {values.size:,} entries",
+            )
+        axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
+        axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
+        axes.legend(loc="upper left")
+        return finish_figure(pyplot, figure)
+
+
+def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
+    """Plot nucleus size, and the probability that the nucleus covers, along a sample."""
+    block = as_sample(sample).block
+    tokens = np.arange(block.top.counts.size)
+    with plot_style() as (pyplot, colours):
+        figure, (upper, lower) = pyplot.subplots(
+            2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(3, 2)
+        )
+        edges = np.arange(tokens.size + 1) - 0.5
+        heights = np.append(block.top.counts, block.top.counts[-1:])
+        upper.fill_between(edges, heights, step="post", color=colours[0], linewidth=0)
+        upper.set(ylabel="nucleus size (tokens)", ylim=(0, None))
+        upper.set_title(f"Conversation {sample['index']}: nucleus along the text")
+        mass = block.top.mass
+        lower.plot(tokens, 100 * mass, ".", ms=4, color=colours[1])
+        lower.set(ylabel="covered (%)", xlabel="token of the row", ylim=(0, 104))
+        return finish_figure(pyplot, figure)
+
+
+def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) -> Any:
+    """Plot how nucleus sizes are distributed over an output: counts, and the share up to a size.
+
+    Args:
+        stats: `NucleusSizeStats`, or what `analyze_nucleus_sizes` takes.
+        max_samples: rows to read at most.
+    """
+    if not isinstance(stats, NucleusSizeStats):
+        stats = analyze_nucleus_sizes(stats, max_samples)
+    sizes = np.arange(1, max(stats.max, 1) + 1)
+    counts = stats.histogram[1 : sizes.size + 1]
+    with plot_style() as (pyplot, colours):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
+        left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
+        left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
+        left.set_title(f"{plural(stats.tokens, 'token')} of {plural(stats.rows, 'row')}")
+        share = 100 * to_starts(counts) / max(stats.tokens, 1)
+        right.step(np.arange(share.size), share, where="post", color=colours[0])
+        for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
+            size = stats.percentile(q)
+            right.plot([size], [q], marker, ms=9, color=colour, label=f"{q}% within {size:g}")
+        right.set(xlabel="nucleus size (tokens)", ylabel="nuclei up to it (%)", ylim=(0, 101))
+        right.set_title(f"mean {stats.mean:.1f}, standard deviation {stats.std:.1f}")
+        right.legend(loc="lower right")
+        return finish_figure(pyplot, figure)
+
+
+# --------------------------------------------------------------------------------------------------
+# 8 Check
 # --------------------------------------------------------------------------------------------------
 
 
@@ -3943,7 +5243,7 @@ class Figures:
         return "\n".join(f"{label:26} {value:>14}" for label, value in self.facts())
 
     def _repr_html_(self) -> str:
-        return facts_table(self.title, self.facts())
+        return str(render("facts", title=self.title, facts=self.facts()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -4011,7 +5311,7 @@ class NucleusSizeStats(Figures):
         ]
 
     def _repr_html_(self) -> str:
-        return super()._repr_html_() + histogram_svg(self.histogram)
+        return super()._repr_html_() + str(histogram_svg(self.histogram))
 
 
 def analyze_nucleus_sizes(
@@ -4031,7 +5331,7 @@ def analyze_nucleus_sizes(
     batch: list[npt.NDArray[np.uint8]] = []
     waiting = 0
     kind = SCHEMA.field("top_counts")
-    for table in iter_tables(name_or_dataset, [kind.name], limit=max_samples, rows=1024):
+    for table in iter_tables(name_or_dataset, [kind.name], max_samples=max_samples, rows=1024):
         sizes = read_column(table, kind).values
         rows, waiting = rows + table.num_rows, waiting + sizes.size
         batch.append(sizes)
@@ -4083,7 +5383,7 @@ class BytesPerTokenStats(Figures):
 
 def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
     """Measure what a token costs, from file sizes and footers and the column `top_counts`."""
-    dataset = as_dataset(dataset)
+    dataset = as_rows(dataset)
     kind = SCHEMA.field("top_counts")
     in_files = isinstance(dataset, LogitDataset)
     columns: Counter[str] = Counter()
@@ -4165,19 +5465,13 @@ class DatasetStats(Figures):
             facts.append(("bytes per token", f"{self.bytes_per_token:.1f}"))
         return facts
 
-    def to_html(self) -> str:
-        """Return the figures and the histogram of nucleus sizes for a page of `render_page`."""
-        cards = "".join(
-            f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>"
-            for label, value in self.facts()
-        )
-        return (
-            f"<section><h2>The whole data set</h2>\n<dl>{cards}</dl>\n"
-            f"{histogram_svg(self.nucleus.histogram)}</section>"
-        )
+    def to_html(self) -> Any:
+        """Return the figures and the histogram of nucleus sizes as markup for `render_page`."""
+        histogram = histogram_svg(self.nucleus.histogram)
+        return render("stats", facts=self.facts(), histogram=histogram)
 
     def _repr_html_(self) -> str:
-        return super()._repr_html_() + histogram_svg(self.nucleus.histogram)
+        return super()._repr_html_() + str(histogram_svg(self.nucleus.histogram))
 
 
 def compute_dataset_stats(
@@ -4197,17 +5491,17 @@ def compute_dataset_stats(
     Raises:
         FormatError: a row is not in the shard format.
     """
-    dataset = as_dataset(dataset)
+    dataset = as_rows(dataset)
     limits = RunLimits.of(dataset.settings if isinstance(dataset, LogitDataset) else {})
     sums: Counter[str] = Counter()
     histogram, least = np.zeros(256, np.int64), 1.0
-    for block in iter_blocks(dataset, limit=max_samples):
-        histogram += np.bincount(block.top_counts, minlength=256)
-        mass = block.top_mass()
+    for block in iter_blocks(dataset, max_samples=max_samples):
+        histogram += np.bincount(block.top.counts, minlength=256)
+        mass = block.top.mass
         least = min(least, float(mass.min(initial=1.0)))
-        sums.update(sum_block(block, mass, limits))
+        sums.update(sum_block(block, limits))
         rows = (actual_tokens or stored_actual_tokens)(block)
-        sums.update(sum_agreement(block, rows, logit_bits=limits.logit_bits))
+        sums.update(sum_agreement(block, rows))
     tokens, known = max(int(histogram.sum()), 1), sums["known"]
     about_text = {name: sums[name] / known if known else None for name in AGREEMENT}
     cost = None
@@ -4232,28 +5526,25 @@ def compute_dataset_stats(
 AGREEMENT = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
 
 
-def sum_block(
-    block: TokenBlock, mass: npt.NDArray[np.float64], limits: RunLimits
-) -> dict[str, Any]:
+def sum_block(block: TokenBlock, limits: RunLimits) -> dict[str, Any]:
     """Sum over a block what `DatasetStats` averages.
 
     A nucleus of K ids counts as cut unless it surely reached top_p: few end there by themselves.
     """
-    covered = mass >= limits.top_p + mass_tolerance(block, mass, limits.logit_bits)
+    mass = block.top.mass
+    covered = mass >= limits.top_p + mass_tolerance(block)
     return {
         "rows": block.index.size,
         "mass": float(mass.sum()),
-        "tail": float(block.tail_probs().sum()),
-        "first": float(block.first_probs().sum()),
-        "capped": int((~covered & (block.top_counts >= limits.top_p_max)).sum()),
+        "tail": float(block.tail.probs.sum()),
+        "first": float(block.first_probs.sum()),
+        "capped": int((~covered & (block.top.counts >= limits.top_p_max)).sum()),
     }
 
 
-def mass_tolerance(
-    block: TokenBlock, mass: npt.NDArray[np.float64], logit_bits: int
-) -> npt.NDArray[np.float64]:
+def mass_tolerance(block: TokenBlock) -> npt.NDArray[np.float64]:
     """Return how far each nucleus' decoded mass can be off: half a step, and float32's share."""
-    return mass * np.expm1(half_step(block.top_min, block.top_max, logit_bits)) + 2e-5
+    return block.top.mass * np.expm1(block.top.error) + 2e-5
 
 
 def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
@@ -4267,9 +5558,7 @@ def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
     ]
 
 
-def sum_agreement(
-    block: TokenBlock, rows: Sequence[npt.NDArray[Any] | None], *, logit_bits: int
-) -> dict[str, Any]:
+def sum_agreement(block: TokenBlock, rows: Sequence[npt.NDArray[Any] | None]) -> dict[str, Any]:
     """Sum what is said about the actual tokens of a block, over the tokens that are known."""
     pairs = zip(block.num_tokens, rows, strict=True)
     ids = [np.full(n, -1) if row is None else row for n, row in pairs]
@@ -4277,7 +5566,7 @@ def sum_agreement(
     known = actual >= 0
     if not known.any():
         return {"known": 0}
-    scores = score_tokens(block, actual, logit_bits=logit_bits)
+    scores = score_tokens(block, actual)
     return {
         "known": int(known.sum()),
         "agreement": int((known & scores.in_nucleus & (scores.rank == 1)).sum()),
@@ -4399,7 +5688,7 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
 def validate_config(dataset: LogitDataset, report: ValidationReport) -> dict[str, Any]:
     """Read the output's own settings file, if it has one."""
     try:
-        text = read_text(dataset.store, CONFIG_FILE)
+        text = dataset.store.read_text(CONFIG_FILE)
         return parse_settings(text.encode(), CONFIG_FILE) if text is not None else {}
     except LogitsError as error:
         report.add(CONFIG_FILE, "settings", str(error))
@@ -4449,14 +5738,13 @@ def validate_shard(
     """Check the rows of one shard, append their indices to `found` and add up their figures."""
     shard, first = dataset.shards[0], 0
     for table in dataset.iter_tables():
-        columns = read_columns(table)
-        faults = [*null_faults(table), *shape_faults(columns)]
+        columns, faults = read_columns(table)
         for fault in faults:
             report.add(shard, fault.rule, fault.message, row=first + fault.row)
         bad = {fault.row for fault in faults}
         good = np.array([row for row in range(table.num_rows) if row not in bad], np.int64)
-        sound = read_columns(table.take(good)) if bad else columns
-        block = build_block(sound, first)
+        sound = read_columns(table.take(good))[0] if bad else columns
+        block = build_block(sound, first, limits.logit_bits)
         validate_block(block, limits, report, shard=shard, rows=first + good)
         found.append(np.asarray(columns.get("index", np.zeros(0)), np.int64))
         first += table.num_rows
@@ -4513,25 +5801,25 @@ def any_in_run(
 
 def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     """Yield the rules on counts, ids and their order."""
-    counts, cap = block.top_counts, limits.top_p_max
+    counts, cap = block.top.counts, limits.top_p_max
     bad = (counts < 1) | (counts > cap)
     yield Rule("count", bad, f"nucleus of {{}} tokens, allowed are 1 to {cap}", (counts,))
-    tail, drawn = block.tail_counts, limits.sampled_n
+    tail, drawn = block.tail.counts, limits.sampled_n
     if drawn is not None:
         yield Rule("tail count", tail != drawn, f"{{}} tail tokens instead of {drawn}", (tail,))
     vocab = limits.vocab_size
-    high = any_in_run(block.top_ids >= vocab, block.top_starts)
-    high |= any_in_run(block.tail_ids >= vocab, block.tail_starts)
+    high = any_in_run(block.top.ids >= vocab, block.top.starts)
+    high |= any_in_run(block.tail.ids >= vocab, block.tail.starts)
     yield Rule("id", high, f"a token id beyond the vocabulary of {vocab}")
     yield Rule("duplicate", repeated_ids(block), "a token id occurs twice")
-    if not block.top_q.size:
+    if not block.top.q.size:
         return
     same = np.diff(np.repeat(np.arange(counts.size), counts)) == 0
-    rising = np.append(same & (np.diff(block.top_q.astype(np.int32)) > 0), False)
-    yield Rule("order", any_in_run(rising, block.top_starts), "nucleus logits ascend")
-    level = np.repeat(block.top_min == block.top_max, counts)
-    ties = np.append(same & (np.diff(block.top_ids) < 0), False) & level
-    yield Rule("ties", any_in_run(ties, block.top_starts), "equal logits, but ids do not ascend")
+    rising = np.append(same & (np.diff(block.top.q.astype(np.int32)) > 0), False)
+    yield Rule("order", any_in_run(rising, block.top.starts), "nucleus logits ascend")
+    level = np.repeat(block.top.low == block.top.high, counts)
+    ties = np.append(same & (np.diff(block.top.ids) < 0), False) & level
+    yield Rule("ties", any_in_run(ties, block.top.starts), "equal logits, but ids do not ascend")
 
 
 def repeated_ids(block: TokenBlock) -> npt.NDArray[np.bool_]:
@@ -4546,8 +5834,8 @@ def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     """Yield the rules on quantization ranges and levels, for nucleus and tail."""
     steps = 2**limits.logit_bits - 1
     for part, q, starts, low, high in (
-        ("nucleus", block.top_q, block.top_starts, block.top_min, block.top_max),
-        ("tail", block.tail_q, block.tail_starts, block.tail_min, block.tail_max),
+        ("nucleus", block.top.q, block.top.starts, block.top.low, block.top.high),
+        ("tail", block.tail.q, block.tail.starts, block.tail.low, block.tail.high),
     ):
         some = np.diff(starts) > 0
         finite = np.isfinite(low) & np.isfinite(high)
@@ -4561,30 +5849,29 @@ def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
         grid = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
         fine = any_in_run(grid != q, starts)
         yield Rule("resolution", fine, f"{part} levels are finer than logit_bits")
-    above = (block.tail_counts > 0) & (block.tail_max > block.top_min)
+    above = (block.tail.counts > 0) & (block.tail.high > block.top.low)
     message = "a tail logit of {:g} above the nucleus, which ends at {:g}"
-    yield Rule("tail", above, message, (block.tail_max, block.top_min))
+    yield Rule("tail", above, message, (block.tail.high, block.top.low))
 
 
 def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
     """Yield the rules on the log-sum-exp and on probabilities."""
-    lse, top_p, counts = block.logsumexp, limits.top_p, block.top_counts
-    least = block.top_max - 1e-4 * np.maximum(1, np.abs(block.top_max))
+    lse, top_p, counts = block.logsumexp, limits.top_p, block.top.counts
+    least = block.top.high - 1e-4 * np.maximum(1, np.abs(block.top.high))
     message = "log-sum-exp {:g} beside a logit of {:g}"
     sound = np.isfinite(lse) & (lse >= least)
-    yield Rule("logsumexp", ~sound, message, (lse, block.top_max))
-    probs = block.top_probs()
-    mass = sum_runs(probs, block.top_starts)
-    tolerance = mass_tolerance(block, mass, limits.logit_bits)
-    tail = block.tail_mass()
-    tail_off = np.expm1(half_step(block.tail_min, block.tail_max, limits.logit_bits))
+    yield Rule("logsumexp", ~sound, message, (lse, block.top.high))
+    probs, mass = block.top.probs, block.top.mass
+    tolerance = mass_tolerance(block)
+    tail = block.tail.mass
+    tail_off = np.expm1(block.tail.error)
     slack = 2 * tolerance + tail * tail_off
     yield Rule("sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", (mass + tail,))
     short = (mass < top_p - tolerance) & (counts < limits.top_p_max)
     message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
     yield Rule("mass", short & (counts < limits.vocab_size), message, (counts, mass))
     rest = mass.copy()
-    rest[counts > 0] -= probs[block.top_starts[1:][counts > 0] - 1]
+    rest[counts > 0] -= probs[block.top.starts[1:][counts > 0] - 1]
     needless = (rest > top_p + tolerance) & (counts > 1) & (top_p > 0)
     yield Rule("minimal", needless, "covers {:.6f} even without its last token", (rest,))
 
@@ -4750,15 +6037,14 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         first, second: outputs by name or opened by `load_logit_dataset`, or rows at hand.
         largest: how many of the most different tokens to name.
     """
-    one, two = as_dataset(first), as_dataset(second)
-    bits = RunLimits.of(two.settings if isinstance(two, LogitDataset) else {}).logit_bits
+    one, two = as_rows(first), as_rows(second)
     known = row_numbers(two)
     sums: Counter[str] = Counter()
     worst: list[tuple[float, int, int]] = []
     peak = 0.0
     for a, b in iter_common(one, two, known, sums):
-        divergence = bound_divergence(a, b, logit_bits=bits)
-        same = int((a.top_ids[a.top_starts[:-1]] == b.top_ids[b.top_starts[:-1]]).sum())
+        divergence = bound_divergence(a, b)
+        same = int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
         sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         chosen = np.argsort(-divergence, kind="stable")[:largest]
@@ -4803,7 +6089,11 @@ def iter_common(
         sums["common"] += len(common)
         if not common:
             return
-        other = read_many(two, [known[index[row]] for row in common])
+        wanted = [known[index[row]] for row in common]
+        if isinstance(two, LogitDataset):
+            other = two.read_rows(wanted)
+        else:
+            other = pa.concat_tables([_row_at_hand(two, row) for row in wanted])
         a, b = decode_rows(table.take(common)), decode_rows(other)
         equal = np.flatnonzero(a.num_tokens == b.num_tokens)
         sums["unequal"] += len(common) - equal.size
@@ -4824,15 +6114,13 @@ def iter_common(
         yield from pair(waiting)
 
 
-def bound_divergence(
-    a: TokenBlock, b: TokenBlock, *, logit_bits: int = 16
-) -> npt.NDArray[np.float64]:
+def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
     """Return the least KL(a ‖ b) in nats that the stored entries allow, (T,).
 
     The vocabulary is cut into the ids whose probability is known in `a`, and known in `b` or in
     a's nucleus, and one cell for the rest. Where `b` does not store an id, it counts with the most
     that it can have there. Merging cells and raising b's probabilities both lower the divergence;
-    what remains is the error of quantization, of `logit_bits` in b.
+    what remains is the error of quantization.
     """
     keys_a, probs_a, top_a = known_entries(a)
     keys_b, probs_b, _ = known_entries(b)
@@ -4841,16 +6129,14 @@ def bound_divergence(
     cells = shared | top_a
     owner = keys_a[cells] >> 18
     p = probs_a[cells]
-    most = np.exp(unstored_bound(b, logit_bits))[owner]
+    most = np.exp(unstored_bound(b))[owner]
     q = np.where(shared[cells], probs_b[place[cells]], most)
     n = a.logsumexp.size
     tiny = np.finfo(np.float64).tiny
     terms = p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))
     rest_p = np.maximum(1 - np.bincount(owner, p, n), 0)
     known_q = np.bincount(owner, q * shared[cells], n)
-    off = np.maximum(
-        half_step(b.top_min, b.top_max, logit_bits), half_step(b.tail_min, b.tail_max, logit_bits)
-    )
+    off = np.maximum(b.top.error, b.tail.error)
     rest_q = np.clip(1 - known_q * np.exp(-off), 1e-9, 1)
     rest = rest_p * (np.log(np.maximum(rest_p, tiny)) - np.log(rest_q))
     return np.maximum(np.bincount(owner, terms, n) + rest, 0)
@@ -4861,1251 +6147,16 @@ def known_entries(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Return all stored entries sorted by `token << 18 | id`: key, probability, in the nucleus."""
     tokens = np.arange(block.logsumexp.size, dtype=np.int64)
-    top = np.repeat(tokens, block.top_counts) << 18 | block.top_ids
-    tail = np.repeat(tokens, block.tail_counts) << 18 | block.tail_ids
+    top = np.repeat(tokens, block.top.counts) << 18 | block.top.ids
+    tail = np.repeat(tokens, block.tail.counts) << 18 | block.tail.ids
     keys = np.concatenate([top, tail])
     order = np.argsort(keys)
-    probs = np.concatenate([block.top_probs(), block.tail_probs()])[order]
+    probs = np.concatenate([block.top.probs, block.tail.probs])[order]
     return keys[order], probs, np.arange(keys.size)[order] < top.size
 
 
 # --------------------------------------------------------------------------------------------------
-# 7 Align with text
-# --------------------------------------------------------------------------------------------------
-
-
-class AlignmentError(LogitsError):
-    """A row and a conversation do not belong together; met when text is put beside logits."""
-
-
-@dataclass(frozen=True)
-class TokenAnalysis:
-    """One extracted token of a conversation and what the teacher thought of it."""
-
-    t: int
-    id: int
-    text: str
-    probability: float  # an upper bound unless `exact`
-    log_probability: float
-    exact: bool
-    rank: int  # the least possible unless `where` is "nucleus"
-    where: str  # "nucleus", "tail" or "not stored"
-    nucleus_size: int
-    nucleus_mass: float
-    predictions: list[Prediction]
-    tail: list[Prediction]
-
-
-@dataclass(frozen=True)
-class ConversationAnalysis:
-    """A conversation as the teacher saw it.
-
-    `pieces` is the whole rendered conversation, one piece a token: its text, and the number of the
-    token in `tokens`, None where nothing was extracted.
-    """
-
-    index: int
-    tokens: list[TokenAnalysis]
-    pieces: list[tuple[str, int | None]]
-    model: str = ""
-    note: str = ""
-
-    @property
-    def mean_log_probability(self) -> float:
-        """Mean log-probability of the extracted tokens, bounds taken as they are; 0 for none."""
-        return float(np.mean([token.log_probability for token in self.tokens] or [0.0]))
-
-    @property
-    def typical_probability(self) -> str:
-        """The geometric mean of the tokens' probabilities, with `≤` where some are bounds."""
-        bound = "" if all(token.exact for token in self.tokens) else "≤ "
-        return f"{bound}{math.exp(self.mean_log_probability):.1%}"
-
-    def to_pandas(self) -> Any:
-        """Return one row per extracted token as a `pandas.DataFrame`."""
-        pandas = import_extra("pandas")
-        names = [f.name for f in fields(TokenAnalysis) if f.name not in ("predictions", "tail")]
-        rows = [[getattr(token, name) for name in names] for token in self.tokens]
-        return pandas.DataFrame(rows, columns=names)
-
-    def _repr_html_(self) -> str:
-        page = html.escape(visualize_conversation_probabilities(self, return_html=True))
-        style = "width:100%;height:32rem;border:1px solid #8884;border-radius:6px"
-        return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="{style}"></iframe>'
-
-
-def analyze_token_probabilities(
-    sample: Mapping[str, Any],
-    conversation: Sequence[Mapping[str, Any]] | None,
-    tokenizer: Any,
-    chat_template: str | None = None,
-    *,
-    top_k: int = 5,
-    logit_bits: int = 16,
-    **options: Any,
-) -> ConversationAnalysis:
-    """Put a row beside its conversation, token by token.
-
-    Args:
-        sample: from `get_sample`.
-        conversation: chat messages; None takes the tokens that the row itself stores.
-        tokenizer: the teacher's.
-        chat_template: Jinja source; the tokenizer's own when None.
-        top_k: predictions kept for each token.
-        logit_bits: see `score_tokens`.
-        options: of `encode_conversation` (tools, include_think, include_end), as in the run.
-
-    Raises:
-        AlignmentError: conversation and row do not have the same number of extracted tokens.
-        ConversationError: the conversation cannot be rendered.
-    """
-    if conversation is None:
-        ids, positions = stored_tokens(sample)
-    else:
-        encoded = encode_conversation(
-            [dict(message) for message in conversation],
-            tokenizer,
-            chat_template=chat_template,
-            **options,
-        )
-        ids, positions = encoded.input_ids, encoded.token_positions
-    return align_tokens(sample, ids, positions, tokenizer, top_k=top_k, logit_bits=logit_bits)
-
-
-def align_tokens(
-    sample: Mapping[str, Any],
-    ids: npt.NDArray[Any],
-    positions: npt.NDArray[Any],
-    tokenizer: Any,
-    *,
-    top_k: int,
-    logit_bits: int,
-) -> ConversationAnalysis:
-    """Put a row beside a tokenized conversation, ids (S,) and extracted positions (N,)."""
-    check_alignment(sample, ids, positions)
-    tokens = analyze_tokens(sample, ids[positions], tokenizer, top_k=top_k, logit_bits=logit_bits)
-    owner: dict[int, int] = {int(position): t for t, position in enumerate(positions)}
-    texts = token_texts(ids, tokenizer)
-    pieces = [(text, owner.get(i)) for i, text in enumerate(texts)]
-    return ConversationAnalysis(sample["index"], tokens, pieces)
-
-
-def stored_tokens(
-    sample: Mapping[str, Any],
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Return the conversation's ids and the positions of the row's tokens among them."""
-    if any(name not in sample for name in TOKEN_COLUMNS):
-        raise AlignmentError(
-            "the row does not store its text (--store-tokens), so the conversation is needed"
-        )
-    ids, positions = (sample[name] for name in TOKEN_COLUMNS)
-    if positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < ids.size:
-        raise FormatError(f"row with index {sample['index']}: token_positions leave input_ids")
-    return ids, positions
-
-
-def check_alignment(
-    sample: Mapping[str, Any], ids: npt.NDArray[Any], positions: npt.NDArray[Any]
-) -> None:
-    """Refuse a conversation whose extracted tokens are not as many as the row's.
-
-    Raises:
-        AlignmentError: names both counts.
-    """
-    if positions.size != sample["num_tokens"]:
-        raise AlignmentError(
-            f"row with index {sample['index']} holds {plural(sample['num_tokens'], 'token')}, but "
-            f"its conversation has {positions.size} to extract ({ids.size} in all): another "
-            "conversation, tokenizer, chat template or --include-think/--include-end"
-        )
-
-
-def analyze_tokens(
-    sample: Mapping[str, Any],
-    actual: npt.NDArray[Any],
-    tokenizer: Any,
-    *,
-    top_k: int = 5,
-    logit_bits: int = 16,
-) -> list[TokenAnalysis]:
-    """Describe every token of a sample, given the ids (N,) that are really there."""
-    block = sample_block(sample)
-    scores = score_tokens(block, actual, logit_bits=logit_bits)
-    mass = block.top_mass()
-    texts = token_texts(actual, tokenizer)
-    where = np.where(scores.in_nucleus, "nucleus", np.where(scores.in_tail, "tail", "not stored"))
-    predictions, tails = decode_predictions(block, tokenizer, top_k=top_k)
-    return [
-        TokenAnalysis(
-            t=t,
-            id=int(actual[t]),
-            text=texts[t],
-            probability=float(np.exp(scores.log_probability[t])),
-            log_probability=float(scores.log_probability[t]),
-            exact=bool(scores.exact[t]),
-            rank=int(scores.rank[t]),
-            where=str(where[t]),
-            nucleus_size=int(block.top_counts[t]),
-            nucleus_mass=float(mass[t]),
-            predictions=predictions[t],
-            tail=tails[t],
-        )
-        for t in range(len(texts))
-    ]
-
-
-def decode_predictions(
-    block: TokenBlock, tokenizer: Any, *, top_k: int
-) -> tuple[list[list[Prediction]], list[list[Prediction]]]:
-    """Return the `top_k` likeliest tokens and the tail sample of every token, with their text."""
-    slot = np.arange(block.top_ids.size) - np.repeat(block.top_starts[:-1], block.top_counts)
-    kept = slot < top_k
-    lists = []
-    for ids, logits, counts in (
-        (block.top_ids[kept], block.top_logits()[kept], np.minimum(block.top_counts, top_k)),
-        (block.tail_ids, block.tail_logits(), block.tail_counts),
-    ):
-        flat = make_predictions(ids, logits, np.repeat(block.logsumexp, counts), tokenizer)
-        lists.append([flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())])
-    return lists[0], lists[1]
-
-
-# The text behind an output ------------------------------------------------------------------------
-
-
-class TextSource:
-    """The conversations behind an output, tokenized as the run did.
-
-    Teacher, template and source are found from the output's settings; the source dataset is opened
-    when the first conversation is asked for.
-    """
-
-    def __init__(
-        self, settings: Mapping[str, Any], *, tokenizer: Any, chat_template: str | None = None
-    ) -> None:
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        self._rows: dict[int, int] | None = None
-
-    @cached_property
-    def source(self) -> Any:
-        """The source dataset, opened at the run's revision.
-
-        Raises:
-            SourceError: it cannot be opened, or it is not what the run read.
-        """
-        if not self.settings.get("dataset"):
-            raise SourceError("the output does not say which dataset it was made from")
-        name = str(self.settings["dataset"])
-        recorded = self.settings.get("dataset_revision")
-        if is_digest(recorded) and source_revision(name) != recorded:
-            raise SourceError(
-                f"dataset {name!r} has changed since the run, so its text may not be what the "
-                "teacher read; bring back the file of then, or name what to read (--dataset)"
-            )
-        return open_source(
-            name,
-            subset=self.settings.get("subset"),
-            split=str(self.settings.get("split") or "train"),
-            revision=recorded,
-            integers=[self.settings.get("index_col")],
-        )
-
-    @cached_property
-    def encoder(self) -> ConversationEncoder:
-        """Turns rows of the source into the tokens that the run had.
-
-        Raises:
-            TemplateError: the chat template is not the run's.
-        """
-        template = self.chat_template
-        if template is None:
-            text_only = bool(self.settings.get("text_col"))
-            template = "" if text_only else load_chat_template(None, self.tokenizer)
-        if self.settings.get("chat_template_sha256") not in (None, hash_template(template)):
-            raise TemplateError(
-                "the chat template is not the one that the run used, so its tokens cannot be found "
-                f"again; bring back {TEMPLATE_FILE} of the output"
-            )
-        encoder = ConversationEncoder.of(self.settings, self.tokenizer, template)
-        return encoder.for_source(self.source)
-
-    def encode(self, index: int) -> EncodedConversation:
-        """Tokenize the conversation with this `index` and find its extracted tokens.
-
-        Raises:
-            SourceError: the source has no such conversation, or is not the run's.
-            ConversationError: it cannot be rendered.
-        """
-        row = self._find_row(index)
-        if row is None:
-            raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
-        try:
-            return self.encoder.encode(self.source[row])
-        except ConversationError as error:
-            why = f"{error} in {self.settings['dataset']}: is it the run's (--dataset)?"
-            raise ConversationError(error.reason, why) from error
-
-    def actual_tokens(self, block: TokenBlock) -> list[npt.NDArray[Any] | None]:
-        """Return the ids of each row's extracted tokens, None where row and text do not match."""
-        pairs = zip(block.index.tolist(), block.num_tokens.tolist(), strict=True)
-        return [self._extracted_ids(index, n) for index, n in pairs]
-
-    def _extracted_ids(self, index: int, n: int) -> npt.NDArray[Any] | None:
-        if self._find_row(index) is None:
-            return None
-        try:
-            encoded = self.encode(index)
-        except ConversationError:
-            return None
-        ids = encoded.input_ids[encoded.token_positions]
-        return ids if ids.size == n else None
-
-    def _find_row(self, index: int) -> int | None:
-        column = self.encoder.columns.index
-        if column is None:
-            return index if 0 <= index < len(self.source) else None
-        if self._rows is None:
-            self._rows = {int(value): row for row, value in enumerate(self.source[column])}
-        return self._rows.get(index)
-
-
-def open_text(
-    output: str | Path | LogitDataset,
-    *,
-    model: str | None = None,
-    dataset: str | None = None,
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
-) -> TextSource:
-    """Find the teacher's tokenizer, the chat template and the source of an output by itself.
-
-    Args:
-        output: by name, or opened.
-        model: where the teacher is now, if not where the run found it.
-        dataset: where the conversations are now, if not where the run found them.
-        tokenizer: the teacher's, when it is loaded already.
-        trust_remote_code: run code that the teacher's tokenizer brings along.
-
-    Raises:
-        LogitsError: the output does not name them, or they are not there.
-    """
-    output = as_output(output)
-    settings = load_extraction_config(output)
-    if check_tokenizer(tokenizer) is None:
-        tokenizer = find_tokenizer(settings, model=model, trust_remote_code=trust_remote_code)
-    if dataset:
-        settings = {**settings, "dataset": dataset, "dataset_revision": None}
-    template = read_text(output.store, TEMPLATE_FILE)
-    return TextSource(settings, tokenizer=tokenizer, chat_template=template or None)
-
-
-def find_tokenizer(
-    settings: Mapping[str, Any], *, model: str | None = None, trust_remote_code: bool = False
-) -> Any:
-    """Load the tokenizer of the teacher that a run's settings name, or from where it is now."""
-    name = model or settings.get("model")
-    if not name:
-        raise OpenError("the output does not say which model it was made with (--model, model=)")
-    try:
-        revision = None if model else settings.get("model_revision")
-        return load_tokenizer(str(name), revision=revision, trust_remote_code=trust_remote_code)
-    except LogitsError as error:
-        remedy = "--model, model= says where it is now"
-        if settings.get("trust_remote_code") and not trust_remote_code:
-            remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
-        raise LogitsError(f"{error}; {remedy}") from error
-
-
-def analyze_row(
-    dataset: LogitDataset, row: int, text: TextSource, *, top_k: int = 5
-) -> ConversationAnalysis:
-    """Put row `row` of an output beside its conversation, stored with it or read from the source.
-
-    Raises:
-        AlignmentError: the conversation does not have as many extracted tokens as the row.
-    """
-    sample = get_sample(dataset, row)
-    if all(name in sample for name in TOKEN_COLUMNS):
-        ids, positions = stored_tokens(sample)
-    else:
-        try:
-            encoded = text.encode(sample["index"])
-        except SourceError as error:
-            raise SourceError(f"{error}; --dataset, dataset= says where it is now") from error
-        ids, positions = encoded.input_ids, encoded.token_positions
-    bits = RunLimits.of(text.settings).logit_bits
-    analysis = align_tokens(sample, ids, positions, text.tokenizer, top_k=top_k, logit_bits=bits)
-    return replace(analysis, model=str(text.settings.get("model") or ""))
-
-
-def analyze_missing(output: LogitDataset, text: TextSource, index: int) -> ConversationAnalysis:
-    """Show a conversation of the source that the output does not hold, as not extracted."""
-    note = "this conversation is not in the output"
-    for shard in range(len(output.shards)):
-        reason = output.part(shard).get("skipped", {}).get(str(index))
-        note = f"this conversation gave no row: {reason}" if reason is not None else note
-    try:
-        encoded = text.encode(index)
-    except ConversationError as error:
-        return ConversationAnalysis(index, [], [], note=f"{note}: {error}")
-    pieces: list[tuple[str, int | None]] = [
-        (piece, None) for piece in token_texts(encoded.input_ids, text.tokenizer)
-    ]
-    return ConversationAnalysis(index, [], pieces, note=note)
-
-
-def execute_analysis(
-    logit_dataset_id: str | Path | LogitDataset,
-    sample_index: int = 0,
-    *,
-    conversation: int | None = None,
-    model: str | None = None,
-    dataset: str | None = None,
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
-    top_k: int = 5,
-) -> ConversationAnalysis:
-    """Put one row of an output beside its conversation; everything is found from the output.
-
-    Args:
-        logit_dataset_id: the output.
-        sample_index: row number.
-        conversation: choose by `index` in the source instead; one that was not extracted is shown
-            as such.
-        model, dataset, tokenizer, trust_remote_code: see `open_text`.
-        top_k: predictions kept for each token.
-    """
-    output = as_output(logit_dataset_id)
-    text = open_text(
-        output, model=model, dataset=dataset, tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    if conversation is None:
-        return analyze_row(output, check_row_number(sample_index), text, top_k=top_k)
-    row = row_numbers(output).get(conversation)
-    if row is None:
-        return analyze_missing(output, text, conversation)
-    return analyze_row(output, row, text, top_k=top_k)
-
-
-# --------------------------------------------------------------------------------------------------
-# 8 Tables and HTML
-# --------------------------------------------------------------------------------------------------
-
-
-SURPRISE_LEVELS = (0.9, 0.5, 0.2, 0.05, 0.01, 0.001)  # level i: at least this probable; then 6
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
-
-
-def show_text(text: str) -> str:
-    """Make characters visible that would not show, or would act on a terminal or a page.
-
-    Line breaks and tabs stay. Control characters become their pictures (␛), direction marks,
-    zero-width characters and lone surrogates become `⟨U+202E⟩`. Joiners inside words stay as they
-    are part of scripts and emoji.
-    """
-
-    def picture(found: re.Match[str]) -> str:
-        code = ord(found[0])
-        if code < 0x20:
-            return chr(0x2400 + code)
-        return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
-
-    return _UNSEEN.sub(picture, text)
-
-
-def show_token(text: str) -> str:
-    """Write a token on one line, with its spaces and line breaks visible."""
-    return show_text(text).replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
-
-
-def surprise_level(probability: float) -> int:
-    """Return 0 for a token the teacher expected to 6 for one it all but excluded."""
-    return sum(probability < bound for bound in SURPRISE_LEVELS)
-
-
-def show_probability(token: TokenAnalysis) -> str:
-    """Write a probability in percent, with `≤` where it is a bound."""
-    return (
-        f"{'' if token.exact else '≤'}{token.probability:.{1 if token.probability >= 0.01 else 2}%}"
-    )
-
-
-# Terminal -----------------------------------------------------------------------------------------
-
-
-def colours_wanted() -> bool:
-    """Say whether the terminal shows colours: a terminal, or FORCE_COLOR; never with NO_COLOR."""
-    if os.environ.get("NO_COLOR") or not (os.environ.get("FORCE_COLOR") or sys.stdout.isatty()):
-        return False
-    return importlib.util.find_spec("termcolor") is not None
-
-
-def paint(text: str, colour: str, *attributes: str) -> str:
-    """Colour text for the terminal, line by line, where colours are wanted."""
-    if not colour or not colours_wanted():
-        return text
-    termcolor = import_extra("termcolor", "viz")
-    return "\n".join(
-        termcolor.colored(line, colour, attrs=list(attributes), force_color=True) if line else line
-        for line in text.split("\n")
-    )
-
-
-def print_sample_info(sample: Mapping[str, Any]) -> None:
-    """Print what a sample holds: tokens, nucleus sizes and the probability they cover."""
-    block = sample_block(sample)
-    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}")
-    if not sample["num_tokens"]:
-        return
-    counts, mass, first = block.top_counts, block.top_mass(), block.first_probs()
-    sizes = f"{counts.min()} to {plural(counts.max(), 'token')}, median {np.median(counts):g}"
-    print(f"  nucleus     {sizes}, mean {counts.mean():.1f}")
-    print(f"  it covers   {mass.min():.1%} to {mass.max():.1%}, mean {mass.mean():.1%}")
-    print(f"  likeliest   {first.min():.1%} to {first.max():.1%}, mean {first.mean():.1%}")
-    drawn = plural(block.tail_counts.max(), "token")
-    tail = f"{drawn}, worth {block.tail_mass().mean():.2%} on average"
-    print(f"  tail        {tail}")
-    if "input_ids" in sample:
-        print(f"  text        {plural(sample['input_ids'].size, 'token')} stored with it")
-
-
-def print_top_tokens(
-    sample: Mapping[str, Any],
-    t: int,
-    tokenizer: Any = None,
-    *,
-    k: int = 10,
-    actual: TokenAnalysis | None = None,
-) -> None:
-    """Print the teacher's `k` likeliest tokens at token `t`, with bars, and the actual token."""
-    predictions = decode_top_tokens(sample, t, tokenizer, k=k)
-    size, mass = sample["top_counts"][t], get_nucleus_probability_mass(sample, t)
-    there = ""
-    if actual is not None:
-        rank = f"rank {'' if actual.where == 'nucleus' else '≥ '}{actual.rank}"
-        there = f"; it is {show_token(actual.text)}, {show_probability(actual)}, {rank}"
-    print(f"token {t}: nucleus of {size} covering {mass:.1%}{there}")
-    width = max(len(show_token(prediction.text)) for prediction in predictions)
-    for rank_here, prediction in enumerate(predictions, 1):
-        text = show_token(prediction.text).ljust(width)
-        bar = draw_bar(prediction.probability)
-        print(f"  {rank_here:3}  {text}  {prediction.probability:7.2%}  {paint(bar, 'cyan')}")
-
-
-def print_dataset_stats(stats: Any) -> None:
-    """Print the figures of a dataset: `DatasetStats`, or what `compute_dataset_stats` takes."""
-    if not isinstance(stats, DatasetStats):
-        stats = compute_dataset_stats(stats)
-    print(f"{stats}\nnucleus sizes")
-    counts = np.add.reduceat(stats.nucleus.histogram, SIZE_CLASSES)
-    for low, high, count in zip(SIZE_CLASSES, (*SIZE_CLASSES[1:], 256), counts, strict=True):
-        label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
-        if count:
-            print(f"  {label:>10} {count:>12,}  {paint(draw_bar(count / counts.max()), 'cyan')}")
-
-
-SIZE_CLASSES = (1, 2, 3, 5, 9, 17, 33, 65, 129)
-
-
-def quick_explore(
-    name: str | Path | LogitDataset,
-    sample_index: int = 0,
-    *,
-    tokenizer: Any = None,
-    tokens: int = 3,
-) -> dict[str, Any]:
-    """Print what an output is, one of its rows and the row's first tokens; return the sample."""
-    dataset = as_output(name)
-    print(describe_run(dataset))
-    sample = get_sample(dataset, sample_index)
-    print_sample_info(sample)
-    for t in range(min(tokens, sample["num_tokens"])):
-        print_top_tokens(sample, t, tokenizer, k=5)
-    return sample
-
-
-def describe_run(dataset: LogitDataset) -> str:
-    """Say in one line how large an output is and how it was made."""
-    settings = dataset.settings
-    size = f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"
-    skipped = count_skipped(dataset)
-    if skipped:
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
-        size += f", {plural(skipped.total(), 'conversation')} without a row ({reasons})"
-    known = [name for name in ABOUT_RUN if settings.get(name) is not None]
-    parts = [f"{name} {settings[name]!s:.100}" for name in known]
-    return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
-
-
-ABOUT_RUN = ("model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype")
-
-
-def draw_bar(share: float, width: int = 30) -> str:
-    """Draw a share of 1 as a bar of block characters, in eighths."""
-    eighths = round(min(max(share, 0), 1) * width * 8)
-    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
-
-
-PAINT: tuple[tuple[str, ...], ...] = (  # by surprise level
-    ("",),
-    ("",),
-    ("cyan",),
-    ("yellow",),
-    ("yellow", "bold"),
-    ("magenta", "bold"),
-    ("magenta", "bold", "reverse"),
-)
-
-
-def visualize_conversation_probabilities(
-    analysis: ConversationAnalysis, return_html: bool = False
-) -> str:
-    """Return the conversation with each extracted token coloured by its probability.
-
-    Coloured terminal text, or with `return_html` a self-contained page that loads nothing. Where
-    the terminal has no colours, tokens below 50% carry their probability in braces.
-    """
-    if return_html:
-        return render_page([analysis])
-    count = plural(len(analysis.tokens), "token")
-    heading = f"conversation {analysis.index}: {count} by the teacher"
-    likely = f"typical probability of a token {analysis.typical_probability}"
-    facts = likely if analysis.tokens else "not extracted"
-    note = f"\n{show_text(analysis.note)}" if analysis.note else ""
-    text = "".join(paint_piece(analysis, text, t) for text, t in analysis.pieces)
-    return f"{heading}, {facts}{note}\n{paint_legend()}\n\n{text}"
-
-
-def paint_piece(analysis: ConversationAnalysis, text: str, t: int | None) -> str:
-    """Colour one piece for the terminal, or mark it where there are no colours."""
-    shown = show_text(text)
-    if t is None:
-        return paint(shown, "dark_grey")
-    token = analysis.tokens[t]
-    level = surprise_level(token.probability)
-    if not colours_wanted():
-        mark = f"{{{show_probability(token)}}}" if level > 1 else ""
-        body = shown.rstrip("\n")
-        return f"{body}{mark}{shown[len(body) :]}"
-    return paint(shown, *PAINT[level])
-
-
-def paint_legend() -> str:
-    """Say in one line what the colours, or the braces, mean."""
-    if not colours_wanted():
-        return "{3.1%}: probability of the token before it, where below 50%"
-    words = [paint(f"{100 * b:g}%+", *PAINT[i]) for i, b in enumerate(SURPRISE_LEVELS) if i]
-    least = paint(f"less than {100 * SURPRISE_LEVELS[-1]:g}%", *PAINT[-1])
-    return "  ".join([*words, least, paint("not extracted", "dark_grey")])
-
-
-# Markup -------------------------------------------------------------------------------------------
-
-
-def facts_table(title: str, facts: Sequence[tuple[str, str]]) -> str:
-    """Return pairs of label and text as a small table for a notebook."""
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-        f"<td style='text-align:right'>{html.escape(value)}</td></tr>"
-        for label, value in facts
-    )
-    return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
-
-
-def histogram_svg(histogram: npt.NDArray[np.int64]) -> str:
-    """Draw the histogram of nucleus sizes, its heights by logarithm, as inline SVG."""
-    used = np.flatnonzero(histogram)
-    if not used.size:
-        return ""
-    last = int(used[-1])
-    heights = np.log1p(histogram[1 : last + 1]) / np.log1p(histogram.max())
-    path = step_path(heights, 60)
-    middle = f"tokens by nucleus size (log scale, {int(histogram.max()):,} at the highest)"
-    return (
-        '<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 '
-        f'{last} 60" preserveAspectRatio="none" style="width:100%;height:5rem" role="img" '
-        f'aria-label="histogram of nucleus sizes"><path d="{path}" fill="#3b82c4"/></svg>'
-        '<figcaption style="display:flex;justify-content:space-between;gap:1rem">'
-        f"<span>1</span><span>{middle}</span><span>{last}</span></figcaption></figure>"
-    )
-
-
-def step_path(shares: Iterable[float], height: int) -> str:
-    """Return shares of 1 as the SVG path of bars that are one unit wide."""
-    steps = "".join(f"V{round(height - height * float(share), 2)}h1" for share in shares)
-    return f"M0 {height}{steps}V{height}Z"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<div id="pop" role="tooltip" hidden></div>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-PAGE_CSS = """
-:root {
-  --bg: #ffffff; --fg: #1b1f24; --dim: #5f6a75; --line: #d5dbe1; --card: #f5f7f9;
-  --bar: #0b62a8; --mark: #b3261e; --focus: #0b62a8;
-  --b1: #fff3e2; --b2: #fee0b8; --b3: #fdc27e; --b4: #fb9a42; --b5: #c04c00; --b6: #7a2503;
-  --t5: #ffffff; --t6: #ffffff;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg: #14171b; --fg: #e4e8ec; --dim: #98a3ae; --line: #363d45; --card: #1d2126;
-    --bar: #5aa9e6; --mark: #ff9a8f; --focus: #8cc8ff;
-    --b1: #2b2417; --b2: #463417; --b3: #6b4a14; --b4: #86570c; --b5: #f0a03c; --b6: #ffdf9e;
-    --t5: #14171b; --t6: #14171b;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--fg);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 16rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
-p { margin: .25rem 0 .75rem; }
-a { color: var(--bar); }
-.dim, figcaption { color: var(--dim); font-size: .875rem; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: .75rem 0; font-size: .9rem; }
-.legend { display: flex; flex-wrap: wrap; gap: .35rem .5rem; align-items: center;
-  margin: .75rem 0; font-size: .85rem; }
-.legend span { padding: .1rem .45rem; border-radius: 3px; border: 1px solid var(--line); }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; line-height: 1.85;
-  border: 1px solid var(--line); border-radius: 6px; padding: .75rem 1rem; margin: .5rem 0;
-  font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-size: .92rem; }
-.out { color: var(--dim); }
-.tok { border-radius: 2px; cursor: pointer; padding: .12em 0; box-shadow: inset -1px 0 var(--bg); }
-.b1 { background: var(--b1); } .b2 { background: var(--b2); } .b3 { background: var(--b3); }
-.b4 { background: var(--b4); }
-.b5 { background: var(--b5); color: var(--t5); } .b6 { background: var(--b6); color: var(--t6); }
-.bound { text-decoration: underline dotted 2px; text-underline-offset: .2em; }
-.tok:hover, .tok:focus, .tok.on { outline: 2px solid var(--focus); outline-offset: 0; }
-figure { margin: .75rem 0; }
-svg { display: block; width: 100%; overflow: visible; }
-.spark { height: 3.5rem; cursor: pointer; border-bottom: 1px solid var(--line); }
-.area { fill: var(--bar); opacity: .85; }
-.now { stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
-.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .8rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .5rem;
-  margin: .75rem 0; }
-dl div { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  padding: .4rem .7rem; }
-dt { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
-#pop { position: absolute; z-index: 5; width: min(38rem, calc(100% - 1rem));
-  background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .6rem .8rem; font-size: .85rem;
-  box-shadow: 0 4px 18px #0005; }
-#pop code { font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
-#pop .both { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
-  gap: 0 1.5rem; }
-#pop .row { display: grid; grid-template-columns: minmax(3rem, 7rem) 1fr 3.8rem; gap: .5rem;
-  align-items: center; }
-#pop .row bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
-  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-#pop .row.real bdi { color: var(--mark); font-weight: 600; }
-#pop .bar { height: .65rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
-#pop .num { text-align: right; font-variant-numeric: tabular-nums; }
-#pop h3 { font-size: .8rem; margin: .5rem 0 .1rem; color: var(--dim); font-weight: 600; }
-"""
-
-PAGE_SCRIPT = """
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const pop = document.getElementById("pop");
-let pinned = null, shown = null;
-
-function make(parent, tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined) node.textContent = text;
-  parent.append(node);
-  return node;
-}
-function percent(p) {
-  if (p > 0 && p < 1e-5) return (100 * p).toExponential(1) + "%";
-  return (p >= 0.01 ? (100 * p).toFixed(1) : (100 * p).toPrecision(2)) + "%";
-}
-function rows(parent, title, list, real) {
-  const part = make(parent, "div");
-  if (list.length) make(part, "h3", "", title);
-  for (const [text, id, p] of list) {
-    const row = make(part, "div", id === real ? "row real" : "row");
-    make(row, "bdi", "", text).title = "id " + id;
-    make(make(row, "div"), "div", "bar").style.width = 100 * Math.min(1, p) + "%";
-    make(row, "span", "num", percent(p));
-  }
-  return part;
-}
-function token(node) {
-  return data[+node.closest("section").dataset.s][+node.dataset.t];
-}
-function fill(node) {
-  const it = token(node), most = it.e ? "" : "\\u2264 ";
-  const least = it.w === "nucleus" ? "" : "\\u2265 ";
-  pop.replaceChildren();
-  const head = make(pop, "div");
-  make(make(head, "code"), "bdi", "", it.x);
-  make(head, "span", "dim", "  id " + it.i + ", token " + node.dataset.t);
-  make(pop, "div", "facts", "p " + most + percent(it.p) + ", log p " + most + it.l.toFixed(3) +
-    ", rank " + least + it.r + (it.w === "nucleus" ? "" : ", " + (it.w === "tail" ?
-    "in the tail sample" : "not stored")));
-  make(pop, "div", "dim", "nucleus of " + it.n + (it.n === 1 ? " token" : " tokens") +
-    " covering " + percent(it.m));
-  const both = make(pop, "div", "both");
-  rows(both, "Likeliest", it.top, it.i);
-  const tail = rows(both, "Tail sample, in the order drawn", it.tail, it.i);
-  if (it.s > it.tail.length) make(tail, "div", "dim", "and " + (it.s - it.tail.length) + " more");
-}
-function place(node) {
-  const box = node.getClientRects()[0] || node.getBoundingClientRect();
-  const wide = document.documentElement.clientWidth;
-  const left = Math.max(8, Math.min(box.left, wide - pop.offsetWidth - 8));
-  const below = box.bottom + pop.offsetHeight + 8 < innerHeight || box.top < pop.offsetHeight + 8;
-  pop.style.left = left + scrollX + "px";
-  pop.style.top = scrollY + (below ? box.bottom + 6 : box.top - pop.offsetHeight - 6) + "px";
-}
-function show(node) {
-  if (shown) { shown.classList.remove("on"); shown.removeAttribute("aria-describedby"); }
-  shown = node;
-  if (!node) { pop.hidden = true; return; }
-  fill(node);
-  pop.hidden = false;
-  place(node);
-  node.classList.add("on");
-  node.setAttribute("aria-describedby", "pop");
-  const line = node.closest("section").querySelector(".now");
-  if (line) {
-    for (const x of ["x1", "x2"]) line.setAttribute(x, +node.dataset.t + 0.5);
-    line.removeAttribute("visibility");
-  }
-}
-function move(node, key) {
-  const all = [...node.closest(".text").querySelectorAll(".tok")], at = all.indexOf(node);
-  if (key === "ArrowRight") return all[at + 1];
-  if (key === "ArrowLeft") return all[at - 1];
-  if (key === "Home") return all[0];
-  if (key === "End") return all[all.length - 1];
-  const step = key === "ArrowDown" ? 1 : -1, from = node.getClientRects()[0];
-  let best = null, score = Infinity, line = 0;
-  for (let i = at + step; all[i]; i += step) {
-    const box = all[i].getClientRects()[0], down = step * (box.top - from.top);
-    if (down < 4) continue;
-    if (best && down > line + 4) break;
-    const aside = Math.abs(box.left - from.left);
-    if (aside < score) { best = all[i]; score = aside; }
-    line = down;
-  }
-  return best;
-}
-function focus(node) {
-  if (!node) return;
-  for (const old of node.closest(".text").querySelectorAll('.tok[tabindex="0"]')) old.tabIndex = -1;
-  node.tabIndex = 0;
-  node.focus();
-}
-document.addEventListener("mouseover", event => {
-  const node = event.target.closest(".tok");
-  if (node && !pinned) show(node);
-});
-document.addEventListener("mouseout", event => {
-  if (!pinned && event.target.closest(".tok")) show(document.activeElement.closest(".tok"));
-});
-document.addEventListener("focusin", event => {
-  const node = event.target.closest(".tok");
-  if (node) { pinned = null; show(node); }
-});
-document.addEventListener("focusout", () => { if (!pinned) show(null); });
-document.addEventListener("click", event => {
-  const node = event.target.closest(".tok"), spark = event.target.closest(".spark");
-  if (spark) {
-    const box = spark.getBoundingClientRect(), n = +spark.dataset.n;
-    const at = Math.min(n - 1, Math.floor(n * (event.clientX - box.left) / box.width));
-    const wanted = spark.closest("section").querySelector('.tok[data-t="' + at + '"]');
-    if (wanted) { wanted.scrollIntoView({block: "center"}); focus(wanted); }
-  } else if (node) {
-    const again = pinned === node;
-    focus(node);
-    pinned = again ? null : node;
-    show(again ? null : node);
-  } else if (!event.target.closest("#pop")) {
-    pinned = null;
-    show(null);
-  }
-});
-document.addEventListener("keydown", event => {
-  const node = event.target.closest(".tok");
-  if (event.key === "Escape") { pinned = null; show(null); }
-  if (!node || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
-    event.preventDefault();
-    focus(move(node, event.key));
-  }
-});
-function follow() {
-  const at = /^#s([0-9]+)-t([0-9]+)$/.exec(location.hash);
-  const node = at && document.querySelector("#s" + at[1] + ' .tok[data-t="' + at[2] + '"]');
-  if (node) { node.scrollIntoView({block: "center"}); focus(node); }
-}
-addEventListener("hashchange", follow);
-follow();
-"""
-
-
-# The page -----------------------------------------------------------------------------------------
-
-
-def escape_json(value: Any) -> str:
-    """Write JSON that may stand in a script element whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text)
-
-
-def render_page(
-    analyses: Sequence[ConversationAnalysis],
-    *,
-    title: str = "What the teacher expected",
-    about: str = "",
-    stats: str = "",
-) -> str:
-    """Return a self-contained page of several conversations: one file, no network, both themes.
-
-    `page.html#s1-t40` opens it at token 40 of the second conversation.
-
-    Args:
-        analyses: the conversations, in the order shown.
-        title: heading and window title.
-        about: a line under the heading.
-        stats: markup put before the conversations, such as `DatasetStats.to_html()`.
-    """
-    digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
-    # Even a mistake in escaping could not run: only this very script may.
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    sections = [render_sample(analysis, number) for number, analysis in enumerate(analyses)]
-    heading = escape(title)
-    line = f'<p class="dim">{escape(about)}</p>' if about else ""
-    body = [f"<h1>{heading}</h1>", line, render_nav(analyses), render_legend(), stats, *sections]
-    return PAGE.format(
-        policy=policy,
-        title=heading,
-        css=PAGE_CSS,
-        body="\n".join(part for part in body if part),
-        data=escape_json([[token_data(token) for token in a.tokens] for a in analyses]),
-        script=PAGE_SCRIPT,
-    )
-
-
-def escape(text: str) -> str:
-    """Escape text of any origin for a page."""
-    return html.escape(show_text(text))
-
-
-TAIL_SHOWN = 6  # tail tokens listed in the page; how many more there are is said
-
-
-def token_data(token: TokenAnalysis) -> dict[str, Any]:
-    """Return what the page shows when a token is chosen, under short names."""
-    entries = {
-        name: [[show_token(p.text), p.id, round_to(p.probability)] for p in predictions]
-        for name, predictions in (("top", token.predictions), ("tail", token.tail[:TAIL_SHOWN]))
-    }
-    return {
-        "x": show_token(token.text),
-        "i": token.id,
-        "p": round_to(token.probability),
-        "l": round_to(token.log_probability, 6),
-        "e": int(token.exact),
-        "r": token.rank,
-        "w": token.where,
-        "n": token.nucleus_size,
-        "m": round_to(token.nucleus_mass),
-        "s": len(token.tail),
-        **entries,
-    }
-
-
-def round_to(value: float, digits: int = 4) -> float:
-    """Round to significant digits; what is not finite becomes the nearest number JSON has."""
-    if not math.isfinite(value):
-        return 0.0 if math.isnan(value) else math.copysign(sys.float_info.max, value)
-    return float(f"{value:.{digits}g}")
-
-
-def render_nav(analyses: Sequence[ConversationAnalysis]) -> str:
-    """Link to each conversation when there are several."""
-    if len(analyses) < 2:
-        return ""
-    links = [f'<a href="#s{i}">conversation {a.index}</a>' for i, a in enumerate(analyses)]
-    return f"<nav>{''.join(links)}</nav>"
-
-
-def render_legend() -> str:
-    """Explain colours, underline and keys."""
-    labels = [f"{100 * bound:g}%" for bound in SURPRISE_LEVELS]
-    boxes = [f'<span class="b{level}">≥ {label}</span>' for level, label in enumerate(labels)]
-    boxes.append(f'<span class="b{len(labels)}">&lt; {labels[-1]}</span>')
-    boxes.append('<span class="bound">not stored: at most this</span>')
-    boxes.append('<span class="out">not extracted</span>')
-    keys = "Point at, tap or focus a token for its predictions; arrow keys move, Esc closes."
-    return (
-        f'<div class="legend">Probability of the token that is there {"".join(boxes)}</div>'
-        f'<p class="dim">{keys}</p>'
-    )
-
-
-def render_sample(analysis: ConversationAnalysis, number: int) -> str:
-    """Return the section of one conversation: its figures, its sparkline, its text."""
-    tokens = analysis.tokens
-    facts = [plural(len(tokens), "token") if tokens else "not extracted"]
-    if tokens:
-        facts.append(f"typical probability {analysis.typical_probability}")
-        first = sum(token.rank == 1 for token in tokens) / len(tokens)
-        facts.append(f"{first:.0%} are the teacher's first choice")
-    facts += [escape(text) for text in (analysis.model, analysis.note) if text]
-    return (
-        f'<section id="s{number}" data-s="{number}">\n<h2>Conversation {analysis.index}</h2>\n'
-        f'<p class="dim">{" · ".join(facts)}</p>\n{render_sparkline(tokens)}'
-        f'<div class="text" dir="auto">{render_pieces(analysis)}</div>\n</section>'
-    )
-
-
-def render_pieces(analysis: ConversationAnalysis) -> str:
-    """Return the text of a conversation as spans; neighbours that were not extracted share one."""
-    parts = []
-    first = True
-    for extracted, run in itertools.groupby(
-        analysis.pieces, key=lambda piece: piece[1] is not None
-    ):
-        if not extracted:
-            parts.append(f'<span class="out">{"".join(escape(text) for text, _ in run)}</span>')
-            continue
-        for text, t in run:
-            token = analysis.tokens[t or 0]
-            level = surprise_level(token.probability)
-            kind = f"tok b{level}" + ("" if token.exact else " bound")
-            shown = escape(text).replace("\n", "↵\n") or "∅"
-            parts.append(
-                f'<span class="{kind}" data-t="{t}" tabindex="{0 if first else -1}">{shown}</span>'
-            )
-            first = False
-    return "".join(parts)
-
-
-def render_sparkline(tokens: Sequence[TokenAnalysis]) -> str:
-    """Draw the nucleus size along a conversation."""
-    if not tokens:
-        return ""
-    sizes = [token.nucleus_size for token in tokens]
-    peak, n = max(sizes), len(sizes)
-    path = step_path((size / peak for size in sizes), 40)
-    return (
-        f'<figure><svg class="spark" data-n="{n}" viewBox="0 0 {n} 40" '
-        f'preserveAspectRatio="none" role="img" aria-label="nucleus size along the conversation">'
-        f'<path class="area" d="{path}"/><line class="now" x1="0" x2="0" y1="0" '
-        f'y2="40" visibility="hidden"/></svg><div class="axis"><span>token 0</span>'
-        f"<span>nucleus size, 1 to {peak}</span><span>token {n - 1}</span></div></figure>\n"
-    )
-
-
-def write_page(path: str | Path, page: str) -> None:
-    """Write a page under a temporary name and rename it.
-
-    Raises:
-        LogitsError: it cannot be written there.
-    """
-    with writing(path) as target:
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            temporary.write_text(page, encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
-    """Make the folder of a file that is written for the user; say in one line where that fails."""
-    target = Path(path).expanduser()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield target
-    except OSError as error:
-        raise LogitsError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-# --------------------------------------------------------------------------------------------------
-# 9 Plots
-# --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def plot_style() -> Iterator[tuple[Any, Any]]:
-    """Yield pyplot and the colour-blind-safe palette, with the house style while it lasts."""
-    pyplot = import_extra("matplotlib.pyplot", "viz")
-    seaborn = import_extra("seaborn", "viz")
-    style = {"axes.titlesize": 11, "axes.labelsize": 10, "figure.dpi": 110, "font.size": 10}
-    with pyplot.rc_context(), seaborn.axes_style("whitegrid"), pyplot.rc_context(style):
-        yield pyplot, seaborn.color_palette("colorblind")
-
-
-def finish_figure(pyplot: Any, figure: Any) -> Any:
-    """Take a figure out of pyplot's hands, so that a notebook shows it once, as a result."""
-    figure.tight_layout()
-    pyplot.close(figure)
-    return figure
-
-
-def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer: Any = None) -> Any:
-    """Plot what is stored of token `t`: the nucleus by rank, then the tail sample."""
-    ids, logits = dequantize_top_logits(sample, t)
-    _, tail = dequantize_sampled_logits(sample, t)
-    total = float(sample["logsumexp"][t])
-    with plot_style() as (pyplot, colours):
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        ranks = np.arange(1, ids.size + 1)
-        axes.plot(
-            ranks,
-            logits,
-            "o-",
-            ms=4,
-            color=colours[0],
-            label=f"nucleus, {plural(ids.size, 'token')}",
-        )
-        if tail.size:
-            behind = ids.size + np.arange(1, tail.size + 1)
-            label = f"tail sample, {plural(tail.size, 'token')} (ranks unknown)"
-            axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
-        axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
-        likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
-        names = [f"{100 * p.probability:5.1f}%  {plain_label(p.text)}" for p in likeliest]
-        frame = {"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round"}
-        axes.text(
-            0.98,
-            0.86,
-            "\n".join(names),
-            va="top",
-            ha="right",
-            ma="left",
-            bbox=frame,
-            transform=axes.transAxes,
-            family=["monospace", "sans-serif"],
-        )
-        axes.set(xlabel="rank in the nucleus, then the tail sample", ylabel="logit (nats)")
-        axes.margins(y=0.12)
-        axes.set_title(f"Token {t}: {get_nucleus_probability_mass(sample, t):.1%} in the nucleus")
-        axes.legend()
-        return finish_figure(pyplot, figure)
-
-
-def plain_label(text: str) -> str:
-    """Return a token as a label that matplotlib takes literally, at most 20 characters long."""
-    shown = show_token(text).replace("$", r"\$")
-    return shown if len(shown) <= 20 else shown[:19] + "…"
-
-
-def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> Any:
-    """Plot the log-probabilities of nucleus entries against the tail sample's.
-
-    Those of token `t`, or of all tokens of the sample.
-    """
-    which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
-    parts = []
-    for name, decode, group in (
-        ("nucleus", dequantize_top_logits, "top_indices"),
-        ("tail sample", dequantize_sampled_logits, "sampled_indices"),
-    ):
-        _, logits = decode(sample, t)
-        sizes = [ids.size for ids in sample[group]]
-        totals = np.repeat(sample["logsumexp"], sizes) if t is None else sample["logsumexp"][t]
-        parts.append((name, logits - totals))
-    low = min((values.min() for _, values in parts if values.size), default=-1.0)
-    edges = np.linspace(min(low, -1.0), 0, 61)
-    with plot_style() as (pyplot, colours):
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        for (name, values), colour, hatch in zip(parts, colours, ("", "//"), strict=False):
-            axes.hist(
-                values,
-                edges,
-                color=colour,
-                alpha=0.6,
-                hatch=hatch,
-                edgecolor=colour,
-                label=f"{name}, {values.size:,} entries",
-            )
-        axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
-        axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
-        axes.legend(loc="upper left")
-        return finish_figure(pyplot, figure)
-
-
-def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
-    """Plot nucleus size, and the probability that the nucleus covers, along a sample."""
-    block = sample_block(sample)
-    tokens = np.arange(block.top_counts.size)
-    with plot_style() as (pyplot, colours):
-        figure, (upper, lower) = pyplot.subplots(
-            2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(3, 2)
-        )
-        edges = np.arange(tokens.size + 1) - 0.5
-        heights = np.append(block.top_counts, block.top_counts[-1:])
-        upper.fill_between(edges, heights, step="post", color=colours[0], linewidth=0)
-        upper.set(ylabel="nucleus size (tokens)", ylim=(0, None))
-        upper.set_title(f"Conversation {sample['index']}: nucleus along the text")
-        mass = block.top_mass()
-        lower.plot(tokens, 100 * mass, ".", ms=4, color=colours[1])
-        lower.set(ylabel="covered (%)", xlabel="token of the row", ylim=(0, 104))
-        return finish_figure(pyplot, figure)
-
-
-def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) -> Any:
-    """Plot how nucleus sizes are distributed over an output: counts, and the share up to a size.
-
-    Args:
-        stats: `NucleusSizeStats`, or what `analyze_nucleus_sizes` takes.
-        max_samples: rows to read at most.
-    """
-    if not isinstance(stats, NucleusSizeStats):
-        stats = analyze_nucleus_sizes(stats, max_samples)
-    sizes = np.arange(1, max(stats.max, 1) + 1)
-    counts = stats.histogram[1 : sizes.size + 1]
-    with plot_style() as (pyplot, colours):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
-        left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
-        left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
-        left.set_title(f"{plural(stats.tokens, 'token')} of {plural(stats.rows, 'row')}")
-        share = 100 * to_starts(counts) / max(stats.tokens, 1)
-        right.step(np.arange(share.size), share, where="post", color=colours[0])
-        for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
-            size = stats.percentile(q)
-            right.plot([size], [q], marker, ms=9, color=colour, label=f"{q}% within {size:g}")
-        right.set(xlabel="nucleus size (tokens)", ylabel="nuclei up to it (%)", ylim=(0, 101))
-        right.set_title(f"mean {stats.mean:.1f}, standard deviation {stats.std:.1f}")
-        right.legend(loc="lower right")
-        return finish_figure(pyplot, figure)
-
-
-# --------------------------------------------------------------------------------------------------
-# 10 Training
+# 9 Train
 # --------------------------------------------------------------------------------------------------
 #
 #     shards ──LogitIterableDataset──► rows ──collate_logits──► batch ──student──► logits
@@ -6248,20 +6299,20 @@ def sparse_teacher(block: TokenBlock, *, weigh: bool = True) -> dict[str, npt.ND
     Raises:
         FormatError: the tokens have tails of different sizes.
     """
-    size = int(block.tail_counts.max(initial=0))
-    if (block.tail_counts != size).any():
+    size = int(block.tail.counts.max(initial=0))
+    if (block.tail.counts != size).any():
         raise FormatError("the tail samples of one output differ in size")
-    shape = (block.tail_counts.size, size)
-    tail = block.tail_logits().reshape(shape) - block.logsumexp[:, None]
-    rest = 1 - sum_runs(block.top_probs(), block.top_starts)
+    shape = (block.tail.counts.size, size)
+    tail = block.tail.logits.reshape(shape) - block.logsumexp[:, None]
+    rest = 1 - block.top.mass
     rest = np.maximum(np.maximum(rest, np.exp(tail).sum(axis=1)), np.exp(LEAST_LOG_REST))
-    counts = block.top_counts
+    counts = block.top.counts
     there = np.arange(int(counts.max(initial=0))) < counts[:, None]  # (T, K)
     ids, probs = np.zeros(there.shape, np.int32), np.full(there.shape, LEAST_LOG_REST, np.float32)
-    ids[there] = block.top_ids
-    probs[there] = block.top_logits() - np.repeat(block.logsumexp, counts)
+    ids[there] = block.top.ids
+    probs[there] = block.top.logits - np.repeat(block.logsumexp, counts)
     teacher = {
-        "teacher_ids": np.concatenate([ids, block.tail_ids.reshape(shape)], axis=1),
+        "teacher_ids": np.concatenate([ids, block.tail.ids.reshape(shape)], axis=1),
         "teacher_log_probs": np.concatenate([probs, tail], axis=1, dtype=np.float32),
         "teacher_mask": np.concatenate([there, np.ones(shape, np.bool_)], axis=1),
         "teacher_tail_mask": np.zeros((shape[0], there.shape[1] + size), np.bool_),
@@ -7123,7 +7174,7 @@ def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
 
 
 # --------------------------------------------------------------------------------------------------
-# 11 CLI
+# 10 CLI
 # --------------------------------------------------------------------------------------------------
 
 
@@ -7265,6 +7316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("huggingface_hub").propagate = False  # it writes its lines by itself
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
+        if not sys.stdout.isatty() and not os.environ.get("PYTHONIOENCODING"):
+            sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: nobody looks yet
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no block characters
     try:
         summary, code = run_commands(args)
@@ -7291,13 +7344,13 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     code = 0
     if args.validate:
         report = validate_output(dataset)
-        print(report)
+        print(wrap_text(str(report)))
         summary |= {"rows": report.rows, "tokens": report.tokens}
         summary["violations"] = dict(report.counts)
         code = code if report.ok else CHECK_FAILED
     if args.compare:
         comparison = compare_outputs(dataset, args.compare)
-        print(comparison)
+        print(wrap_text(str(comparison)))
         summary |= asdict(comparison)
         code = code if comparison.tokens else CHECK_FAILED
     if not (args.validate or args.compare):
@@ -7360,7 +7413,7 @@ def show_rows(
     samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
     analyses = []
     if text is not None:
-        analyses = [analyze_row(dataset, row, text, top_k=args.top) for row in rows]
+        analyses = [analyze_row(dataset, row, text, k=args.top) for row in rows]
         if not rows:
             analyses = [analyze_missing(dataset, text, args.conversation)]
     else:
@@ -7383,7 +7436,7 @@ def write_rows_page(
 ) -> None:
     """Write the page of chosen rows, with the figures of the output where there are any."""
     about = describe_run(dataset)
-    write_page(path, render_page(analyses, about=about, stats=stats.to_html() if stats else ""))
+    write_page(path, render_page(analyses, about=about, stats=stats))
 
 
 def open_asked_text(dataset: LogitDataset, args: argparse.Namespace) -> TextSource:
@@ -7407,22 +7460,28 @@ def find_text(
 
 
 def show_tokens(
-    sample: Mapping[str, Any],
+    sample: Sample,
     args: argparse.Namespace,
     text: TextSource | None,
     analysis: ConversationAnalysis | None,
 ) -> None:
     """Print what a sample holds and its most surprising tokens, or the one asked for."""
     print_sample_info(sample)
-    tokenizer = text.tokenizer if text else None
-    surprise = sample_block(sample).first_probs()
     if analysis is not None:
         surprise = np.array([token.log_probability for token in analysis.tokens])
-    for t in [args.token] if args.token is not None else sorted(np.argsort(surprise)[:3].tolist()):
-        check_token(sample, t)
+        why = "which the teacher expected least"
+    else:
+        surprise = sample.block.first_probs
+        why = "of which the teacher was least sure"
+    chosen = [args.token] if args.token is not None else sorted(np.argsort(surprise)[:3].tolist())
+    if args.token is None and chosen:
+        print(f"the {plural(len(chosen), 'token')} {why}:")
+    for t in chosen:
+        t = check_token(sample, t)
         print()
         actual = analysis.tokens[t] if analysis is not None else None
-        print_top_tokens(sample, t, tokenizer, k=args.top, actual=actual)
+        tokenizer = text.tokenizer if text else None
+        show_token_table(sample, t, tokenizer, k=args.top, actual=actual)
 
 
 def save_figure(figure: Any, path: str | Path) -> str:

@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from explore_logits import (  # noqa: E402 - run as a script, from anywhere
     FormatError,
-    block_samples,
+    Sample,
     dequantize_top_logits,
     iter_blocks,
     logits_to_probs,
@@ -69,8 +69,8 @@ def decode_at_once(path: Path) -> tuple[float, float, int]:
     """Return seconds, a checksum of all rows, and the number of entries."""
     start, check, entries = time.perf_counter(), 0.0, 0
     for block in iter_blocks(path):
-        check += float(block.top_probs().sum()) + float(block.top_ids.sum(dtype=np.int64))
-        entries += block.top_ids.size
+        check += float(block.top.probs.sum()) + float(block.top.ids.sum(dtype=np.int64))
+        entries += block.top.ids.size
     return time.perf_counter() - start, check, entries
 
 
@@ -78,7 +78,8 @@ def decode_by_token(path: Path, every: int) -> tuple[float, float]:
     """Return seconds per row and a checksum, from a loop over the tokens of every so many rows."""
     seconds, check, rows = 0.0, 0.0, 0
     for block in iter_blocks(path):
-        samples = [sample for sample in block_samples(block) if sample["index"] % every == 0]
+        chosen = [row for row, index in enumerate(block.index) if index % every == 0]
+        samples = [Sample(block.row(row)) for row in chosen]
         start = time.perf_counter()
         for sample in samples:
             for t in range(sample["num_tokens"]):
@@ -95,9 +96,9 @@ def check_sum(path: Path, every: int) -> float:
     total = 0.0
     for block in iter_blocks(path):
         owner = np.repeat(np.arange(block.index.size), block.num_tokens)
-        kept = np.repeat((block.index % every == 0)[owner], block.top_counts)
-        total += float(block.top_probs()[kept].sum())
-        total += float(block.top_ids[kept].sum(dtype=np.int64))
+        kept = np.repeat((block.index % every == 0)[owner], block.top.counts)
+        total += float(block.top.probs[kept].sum())
+        total += float(block.top.ids[kept].sum(dtype=np.int64))
     return total
 
 

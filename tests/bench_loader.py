@@ -84,8 +84,8 @@ def time_weights(folder: Path) -> tuple[float, float]:
     table = pq.read_table(sorted((folder / "data").glob("*.parquet"))[0]).slice(0, 64)
     block = decode_rows(table)
     teacher = sparse_teacher(block, weigh=False)
-    size = int(block.tail_counts.max())
-    tail = block.tail_logits().reshape(-1, size) - block.logsumexp[:, None]
+    size = int(block.tail.counts.max())
+    tail = block.tail.logits.reshape(-1, size) - block.logsumexp[:, None]
     rest = np.exp(teacher["teacher_log_rest"].astype(np.float64))
     start = time.process_time()
     weights = weigh_tail(tail, rest)

@@ -8,7 +8,6 @@ are not quantized here, so that what is measured is the estimator alone.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from explore_logits import (
+    Entries,
     TokenBlock,
     collate_logits,
     distillation_loss,
@@ -30,19 +30,15 @@ ROWS = ("peaked", "natural", "flat")
 
 
 @dataclass(frozen=True, eq=False)
-class ExactBlock(TokenBlock):
-    """A block whose logits were never quantized."""
+class ExactEntries(Entries):
+    """Entries whose logits were never quantized."""
 
-    exact_top: np.ndarray = None  # type: ignore[assignment]
-    exact_tail: np.ndarray = None  # type: ignore[assignment]
+    exact: np.ndarray = None  # type: ignore[assignment]
 
-    def top_logits(self) -> np.ndarray:
-        """Return the nucleus logits, flattened."""
-        return self.exact_top
-
-    def tail_logits(self) -> np.ndarray:
-        """Return the tail's logits, flattened."""
-        return self.exact_tail
+    @property
+    def logits(self) -> np.ndarray:  # type: ignore[override]
+        """Return the logits, flattened."""
+        return self.exact
 
 
 def teacher_row(kind: str, vocab: int, *, seed: int = 0) -> Tensor:
@@ -64,7 +60,7 @@ def student_row(teacher: Tensor, *, noise: float = 1.0, seed: int = 1) -> Tensor
 
 def exact_block(
     logits: Tensor, *, top_p: float = 0.98, top_p_max: int = 100, sampled_n: int = 24, seed: int = 0
-) -> ExactBlock:
+) -> TokenBlock:
     """Extract (N, V) logits, row i under index i."""
     count = logits.shape[0]
     found = extract_tokens(
@@ -78,43 +74,37 @@ def exact_block(
     )
     counts = found.top_counts.numpy().astype(np.int64)
     there = np.arange(found.top_ids.shape[1]) < counts[:, None]
-    nothing = np.zeros(0, np.uint16)
-    zeros = np.zeros(count, np.float32)
-    return ExactBlock(
-        index=np.arange(count),
-        row_starts=np.array([0, count]),
-        top_starts=to_starts(counts),
-        top_ids=found.top_ids.numpy()[there].astype(np.int32),
-        top_q=nothing,
-        top_min=zeros,
-        top_max=zeros,
-        tail_starts=to_starts(np.full(count, sampled_n)),
-        tail_ids=found.sampled_ids.numpy().reshape(-1).astype(np.int32),
-        tail_q=nothing,
-        tail_min=zeros,
-        tail_max=zeros,
-        logsumexp=found.logsumexp.numpy(),
-        exact_top=found.top_logits.numpy()[there].astype(np.float64),
-        exact_tail=found.sampled_logits.numpy().reshape(-1).astype(np.float64),
-    )
+    nothing, zeros = np.zeros(0, np.uint16), np.zeros(count, np.float32)
+    logsumexp = found.logsumexp.numpy()
+    parts = [
+        ExactEntries(
+            to_starts(sizes), ids.astype(np.int32), nothing, zeros, zeros, logsumexp,
+            exact=logits.astype(np.float64),
+        )
+        for sizes, ids, logits in (
+            (counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there]),
+            (
+                np.full(count, sampled_n),
+                found.sampled_ids.numpy().reshape(-1),
+                found.sampled_logits.numpy().reshape(-1),
+            ),
+        )
+    ]  # fmt: skip
+    return TokenBlock(np.arange(count), np.array([0, count]), parts[0], parts[1], logsumexp)
 
 
-def quantized_block(exact: ExactBlock, *, bits: int) -> TokenBlock:
+def quantized_block(exact: TokenBlock, *, bits: int) -> TokenBlock:
     """Return the block that is read when its logits have been stored with so many bits."""
-    parts: dict[str, Any] = {}
-    for name in ("top", "tail"):
-        starts, values = getattr(exact, f"{name}_starts"), getattr(exact, f"exact_{name}")
-        runs = [values[a:b] for a, b in itertools.pairwise(starts)]
-        q, low, high = zip(*(quantize_logits(run, bits=bits) for run in runs), strict=True)
-        parts[f"{name}_q"] = np.concatenate(q)
-        parts[f"{name}_min"], parts[f"{name}_max"] = np.array(low), np.array(high)
-    fields = {f.name: getattr(exact, f.name) for f in dataclasses.fields(TokenBlock)}
-    return TokenBlock(**{**fields, **parts})
+    parts = []
+    for entries in (exact.top, exact.tail):
+        q, low, high = quantize_logits(entries.logits, entries.counts, bits=bits)
+        parts.append(Entries(entries.starts, entries.ids, q, low, high, entries.logsumexp, bits))
+    return dataclasses.replace(exact, top=parts[0], tail=parts[1])
 
 
 def make_row(block: TokenBlock) -> dict[str, Any]:
     """Return a conversation to train on whose tokens are those of a block."""
-    count = block.tail_counts.size
+    count = block.tail.counts.size
     return {
         "index": 0,
         "input_ids": np.zeros(count + 1, np.int32),

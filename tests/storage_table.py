@@ -242,8 +242,8 @@ class StoredTokens:
     @classmethod
     def of(cls, block: TokenBlock, source: Rows, tokens: slice) -> StoredTokens:
         """Pad the tokens of a block and look up what they were in the source."""
-        top_ids, top = pad(block.top_starts, block.top_ids, block.top_probs())
-        tail_ids, tail = pad(block.tail_starts, block.tail_ids, block.tail_probs())
+        top_ids, top = pad(block.top.starts, block.top.ids, block.top.probs)
+        tail_ids, tail = pad(block.tail.starts, block.tail.ids, block.tail.probs)
         top_exact, tail_exact = (source.log_probs(tokens, ids) for ids in (top_ids, tail_ids))
         return cls(top, top_exact, tail, tail_exact, source.logits.shape[1])
 
@@ -326,11 +326,11 @@ def widen(table: pa.Table) -> pa.Table:
     columns = {
         "index": table["index"],
         "top_counts": table["top_counts"],
-        "top_ids": regroup(block.top_ids, block.top_starts, block.row_starts),
-        "top_logits": regroup(block.top_logits(), block.top_starts, block.row_starts, np.float32),
-        "sampled_ids": regroup(block.tail_ids, block.tail_starts, block.row_starts),
+        "top_ids": regroup(block.top.ids, block.top.starts, block.row_starts),
+        "top_logits": regroup(block.top.logits, block.top.starts, block.row_starts, np.float32),
+        "sampled_ids": regroup(block.tail.ids, block.tail.starts, block.row_starts),
         "sampled_logits": regroup(
-            block.tail_logits(), block.tail_starts, block.row_starts, np.float32
+            block.tail.logits, block.tail.starts, block.row_starts, np.float32
         ),
         "logsumexp": table["logsumexp"],
     }

@@ -15,6 +15,7 @@ from small_output import (
     extract_row,
     random_logits,
     random_rows,
+    rows_to_table,
     write_output,
     write_parts,
 )
@@ -102,7 +103,7 @@ def test_probability_and_rank_are_exact_or_bound_the_truth(
     places = []
     for row, (chat, part) in enumerate(zip(short_chats, logits, strict=True)):
         analysis = analyze_token_probabilities(
-            get_sample(dataset, row), chat["messages"], tokenizer, top_k=3
+            get_sample(dataset, row), chat["messages"], tokenizer, k=3
         )
         actual = np.array([token.id for token in analysis.tokens])
         log_probs, ranks = true_figures(part, actual)
@@ -129,12 +130,12 @@ def test_no_token_of_the_vocabulary_escapes_its_bound(bits: int) -> None:
     rng = np.random.default_rng(23)
     logits = random_logits(rng, 12, 300)
     row = extract_row(logits, settings, rng, index=0)
-    block = explore.sample_block(get_sample([row]))
-    step = 2 * (block.top_max - block.tail_min).max() / (2**bits - 1)
+    block = get_sample(rows_to_table([row], settings=settings)).block
+    step = 2 * (block.top.high - block.tail.low).max() / (2**bits - 1)
     where = set()
     for token in range(300):
         actual = np.full(12, token)
-        scores = explore.score_tokens(block, actual, logit_bits=bits)
+        scores = explore.score_tokens(block, actual)
         log_probs, ranks = true_figures(logits, actual)
         error = scores.log_probability - log_probs
         assert (np.abs(error[scores.exact]) <= step).all()
@@ -152,9 +153,10 @@ def test_no_logit_is_further_off_than_its_bound(bits: int) -> None:
     rng = np.random.default_rng(bits)
     logits = (rng.standard_normal((1000, 20)) * rng.uniform(1, 20, (1000, 1))).astype(np.float32)
     q, low, high = explore.quantize_logits(logits, [20] * 1000, bits=bits)
-    again = explore.dequantize_logits(q.reshape(1000, 20), low[:, None], high[:, None])
-    off = np.abs(again - logits).max(axis=1)
-    bound = explore.half_step(low, high, bits)
+    starts, none = explore.to_starts([20] * 1000), np.zeros(0, np.int32)
+    entries = explore.Entries(starts, none, q, low, high, np.zeros(1000), bits)
+    off = np.abs(entries.logits.reshape(1000, 20) - logits).max(axis=1)
+    bound = entries.error
     assert (off <= bound * (1 + 1e-9)).all()
     assert off.max() > 0.9 * bound[off.argmax()]
 
@@ -167,7 +169,7 @@ def test_a_bound_is_as_tight_as_what_is_stored_allows() -> None:
         row = extract_row(logits, settings, np.random.default_rng(seed), index=0)
         if row["sampled_indices_low"] == [1]:
             break
-    block = explore.sample_block(get_sample([row]))
+    block = get_sample(rows_to_table([row], settings=settings)).block
     scores = explore.score_tokens(block, np.array([2]))
     assert not scores.exact[0]
     assert np.exp(scores.log_probability[0]) == pytest.approx(0.1, rel=1e-4)

@@ -72,7 +72,7 @@ def test_reading_a_local_output_imports_nothing_heavier(output: Path) -> None:
     heavy = [name for name in HEAVY if name != "pandas"]  # pyarrow looks for it by itself
     script = (
         f"import sys, explore_logits as e; name = {str(output)!r}; s = e.get_sample(name, 3);"
-        "e.print_top_tokens(s, 0); e.validate_output(name);"
+        "e.decode_top_tokens(s, 0); e.print_sample_info(s); e.validate_output(name);"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run(

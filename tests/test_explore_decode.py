@@ -93,8 +93,8 @@ def test_rows_whose_packed_bits_end_inside_a_byte_do_not_run_into_the_next() -> 
         sample = get_sample(rows, size - 1)
         assert sample["top_indices"][0].tolist() == ids[0].tolist()
     block = decode_rows(rows_to_table(rows))
-    assert block.top_counts.tolist() == list(range(1, 10))
-    assert block.tail_ids.size == 0
+    assert block.top.counts.tolist() == list(range(1, 10))
+    assert block.tail.ids.size == 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -104,9 +104,13 @@ def test_blocks_do_not_depend_on_how_rows_are_grouped(seed: int, rows: int, at_o
     table = rows_to_table(made)
     whole = decode_rows(table)
     parts = [decode_rows(table.slice(i, at_once)) for i in range(0, rows, at_once)]
-    for name in ("index", "top_ids", "top_q", "tail_ids", "tail_q", "logsumexp", "top_min"):
+    for name in ("index", "logsumexp"):
         joined = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(getattr(whole, name), joined)
+    for name in ("ids", "q", "low", "logits"):
+        for kind in ("top", "tail"):
+            joined = np.concatenate([getattr(getattr(part, kind), name) for part in parts])
+            np.testing.assert_array_equal(getattr(getattr(whole, kind), name), joined)
 
 
 def test_decoding_a_slice_of_a_larger_table_reads_the_right_rows() -> None:
@@ -116,13 +120,19 @@ def test_decoding_a_slice_of_a_larger_table_reads_the_right_rows() -> None:
         assert decode_rows(source.slice(3, 4)).index.tolist() == [3, 4, 5, 6]
 
 
-def test_a_sample_and_its_block_are_the_same_thing() -> None:
-    sample = get_sample(ROWS, 3)
-    again = explore.block_sample(explore.sample_block(sample), 0)
-    assert sample.keys() == again.keys()
-    assert [ids.tolist() for ids in again["top_indices"]] == [
-        ids.tolist() for ids in sample["top_indices"]
-    ]
+def test_a_sample_is_a_view_that_reads_like_a_dictionary() -> None:
+    block = decode_rows(rows_to_table(ROWS))
+    for row, sample in enumerate(iter_samples(rows_to_table(ROWS))):
+        alone = explore.Sample(block.row(row))
+        assert list(alone) == list(sample) == list(dict(sample))
+        assert np.shares_memory(alone["logsumexp"], block.logsumexp)
+        for name in sample:
+            assert str(alone[name]) == str(sample[name]), name
+    assert sample.get("input_ids") is None
+    with pytest.raises(KeyError):
+        sample["logits"]
+    with pytest.raises(TypeError):
+        sample["index"] = 3  # type: ignore[index]
 
 
 # Probabilities ------------------------------------------------------------------------------------
@@ -255,7 +265,7 @@ def test_a_value_that_does_not_fit_the_formats_type_is_refused_not_wrapped() -> 
     table = rows_to_table(ROWS)
     at = table.column_names.index("top_indices_low")
     wide = table.column(at).cast(pa.list_(pa.int64()))
-    assert decode_rows(table.set_column(at, "top_indices_low", wide)).top_ids.size > 0
+    assert decode_rows(table.set_column(at, "top_indices_low", wide)).top.ids.size > 0
     values = wide.combine_chunks().flatten().to_numpy().copy()
     values[3] += 2**16
     offsets = wide.combine_chunks().offsets

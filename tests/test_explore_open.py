@@ -106,7 +106,7 @@ def test_one_row_reads_one_row_group(output: Path, monkeypatch: pytest.MonkeyPat
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    store = explore.LocalStore(output)
+    store = explore.open_store(output)
     monkeypatch.setattr(store, "open", lambda path: Counting(output / path))
     dataset = LogitDataset(store, {"data/part-00001.parquet": 0})
     group = dataset.file(0).metadata.row_group(1)
@@ -146,7 +146,7 @@ def test_all_kinds_of_datasets_give_the_same_samples(output: Path) -> None:
     }
     for kind in kinds.values():
         assert_same(get_sample(kind, 13), expected(13))
-        assert [s["index"] for s in iter_samples(kind, limit=9)] == list(range(9))
+        assert [s["index"] for s in iter_samples(kind, max_samples=9)] == list(range(9))
 
 
 def test_reading_does_not_change_what_was_given(output: Path) -> None:
@@ -322,7 +322,7 @@ def test_what_is_no_dataset_or_sample_is_refused_with_what_to_pass(output: Path)
         with pytest.raises(LogitsError, match="a dataset is an output by name"):
             get_sample(nothing)
     for function in (explore.print_top_tokens, explore.dequantize_top_logits):
-        with pytest.raises(LogitsError, match=r"get_sample\(dataset, i\) returns it, not LogitD"):
+        with pytest.raises(LogitsError, match=r"get_sample\(dataset, i\) returns it, not a LogitD"):
             function(dataset, 0)
     sample = get_sample(dataset)
     for t in ("0", 1.5, None):
@@ -399,7 +399,7 @@ def test_a_link_out_of_the_folder_is_not_followed(output: Path, tmp_path: Path) 
     with pytest.raises(OpenError, match="outside"):
         load_extraction_config(inside)
     with pytest.raises(OpenError, match="outside"):
-        explore.LocalStore(inside).open("../secret.json")
+        explore.open_store(inside).open("../secret.json")
 
 
 def test_links_of_the_hubs_own_cache_are_followed(output: Path, tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_an_absurdly_large_text_file_is_refused(
     (tmp_path / name).write_text(" " * 2000)
     monkeypatch.setattr(explore, "MAX_TEXT_BYTES", 1000)
     with pytest.raises(OpenError, match=name):
-        explore.read_text(explore.LocalStore(tmp_path), name)
+        explore.open_store(tmp_path).read_text(name)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "zero", "garbage", "flip"])
@@ -491,7 +491,7 @@ result["groups"] = [size(dataset.file(1).metadata.row_group(i)) for i in (2, 5)]
 result["rows"] = len(dataset)
 result["model"] = load_extraction_config("user/logits")["model"]
 local = load_logit_dataset("user/logits", streaming=False)
-result["local"] = [type(local.store).__name__, get_sample(local, 17)["index"]]
+result["local"] = [local.store.on_hub, get_sample(local, 17)["index"]]
 result["model local"] = load_extraction_config(local)["model"]
 def failing(call):
     try:
@@ -558,7 +558,7 @@ def test_over_the_hub_one_row_costs_a_footer_and_a_row_group(tmp_path: Path) -> 
     assert result["requests"] <= 14
     assert sum(result["groups"]) < min(files.values()) / 2
     assert result["model"] == result["model local"] == SETTINGS["model"]
-    assert result["local"] == ["LocalStore", 17]
+    assert result["local"] == [False, 17]
     assert "no dataset 'user/nothing'" in result["missing"]
     for name in ("refused", "silent"):
         assert "cannot be read from the Hub" in result[name], name

@@ -11,7 +11,14 @@ import pytest
 from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_output import SETTINGS, extract_row, random_logits, random_rows, write_output
+from small_output import (
+    SETTINGS,
+    extract_row,
+    random_logits,
+    random_rows,
+    rows_to_table,
+    write_output,
+)
 
 import explore_logits as explore
 from explore_logits import (
@@ -184,8 +191,8 @@ def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(bits: int) -> Non
     settings = SETTINGS | {"logit_bits": bits, "top_p_max": 30}
     rows = random_rows(40, settings=settings, tokens=20)
     full = np.mean(np.concatenate([row["top_counts"] for row in rows]) == 30)
-    block = next(explore.iter_blocks(rows))
-    sums = explore.sum_block(block, block.top_mass(), explore.RunLimits.of(settings))
+    block = next(explore.iter_blocks(rows_to_table(rows, settings=settings)))
+    sums = explore.sum_block(block, explore.RunLimits.of(settings))
     assert full > 0.1
     assert sums["capped"] / sum(row["num_tokens"] for row in rows) == pytest.approx(full, rel=0.05)
 
@@ -267,7 +274,7 @@ def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(
     bound = explore.bound_divergence(a, b)
     truth = true_divergence(np.concatenate(one), np.concatenate(two))
     assert (bound <= truth + 1e-6).all()
-    covered = explore.sum_runs(a.top_probs(), a.top_starts) >= 0.97
+    covered = explore.sum_runs(a.top.probs, a.top.starts) >= 0.97
     assert covered.sum() >= 8
     if noise > 0.1:  # 4e-5 nats drown in quantization
         assert bound[covered].sum() > 0.5 * truth[covered].sum()
