@@ -6178,7 +6178,6 @@ TEACHER_COLUMNS = {  # of a row: dtype, and what fills the batch where a token h
     "teacher_tail_mask": (np.bool_, False),  # those of them that were sampled
 }
 IGNORED_LABEL = -100  # what PyTorch's cross-entropy leaves out
-MAX_WORKERS = 1024  # of one data loader, for their states in shared memory
 MAX_LOG_TERM = 60.0  # of a reverse KL's weighted term, which might overflow float32
 
 
@@ -6327,7 +6326,7 @@ def sparse_teacher(block: TokenBlock, *, weigh: bool = True) -> dict[str, npt.ND
 
 
 class LogitIterableDataset:
-    """Rows of an output to train on: a torch `IterableDataset`, made so when it is created.
+    """Rows of an output to train on; to torch it is an `IterableDataset`.
 
     Each item is one conversation as a dictionary of numpy arrays: `index`, `input_ids` (S,) int32,
     `labels` (S,) int64 with -100 where nothing was extracted, `teacher_positions` (N,) of the
@@ -6342,14 +6341,10 @@ class LogitIterableDataset:
     nothing else must: accelerate and transformers' `Trainer` do, unless the loader is kept from
     them (docs/distillation.md).
 
-    `state_dict` and `load_state_dict` go on where an epoch was left. They are per worker:
-    `torchdata.stateful_dataloader` calls them there by itself, and for a plain `DataLoader`
-    `state_dict(batches=…)` works out what its workers have given out.
+    `state_dict` and `load_state_dict` go on where an epoch was left. They are of the one process
+    that gives rows out: of this one under a `DataLoader` without workers; of each worker under
+    `torchdata.stateful_dataloader`, which calls them there by itself.
     """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        kind: Any = cls
-        return object.__new__(torch_dataset(kind))
 
     def __init__(
         self,
@@ -6378,6 +6373,7 @@ class LogitIterableDataset:
             LogitsError: the rank is not below the world size, or torch is missing.
             OpenError: there is no such output.
         """
+        torch = import_extra("torch")
         self.output = as_output(dataset)
         self.seed, self.max_seq_len, self.weigh, self.text = seed, max_seq_len, weigh, text
         self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
@@ -6385,18 +6381,15 @@ class LogitIterableDataset:
         self._from_environment = world_size is None and self.world_size > 1
         if not 0 <= self.rank < self.world_size:
             raise LogitsError(f"rank {self.rank} is not in 0..{self.world_size - 1}")
-        # Shared memory: workers that live on see what the main process sets, and it what they do.
-        self._shared = import_extra("torch").zeros(
-            3 + MAX_WORKERS, dtype=import_extra("torch").int64
-        )
-        self._shared.share_memory_()
-        self._done: dict[int, int] = {}  # rows given out by this very object, by worker
-        self._workers = 1
+        torch.utils.data.IterableDataset.register(type(self))  # so that no import needs torch
+        # Shared memory, for workers that live on: the epoch, and whether there are workers.
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._rows = 0  # given out in this pass by this very object, or to be passed over
+        self._workers: int | None = None  # of the state that the next pass goes on from
 
-    def __reduce__(self) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
         self._refuse_second_division()
-        state = {**self.__dict__, "output": (self.output.store, self.output.sizes)}
-        return restore_dataset, (type(self).__mro__[1], state)
+        return self.__dict__
 
     def __len__(self) -> int:
         """Return the rows that this rank has in an epoch."""
@@ -6410,36 +6403,28 @@ class LogitIterableDataset:
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of another epoch, from its start; workers that are running see it."""
         if epoch != self.epoch:
-            self._shared[1:], self._done = 0, {}
+            self._rows, self._workers, self._shared[1] = 0, None, 0
         self._shared[0] = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._refuse_second_division()
         worker = import_extra("torch.utils.data").get_worker_info()
-        number, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        epoch, done = self.epoch, self._take_state(number)
-        self._shared[2] = int(worker is not None)
-        if worker is not None:  # files that the main process has open are not for two
-            self.output = LogitDataset(self.output.store, self.output.sizes)
-        self._done = {number: done}
-        first, last = self.row_range(number, self._workers)
-        for shard, rows in self.iter_runs(first + done, last, epoch=epoch):
-            for item in self.read_rows(shard, rows):
-                done += 1
-                self._done[number] = done
-                yield item
-
-    def _take_state(self, worker: int) -> int:
-        """Return how many rows a worker has to pass over, and forget it: the next pass is whole."""
-        rows, workers = self._shared[3:], int(self._shared[1])
-        if rows.any() and workers != self._workers:
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 0)
+        if self._workers not in (None, workers):
             raise LogitsError(
-                f"the state is of {workers} workers, there are {self._workers}: rows are divided "
-                "among workers, so go on with as many"
+                f"the state is of {plural(self._workers or 0, 'worker')}, there are {workers}: "
+                "rows are divided among workers, so go on with as many"
             )
-        done = int(rows[worker])
-        rows[worker] = 0
-        return done
+        self._rows = 0 if self._workers is None else self._rows
+        self._workers = None  # the pass after this one is whole again
+        if worker is not None:  # files that the main process has open are not for two
+            self._shared[1] = 1
+            self.output = LogitDataset(self.output.store, self.output.sizes)
+        first, last = self.row_range(number, max(workers, 1))
+        for shard, rows in self.iter_runs(first + self._rows, last, epoch=self.epoch):
+            for item in self.read_rows(shard, rows):
+                self._rows += 1
+                yield item
 
     def _refuse_second_division(self) -> None:
         """Refuse to divide rows by the environment's ranks where accelerate may divide again."""
@@ -6526,43 +6511,20 @@ class LogitIterableDataset:
         encoded = self.text.encode(sample["index"])
         return encoded.input_ids, encoded.token_positions
 
-    def state_dict(
-        self, *, batches: int | None = None, batch_size: int = 1, num_workers: int = 0
-    ) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return where this epoch stands, as plain numbers.
 
-        Args:
-            batches: how many a plain `DataLoader` has given out this epoch, with `batch_size` and
-                `num_workers`, if it started at the epoch's start; it takes a batch from each
-                worker in turn. None: what this very object has given out, as in a loader without
-                workers, or inside a worker.
-            batch_size, num_workers: of that loader.
-
         Raises:
-            LogitsError: workers give the rows out, and `batches` is None.
+            LogitsError: workers of a plain `DataLoader` give the rows out, which do not tell.
         """
-        workers, done = self._standing()
-        if batches is not None:
-            workers = max(num_workers, 1)
-            runs = [self.row_range(worker, workers) for worker in range(workers)]
-            done = count_given_out([last - first for first, last in runs], batches, batch_size)
-        elif self._shared[2] and import_extra("torch.utils.data").get_worker_info() is None:
-            raise LogitsError(
-                "workers have given out the rows: give state_dict the loader's batches so far, "
-                "batch_size and num_workers"
-            )
-        return {**self._identity(), "epoch": self.epoch, "workers": workers, "rows": done}
-
-    def _standing(self) -> tuple[int, dict[int, int]]:
-        """Return among how many workers, and what this object has given out or would pass over."""
         worker = import_extra("torch.utils.data").get_worker_info()
-        if worker is not None:
-            rows = self._done or {worker.id: int(self._shared[3 + worker.id])}
-            return worker.num_workers, {**rows}
-        if self._done:
-            return self._workers, {**self._done}
-        workers = int(self._shared[1])
-        return max(workers, 1), dict(enumerate(self._shared[3 : 3 + workers].tolist()))
+        if worker is None and self._shared[1]:
+            raise LogitsError(
+                "workers have given out the rows: use torchdata's StatefulDataLoader, whose own "
+                "state_dict asks them, or a DataLoader with num_workers=0"
+            )
+        workers = worker.num_workers if worker else 0
+        return {**self._identity(), "epoch": self.epoch, "workers": workers, "rows": self._rows}
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a state to fit."""
@@ -6583,39 +6545,8 @@ class LogitIterableDataset:
         for name, value in self._identity().items():
             if state[name] != value:
                 raise LogitsError(f"the state is of {name} {state[name]}, this is {value}")
-        self._shared[:3], self._done = (
-            import_extra("torch").tensor([state["epoch"], state["workers"], 0]),
-            {},
-        )
-        if import_extra("torch.utils.data").get_worker_info() is None:
-            self._shared[3:] = 0  # a worker sets its own entry only
-        for worker, rows in state["rows"].items():
-            self._shared[3 + int(worker)] = rows
-
-
-def count_given_out(sizes: Sequence[int], batches: int, batch_size: int) -> dict[int, int]:
-    """Return the rows each worker has given out, of its `sizes`, taking batches in turn."""
-    done = dict.fromkeys(range(len(sizes)), 0)
-    while batches > 0 and any(done[w] < size for w, size in enumerate(sizes)):
-        for w, size in enumerate(sizes):
-            if batches > 0 and done[w] < size:
-                done[w], batches = min(done[w] + batch_size, size), batches - 1
-    return done
-
-
-@functools.cache
-def torch_dataset(cls: Any) -> type:
-    """Return a class that is `cls` and a torch `IterableDataset`, so that no import needs torch."""
-    base = import_extra("torch.utils.data").IterableDataset
-    return cls if issubclass(cls, base) else type(cls.__name__, (cls, base), {})
-
-
-def restore_dataset(cls: type, state: Mapping[str, Any]) -> Any:
-    """Make a dataset again in another process, with the files of its output opened anew."""
-    dataset: Any = object.__new__(torch_dataset(cls))
-    dataset.__dict__.update(state, output=LogitDataset(*state["output"]))
-    dataset._shared.share_memory_()
-    return dataset
+        self._shared[0], self._shared[1] = state["epoch"], 0
+        self._rows, self._workers = state["rows"], state["workers"]
 
 
 def collate_logits(rows: Sequence[Mapping[str, Any]], *, pad_id: int = 0) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from explore_logits import (
     load_extraction_config,
 )
 
-BATCH_SIZE, WORKERS = 4, 1
+BATCH_SIZE = 4
 
 
 def make_student(vocab: int) -> LlamaForCausalLM:
@@ -42,22 +42,15 @@ def make_student(vocab: int) -> LlamaForCausalLM:
 
 
 def iter_batches(dataset: Any) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """Yield batches of one epoch after another, each with the state that comes after it."""
-    done = sum(dataset.state_dict()["rows"].values()) // BATCH_SIZE  # as there is one worker
-    loader: Any = DataLoader(
-        dataset,
-        batch_size=BATCH_SIZE,
-        collate_fn=collate_logits,
-        num_workers=WORKERS,
-        persistent_workers=True,  # they see `set_epoch`
-    )
+    """Yield batches of one epoch after another, each with the state that comes after it.
+
+    With workers, take `StatefulDataLoader` of torchdata and the state of the loader.
+    """
+    loader: Any = DataLoader(dataset, batch_size=BATCH_SIZE, collate_fn=collate_logits)
     while True:
         for batch in loader:
-            done += 1
-            counts = {"batches": done, "batch_size": BATCH_SIZE, "num_workers": WORKERS}
-            yield dataset.state_dict(**counts), batch
+            yield dataset.state_dict(), batch
         dataset.set_epoch(dataset.epoch + 1)
-        done = 0
 
 
 def main() -> None:
