@@ -177,6 +177,7 @@ FORMAT_VERSION = 1
 MAX_TOKEN_ID = 2**18 - 1  # 16 bits in *_indices_low, 2 in *_indices_high
 METADATA_VERSION = b"logits.format_version"
 METADATA_SETTINGS = b"logits.extraction"  # JSON object: the settings of the run
+METADATA_PART = b"logits.part"  # JSON object: number, ids, skipped conversations and sums of a part
 METADATA_LENGTHS = b"logits.lengths"  # JSON object: what a lengths file was measured with
 
 _U16_LIST = pa.list_(pa.uint16())
