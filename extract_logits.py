@@ -39,7 +39,6 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import io
 import itertools
 import json
 import logging
@@ -464,8 +463,8 @@ def check_option(name: str, value: Any, checks: Mapping[str, Any]) -> None:
 # 1 Select
 # --------------------------------------------------------------------------------------------------
 #
-# The selection is the list of conversations in an order that only the source and the options decide.
-# Parts are slices of it.
+# The selection is the list of conversations in an order that only the source and the options
+# decide. Parts are slices of it.
 
 INDEX_LIMIT = 2**31  # the index column is int32
 Row = Mapping[str, Any]
@@ -518,7 +517,8 @@ class Selection:
                 yield part
 
     def _slices(self, size: int, _: Callable[[], bool]) -> Iterator[PartRows]:
-        assert self.ids is not None and self.numbers is not None
+        assert self.ids is not None
+        assert self.numbers is not None
         for start in range(0, len(self.ids), size):
             numbers = np.asarray(self.numbers[start : start + size])
             ids = np.asarray(self.ids[start : start + size], np.int64)
@@ -1692,7 +1692,6 @@ class Teacher:
             "layout_reason": self.layout_reason,
             "head": self.head,
             "head_dtype": str(self.head_dtype).removeprefix("torch."),
-            "quantization": describe_quantization(config).get("quantization"),
             "vocab_size": self.vocab_size,
             "max_seq_len": self.max_seq_len,
         }
@@ -3378,8 +3377,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
 # 6 Pack
 # --------------------------------------------------------------------------------------------------
 
-# Sums over a row's tokens that describe it until it is in a part: of the probability in the nucleus,
-# and of that of the token that is really there.
+# Sums over a row's tokens that describe it until it is in a part: of the probability in the
+# nucleus, and of that of the token that is really there.
 FIGURE_COLUMNS = ("_mass", "_actual")
 
 
@@ -3608,7 +3607,8 @@ class Part:
             int(np.sum(rows["num_tokens"].to_numpy())),
             int(np.sum(counts, dtype=np.int64)),
             int(np.count_nonzero(counts == nucleus_cap)),
-            *(float(np.sum(rows[name].to_numpy())) for name in FIGURE_COLUMNS),
+            float(np.sum(rows["_mass"].to_numpy())),
+            float(np.sum(rows["_actual"].to_numpy())),
         )
         skipped = {str(index): self.skipped[index] for index in self.ids if index in self.skipped}
         return {**asdict(record), "skipped": skipped}
@@ -4012,7 +4012,7 @@ class Hub:
     ) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        operations = [
+        operations: list[Any] = [
             *(CommitOperationDelete(path) for path in delete if path not in add),
             *(CommitOperationAdd(path, content) for path, content in add.items()),
         ]
@@ -4199,7 +4199,7 @@ def open_destination(output: str, *, private: bool = False) -> Folder | Hub:
     Raises:
         ConfigError: it names neither a folder nor a repository.
     """
-    if not output.isprintable() or not output.isascii() and not is_local_output(output):
+    if not output.isprintable() or not (output.isascii() or is_local_output(output)):
         raise ConfigError(f"--output {output!r} is no name for a Hub dataset or a folder")
     if is_local_output(output):
         return Folder(output)
@@ -4457,8 +4457,8 @@ class StreamingHFUploader:
 
     A part that the output lists is done. Until then it is in the cache: whole as
     `part-00017.parquet`, or `backup_part-…` once every try to deliver it has failed; its first rows
-    as `pending/pending-00017.parquet` when a run ends in the middle. Nothing is locked in the output:
-    whoever writes a part twice writes the same name with the same content.
+    as `pending/pending-00017.parquet` when a run ends in the middle. Nothing is locked in the
+    output: whoever writes a part twice writes the same name with the same content.
 
     Args:
         output: Hub dataset `user/name`, or a folder (`is_local_output`).
@@ -4699,10 +4699,10 @@ class StreamingHFUploader:
                 path.rename(path.with_name(f"unreadable_{path.name}"))
             return None
         if job_digest(settings) != self.job:
+            changes = "; ".join(list_differences(settings, self._part_settings()))
             raise ConfigError(
-                f"{path} holds rows of another job, which were not delivered: "
-                f"{'; '.join(list_differences(settings, self._part_settings()))}. Use its settings, "
-                "another --cache-dir, or --force-restart to discard it"
+                f"{path} holds rows of another job, which were not delivered: {changes}. Use its "
+                "settings, another --cache-dir, or --force-restart to discard it"
             )
         return rows, described
 
@@ -4739,7 +4739,7 @@ class StreamingHFUploader:
                 part.left.discard(int(index))
 
     def add_sample(self, rows: pa.Table) -> None:
-        """Add rows of parts under way, in any order; others, and rows that came before, are ignored.
+        """Add rows of parts under way, in any order; others, and what came before, is ignored.
 
         A part whose last conversation comes is closed.
         """
@@ -4863,7 +4863,7 @@ class StreamingHFUploader:
                 self.ended = self.ended or last
             except HubError as error:
                 self.failure, self.ended = error, True
-            except Exception as error:  # noqa: BLE001 - raised in the loop
+            except Exception as error:
                 logger.exception("the thread that uploads has failed")
                 self.failure = HubError(f"delivery failed: {error!r}; continue with --resume")
                 self.ended = True
@@ -5088,7 +5088,7 @@ class TimedShutdown:
         return self.end_s - now_s <= self._longest_step_s + self.upload_s()
 
     def begin_step(self) -> None:
-        """Count the step from now: what came before, such as loading and compiling, is done once."""
+        """Count the step from now: what came before, such as loading, is done once."""
         self._last_call_s = time.monotonic()
 
 
@@ -5101,11 +5101,11 @@ HOPELESS_ROWS = 3  # first conversations that may be NaN, each by itself, before
 FREE_NUMERICS = ("attention", "experts", "layout", "versions", "head")  # may differ on resume
 SAMPLED_ROWS = 256  # whose lengths decide the conversations per part under --upload-size-mb
 # Options of a machine or of one run, which a resumed one does not take from the record.
-LOCAL_OPTIONS = frozenset(
-    "cache_dir device executor executor_options force_restart max_runtime_minutes output plan "
-    "plan_rate plan_tokens private rank resume tasks tensor_parallel verify_mask workers "
-    "world_size".split()
-)
+LOCAL_OPTIONS = {
+    *("cache_dir", "device", "force_restart", "max_runtime_minutes", "output", "private", "rank"),
+    *("executor", "executor_options", "plan", "plan_rate", "plan_tokens", "resume", "tasks"),
+    *("tensor_parallel", "verify_mask", "workers", "world_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -5580,12 +5580,12 @@ class Extraction:
             result = self.forward(batch)
         if result is None:  # here, as the exception holds the tensors
             self.halve(batch)
-            return self.submit(batch)
+            self.submit(batch)
+            return
         self.post.submit(batch, result)
         self.batches += 1
         if self.batches == 1:
             self.begin_step()  # the first batch compiles and allocates
-        return None
 
     def forward(self, batch: Batch) -> GPUBatchResult:
         """Run one batch: the teacher's logits at the wanted positions, reduced on its device."""
@@ -5916,9 +5916,7 @@ def make_executor(config: ExtractionConfig, logs: Path) -> Any:
     wrong += [f"it needs {name!r}" for name in sorted(needed - arguments.keys())]
     if wrong:
         names = ", ".join(sorted(known.keys() - {"self", "pipeline", "tasks", "workers"}))
-        raise ConfigError(
-            f"--executor-options of datatrove's {kind.__name__}: {'; '.join(wrong)}; it takes {names}"
-        )
+        raise ConfigError(f"--executor-options: {'; '.join(wrong)}; {kind.__name__} takes {names}")
     return kind(**arguments)
 
 
@@ -6086,7 +6084,9 @@ def sample_job(job: Job, should_stop: Callable[[], bool]) -> Sample:
             encoded,
             len(chosen),
             selected,
-            *(round(n / share) for n in (len(encoded), tokens, stored)),
+            round(len(encoded) / share),
+            round(tokens / share),
+            round(stored / share),
             {reason: round(n / share) for reason, n in sorted(skipped.items())},
         )
     places = job.lengths.places(np.asarray(selection.ids))
