@@ -3412,6 +3412,7 @@ LONGEST_WAIT_S = 900.0  # whatever an answer asks for
 PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
 CONNECT_S, READ_S = 20.0, 90.0  # time-outs of a request; the Hub itself ends a commit after 60
 REQUEST_S = 300.0  # of a whole request with its redirects and the client's own tries
+GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
 SMALL_FILE_BYTES = 64 * 2**20  # checkpoints, settings and cards are smaller
 MOST_WAITING = 32  # parts on the disk that wait for delivery before the run has to wait
@@ -3772,6 +3773,7 @@ def bounded(request: Callable[[], T], should_stop: Callable[[], bool], limit_s: 
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="request").start()
+    wait_until(outcome.done, min(GRACE_S, limit_s))
     if not wait_until(lambda: outcome.done() or should_stop(), limit_s) or not outcome.done():
         raise PassingError(
             "told to stop while the Hub was asked"
@@ -4518,7 +4520,7 @@ class StreamingHFUploader:
 
     def _keep(self, parts: Mapping[int, ClosedPart], error: HubError) -> None:
         """Leave parts that could not be delivered in the cache, as what they are."""
-        if self.stopping():
+        if self._no_more_tries():
             return
         kept = f"kept {count_of(len(parts), 'part')} in {self.folder}" if parts else "no new card"
         logger.warning("%s: %s", kept, error)
@@ -4569,6 +4571,13 @@ class StreamingHFUploader:
         ).encode()
 
     # -- end
+
+    def holds_rows(self) -> bool:
+        """Tell whether there is a row of this job anywhere: in the output, the cache, or memory."""
+        self._collect(wait=True)
+        closed = [part.record for part in (*self.ready.values(), *self.backups.values())]
+        there = [*self.known.values(), *closed, *self.parts.values()]
+        return any(part.rows for part in there)
 
     def discard(self) -> None:
         """Remove what the cache holds of this worker's parts: a job that gives no row at all."""
@@ -5031,25 +5040,21 @@ class Follower:
         """Return that nothing is stored here."""
         return {"rows": 0, "tokens": 0, "shards": 0, "bytes": 0, "skipped": {}, "undelivered": []}
 
-    def get_resume_info(self) -> ResumeInfo:
-        """Return that nothing was done before."""
-        return ResumeInfo({}, (), ())
-
     def nothing(self, *_: Any, **__: Any) -> Any:
         """Do nothing."""
         return 0
 
     add_sample: Callable[..., Any] = nothing
     skip = settle = create_output = load_pending_into_buffer = flush = should_flush = nothing
-    is_uploading = buffer_fill = expected_upload_s = discard = shutdown = nothing
+    is_uploading = buffer_fill = expected_upload_s = holds_rows = discard = shutdown = nothing
 
 
 def exit_code(stored: Mapping[str, Any], complete: bool, stop_signal: int | None) -> int:
     """Return how the process ends, once everything that could be done is done."""
-    left = [path for path in stored["undelivered"] if "/pending/" not in Path(path).as_posix()]
+    left = [Path(path).name for path in stored["undelivered"]]
     if stop_signal is not None and not (complete and not left):
         return 128 + stop_signal
-    if left:
+    if any(name.startswith("backup_") for name in left) or (complete and left):
         return EXIT_UNDELIVERED
     return 0 if complete else EXIT_RUNTIME
 
@@ -5274,9 +5279,8 @@ class Extraction:
         Raises:
             DataError: not one conversation of the job could be used; says why not.
         """
-        known = self.output.get_resume_info().parts.values()
         alone = self.job.config.world_size in (None, 1)  # one worker of many may have no row
-        if alone and not self.rows and not any(record.rows for record in known):
+        if alone and not (self.rows or self.output.holds_rows()):
             self.output.discard()
             raise DataError(f"nothing to extract: {explain_skips(self.skipped)}")
         return True
