@@ -18,6 +18,7 @@ shortened; nothing else is changed.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import importlib
 import io
@@ -50,7 +51,8 @@ from forked import Child  # noqa: E402
 ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice", "runtime limit")
 FAULT_RATES = (0.0, 0.03, 0.1, 0.3)
 TEAMS = (3, 2, 4)  # workers of one round after another
-EXPECTED_CODES = {0, 4, 75, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
+EXPECTED_CODES = {0, 4, 75, 130, 143, -signal.SIGTERM, -signal.SIGINT}
+HANGS_S = 60.0  # of runs that take seconds
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def import_and_shorten_waits() -> Any:
     return extract_logits
 
 
-def write_source(folder: Path, count: int) -> list[object]:
-    """Write a tiny teacher and short conversations; return the options that name them.
+def write_source(folder: Path, count: int) -> None:
+    """Write a tiny teacher and short conversations.
 
     One in 11 has no assistant, one in 13 is too long, and four in a row are empty: a part of 4.
     """
@@ -127,6 +129,10 @@ def write_source(folder: Path, count: int) -> list[object]:
                 text = f"{n}" + "z" * (300 if n % 13 == 7 else n % 9)
                 chat.append({"role": "assistant", "content": text})
             file.write(json.dumps({"messages": [] if 8 <= n < 12 else chat}) + "\n")
+
+
+def name_source(folder: Path) -> list[object]:
+    """Return the options that name what `write_source` has written."""
     files = ("--model", folder / "model", "--dataset", folder / "chats.jsonl")
     return [*files, "--max-seq-len", 100, "--max-batch-size", 1]  # the same shapes in every run
 
@@ -138,6 +144,7 @@ def start(script: Any, folder: Path, argv: Sequence[object], delay_s: float = 0.
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.dump_traceback_later(HANGS_S - 10, file=log)
         time.sleep(delay_s)
         try:
             return int(script.main([str(word) for word in argv]))
@@ -177,7 +184,8 @@ class Outputs:
                 url = f"{self.endpoint}/datasets/{output}/resolve/main/{path}"
                 with urllib.request.urlopen(url) as answer:
                     data = answer.read()
-            self.known[sha256] = pq.read_table(io.BytesIO(data)).to_pylist()
+            file = pq.ParquetFile(io.BytesIO(data))  # without threads: this process forks
+            self.known[sha256] = file.read(use_threads=False).to_pylist()
         return self.known[sha256]
 
 
@@ -265,7 +273,9 @@ class Driver:
         self.endpoint = endpoint
         self.random = random.Random(seed)
         self.tally = Tally()
-        self.source = write_source(folder, max(max(shape.limits) for shape in SHAPES))
+        count = max(max(shape.limits) for shape in SHAPES)
+        assert Child(lambda _: write_source(folder, count)).wait() == 0  # its threads end with it
+        self.source = name_source(folder)
 
     def run_alone(self, shape: Shape, output: str, limit: int) -> None:
         """Run without disturbance, to its end."""
@@ -329,14 +339,15 @@ class Driver:
 
     def note(self, end: str, run: Child) -> int:
         """Wait for a run, count how it ended and return its code."""
-        code = run.wait()
+        code = run.wait(HANGS_S)
         run.output.close()
         self.tally.runs += 1
         self.tally.codes[code] += 1
         if code != 0:
             self.tally.kills[end] += 1
-        if code not in EXPECTED_CODES:
-            self.tally.unexpected.append(f"{end}: exit code {code}")
+        if code not in EXPECTED_CODES and (code, end) != (-signal.SIGKILL, "SIGKILL"):
+            said = " after a minute: it hung" if code == -signal.SIGKILL else ""
+            self.tally.unexpected.append(f"{end}: exit code {code}{said}")
         return code
 
     def job(self, shape: Shape, wanted: Wanted) -> None:
