@@ -97,3 +97,54 @@ class Output:
         """Return the sha256 of each part."""
         paths = self.part_paths().values()
         return {path: hashlib.sha256(self.read(path)).hexdigest() for path in paths}
+
+
+def open_uploader(output: Output, cache: Path, **options: Any) -> Any:
+    """Open an uploader of made-up rows (shard_rows.py), 10 a part."""
+    from shard_rows import SETTINGS, make_schema
+
+    from extract_logits import StreamingHFUploader
+
+    settings = {**SETTINGS, **options.pop("settings", {})}
+    usual = {"schema": make_schema(settings), "settings": settings, "cache_dir": cache}
+    return StreamingHFUploader(
+        output.name, **{**usual, "chat_template": "{{ messages }}", "resume": True, **options}
+    )
+
+
+def fill(uploader: Any, number: int, ids: Iterable[int], *, batch: int = 3) -> list[int]:
+    """Give a part the rows that it lacks, as a run does; return which these were."""
+    from shard_rows import make_rows
+
+    left: list[int] = uploader.begin_part(number, list(ids))
+    for at in range(0, len(left), batch):
+        uploader.add_sample(make_rows(left[at : at + batch]))
+        if uploader.should_flush():
+            uploader.flush()
+    return left
+
+
+def fill_parts(uploader: Any, rows: int, *, start: int = 0) -> list[int]:
+    """Fill the parts of 10 that hold the rows from `start` to `rows`; return what they lacked."""
+    return [
+        index
+        for number in range(start // 10, -(-rows // 10))
+        for index in fill(uploader, number, range(10 * number, min(rows, 10 * number + 10)))
+    ]
+
+
+def finish(uploader: Any) -> dict[str, Any]:
+    """Deliver everything and return the summary."""
+    uploader.load_pending_into_buffer()
+    uploader.flush(final=True)
+    uploader.shutdown()
+    summary: dict[str, Any] = uploader.summary()
+    return summary
+
+
+def run_uploader(output: Output, cache: Path, rows: int, **options: Any) -> dict[str, Any]:
+    """Run over rows 0..rows as the next run of a job does, and return its summary."""
+    uploader = open_uploader(output, cache, **options)
+    uploader.load_pending_into_buffer()
+    fill_parts(uploader, rows)
+    return finish(uploader)
