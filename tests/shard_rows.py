@@ -20,6 +20,7 @@ SETTINGS: dict[str, Any] = {
     "top_p_max": 20,
     "sampled_n": 4,
     "seed": 42,
+    "rows_per_part": 10,
     "versions": {"torch": "2"},
 }
 
@@ -56,6 +57,11 @@ def make_rows(
     fields = [*SCHEMA, *(pa.field(name, kind) for name, kind in extra)]
     columns = [pa.array([row[f.name] for row in rows], f.type) for f in fields]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def stored(ids: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Return the rows that a reader of an output finds, by id."""
+    return {row["index"]: row for row in make_rows(ids, measured=False).to_pylist()}
 
 
 def make_schema(settings: Mapping[str, Any] = SETTINGS) -> pa.Schema:
