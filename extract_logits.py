@@ -3140,6 +3140,7 @@ class AsyncPostProcessor:
 
 PART_NAME = re.compile(r"data/(?:\d{3,}/)?part-(\d{5,9})\.parquet")
 OLD_PART_NAME = re.compile(r"data/(?:\d+/)?part-w\d+-\d+\.parquet")  # of version 0.1
+CACHED_NAME = re.compile(r"(?:(?:backup_)?part|pending)-\d{5,9}\.parquet")
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
 PARTS_PER_FOLDER = 9_000  # the Hub takes 10,000 entries a folder
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
@@ -3234,18 +3235,15 @@ def read_record(description: Any, size: int = 0) -> PartRecord:
     return PartRecord(**values, bytes=size, skipped=dict(reasons))
 
 
-def write_part(
-    path: Path, rows: pa.Table, schema: pa.Schema, metadata: Mapping[bytes, bytes]
-) -> int:
-    """Write rows as a Parquet file that appears whole; return its bytes.
+def write_part(path: Path, rows: pa.Table, schema: pa.Schema) -> int:
+    """Write rows as a Parquet file that appears whole, its digest before it; return its bytes.
 
-    The content depends on rows, schema and metadata alone. Pages carry checksums.
+    The content depends on rows and schema alone.
     """
 
     def write(file: Path) -> None:
         ends = np.cumsum(rows["num_tokens"].to_numpy())
         with pq.ParquetWriter(file, schema, **writer_options(schema)) as writer:
-            writer.add_key_value_metadata(dict(metadata))
             table, start = rows.select(schema.names).cast(schema), 0
             while start < table.num_rows:
                 before = int(ends[start - 1]) if start else 0
@@ -3253,27 +3251,45 @@ def write_part(
                 stop = min(enough, start + ROW_GROUP_ROWS, table.num_rows)
                 writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
                 start = stop
+        digest_path(path).write_text(digest_file(file))
 
     write_whole(path, write)
     return path.stat().st_size
 
 
-def read_part(path: Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
-    """Read a local part with its checksums verified.
+def digest_path(path: Path) -> Path:
+    """Return where the digest of a cached file is."""
+    return path.with_name(f"{path.name}.sha256")
 
-    Returns:
-        Its rows, what its metadata says of the part, and the settings of its run.
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_cached(path: Path) -> None:
+    """Remove a cached file and its digest."""
+    path.unlink(missing_ok=True)
+    digest_path(path).unlink(missing_ok=True)
+
+
+def read_metadata(source: Path | pa.BufferReader) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a part's footer says of it, and the settings of its run.
 
     Raises:
-        OSError, ArrowException, LookupError, ValueError: it is damaged or no part.
+        OSError, ArrowException, LookupError, ValueError, TypeError: it is no part.
     """
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        metadata = file.metadata.metadata or {}
-        described = json.loads(metadata[METADATA_PART])
-        settings = json.loads(metadata[METADATA_SETTINGS])
-        rows = file.read()
-        rows.validate(full=True)
-        return rows, described, settings
+    metadata = pq.read_metadata(source).metadata or {}
+    described, settings = (
+        json.loads(metadata[METADATA_PART]),
+        json.loads(metadata[METADATA_SETTINGS]),
+    )
+    read_record(described)
+    return described, dict(settings)
 
 
 DICTIONARY_BITS = 13  # up to 8,192 levels of a logit a dictionary is smaller than differences
@@ -3294,7 +3310,6 @@ def writer_options(schema: pa.Schema) -> dict[str, Any]:
         "column_encoding": {leaf: how for leaf, how in encodings.items() if how != "DICTIONARY"},
         "write_statistics": ["index", "num_tokens"],
         "write_page_index": True,  # the Hub's viewer uses it
-        "write_page_checksum": True,
     }
 
 
@@ -3845,7 +3860,7 @@ def cache_key(output: str) -> str:
     local = is_local_output(output)
     hub = os.environ.get("HF_ENDPOINT", "")
     place = str(Path(output).expanduser().resolve()) if local else f"{hub} {output}"
-    label = re.sub(r"[^\w.-]+", "-", output.rstrip("/"))[-40:].strip("-.")
+    label = re.sub(r"[^\w.-]+", "-", place)[-40:].strip("-.")
     return f"{label}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
 
 
@@ -4149,22 +4164,25 @@ class StreamingHFUploader:
             except filelock.Timeout:
                 raise ConfigError(
                     f"another process is writing to the same output with the cache {self.folder}: "
-                    "wait for it or stop it (several workers need their own --rank and "
-                    "--world-size)"
+                    "wait for it, stop it, or give another --cache-dir (several workers need their "
+                    "own --rank and --world-size)"
                 ) from None
         return lock
 
     def _begin(self, listed: set[str], *, resume: bool, force_restart: bool) -> set[str]:
         """Decide what of the earlier runs counts; return what goes with the first commit."""
         old = {path for path in listed if OLD_PART_NAME.fullmatch(path)}
-        parts = self._own(path for path in listed if PART_NAME.fullmatch(path))
-        waiting = self._own(self._cached())
+        parts = {path for path in listed if PART_NAME.fullmatch(path) and self._is_own(path)}
+        waiting = [path for path in self._cached() if self._is_own(path)]
+        for leftover in self.folder.rglob(".*.tmp"):  # of a process that was killed
+            if re.search(r"-\d+\.parquet", leftover.name) and self._is_own(leftover.stem):
+                leftover.unlink(missing_ok=True)
         if force_restart:
             for path in waiting:
-                Path(path).unlink()
+                remove_cached(path)
             checkpoints = {path for path in listed if CHECKPOINT_NAME.fullmatch(path)}
             everywhere = old | checkpoints if self.rank == 0 else {self.checkpoint_name} & listed
-            return {str(path) for path in parts} | everywhere
+            return parts | everywhere
         if not resume and (parts or old or waiting):
             shards = len(parts) + len(old)
             there = [f"already holds {count_of(shards, 'shard')}"] if shards else []
@@ -4178,12 +4196,13 @@ class StreamingHFUploader:
         if not there_settings and old:
             there_settings = {"format_version": FORMAT_VERSION}
         compare_settings(there_settings, self.settings, self.destination.name)
+        self._check_cached(waiting)
         self.numerics = there_settings.get("numerics") or {}
         return set()
 
-    def _own(self, paths: Iterable[str | Path]) -> list[str | Path]:
-        """Return those of some files that hold parts of this worker."""
-        return [path for path in paths if number_of(path) % self.world_size == self.rank]
+    def _is_own(self, path: str | Path) -> bool:
+        """Tell whether a file holds a part of this worker."""
+        return number_of(path) % self.world_size == self.rank
 
     @property
     def checkpoint_name(self) -> str:
@@ -4229,9 +4248,8 @@ class StreamingHFUploader:
             size = int.from_bytes(tail[-8:-4], "little") + 8
             if tail[-4:] == b"PAR1" and len(tail) < size <= SMALL_FILE_BYTES:
                 tail = retry(lambda: self.destination.read(path, -size, size), self.stopping)
-            metadata = pq.read_metadata(pa.BufferReader(tail)).metadata or {}
-            record = read_record(json.loads(metadata[METADATA_PART]))
-            of_job = job_digest(json.loads(metadata[METADATA_SETTINGS])) == self.job
+            described, settings = read_metadata(pa.BufferReader(tail))
+            record, of_job = read_record(described), job_digest(settings) == self.job
         except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
             logger.warning("%s is not whole, it is made again: %s", path, first_line(error))
             return
@@ -4275,17 +4293,14 @@ class StreamingHFUploader:
 
         Pending rows are taken in when their part begins. A file whose checksums are wrong is set
         aside, and its rows are extracted again.
-
-        Raises:
-            ConfigError: the cache holds parts of another job.
         """
         for path in [*self._cached("part-*.parquet"), *self._cached("backup_part-*.parquet")]:
-            found = self._read_cached(path)
+            found = self._read_cached(path, rows=False)
             if found is None:
                 continue
             record = read_record(found[1], path.stat().st_size)
             if self._is_done(record.number, record.ids):
-                path.unlink()
+                remove_cached(path)
             else:
                 self.ready[record.number] = ClosedPart(path, record)
         return len(self.ready)
@@ -4293,26 +4308,35 @@ class StreamingHFUploader:
     def _cached(self, *patterns: str) -> list[Path]:
         """Return files of the cache: whole parts, then rows of others."""
         patterns = patterns or ("part-*.parquet", "backup_part-*.parquet", "pending/*.parquet")
-        found = (sorted(self.folder.glob(pattern)) for pattern in patterns)
-        return [path for path in itertools.chain(*found) if "unreadable" not in path.name]
+        found = itertools.chain(*(sorted(self.folder.glob(pattern)) for pattern in patterns))
+        return [path for path in found if CACHED_NAME.fullmatch(path.name)]
 
-    def _read_cached(self, path: Path) -> tuple[pa.Table, dict[str, Any]] | None:
-        """Read a file of the cache; one that is damaged is set aside."""
+    def _read_cached(self, path: Path, *, rows: bool = True) -> tuple[Any, dict[str, Any]] | None:
+        """Read rows and description of a file of the cache; one that is damaged is set aside."""
         try:
-            rows, described, settings = read_part(path)
-            read_record(described)
+            described, _ = read_metadata(path)
+            if digest_path(path).read_text() != digest_file(path):
+                raise ValueError("its digest is another")
+            return pq.read_table(path) if rows else None, described
         except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
             logger.warning("set aside %s, its rows come again: %s", path, first_line(error))
-            with storage_errors(str(self.folder)):
-                path.rename(path.with_name(f"unreadable_{path.name}"))
-            return None
-        if job_digest(settings) != self.job:
-            changes = "; ".join(list_differences(settings, self._part_settings()))
-            raise ConfigError(
-                f"{path} holds rows of another job, which were not delivered: {changes}. Use its "
-                "settings, another --cache-dir, or --force-restart to discard it"
-            )
-        return rows, described
+        with storage_errors(str(self.folder)):
+            path.rename(path.with_name(f"unreadable_{path.name}"))
+        return None
+
+    def _check_cached(self, paths: Iterable[Path]) -> None:
+        """Refuse rows in the cache that are of another job.
+
+        Raises:
+            ConfigError: lists what differs.
+        """
+        for path in paths:
+            with contextlib.suppress(
+                pa.ArrowException, OSError, LookupError, ValueError, TypeError
+            ):
+                settings = read_metadata(path)[1]
+                if job_digest(settings) != self.job:
+                    compare_settings(settings, self.settings, str(path))
 
     # -- rows in
 
@@ -4324,6 +4348,8 @@ class StreamingHFUploader:
         """
         wanted = np.asarray(ids, np.int64).tolist()
         digest = digest_ids(wanted)
+        if number in self.closing:
+            self._collect(wait=True)
         closed = self.ready.get(number) or self.backups.get(number)
         if self._is_done(number, digest) or (closed is not None and closed.record.ids == digest):
             return []
@@ -4386,12 +4412,12 @@ class StreamingHFUploader:
         rows = part.table(self.schema)
         described = part.describe(rows, self.nucleus_cap)
         schema = self.schema if whole else packed_schema(self.schema)
-        settings = json.dumps(self._part_settings(), sort_keys=True).encode()
-        schema = schema.with_metadata({**self.schema.metadata, METADATA_SETTINGS: settings})
+        metadata = {METADATA_SETTINGS: self._part_settings(), METADATA_PART: described}
+        texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+        schema = schema.with_metadata({**self.schema.metadata, **texts})
         path = self.folder / f"{name}.parquet"
         with storage_errors(str(self.folder)):
-            metadata = {METADATA_PART: json.dumps(described, sort_keys=True).encode()}
-            size = write_part(path, rows, schema, metadata)
+            size = write_part(path, rows, schema)
         return ClosedPart(path, read_record(described, size))
 
     def _part_settings(self) -> dict[str, Any]:
@@ -4527,6 +4553,7 @@ class StreamingHFUploader:
         for number, part in parts.items():
             path = self.folder / f"backup_{part.path.name.removeprefix('backup_')}"
             with storage_errors(str(self.folder)):
+                os.replace(digest_path(part.path), digest_path(path))
                 os.replace(part.path, path)
             with self.lock:
                 self.backups[number] = replace(part, path=path)
@@ -4540,7 +4567,7 @@ class StreamingHFUploader:
             self.backups.pop(number, None)
         for path in self._cached(*names):
             with contextlib.suppress(OSError):
-                path.unlink()
+                remove_cached(path)
 
     def _content(self, parts: Mapping[int, ClosedPart], *, last: bool) -> dict[str, Path | bytes]:
         """Return the files of a commit, the checkpoint last; none where nothing changes."""
@@ -4576,15 +4603,15 @@ class StreamingHFUploader:
         """Tell whether there is a row of this job anywhere: in the output, the cache, or memory."""
         self._collect(wait=True)
         closed = [part.record for part in (*self.ready.values(), *self.backups.values())]
-        there = [*self.known.values(), *closed, *self.parts.values()]
-        return any(part.rows for part in there)
+        under_way = [part.rows for part in self.parts.values()]
+        return any(under_way) or any(record.rows for record in (*self.known.values(), *closed))
 
     def discard(self) -> None:
         """Remove what the cache holds of this worker's parts: a job that gives no row at all."""
         self._collect(wait=True)
         self.ready.clear()
-        for path in self._own(self._cached()):
-            Path(path).unlink()
+        for path in filter(self._is_own, self._cached()):
+            remove_cached(path)
 
     def summary(self) -> dict[str, Any]:
         """Return rows, tokens, shards and bytes of what the output lists, and what is kept here."""
@@ -4619,7 +4646,7 @@ class StreamingHFUploader:
 
 def number_of(path: str | Path) -> int:
     """Return the part number in a name."""
-    return int(re.findall(r"-(\d+)\.parquet$", str(path))[0])
+    return int(re.findall(r"-(\d+)\.parquet", str(path))[-1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5801,7 +5828,7 @@ def measure_shard(job: Job, table: pa.Table) -> tuple[float, float]:
     sizes = []
     for rows in (table, table.slice(0, 1)):
         with tempfile.TemporaryDirectory() as folder:
-            sizes.append(write_part(Path(folder) / "part.parquet", rows, job.schema, {}))
+            sizes.append(write_part(Path(folder) / "part.parquet", rows, job.schema))
     tokens = table["num_tokens"].to_numpy()
     if table.num_rows == 1:
         return sizes[0] / int(tokens[0]), 0.0
