@@ -4492,8 +4492,10 @@ class StreamingHFUploader:
             finishing = self.finishing
             try:
                 last = finishing and not self.stopping()
-                if self.ready or last:
-                    self._deliver(self.ready | (self.backups if last else {}), last=last)
+                with self.lock:
+                    parts = {**self.ready, **(self.backups if last else {})}
+                if parts or last:
+                    self._deliver(parts, last=last)
                 self.ended = self.ended or last
             except HubError as error:
                 self.failure, self.ended = error, True
@@ -4502,10 +4504,8 @@ class StreamingHFUploader:
                 self.failure = HubError(f"delivery failed: {error!r}; continue with --resume")
                 self.ended = True
 
-    def _deliver(self, waiting: Mapping[int, ClosedPart], *, last: bool) -> None:
+    def _deliver(self, parts: Mapping[int, ClosedPart], *, last: bool) -> None:
         """Make the output list some parts, in one commit; the local copies go after that only."""
-        with self.lock:
-            parts = dict(waiting)
         self.uploading, begun = True, time.monotonic()
         size = sum(part.record.bytes for part in parts.values())
         stop = self._no_more_tries
@@ -4661,11 +4661,13 @@ class GracefulInterrupt:
 
     SIGHUP, of a terminal that is gone, asks to stop too, where `nohup` does not have it ignored; it
     often comes twice. Leaving at once is safe: every file is complete or has a temporary name.
+    While `at_once` is true, the first signal interrupts whatever is waited for.
     Outside the main thread, where Python allows no signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.at_once = True  # there is nothing to save yet
         self._previous: dict[int, Any] = {}
 
     @property
@@ -4698,6 +4700,8 @@ class GracefulInterrupt:
         if self.signal is not None:
             return
         self.signal = number
+        if self.at_once:
+            raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a `tee`
             os.write(2, b"\nstopping after this batch; once more to leave at once\n")
 
@@ -4982,12 +4986,13 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     Raises:
         LogitsError: bad options, input, teacher or output; nothing is half-written.
     """
+    limit_waiting()
     if config.executor is not None:
         return run_tasks(config)
     with GracefulInterrupt() as interrupt, process_group(config) as leads:
         try:
             return run_until(config, interrupt, leads=leads)
-        except (OutOfReachError, StopRequested):  # a signal ends the waiting for Hub and source
+        except (OutOfReachError, StopRequested, KeyboardInterrupt):  # a signal ends all waiting
             if not interrupt.stopping:
                 raise
             return {"output": config.output, "exit_code": interrupt.exit_code}
@@ -5016,6 +5021,7 @@ def run_until(
     if config.plan:
         with log_beside_bar():
             return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
+    interrupt.at_once = False
     output = open_output(job, interrupt, deadline) if leads else Follower()
     deadline.upload_s = output.expected_upload_s
     run = Extraction(job, output, lambda: interrupt.stopping or deadline.due(), deadline.begin_step)
