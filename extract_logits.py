@@ -36,6 +36,7 @@ import functools
 import hashlib
 import heapq
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -112,12 +113,6 @@ from explore_logits import (
     source_id,
     source_revision,
 )
-
-try:
-    import triton
-    import triton.language as tl
-except (ImportError, OSError, RuntimeError):  # extraction on a GPU takes plain torch instead
-    triton = None
 
 try:
     import fcntl
@@ -1484,70 +1479,68 @@ def read_batch(dataset: ConversationDataset, positions: list[int]) -> Batch:
 HEAD_CHUNK_BYTES = 256 * 2**20  # float32 logits of one chunk
 CUDA_CHUNKS = 3  # such chunks at once on CUDA, where 300 launches a chunk cost more than its memory
 CAST_ROWS = 16_384  # vocabulary rows cast to float32 at a time where no kernel accumulates into it
-PROBE_LENGTHS = (7, 19)  # tokens; lengths that share no divisor with each other or with a window
-PROBE_WINDOW = 5  # stands in for a model's window during the probe, so that its edge is met
-WINDOWS = (
-    "sliding_window",
-    "attention_chunk_size",
-    "attention_window_size",
-    "local_attention",
-    "window_size",
-    "floor_scale",  # tokens between two steps of Llama 4's attention temperature
-)
+PROBE_TOKENS, PROBE_SHORT = 13, 5  # lengths of the probe's rows
+PROBE_CUTS = (7, 12)  # from here on tokens change; the same blocks end at neither of the two
 # Disagreement, in units of the spread of a position's logits, that is still rounding: the largest
 # position's in float32, the median's in low precision, where a flipped choice of experts throws
 # single positions off. Seen: 2e-6, and 0.05 in bfloat16 at 48 layers; a wrong layout: 0.3 to 2.
-ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-# What another first conversation may change in the second one's logits. The shapes are the same,
-# so it is 0 in every dtype; in float32 mixtures of experts 3e-7, as rows change their groups.
-LEAK = 1e-5
-
-
-Layout = Callable[[list[torch.Tensor]], tuple[dict[str, Any], list[int]]]  # pad_rows or pack_rows
-
-
-class HeadDiffersError(Exception):
-    """Internal: this model's head cannot be called apart from its body."""
+ROUNDING = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+# What later tokens may change in float32, where shapes are the same and so is the rounding: in
+# mixtures of experts 3e-7, as rows change their groups; in all others 0.
+FORESIGHT = 1e-4
+WEIGHT_FILES = (  # as transformers looks for them
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What older checkpoints hold and newer models compute: not weights.
+CONSTANT = re.compile(r"(inv_freq|masked_bias|position_ids|causal_mask|(cos|sin)_cached)$")
+LOADING_FAULTS = (  # what transformers and safetensors raise over a model that they cannot load
+    OSError, ValueError, ImportError, RuntimeError, AttributeError, TypeError, LookupError,
+    AssertionError,
+)  # fmt: skip
+GROUP_PATIENCE = timedelta(days=1)  # how long processes of a group wait for one another
 
 
 def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> Teacher:
-    """Load the model of `config`, check how it can be run, and say so in the log.
+    """Load the model of `config`, prove that it is one to store, and say in the log how it runs.
 
     Args:
-        config: `model`, `revision`, `trust_remote_code`, `device`, `dtype`, `attn` and
-            `max_seq_len` are read.
+        config: `model`, `revision`, `trust_remote_code`, `device`, `dtype`, `attn`,
+            `tensor_parallel` and `max_seq_len` are read.
         vocab_size: the tokenizer's highest id + 1; rows of the model beyond it are padding.
 
     Raises:
-        TeacherError: there is no such model, or it cannot run as asked; one line with the remedy.
+        TeacherError: there is no such model, or its logits are not to be had as asked or not to be
+            stored; one line with the remedy.
     """
     device = resolve_device(config.device)
-    kind: type[Teacher] = Teacher
-    if config.tensor_parallel:
-        kind = SharedTeacher
-        announce(LoadOrder(config, vocab_size))
-    model = load_model(config, device)
-    try:
-        teacher = kind(model, vocab_size=vocab_size)
-    except torch.OutOfMemoryError as error:
-        raise TeacherError(
-            f"--model {config.model} leaves no room on {device} for even one short conversation; "
-            "use a larger GPU or --dtype bfloat16"
-        ) from error
-    limit = teacher.max_seq_len
+    model_config = load_model_config(config)
+    limit = max_positions(model_config)
     if limit is not None and config.max_seq_len is not None and config.max_seq_len > limit:
         raise TeacherError(
             f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
             f"{config.model}; give at most {limit}"
         )
+    model = load_model(config, model_config, device)
+    try:
+        teacher = Teacher(model, vocab_size=vocab_size, forced_attention=config.attn != "auto")
+    except torch.OutOfMemoryError as error:
+        raise TeacherError(
+            f"--model {config.model} leaves no room on {device} for even one short conversation; "
+            "use a larger GPU or --dtype bfloat16"
+        ) from error
+    except TeacherError as error:
+        raise TeacherError(f"--model {config.model}: {error}") from error
     logger.info(
         "teacher %s on %s in %s, attention %s, head %s in %s; %s: %s",
         config.model,
         teacher.device,
-        str(teacher.dtype).removeprefix("torch."),
-        model.config._attn_implementation,
+        teacher.numerics["weights"],
+        teacher.numerics["attention"],
         teacher.head,
-        str(teacher.head_dtype).removeprefix("torch."),
+        teacher.numerics["head_dtype"],
         teacher.layout,
         teacher.layout_reason,
     )
@@ -1572,34 +1565,96 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def source_options(config: ExtractionConfig) -> dict[str, Any]:
-    """Return where a model comes from, as keywords of `from_pretrained`.
+def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
+    """Return where the weights are, as keywords of `from_pretrained`, and the adapter upon them.
 
     Raises:
-        TeacherError: it is a folder that is not there.
+        TeacherError: it is a folder that is not there, GGUF, or an adapter without `peft`.
     """
-    source = config.model
-    if source.startswith((".", "/", "~")) or Path(source).is_dir():
-        source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise TeacherError(f"--model {config.model}: no such folder")
-    return {
-        "pretrained_model_name_or_path": source,
-        "revision": config.revision or "main",
-        "trust_remote_code": config.trust_remote_code,
-    }
+    source, revision, adapter = config.model, config.revision or "main", None
+    path = Path(source).expanduser()
+    local = source.startswith((".", "/", "~")) or path.exists()
+    whole = any((path / name).exists() for name in WEIGHT_FILES)
+    if source.endswith(".gguf") or (local and not whole and any(path.glob("*.gguf"))):
+        raise TeacherError(
+            f"--model {source} is GGUF, which is not read: give the checkpoint that it was made "
+            "from, or convert it by AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)"
+            ".save_pretrained(other) of transformers, and the same with its AutoTokenizer"
+        )
+    if local:
+        if not path.is_dir():
+            raise TeacherError(f"--model {source}: no such folder")
+        source = str(path)
+    file = None if whole else find_file(source, "adapter_config.json", revision)
+    if file is not None and (local or find_file(source, "config.json", revision) is None):
+        described = json.loads(Path(file).read_text(encoding="utf-8"))
+        base = str(described.get("base_model_name_or_path"))
+        if importlib.util.find_spec("peft") is None:
+            raise TeacherError(
+                f"--model {config.model} is an adapter of {base}: pip install peft, or give a "
+                "folder with the merged weights (merge_and_unload of peft)"
+            )
+        adapter, source, revision = source, base, described.get("revision") or "main"
+    options = {"pretrained_model_name_or_path": source, "revision": revision}
+    return {**options, "trust_remote_code": config.trust_remote_code}, adapter
+
+
+def find_file(source: str, name: str, revision: str | None) -> str | None:
+    """Return the path of a model's file in its folder or in the Hub's cache, None without one."""
+    from transformers.utils import cached_file
+
+    path: str | None = cached_file(
+        source,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
 
 
 def load_model_config(config: ExtractionConfig) -> Any:
-    """Return the model's configuration without its weights.
+    """Return the model's configuration, of its base where it is an adapter, without its weights.
+
+    Whatever the configuration tells of a teacher that cannot run is refused here.
 
     Raises:
-        TeacherError: there is no such model, or it is not one that transformers knows.
+        TeacherError: there is no such model, or it cannot be a teacher.
     """
     from transformers import AutoConfig
+    from transformers.quantizers import AutoHfQuantizer
 
+    options, _ = locate_model(config)
     with loading_errors(config):
-        return AutoConfig.from_pretrained(**source_options(config))
+        found = AutoConfig.from_pretrained(**options)
+        choose_class(config, found)
+        quantization = getattr(found, "quantization_config", None)
+        if quantization is not None and AutoHfQuantizer.supports_quant_method(quantization):
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
+            quantizer.validate_environment(device_map=None, weights_only=True)
+    return found
+
+
+def choose_class(config: ExtractionConfig, model_config: Any) -> Any:
+    """Return the class of transformers by which the model reads text and writes text.
+
+    Raises:
+        TeacherError: there is none.
+    """
+    import transformers
+
+    own = (getattr(model_config, "auto_map", None) or {}) if config.trust_remote_code else {}
+    if not getattr(model_config, "is_encoder_decoder", False):
+        for name in ("CausalLM", "ImageTextToText", "MultimodalLM"):
+            choice: Any = getattr(transformers, f"AutoModelFor{name}")
+            if choice.__name__ in own or type(model_config) in choice._model_mapping:
+                return choice
+    raise TeacherError(
+        f"--model {config.model} is a {model_config.model_type}: transformers "
+        f"{transformers.__version__} has no causal language model of that kind; give one that "
+        "continues text"
+    )
 
 
 def resolve_dtype(config: ExtractionConfig, model_config: Any) -> str:
@@ -1611,6 +1666,19 @@ def resolve_dtype(config: ExtractionConfig, model_config: Any) -> str:
         return "float32"
     named = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype
     return str(named or "auto").removeprefix("torch.")
+
+
+def resolve_attention(config: ExtractionConfig, dtype: str, device: torch.device) -> str | None:
+    """Return the attention to ask for; auto is FlashAttention where it is installed and can run.
+
+    None leaves it to transformers: sdpa where the family has it, else eager.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    if config.attn != "auto":
+        return config.attn
+    low = dtype in ("float16", "bfloat16") and device.type == "cuda"
+    return "flash_attention_2" if low and is_flash_attn_2_available() else None
 
 
 def check_dtype(name: str, device: torch.device) -> None:
@@ -1631,80 +1699,61 @@ def check_dtype(name: str, device: torch.device) -> None:
         ) from error
 
 
-def load_model(config: ExtractionConfig, device: torch.device) -> Any:
-    """Return the causal LM on `device`, every weight from the checkpoint.
+def load_model(config: ExtractionConfig, model_config: Any, device: torch.device) -> Any:
+    """Return the language model on `device`, every weight as the checkpoint has it.
 
     Raises:
-        TeacherError: it cannot be found or loaded as asked, or the checkpoint lacks weights.
+        TeacherError: it cannot be found or loaded as asked, or not all of the checkpoint is used.
     """
-    dtype = resolve_dtype(config, load_model_config(config))
+    options, adapter = locate_model(config)
+    dtype = resolve_dtype(config, model_config)
     check_dtype(dtype, device)
-    attention = resolve_attention(config.attn, dtype, device)
+    attention = resolve_attention(config, dtype, device)
+    load = functools.partial(
+        choose_class(config, model_config).from_pretrained,
+        **options,
+        dtype=dtype,
+        output_loading_info=True,
+    )
     with loading_errors(config):
         try:
-            model, info = load_weights(config, device, dtype=dtype, attn_implementation=attention)
+            model, info = place_weights(config, device, load, attn_implementation=attention)
         except (ValueError, ImportError):
             if config.attn != "auto" or attention is None:
                 raise
-            # the family has no such attention
-            model, info = load_weights(config, device, dtype=dtype, attn_implementation=None)
-    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    if missing:
-        raise TeacherError(
-            f"--model {config.model}: the checkpoint lacks {len(missing)} weights of "
-            f"{type(model).__name__} ({missing[0]}, …); it is no causal language model"
-        )
-    return model
+            model, info = place_weights(config, device, load)  # the family has no such attention
+        check_weights(config, model, info, read_headers(options))
+        return model if adapter is None else merge_adapter(model, adapter, config)
 
 
-def resolve_attention(name: str, dtype: str, device: torch.device) -> str | None:
-    """Return the attention to ask for; auto is FlashAttention where it is installed and can run.
-
-    None leaves it to the model: sdpa where the family has it, else eager.
-    """
-    from transformers.utils import is_flash_attn_2_available
-
-    if name != "auto":
-        return name
-    low = dtype in ("float16", "bfloat16") and device.type == "cuda"
-    return "flash_attention_2" if low and is_flash_attn_2_available() else None
-
-
-def load_weights(
-    config: ExtractionConfig, device: torch.device, **options: Any
+def place_weights(
+    config: ExtractionConfig, device: torch.device, load: Callable[..., Any], **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model on `device`, or over all GPUs when one is too small, and what was loaded.
 
     Raises:
         TeacherError: it does not fit the GPUs.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import is_accelerate_available
 
-    load: Any = functools.partial(
-        AutoModelForCausalLM.from_pretrained,
-        **source_options(config),
-        **options,
-        output_loading_info=True,
-    )
     if config.tensor_parallel:
         from transformers.distributed import DistributedConfig
 
-        model, info = load(distributed_config=DistributedConfig(tp_plan="auto"))
+        model, info = load(distributed_config=DistributedConfig(tp_plan="auto"), **options)
         return model, info
     if device.type == "cpu" or not is_accelerate_available():
-        model, info = load()
+        model, info = load(**options)
         return model.to(device), info
     alone = (config.world_size or int(os.environ.get("WORLD_SIZE", "1"))) == 1
     try:
-        loaded: tuple[Any, dict[str, Any]] = load(device_map={"": device})
+        loaded: tuple[Any, dict[str, Any]] = load(device_map={"": device}, **options)
         return loaded
     except torch.OutOfMemoryError:
         if not (alone and config.device in ("auto", "cuda") and torch.cuda.device_count() > 1):
             raise
     torch.cuda.empty_cache()
     room = {n: int(0.9 * torch.cuda.mem_get_info(n)[0]) for n in range(torch.cuda.device_count())}
-    model, info = load(device_map="auto", max_memory=room)
+    model, info = load(device_map="auto", max_memory=room, **options)
     if {"cpu", "disk"} & {str(place) for place in model.hf_device_map.values()}:
         raise TeacherError(f"--model {config.model} does not fit the {len(room)} GPUs together")
     return model, info
@@ -1713,23 +1762,197 @@ def load_weights(
 @contextmanager
 def loading_errors(config: ExtractionConfig) -> Iterator[None]:
     """Turn what transformers raises while it loads into one TeacherError with the remedy."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (*LOADING_FAULTS, SafetensorError) as error:
         text = f"{error}".lower()
         if isinstance(error, torch.OutOfMemoryError):
             remedy = "use a larger GPU, --dtype bfloat16, or let one process see all GPUs"
         elif "trust_remote_code" in text:
             remedy = "it brings its own code: read that, then give --trust-remote-code"
-        elif "flash" in text or "attn_implementation" in text or "kernels" in text:
-            remedy = "install that attention, or leave --attn at auto"
         elif "gated" in text or "401" in text:
             remedy = "accept its terms on the Hub and log in with `hf auth login`"
-        else:
+        elif "gguf" in config.model.lower():
+            remedy = "GGUF is not read: give the checkpoint that it was made from"
+        elif config.attn != "auto" and re.search("flash|attn|attention|kernels", text):
+            remedy = "install that attention, or leave --attn at auto"
+        elif isinstance(error, ImportError):
+            remedy = "install the package that is named"
+        elif isinstance(error, OSError):
             remedy = "check --model and --revision, and the network when it is on the Hub"
+        else:
+            version = importlib.metadata.version("transformers")
+            remedy = f"transformers {version} cannot load it as it is"
         raise TeacherError(
             f"--model {config.model} cannot be loaded: {first_line(error)} ({remedy})"
         ) from error
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a checkpoint's file says of one tensor."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: F32, BF16, F8_E4M3
+
+    def rows(self, name: str, some: list[int]) -> torch.Tensor:
+        """Read some rows of the tensor, without the others."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, "pt") as file:
+            content = file.get_slice(name)
+            return torch.cat([content[row : row + 1] for row in some])
+
+
+def read_headers(options: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Return what a checkpoint holds, by name; nothing of one that is not in safetensors."""
+    from safetensors import safe_open
+
+    source, revision = options["pretrained_model_name_or_path"], options["revision"]
+    single = find_file(source, WEIGHT_FILES[0], revision)
+    index = None if single else find_file(source, WEIGHT_FILES[1], revision)
+    names = [WEIGHT_FILES[0]] if single else []
+    if index:
+        parts = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(parts.values()))
+    found = {}
+    for path in filter(None, (find_file(source, name, revision) for name in names)):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                part = file.get_slice(name)
+                found[name] = StoredTensor(path, tuple(part.get_shape()), str(part.get_dtype()))
+    return found
+
+
+def check_weights(
+    config: ExtractionConfig,
+    model: Any,
+    info: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+) -> None:
+    """Refuse a model whose weights are not all those of its checkpoint.
+
+    Raises:
+        TeacherError: the checkpoint lacks weights, holds some that belong to the model and are not
+            used, stores them in a precision that nothing scales, or has another head.
+    """
+    kind = type(model).__name__
+    wrong = [name for name, *_ in info["mismatched_keys"]]
+    missing = sorted({*info["missing_keys"], *wrong} & set(model.state_dict()))
+    if missing:
+        raise TeacherError(
+            f"--model {config.model}: the checkpoint lacks {len(missing)} weights of {kind} "
+            f"({missing[0]}, …); it is no causal language model"
+        )
+    unused = sorted(name for name in info["unexpected_keys"] if belongs(model, name, stored))
+    if unused:
+        raise TeacherError(
+            f"--model {config.model}: {kind} does not use {len(unused)} tensors of the checkpoint "
+            f"({unused[0]}, …), so its logits would be wrong; give a checkpoint that transformers "
+            f"{importlib.metadata.version('transformers')} reads whole, such as one in bfloat16"
+        )
+    if applied_quantization(model) is None:
+        for name, tensor in stored.items():
+            packed = tensor.dtype[0] in "IU" and name.endswith("weight") and len(tensor.shape) == 2
+            if tensor.dtype.startswith("F8") or packed:
+                raise TeacherError(
+                    f"--model {config.model} stores {name} as {tensor.dtype}, and transformers "
+                    f"finds no quantization that it knows in config.json to scale it by; give a "
+                    "checkpoint in bfloat16"
+                )
+    check_head(config, model, stored)
+
+
+def belongs(model: Any, name: str, stored: Mapping[str, StoredTensor]) -> bool:
+    """Tell whether a tensor that the model does not use belongs to it nevertheless.
+
+    It does beside or below a module that the model has. Towers, and prediction layers beyond the
+    model's own, stand by themselves: below the model, its body, or a list of layers.
+    """
+    modules = dict(model.named_modules())
+    parts, above, last = max(
+        (split_name(modules, name), split_name(modules, f"{model.base_model_prefix}.{name}")),
+        key=lambda split: len(split[1]),
+    )
+    module = modules[above]
+    shape = next((t.shape for key, t in stored.items() if name.endswith(key)), ())
+    if CONSTANT.search(name) or (name.endswith(".bias") and len(shape) == 4):
+        return False  # the latter are masks
+    if len(parts) == 1:
+        return last not in dict(module.named_buffers(recurse=False))
+    if isinstance(module, torch.nn.ModuleList):
+        return False
+    if not any(module is top for top in (model, model.base_model, model.get_decoder())):
+        return True
+    head = model.get_output_embeddings()  # one of its own under another name
+    return len(parts) == 2 and len(shape) == 2 and head is not None and shape[0] == len(head.weight)
+
+
+def split_name(modules: Mapping[str, Any], name: str) -> tuple[list[str], str, str]:
+    """Split a tensor's name behind the last module that is there: the rest, the module, the end."""
+    parts = name.split(".")
+    depth = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in modules)
+    return parts[depth:], ".".join(parts[:depth]), parts[-1]
+
+
+def check_head(config: ExtractionConfig, model: Any, stored: Mapping[str, StoredTensor]) -> None:
+    """Compare some rows of the loaded head with the checkpoint's, where it has one.
+
+    Raises:
+        TeacherError: the head is another one: tied, or drawn at random.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not is_plain_linear(head) or hasattr(head.weight, "placements"):
+        return
+    (name,) = (f"{key}.weight" for key, module in model.named_modules() if module is head)
+    leaf = name.rsplit(".", 2)[-2] + ".weight"
+    wrapped = [key for key in stored if key.endswith(f".{leaf}") and key.count(".") <= 2]
+    count = len(head.weight)
+    some = sorted({0, 1, count // 2, count - 1})
+    for key in [name] if name in stored else wrapped:
+        if stored[key].shape == tuple(head.weight.shape):
+            own = stored[key].rows(key, some).to(head.weight)
+            if torch.equal(own, head.weight.detach()[some]):
+                return
+    if name in stored or wrapped:
+        raise TeacherError(
+            f"--model {config.model}: the head of the loaded model is not {name} of the "
+            "checkpoint; set tie_word_embeddings and vocab_size in its config.json as it was "
+            "trained with"
+        )
+
+
+def merge_adapter(model: Any, adapter: str, config: ExtractionConfig) -> Any:
+    """Return the model with a trained adapter added to its weights.
+
+    Raises:
+        TeacherError: some of the adapter's weights are missing.
+    """
+    import warnings
+
+    import peft
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged = peft.PeftModel.from_pretrained(model, adapter, revision=config.revision)
+        merged = merged.merge_and_unload()
+    for warning in caught:
+        if "adapter keys" in str(warning.message):  # missing or unexpected ones
+            raise TeacherError(f"--model {config.model}: {warning.message}".splitlines()[0])
+    return merged
+
+
+def applied_quantization(model: Any) -> dict[str, Any] | None:
+    """Return how the loaded weights are quantized, None where they are plain numbers."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        return None
+    described = quantizer.quantization_config.to_dict()
+    found: dict[str, Any] = json.loads(json.dumps(described, default=str, sort_keys=True))
+    return found
 
 
 @contextmanager
@@ -1758,17 +1981,21 @@ def float32_product(
 ) -> torch.Tensor:
     """Return `hidden @ weight.T + bias` in float32: products and sums never rounded below it.
 
+    A head that is tied to the embedding may be on another device than the last layer.
+
     Args:
         hidden: (n, H), of the weight's dtype.
         weight: (V, H).
         bias: (V,) or None.
     """
+    hidden = hidden.to(weight.device)
+    bias = None if bias is None else bias.to(weight.device)
     if weight.dtype == torch.float32:
         return torch.nn.functional.linear(hidden.float(), weight, bias)
     if multiplies_into_float32(weight.device, weight.dtype):
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:
-        logits = torch.empty(len(hidden), len(weight), device=hidden.device)  # (n, V) float32
+        logits = torch.empty(len(hidden), len(weight), device=weight.device)  # (n, V) float32
         wide = hidden.float()
         for start in range(0, len(weight), CAST_ROWS):
             rows = weight[start : start + CAST_ROWS].float()
@@ -1813,50 +2040,71 @@ class Teacher:
         device, dtype: of the model.
         vocab_size: V, the ids that have logits.
         max_seq_len: positions the model has, None without a limit.
-        layout: how several conversations go through together: "packed" (a batch for which that
-            is not cheaper is padded), "padded" or "single".
+        layout: how conversations share a pass: "padded" on the right without a mask, "masked" with
+            one, or "single", one at a time.
         layout_reason: why, for the log.
-        padding: the right way to pad; None where there is none.
         head: "chunked" (apart from the body, at the wanted positions) or "forward" (with it).
-        head_dtype: in which the head multiplies; float32 unless it is no plain linear layer.
+        numerics: what really runs, as JSON values.
     """
 
-    def __init__(self, model: Any, *, vocab_size: int | None = None) -> None:
-        """Check on `model` itself how its head and several conversations at once can be run."""
+    def __init__(
+        self, model: Any, *, vocab_size: int | None = None, forced_attention: bool = False
+    ) -> None:
+        """Find out on `model` itself how it runs, and that no token sees a later one.
+
+        Args:
+            forced_attention: refuse another attention than the model was loaded with.
+
+        Raises:
+            TeacherError: it is not causal, or its attention is not what its configuration says.
+        """
         self.model = model.eval()
         here = (weight.device for weight in model.parameters())
         self.device = next(device for device in here if device.type != "meta")
         self.dtype: torch.dtype = model.dtype
         self.max_seq_len = max_positions(model.config)
-        self.vocab_size = usable_vocabulary(model, vocab_size)
+        head = model.get_output_embeddings()
+        text = model.config.get_text_config()
+        rows = text.vocab_size if head is None else head.weight.shape[0]
+        self.vocab_size = min(rows, MAX_TOKEN_ID + 1, vocab_size or rows)
         self._can_keep = "logits_to_keep" in signature(model.forward).parameters
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(model.config, name, False):
                 setattr(model.config, name, False)  # memory that nothing here reads
-        leave_padding_unchecked(model)
+        for module in model.modules():  # to look for padding, only to warn, waits for the device
+            if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+                module.warn_if_padding_and_no_attention_mask = lambda *ids_and_mask: None
         self.body: Any = None
-        self.padding: Layout | None = None
-        self.head, self.head_reason = self._choose_head()
-        self.head_dtype = torch.float32 if is_plain_linear(self._output()) else self.dtype
-        self.layout, self.layout_reason = self._choose_layout()
+        self.head = self.layout = self.layout_reason = ""
+        alone = self._settle_attention(forced_attention)
+        self._settle_layout(alone)
+        self.numerics = self._describe()
 
-    def describe(self) -> dict[str, Any]:
-        """Return what identifies the teacher and how it runs, as JSON values."""
-        config = self.model.config
+    def _describe(self) -> dict[str, Any]:
+        config, here = self.model.config, importlib.metadata
+        text = config.get_text_config()
+        sizes: Counter[str] = Counter()
+        for weight in self.model.parameters():
+            sizes[str(weight.dtype).removeprefix("torch.")] += weight.numel()
+        quantization = applied_quantization(self.model)
+        names = ["torch", "transformers", str((quantization or {}).get("quant_method"))]
+        names += ["triton", "kernels", "flash-attn"] if self.device.type == "cuda" else []
+        versions = {}
+        for name in names:
+            with contextlib.suppress(here.PackageNotFoundError):
+                versions[name] = here.version(name)
+        plain = is_plain_linear(self.model.get_output_embeddings())
         return {
-            "model": getattr(config, "_name_or_path", ""),
-            "model_revision": getattr(config, "_commit_hash", None),
             "architecture": type(self.model).__name__,
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "attn": getattr(config, "_attn_implementation", None),
+            "device": self.device.type,
+            "weights": sizes.most_common(1)[0][0],
+            "quantization": quantization,
+            "attention": text._attn_implementation,
+            "experts": getattr(text, "_experts_implementation", None),
             "layout": self.layout,
-            "layout_reason": self.layout_reason,
             "head": self.head,
-            "head_dtype": str(self.head_dtype).removeprefix("torch."),
-            "quantization": describe_quantization(config).get("quantization"),
-            "vocab_size": self.vocab_size,
-            "max_seq_len": self.max_seq_len,
+            "head_dtype": "float32" if plain else str(self.dtype).removeprefix("torch."),
+            "versions": versions,
         }
 
     def iter_logits(
@@ -1883,24 +2131,29 @@ class Teacher:
             TeacherError: a token id has no row in the model's embedding.
             torch.OutOfMemoryError: the batch is too large for the device.
         """
-        self._check_ids(sequences)
+        self._check_ids(sequences, token_positions)
         at_once = HEAD_CHUNK_BYTES * (CUDA_CHUNKS if self.device.type == "cuda" else 1)
         size = chunk_tokens or max(1, at_once // (4 * self.vocab_size))
         for part in self._parts([len(ids) for ids in sequences]):
             rows = [torch.from_numpy(np.asarray(sequences[i], np.int64)) for i in part]
             wanted = [torch.from_numpy(np.asarray(token_positions[i], np.int64)) - 1 for i in part]
             if any(len(positions) for positions in wanted):
-                inputs, starts = self._lay_out(rows)
-                yield from self._chunks(inputs, flatten(wanted, starts), size)
+                yield from self._logits(rows, wanted, size)
 
-    def _check_ids(self, sequences: Sequence[npt.NDArray[np.int32]]) -> None:
+    def _check_ids(self, sequences: Sequence[Any], token_positions: Sequence[Any]) -> None:
+        """Refuse ids that the embedding lacks, and wanted tokens that the head lacks."""
         rows = self.model.get_input_embeddings().weight.shape[0]
-        highest = max((int(ids.max()) for ids in sequences if len(ids)), default=0)
-        if highest >= rows:
-            raise TeacherError(
-                f"token id {highest} is beyond the {rows} rows of the model's embedding: "
-                "tokenizer and model do not belong together"
-            )
+        wanted = [ids[at] for ids, at in zip(sequences, token_positions, strict=True)]
+        for arrays, limit, of in (
+            (sequences, rows, "embedding"),
+            (wanted, self.vocab_size, "head"),
+        ):
+            highest = max((int(ids.max()) for ids in arrays if len(ids)), default=0)
+            if highest >= limit:
+                raise TeacherError(
+                    f"token id {highest} is beyond the {limit} rows of the model's {of}: "
+                    "tokenizer and model do not belong together"
+                )
 
     def _parts(self, lengths: list[int]) -> list[list[int]]:
         """Split a batch into runs of rows that may share a forward pass."""
@@ -1910,58 +2163,36 @@ class Teacher:
         runs = itertools.groupby(range(len(lengths)), key=lambda i: lengths[i] > edge)
         return [list(run) for _, run in runs]
 
-    def _lay_out(self, rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
-        """Return the inputs of one forward pass and where each row starts in its output."""
-        if self.layout == "packed" and (self.padding is None or self._packing_is_cheaper(rows)):
-            return pack_rows(rows)
-        return (self.padding or pad_rows)(rows)
-
-    def _packing_is_cheaper(self, rows: list[torch.Tensor]) -> bool:
-        """Compare one packed row with padded ones: linear layers and squares of attention.
-
-        Attention of variable length skips what packing masks; any other computes it.
-        """
-        if "flash" in str(self.model.config._attn_implementation):
-            return True
-        # a token and layer: 24 H² operations in linear layers, 2 S H in causal attention over S
-        # tokens, 4 T H under a mask over T; here in units of 2 H
-        linear = 12 * (getattr(self.model.config.get_text_config(), "hidden_size", None) or 1024)
-        total, longest = sum(len(row) for row in rows), max(len(row) for row in rows)
-        return total * (linear + 2 * total) < len(rows) * longest * (linear + longest)
-
-    def _chunks(
-        self, inputs: dict[str, Any], flat: torch.Tensor, size: int
+    def _logits(
+        self, rows: list[torch.Tensor], wanted: list[torch.Tensor], size: int
     ) -> Iterator[torch.Tensor]:
-        """Yield the logits at the flat positions (N,) of one forward pass, `size` at a time."""
+        """Yield the logits at the wanted positions of rows in one pass, `size` at a time."""
+        inputs = pad_rows(rows, self.device, masked=self.layout == "masked")
+        width = inputs["input_ids"].shape[1]
+        flat = torch.cat([at + i * width for i, at in enumerate(wanted)])
         if self.head == "forward":
             yield from self._plain_logits(inputs, flat).split(size)
             return
-        hidden, outputs = self._hidden(inputs, flat)
+        hidden, outputs, _ = self._hidden(inputs, flat)
         for chunk in hidden.split(size):
             yield self._head_logits(chunk, outputs)
 
-    @torch.inference_mode()
-    def _plain_logits(
-        self, inputs: dict[str, Any], flat: torch.Tensor, *, own_product: bool = False
-    ) -> torch.Tensor:
-        """Return (N, V) float32 from the model's plain forward, at the flat positions (N,).
+    def _plain_logits(self, inputs: dict[str, Any], flat: torch.Tensor) -> torch.Tensor:
+        """Return (N, V) float32 from the model's own forward, at positions (N,) of one row."""
+        with torch.inference_mode(), known_padding():
+            if self._can_keep:
+                inputs = {**inputs, "logits_to_keep": send(flat, self.device)}
+                flat = torch.arange(len(flat))
+            logits = self.model(**inputs, use_cache=False).logits[0]
+            return logits[flat.to(logits.device), : self.vocab_size].float().to(self.device)
 
-        One row at a time only those positions reach the head where the family allows it.
-        """
-        flat = send(flat, self.device)
-        if self._can_keep and not own_product and len(inputs["input_ids"]) == 1:
-            inputs, flat = {**inputs, "logits_to_keep": flat}, torch.arange(len(flat))
-        with self._float32_head(own_product), known_packing(inputs):
-            logits = self.model(**self._on_device(inputs), use_cache=False).logits
-        logits = logits.reshape(-1, logits.shape[-1])
-        return logits[flat.to(logits.device), : self.vocab_size].float().to(self.device)
-
-    @torch.inference_mode()
-    def _hidden(self, inputs: dict[str, Any], flat: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Run the body; return the wanted hidden states (N, H) and the body's output object.
+    def _hidden(
+        self, inputs: dict[str, Any], flat: torch.Tensor, *, whole: bool = False
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Run the body; return the wanted hidden states (N, H), its output object and the logits.
 
         The model's own forward calls the body, so every argument that the family passes to it is
-        there; its head sees one position a row.
+        there; its head sees one position a row, or with `whole` all of them.
         """
         forward = self.body.forward
         kept: list[Any] = []
@@ -1969,38 +2200,29 @@ class Teacher:
         def body(*args: Any, **kwargs: Any) -> Any:
             outputs = forward(*args, **kwargs)
             kept.append(outputs)
+            if whole:
+                return outputs
             return with_hidden(outputs, outputs.last_hidden_state[:, :1])
 
-        with swapped_forward(self.body, body), known_packing(inputs):
-            self.model(**self._on_device(inputs), use_cache=False)
-        if len(kept) != 1:
-            raise HeadDiffersError(f"the forward calls its body {len(kept)} times")
-        hidden = kept[0].last_hidden_state  # (B, S, H)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        hidden = hidden[send(flat, hidden.device)]  # (N, H)
-        return hidden, with_hidden(kept[0], hidden[None, :1])
+        with torch.inference_mode(), swapped_forward(self.body, body), known_padding():
+            logits = self.model(**inputs, use_cache=False).logits
+            if len(kept) != 1:
+                raise ValueError(f"the forward calls its body {len(kept)} times")
+            hidden = kept[0].last_hidden_state  # (B, S, H)
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            hidden = hidden[send(flat, hidden.device)]  # (N, H)
+            return hidden, with_hidden(kept[0], hidden[None, :1]), logits
 
-    @torch.inference_mode()
-    def _head_logits(
-        self, hidden: torch.Tensor, outputs: Any, *, own_product: bool = False
-    ) -> torch.Tensor:
+    def _head_logits(self, hidden: torch.Tensor, outputs: Any) -> torch.Tensor:
         """Return (n, V) float32 logits of hidden states (n, H) by the model's own forward.
 
-        A stub that returns `hidden` stands in for the body, so that soft-caps and scales apply.
+        A stub that returns `hidden` stands in for the body, so that soft-caps and scales apply. A
+        plain linear head multiplies in float32, over V rows only.
         """
+        head = self.model.get_output_embeddings()
 
         def body(*args: Any, **kwargs: Any) -> Any:
             return with_hidden(outputs, hidden[None])
-
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
-        with swapped_forward(self.body, body), self._float32_head(own_product):
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        return logits[0, :, : self.vocab_size].float().contiguous().to(self.device)
-
-    @contextmanager
-    def _float32_head(self, own_product: bool) -> Iterator[None]:
-        """Let a plain linear head multiply in float32, over V rows only, unless `own_product`."""
-        head = self._output()
 
         def product(states: torch.Tensor) -> torch.Tensor:
             flat = states.reshape(-1, states.shape[-1])
@@ -2011,317 +2233,172 @@ class Teacher:
                 logits = float32_product(flat, head.weight[: self.vocab_size], bias)
             return logits.reshape(*states.shape[:-1], -1)
 
-        if own_product or not is_plain_linear(head):
-            yield
-        else:
-            with swapped_forward(head, product):
-                yield
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(swapped_forward(self.body, body))
+            if is_plain_linear(head):
+                stack.enter_context(swapped_forward(head, product))
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return logits[0, :, : self.vocab_size].float().contiguous().to(self.device)
 
-    def _output(self) -> Any:
-        return self.model.get_output_embeddings()
+    def _settle_attention(self, forced: bool) -> torch.Tensor:
+        """Choose head and attention on one row; return its logits (S, V).
 
-    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {k: None if v is None else send(v, self.device) for k, v in inputs.items()}
+        Eager attention is what the configuration says, but in Falcon, where it adds alibi twice.
+        Where another differs from it by more than rounding, it runs instead.
+        """
+        text = self.model.config.get_text_config()
+        chosen, cap = text._attn_implementation, getattr(text, "attn_logit_softcapping", None)
+        trusted = "sdpa" if getattr(text, "alibi", False) else "eager"
+        inputs = pad_rows(probe_rows(self.vocab_size)[:1], self.device, masked=False)
+        want: Any = None
+        if chosen not in (None, trusted):
+            before = set_attention(self.model, trusted)
+            with contextlib.suppress(*LOADING_FAULTS):  # not every family can
+                want = self._plain_logits(inputs, torch.arange(PROBE_TOKENS))
+            for config, name in before:
+                config._attn_implementation_internal = name
+        try:
+            plain, alone = self._choose_head(inputs)
+            problem = "" if want is None else self._problem([plain], [want])
+        except torch.OutOfMemoryError:
+            raise
+        except LOADING_FAULTS as error:
+            if want is None:
+                raise TeacherError(f"the model does not run: {first_line(error)}") from error
+            problem = first_line(error)
+        if cap is not None and (chosen == "sdpa" or not (forced or chosen == "eager")):
+            problem = f"attn_logit_softcapping {cap} may be left out"
+        if not problem:
+            return alone
+        if forced:
+            raise TeacherError(
+                f"--attn {chosen} is not what the configuration says: {problem}, against {trusted}; "
+                "leave --attn at auto"
+            )
+        logger.info("attention %s instead of %s: %s", trusted, chosen, problem)
+        set_attention(self.model, trusted)
+        return self._choose_head(inputs)[1]
 
-    def _choose_head(self) -> tuple[str, str]:
-        """Find the body that leaves the head's logits as they are when a stub stands in for it.
+    def _choose_head(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the body that leaves the logits of a row as they are when a stub stands in for it.
 
         Positions go backwards, so that a head to which they matter is found out.
+
+        Returns:
+            The row's logits (S, V) by the model's own forward, and in the way that was chosen.
         """
-        inputs, flat = probe_inputs(pad_rows, [probe_rows(self.vocab_size)[1]])
-        flat = flat.flip(0)
-        plain = self._plain_logits(inputs, flat, own_product=True)
-        problem = "nothing in it is a body apart from the head"
+        flat = torch.arange(inputs["input_ids"].shape[1] - 1, -1, -1)
         children = [self.model.base_model, self.model.get_decoder(), *self.model.children()]
-        for self.body in {
-            id(child): child for child in children if child is not self.model
-        }.values():
+        self.head = "chunked"
+        for self.body in {id(c): c for c in children if c is not self.model}.values():
             try:
-                hidden, outputs = self._hidden(inputs, flat)
-                own = self._off(self._head_logits(hidden, outputs, own_product=True), plain)
-                off = max(own, self._off(self._head_logits(hidden, outputs), plain))
-            except (HeadDiffersError, AttributeError, TypeError, ValueError):
-                continue  # not what the forward calls, or not what its head reads
-            if off <= self._rounding():
-                return "chunked", "the head alone gives the logits of the whole model"
-            problem = f"the head alone is off by {off:.2g}"
-        self.body = None
-        return "forward", problem
+                hidden, outputs, logits = self._hidden(inputs, flat, whole=True)
+                plain = logits[0, :, : self.vocab_size].float().to(self.device)
+                apart = self._head_logits(hidden, outputs).flip(0)
+            except torch.OutOfMemoryError:
+                raise
+            except LOADING_FAULTS:  # not what the forward calls, or not what its head reads
+                continue
+            if not self._problem([apart], [plain]):
+                return plain, apart
+        self.body, self.head = None, "forward"
+        plain = self._plain_logits(inputs, flat.flip(0))
+        return plain, plain
+
+    def _settle_layout(self, alone: torch.Tensor) -> None:
+        """Take the first layout that gives each probe row what it gets alone, and try its future.
+
+        Raises:
+            TeacherError: tokens see later ones.
+        """
+        row, short, *others = probe_rows(self.vocab_size)
+        want = [alone, self._probe([short])[0]]
+        problem = "its head cannot be run apart from its body"
+        for layout in ("padded", "masked") if self.head == "chunked" else ():
+            self.layout = layout
+            try:
+                got = self._probe([row, short, *others])
+            except torch.OutOfMemoryError:
+                raise
+            except LOADING_FAULTS as error:
+                problem = f"the model refuses padding: {first_line(error)}"
+                continue
+            problem = self._problem(got[:2], want)
+            if not problem:
+                self.layout_reason = "padded on the right, conversations get what they get alone"
+                break
+        else:
+            self.layout, self.layout_reason = "single", problem
+            got = self._probe([row, short, *others])
+        off = foresight(got)
+        limit = FORESIGHT if self.dtype == torch.float32 else self._rounding()
+        if off > limit and self.dtype != torch.float32:  # experts may flip, but not twice
+            row, short, *others = probe_rows(self.vocab_size, seed=1)
+            off = min(off, foresight(self._probe([row, short, *others])))
+        if not off <= limit:
+            raise TeacherError(
+                f"{type(self.model).__name__} is not causal: other tokens at the end change the "
+                f"logits before them by {off:.1g} of their spread, so what is stored would have "
+                "seen the answer; give a causal language model"
+            )
+
+    def _probe(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the logits (S, V) of each row, run together, or one at a time where that is so."""
+        parts = self._parts([len(row) for row in rows])
+        chunks = [
+            chunk
+            for part in parts
+            for chunk in self._logits(
+                [rows[i] for i in part], [torch.arange(len(rows[i])) for i in part], 2**20
+            )
+        ]
+        return list(torch.cat(chunks).split([len(row) for row in rows]))
 
     def _rounding(self) -> float:
-        return ROUNDING.get(self.dtype, 0.1)
+        return ROUNDING.get(str(self.dtype).removeprefix("torch."), 0.1)
 
-    def _off(self, logits: torch.Tensor, expected: torch.Tensor) -> float:
-        """Return how far one conversation's logits (S, V) are off, to compare with rounding."""
-        error = disagreement(logits, expected)
-        return float(error.max() if self.dtype == torch.float32 else error.median())
-
-    def _choose_layout(self) -> tuple[str, str]:
-        """Compare layouts with one conversation at a time; return the fastest that is right."""
-        if self.head == "forward":
-            return "single", f"the head cannot be run apart: {self.head_reason}"
-        problems = self._layout_problems()
-        packed, padded, masked = (problems[layout] for layout in LAYOUTS)
-        self.padding = next((pad for pad in LAYOUTS[1:] if problems[pad] is None), None)
-        if packed is None:
-            return "packed", "packed into one row, conversations get the logits they get alone"
-        if self.padding is not None:
-            return "padded", f"no packing ({packed}); right padding gets the same logits"
-        return "single", f"no packing ({packed}), no padding ({masked or padded})"
-
-    def _layout_problems(self) -> dict[Layout, str | None]:
-        """Return what is wrong when probe conversations share a pass, by layout, None: nothing.
-
-        A probe of a few dozen tokens never meets the edge of a window of thousands, so it runs
-        once more for each window with that window made a few tokens long.
-        """
-        full = self._probe_alone()
-        problems = {layout: self._probe_problem(layout, full) for layout in LAYOUTS}
-        for name in self._windows():
-            with shrunken(self.model, name):
-                alone = self._probe_alone()
-                if self._differ(alone, full) is None:
-                    problems[pack_rows] = problems[pack_rows] or f"{name} is out of reach"
-                for layout in LAYOUTS:
-                    edge = f" at the edge of {name}"
-                    problems[layout] = problems[layout] or self._probe_problem(layout, alone, edge)
-        return problems
-
-    def _windows(self) -> list[str]:
-        """Return the names of the model's windows that are shorter than its longest input."""
-        limit = self.max_seq_len or math.inf
-        return [name for name in WINDOWS if any(w < limit for w in windows(self.model, name))]
-
-    def _probe_alone(self) -> list[torch.Tensor]:
-        """Return the logits (S, V) of each probe conversation, run one at a time."""
-        rows = probe_rows(self.vocab_size)
-        return [self._probe(pad_rows, [row])[0] for row in rows]
-
-    def _probe(self, layout: Layout, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the logits (S, V) of each row, run together."""
-        inputs, flat = probe_inputs(layout, rows)
-        hidden, outputs = self._hidden(inputs, flat)
-        return list(self._head_logits(hidden, outputs).split([len(row) for row in rows]))
-
-    def _probe_problem(
-        self, layout: Layout, alone: list[torch.Tensor], where: str = ""
-    ) -> str | None:
-        """Compare the probe laid out so with `alone`, and packed with another first row."""
-        if layout is pack_rows and "position_ids" not in signature(self.model.forward).parameters:
-            return "the model takes no position_ids"
-        rows = probe_rows(self.vocab_size)
-        try:
-            together = other = self._probe(layout, rows)
-            if layout is pack_rows:
-                other = self._probe(layout, [rows[0].flip(0), *rows[1:]])
-        except (TypeError, ValueError, HeadDiffersError) as error:
-            return f"the model refuses it{where}: {first_line(error)}"
-        leak = float(disagreement(other[-1], together[-1]).max())
-        if not leak <= LEAK:
-            return (
-                f"a conversation changes the next one's logits by {leak:.1g} of their spread{where}"
-            )
-        off = self._differ(together, alone)
-        return None if off is None else f"logits are off by {off:.1g} of their spread{where}"
-
-    def _differ(self, logits: list[torch.Tensor], expected: list[torch.Tensor]) -> float | None:
-        """Return how far the worst conversation is off, None when that is rounding."""
-        offs = [self._off(*pair) for pair in zip(logits, expected, strict=True)]
-        return None if all(off <= self._rounding() for off in offs) else max(offs)
+    def _problem(self, logits: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
+        """Say how far the worst row is off, nothing when that is rounding."""
+        errors = [disagreement(*pair) for pair in zip(logits, expected, strict=True)]
+        low = self.dtype != torch.float32
+        off = max(float(error.median() if low else error.max()) for error in errors)
+        return "" if off <= self._rounding() else f"logits are off by {off:.1g} of their spread"
 
 
-@dataclass(frozen=True)
-class LoadOrder:
-    """Asks every process of a group to load its part of the teacher."""
-
-    config: ExtractionConfig
-    vocab_size: int | None
-
-
-@dataclass(frozen=True)
-class ForwardOrder:
-    """Asks every process of a group for the forward passes of one call of `iter_logits`."""
-
-    sequences: Sequence[npt.NDArray[np.int32]]
-    token_positions: Sequence[npt.NDArray[np.int32]]
-    chunk_tokens: int | None
+def set_attention(model: Any, name: str) -> list[tuple[Any, Any]]:
+    """Let a model compute its attention in another way; return configurations and ways before."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [
+        (config, config._attn_implementation_internal)
+        for config in configs.values()
+        if hasattr(config, "_attn_implementation_internal")
+    ]
+    for config, _ in before:
+        config._attn_implementation_internal = name
+    return before
 
 
-class SharedTeacher(Teacher):
-    """A teacher in parts, one in each process of a group.
+def probe_rows(vocab_size: int, *, seed: int = 0) -> list[torch.Tensor]:
+    """Return the rows of the start-up checks: arbitrary but fixed ids.
 
-    The first process leads: it reads, extracts and writes. The others repeat its forward passes.
+    A row, a shorter one, and the first again with other tokens from each of PROBE_CUTS on. The ids
+    are from the middle of the vocabulary, as those that mean an image stand at its ends.
     """
-
-    def iter_logits(
-        self,
-        sequences: Sequence[npt.NDArray[np.int32]],
-        token_positions: Sequence[npt.NDArray[np.int32]],
-        *,
-        chunk_tokens: int | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Yield the logits as `Teacher` does; in the leader, start the other processes first."""
-        announce(ForwardOrder(sequences, token_positions, chunk_tokens))
-        yield from super().iter_logits(sequences, token_positions, chunk_tokens=chunk_tokens)
+    low, count = vocab_size // 4, max(2, vocab_size // 2)
+    draw = np.random.default_rng(seed)
+    row, short = (
+        torch.from_numpy(low + draw.integers(0, count, n)) for n in (PROBE_TOKENS, PROBE_SHORT)
+    )
+    other = low + (row - low + count // 2) % count
+    return [row, short, *(torch.cat([row[:cut], other[cut:]]) for cut in PROBE_CUTS)]
 
 
-GROUP_PATIENCE = timedelta(days=1)  # how long processes wait for the leader's next order
-
-
-def join_group(config: ExtractionConfig) -> bool:
-    """Connect the processes that torchrun has started; True in the one that leads.
-
-    Raises:
-        ConfigError: torchrun has not started this process.
-    """
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
-        raise ConfigError(
-            "--tensor-parallel needs torchrun: torchrun --nproc-per-node 8 extract_logits.py …"
-        )
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=GROUP_PATIENCE
-        )
-    return torch.distributed.get_rank() == 0
-
-
-def announce(order: LoadOrder | ForwardOrder | None) -> None:
-    """Send an order from the leader to the others of its group; None sends them home."""
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
-        torch.distributed.broadcast_object_list([order], device=torch.device("cpu"))
-
-
-def follow_leader() -> dict[str, Any]:
-    """Carry out the leader's orders until it sends this process home; signals are its business."""
-    with GracefulInterrupt():
-        teacher: Teacher | None = None
-        while True:
-            box: list[Any] = [None]
-            torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
-            order = box[0]
-            if isinstance(order, LoadOrder):
-                teacher = load_teacher(order.config, vocab_size=order.vocab_size)
-            elif isinstance(order, ForwardOrder) and teacher is not None:
-                logits = teacher.iter_logits(
-                    order.sequences, order.token_positions, chunk_tokens=order.chunk_tokens
-                )
-                deque(logits, maxlen=0)
-            else:
-                return {"exit_code": 0}
-
-
-def leave_group() -> None:
-    """Send the others home and disconnect."""
-    announce(None)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def probe_rows(vocab_size: int) -> list[torch.Tensor]:
-    """Return the two short conversations of the start-up checks: arbitrary but fixed ids."""
-    draw = np.random.default_rng(0)
-    return [torch.from_numpy(draw.integers(0, vocab_size, n)) for n in PROBE_LENGTHS]
-
-
-def probe_inputs(layout: Layout, rows: list[torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Lay out `rows` and return the inputs and the flat positions of all their tokens."""
-    inputs, starts = layout(rows)
-    return inputs, flatten([torch.arange(len(row)) for row in rows], starts)
-
-
-@contextmanager
-def known_packing(inputs: Mapping[str, torch.Tensor | None]) -> Iterator[None]:
-    """Answer from the host what transformers asks the device in every forward without a mask.
-
-    Whether conversations are packed is known here; asking the device would wait for all that was
-    launched before, and leave it idle until the next launch.
-    """
-    from transformers import masking_utils
-
-    ask = getattr(masking_utils, "find_packed_sequence_indices", None)
-    positions = inputs.get("position_ids")
-    packed = positions is not None and bool((positions.diff() != 1).any())
-
-    def answer(position_ids: torch.Tensor) -> torch.Tensor | None:
-        if not packed:
-            return None
-        return (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
-
-    if ask is None:  # another version of transformers
-        yield
-        return
-    masking_utils.find_packed_sequence_indices = answer
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = ask
-
-
-def leave_padding_unchecked(model: Any) -> None:
-    """Keep a model from looking for padding in its ids: the device would be waited for each time.
-
-    GPT-2 and others do so in every forward without a mask, only to warn; whether the model goes
-    without is found out at the start.
-    """
-    for module in model.modules():
-        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
-            module.warn_if_padding_and_no_attention_mask = lambda *ids_and_mask: None
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device without waiting for what runs there.
-
-    A copy from memory that is not pinned waits for everything that was launched before it.
-    """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def flatten(positions: list[torch.Tensor], starts: list[int]) -> torch.Tensor:
-    """Return the positions of each row, counted from where the row starts, as one tensor (N,)."""
-    return torch.cat([row + start for row, start in zip(positions, starts, strict=True)])
-
-
-def pad_rows(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
-    """Return the inputs (B, S) of right-padded rows and where each row starts when flattened.
-
-    A causal model sees nothing to the right, so it needs no mask, and without one attention runs
-    in its fastest kernel.
-    """
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    starts = [i * ids.shape[1] for i in range(len(rows))]
-    return {"input_ids": ids, "attention_mask": None}, starts
-
-
-def pad_rows_with_mask(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
-    """Return what `pad_rows` does, with the mask that says which tokens are real."""
-    inputs, starts = pad_rows(rows)
-    real = [torch.ones_like(row) for row in rows]
-    inputs["attention_mask"] = torch.nn.utils.rnn.pad_sequence(real, batch_first=True)
-    return inputs, starts
-
-
-def pack_rows(rows: list[torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
-    """Return the inputs (1, T) of all rows one after the other, and where each row starts.
-
-    Positions restart with each conversation. There must be no mask: with one, even all ones, the
-    model would not look for the restarts.
-    """
-    starts = [0, *itertools.accumulate(len(row) for row in rows)][:-1]
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
-    inputs = {
-        "input_ids": torch.cat(rows)[None],
-        "position_ids": positions[None],
-        "attention_mask": None,
-    }
-    return inputs, starts
-
-
-LAYOUTS: tuple[Layout, ...] = (pack_rows, pad_rows, pad_rows_with_mask)  # in order of preference
+def foresight(logits: list[torch.Tensor]) -> float:
+    """Return how far the logits of `probe_rows` differ where only later tokens do."""
+    pairs = zip(logits[2:], PROBE_CUTS, strict=True)
+    return max(float(disagreement(other[:cut], logits[0][:cut]).max()) for other, cut in pairs)
 
 
 def disagreement(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -2334,36 +2411,44 @@ def disagreement(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return error / expected.std(-1).nan_to_num(1.0).clamp_min(1e-6)
 
 
-def window_holders(model: Any, name: str) -> list[Any]:
-    """Return the modules and configurations whose attribute `name` is a window in tokens."""
-    modules = list(model.modules())
-    configs = [getattr(module, "config", None) for module in modules]
-    configs.append(model.config.get_text_config())
-    unique = {id(holder): holder for holder in (*modules, *configs) if holder is not None}
-    return [h for h in unique.values() if is_window(getattr(h, name, None))]
+def pad_rows(
+    rows: list[torch.Tensor], device: torch.device, *, masked: bool
+) -> dict[str, torch.Tensor | None]:
+    """Return the inputs (B, S) of rows padded on the right, on the device.
 
-
-def is_window(value: Any) -> bool:
-    """Say whether `value` is a number of tokens."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def windows(model: Any, name: str) -> set[int]:
-    """Return the different lengths that the window `name` has in the model."""
-    return {getattr(holder, name) for holder in window_holders(model, name)}
+    A causal model sees nothing to the right, so it needs no mask, and without one attention runs
+    in its fastest kernel.
+    """
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    mask = send(pad([torch.ones_like(row) for row in rows]), device) if masked else None
+    return {"input_ids": send(pad(rows), device), "attention_mask": mask}
 
 
 @contextmanager
-def shrunken(model: Any, name: str) -> Iterator[None]:
-    """Make the window `name` a few tokens long everywhere inside the block."""
-    before = [(holder, getattr(holder, name)) for holder in window_holders(model, name)]
-    for holder, _ in before:
-        setattr(holder, name, PROBE_WINDOW)
+def known_padding() -> Iterator[None]:
+    """Answer from the host what transformers asks the device in every forward without a mask.
+
+    No conversations are packed; asking the device would wait for all that was launched before, and
+    leave it idle until the next launch.
+    """
+    from transformers import masking_utils
+
+    ask = getattr(masking_utils, "find_packed_sequence_indices", None)
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        for holder, value in before:
-            setattr(holder, name, value)
+        masking_utils.find_packed_sequence_indices = ask
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device without waiting for what runs there.
+
+    A copy from memory that is not pinned waits for everything that was launched before it.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def is_plain_linear(head: Any) -> bool:
@@ -2374,22 +2459,6 @@ def is_plain_linear(head: Any) -> bool:
     by_rows = [str(place) for place in getattr(weight, "placements", ())] == ["S(0)"]
     whole = type(weight) is torch.nn.Parameter or by_rows
     return whole and weight.is_floating_point() and weight.device.type != "meta"
-
-
-def usable_vocabulary(model: Any, vocab_size: int | None) -> int:
-    """Return V: ids that the tokenizer knows and the model has a logit for.
-
-    Raises:
-        TeacherError: there are more than the format can name.
-    """
-    head = model.get_output_embeddings()
-    rows = int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
-    usable = rows if vocab_size is None else min(rows, vocab_size)
-    if usable > MAX_TOKEN_ID + 1:
-        raise TeacherError(
-            f"the model has {usable} token ids; shards hold ids up to {MAX_TOKEN_ID} only"
-        )
-    return usable
 
 
 def max_positions(config: Any) -> int | None:
@@ -2415,6 +2484,48 @@ def rope_edge(config: Any) -> float:
     return math.inf
 
 
+def join_group(config: ExtractionConfig) -> int:
+    """Connect the processes that torchrun has started for one teacher; return this one's number.
+
+    All of them run the same loop over the same batches; the first one writes.
+
+    Raises:
+        ConfigError: torchrun has not started this process.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+        raise ConfigError(
+            "--tensor-parallel needs torchrun: torchrun --nproc-per-node 8 extract_logits.py …"
+        )
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=GROUP_PATIENCE
+        )
+    return torch.distributed.get_rank()
+
+
+def in_group() -> bool:
+    """Tell whether this process is one of several that run one teacher."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def agree(flag: bool) -> bool:
+    """Return the first process's `flag` in every process of the group; alone, one's own."""
+    if not in_group():
+        return flag
+    told = torch.tensor([flag], dtype=torch.uint8)
+    torch.distributed.broadcast(told, src=0)
+    return bool(told.item())
+
+
+def leave_group() -> None:
+    """Disconnect from the group, if there is one."""
+    if in_group():
+        torch.distributed.destroy_process_group()
+
+
 # --------------------------------------------------------------------------------------------------
 # 5 Extraction
 # --------------------------------------------------------------------------------------------------
@@ -2426,17 +2537,13 @@ SPLITMIX_STEP = 0x9E3779B97F4A7C15 - 2**64  # the constants as int64, which is w
 SPLITMIX_FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 REFERENCE_AT_ONCE = 2**20  # logits per float64 temporary of the plain implementation: 8 MB
-LOWEST = torch.finfo(torch.float32).min  # for a maximum of -inf: -inf minus -inf would be NaN
-BLOCK = 64  # vocabulary ids per block of the fast path
+LOWEST = -3.4028234663852886e38  # for a maximum of -inf: -inf minus -inf would be NaN
+BLOCK = 64  # vocabulary ids per block of the fast path; a number in the kernel, too
 WEIGHED_AT_ONCE = {"cpu": 2**17, "cuda": 2**24}  # logits in its first look: 0.5 MB, 64 MB
 HELD_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}  # and in its second: temporaries of 4, 128 MB at most
 BLOCK_STREAM = 2**32  # random counters of blocks start here, above every vocabulary id
 HELD_BLOCKS = 100  # of a row, at least, get the second look and float64, however small K is
 SPARE_BLOCKS = 4  # float32 weights misplace a block by more than this once in 1e20 tokens
-QUANTIZED_AT_ONCE = 2**14  # tokens, 100 MB of temporaries at K = 255
-DRAWN_BLOCKS = 64  # what the last kernel holds of a row at most: its runners and the k largest
-LANES_PER_WARP = 512  # logits that a warp of 32 threads has in its registers
-CHECKED_SPREADS = (0.0, 0.1, 1.0, 3.0, 10.0, 300.0, 3.0, 3.0)  # of the rows kernels are checked on
 NUCLEUS_SLACK = 1e-13  # rounding of a float64 sum of 255 probabilities; decides exact ties only
 
 
@@ -2497,6 +2604,10 @@ class GPUBatchResult:
         return GPUBatchResult(**arrays)
 
 
+COPY_STREAMS = threading.local()  # a stream for each thread and device; a new one for each batch
+# would leave torch with 32 copies of the largest result, as memory stays with its first stream
+
+
 def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8]:
     """Return the bytes of tensors one after the other, by one transfer, once `ready` has passed."""
 
@@ -2505,7 +2616,10 @@ def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8
 
     if ready is None:
         return joined().cpu().numpy()
-    stream = copy_stream(tensors[0].device)
+    streams = COPY_STREAMS.__dict__
+    device = tensors[0].device
+    stream = streams.setdefault(str(device), None) or torch.cuda.Stream(device)
+    streams[str(device)] = stream
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         source = joined()
@@ -2513,24 +2627,6 @@ def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8
         host.copy_(source, non_blocking=True)
     stream.synchronize()
     return host.numpy()
-
-
-COPY_STREAMS = threading.local()
-
-
-def copy_stream(device: torch.device) -> Any:
-    """Return the CUDA stream on which this thread copies from a device, always the same one.
-
-    Memory stays with the stream that it was first used on: with a new one for each batch, torch
-    would come to keep 32 copies of the largest result.
-    """
-    streams = COPY_STREAMS.__dict__.setdefault("by_device", {})
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    return streams[device]
-
-
-Tokens = TypeVar("Tokens", ExtractedTokens, GPUBatchResult)
 
 
 def gpu_process_batch(
@@ -2550,10 +2646,11 @@ def gpu_process_batch(
     """
     positions = [row.token_positions for row in batch.rows]
     index = np.repeat([row.index for row in batch.rows], [p.size for p in positions])
-    position = np.concatenate(positions)
     actual = np.concatenate([row.input_ids[row.token_positions] for row in batch.rows])
-    columns = torch.from_numpy(np.stack([index, position, actual]).astype(np.int64))
-    parts, at_actual, start = [], [], 0
+    columns = torch.from_numpy(
+        np.stack([index, np.concatenate(positions), actual]).astype(np.int64)
+    )
+    parts, start = [], 0
     for logits in teacher.iter_logits([row.input_ids for row in batch.rows], positions):
         if start == 0:
             columns = send(columns, logits.device)
@@ -2568,11 +2665,13 @@ def gpu_process_batch(
             seed=seed,
             reference=reference,
         )
-        parts.append(tokens)
-        at_actual.append(logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float())
+        at_actual = logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float()
+        parts.append(
+            quantize_tokens(tokens, at_actual.to(tokens.logsumexp.device), bits=logit_bits)
+        )
         start += logits.shape[0]
         del logits  # before the next chunk is made
-    result = quantize_tokens(concatenate(parts), torch.cat(at_actual), bits=logit_bits)
+    result = concatenate(parts)
     if result.logsumexp.is_cuda:
         result.ready = torch.cuda.current_stream(result.logsumexp.device).record_event()
     return result
@@ -2599,16 +2698,16 @@ def extract_tokens(
         top_p_max: K, nucleus tokens at most.
         sampled_n: M, tokens drawn from outside the nucleus.
         seed: the tail is a function of (seed, index, position) and the logits.
-        reference: take the plain implementation.
+        reference: extract by the definition.
+
+    Returns:
+        Tensors on the device of `logits`; on the CPU where that is mps, which has no float64.
 
     Raises:
         ConfigError: the vocabulary has fewer than M tokens outside a full nucleus.
     """
     check_candidates(logits.shape[1], top_p_max=top_p_max, sampled_n=sampled_n)
-    sizes = {"top_p_max": top_p_max, "sampled_n": sampled_n}
-    if not reference and takes_kernels(logits, **sizes):
-        return extract_by_kernels(logits, index, position, top_p=top_p, seed=seed, **sizes)
-    if logits.device.type == "mps":  # which has no float64
+    if logits.device.type == "mps":
         logits, index, position = logits.cpu(), index.cpu(), position.cpu()
     states = row_states(index, position, seed=seed)
     count, vocab = logits.shape
@@ -2617,7 +2716,9 @@ def extract_tokens(
     extract = extract_by_definition if reference else extract_by_blocks
     return concatenate(
         [
-            extract(logits[rows], states[rows], top_p=top_p, **sizes)
+            extract(
+                logits[rows], states[rows], top_p=top_p, top_p_max=top_p_max, sampled_n=sampled_n
+            )
             for rows in row_slices(count, max(1, at_once))
         ]
     )
@@ -2650,18 +2751,11 @@ def extract_by_definition(
     counts = count_nucleus(exact.gather(1, top_ids), logsumexp, top_p=top_p)
     vocabulary = torch.arange(logits.shape[1], device=logits.device)
     keys = exact - exponential_clocks(states, vocabulary).log_()  # Gumbel noise is -log(Exp(1))
-    in_nucleus = torch.arange(top_ids.shape[1], device=logits.device) < counts.unsqueeze(1)
+    in_nucleus = column_numbers(top_ids) < counts.unsqueeze(1)
     keys.scatter_(1, top_ids, keys.gather(1, top_ids).masked_fill_(in_nucleus, float("-inf")))
     drawn = keys.topk(sampled_n)
-    return collect_tokens(
-        logits,
-        logsumexp,
-        top_ids,
-        counts,
-        drawn.indices,
-        complete=drawn.values.isfinite().all(-1),
-        top_p_max=top_p_max,
-    )
+    usable = logsumexp.isfinite() & drawn.values.isfinite().all(-1)
+    return collect_tokens(logits, logsumexp, top_ids, counts, drawn.indices, usable, top_p_max)
 
 
 def extract_by_blocks(
@@ -2675,44 +2769,32 @@ def extract_by_blocks(
     float32 sums to what weighs least: 1e-9 of the log-sum-exp as a rule, 5e-9 at worst.
     """
     k = min(max(top_p_max, HELD_BLOCKS), logits.shape[1])
-    block_max, weights = weigh_blocks(logits)  # (N, C)
-    blocks = top_k_ids(block_max, k).sort(-1).values  # (N, <= k), ascending as ids are
+    maxima, sums = weigh_blocks(logits)  # (N, C)
+    weights = maxima.double() + sums.double().log_()
+    blocks = top_k_ids(maxima, k).sort(-1).values  # (N, <= k), ascending as ids are
     held = gather_blocks(logits, blocks)  # (N, <= k, BLOCK) float32
     at = top_k_ids(held.flatten(1), k)
     top = held.flatten(1).gather(1, at).double()  # (N, k)
     top_ids = blocks.gather(1, at // BLOCK) * BLOCK + at % BLOCK
     held.flatten(1).scatter_(1, at, float("-inf"))
-    weights.scatter_(1, blocks, log_weights(*sum_blocks(held.double())))  # without the k largest
+    maxima, sums = sum_blocks(held.double())
+    weights.scatter_(1, blocks, maxima + sums.log_())  # without the k largest
     logsumexp = torch.logaddexp(weights.logsumexp(-1), top.logsumexp(-1))
     counts = count_nucleus(top[:, :top_p_max], logsumexp, top_p=top_p)
     sampled_ids, complete = sample_tail(
         logits, states, weights, top=top, top_ids=top_ids, counts=counts, sampled_n=sampled_n
     )
-    return collect_tokens(
-        logits,
-        logsumexp,
-        top_ids[:, :top_p_max],
-        counts,
-        sampled_ids,
-        complete=complete,
-        top_p_max=top_p_max,
-    )
+    usable = logsumexp.isfinite() & complete
+    top_ids = top_ids[:, :top_p_max]
+    return collect_tokens(logits, logsumexp, top_ids, counts, sampled_ids, usable, top_p_max)
 
 
 def weigh_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return maximum and log-sum-exp of each block of vocabulary ids, in one read.
-
-    Returns:
-        (N, C) float32 and (N, C) float64 with the errors of float32 sums; C = V / 64 rounded up.
-    """
+    """Return what `sum_blocks` does of each block of vocabulary ids, in one read of (N, V)."""
+    if logits.is_cuda and (read := read_kernel(logits.device)) is not None:
+        return read(logits)
     parts = [sum_blocks(values) for values in split_blocks(logits)]
-    maxima, sums = torch.cat([m for m, _ in parts], 1), torch.cat([s for _, s in parts], 1)
-    return maxima, log_weights(maxima, sums)
-
-
-def log_weights(maxima: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exp of blocks, float64, from what `sum_blocks` returns."""
-    return maxima.double() + sums.double().log_()
+    return torch.cat([m for m, _ in parts], 1), torch.cat([s for _, s in parts], 1)
 
 
 def sum_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2762,24 +2844,6 @@ def gather_blocks(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def ids_in_blocks(blocks: torch.Tensor) -> torch.Tensor:
-    """Return the vocabulary ids of each block: (N, C) to (N, C, BLOCK)."""
-    return blocks.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=blocks.device)
-
-
-def drop_largest(
-    values: torch.Tensor, blocks: torch.Tensor, edge: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """Return blocks of logits with -inf in place of the k largest of the row.
-
-    These are what does not come after the last of them (`edge`: logit and id) in the order of
-    descending logit, ties: lower id first.
-    """
-    logit, last_id = edge
-    after = (values < logit) | ((values == logit) & (ids_in_blocks(blocks) > last_id))
-    return values.masked_fill(~after, float("-inf"))
-
-
 def sample_tail(
     logits: torch.Tensor,
     states: torch.Tensor,
@@ -2812,14 +2876,16 @@ def sample_tail(
     Source: Kool, van Hoof, Welling, "Stochastic beams and where to find them", 2019, for the
     sampling of maxima before what they are the maxima of.
     """
-    first = BLOCK_STREAM + torch.arange(weights.shape[1], device=logits.device)
+    first = BLOCK_STREAM + column_numbers(weights)
     noise = exponential_clocks(states, first).log_()  # (N, C) float64
     runners = min(sampled_n + SPARE_BLOCKS, weights.shape[1])
     blocks = (noise - weights).topk(runners, largest=False, sorted=False).indices
-    edge = (top[:, -1:, None], top_ids[:, -1:, None])
-    values = drop_largest(gather_blocks(logits, blocks), blocks, edge).double()
+    ids = blocks.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=blocks.device)
+    values = gather_blocks(logits, blocks)  # (N, runners, BLOCK)
+    last, last_id = top[:, -1:, None], top_ids[:, -1:, None]
+    apart = (values < last) | ((values == last) & (ids > last_id))  # not one of the k largest
+    values = values.masked_fill(~apart, float("-inf")).double()
     start = (noise.gather(1, blocks) - values.logsumexp(-1)).unsqueeze(2)  # (N, runners, 1)
-    ids = ids_in_blocks(blocks)
     clocks = exponential_clocks(states.unsqueeze(2), ids).log_().sub_(values)
     delay = (clocks - clocks.amin(-1, keepdim=True)).neg_().expm1_().neg_().log_()
     arrival = torch.logaddexp(start, delay + clocks)
@@ -2838,22 +2904,18 @@ def collect_tokens(
     top_ids: torch.Tensor,
     counts: torch.Tensor,
     sampled_ids: torch.Tensor,
-    *,
-    complete: torch.Tensor,
+    usable: torch.Tensor,
     top_p_max: int,
 ) -> ExtractedTokens:
     """Look up the logits of the chosen ids, and make rows that cannot be used harmless."""
-    usable = logsumexp.isfinite() & complete
     missing = top_p_max - top_ids.shape[1]  # K may exceed the vocabulary
     top_ids = torch.nn.functional.pad(top_ids, (0, missing))
+    top, sampled = (
+        logits.gather(1, ids).float().nan_to_num(0.0, posinf=0.0, neginf=0.0)
+        for ids in (top_ids, sampled_ids)
+    )
     return ExtractedTokens(
-        logsumexp=logsumexp,
-        top_ids=top_ids.int(),
-        top_logits=finite(logits.gather(1, top_ids)),
-        top_counts=counts.int(),
-        sampled_ids=sampled_ids.int(),
-        sampled_logits=finite(logits.gather(1, sampled_ids)),
-        usable=usable,
+        logsumexp, top_ids.int(), top, counts.int(), sampled_ids.int(), sampled, usable
     )
 
 
@@ -2890,25 +2952,23 @@ def top_k_ids(values: torch.Tensor, k: int) -> torch.Tensor:
         (N, min(k, C)) int64.
     """
     columns = values.shape[1]
+    k = min(k, columns)
     bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one value
     order = bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))  # in the order of the floats
     last_first = torch.arange(columns - 1, -1, -1, device=values.device)
     keys = order.long().bitwise_left_shift_(31).bitwise_or_(last_first)
-    return (columns - 1) - (largest(keys, min(k, columns)) & 0x7FFFFFFF)
+    if keys.device.type == "cpu":  # numpy selects with vector instructions, five times as fast
+        start = columns - k
+        best = np.partition(keys.numpy(), start, axis=1)[:, start:] if start else keys.numpy()
+        largest = torch.from_numpy(np.sort(best, axis=1)).flip(1)
+    else:
+        largest = keys.topk(k).values
+    return (columns - 1) - (largest & 0x7FFFFFFF)
 
 
-def largest(keys: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the k largest integers of each row, descending."""
-    if keys.device.type != "cpu":
-        return keys.topk(k).values
-    start = keys.shape[1] - k  # numpy selects with vector instructions, five times as fast
-    best = np.partition(keys.numpy(), start, axis=1)[:, start:] if start else keys.numpy()
-    return torch.from_numpy(np.sort(best, axis=1)).flip(1)
-
-
-def finite(values: torch.Tensor) -> torch.Tensor:
-    """Return float32 values with 0 in place of NaN and infinities."""
-    return values.float().nan_to_num(0.0, posinf=0.0, neginf=0.0)
+def column_numbers(values: torch.Tensor) -> torch.Tensor:
+    """Return 0, 1, … for the columns of a matrix, on its device."""
+    return torch.arange(values.shape[1], device=values.device)
 
 
 def row_slices(rows: int, size: int) -> list[slice]:
@@ -2916,11 +2976,11 @@ def row_slices(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
-def concatenate(parts: list[Tokens]) -> Tokens:
-    """Join results row after row."""
+def concatenate(parts: list[T]) -> T:
+    """Join results of one kind row after row."""
     if len(parts) == 1:
         return parts[0]
-    names = [f.name for f in fields(parts[0])]
+    names = [f.name for f in fields(cast(Any, parts[0]))]
     return type(parts[0])(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
 
 
@@ -2956,24 +3016,6 @@ def quantize_tokens(
     tokens: ExtractedTokens, actual_logits: torch.Tensor, *, bits: int
 ) -> GPUBatchResult:
     """Quantize nucleus and tail of each token and add up the nucleus' probability."""
-    count = len(actual_logits)
-    return concatenate(
-        [
-            quantize_some(take_rows(tokens, rows), actual_logits[rows], bits=bits)
-            for rows in row_slices(count, QUANTIZED_AT_ONCE)
-        ]
-    )
-
-
-def take_rows(tokens: ExtractedTokens, rows: slice) -> ExtractedTokens:
-    """Return some of the tokens, without a copy."""
-    return ExtractedTokens(**{f.name: getattr(tokens, f.name)[rows] for f in fields(tokens)})
-
-
-def quantize_some(
-    tokens: ExtractedTokens, actual_logits: torch.Tensor, *, bits: int
-) -> GPUBatchResult:
-    """Do the same at once, with temporaries of the size of the tokens."""
     top_q, top_min, top_max = quantize_rows(tokens.top_logits, tokens.top_counts, bits=bits)
     sampled_q, sampled_min, sampled_max = quantize_rows(tokens.sampled_logits, bits=bits)
     beyond = column_numbers(tokens.top_logits) >= tokens.top_counts.unsqueeze(1)
@@ -3024,345 +3066,50 @@ def quantize_rows(
     return quantized.int(), low, high
 
 
-def column_numbers(values: torch.Tensor) -> torch.Tensor:
-    """Return 0, 1, … for the columns of a matrix, on its device."""
-    return torch.arange(values.shape[1], device=values.device)
+# The read on a GPU: plain torch makes four passes over the logits there, this makes one.
 
-
-def takes_kernels(logits: torch.Tensor, *, top_p_max: int, sampled_n: int) -> bool:
-    """Tell whether logits are extracted by Triton kernels."""
-    singles = -(-max(top_p_max, HELD_BLOCKS) // BLOCK)
-    fits = sampled_n + SPARE_BLOCKS + singles <= DRAWN_BLOCKS
-    vocab, aligned = logits.shape[1], logits.stride(0) % 16 == 0
-    return (
-        logits.is_cuda
-        and triton is not None
-        and fits
-        and kernels_agree(logits.device, logits.dtype, vocab, aligned, top_p_max, sampled_n)
-    )
+tl: Any = None  # triton.language, once `read_kernel` has found it
 
 
 @functools.cache
-def kernels_agree(
-    device: torch.device,
-    dtype: torch.dtype,
-    vocab: int,
-    aligned: bool,
-    top_p_max: int,
-    sampled_n: int,
-) -> bool:
-    """Compare the kernels with plain torch on rows of many kinds, once, on the device itself.
-
-    A driver, compiler or card that gets one of them wrong, or that has no compiler at all, costs
-    speed then, and no token. Rows that begin at multiples of 16 values, or not, have kernels of
-    their own.
-
-    Raises:
-        torch.OutOfMemoryError: the device is full, which says nothing about the kernels.
-    """
+def read_kernel(device: torch.device) -> Callable[[Any], Any] | None:
+    """Return `weigh_blocks` as one Triton kernel, None where it does not run or is not right."""
+    global tl
     try:
-        rows = checked_rows(device, dtype, vocab, aligned, top_p_max + sampled_n)
-        wrong = wrong_fields(rows, top_p_max=top_p_max, sampled_n=sampled_n)
-        why = f"differ from plain torch in {', '.join(wrong)}" if wrong else ""
+        import triton
+        import triton.language as tl
+
+        jitted = triton.jit(weigh_kernel)
+
+        def read(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = logits if logits.stride(1) == 1 else logits.contiguous()
+            (rows, vocab), group = logits.shape, 32
+            count = -(-vocab // BLOCK)
+            maxima, sums = torch.empty(2, rows, count, device=logits.device)
+            with torch.cuda.device_of(logits):
+                jitted[(rows * -(-count // group),)](
+                    logits, logits.stride(0), maxima, sums, vocab, count, GROUP=group
+                )
+            return maxima, sums
+
+        trial = torch.linspace(-9, 9, 2 * 300, device=device).view(2, 300)
+        padded = torch.nn.functional.pad(trial, (0, 20), value=float("-inf"))
+        want = sum_blocks(padded.unflatten(1, (5, BLOCK)))
+        for ours, theirs in zip(read(trial), want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever Triton and its compiler raise
-        why = f"do not run: {first_line(error)}"
-    if why:
-        logger.warning("extraction goes without its Triton kernels, slower: they %s", why)
-    return not why
+        logger.warning("logits are read by plain torch, slower: no kernel, %s", first_line(error))
+        return None
+    return read
 
 
-def checked_rows(
-    device: torch.device, dtype: torch.dtype, vocab: int, aligned: bool, possible: int
-) -> torch.Tensor:
-    """Return rows of logits of many kinds, one with as many possible tokens as are kept."""
-    spreads = torch.tensor(CHECKED_SPREADS, device=device).unsqueeze(1)
-    stride = vocab + (-vocab % 16 if aligned else vocab % 16 == 0)
-    generator = torch.Generator(device).manual_seed(1)
-    rows = torch.randn(len(spreads), stride, device=device, generator=generator).mul_(spreads)
-    rows[-1] = rows[-1].bfloat16()  # has ties
-    rows[-2, possible:] = float("-inf")
-    return rows.to(dtype)[:, :vocab]
-
-
-def wrong_fields(rows: torch.Tensor, *, top_p_max: int, sampled_n: int) -> list[str]:
-    """Return the fields in which the kernels differ from plain torch, then break the rows."""
-    sizes: dict[str, Any] = {"top_p": 0.98, "top_p_max": top_p_max, "sampled_n": sampled_n}
-    number = torch.arange(len(rows), device=rows.device)
-    got = extract_by_kernels(rows, number, number + 1, seed=1, **sizes)
-    want = extract_by_blocks(rows, row_states(number, number + 1, seed=1), **sizes)
-    wrong = [f.name for f in fields(want) if differs(f.name, got, want)]
-    rows[::2, 7], rows[1::2, -1] = float("nan"), float("inf")
-    broken = extract_by_kernels(rows, number, number + 1, seed=1, **sizes)
-    return [*wrong, "rows that are broken"] if broken.usable.any() else wrong
-
-
-def differs(name: str, got: ExtractedTokens, want: ExtractedTokens) -> bool:
-    """Tell whether a field differs; the log-sum-exp by more than float32 sums explain."""
-    ours, theirs = getattr(got, name), getattr(want, name)
-    if name == "logsumexp":
-        return bool(((ours - theirs).abs() > 1e-7).any())
-    return not torch.equal(ours, theirs)
-
-
-def extract_by_kernels(
-    logits: torch.Tensor,
-    index: torch.Tensor,
-    position: torch.Tensor,
-    *,
-    top_p: float,
-    top_p_max: int,
-    sampled_n: int,
-    seed: int,
-) -> ExtractedTokens:
-    """Do what `extract_by_blocks` does in six launches, which ask the device for nothing."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    rows, vocab = logits.shape
-    k = min(max(top_p_max, HELD_BLOCKS), vocab)
-    maxima, sums, logsumexp, keys = hold_by_kernels(logits, k)
-    new = functools.partial(torch.empty, device=logits.device)
-    top_ids, top_logits = new(rows, k, dtype=torch.int32), new(rows, k)
-    counts, usable = new(rows, dtype=torch.int32), new(rows, dtype=torch.bool)
-    enough = np.float64(top_p - NUCLEUS_SLACK if top_p < 1 else math.inf).view(np.int64).item()
-    cap = min(top_p_max, vocab)
-    outputs = (top_ids, top_logits, counts)
-    launch(rank_kernel, rows, keys, logsumexp, *outputs, enough, k, cap, lanes=k)
-    state = (
-        index.contiguous(),
-        position.contiguous(),
-        int(mix64_(torch.tensor([seed]) + SPLITMIX_STEP)),
-    )
-    count = maxima.shape[1]
-    running = min(sampled_n + SPARE_BLOCKS, count)
-    runners = new(rows, running, dtype=torch.int32)
-    launch(race_kernel, rows, maxima, sums, *state, runners, count, running, lanes=count)
-    sampled_ids = torch.zeros(rows, sampled_n, dtype=torch.int32, device=logits.device)
-    sampled_logits = torch.zeros_like(sampled_ids, dtype=torch.float32)  # rows may lack candidates
-    launch(
-        draw_kernel, rows, logits, logits.stride(0), logsumexp, top_ids, counts, *state, runners,
-        sampled_ids, sampled_logits, usable, vocab, k, running, sampled_n,
-        lanes=(running + -(-k // BLOCK)) * BLOCK,
-    )  # fmt: skip
-    if top_p_max > k:  # K may exceed the vocabulary
-        top_ids, top_logits = (
-            torch.nn.functional.pad(values, (0, top_p_max - k)) for values in (top_ids, top_logits)
-        )
-    return ExtractedTokens(
-        logsumexp=logsumexp,
-        top_ids=top_ids[:, :top_p_max],
-        top_logits=top_logits[:, :top_p_max],
-        top_counts=counts,
-        sampled_ids=sampled_ids,
-        sampled_logits=sampled_logits,
-        usable=usable,
-    )
-
-
-def hold_by_kernels(
-    logits: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the k largest of each row and weigh the blocks without them.
-
-    Returns:
-        (N, C) float32 maxima and sums of the blocks as by `sum_blocks`, (N,) float64 log-sum-exp of
-        the whole row, (N, k) int64 the k largest in ascending order of ids, as keys that order as
-        `top_k_ids` says.
-    """
-    rows, vocab = logits.shape
-    new = functools.partial(torch.empty, device=logits.device)
-    maxima, sums = sum_blocks_by_kernel(logits)
-    count = maxima.shape[1]
-    held = min(k, count)
-    blocks, keys = new(rows, held, dtype=torch.int32), new(rows, k, dtype=torch.int64)
-    edges, largest = new(rows, dtype=torch.int32), new(rows)
-    others, logsumexp = new(2, rows, dtype=torch.float64)
-    chosen = (blocks, edges, largest, others)
-    launch(choose_kernel, rows, maxima, sums, *chosen, count, held, lanes=count)
-    launch(
-        hold_kernel, rows, logits, logits.stride(0), *chosen, maxima, sums, keys, logsumexp,
-        vocab, count, held, k, lanes=held * BLOCK,
-    )  # fmt: skip
-    return maxima, sums, logsumexp, keys
-
-
-def sum_blocks_by_kernel(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `sum_blocks` does, for (N, V) logits, in one launch that reads them once."""
-    rows, vocab = logits.shape
-    count, group = -(-vocab // BLOCK), 32
-    maxima, sums = torch.empty(2, rows, count, device=logits.device)
-    with torch.cuda.device_of(logits):
-        weigh_kernel[(rows * -(-count // group),)](
-            logits,
-            logits.stride(0),
-            maxima,
-            sums,
-            vocab,
-            count,
-            GROUP=group,
-            enable_fp_fusion=False,
-        )
-    return maxima, sums
-
-
-def launch(kernel: Any, rows: int, *args: Any, lanes: int) -> None:
-    """Run a kernel with one program for each row, of lanes rounded up to a power of two."""
-    lanes = max(BLOCK, 1 << (lanes - 1).bit_length())
-    with torch.cuda.device_of(args[0]):
-        kernel[(rows,)](*args, LANES=lanes, num_warps=warps_for(lanes), enable_fp_fusion=False)
-
-
-def warps_for(lanes: int) -> int:
-    """Return how many warps share the lanes of a program; with fewer, registers would spill."""
-    return min(max(lanes // LANES_PER_WARP, 1), 16)
-
-
-# The kernels: `extract_by_blocks` for a GPU, where its three hundred small operations would take
-# longer than reading the logits. A program works on one row, and reads nothing that another one of
-# the same launch wrote. Kernels see no constants of this module: LOWEST and those of SplitMix64
-# stand in them as numbers, BLOCK as 64.
-
-
-# Arguments that differ from launch to launch: without a kernel compiled for each of their kinds (1,
-# multiples of 16), none is compiled after the kernels were checked.
-AS_THEY_COME = ["seed_state", "top_p_bits", "index", "position", "sums", "logsumexp"]
-
-
-def jit(function: Callable[..., Any]) -> Any:
-    """Make a function a Triton kernel where there is Triton."""
-    return triton.jit(function, do_not_specialize=AS_THEY_COME) if triton else function
-
-
-@jit
-def mixed(z):  # type: ignore[no-untyped-def]
-    """Scramble uint64 values: `mix64_`."""
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@jit
-def row_state(seed_state, index, position, row):  # type: ignore[no-untyped-def]
-    """Return the state of a row's random stream, uint64: `row_states`."""
-    state = seed_state.to(tl.int64).to(tl.uint64)
-    state = mixed((state ^ tl.load(index + row).to(tl.uint64)) + 0x9E3779B97F4A7C15)
-    return mixed((state ^ tl.load(position + row).to(tl.uint64)) + 0x9E3779B97F4A7C15)
-
-
-@jit
-def random_bits(state, counters):  # type: ignore[no-untyped-def]
-    """Return a random uint64 per counter, of which `exponential_clocks` takes the first 53 bits."""
-    return mixed(state + (counters.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15)
-
-
-@jit
-def log_clocks(state, counters):  # type: ignore[no-untyped-def]
-    """Return the logarithms of `exponential_clocks`, float64.
-
-    The logarithm of 1 - u is that of 1 - u rounded, and what the rounding took away.
-    """
-    bits = random_bits(state, counters) >> 11
-    u = (bits.to(tl.float64) + 0.5) * 1.1102230246251565e-16  # 2**-53
-    rest = 1.0 - u
-    return tl.log(-(tl.log(rest) + ((1.0 - rest) - u)))
-
-
-@jit
-def rough_clocks(state, counters):  # type: ignore[no-untyped-def]
-    """Return `exponential_clocks` as float32, from 31 bits: good enough to tell who may win.
-
-    Clocks beyond 17, one in 3e7, return 17, so that nobody who might still win is left out.
-    """
-    bits = (random_bits(state, counters) >> 33).to(tl.int32)
-    u = (bits.to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
-    rest = tl.maximum(1.0 - u, 2.9802322387695312e-08)  # 2**-25
-    return -(tl.log(rest) + ((1.0 - rest) - u))
-
-
-@jit
-def in_order(values):  # type: ignore[no-untyped-def]
-    """Return int32 in the order of float32 values, -0.0 and 0.0 as one."""
-    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@jit
-def as_floats(order):  # type: ignore[no-untyped-def]
-    """Return the float32 values of which `in_order` made integers."""
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@jit
-def log_count(count):  # type: ignore[no-untyped-def]
-    """Return roughly the logarithm of a count, to some base: the bits of a float32."""
-    return (count.to(tl.float32) + 0.5).to(tl.int32, bitcast=True).to(tl.float32)
-
-
-@jit
-def mark_largest(order, low, k):  # type: ignore[no-untyped-def]
-    """Return bool, true for the k largest of the int32 values of floats, ties: the first ones.
-
-    Guesses the k-th largest until as many as k are no less, as if the logarithm of how many are no
-    less fell evenly; after eight guesses, or without finite bounds, by halves.
-
-    Args:
-        order: (LANES,) by `in_order`.
-        low: where the k-th largest is sought from; where it is less, the search takes longer.
-
-    Returns:
-        The marks, and what is no more than the k-th largest.
-    """
-    k = tl.full((), k, tl.int32)
-    high = tl.max(order)
-    found = tl.sum((order >= low).to(tl.int32))
-    low = tl.where(found < k, -2147483648, low)
-    found = tl.where(found < k, order.shape[0], found)
-    above = found - found
-    step = found - found
-    while (low != high) & (found != k):  # `found` are no less than `low`, `above` exceed `high`
-        first, last = as_floats(low), as_floats(high)
-        part = (log_count(found) - log_count(k)) / (log_count(found) - log_count(above))
-        guess = first + (last - first) * part
-        middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
-        trial = tl.where((step < 8) & (tl.abs(guess) < float("inf")), in_order(guess), middle)
-        trial = tl.minimum(tl.maximum(trial, low + 1), high)
-        count = tl.sum((order >= trial).to(tl.int32))
-        low = tl.where(count >= k, trial, low)
-        found = tl.where(count >= k, count, found)
-        high = tl.where(count >= k, high, trial - 1)
-        above = tl.where(count >= k, above, count)
-        step += 1
-    chosen = order >= low
-    if found != k:
-        equal = order == low
-        places = k - found + tl.sum(equal.to(tl.int32))
-        chosen = (order > low) | (equal & (tl.cumsum(equal.to(tl.int32)) <= places))
-    return chosen, low
-
-
-@jit
-def mark_blocks(values, inside, k):  # type: ignore[no-untyped-def]
-    """Return what `mark_largest` does of float32 values, which count where `inside` says so."""
-    order = in_order(values)
-    lowest = tl.min(tl.where(inside, order, 2147483647))
-    return mark_largest(tl.where(inside, order, -2147483648), lowest, k)
-
-
-@jit
-def store_marked(target, values, marks, count):  # type: ignore[no-untyped-def]
-    """Store the marked values one after the other, `count` of them."""
-    at = tl.cumsum(marks.to(tl.int32)) - 1
-    tl.store(target + at, values, mask=marks & (at < count))
-
-
-@jit
-def weigh_kernel(  # type: ignore[no-untyped-def]
-    logits, row_stride, maxima, sums, vocab, count, GROUP: tl.constexpr
-):
+def weigh_kernel(logits, row_stride, maxima, sums, vocab, count, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return maximum and sum of 32 blocks of one row: `sum_blocks`.
 
     In loads of 16 bytes, where rows begin at multiples of 16 values. A NaN need not reach the
-    maximum, but it always reaches the sum.
+    maximum, but it always reaches the sum. Kernels see no constants of this module.
     """
     groups = tl.cdiv(count, GROUP)  # neighbours in launch order are neighbours in memory
     row = (tl.program_id(0) // groups).to(tl.int64)  # rows times vocabulary exceeds 32 bits
@@ -3375,152 +3122,6 @@ def weigh_kernel(  # type: ignore[no-untyped-def]
     total = tl.sum(tl.exp(values - floor[:, None]), axis=1)
     tl.store(maxima + row * count + block, top, mask=block < count)
     tl.store(sums + row * count + block, total, mask=block < count)
-
-
-@jit
-def choose_kernel(  # type: ignore[no-untyped-def]
-    maxima, sums, blocks, edges, largest, others, count, held, LANES: tl.constexpr
-):
-    """Choose the `held` blocks with the largest maxima, ascending, and add up the others."""
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, LANES)
-    inside = block < count
-    top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
-    chosen, edge = mark_blocks(top, inside, held)
-    tl.store(edges + row, edge)
-    store_marked(blocks + row * held, block, chosen, held)
-    floor = tl.maximum(tl.max(top), -3.4028234663852886e38)
-    total = tl.load(sums + row * count + block, mask=inside, other=0.0).to(tl.float64)
-    total *= tl.exp(top.to(tl.float64) - floor.to(tl.float64))
-    tl.store(others + row, tl.sum(tl.where(chosen, 0.0, total)))
-    tl.store(largest + row, floor)
-
-
-@jit
-def hold_kernel(  # type: ignore[no-untyped-def]
-    logits, row_stride, blocks, edges, largest, others, maxima, sums, keys, logsumexp,
-    vocab, count, held, k, LANES: tl.constexpr
-):  # fmt: skip
-    """Pick the k largest of the held blocks, weigh these blocks without them, and the whole row."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    block = tl.load(blocks + row * held + lane // 64, mask=lane < held * 64, other=0)
-    ids = block * 64 + lane % 64
-    inside = (lane < held * 64) & (ids < vocab)
-    values = tl.load(logits + row * row_stride + ids, mask=inside, other=float("-inf"))
-    values = values.to(tl.float32)
-    order = tl.where(inside, in_order(values), -2147483648)
-    chosen, _ = mark_largest(order, tl.load(edges + row), k)
-    key = (order.to(tl.int64) << 31) | (2147483647 - ids).to(tl.int64)
-    store_marked(keys + row * k, key, chosen, k)
-    floor = tl.load(largest + row).to(tl.float64)
-    total = tl.sum(tl.exp(values.to(tl.float64) - floor)) + tl.load(others + row)
-    tl.store(logsumexp + row, floor + tl.log(total))
-    left = tl.reshape(tl.where(chosen, float("-inf"), values), (LANES // 64, 64))
-    top = tl.max(left, axis=1)
-    shift = tl.maximum(top, -3.4028234663852886e38)
-    total_left = tl.sum(tl.exp(left - shift[:, None]), axis=1)
-    number = tl.arange(0, LANES // 64)
-    place = tl.load(blocks + row * held + number, mask=number < held, other=0)
-    tl.store(maxima + row * count + place, top, mask=number < held)
-    tl.store(sums + row * count + place, total_left, mask=number < held)
-
-
-@jit
-def rank_kernel(  # type: ignore[no-untyped-def]
-    keys, logsumexp, top_ids, top_logits, counts, top_p_bits, k, top_p_max, LANES: tl.constexpr
-):
-    """Sort the k largest and count the nucleus: `count_nucleus`."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    key = tl.load(keys + row * k + lane, mask=lane < k, other=-9223372036854775808)
-    key = tl.sort(key, descending=True)
-    values = as_floats((key >> 31).to(tl.int32))
-    ids = 2147483647 - (key & 2147483647)
-    possible = (lane < k) & (lane < top_p_max) & (values > float("-inf"))
-    p = tl.exp(values.to(tl.float64) - tl.load(logsumexp + row))
-    reached = tl.cumsum(tl.where(possible, p, 0.0))
-    enough = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    short = possible & (reached < enough)
-    count = tl.minimum(tl.sum(short.to(tl.int32)) + 1, tl.sum(possible.to(tl.int32)))
-    tl.store(counts + row, tl.maximum(count, 1))
-    tl.store(top_ids + row * k + lane, ids.to(tl.int32), mask=lane < k)
-    finite = tl.abs(values) < float("inf")
-    tl.store(top_logits + row * k + lane, tl.where(finite, values, 0.0), mask=lane < k)
-
-
-@jit
-def race_kernel(  # type: ignore[no-untyped-def]
-    maxima, sums, index, position, seed_state, runners, count, running, LANES: tl.constexpr
-):
-    """Let the blocks race and keep the first `running` of them, in no order of arrival."""
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, LANES)
-    inside = block < count
-    top = tl.load(maxima + row * count + block, mask=inside, other=float("-inf"))
-    total = tl.load(sums + row * count + block, mask=inside, other=0.0)
-    weight = top - tl.maximum(tl.max(top), -3.4028234663852886e38)
-    state = row_state(seed_state, index, position, row)
-    clocks = rough_clocks(state, 4294967296 + block.to(tl.int64))
-    chosen, _ = mark_blocks(weight - tl.log(clocks / total), inside, running)
-    store_marked(runners + row * running, block, chosen, running)
-
-
-@jit
-def arrivals(state, ids, values, block):  # type: ignore[no-untyped-def]
-    """Return when tokens arrive, (64, C) float64 logarithms; those of block -1 race one by one.
-
-    A token whose own clock rings e**40 times later than its block starts arrives by that clock.
-    """
-    clocks = log_clocks(state, ids) - values
-    top = tl.maximum(tl.max(values, axis=0), -1.7976931348623157e308)
-    weight = top + tl.log(tl.sum(tl.exp(values - top[None, :]), axis=0))
-    start = (log_clocks(state, 4294967296 + block.to(tl.int64)) - weight)[None, :]
-    behind = clocks - start
-    delay = tl.exp(tl.minimum(behind, 40.0))
-    arrival = start + tl.log(1.0 + (delay - tl.min(delay, axis=0)[None, :]))
-    return tl.where((block[None, :] < 0) | (behind > 40.0), clocks, arrival)
-
-
-@jit
-def draw_kernel(  # type: ignore[no-untyped-def]
-    logits, row_stride, logsumexp, top_ids, counts, index, position, seed_state, runners,
-    sampled_ids, sampled_logits, usable, vocab, k, running, sampled_n, LANES: tl.constexpr
-):  # fmt: skip
-    """Let the tokens of the first blocks and what is left of the k largest race: `sample_tail`."""
-    row = tl.program_id(0).to(tl.int64)
-    number = tl.arange(0, LANES // 64)
-    block = tl.load(runners + row * running + number, mask=number < running, other=-1)
-    column = tl.arange(0, 64)[:, None]  # a thread has all that a warp has of a block
-    alone = (number - running)[None, :] * 64 + column  # behind the blocks stand the k largest
-    in_block = (number < running)[None, :] & (column < 64)
-    single = (alone < k) & (alone >= tl.load(counts + row))
-    ids = tl.load(top_ids + row * k + alone, mask=single, other=vocab)
-    ids = tl.where(in_block, block[None, :] * 64 + column, ids)
-    values = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf"))
-    values = values.to(tl.float32)
-    last_id = tl.load(top_ids + row * k + k - 1)
-    last = tl.load(logits + row * row_stride + last_id).to(tl.float32)
-    after = (values < last) | ((values == last) & (ids > last_id))
-    races = (tl.abs(values) < float("inf")) & (single | (in_block & after))
-    raced = tl.where(races, values.to(tl.float64), float("-inf"))
-    arrival = arrivals(row_state(seed_state, index, position, row), ids, raced, block)
-    arrival = tl.reshape(tl.where(races, arrival, float("inf")), (LANES,))
-    lane = tl.arange(0, LANES)
-    place = tl.full((LANES,), -1, tl.int32)
-    latest = tl.load(logsumexp + row) * 0.0  # NaN where the row is no distribution
-    for draw in range(sampled_n):
-        first, at = tl.min(arrival, axis=0, return_indices=True)
-        latest += first
-        place = tl.where(lane == at, draw, place)
-        arrival = tl.where(lane == at, float("inf"), arrival)
-    drawn = place >= 0
-    tl.store(usable + row, tl.abs(latest) < float("inf"))
-    where = row * sampled_n + place
-    ids = tl.reshape(tl.minimum(ids, vocab - 1), (LANES,))
-    values = tl.reshape(tl.where(races, values, 0.0), (LANES,))
-    tl.store(sampled_ids + where, ids, mask=drawn)
-    tl.store(sampled_logits + where, values, mask=drawn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6264,11 +5865,11 @@ def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
     """Open tokenizer, template and source, and refuse what cannot work before it costs time."""
     recorded = find_recorded_settings(config, stop=stop)
     config, dataset_revision = pin_revisions(config, recorded)
+    resolve_device(config.device)
+    model_config = load_model_config(config)
     tokenizer = load_tokenizer(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
-    resolve_device(config.device)
-    model_config = load_model_config(config)
     template = load_chat_template(config.chat_template, tokenizer)
     source = open_source(
         config.dataset,
@@ -6363,13 +5964,12 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
 
 
 def check_vocabulary(config: ExtractionConfig, tokenizer: Any) -> int:
-    """Return V, the tokenizer's highest id plus one; rows of the head beyond it are padding."""
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    if vocab_size - 1 > MAX_TOKEN_ID:
-        raise TeacherError(
-            f"{config.model}: its token ids go up to {vocab_size - 1}, the format holds ids up to "
-            f"{MAX_TOKEN_ID}; this teacher cannot be stored"
-        )
+    """Return V, the ids that a row may hold; rows of the head beyond it never enter.
+
+    They end with the tokenizer's highest id, or before where the format does: a row with such an
+    id is skipped as `id_too_large`.
+    """
+    vocab_size = min(max(tokenizer.get_vocab().values()), MAX_TOKEN_ID) + 1
     check_candidates(vocab_size, top_p_max=config.top_p_max, sampled_n=config.sampled_n)
     return vocab_size
 
@@ -6390,17 +5990,7 @@ def describe_settings(
             name: importlib.metadata.version(name)
             for name in ("torch", "transformers", "datasets", "pyarrow")
         },
-        **describe_quantization(model_config),
     }
-
-
-def describe_quantization(model_config: Any) -> dict[str, Any]:
-    """Return how the weights of a checkpoint are quantized, nothing where they are not."""
-    found: Any = getattr(model_config, "quantization_config", None)
-    if found is None:
-        return {}
-    found = found.to_dict() if hasattr(found, "to_dict") else found
-    return {"quantization": json.loads(json.dumps(found, default=str, sort_keys=True))}
 
 
 def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
@@ -6416,8 +6006,7 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
         return run_tasks(config)
     if not config.tensor_parallel:
         return run_alone(config)
-    if not join_group(config):
-        return follow_leader()
+    join_group(config)
     summary = run_alone(config)
     leave_group()
     return summary
@@ -6442,6 +6031,9 @@ def run_until(config: ExtractionConfig, interrupt: GracefulInterrupt) -> dict[st
         raise ConfigError("stopped at --verify-mask: nothing was extracted")
     if config.plan:
         return plan_until(job, interrupt)
+    if in_group() and torch.distributed.get_rank():  # the first process alone writes
+        Extraction(job, RowKeeper(), lambda: False).extract()
+        return {"exit_code": 0}
     deadline = TimedShutdown(
         config.max_runtime_minutes,
         elapsed_s=process_age_s(),
@@ -6556,6 +6148,10 @@ class Extraction:
         self.begin_step = begin_step
         resumed = uploader.get_resume_info()
         self.done = np.union1d(resumed.done, resumed.pending)
+        if in_group():
+            told = [self.done]
+            torch.distributed.broadcast_object_list(told, device=torch.device("cpu"))
+            self.done = told[0]
         self.skipped: dict[int, str] = {}
         self.suspects: list[EncodedRow] = []
         self.rows = self.tokens = self.unusable = 0
@@ -6596,10 +6192,10 @@ class Extraction:
 
     def extract_window(self, prepared: PreparedDataset, post: AsyncPostProcessor) -> bool:
         """Run what is left of a prepared dataset; False when told to stop before its end."""
-        if self.should_stop():
+        if agree(self.should_stop()):
             return False
         for batch in self.remaining_batches(prepared):
-            if self.should_stop():
+            if agree(self.should_stop()):
                 return False
             self.submit(batch, post)
             self.retry_alone(post)
@@ -6640,8 +6236,7 @@ class Extraction:
         assert self.teacher is not None
         config, device = self.job.config, self.teacher.device
         limited = config.max_batch_tokens or config.max_batch_size or config.batch_thresholds
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if device.type == "cuda" and alone and not limited and self.found_tokens is None:
+        if device.type == "cuda" and not in_group() and not limited and self.found_tokens is None:
             self.found_tokens = find_batch_tokens(
                 self.run_with_headroom,
                 length=int(prepared.lengths.max()),
