@@ -2274,8 +2274,8 @@ class Teacher:
             return alone
         if forced:
             raise TeacherError(
-                f"--attn {chosen} is not what the configuration says: {problem}, against {trusted}; "
-                "leave --attn at auto"
+                f"--attn {chosen} is not what the configuration says: {problem}, against "
+                f"{trusted}; leave --attn at auto"
             )
         logger.info("attention %s instead of %s: %s", trusted, chosen, problem)
         set_attention(self.model, trusted)
@@ -2332,11 +2332,13 @@ class Teacher:
         else:
             self.layout, self.layout_reason = "single", problem
             got = self._probe([row, short, *others])
-        off = foresight(got)
-        limit = FORESIGHT if self.dtype == torch.float32 else self._rounding()
-        if off > limit and self.dtype != torch.float32:  # experts may flip, but not twice
-            row, short, *others = probe_rows(self.vocab_size, seed=1)
-            off = min(off, foresight(self._probe([row, short, *others])))
+        off, limit = foresight(got, [got[0]] * len(others)), FORESIGHT
+        if off > limit and self.dtype != torch.float32:
+            # rounding may depend on the place in the batch, and in mixtures of experts on the
+            # neighbours: then the first row, where nothing changes, changes as well
+            again = self._probe(probe_rows(self.vocab_size, turn=3))
+            off = min(off, foresight(got, again[2:]))
+            limit = FORESIGHT if torch.equal(again[0], got[0]) else self._rounding()
         if not off <= limit:
             raise TeacherError(
                 f"{type(self.model).__name__} is not causal: other tokens at the end change the "
@@ -2380,25 +2382,25 @@ def set_attention(model: Any, name: str) -> list[tuple[Any, Any]]:
     return before
 
 
-def probe_rows(vocab_size: int, *, seed: int = 0) -> list[torch.Tensor]:
+def probe_rows(vocab_size: int, *, turn: int = 2) -> list[torch.Tensor]:
     """Return the rows of the start-up checks: arbitrary but fixed ids.
 
     A row, a shorter one, and the first again with other tokens from each of PROBE_CUTS on. The ids
     are from the middle of the vocabulary, as those that mean an image stand at its ends.
     """
-    low, count = vocab_size // 4, max(2, vocab_size // 2)
-    draw = np.random.default_rng(seed)
+    low, count = vocab_size // 4, max(4, vocab_size // 2)
+    draw = np.random.default_rng(0)
     row, short = (
         torch.from_numpy(low + draw.integers(0, count, n)) for n in (PROBE_TOKENS, PROBE_SHORT)
     )
-    other = low + (row - low + count // 2) % count
+    other = low + (row - low + count // turn) % count
     return [row, short, *(torch.cat([row[:cut], other[cut:]]) for cut in PROBE_CUTS)]
 
 
-def foresight(logits: list[torch.Tensor]) -> float:
-    """Return how far the logits of `probe_rows` differ where only later tokens do."""
-    pairs = zip(logits[2:], PROBE_CUTS, strict=True)
-    return max(float(disagreement(other[:cut], logits[0][:cut]).max()) for other, cut in pairs)
+def foresight(logits: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """Return how far the logits of `probe_rows` are from others' where only later tokens differ."""
+    pairs = zip(logits[2:], others, PROBE_CUTS, strict=True)
+    return max(float(disagreement(got[:cut], want[:cut]).max()) for got, want, cut in pairs)
 
 
 def disagreement(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -2411,9 +2413,7 @@ def disagreement(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return error / expected.std(-1).nan_to_num(1.0).clamp_min(1e-6)
 
 
-def pad_rows(
-    rows: list[torch.Tensor], device: torch.device, *, masked: bool
-) -> dict[str, torch.Tensor | None]:
+def pad_rows(rows: list[torch.Tensor], device: torch.device, *, masked: bool) -> dict[str, Any]:
     """Return the inputs (B, S) of rows padded on the right, on the device.
 
     A causal model sees nothing to the right, so it needs no mask, and without one attention runs
@@ -2431,9 +2431,10 @@ def known_padding() -> Iterator[None]:
     No conversations are packed; asking the device would wait for all that was launched before, and
     leave it idle until the next launch.
     """
-    from transformers import masking_utils
+    import transformers.masking_utils as masks
 
-    ask = getattr(masking_utils, "find_packed_sequence_indices", None)
+    masking_utils: Any = masks
+    ask = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
@@ -2465,9 +2466,10 @@ def max_positions(config: Any) -> int | None:
     """Return how many positions the model has, None when its configuration names no limit."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+        with contextlib.suppress(NotImplementedError):  # so XLNet says that it has none
+            value = getattr(text, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
     return None
 
 
