@@ -1762,11 +1762,12 @@ def place_weights(
 @contextmanager
 def loading_errors(config: ExtractionConfig) -> Iterator[None]:
     """Turn what transformers raises while it loads into one TeacherError with the remedy."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (*LOADING_FAULTS, SafetensorError) as error:
+    except (*LOADING_FAULTS, SafetensorError, StrictDataclassError) as error:
         text = f"{error}".lower()
         if isinstance(error, torch.OutOfMemoryError):
             remedy = "use a larger GPU, --dtype bfloat16, or let one process see all GPUs"
@@ -2606,10 +2607,6 @@ class GPUBatchResult:
         return GPUBatchResult(**arrays)
 
 
-COPY_STREAMS = threading.local()  # a stream for each thread and device; a new one for each batch
-# would leave torch with 32 copies of the largest result, as memory stays with its first stream
-
-
 def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8]:
     """Return the bytes of tensors one after the other, by one transfer, once `ready` has passed."""
 
@@ -2618,10 +2615,7 @@ def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8
 
     if ready is None:
         return joined().cpu().numpy()
-    streams = COPY_STREAMS.__dict__
-    device = tensors[0].device
-    stream = streams.setdefault(str(device), None) or torch.cuda.Stream(device)
-    streams[str(device)] = stream
+    stream = copy_stream(tensors[0].device)
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         source = joined()
@@ -2629,6 +2623,21 @@ def fetch_bytes(tensors: list[torch.Tensor], ready: Any) -> npt.NDArray[np.uint8
         host.copy_(source, non_blocking=True)
     stream.synchronize()
     return host.numpy()
+
+
+COPY_STREAMS = threading.local()
+
+
+def copy_stream(device: torch.device) -> Any:
+    """Return the CUDA stream on which this thread copies from a device, always the same one.
+
+    Memory stays with the stream that it was first used on: with a new one for each batch, torch
+    would come to keep 32 copies of the largest result.
+    """
+    streams = COPY_STREAMS.__dict__
+    if str(device) not in streams:
+        streams[str(device)] = torch.cuda.Stream(device)
+    return streams[str(device)]
 
 
 def gpu_process_batch(

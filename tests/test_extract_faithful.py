@@ -74,7 +74,7 @@ def masked_lm(kind: str, **settings: Any) -> Any:
     [
         ("bert", {}),
         ("roberta", {"pad_token_id": 0}),
-        ("xlnet", {"d_inner": 48, "max_position_embeddings": None}),
+        ("xlnet", {"d_inner": 48, "d_head": 8, "max_position_embeddings": None}),
     ],
 )
 def test_a_model_that_sees_later_tokens_is_refused(
