@@ -1479,15 +1479,15 @@ def read_batch(dataset: ConversationDataset, positions: list[int]) -> Batch:
 HEAD_CHUNK_BYTES = 256 * 2**20  # float32 logits of one chunk
 CUDA_CHUNKS = 3  # such chunks at once on CUDA, where 300 launches a chunk cost more than its memory
 CAST_ROWS = 16_384  # vocabulary rows cast to float32 at a time where no kernel accumulates into it
-PROBE_TOKENS, PROBE_SHORT = 13, 5  # lengths of the probe's rows
-PROBE_CUTS = (7, 12)  # from here on tokens change; the same blocks end at neither of the two
+PROBE_TOKENS, PROBE_SHORT = 11, 4  # lengths of the probe's rows
+PROBE_CUTS = (7, 10)  # from here on tokens change; blocks of one size end at one of them at most
 # Disagreement, in units of the spread of a position's logits, that is still rounding: the largest
 # position's in float32, the median's in low precision, where a flipped choice of experts throws
 # single positions off. Seen: 2e-6, and 0.05 in bfloat16 at 48 layers; a wrong layout: 0.3 to 2.
 ROUNDING = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
-# What later tokens may change in float32, where shapes are the same and so is the rounding: in
-# mixtures of experts 3e-7, as rows change their groups; in all others 0.
-FORESIGHT = 1e-4
+# What later tokens may change where a row is rounded alike whatever its neighbours are. Seen: 0,
+# in Qwen3-Next 2e-7, as float32 experts change their groups.
+FORESIGHT = 1e-5
 WEIGHT_FILES = (  # as transformers looks for them
     "model.safetensors",
     "model.safetensors.index.json",
@@ -1523,8 +1523,8 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
             f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
             f"{config.model}; give at most {limit}"
         )
-    model = load_model(config, model_config, device)
     try:
+        model = load_model(config, model_config, device)
         teacher = Teacher(model, vocab_size=vocab_size, forced_attention=config.attn != "auto")
     except torch.OutOfMemoryError as error:
         raise TeacherError(
@@ -1532,6 +1532,8 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
             "use a larger GPU or --dtype bfloat16"
         ) from error
     except TeacherError as error:
+        if f"{error}".startswith("--model"):
+            raise
         raise TeacherError(f"--model {config.model}: {error}") from error
     logger.info(
         "teacher %s on %s in %s, attention %s, head %s in %s; %s: %s",
@@ -1681,24 +1683,6 @@ def resolve_attention(config: ExtractionConfig, dtype: str, device: torch.device
     return "flash_attention_2" if low and is_flash_attn_2_available() else None
 
 
-def check_dtype(name: str, device: torch.device) -> None:
-    """Refuse a dtype in which the device cannot multiply.
-
-    Raises:
-        TeacherError: it cannot.
-    """
-    if name == "auto":
-        return
-    try:
-        square = torch.zeros(8, 8, device=device, dtype=getattr(torch, name))
-        torch.mm(square, square)
-    except (RuntimeError, TypeError) as error:
-        raise TeacherError(
-            f"--dtype {name}: {device} does not compute in it ({first_line(error)}); "
-            "give --dtype float32"
-        ) from error
-
-
 def load_model(config: ExtractionConfig, model_config: Any, device: torch.device) -> Any:
     """Return the language model on `device`, every weight as the checkpoint has it.
 
@@ -1707,7 +1691,6 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
     """
     options, adapter = locate_model(config)
     dtype = resolve_dtype(config, model_config)
-    check_dtype(dtype, device)
     attention = resolve_attention(config, dtype, device)
     load = functools.partial(
         choose_class(config, model_config).from_pretrained,
@@ -1722,8 +1705,8 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
             if config.attn != "auto" or attention is None:
                 raise
             model, info = place_weights(config, device, load)  # the family has no such attention
-        check_weights(config, model, info, read_headers(options))
-        return model if adapter is None else merge_adapter(model, adapter, config)
+        check_weights(model, info, read_headers(options))
+        return model if adapter is None else merge_adapter(model, adapter, config.revision)
 
 
 def place_weights(
@@ -1779,6 +1762,8 @@ def loading_errors(config: ExtractionConfig) -> Iterator[None]:
             remedy = "GGUF is not read: give the checkpoint that it was made from"
         elif config.attn != "auto" and re.search("flash|attn|attention|kernels", text):
             remedy = "install that attention, or leave --attn at auto"
+        elif "ignore_mismatched_sizes" in text:
+            remedy = "its tensors have other sizes than vocab_size and the like in config.json say"
         elif isinstance(error, ImportError):
             remedy = "install the package that is named"
         elif isinstance(error, OSError):
@@ -1791,32 +1776,17 @@ def loading_errors(config: ExtractionConfig) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """What the header of a checkpoint's file says of one tensor."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it: F32, BF16, F8_E4M3
-
-    def rows(self, name: str, some: list[int]) -> torch.Tensor:
-        """Read some rows of the tensor, without the others."""
-        from safetensors import safe_open
-
-        with safe_open(self.file, "pt") as file:
-            content = file.get_slice(name)
-            return torch.cat([content[row : row + 1] for row in some])
+Stored = Mapping[str, tuple[str, tuple[int, ...], str]]  # of a tensor: file, shape, dtype as F32
 
 
-def read_headers(options: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def read_headers(options: Mapping[str, Any]) -> Stored:
     """Return what a checkpoint holds, by name; nothing of one that is not in safetensors."""
     from safetensors import safe_open
 
     source, revision = options["pretrained_model_name_or_path"], options["revision"]
-    single = find_file(source, WEIGHT_FILES[0], revision)
-    index = None if single else find_file(source, WEIGHT_FILES[1], revision)
-    names = [WEIGHT_FILES[0]] if single else []
-    if index:
+    single, index = (find_file(source, name, revision) for name in WEIGHT_FILES[:2])
+    names = [WEIGHT_FILES[0]]
+    if index and not single:
         parts = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(parts.values()))
     found = {}
@@ -1824,113 +1794,101 @@ def read_headers(options: Mapping[str, Any]) -> dict[str, StoredTensor]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 part = file.get_slice(name)
-                found[name] = StoredTensor(path, tuple(part.get_shape()), str(part.get_dtype()))
+                found[name] = (path, tuple(part.get_shape()), str(part.get_dtype()))
     return found
 
 
-def check_weights(
-    config: ExtractionConfig,
-    model: Any,
-    info: Mapping[str, Any],
-    stored: Mapping[str, StoredTensor],
-) -> None:
+def check_weights(model: Any, info: Mapping[str, Any], stored: Stored) -> None:
     """Refuse a model whose weights are not all those of its checkpoint.
 
     Raises:
         TeacherError: the checkpoint lacks weights, holds some that belong to the model and are not
             used, stores them in a precision that nothing scales, or has another head.
     """
-    kind = type(model).__name__
-    wrong = [name for name, *_ in info["mismatched_keys"]]
-    missing = sorted({*info["missing_keys"], *wrong} & set(model.state_dict()))
+    kind, version = type(model).__name__, importlib.metadata.version("transformers")
+    wrong = {name for name, *_ in info["mismatched_keys"]}  # where transformers only warns
+    missing = sorted((wrong | set(info["missing_keys"])) & set(model.state_dict()))
     if missing:
         raise TeacherError(
-            f"--model {config.model}: the checkpoint lacks {len(missing)} weights of {kind} "
-            f"({missing[0]}, …); it is no causal language model"
+            f"the checkpoint lacks {len(missing)} weights of {kind} ({missing[0]}, …); it is no "
+            "causal language model"
         )
     unused = sorted(name for name in info["unexpected_keys"] if belongs(model, name, stored))
     if unused:
         raise TeacherError(
-            f"--model {config.model}: {kind} does not use {len(unused)} tensors of the checkpoint "
-            f"({unused[0]}, …), so its logits would be wrong; give a checkpoint that transformers "
-            f"{importlib.metadata.version('transformers')} reads whole, such as one in bfloat16"
+            f"{kind} of transformers {version} does not use {len(unused)} tensors of the "
+            f"checkpoint ({unused[0]}, …), so its logits would be wrong; give a checkpoint that it "
+            "reads whole, such as one in bfloat16"
         )
-    if applied_quantization(model) is None:
-        for name, tensor in stored.items():
-            packed = tensor.dtype[0] in "IU" and name.endswith("weight") and len(tensor.shape) == 2
-            if tensor.dtype.startswith("F8") or packed:
-                raise TeacherError(
-                    f"--model {config.model} stores {name} as {tensor.dtype}, and transformers "
-                    f"finds no quantization that it knows in config.json to scale it by; give a "
-                    "checkpoint in bfloat16"
-                )
-    check_head(config, model, stored)
+    for name, (_, shape, dtype) in stored.items() if applied_quantization(model) is None else ():
+        packed = dtype[0] in "IU" and name.endswith("weight") and len(shape) == 2
+        if dtype.startswith("F8") or packed:
+            raise TeacherError(
+                f"it stores {name} as {dtype}, and transformers {version} knows no quantization in "
+                "config.json to scale it by; give a checkpoint in bfloat16"
+            )
+    check_head(model, stored)
 
 
-def belongs(model: Any, name: str, stored: Mapping[str, StoredTensor]) -> bool:
+def belongs(model: Any, name: str, stored: Stored) -> bool:
     """Tell whether a tensor that the model does not use belongs to it nevertheless.
 
     It does beside or below a module that the model has. Towers, and prediction layers beyond the
     model's own, stand by themselves: below the model, its body, or a list of layers.
     """
     modules = dict(model.named_modules())
-    parts, above, last = max(
-        (split_name(modules, name), split_name(modules, f"{model.base_model_prefix}.{name}")),
-        key=lambda split: len(split[1]),
-    )
-    module = modules[above]
-    shape = next((t.shape for key, t in stored.items() if name.endswith(key)), ())
-    if CONSTANT.search(name) or (name.endswith(".bias") and len(shape) == 4):
-        return False  # the latter are masks
-    if len(parts) == 1:
-        return last not in dict(module.named_buffers(recurse=False))
-    if isinstance(module, torch.nn.ModuleList):
+    splits = []
+    for parts in (name.split("."), [model.base_model_prefix, *name.split(".")]):
+        depth = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in modules)
+        splits.append((depth, modules[".".join(parts[:depth])], parts[depth:]))
+    _, module, rest = max(splits, key=lambda split: split[0])
+    shape = next((shape for key, (_, shape, _) in stored.items() if name.endswith(key)), ())
+    mask = rest[-1] == "bias" and len(shape) == 4
+    if CONSTANT.search(name) or mask or isinstance(module, torch.nn.ModuleList):
         return False
+    if len(rest) == 1:
+        return rest[0] not in dict(module.named_buffers(recurse=False))
     if not any(module is top for top in (model, model.base_model, model.get_decoder())):
         return True
-    head = model.get_output_embeddings()  # one of its own under another name
-    return len(parts) == 2 and len(shape) == 2 and head is not None and shape[0] == len(head.weight)
+    head = model.get_output_embeddings()  # its own may have another name
+    return len(rest) == 2 and len(shape) == 2 and head is not None and shape[0] == len(head.weight)
 
 
-def split_name(modules: Mapping[str, Any], name: str) -> tuple[list[str], str, str]:
-    """Split a tensor's name behind the last module that is there: the rest, the module, the end."""
-    parts = name.split(".")
-    depth = next(n for n in range(len(parts) - 1, -1, -1) if ".".join(parts[:n]) in modules)
-    return parts[depth:], ".".join(parts[:depth]), parts[-1]
-
-
-def check_head(config: ExtractionConfig, model: Any, stored: Mapping[str, StoredTensor]) -> None:
+def check_head(model: Any, stored: Stored) -> None:
     """Compare some rows of the loaded head with the checkpoint's, where it has one.
 
     Raises:
         TeacherError: the head is another one: tied, or drawn at random.
     """
+    from safetensors import safe_open
+
     head = model.get_output_embeddings()
     if head is None or not is_plain_linear(head) or hasattr(head.weight, "placements"):
         return
-    (name,) = (f"{key}.weight" for key, module in model.named_modules() if module is head)
-    leaf = name.rsplit(".", 2)[-2] + ".weight"
-    wrapped = [key for key in stored if key.endswith(f".{leaf}") and key.count(".") <= 2]
-    count = len(head.weight)
-    some = sorted({0, 1, count // 2, count - 1})
-    for key in [name] if name in stored else wrapped:
-        if stored[key].shape == tuple(head.weight.shape):
-            own = stored[key].rows(key, some).to(head.weight)
-            if torch.equal(own, head.weight.detach()[some]):
-                return
-    if name in stored or wrapped:
+    name = next(f"{key}.weight" for key, module in model.named_modules() if module is head)
+    leaf = "." + ".".join(name.split(".")[-2:])
+    wrapped = [key for key in stored if key.endswith(leaf) and key.count(".") <= 2]
+    names = [name] if name in stored else wrapped
+    for key in names:
+        file, shape, _ = stored[key]
+        with safe_open(file, "pt") as opened:
+            rows = [0, shape[0] // 2, shape[0] - 1]
+            part = opened.get_slice(key)
+            own = torch.cat([part[row : row + 1] for row in rows]).to(head.weight)
+        if shape == tuple(head.weight.shape) and torch.equal(own, head.weight.detach()[rows]):
+            return
+    if names:
         raise TeacherError(
-            f"--model {config.model}: the head of the loaded model is not {name} of the "
-            "checkpoint; set tie_word_embeddings and vocab_size in its config.json as it was "
-            "trained with"
+            f"the head of the loaded model is not {names[0]} of the checkpoint; set "
+            "tie_word_embeddings in its config.json as it was trained with"
         )
 
 
-def merge_adapter(model: Any, adapter: str, config: ExtractionConfig) -> Any:
+def merge_adapter(model: Any, adapter: str, revision: str | None) -> Any:
     """Return the model with a trained adapter added to its weights.
 
     Raises:
-        TeacherError: some of the adapter's weights are missing.
+        TeacherError: some of the adapter's weights are missing or not used.
     """
     import warnings
 
@@ -1938,11 +1896,11 @@ def merge_adapter(model: Any, adapter: str, config: ExtractionConfig) -> Any:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        merged = peft.PeftModel.from_pretrained(model, adapter, revision=config.revision)
+        merged = peft.PeftModel.from_pretrained(model, adapter, revision=revision)
         merged = merged.merge_and_unload()
     for warning in caught:
-        if "adapter keys" in str(warning.message):  # missing or unexpected ones
-            raise TeacherError(f"--model {config.model}: {warning.message}".splitlines()[0])
+        if "adapter keys" in str(warning.message):
+            raise TeacherError(str(warning.message).splitlines()[0])
     return merged
 
 
@@ -2257,17 +2215,19 @@ class Teacher:
         if chosen not in (None, trusted):
             before = set_attention(self.model, trusted)
             with contextlib.suppress(*LOADING_FAULTS):  # not every family can
-                want = self._plain_logits(inputs, torch.arange(PROBE_TOKENS))
+                want = self._plain_logits(inputs, torch.arange(PROBE_TOKENS)[PROBE_CUTS[0] :])
             for config, name in before:
                 config._attn_implementation_internal = name
         try:
             plain, alone = self._choose_head(inputs)
-            problem = "" if want is None else self._problem([plain], [want])
+            problem = "" if want is None else self._problem([plain[PROBE_CUTS[0] :]], [want])
         except torch.OutOfMemoryError:
             raise
         except LOADING_FAULTS as error:
             if want is None:
-                raise TeacherError(f"the model does not run: {first_line(error)}") from error
+                raise TeacherError(
+                    f"it does not run: {first_line(error)}; try --dtype float32"
+                ) from error
             problem = first_line(error)
         if cap is not None and (chosen == "sdpa" or not (forced or chosen == "eager")):
             problem = f"attn_logit_softcapping {cap} may be left out"
@@ -2334,7 +2294,7 @@ class Teacher:
             self.layout, self.layout_reason = "single", problem
             got = self._probe([row, short, *others])
         off, limit = foresight(got, [got[0]] * len(others)), FORESIGHT
-        if off > limit and self.dtype != torch.float32:
+        if off > limit:
             # rounding may depend on the place in the batch, and in mixtures of experts on the
             # neighbours: then the first row, where nothing changes, changes as well
             again = self._probe(probe_rows(self.vocab_size, turn=3))
@@ -2348,16 +2308,13 @@ class Teacher:
             )
 
     def _probe(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the logits (S, V) of each row, run together, or one at a time where that is so."""
-        parts = self._parts([len(row) for row in rows])
-        chunks = [
-            chunk
-            for part in parts
-            for chunk in self._logits(
-                [rows[i] for i in part], [torch.arange(len(rows[i])) for i in part], 2**20
-            )
-        ]
-        return list(torch.cat(chunks).split([len(row) for row in rows]))
+        """Return the logits (n, V) of rows of the probe as far as none of their tokens changes."""
+        sizes = [*(len(row) for row in rows[:2]), *PROBE_CUTS[: max(0, len(rows) - 2)]]
+        logits: list[torch.Tensor] = []
+        for part in self._parts([len(row) for row in rows]):
+            wanted = [torch.arange(sizes[i]) for i in part]
+            logits += self._logits([rows[i] for i in part], wanted, sum(sizes))
+        return list(torch.cat(logits).split(sizes))
 
     def _rounding(self) -> float:
         return ROUNDING.get(str(self.dtype).removeprefix("torch."), 0.1)
@@ -2399,9 +2356,9 @@ def probe_rows(vocab_size: int, *, turn: int = 2) -> list[torch.Tensor]:
 
 
 def foresight(logits: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    """Return how far the logits of `probe_rows` are from others' where only later tokens differ."""
-    pairs = zip(logits[2:], others, PROBE_CUTS, strict=True)
-    return max(float(disagreement(got[:cut], want[:cut]).max()) for got, want, cut in pairs)
+    """Return how far logits of `probe_rows` are from others that differ by later tokens only."""
+    pairs = zip(logits[2:], others, strict=True)
+    return max(float(disagreement(got, want[: len(got)]).max()) for got, want in pairs)
 
 
 def disagreement(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

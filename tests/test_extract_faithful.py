@@ -303,7 +303,8 @@ def test_a_head_of_another_size_is_refused(tied: bool, tmp_path: Path) -> None:
     def grow(weights: Weights) -> None:
         weights["lm_head.weight"] = torch.randn(100, 32)
 
-    refusal(save(tmp_path, tiny_model("llama"), grow, tie_word_embeddings=tied))
+    said = refusal(save(tmp_path, tiny_model("llama"), grow, tie_word_embeddings=tied))
+    assert "other sizes than vocab_size and the like in config.json say" in said
 
 
 def test_a_head_that_transformers_loads_otherwise_is_refused(
