@@ -1535,17 +1535,10 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
         if f"{error}".startswith("--model"):
             raise
         raise TeacherError(f"--model {config.model}: {error}") from error
-    logger.info(
-        "teacher %s on %s in %s, attention %s, head %s in %s; %s: %s",
-        config.model,
-        teacher.device,
-        teacher.numerics["weights"],
-        teacher.numerics["attention"],
-        teacher.head,
-        teacher.numerics["head_dtype"],
-        teacher.layout,
-        teacher.layout_reason,
-    )
+    runs = [teacher.numerics[name] for name in ("weights", "attention", "head", "head_dtype")]
+    text = "teacher %s on %s in %s, attention %s, head %s in %s; %s: %s"
+    layout = (teacher.layout, teacher.layout_reason)
+    logger.info(text, config.model, teacher.device, *runs, *layout)
     return teacher
 
 
@@ -1587,32 +1580,40 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
         if not path.is_dir():
             raise TeacherError(f"--model {source}: no such folder")
         source = str(path)
-    file = None if whole else find_file(source, "adapter_config.json", revision)
-    if file is not None and (local or find_file(source, "config.json", revision) is None):
-        described = json.loads(Path(file).read_text(encoding="utf-8"))
-        base = str(described.get("base_model_name_or_path"))
-        if importlib.util.find_spec("peft") is None:
-            raise TeacherError(
-                f"--model {config.model} is an adapter of {base}: pip install peft, or give a "
-                "folder with the merged weights (merge_and_unload of peft)"
-            )
-        adapter, source, revision = source, base, described.get("revision") or "main"
+    with loading_errors(config):
+        if file := find_file(source, "adapter_config.json", revision):
+            if whole or not (local or find_file(source, "config.json", revision) is None):
+                raise TeacherError(
+                    f"--model {config.model} has an adapter beside a whole model: give a folder "
+                    "without adapter_config.json, or one with the adapter alone"
+                )
+            described = json.loads(Path(file).read_text(encoding="utf-8"))
+            adapter, source = source, str(described.get("base_model_name_or_path"))
+            revision = described.get("revision") or "main"
+    if adapter is not None and importlib.util.find_spec("peft") is None:
+        raise TeacherError(
+            f"--model {config.model} is an adapter of {source}: pip install peft, or give a folder "
+            "with the merged weights (merge_and_unload of peft)"
+        )
     options = {"pretrained_model_name_or_path": source, "revision": revision}
     return {**options, "trust_remote_code": config.trust_remote_code}, adapter
+
+
+def tokenizer_source(config: ExtractionConfig) -> tuple[str, str | None]:
+    """Return model and revision that the tokenizer is of: an adapter may leave it to its base."""
+    options, adapter = locate_model(config)
+    if adapter is None or find_file(adapter, "tokenizer_config.json", config.revision):
+        return config.model, config.revision
+    return options["pretrained_model_name_or_path"], options["revision"]
 
 
 def find_file(source: str, name: str, revision: str | None) -> str | None:
     """Return the path of a model's file in its folder or in the Hub's cache, None without one."""
     from transformers.utils import cached_file
 
-    path: str | None = cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    quiet = ("missing_entries", "gated_repo", "connection_errors")
+    options: Any = {f"_raise_exceptions_for_{name}": False for name in quiet}
+    path: str | None = cached_file(source, name, revision=revision, **options)
     return path
 
 
@@ -1631,7 +1632,7 @@ def load_model_config(config: ExtractionConfig) -> Any:
     with loading_errors(config):
         found = AutoConfig.from_pretrained(**options)
         choose_class(config, found)
-        quantization = getattr(found, "quantization_config", None)
+        quantization = quantization_of(found)
         if quantization is not None and AutoHfQuantizer.supports_quant_method(quantization):
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
             quantizer.validate_environment(device_map=None, weights_only=True)
@@ -1659,12 +1660,17 @@ def choose_class(config: ExtractionConfig, model_config: Any) -> Any:
     )
 
 
+def quantization_of(model_config: Any) -> Any:
+    """Return the quantization that a configuration names, of its text where it has several."""
+    parts = (model_config, model_config.get_text_config())
+    return next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+
+
 def resolve_dtype(config: ExtractionConfig, model_config: Any) -> str:
     """Return the name of the dtype that the weights will have; "auto" when only they know."""
     if config.dtype != "auto":
         return config.dtype
-    quantized = getattr(model_config, "quantization_config", None) is not None
-    if resolve_device(config.device).type == "cpu" and not quantized:
+    if resolve_device(config.device).type == "cpu" and quantization_of(model_config) is None:
         return "float32"
     named = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype
     return str(named or "auto").removeprefix("torch.")
@@ -1692,12 +1698,8 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
     options, adapter = locate_model(config)
     dtype = resolve_dtype(config, model_config)
     attention = resolve_attention(config, dtype, device)
-    load = functools.partial(
-        choose_class(config, model_config).from_pretrained,
-        **options,
-        dtype=dtype,
-        output_loading_info=True,
-    )
+    auto = choose_class(config, model_config)
+    load = functools.partial(auto.from_pretrained, **options, dtype=dtype, output_loading_info=True)
     with loading_errors(config):
         try:
             model, info = place_weights(config, device, load, attn_implementation=attention)
@@ -1865,7 +1867,7 @@ def check_head(model: Any, stored: Stored) -> None:
     head = model.get_output_embeddings()
     if head is None or not is_plain_linear(head) or hasattr(head.weight, "placements"):
         return
-    name = next(f"{key}.weight" for key, module in model.named_modules() if module is head)
+    (name,) = (f"{key}.weight" for key, module in model.named_modules() if module is head)
     leaf = "." + ".".join(name.split(".")[-2:])
     wrapped = [key for key in stored if key.endswith(leaf) and key.count(".") <= 2]
     names = [name] if name in stored else wrapped
@@ -1967,16 +1969,9 @@ def sharded_product(hidden: torch.Tensor, weight: Any, bias: Any) -> torch.Tenso
     from torch.distributed.tensor import DTensor, Shard
 
     part = float32_product(hidden, weight.to_local(), None if bias is None else bias.to_local())
-    size = len(weight)
-    logits = DTensor.from_local(
-        part,
-        weight.device_mesh,
-        [Shard(1)],
-        run_check=False,
-        shape=torch.Size([len(hidden), size]),
-        stride=(size, 1),
-    )
-    return logits.full_tensor()
+    shape, stride = torch.Size([len(hidden), len(weight)]), (len(weight), 1)
+    place = {"device_mesh": weight.device_mesh, "placements": [Shard(1)], "run_check": False}
+    return DTensor.from_local(part, **place, shape=shape, stride=stride).full_tensor()
 
 
 @functools.cache
@@ -2618,25 +2613,17 @@ def gpu_process_batch(
     columns = torch.from_numpy(
         np.stack([index, np.concatenate(positions), actual]).astype(np.int64)
     )
+    options: dict[str, Any] = {"top_p": top_p, "top_p_max": top_p_max, "sampled_n": sampled_n}
+    options |= {"seed": seed, "reference": reference}
     parts, start = [], 0
     for logits in teacher.iter_logits([row.input_ids for row in batch.rows], positions):
         if start == 0:
             columns = send(columns, logits.device)
         chunk = columns[:, start : start + logits.shape[0]]
-        tokens = extract_tokens(
-            logits,
-            chunk[0],
-            chunk[1],
-            top_p=top_p,
-            top_p_max=top_p_max,
-            sampled_n=sampled_n,
-            seed=seed,
-            reference=reference,
-        )
-        at_actual = logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float()
-        parts.append(
-            quantize_tokens(tokens, at_actual.to(tokens.logsumexp.device), bits=logit_bits)
-        )
+        tokens = extract_tokens(logits, chunk[0], chunk[1], **options)
+        actual_logits = logits.gather(1, chunk[2].unsqueeze(1)).squeeze(1).float()
+        actual_logits = actual_logits.to(tokens.logsumexp.device)
+        parts.append(quantize_tokens(tokens, actual_logits, bits=logit_bits))
         start += logits.shape[0]
         del logits  # before the next chunk is made
     result = concatenate(parts)
@@ -2682,14 +2669,9 @@ def extract_tokens(
     held = min(vocab, BLOCK * (max(top_p_max, HELD_BLOCKS) + sampled_n)) + vocab // BLOCK
     at_once = REFERENCE_AT_ONCE // vocab if reference else HELD_AT_ONCE[logits.device.type] // held
     extract = extract_by_definition if reference else extract_by_blocks
-    return concatenate(
-        [
-            extract(
-                logits[rows], states[rows], top_p=top_p, top_p_max=top_p_max, sampled_n=sampled_n
-            )
-            for rows in row_slices(count, max(1, at_once))
-        ]
-    )
+    sizes: dict[str, Any] = {"top_p": top_p, "top_p_max": top_p_max, "sampled_n": sampled_n}
+    slices = row_slices(count, max(1, at_once))
+    return concatenate([extract(logits[rows], states[rows], **sizes) for rows in slices])
 
 
 def check_candidates(vocab_size: int, *, top_p_max: int, sampled_n: int) -> None:
@@ -5835,8 +5817,9 @@ def open_job(config: ExtractionConfig, *, stop: Stop | None = None) -> Job:
     config, dataset_revision = pin_revisions(config, recorded)
     resolve_device(config.device)
     model_config = load_model_config(config)
+    source_model, revision = tokenizer_source(config)
     tokenizer = load_tokenizer(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        source_model, revision=revision, trust_remote_code=config.trust_remote_code
     )
     template = load_chat_template(config.chat_template, tokenizer)
     source = open_source(

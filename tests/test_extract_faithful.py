@@ -415,6 +415,8 @@ def test_an_adapter_is_added_to_its_base(tmp_path: Path) -> None:
                 weight.normal_(0, 0.3)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(tmp_path / "lora")
+    lora = configure(tmp_path / "lora")
+    assert extract_logits.tokenizer_source(lora) == (str(base), "main")
     got, plain = (
         torch.cat(list(load_teacher(configure(folder)).iter_logits(*conversations())))
         for folder in (tmp_path / "lora", base)
@@ -426,6 +428,13 @@ def test_an_adapter_is_added_to_its_base(tmp_path: Path) -> None:
     weights.popitem()
     save_file(weights, tmp_path / "lora" / "adapter_model.safetensors")
     assert "missing adapter keys" in refusal(tmp_path / "lora")
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(tmp_path: Path) -> None:
+    """Whether it is added would depend on whether peft is installed."""
+    folder = save(tmp_path, tiny_model("llama"))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    assert "has an adapter beside a whole model" in refusal(folder)
 
 
 @pytest.mark.parametrize(

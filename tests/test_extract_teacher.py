@@ -405,6 +405,8 @@ def test_a_hub_model_out_of_reach_is_one_line_with_a_remedy(
         load_teacher(configure("no-such-user/no-such-model"))
     assert str(caught.value).startswith("--model no-such-user/no-such-model cannot be loaded: ")
     assert "\n" not in str(caught.value)
+    with pytest.raises(TeacherError, match="cannot be loaded"):
+        load_teacher(configure("no name of a model/at all/of the Hub"))
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
