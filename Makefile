@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help dist images demo test bench bench-io chaos oracle scale storage lint clean
+.PHONY: help dist images demo test oldest bench bench-io chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,6 +49,14 @@ demo: demo/report.html
 # make test    the tests
 test: .venv/.done
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
+
+# make oldest  the teachers of every family with the oldest transformers that is supported (1 minute)
+OLDEST = transformers==5.16.1 'huggingface_hub>=1.31,<2'
+oldest: .venv/.done
+	rm -rf build/oldest
+	$(PY) -m pip install --quiet --target build/oldest --no-deps $(OLDEST) httpx httpcore h11 anyio
+	PYTHONPATH=build/oldest OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_extract_teacher.py \
+	  tests/test_extract_faithful.py
 
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done

@@ -36,7 +36,10 @@ def chat(answer: str, question: str = "?") -> list[dict[str, str]]:
 def rows_of(count: int, **columns: list[Any]) -> list[dict[str, Any]]:
     """Return source rows whose answers begin with their number and differ in length."""
     return [
-        {"messages": chat(f"{n}" + "z" * (n % 7)), **{c: values[n] for c, values in columns.items()}}
+        {
+            "messages": chat(f"{n}" + "z" * (n % 7)),
+            **{c: values[n] for c, values in columns.items()},
+        }
         for n in range(count)
     ]
 

@@ -414,7 +414,9 @@ def test_strange_files_in_the_cache_are_survived(folder: Output, tmp_path: Path)
     (tmp_path / "out/data").mkdir(parents=True, exist_ok=True)
     (tmp_path / "out/data/.part-00000.parquet.1.tmp").write_bytes(b"PAR1 half")
     run_uploader(folder, tmp_path / "cache", 20)
-    tables = [pq.read_table(path) for path in sorted((tmp_path / "out/data").glob("part-*.parquet"))]
+    tables = [
+        pq.read_table(path) for path in sorted((tmp_path / "out/data").glob("part-*.parquet"))
+    ]
     assert [table["index"].to_pylist() for table in tables] == [[*range(10)], [*range(10, 20)]]
     assert (cache / "notes.txt").exists()
 
@@ -428,9 +430,7 @@ def test_rows_of_other_settings_in_the_cache_are_never_delivered(
         uploader = open_uploader(folder, tmp_path / "cache", **other)
         assert uploader.begin_part(0, range(11)) == list(range(11))
         uploader.shutdown()
-    uploader = open_uploader(
-        folder, tmp_path / "cache", **other, resume=False, force_restart=True
-    )
+    uploader = open_uploader(folder, tmp_path / "cache", **other, resume=False, force_restart=True)
     assert uploader.begin_part(0, range(11)) == list(range(11))
     uploader.shutdown()
 

@@ -288,24 +288,6 @@ def test_commits_of_all_workers_together_stay_under_the_limit(
     assert len(starts) / hours >= 35  # and still often enough
 
 
-# Quantized teachers -------------------------------------------------------------------------------
-
-
-def test_shards_say_how_the_teacher_is_quantized() -> None:
-    """Of the configuration alone; tests/test_extract_quantized.py loads such a teacher."""
-    from transformers import BitsAndBytesConfig
-
-    found = {"quant_method": "fp8", "weight_block_size": (128, 128)}
-    assert extract_logits.describe_quantization(SimpleNamespace(quantization_config=found)) == {
-        "quantization": {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    }
-    four = SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    quantization = extract_logits.describe_quantization(four)["quantization"]
-    assert quantization["quant_method"] == "bitsandbytes"
-    assert quantization["load_in_4bit"] is True
-    assert extract_logits.describe_quantization(SimpleNamespace()) == {}
-
-
 # The plan of a large job --------------------------------------------------------------------------
 
 

@@ -105,7 +105,12 @@ def loopback_environment(folder: Path, endpoint: str) -> dict[str, str]:
 
 def import_and_shorten_waits() -> Any:
     """Import the script and what a run imports later, and shorten every wait between tries."""
-    for name in ("torch", "datasets", "huggingface_hub", "transformers.models.llama.modeling_llama"):
+    for name in (
+        "torch",
+        "datasets",
+        "huggingface_hub",
+        "transformers.models.llama.modeling_llama",
+    ):
         importlib.import_module(name)
     extract_logits = importlib.import_module("extract_logits")
     setattr(extract_logits, "RETRY_WAITS_S", (0.02, 0.05, 0.1, 0.2))  # noqa: B010
@@ -305,7 +310,9 @@ class Driver:
                 self.tally.unexpected.append(f"{shape.name}: a raised limit gives other parts")
         return Wanted(parts, {row["index"]: row for row in found}, max(seconds, 0.2))
 
-    def round(self, argv: Sequence[object], team: int, cache: Path, run_s: float, calm: float) -> bool:
+    def round(
+        self, argv: Sequence[object], team: int, cache: Path, run_s: float, calm: float
+    ) -> bool:
         """Run a team of workers with faults, each with an end; True when all is stored."""
         rate = 0.0 if self.random.random() < calm else self.random.choice(FAULT_RATES)
         chaos = {"rate": rate, "seed": self.random.getrandbits(32)}
