@@ -4986,6 +4986,8 @@ def run_until(
         output.shutdown()
     stored = output.summary()
     code = exit_code(stored, complete, interrupt.signal)
+    if not leads:
+        return {"exit_code": code}
     if failure is not None and not interrupt.stopping:
         code, stored = EXIT_UNDELIVERED, {**stored, "error": hide_tokens(str(failure))}
     return run.summary(stored, code, time.monotonic() - started)
@@ -5574,7 +5576,7 @@ def engine(config: ExtractionConfig, executor: Any) -> Iterator[None]:
 
 PLAN_ROWS = 1000  # conversations measured where no lengths are given
 PROBE_BATCHES = 8
-PROBE_S = 30.0  # no further batch is begun after that, or a share of the job:
+PROBE_S = (3.0, 30.0)  # after that, or this share of the job, no further batch is begun:
 PROBE_SHARE = 0.03
 COMMITS_PER_HOUR = 120  # the Hub allows 128 per repository
 FILES_PER_REPOSITORY = 100_000  # what the Hub recommends at most
@@ -5755,7 +5757,8 @@ def probe_teacher(job: Job, sample: Sample, should_stop: Callable[[], bool]) -> 
             run.finish_window()
             seconds.append(time.monotonic() - begun)
             pace = sum(seconds) / int(weights[picks[: len(seconds)]].sum())
-            if time.monotonic() - started > min(PROBE_S, PROBE_SHARE * pace * sample.tokens):
+            enough_s = np.clip(PROBE_SHARE * pace * sample.tokens, *PROBE_S)
+            if time.monotonic() - started > enough_s:
                 break
     finally:
         run.post.shutdown()
@@ -6000,6 +6003,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
         return EXIT_BAD_INPUT
+    if summary.keys() == {"exit_code"}:  # one of a group that another process speaks for
+        return int(summary["exit_code"])
     if argv is None:  # a Ctrl-C from here on changes nothing any more
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "plan" in summary:
