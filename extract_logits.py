@@ -3381,7 +3381,8 @@ GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
 SMALL_FILE_BYTES = 64 * 2**20  # checkpoints, settings and cards are smaller
 MOST_WAITING = 32  # parts on the disk that wait for delivery before the run has to wait
-CLOSING_AT_ONCE = 4  # parts in memory that are being encoded
+CLOSING_AT_ONCE = 8  # parts in memory that are encoded or wait for it: those of a window
+ENCODE_THREADS = 4  # each about 190,000 tokens a second
 LOCK_WAIT_S = 6.0  # a process that was killed may have children that hold its lock a little longer
 
 
@@ -4083,7 +4084,7 @@ class StreamingHFUploader:
         self.wake = threading.Event()
         self.slowest_s = 0.0  # commit so far
         self.thread: threading.Thread | None = None
-        self.encoder = ThreadPoolExecutor(CLOSING_AT_ONCE, thread_name_prefix="encode")
+        self.encoder = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="encode")
         retry(self.destination.open, stopping)
         with contextlib.ExitStack() as undo:
             undo.callback(self.encoder.shutdown)
@@ -4299,7 +4300,7 @@ class StreamingHFUploader:
         wanted = np.asarray(ids, np.int64).tolist()
         digest = digest_ids(wanted)
         if number in self.closing:
-            self._collect(wait=True)
+            self._collect()
         closed = self.ready.get(number) or self.backups.get(number)
         if self._is_done(number, digest) or (closed is not None and closed.record.ids == digest):
             return []
@@ -4413,7 +4414,7 @@ class StreamingHFUploader:
         Raises:
             HubError: the output refused, or the disk is full.
         """
-        self._collect(wait=final or len(self.closing) >= CLOSING_AT_ONCE)
+        self._collect(left=0 if final else CLOSING_AT_ONCE)
         if self.thread is None and (self.ready or self.backups or final):
             self.thread = threading.Thread(target=self._upload, daemon=True, name="upload")
             self.thread.start()
@@ -4425,10 +4426,14 @@ class StreamingHFUploader:
         if self.failure:
             raise self.failure
 
-    def _collect(self, *, wait: bool) -> None:
-        """Take over the parts that are encoded; raise what went wrong with one."""
+    def _collect(self, *, left: int = 0) -> None:
+        """Take over the parts that are encoded, waiting while more than `left` are not.
+
+        Raises:
+            HubError: one could not be written.
+        """
         for number, closing in list(self.closing.items()):
-            if wait or closing.done():
+            if closing.done() or len(self.closing) > left:
                 closed = closing.result()
                 del self.closing[number]
                 with self.lock:
@@ -4551,14 +4556,14 @@ class StreamingHFUploader:
 
     def holds_rows(self) -> bool:
         """Tell whether there is a row of this job anywhere: in the output, the cache, or memory."""
-        self._collect(wait=True)
+        self._collect()
         closed = [part.record for part in (*self.ready.values(), *self.backups.values())]
         under_way = [part.rows for part in self.parts.values()]
         return any(under_way) or any(record.rows for record in (*self.known.values(), *closed))
 
     def discard(self) -> None:
         """Remove what the cache holds of this worker's parts: a job that gives no row at all."""
-        self._collect(wait=True)
+        self._collect()
         self.ready.clear()
         for path in filter(self._is_own, self._cached()):
             remove_cached(path)
@@ -4583,7 +4588,7 @@ class StreamingHFUploader:
         """
         self.ended = True
         self.wake.set()
-        for keep in (lambda: self._collect(wait=True), self.save_pending_locally):
+        for keep in (lambda: self._collect(), self.save_pending_locally):
             try:
                 keep()
             except HubError as error:
