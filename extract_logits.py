@@ -55,7 +55,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import (
     MISSING,
     Field,
@@ -2145,9 +2145,16 @@ class Teacher:
         for chunk in hidden.split(size):
             yield self._head_logits(chunk, outputs)
 
-    def _plain_logits(self, inputs: dict[str, Any], flat: torch.Tensor) -> torch.Tensor:
-        """Return (N, V) float32 from the model's own forward, at positions (N,) of one row."""
-        with torch.inference_mode(), known_padding():
+    def _plain_logits(
+        self, inputs: dict[str, Any], flat: torch.Tensor, *, own: bool = False
+    ) -> torch.Tensor:
+        """Return (N, V) float32 from the model's forward, at positions (N,) of one row.
+
+        Args:
+            own: by the model's own head, whatever it rounds to.
+        """
+        head = nullcontext() if own else self._float32_head()
+        with torch.inference_mode(), known_padding(), head:
             if self._can_keep:
                 inputs = {**inputs, "logits_to_keep": send(flat, self.device)}
                 flat = torch.arange(len(flat))
@@ -2184,13 +2191,20 @@ class Teacher:
     def _head_logits(self, hidden: torch.Tensor, outputs: Any) -> torch.Tensor:
         """Return (n, V) float32 logits of hidden states (n, H) by the model's own forward.
 
-        A stub that returns `hidden` stands in for the body, so that soft-caps and scales apply. A
-        plain linear head multiplies in float32, over V rows only.
+        A stub that returns `hidden` stands in for the body, so that soft-caps and scales apply.
         """
-        head = self.model.get_output_embeddings()
 
         def body(*args: Any, **kwargs: Any) -> Any:
             return with_hidden(outputs, hidden[None])
+
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        with torch.inference_mode(), swapped_forward(self.body, body), self._float32_head():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return logits[0, :, : self.vocab_size].float().contiguous().to(self.device)
+
+    def _float32_head(self) -> AbstractContextManager[None]:
+        """Let a plain linear head multiply in float32, over V rows only, inside the block."""
+        head = self.model.get_output_embeddings()
 
         def product(states: torch.Tensor) -> torch.Tensor:
             flat = states.reshape(-1, states.shape[-1])
@@ -2201,14 +2215,7 @@ class Teacher:
                 logits = float32_product(flat, head.weight[: self.vocab_size], bias)
             return logits.reshape(*states.shape[:-1], -1)
 
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            stack.enter_context(swapped_forward(self.body, body))
-            if is_plain_linear(head):
-                stack.enter_context(swapped_forward(head, product))
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            return logits[0, :, : self.vocab_size].float().contiguous().to(self.device)
+        return swapped_forward(head, product) if is_plain_linear(head) else nullcontext()
 
     def _settle_attention(self, forced: bool) -> torch.Tensor:
         """Choose head and attention on one row; return its logits (S, V).
@@ -2224,7 +2231,9 @@ class Teacher:
         if chosen not in (None, trusted):
             before = set_attention(self.model, trusted)
             with contextlib.suppress(*LOADING_FAULTS):  # not every family can
-                want = self._plain_logits(inputs, torch.arange(PROBE_TOKENS)[PROBE_CUTS[0] :])
+                want = self._plain_logits(
+                    inputs, torch.arange(PROBE_CUTS[0], PROBE_TOKENS), own=True
+                )
             for config, name in before:
                 config._attn_implementation_internal = name
         try:
@@ -2277,8 +2286,8 @@ class Teacher:
             if not self._problem([apart], [plain]):
                 return plain, apart
         self.body, self.head = None, "forward"
-        plain = self._plain_logits(inputs, flat.flip(0))
-        return plain, plain
+        flat = flat.flip(0)
+        return self._plain_logits(inputs, flat, own=True), self._plain_logits(inputs, flat)
 
     def _settle_layout(self, alone: torch.Tensor) -> None:
         """Take the first layout that gives each probe row what it gets alone, and try its future.

@@ -161,6 +161,9 @@ def test_a_head_that_cannot_be_run_apart_falls_back_to_the_plain_forward() -> No
     teacher = Teacher(InseparableQwen2(tiny_model("qwen2").config))
     assert (teacher.head, teacher.layout) == ("forward", "single")
     assert largest_difference(teacher) <= TOLERANCE
+    low = Teacher(InseparableQwen2(tiny_model("qwen2").config).to(torch.bfloat16))
+    (logits,) = low.iter_logits(*conversations((20,)))
+    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded by the head
 
 
 def test_a_model_without_logits_to_keep_is_handled() -> None:
