@@ -1486,7 +1486,7 @@ def load_model_config(config: ExtractionConfig) -> Any:
         found = AutoConfig.from_pretrained(**options)
         choose_class(config, found)
         quantization = quantization_of(found)
-        if quantization is not None and AutoHfQuantizer.supports_quant_method(quantization):
+        if quantization is not None:
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
             quantizer.validate_environment(device_map=None, weights_only=True)
     return found
@@ -1514,9 +1514,12 @@ def choose_class(config: ExtractionConfig, model_config: Any) -> Any:
 
 
 def quantization_of(model_config: Any) -> Any:
-    """Return the quantization that a configuration names, of its text where it has several."""
+    """Return the quantization that transformers will apply, None where it knows none."""
+    from transformers.quantizers import AutoHfQuantizer
+
     parts = (model_config, model_config.get_text_config())
-    return next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    found = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    return found if found and AutoHfQuantizer.supports_quant_method(found) else None
 
 
 def resolve_dtype(config: ExtractionConfig, model_config: Any) -> str:
@@ -1560,7 +1563,7 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
             if config.attn != "auto" or attention is None:
                 raise
             model, info = place_weights(config, device, load)  # the family has no such attention
-        check_weights(model, info, read_headers(options))
+        check_weights(model, info, read_headers(options), quantization_of(model_config))
         return model if adapter is None else merge_adapter(model, adapter, config.revision)
 
 
@@ -1618,7 +1621,9 @@ def loading_errors(config: ExtractionConfig) -> Iterator[None]:
         elif config.attn != "auto" and re.search("flash|attn|attention|kernels", text):
             remedy = "install that attention, or leave --attn at auto"
         elif "ignore_mismatched_sizes" in text:
-            remedy = "its tensors have other sizes than vocab_size and the like in config.json say"
+            remedy = (
+                "tensors are packed, or of other sizes than config.json says: vocab_size and such"
+            )
         elif isinstance(error, ImportError):
             remedy = "install the package that is named"
         elif isinstance(error, OSError):
@@ -1653,8 +1658,13 @@ def read_headers(options: Mapping[str, Any]) -> Stored:
     return found
 
 
-def check_weights(model: Any, info: Mapping[str, Any], stored: Stored) -> None:
+def check_weights(
+    model: Any, info: Mapping[str, Any], stored: Stored, quantization: Any = None
+) -> None:
     """Refuse a model whose weights are not all those of its checkpoint.
+
+    Args:
+        quantization: what transformers applied while it loaded.
 
     Raises:
         TeacherError: the checkpoint lacks weights, holds some that belong to the model and are not
@@ -1665,8 +1675,9 @@ def check_weights(model: Any, info: Mapping[str, Any], stored: Stored) -> None:
     missing = sorted((wrong | set(info["missing_keys"])) & set(model.state_dict()))
     if missing:
         raise TeacherError(
-            f"the checkpoint lacks {len(missing)} weights of {kind} ({missing[0]}, …); it is no "
-            "causal language model"
+            f"the checkpoint lacks {len(missing)} weights of {kind} ({missing[0]}, …); give a "
+            f"whole causal language model, quantized as transformers {version} reads in its "
+            "config.json, or not at all"
         )
     unused = sorted(name for name in info["unexpected_keys"] if belongs(model, name, stored))
     if unused:
@@ -1675,12 +1686,15 @@ def check_weights(model: Any, info: Mapping[str, Any], stored: Stored) -> None:
             f"checkpoint ({unused[0]}, …), so its logits would be wrong; give a checkpoint that it "
             "reads whole, such as one in bfloat16"
         )
-    for name, (_, shape, dtype) in stored.items() if applied_quantization(model) is None else ():
+    scaled = {name.rpartition(".")[0] for name in stored if "scale" in name.rpartition(".")[2]}
+    for name, (_, shape, dtype) in stored.items():
         packed = dtype[0] in "IU" and name.endswith("weight") and len(shape) == 2
-        if dtype.startswith("F8") or packed:
+        lost = dtype.startswith("F8") and name.rpartition(".")[0] not in scaled
+        if lost or (quantization is None and (packed or dtype.startswith("F8"))):
             raise TeacherError(
-                f"it stores {name} as {dtype}, and transformers {version} knows no quantization in "
-                "config.json to scale it by; give a checkpoint in bfloat16"
+                f"it stores {name} as {dtype}, and nothing in config.json that transformers "
+                f"{version} knows, or beside it, says how to scale that; give a checkpoint in "
+                "bfloat16"
             )
     check_head(model, stored)
 
@@ -1984,9 +1998,16 @@ class Teacher:
         for chunk in hidden.split(size):
             yield self._head_logits(chunk, outputs)
 
-    def _plain_logits(self, inputs: dict[str, Any], flat: torch.Tensor) -> torch.Tensor:
-        """Return (N, V) float32 from the model's own forward, at positions (N,) of one row."""
-        with torch.inference_mode(), known_padding():
+    def _plain_logits(
+        self, inputs: dict[str, Any], flat: torch.Tensor, *, own: bool = False
+    ) -> torch.Tensor:
+        """Return (N, V) float32 from the model's forward, at positions (N,) of one row.
+
+        Args:
+            own: by the model's own head, whatever it rounds to.
+        """
+        head = nullcontext() if own else self._float32_head()
+        with torch.inference_mode(), known_padding(), head:
             if self._can_keep:
                 inputs = {**inputs, "logits_to_keep": send(flat, self.device)}
                 flat = torch.arange(len(flat))
@@ -2023,13 +2044,20 @@ class Teacher:
     def _head_logits(self, hidden: torch.Tensor, outputs: Any) -> torch.Tensor:
         """Return (n, V) float32 logits of hidden states (n, H) by the model's own forward.
 
-        A stub that returns `hidden` stands in for the body, so that soft-caps and scales apply. A
-        plain linear head multiplies in float32, over V rows only.
+        A stub that returns `hidden` stands in for the body, so that soft-caps and scales apply.
         """
-        head = self.model.get_output_embeddings()
 
         def body(*args: Any, **kwargs: Any) -> Any:
             return with_hidden(outputs, hidden[None])
+
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+        with torch.inference_mode(), swapped_forward(self.body, body), self._float32_head():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return logits[0, :, : self.vocab_size].float().contiguous().to(self.device)
+
+    def _float32_head(self) -> AbstractContextManager[None]:
+        """Let a plain linear head multiply in float32, over V rows only, inside the block."""
+        head = self.model.get_output_embeddings()
 
         def product(states: torch.Tensor) -> torch.Tensor:
             flat = states.reshape(-1, states.shape[-1])
@@ -2040,14 +2068,7 @@ class Teacher:
                 logits = float32_product(flat, head.weight[: self.vocab_size], bias)
             return logits.reshape(*states.shape[:-1], -1)
 
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            stack.enter_context(swapped_forward(self.body, body))
-            if is_plain_linear(head):
-                stack.enter_context(swapped_forward(head, product))
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            return logits[0, :, : self.vocab_size].float().contiguous().to(self.device)
+        return swapped_forward(head, product) if is_plain_linear(head) else nullcontext()
 
     def _settle_attention(self, forced: bool) -> torch.Tensor:
         """Choose head and attention on one row; return its logits (S, V).
@@ -2063,7 +2084,9 @@ class Teacher:
         if chosen not in (None, trusted):
             before = set_attention(self.model, trusted)
             with contextlib.suppress(*LOADING_FAULTS):  # not every family can
-                want = self._plain_logits(inputs, torch.arange(PROBE_TOKENS)[PROBE_CUTS[0] :])
+                want = self._plain_logits(
+                    inputs, torch.arange(PROBE_CUTS[0], PROBE_TOKENS), own=True
+                )
             for config, name in before:
                 config._attn_implementation_internal = name
         try:
@@ -2086,6 +2109,9 @@ class Teacher:
                 f"--attn {chosen} is not what the configuration says: {problem}, against "
                 f"{trusted}; leave --attn at auto"
             )
+        with contextlib.suppress(*LOADING_FAULTS):
+            self.layout = "single"
+            self._refuse_foresight()  # a prefix model is none without its prefix
         logger.info("attention %s instead of %s: %s", trusted, chosen, problem)
         set_attention(self.model, trusted)
         return self._choose_head(inputs)[1]
@@ -2113,8 +2139,8 @@ class Teacher:
             if not self._problem([apart], [plain]):
                 return plain, apart
         self.body, self.head = None, "forward"
-        plain = self._plain_logits(inputs, flat.flip(0))
-        return plain, plain
+        flat = flat.flip(0)
+        return self._plain_logits(inputs, flat, own=True), self._plain_logits(inputs, flat)
 
     def _settle_layout(self, alone: torch.Tensor) -> None:
         """Take the first layout that gives each probe row what it gets alone, and try its future.
@@ -2137,11 +2163,18 @@ class Teacher:
             problem = self._problem(got[:2], want)
             if not problem:
                 self.layout_reason = "padded on the right, conversations get what they get alone"
-                break
-        else:
-            self.layout, self.layout_reason = "single", problem
-            got = self._probe([row, short, *others])
-        off, limit = foresight(got, [got[0]] * len(others)), FORESIGHT
+                return self._refuse_foresight(got)
+        self.layout, self.layout_reason = "single", problem
+        return self._refuse_foresight()
+
+    def _refuse_foresight(self, got: list[torch.Tensor] | None = None) -> None:
+        """Refuse a model whose logits of the probe's rows, `got`, depend on later tokens.
+
+        Raises:
+            TeacherError: they do.
+        """
+        got = got or self._probe(probe_rows(self.vocab_size))
+        off, limit = foresight(got, [got[0]] * len(PROBE_CUTS)), FORESIGHT
         if off > limit:
             # rounding may depend on the place in the batch, and in mixtures of experts on the
             # neighbours: then the first row, where nothing changes, changes as well

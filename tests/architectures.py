@@ -201,7 +201,8 @@ def tiny_model(family: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     torch.manual_seed(0)
-    settings = VISION.get(family) or {**SMALL, **FAMILIES.get(family, {})}
+    seen = "vision_config" in changes
+    settings = VISION.get(family) or ({} if seen else {**SMALL, **FAMILIES.get(family, {})})
     settings = {key: value for key, value in {**settings, **changes}.items() if value is not None}
     config = AutoConfig.for_model(family.split(",")[0], **settings)
     asked: Any = SimpleNamespace(model=family, trust_remote_code=False)

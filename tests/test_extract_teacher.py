@@ -161,6 +161,9 @@ def test_a_head_that_cannot_be_run_apart_falls_back_to_the_plain_forward() -> No
     teacher = Teacher(InseparableQwen2(tiny_model("qwen2").config))
     assert (teacher.head, teacher.layout) == ("forward", "single")
     assert largest_difference(teacher) <= TOLERANCE
+    low = Teacher(InseparableQwen2(tiny_model("qwen2").config).to(torch.bfloat16))
+    (logits,) = low.iter_logits(*conversations((20,)))
+    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded by the head
 
 
 def test_a_model_without_logits_to_keep_is_handled() -> None:
@@ -499,9 +502,15 @@ def test_the_table_in_the_documentation_is_that_of_this_code() -> None:
     lines = [line.split(" | ") for line in page.read_text().splitlines() if " | chunked |" in line]
     documented = {line[0].removeprefix("| "): line[4:6] for line in lines}
     assert list(documented) == [*FAMILIES, *VISION]
-    if f"transformers {transformers.__version__}" in page.read_text():
+    if f"transformers {transformers.__version__}, November" in page.read_text():
         rows = {family: measured(family) for family in documented}
         assert documented == {name: [row.layout, row.attention] for name, row in rows.items()}
+
+
+def test_a_process_alone_agrees_with_itself() -> None:
+    """Several are tried in tests/test_extract_tensor_parallel.py."""
+    assert [extract_logits.agree(flag) for flag in (True, False)] == [True, False]
+    extract_logits.leave_group()
 
 
 def test_lengths_of_the_comparison_cover_one_token_and_windows() -> None:
