@@ -5174,6 +5174,7 @@ class Extraction:
             self.output.create_output()  # not before the conversations are known to be usable
             self.teacher = load_teacher(config, vocab_size=job.vocab_size)
             self.output.settle(self.teacher.numerics)
+            warn_of_slow_bfloat16(self.teacher)
             self.bar = open_bar(len(job.selection) or None)
             self.find_batch_size(window)
             self.begin_step()
@@ -5332,6 +5333,26 @@ class Extraction:
             "output": self.job.config.output,
             "exit_code": code,
         }
+
+
+def warn_of_slow_bfloat16(teacher: Teacher) -> None:
+    """Say so where a CPU multiplies bfloat16 much slower than float32: it lacks the instructions."""
+    if teacher.device.type != "cpu" or teacher.dtype != torch.bfloat16:
+        return
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(128, 1024, dtype=dtype)
+        b = torch.ones(1024, 1024, dtype=dtype)
+        a @ b  # the first product pays what is paid once
+        begun = time.perf_counter()
+        a @ b
+        seconds[dtype] = time.perf_counter() - begun
+    times = seconds[torch.bfloat16] / seconds[torch.float32]
+    if times > 2:
+        logger.warning(
+            "this CPU multiplies bfloat16 %.0f times slower than float32: --dtype float32 is faster",
+            times,
+        )
 
 
 def open_bar(total: int | None) -> tqdm[Any]:
