@@ -5336,7 +5336,7 @@ class Extraction:
 
 
 def warn_of_slow_bfloat16(teacher: Teacher) -> None:
-    """Say so where a CPU multiplies bfloat16 much slower than float32: it lacks the instructions."""
+    """Say so where a CPU multiplies bfloat16 much slower than float32: it lacks instructions."""
     if teacher.device.type != "cpu" or teacher.dtype != torch.bfloat16:
         return
     seconds = {}
@@ -5350,7 +5350,7 @@ def warn_of_slow_bfloat16(teacher: Teacher) -> None:
     times = seconds[torch.bfloat16] / seconds[torch.float32]
     if times > 2:
         logger.warning(
-            "this CPU multiplies bfloat16 %.0f times slower than float32: --dtype float32 is faster",
+            "this CPU multiplies bfloat16 %.0f times slower than float32: try --dtype float32",
             times,
         )
 
