@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
 
 def make_row(index: int, tokens: int | None = None) -> dict[str, Any]:
     """Return one row whose content depends on its index only."""
-    rng = np.random.default_rng(index)
+    rng = np.random.default_rng(index % 2**32)
     tokens = int(rng.integers(3, 12)) if tokens is None else tokens
     counts = rng.integers(1, 21, tokens)
     row: dict[str, Any] = {"index": index, "num_tokens": tokens}

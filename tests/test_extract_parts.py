@@ -249,7 +249,7 @@ def test_row_groups_are_small_and_pages_are_indexed_so_that_one_row_is_cheap_to_
     finish(uploader)
     file = pq.ParquetFile(tmp_path / "out/data/part-00001.parquet")
     for number in range(file.num_row_groups):
-        assert file.metadata.row_group(number).num_rows * 900 < 2 * 8192
+        assert file.metadata.row_group(number).num_rows * 900 < 4 * 8192
     column = file.metadata.row_group(0).column(0)
     assert column.has_offset_index
     assert column.compression == "ZSTD"
@@ -302,15 +302,20 @@ def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(
     for number in range(3):
         uploader = open_uploader(place, tmp_path / "cache")
         left = uploader.begin_part(0, range(10))
-        assert left == list(range(3 * number, 10))
-        uploader.add_sample(make_rows(left[:2]))
-        uploader.skip(left[2], "unusable_logits")
+        fresh = [index for index in left if index % 3 != 2]
+        assert fresh == [0, 1, 3, 4, 6, 7, 9][2 * number :]
+        uploader.add_sample(make_rows(fresh[:2]))
+        uploader.skip(3 * number + 2, "unusable_logits")
         assert uploader.save_pending_locally() == 2 * (number + 1)
         uploader.shutdown()
     assert cached(tmp_path) == ["pending/pending-00000.parquet"]
     assert place.part_paths() == {}
     uploader = open_uploader(place, tmp_path / "cache")
-    assert fill(uploader, 0, range(10)) == [9]
+    left = uploader.begin_part(0, range(10))
+    assert set(left) <= {2, 5, 8, 9}  # it may ask again for what was skipped
+    for index in set(left) - {9}:
+        uploader.skip(index, "unusable_logits")
+    uploader.add_sample(make_rows([9]))
     finish(uploader)
     assert place.parts() == {0: [0, 1, 3, 4, 6, 7, 9]}
     assert place.rows() == stored(place.ids())
@@ -361,6 +366,7 @@ def test_what_waits_in_the_cache_for_a_limit_since_raised_goes_into_the_longer_p
 
 def leave_in_cache(kind: str, output: Output, cache: Path) -> Path:
     """Leave ten rows in the cache as a run does that is stopped at some point; return the file."""
+    before = set(cache.glob("*/**/*.parquet"))
     uploader = open_uploader(output, cache)
     uploader.begin_part(0, range(10 + (kind == "pending")))
     uploader.add_sample(make_rows(range(10)))
@@ -372,7 +378,7 @@ def leave_in_cache(kind: str, output: Output, cache: Path) -> Path:
         output.hub.clear()
     uploader.shutdown()
     names = {"pending": "pending/pending-0", "backup": "backup_part-0", "waiting": "part-0"}
-    (path,) = cache.glob(f"*/{names[kind]}*.parquet")
+    (path,) = set(cache.glob(f"*/{names[kind]}*.parquet")) - before
     return path
 
 
