@@ -1578,7 +1578,10 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
         )
     if local:
         if not path.is_dir():
-            raise TeacherError(f"--model {source}: no such folder")
+            there = (
+                "is a file: give the folder that it is in" if path.exists() else "no such folder"
+            )
+            raise TeacherError(f"--model {source}: {there}")
         source = str(path)
     with loading_errors(config):
         if file := find_file(source, "adapter_config.json", revision):
