@@ -1495,7 +1495,9 @@ WEIGHT_FILES = (  # as transformers looks for them
     "pytorch_model.bin.index.json",
 )
 # What older checkpoints hold and newer models compute: not weights.
-CONSTANT = re.compile(r"(inv_freq|masked_bias|position_ids|causal_mask|(cos|sin)_cached)$")
+CONSTANT = re.compile(
+    r"(inv_freq|masked_bias|position_ids|causal_mask|(cos|sin)_cached|\.version)$"
+)
 LOADING_FAULTS = (  # what transformers and safetensors raise over a model that they cannot load
     OSError, ValueError, ImportError, RuntimeError, AttributeError, TypeError, LookupError,
     AssertionError,
@@ -1822,7 +1824,8 @@ def check_weights(
     """
     kind, version = type(model).__name__, importlib.metadata.version("transformers")
     wrong = {name for name, *_ in info["mismatched_keys"]}  # where transformers only warns
-    missing = sorted((wrong | set(info["missing_keys"])) & set(model.state_dict()))
+    own = model.state_dict() if quantization is None else dict(model.named_parameters())
+    missing = sorted((wrong | set(info["missing_keys"])) & set(own))
     if missing:
         raise TeacherError(
             f"the checkpoint lacks {len(missing)} weights of {kind} ({missing[0]}, …); give a "

@@ -256,6 +256,7 @@ def test_towers_prediction_layers_and_old_constants_are_no_fault(tmp_path: Path)
         "model.layers.0.self_attn.rotary_emb.inv_freq": (4,),
         "model.layers.0.self_attn.bias": (1, 1, 8, 8),
         "model.layers.0.self_attn.masked_bias": (),
+        "model.version": (1,),
     }
     folder = save(
         tmp_path,
