@@ -1348,7 +1348,9 @@ WEIGHT_FILES = (  # as transformers looks for them
     "pytorch_model.bin.index.json",
 )
 # What older checkpoints hold and newer models compute: not weights.
-CONSTANT = re.compile(r"(inv_freq|masked_bias|position_ids|causal_mask|(cos|sin)_cached)$")
+CONSTANT = re.compile(
+    r"(inv_freq|masked_bias|position_ids|causal_mask|(cos|sin)_cached|\.version)$"
+)
 LOADING_FAULTS = (  # what transformers and safetensors raise over a model that they cannot load
     OSError, ValueError, ImportError, RuntimeError, AttributeError, TypeError, LookupError,
     AssertionError,
@@ -1431,7 +1433,8 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
         )
     if local:
         if not path.is_dir():
-            raise TeacherError(f"--model {source}: no such folder")
+            why = "is a file: give the folder of it" if path.exists() else "no such folder"
+            raise TeacherError(f"--model {source}: {why}")
         source = str(path)
     with loading_errors(config):
         if file := find_file(source, "adapter_config.json", revision):
@@ -1493,11 +1496,7 @@ def load_model_config(config: ExtractionConfig) -> Any:
 
 
 def choose_class(config: ExtractionConfig, model_config: Any) -> Any:
-    """Return the class of transformers by which the model reads text and writes text.
-
-    Raises:
-        TeacherError: there is none.
-    """
+    """Return the class of transformers by which the model reads text and writes text."""
     import transformers
 
     own = (getattr(model_config, "auto_map", None) or {}) if config.trust_remote_code else {}
@@ -1570,11 +1569,7 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
 def place_weights(
     config: ExtractionConfig, device: torch.device, load: Callable[..., Any], **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the model on `device`, or over all GPUs when one is too small, and what was loaded.
-
-    Raises:
-        TeacherError: it does not fit the GPUs.
-    """
+    """Return the model on `device`, or over all GPUs when one is too small, and what was loaded."""
     from transformers.utils import is_accelerate_available
 
     if config.tensor_parallel:
@@ -1621,9 +1616,7 @@ def loading_errors(config: ExtractionConfig) -> Iterator[None]:
         elif config.attn != "auto" and re.search("flash|attn|attention|kernels", text):
             remedy = "install that attention, or leave --attn at auto"
         elif "ignore_mismatched_sizes" in text:
-            remedy = (
-                "tensors are packed, or of other sizes than config.json says: vocab_size and such"
-            )
+            remedy = "tensors are packed, or of other sizes than config.json says, as vocab_size"
         elif isinstance(error, ImportError):
             remedy = "install the package that is named"
         elif isinstance(error, OSError):
@@ -1672,7 +1665,8 @@ def check_weights(
     """
     kind, version = type(model).__name__, importlib.metadata.version("transformers")
     wrong = {name for name, *_ in info["mismatched_keys"]}  # where transformers only warns
-    missing = sorted((wrong | set(info["missing_keys"])) & set(model.state_dict()))
+    own = model.state_dict() if quantization is None else dict(model.named_parameters())
+    missing = sorted((wrong | set(info["missing_keys"])) & set(own))
     if missing:
         raise TeacherError(
             f"the checkpoint lacks {len(missing)} weights of {kind} ({missing[0]}, …); give a "
@@ -1724,11 +1718,7 @@ def belongs(model: Any, name: str, stored: Stored) -> bool:
 
 
 def check_head(model: Any, stored: Stored) -> None:
-    """Compare some rows of the loaded head with the checkpoint's, where it has one.
-
-    Raises:
-        TeacherError: the head is another one: tied, or drawn at random.
-    """
+    """Compare some rows of the loaded head with the checkpoint's, where it has one."""
     from safetensors import safe_open
 
     head = model.get_output_embeddings()
@@ -1754,11 +1744,7 @@ def check_head(model: Any, stored: Stored) -> None:
 
 
 def merge_adapter(model: Any, adapter: str, revision: str | None) -> Any:
-    """Return the model with a trained adapter added to its weights.
-
-    Raises:
-        TeacherError: some of the adapter's weights are missing or not used.
-    """
+    """Return the model with a trained adapter added to its weights."""
     import warnings
 
     import peft
@@ -1965,10 +1951,8 @@ class Teacher:
         """Refuse ids that the embedding lacks, and wanted tokens that the head lacks."""
         rows = self.model.get_input_embeddings().weight.shape[0]
         wanted = [ids[at] for ids, at in zip(sequences, token_positions, strict=True)]
-        for arrays, limit, of in (
-            (sequences, rows, "embedding"),
-            (wanted, self.vocab_size, "head"),
-        ):
+        pairs = ((sequences, rows, "embedding"), (wanted, self.vocab_size, "head"))
+        for arrays, limit, of in pairs:
             highest = max((int(ids.max()) for ids in arrays if len(ids)), default=0)
             if highest >= limit:
                 raise TeacherError(
@@ -2143,11 +2127,7 @@ class Teacher:
         return self._plain_logits(inputs, flat, own=True), self._plain_logits(inputs, flat)
 
     def _settle_layout(self, alone: torch.Tensor) -> None:
-        """Take the first layout that gives each probe row what it gets alone, and try its future.
-
-        Raises:
-            TeacherError: tokens see later ones.
-        """
+        """Take the first layout that gives probe rows what they get alone, and try its future."""
         row, short, *others = probe_rows(self.vocab_size)
         want = [alone, self._probe([short])[0]]
         problem = "its head cannot be run apart from its body"
@@ -2168,11 +2148,7 @@ class Teacher:
         return self._refuse_foresight()
 
     def _refuse_foresight(self, got: list[torch.Tensor] | None = None) -> None:
-        """Refuse a model whose logits of the probe's rows, `got`, depend on later tokens.
-
-        Raises:
-            TeacherError: they do.
-        """
+        """Refuse a model whose logits of the probe's rows, `got`, depend on later tokens."""
         got = got or self._probe(probe_rows(self.vocab_size))
         off, limit = foresight(got, [got[0]] * len(PROBE_CUTS)), FORESIGHT
         if off > limit:
