@@ -4741,9 +4741,8 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     config, dataset_revision = pin_revisions(config, recorded)
     resolve_device(config.device)
     model_config = load_model_config(config)
-    tokenizer = load_tokenizer(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    name, revision = tokenizer_source(config)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=config.trust_remote_code)
     template = load_chat_template(config.chat_template, tokenizer)
     source = open_source(
         config.dataset,
