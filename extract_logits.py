@@ -4215,7 +4215,10 @@ class StreamingHFUploader:
             return
         if of_job and record.number == number:
             sizes = retry(lambda: self.destination.sizes([path]), self.stopping)
-            self._note(replace(record, bytes=sizes.get(path, 0)))
+            found = replace(record, bytes=sizes.get(path, 0))
+            self._note(found)
+            if self._is_own(path):
+                self.mine[number] = found
 
     def settle(self, numerics: Mapping[str, Any]) -> None:
         """Record what really ran, once the teacher is loaded.

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -120,7 +121,7 @@ def test_resume_from_an_empty_cache_knows_what_is_done(place: Output, tmp_path: 
     uploader = open_uploader(place, tmp_path / "elsewhere")
     known = uploader.get_resume_info().parts
     assert sorted(known) == [0, 1, 2]
-    assert [known[n]["ids"] for n in known] == [place.record(n)["ids"] for n in known]
+    assert [known[n].ids for n in known] == [place.record(n)["ids"] for n in known]
     assert fill_parts(uploader, 31) == list(range(20, 31))  # the last part is a longer one now
     finish(uploader)
     assert place.rows() == stored(range(31))
@@ -371,20 +372,16 @@ def test_retry_after_is_waited_for(repo: Output, tmp_path: Path) -> None:
 def test_no_answer_makes_a_run_wait_for_longer_than_minutes(
     repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
 ) -> None:
-    waits: list[float] = [0.0]
-    sleep, wait = time.sleep, threading.Event.wait
+    waits: list[float] = []
+    waited = extract_logits.wait_until
 
-    def wait_less(event: threading.Event, timeout: float | None = None) -> bool:
-        waits.append(timeout or 0.0)
-        return wait(event, timeout and min(timeout, 0.02))
+    def wait_less(condition: Any, limit_s: float) -> bool:
+        waits.append(limit_s)
+        return waited(condition, min(limit_s, 5.0))
 
-    def sleep_less(seconds: float) -> None:
-        waits.append(seconds)
-        sleep(min(seconds, 0.02))
-
-    monkeypatch.setattr(threading.Event, "wait", wait_less)
-    monkeypatch.setattr(time, "sleep", sleep_less)
-    clock = type("Clock", (), {"sleep": staticmethod(sleep_less), "time": staticmethod(time.time)})
+    monkeypatch.setattr(extract_logits, "wait_until", wait_less)
+    monkeypatch.setattr(extract_logits, "LONGEST_WAIT_S", 0.05)
+    clock = SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.02)), time=time.time)
     monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
     assert repo.hub
     for request_line in (COMMIT, "preupload/", "objects/batch"):
