@@ -8,7 +8,7 @@ store. The rendering is extraction's own code. A conversation that cannot be use
 with both counts 0, so that a join on `index` finds every row of the source.
 
     python compute_lengths.py --model Qwen/Qwen3-8B --dataset user/chats
-    python compute_lengths.py --model ./teacher --dataset chats.jsonl --output-dir ./lengths
+    python compute_lengths.py --model ./teacher --dataset chats.jsonl --output ./lengths
 
 Exit codes: 0 measured and stored; 1 a bug; 2 bad usage or input; 130 interrupted.
 """
@@ -44,26 +44,21 @@ import pyarrow.parquet as pq
 from explore_logits import (
     LENGTHS_SCHEMA,
     METADATA_LENGTHS,
-    ConversationColumns,
+    ConversationEncoder,
     ConversationError,
     LogitsError,
     OneLineParser,
     SourceError,
     conversation_settings,
-    date_of_today,
-    encode_row,
     first_line,
     import_extra,
-    load_chat_template,
-    load_tokenizer,
     log_hub_once,
-    open_source,
+    open_conversations,
     outlive_readers,
-    prints_time,
-    resolve_columns,
-    source_columns,
     source_id,
     source_revision,
+    warn_once,
+    without_idle_columns,
 )
 
 __all__ = [
@@ -87,12 +82,20 @@ class LengthsError(LogitsError):
 # --------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, help_text: str, *, group: str) -> Any:
-    """Declare one option: the dataclass field is the only place that holds its default and help."""
-    metadata = {"help": help_text, "group": group}
-    if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
+def option(default: Any, help_text: str, *, group: str, **how: Any) -> Any:
+    """Declare one option: the dataclass field is the only place that holds its default and help.
+
+    `how` goes to the parser: `type`, `choices`.
+    """
+    return field(default=default, metadata={"help": help_text, "group": group, "how": how})
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return value
 
 
 @dataclass(kw_only=True)
@@ -118,7 +121,8 @@ class LengthsConfig:
     )
     user_col: str = option("question", "user column of single-turn data", group="dataset")
     assistant_col: str = option("answer", "assistant column of single-turn data", group="dataset")
-    system_col: str | None = option(None, "system column of single-turn data", group="dataset")
+    system_col: str | None = option(None, "column of system messages", group="dataset")
+    text_col: str | None = option(None, "column of plain text instead of chat", group="dataset")
     index_col: str | None = option(
         None, "column of unique integer ids (default: row number)", group="dataset"
     )
@@ -126,6 +130,14 @@ class LengthsConfig:
     chat_template: str | None = option(
         None, "Jinja file to use instead of the tokenizer's template", group="conversation"
     )
+    template_kwargs: dict[str, Any] | None = option(
+        None, 'JSON for the template: {"enable_thinking": false}', group="conversation",
+        type=json_object,
+    )  # fmt: skip
+    turns: str = option(
+        "all", "assistant turns to count: all or last", group="conversation",
+        choices=("all", "last"),
+    )  # fmt: skip
     include_think: bool = option(
         False, "count think tags that the template inserts, too", group="conversation"
     )
@@ -133,9 +145,14 @@ class LengthsConfig:
         False, "count what the template appends after a turn, too", group="conversation"
     )
 
-    batch_size: int = option(1000, "conversations a process takes at a time", group="work")
-    num_proc: int | None = option(None, "processes (default: CPUs)", group="work")
+    batch_size: int = option(
+        1000, "conversations a process takes at a time", group="work", type=int
+    )
+    num_proc: int | None = option(None, "processes (default: CPUs)", group="work", type=int)
 
+    output: str | None = option(
+        None, "folder (./lengths) or Hub dataset repo (user/name) of the result", group="output"
+    )
     output_dir: str = option("data/lengths", "folder of the result", group="output")
     filename: str = option("lengths.parquet", "name of the result", group="output")
     output_repo: str | None = option(None, "Hub dataset repo user/name to push to", group="output")
@@ -149,6 +166,13 @@ class LengthsConfig:
         for flag, value in (("--batch-size", self.batch_size), ("--num-proc", self.num_proc)):
             if value is not None and value < 1:
                 raise LengthsError(f"{flag} {value}: must be at least 1")
+        if self.output is not None:
+            if self.output_repo or self.output_dir != "data/lengths":
+                raise LengthsError("--output excludes --output-dir and --output-repo")
+            if self.output.startswith((".", "/", "~")) or Path(self.output).is_dir():
+                self.output_dir = self.output
+            else:
+                self.output_repo, self.push_to_hub = self.output, True
         if self.push_to_hub != (self.output_repo is not None):
             raise LengthsError("--push-to-hub and --output-repo need each other: give both or none")
         if self.private and not self.push_to_hub:
@@ -167,44 +191,28 @@ PRELOADED = [
     "transformers.utils.chat_template_utils",
     "compute_lengths",
 ]
-MEASURED = (*LENGTHS_SCHEMA.names, "reason", "detail")
+MEASURED = (*LENGTHS_SCHEMA.names, "reason", "detail", "notes")
 Batch = Mapping[str, Sequence[Any]]
 Measured = dict[str, list[Any]]
 
 
-def get_transform_fn(
-    config: LengthsConfig,
-    columns: ConversationColumns,
-    *,
-    tokenizer: Any = None,
-    date: str | None = None,
-) -> Callable[[Batch, Sequence[int]], Measured]:
+def get_transform_fn(encoder: ConversationEncoder) -> Callable[[Batch, Sequence[int]], Measured]:
     """Build the function that measures a batch of rows.
 
     It takes a batch as `Dataset.map(batched=True, with_indices=True)` gives it: columns, and the
     numbers of the rows in the source. It returns the columns `index`, `length`, `num_tokens`,
-    `reason` (None, or why the conversation cannot be used, in a word) and `detail` (in a sentence).
-
-    Args:
-        config: model, template and what to include.
-        columns: from `resolve_columns`.
-        tokenizer: when loaded already.
-        date: YYYY-MM-DD, for a template that prints the date; None: the real time.
+    `reason` (None, or why the conversation cannot be used, in a word), `detail` (in a sentence) and
+    `notes` (what the template does not show).
     """
-    if tokenizer is None:
-        tokenizer = _load_tokenizer(config)
-    template = load_chat_template(config.chat_template, tokenizer)
 
     def measure(row: Mapping[str, Any], number: int) -> tuple[Any, ...]:
-        index = source_id(row, number, columns)
+        index = source_id(row, number, encoder.columns)
         try:
-            encoded = encode_row(
-                row, columns, tokenizer, chat_template=template,
-                include_think=config.include_think, include_end=config.include_end, date=date,
-            )  # fmt: skip
+            encoded = encoder.encode(row)
         except ConversationError as error:
-            return index, 0, 0, error.reason, str(error)
-        return index, encoded.input_ids.size, encoded.token_positions.size, None, None
+            return index, 0, 0, error.reason, str(error), []
+        sizes = encoded.input_ids.size, encoded.token_positions.size
+        return index, *sizes, None, None, list(encoded.notes)
 
     def transform(batch: Batch, numbers: Sequence[int]) -> Measured:
         rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
@@ -214,60 +222,43 @@ def get_transform_fn(
     return transform
 
 
-def _load_tokenizer(config: LengthsConfig) -> Any:
-    return load_tokenizer(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-
-
-def iter_batches(source: Any, size: int) -> Iterator[tuple[int, Batch]]:
-    """Yield the number of the first row and the columns of consecutive batches of a source."""
-    if hasattr(source, "__len__"):
-        for start in range(0, len(source), size):
-            yield start, source[start : start + size]
-        return
-    rows, start = iter(source), 0
-    while batch := list(islice(rows, size)):
-        names = dict.fromkeys(name for row in batch for name in row)
-        yield start, {name: [row.get(name) for row in batch] for name in names}
-        start += len(batch)
-
-
 def measure_source(
-    config: LengthsConfig,
-    source: Any,
-    columns: ConversationColumns,
-    tokenizer: Any,
-    *,
-    date: str | None = None,
+    source: Any, encoder: ConversationEncoder, *, batch_size: int, workers: int | None = None
 ) -> Iterator[Measured]:
-    """Measure all batches of a source, in order, in `num_proc` processes.
+    """Measure all batches of a source, in order, in `workers` processes (None: one for each CPU).
 
     Raises:
         LengthsError: a process died.
     """
-    source = _needed_columns(source, columns)
-    workers = config.num_proc or _cpus()
-    if hasattr(source, "__len__"):
-        workers = min(workers, -(-len(source) // config.batch_size))
+    source = without_idle_columns(source, encoder.columns)
+    shared = source if hasattr(source, "__len__") else None  # read in the workers; streams here
+    batches: Iterable[tuple[int, Batch | int]] = (
+        stream_batches(source, batch_size)
+        if shared is None
+        else ((n, min(batch_size, len(shared) - n)) for n in range(0, len(shared), batch_size))
+    )
+    workers = workers or _cpus()
+    if shared is not None:
+        workers = min(workers, -(-len(shared) // batch_size))
     if workers <= 1:
-        transform = get_transform_fn(config, columns, tokenizer=tokenizer, date=date)
-        for start, batch in iter_batches(source, config.batch_size):
-            yield transform(batch, [start])
+        _start_worker(encoder, shared, ignore_signals=False)
+        yield from (_measure_batch(*batch) for batch in batches)
         return
     try:
-        yield from _measure_in_processes(config, columns, source, workers, date=date)
+        yield from _measure_in_processes(encoder, shared, batches, workers)
     except BrokenProcessPool as error:
         raise LengthsError(
             "a worker process died, perhaps for lack of memory: lower --num-proc or --batch-size"
         ) from error
 
 
-def _needed_columns(source: Any, columns: ConversationColumns) -> Any:
-    """Leave out columns that no conversation is read from, such as images."""
-    if not source.column_names:
-        return source
-    return source.select_columns([n for n in source.column_names if n in columns.needed()])
+def stream_batches(source: Any, size: int) -> Iterator[tuple[int, Batch]]:
+    """Yield the number of the first row and the columns of consecutive batches of a stream."""
+    rows, start = iter(source), 0
+    while batch := list(islice(rows, size)):
+        names = dict.fromkeys(name for row in batch for name in row)
+        yield start, {name: [row.get(name) for row in batch] for name in names}
+        start += len(batch)
 
 
 def _cpus() -> int:
@@ -277,29 +268,18 @@ def _cpus() -> int:
 
 
 def _measure_in_processes(
-    config: LengthsConfig,
-    columns: ConversationColumns,
+    encoder: ConversationEncoder,
     source: Any,
+    batches: Iterable[tuple[int, Batch | int]],
     workers: int,
-    *,
-    date: str | None,
 ) -> Iterator[Measured]:
-    """Spread batches over processes; few are under way at a time, results come in order.
-
-    A source with random access is read in the workers, a stream here.
-    """
-    size, shared = config.batch_size, source if hasattr(source, "__len__") else None
-    batches: Iterable[tuple[int, Batch | range]] = (
-        iter_batches(source, size)
-        if shared is None
-        else ((n, range(n, min(n + size, len(source)))) for n in range(0, len(source), size))
-    )
+    """Spread batches over processes; few are under way at a time, results come in order."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)  # plain fork would copy the parent's threads
     if method == "forkserver":
         context.set_forkserver_preload(PRELOADED)  # seconds of imports, once instead of per worker
     pool = ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(config, columns, shared, date)
+        workers, context, initializer=_start_worker, initargs=(encoder, source)
     )
     waiting: deque[Future[Measured]] = deque()
     try:
@@ -318,19 +298,20 @@ _source: Any = None
 
 
 def _start_worker(
-    config: LengthsConfig, columns: ConversationColumns, source: Any, date: str | None
+    encoder: ConversationEncoder, source: Any, *, ignore_signals: bool = True
 ) -> None:
-    """Load the tokenizer in a worker process."""
+    """Set up a worker process: the parent decides what Ctrl-C does."""
     global _transform, _source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _transform, _source = get_transform_fn(config, columns, date=date), source
+    if ignore_signals:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _transform, _source = get_transform_fn(encoder), source
 
 
-def _measure_batch(start: int, batch: Batch | range) -> Measured:
-    """Measure a batch, or a range of the source, in a worker process."""
+def _measure_batch(start: int, batch: Batch | int) -> Measured:
+    """Measure a batch, or so many rows of the source that the worker process has."""
     assert _transform is not None
-    rows = _source[batch.start : batch.stop] if isinstance(batch, range) else batch
+    rows = _source[start : start + batch] if isinstance(batch, int) else batch
     return _transform(rows, [start])
 
 
@@ -366,6 +347,8 @@ def collect(batches: Iterable[Measured], *, total: int | None = None) -> Measure
                 if reason is not None and reason not in skipped:
                     log.warning("index %d cannot be used (%s): %s", index, reason, detail)
                 skipped.update([reason] if reason is not None else [])
+            for note in dict.fromkeys(note for notes in batch["notes"] for note in notes):
+                warn_once(note)
             parts.append(np.array([batch[c] for c in LENGTHS_SCHEMA.names], np.int32))
             bar.update(len(batch["index"]))
     table = np.concatenate([np.zeros((3, 0), np.int32), *parts], axis=1)
@@ -389,13 +372,11 @@ def format_skipped(skipped: Mapping[str, int]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def describe_measure(
-    config: LengthsConfig, columns: ConversationColumns, template: str, date: str | None = None
-) -> dict[str, Any]:
+def describe_measure(config: LengthsConfig, encoder: ConversationEncoder) -> dict[str, Any]:
     """Return what the lengths depend on; extraction compares it with its own settings."""
     return {
-        **conversation_settings(config, columns, template),
-        "template_date": date,
+        **conversation_settings(config, encoder),
+        "model_revision": config.revision or source_revision(config.model, kind="model"),
         "dataset_revision": source_revision(config.dataset),
     }
 
@@ -553,22 +534,12 @@ def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
     Raises:
         LogitsError: the dataset, model, template or destination cannot be used.
     """
-    tokenizer = _load_tokenizer(config)
-    template = load_chat_template(config.chat_template, tokenizer)
-    source = open_source(
-        config.dataset, subset=config.subset, split=config.split, streaming=config.streaming
-    )
-    columns = resolve_columns(
-        source_columns(source), messages_col=config.messages_col, user_col=config.user_col,
-        assistant_col=config.assistant_col, system_col=config.system_col,
-        index_col=config.index_col,
-    )  # fmt: skip
+    source, encoder = open_conversations(config)
     total = len(source) if hasattr(source, "__len__") else None
     log.info("measuring %s rows of %s", "all" if total is None else f"{total:,}", config.dataset)
-    date = date_of_today() if prints_time(template) else None
-    batches = measure_source(config, source, columns, tokenizer, date=date)
+    batches = measure_source(source, encoder, batch_size=config.batch_size, workers=config.num_proc)
     measured = collect(batches, total=total)
-    settings = describe_measure(config, columns, template, date)
+    settings = describe_measure(config, encoder)
     path = Path(config.output_dir).expanduser() / config.filename
     write_lengths(measured, settings, path)
     log.info("wrote %s", path)
@@ -623,12 +594,10 @@ def _add_option(group: Any, entry: Any) -> None:
     elif entry.default is MISSING:
         group.add_argument(flag, required=True, help=help_text)
     else:
-        kind = int if "int" in entry.type else str
-        word = "N" if kind is int else entry.name.rpartition("_")[2].upper()
+        how = {"metavar": entry.name.rpartition("_")[2].upper(), **entry.metadata["how"]}
+        how["metavar"] = "N" if how.get("type") is int else how["metavar"]
         shown = "" if entry.default is None else f" (default: {entry.default})"
-        group.add_argument(
-            flag, type=kind, metavar=word, default=entry.default, help=help_text + shown
-        )
+        group.add_argument(flag, default=entry.default, help=help_text + shown, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,9 +39,10 @@ import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import re
-import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -65,7 +66,9 @@ __all__ = [
     "Comparison",
     "ConversationAnalysis",
     "ConversationColumns",
+    "ConversationEncoder",
     "ConversationError",
+    "Conversations",
     "DatasetStats",
     "EncodedConversation",
     "FormatError",
@@ -113,6 +116,7 @@ __all__ = [
     "load_tokenizer",
     "logits_to_probs",
     "main",
+    "open_conversations",
     "open_source",
     "open_text",
     "pack_indices",
@@ -147,6 +151,9 @@ log = logging.getLogger("explore_logits")
 class LogitsError(Exception):
     """Anything the user can act on: bad input, a bad file, a refused request. Shown as one line."""
 
+    def __str__(self) -> str:
+        return show_line(super().__str__())
+
 
 class FormatError(LogitsError):
     """A file or an array is not in the shard format; met when reading foreign or damaged shards."""
@@ -162,6 +169,19 @@ def import_extra(module: str, extra: str | None = None) -> Any:
             raise
         brings = f"'logit-extraction[{extra}]'" if extra else package
         raise LogitsError(f"{package} is needed for this: pip install {brings}") from error
+
+
+def show_line(text: str) -> str:
+    """Write text from anywhere on one line, without what acts on a terminal or opens the Hub."""
+    return hide_tokens(show_text(re.sub(r"\s*\n\s*", " ", text.strip())))
+
+
+def hide_tokens(text: str) -> str:
+    """Replace access tokens of the Hub, whoever echoed them."""
+    hub = sys.modules.get("huggingface_hub")
+    if hub is not None and (token := hub.get_token()):
+        text = text.replace(token, "***")
+    return re.sub(r"\b(hf|api_org)_\w{6,}", "***", text)
 
 
 def first_line(error: BaseException) -> str:
@@ -333,18 +353,10 @@ def dequantize_logits(
 
 
 # --------------------------------------------------------------------------------------------------
-# 2 Conversation
+# 2 Source
 # --------------------------------------------------------------------------------------------------
 #
-# From a source row to token positions:
-#
-#     open_source ──row──► read_conversation ──messages──► render (text, character spans)
-#                                                          ──tokenize, overlap──► token_positions
-#
-# The spans come from the template's own {% generation %} markers, else from differential rendering:
-# the conversation is rendered again with one assistant turn replaced by characters that occur
-# nowhere, and what both renderings share before and after delimits that turn.
-
+#     open_source ──row──► read_conversation ──► messages, tools, arguments of the template
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -358,7 +370,7 @@ class ConversationError(LogitsError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return str(self.args[1])
+        return show_line(str(self.args[1]))
 
 
 class SourceError(LogitsError):
@@ -369,22 +381,31 @@ class TemplateError(LogitsError):
     """The template or tokenizer gives no way to find the assistant's tokens; no row could work."""
 
 
-# Source datasets ----------------------------------------------------------------------------------
+# Columns ------------------------------------------------------------------------------------------
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+PAIR_COLUMNS = (  # usual names of a question and its answer
+    *itertools.product(("prompt",), ("completion", "response", "chosen")),
+    *itertools.product(("instruction",), ("output", "response")),
+)
+CONTEXT_COLUMN = "input"  # beside Alpaca's `instruction`: what the instruction is about
 
 
 @dataclass(frozen=True)
 class ConversationColumns:
-    """Which columns of the source hold the conversation: `messages`, or `user` and `assistant`."""
+    """Which columns of the source hold the conversation: messages, a question and answer, or text.
+
+    `user` and `assistant` may hold text or lists of messages; `context` is added to the user's
+    text, `system` comes before everything.
+    """
 
     messages: str | None = None
     user: str | None = None
     assistant: str | None = None
     system: str | None = None
     index: str | None = None
+    context: str | None = None
+    text: str | None = None
 
     def settings(self) -> dict[str, str | None]:
         """Return the columns under the names that a run's settings give them."""
@@ -392,13 +413,92 @@ class ConversationColumns:
 
     def needed(self) -> set[str]:
         """Return all columns of the source that a conversation is read from."""
-        return {"tools", *(name for name in asdict(self).values() if name is not None)}
+        named = {name for name in asdict(self).values() if name is not None}
+        return named | {"tools", "chat_template_kwargs"}
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> ConversationColumns:
-        """Take the columns out of a run's settings; those of messages make the others idle."""
+        """Take the columns out of a run's settings; those of version 0.1 name idle ones, too."""
         columns = cls(*(settings.get(name) for name in cls().settings()))
-        return columns if columns.messages is None else cls(columns.messages, index=columns.index)
+        if columns.messages is None or "text_col" in settings:
+            return columns
+        return cls(columns.messages, index=columns.index)
+
+
+def resolve_columns(
+    names: Iterable[str],
+    *,
+    messages_col: str | None = None,
+    user_col: str = "question",
+    assistant_col: str = "answer",
+    system_col: str | None = None,
+    index_col: str | None = None,
+    text_col: str | None = None,
+) -> ConversationColumns:
+    """Decide which columns hold the conversation; every option that is given is used or refused.
+
+    In this order: `text_col`; `messages_col`; `user_col` with `assistant_col` where they were
+    changed from their defaults; a column with a usual name (`MESSAGE_COLUMNS`); those two columns
+    as they are by default; usual pairs (`PAIR_COLUMNS`).
+
+    Raises:
+        SourceError: a named column is not there, two options exclude each other, or there is
+            nothing usual; names the columns there are.
+    """
+    have = list(names)
+    pair = (user_col, assistant_col)
+    asked = pair != ("question", "answer")
+    given = {"--text-col": text_col, "--messages-col": messages_col, "--system-col": system_col,
+             "--index-col": index_col}  # fmt: skip
+    if asked:
+        given |= {"--user-col": user_col, "--assistant-col": assistant_col}
+    for flag, name in given.items():
+        if name is not None and name not in have:
+            raise SourceError(f"no column {name!r} ({flag}); the dataset has {', '.join(have)}")
+    ways = [flag for flag in ("--text-col", "--messages-col", "--user-col") if given.get(flag)]
+    if len(ways) > 1:
+        raise SourceError(f"{' and '.join(ways)} exclude each other: give one of them")
+    if text_col is not None:
+        if system_col is not None:
+            raise SourceError("--system-col belongs to a conversation, not to --text-col")
+        return ConversationColumns(text=text_col, index=index_col)
+    usual = next((name for name in MESSAGE_COLUMNS if name in have), None)
+    if messages_col or (usual and not asked):
+        return ConversationColumns(messages_col or usual, system=system_col, index=index_col)
+    for user, assistant in (pair,) if asked else (pair, *PAIR_COLUMNS):
+        if user in have and assistant in have:
+            context = CONTEXT_COLUMN if user == "instruction" and CONTEXT_COLUMN in have else None
+            return ConversationColumns(None, user, assistant, system_col, index_col, context)
+    raise SourceError(
+        f"no conversations: neither a column {', '.join(MESSAGE_COLUMNS)} (--messages-col) nor "
+        f"{user_col!r} with {assistant_col!r} (--user-col, --assistant-col) or a usual pair such "
+        f"as prompt with completion (--text-col for plain text); the dataset has {', '.join(have)}"
+    )
+
+
+def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns) -> int:
+    """Return the `index` of a row: its number in the source, or the value of the index column.
+
+    Raises:
+        SourceError: the value is not an integer of 32 bits; names row and value.
+    """
+    if columns.index is None:
+        return number
+    value = row.get(columns.index)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise SourceError(
+            f"row {number}: {columns.index!r} is {value!r:.40}, not an integer (--index-col)"
+        )
+    if not -(2**31) <= int(value) < 2**31:
+        raise SourceError(f"row {number}: {columns.index!r} is {value}: over 32 bits (--index-col)")
+    return int(value)
+
+
+# Opening ------------------------------------------------------------------------------------------
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+NOT_UTF8 = "the text is not UTF-8 (is it UTF-16? write it as UTF-8)"
 
 
 def open_source(
@@ -408,8 +508,9 @@ def open_source(
     split: str = "train",
     streaming: bool = False,
     revision: str | None = None,
+    integers: Sequence[str | None] = (),
 ) -> Any:
-    """Open one split of a chat dataset: a `datasets.Dataset`, or an `IterableDataset` to stream.
+    """Open one split of a chat dataset: a `datasets.Dataset`, or a `Stream` of its rows.
 
     Args:
         dataset: Hub id, or a local .jsonl, .json, .parquet or .csv file (also compressed), a folder
@@ -418,21 +519,41 @@ def open_source(
         split: name of the split; `train[:100]` slices too when not streaming.
         streaming: never hold the source in memory or write it to a cache.
         revision: branch, tag or commit of a Hub dataset.
+        integers: columns of CSV files that hold integers; all others are read as text.
 
     Raises:
         SourceError: nothing there, no such split (names those there are), an unreadable file
-            (names the line of a JSON-lines file), the Hub out of reach.
+            (names file and line or column), the Hub out of reach.
     """
     path = Path(dataset).expanduser()
-    if path.is_file():
-        return _open_file(path, split=split, streaming=streaming)
+    how: dict[str, Any] = {"split": split, "streaming": streaming}
+    if not path.exists():
+        if dataset.startswith((".", "/", "~")) or _builder_of(path) is not None:
+            raise SourceError(f"dataset {dataset!r}: no such file or folder")
+        return _load(dataset, [], dataset, name=subset, revision=revision, **how)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _open_saved(path, split=split, streaming=streaming)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    files = [file for file in files if _builder_of(file)]
+    if not files:
+        what = "unknown kind of file, expected" if path.is_file() else "no file in this folder is"
+        raise SourceError(f"dataset {str(path)!r}: {what} {', '.join(_BUILDERS)}")
+    if ".zst" in {file.suffix for file in files} and not importlib.util.find_spec("zstandard"):
+        raise SourceError(f"dataset {str(path)!r}: pip install zstandard to read it")
+    if path.is_file() and path.stat().st_size == 0:
+        raise SourceError(f"dataset {str(path)!r}: the file is empty")
+    if {_builder_of(file) for file in files} == {"csv"}:
+        how |= _csv_options(files, integers)
     if path.is_dir():
-        return _open_folder(path, subset=subset, split=split, streaming=streaming)
-    if dataset.startswith((".", "/", "~")) or _builder_of(path) is not None:
-        raise SourceError(f"dataset {dataset!r}: no such file or folder")
-    return _load_dataset(
-        dataset, dataset, name=subset, split=split, streaming=streaming, revision=revision
-    )
+        return _load(str(path), files, str(path), name=subset, **how)
+    if streaming and ".jsonl" in path.suffixes:
+        if split != "train":
+            raise SourceError(_no_split(str(path), split, ["train"]))
+        lines = import_extra("datasets").IterableDataset.from_generator(
+            read_json_lines, gen_kwargs={"path": str(path)}
+        )
+        return Stream(lines, str(path), files, features={})
+    return _load(str(path), files, str(_builder_of(path)), data_files=str(path), **how)
 
 
 def _builder_of(path: Path) -> str | None:
@@ -441,64 +562,21 @@ def _builder_of(path: Path) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _open_file(path: Path, *, split: str, streaming: bool) -> Any:
-    """Open a single file; its one split is called train."""
-    builder = _builder_of(path)
-    if builder is None:
-        kinds = ", ".join(_BUILDERS)
-        raise SourceError(f"dataset {str(path)!r}: unknown kind of file, expected {kinds}")
-    if path.stat().st_size == 0:
-        raise SourceError(f"dataset {str(path)!r}: the file is empty")
-    if streaming and path.suffix == ".jsonl":
-        return _stream_json_lines(path, split=split)
-    cells = _csv_options([path]) if builder == "csv" else {}
-    return _load_dataset(
-        str(path), builder, data_files=str(path), split=split, streaming=streaming, file=path,
-        **cells,
-    )  # fmt: skip
+def _csv_options(files: Sequence[Path], integers: Sequence[str | None]) -> dict[str, Any]:
+    """Have the cells of CSV files read as they are written: 007, 1.50 and NA are text.
 
-
-def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
-    """Have the cells of CSV files read as they are written: 007 and 1.50 are text, and so is NA.
-
-    Only an empty cell is null. A column is one of integers where every cell is spelled as one, in
-    all files. Where the files have different columns, the loader decides what is text.
+    Only an empty cell is null, and only the columns `integers` are none of text.
     """
-    cells = {"keep_default_na": False, "na_values": [""]}
+    datasets, pandas = import_extra("datasets"), import_extra("pandas")
+    faults: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, *_decompression_faults())
     try:
-        spelled = [_integer_columns(path, cells) for path in files]
-    except (OSError, ValueError):
-        return cells  # whoever opens it says what is wrong
-    if any(columns.keys() != spelled[0].keys() for columns in spelled):
-        return cells
-    datasets = import_extra("datasets")
-    kinds = {n: "int64" if all(c[n] for c in spelled) else "string" for n in spelled[0]}
-    features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
-    return {**cells, "features": features}
-
-
-def _integer_columns(path: Path, cells: Mapping[str, Any]) -> dict[str, bool]:
-    """Tell for each column of a CSV file whether every cell is spelled as an integer."""
-    integer: dict[str, bool] = {}
-    with import_extra("pandas").read_csv(path, dtype=str, chunksize=10_000, **cells) as chunks:
-        for chunk in chunks:
-            for name in chunk.columns:
-                spelled = chunk[name].str.fullmatch(r"0|-?[1-9]\d{0,17}", na=False).all()
-                integer[name] = integer.get(name, True) and bool(spelled)
-    return integer
-
-
-def _open_folder(path: Path, *, subset: str | None, split: str, streaming: bool) -> Any:
-    """Open a folder of data files, or one that `save_to_disk` wrote."""
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _open_saved(path, split=split, streaming=streaming)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and _builder_of(file)]
-    if not files:
-        raise SourceError(f"dataset {str(path)!r}: no {', '.join(_BUILDERS)} file in this folder")
-    cells = _csv_options(files) if {_builder_of(file) for file in files} == {"csv"} else {}
-    return _load_dataset(
-        str(path), str(path), name=subset, split=split, streaming=streaming, **cells
-    )
+        header = list(pandas.read_csv(files[0], nrows=0, dtype=str).columns)
+    except faults as error:
+        why = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else first_line(error)
+        raise SourceError(f"dataset {str(files[0])!r} cannot be read: {why}") from error
+    kinds = {column: "int64" if column in integers else "string" for column in header}
+    features = datasets.Features({column: datasets.Value(kinds[column]) for column in kinds})
+    return {"keep_default_na": False, "na_values": [""], "features": features}
 
 
 def _open_saved(path: Path, *, split: str, streaming: bool) -> Any:
@@ -508,68 +586,150 @@ def _open_saved(path: Path, *, split: str, streaming: bool) -> Any:
     if split not in splits:
         raise SourceError(_no_split(str(path), split, splits))
     chosen = loaded[split] if isinstance(loaded, dict) else loaded
-    return chosen.to_iterable_dataset() if streaming else chosen
+    return Stream(chosen.to_iterable_dataset(), str(path), []) if streaming else chosen
 
 
 def _no_split(dataset: str, split: str, splits: Iterable[str]) -> str:
     return f"dataset {dataset!r} has no split {split!r}; it has {', '.join(splits)} (--split)"
 
 
-def _stream_json_lines(path: Path, *, split: str) -> Any:
-    """Stream a JSON-lines file row by row as it is written: no schema, one line in memory."""
-    if split != "train":
-        raise SourceError(_no_split(str(path), split, ["train"]))
-    return import_extra("datasets").IterableDataset.from_generator(
-        read_json_lines, gen_kwargs={"path": str(path)}
-    )
-
-
 def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file; blank lines are passed over.
+    """Yield the objects of a JSON-lines file, compressed or not; blank lines are passed over.
 
     Raises:
-        SourceError: a line is not a JSON object; names its number.
+        SourceError: a line is not a JSON object or no text, or the file is cut; names its number.
     """
-    with open(path, encoding="utf-8-sig") as lines:  # with or without a byte order mark
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
+    number = 0
+    faults: tuple[type[Exception], ...] = (OSError, EOFError, *_decompression_faults())
+    try:
+        with import_extra("fsspec").open(
+            path, "rt", encoding="utf-8-sig", compression="infer"
+        ) as f:
+            for number, line in enumerate(f, 1):  # noqa: B007 - the handlers name it
+                if not line.strip():
+                    continue
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise SourceError(f"dataset {path!r}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise SourceError(f"dataset {path!r}, line {number}: expected a JSON object")
-            yield row
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+                yield row
+    except UnicodeDecodeError:
+        why = NOT_UTF8
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"dataset {path!r}, line {number}: not JSON ({error})") from None
+    except faults as error:
+        why = f"{first_line(error)}: the file is damaged"
+    else:
+        return
+    raise SourceError(f"dataset {path!r}, line {number + 1}: {why}")
 
 
-def _load_dataset(dataset: str, builder: str, *, file: Path | None = None, **options: Any) -> Any:
-    """Call `datasets.load_dataset` and turn what it raises into one line that says what to do."""
+def _decompression_faults() -> tuple[type[Exception], ...]:
+    """Return what decompressors raise on damaged files beside OSError and EOFError."""
+    found: list[type[Exception]] = [zlib.error, lzma.LZMAError]
+    with contextlib.suppress(ImportError):
+        found.append(importlib.import_module("zstandard").ZstdError)
+    return tuple(found)
+
+
+class Stream:
+    """Rows of a source one after the other; what goes wrong on the way is a `SourceError`.
+
+    Has of a `datasets.IterableDataset` what the scripts use.
+
+    Attributes:
+        column_names: None where no schema says.
+        features: kinds of values by column, as `padding_of` reads them; None where no schema says,
+            {} where the rows are as they were written.
+    """
+
+    def __init__(self, rows: Any, name: str, files: Sequence[Path], features: Any = None) -> None:
+        self.rows, self.name, self.files = rows, name, files
+        self.column_names: list[str] | None = rows.column_names
+        self.features = rows.features if features is None else features
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with _load_errors(self.name, self.files, {}):
+            yield from self.rows
+
+    def take(self, count: int) -> Stream:
+        """Return the first rows."""
+        return Stream(self.rows.take(count), self.name, self.files, self.features)
+
+    def skip(self, count: int) -> Stream:
+        """Leave the first rows out."""
+        return Stream(self.rows.skip(count), self.name, self.files, self.features)
+
+    def select_columns(self, names: Sequence[str]) -> Stream:
+        """Return only these columns of each row."""
+        return Stream(self.rows.select_columns(list(names)), self.name, self.files, self.features)
+
+
+def _load(dataset: str, files: Sequence[Path], builder: str, **options: Any) -> Any:
+    """Call `datasets.load_dataset`; a stream comes as a `Stream`."""
+    datasets = import_extra("datasets")
+    with _load_errors(dataset, files, options):
+        loaded = datasets.load_dataset(builder, **options)
+    return Stream(loaded, dataset, files) if options.get("streaming") else loaded
+
+
+@contextlib.contextmanager
+def _load_errors(name: str, files: Sequence[Path], options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what `datasets` raises into one line that says what to do, with file and place."""
     datasets = import_extra("datasets")
     noisy = logging.getLogger("datasets.packaged_modules")  # tells by a traceback what is raised
     level = noisy.level
     noisy.setLevel(logging.CRITICAL)
+    faults = (datasets.exceptions.DatasetsError, OSError, EOFError, ValueError, RuntimeError,
+              TypeError, KeyError, ImportError, *_decompression_faults())  # fmt: skip
     try:
-        return datasets.load_dataset(builder, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        if file is not None and file.suffix == ".jsonl":
-            _name_bad_line(str(file))
-        raise SourceError(_describe_load_error(dataset, options, error)) from error
+        yield
+    except faults as error:
+        _name_bad_file(files)
+        raise SourceError(_describe_load_error(name, options, error)) from error
     finally:
         noisy.setLevel(level)
 
 
-def _name_bad_line(path: str) -> None:
-    """Read a JSON-lines file that the loader refused, to say which line is at fault.
+def _name_bad_file(files: Sequence[Path]) -> None:
+    """Read local files that the loader refused, to say which line or column is at fault.
 
     Raises:
-        SourceError: a line is not a JSON object, or holds text that cannot be written as UTF-8.
+        SourceError: a line is not a JSON object or cannot be written as UTF-8, or a file has other
+            columns than the first one.
     """
-    for number, row in enumerate(read_json_lines(path), 1):
-        if not is_unicode(json.dumps(row, ensure_ascii=False)):
+    first: list[str] | None = None
+    for file in files:
+        columns: list[str] | None = None
+        if ".jsonl" in file.suffixes:
+            for number, row in enumerate(read_json_lines(str(file)), 1):
+                columns = columns or list(row)
+                if not is_unicode(json.dumps(row, ensure_ascii=False)):
+                    raise SourceError(
+                        f"dataset {str(file)!r}, row {number}: half a surrogate pair (\\ud800 to "
+                        "\\udfff) is no text; mend the row, or have it skipped by --streaming"
+                    )
+        elif file.suffix == ".json":
+            try:
+                json.loads(file.read_text(encoding="utf-8-sig"))
+            except ValueError as error:
+                why = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else str(error)
+                if "Extra data" not in why:  # else one object a line, which is read, too
+                    raise SourceError(f"dataset {str(file)!r} cannot be read: {why}") from error
+        elif file.suffix == ".parquet":
+            try:
+                columns = pq.read_schema(file).names
+            except (pa.ArrowException, OSError) as error:
+                why = f"cannot be read: {first_line(error)}"
+                raise SourceError(f"dataset {str(file)!r} {why}") from error
+        elif _builder_of(file) == "csv":
+            with contextlib.suppress(ValueError, OSError, EOFError):
+                columns = list(import_extra("pandas").read_csv(file, nrows=0, dtype=str).columns)
+        first = first or columns
+        if columns and first and set(columns) != set(first):
+            other = ", ".join(sorted(set(columns) ^ set(first)))
             raise SourceError(
-                f"dataset {path!r}, row {number}: half a surrogate pair (\\ud800 to \\udfff) is "
-                "no text; mend the row, or have it skipped by --streaming"
+                f"dataset {str(file)!r} and {files[0].name} have different columns ({other}); give "
+                "one of the files, or a folder of like ones"
             )
 
 
@@ -595,30 +755,36 @@ def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Except
     if found:
         names = re.findall(r"'([^']+)'", found.group(1) or found.group(2))
         return _no_split(dataset, str(options.get("split")), names)
-    kind = type(error).__name__
-    if kind == "DatasetGenerationError":
-        cause = _root_cause(error)
-        if "BatchSize must be greater than 0" in cause:  # Parquet without a row
-            return f"dataset {dataset!r} has no rows"
-        if cause.startswith("Schema at index"):
-            cause = "its files have different columns; give one of them, or a folder of like ones"
-        return f"dataset {dataset!r} cannot be read: {cause}"
+    kind, cause = type(error).__name__, _root_cause(error)
     why = " ".join(str(error).split()) or kind
-    if "corresponds to no data" in why:
+    # Parquet without a row, other files without one
+    if "BatchSize must be greater than 0" in cause or "corresponds to no data" in why:
         return f"dataset {dataset!r} has no rows"
     if "BuilderConfig" in why or "Config name is missing" in why:
         return f"dataset {dataset!r}, --subset {options.get('name')}: {why}"
+    if Path(dataset).expanduser().exists():
+        if "column names don't match" in why or "Schema at index" in cause:
+            cause = "its files have different columns; give one of them, or a folder of like ones"
+        return f"dataset {dataset!r} cannot be read: {cause}"
     if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
         why += " (is the name right, and are you logged in? hf auth login)"
-    if not Path(dataset).expanduser().exists():
-        why += "; no file or folder here has this name either"
-    return f"dataset {dataset!r} cannot be opened: {why}"
+    return (
+        f"dataset {dataset!r} cannot be opened: {why}; no file or folder here has this name either"
+    )
 
 
-def source_revision(dataset: str, revision: str | None = None) -> str | None:
-    """Name the version of a source: the commit of a Hub dataset, a digest of local files.
+def source_revision(
+    dataset: str, revision: str | None = None, *, kind: str = "dataset"
+) -> str | None:
+    """Name the version of a source or model: the commit on the Hub, a digest of local files.
 
-    The digest covers names, sizes and both ends of each file, so it is cheap for large ones.
+    The digest covers the names and the whole content of files up to 1 GB together; of more, names,
+    sizes and 16 places of each file, so that it stays cheap.
+
+    Args:
+        dataset: Hub id, or a local file or folder.
+        revision: branch, tag or commit on the Hub.
+        kind: "dataset" or "model", for the Hub.
 
     Returns:
         None when the Hub does not say.
@@ -627,24 +793,30 @@ def source_revision(dataset: str, revision: str | None = None) -> str | None:
     if not path.exists():
         hub = import_extra("huggingface_hub")
         try:
-            return str(hub.HfApi().dataset_info(dataset, revision=revision).sha)
+            return str(hub.HfApi().repo_info(dataset, revision=revision, repo_type=kind).sha)
         except (hub.errors.HTTPError, OSError, ValueError):
             return None
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    whole = sum(file.stat().st_size for file in files) <= 2**30
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and not file.name.startswith("."):
-            digest.update(_file_mark(file, path))
-    return "sha256:" + digest.hexdigest()[:40]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())
+        with file.open("rb") as data:
+            if whole or size <= 2**20:
+                while block := data.read(2**20):
+                    digest.update(block)
+                continue
+            for n in range(16):
+                data.seek((size - 2**16) * n // 15)
+                digest.update(data.read(2**16))
+    return "sha256:" + digest.hexdigest()
 
 
-def _file_mark(file: Path, root: Path, sample_bytes: int = 2**20) -> bytes:
-    """Return a file's name inside `root`, its size and its first and last bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        head = data.read(sample_bytes)
-        data.seek(max(0, size - sample_bytes))
-        tail = data.read(sample_bytes)
-    return f"{file.relative_to(root).as_posix()}:{size}:".encode() + head + tail
+def is_digest(revision: Any) -> bool:
+    """Tell whether a revision is a digest of local files; those of version 0.1 were shorter."""
+    return isinstance(revision, str) and re.fullmatch("sha256:[0-9a-f]{64}", revision) is not None
 
 
 def source_columns(dataset: Any) -> list[str]:
@@ -661,135 +833,161 @@ def source_columns(dataset: Any) -> list[str]:
     return list(names)
 
 
-def resolve_columns(
-    names: Iterable[str],
-    *,
-    messages_col: str | None = None,
-    user_col: str = "question",
-    assistant_col: str = "answer",
-    system_col: str | None = None,
-    index_col: str | None = None,
-) -> ConversationColumns:
-    """Decide which columns hold the conversation.
+def without_idle_columns(source: Any, columns: ConversationColumns) -> Any:
+    """Leave out what no conversation is read from, such as images: decoding it costs time.
 
-    In this order: `messages_col`; `user_col` with `assistant_col` when they were changed from their
-    defaults; a column with a usual name (`MESSAGE_COLUMNS`); the single-turn columns.
-
-    Raises:
-        SourceError: a named column is not there, or none of the usual ones; names those there are.
+    A stream without a schema stays as it is: not all its rows have the same columns.
     """
-    have = list(names)
-    for flag, name in (
-        ("--messages-col", messages_col),
-        ("--system-col", system_col),
-        ("--index-col", index_col),
-    ):
-        if name is not None and name not in have:
-            raise SourceError(f"no column {name!r} ({flag}); the dataset has {', '.join(have)}")
-    usual = next((n for n in MESSAGE_COLUMNS if n in have), None)
-    single = user_col in have and assistant_col in have
-    asked = single and (user_col, assistant_col) != ("question", "answer")
-    if messages_col is None and not asked:
-        messages_col = usual
-    if messages_col is not None:
-        return ConversationColumns(messages=messages_col, index=index_col)
-    if single:
-        return ConversationColumns(
-            user=user_col, assistant=assistant_col, system=system_col, index=index_col
-        )
-    raise SourceError(
-        f"no conversations: neither a column {', '.join(MESSAGE_COLUMNS)} (--messages-col) nor "
-        f"{user_col!r} with {assistant_col!r} (--user-col, --assistant-col); "
-        f"the dataset has {', '.join(have)}"
-    )
-
-
-def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns) -> int:
-    """Return the `index` of a row: its number in the source, or the value of the index column.
-
-    Raises:
-        SourceError: the value is not an integer of 32 bits; names row and value.
-    """
-    if columns.index is None:
-        return number
-    value = row.get(columns.index)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise SourceError(
-            f"row {number}: {columns.index!r} is {value!r:.40}, not an integer (--index-col)"
-        )
-    if not -(2**31) <= int(value) < 2**31:
-        raise SourceError(f"row {number}: {columns.index!r} is {value}: over 32 bits (--index-col)")
-    return int(value)
+    if not source.column_names:
+        return source
+    return source.select_columns([n for n in source.column_names if n in columns.needed()])
 
 
 # Rows to messages ---------------------------------------------------------------------------------
 
 _ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "model": "assistant", "function_call": "assistant",
-    "observation": "tool", "function_response": "tool",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "function_call", "tool_call"),
+                    "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
+    **{role: role for role in ("user", "assistant", "system", "tool", "developer")},
 }  # fmt: skip
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
-def read_conversation(row: Mapping[str, Any], columns: ConversationColumns) -> list[dict[str, Any]]:
-    """Return the chat messages of a row: dicts with `role`, `content` and what else the row gives.
+def padding_of(feature: Any) -> Any:
+    """Return where values of a feature of `datasets` hold nulls that Arrow put there.
 
-    Both dialects are understood (`role`/`content` and `from`/`value`), messages stored as a JSON
-    string too. Content given as a list of text parts is joined. Keys that are null are left out,
-    at every depth: Arrow adds them to all rows when one row has them.
-
-    Raises:
-        ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
+    A struct has all its keys in every row. Nested as the feature: a dict for a struct, a list of
+    one for a list, None for what holds no struct, such as text or JSON.
     """
-    if columns.messages is None:
-        return _single_turn(row, columns)
-    value = _parsed_json(row.get(columns.messages))
-    if value is None:
-        raise ConversationError("null", f"column {columns.messages!r} is null")
-    if isinstance(value, Mapping):  # a struct of lists: what `datasets` makes of a list of structs
-        value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=False)]
-    if isinstance(value, str) or not isinstance(value, (list, tuple, np.ndarray)):
-        raise ConversationError("malformed", f"column {columns.messages!r} is no list of messages")
-    if len(value) == 0:
-        raise ConversationError("empty", "the conversation has no messages")
-    messages = [_read_message(message) for message in value]
-    answers = [m for m in messages if m["role"] == "assistant"]
-    if answers and not any(_says_something(m) for m in answers):
-        raise ConversationError("empty", "the assistant says nothing")
-    return messages
+    if isinstance(feature, dict):
+        return {name: padding_of(inner) for name, inner in feature.items()}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    inner = None if inner is None else padding_of(inner)
+    return None if inner is None else [inner]
+
+
+def _plain(value: Any, padding: Any) -> Any:
+    """Return a value of a row as JSON would hold it, without the nulls of `padding_of`.
+
+    `padding` is True where nobody knows: then every null of an object is taken for one.
+    """
+    if isinstance(value, Mapping):
+        if isinstance(padding, list) and isinstance(padding[0], dict):  # a struct of lists
+            padding = {key: [item] for key, item in padding[0].items()}
+        if padding is True:
+            padding = dict.fromkeys(value, True)
+        padded = padding if isinstance(padding, dict) else {}
+        kept = {key: item for key, item in value.items() if item is not None or key not in padded}
+        return {key: _plain(item, padded.get(key)) for key, item in kept.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        inner = padding[0] if isinstance(padding, list) else True if padding is True else None
+        return [_plain(item, inner) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _cell(row: Mapping[str, Any], name: str, padding: Mapping[str, Any] | None) -> Any:
+    return _plain(row.get(name), True if padding is None else padding.get(name))
 
 
 def _parsed_json(value: Any) -> Any:
     """Parse a string that holds a JSON list or object; return anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
     return value
 
 
-def _single_turn(row: Mapping[str, Any], columns: ConversationColumns) -> list[dict[str, Any]]:
-    """Build the messages of a row that holds one question and one answer."""
-    messages = []
-    for role, column in (
-        ("system", columns.system), ("user", columns.user), ("assistant", columns.assistant)
-    ):  # fmt: skip
-        if column is None:
-            continue
-        text = _cell_text(row.get(column), column, optional=role == "system")
-        if text is not None:
-            messages.append({"role": role, "content": text})
+def read_conversation(
+    row: Mapping[str, Any],
+    columns: ConversationColumns,
+    padding: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the chat messages of a row: dicts with `role`, `content` and what else the row gives.
+
+    Both dialects are understood (`role`/`content` and `from`/`value`), messages stored as a JSON
+    string too, a question and an answer as text or as messages. Content given as a list of parts is
+    joined, parts of reasoning become `reasoning_content`. `padding` tells by column where Arrow put
+    nulls (`padding_of`); without it every null of an object is taken for one of those.
+
+    Raises:
+        ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
+    """
+    cells = {name: _cell(row, name, padding) for name in columns.needed()}
+    if columns.messages is not None:
+        messages = _read_messages(cells[columns.messages], columns.messages)
+    else:
+        messages = _single_turn(cells, columns)
+    if columns.system is not None:
+        messages = _with_system(messages, cells[columns.system], columns.system)
+    answers = [m for m in messages if m["role"] == "assistant"]
+    said = [m.get(key) for m in answers for key in ("content", "tool_calls", *_REASONING_KEYS)]
+    if answers and not any(s.strip() if isinstance(s, str) else s for s in said):
+        raise ConversationError("empty", "the assistant says nothing")
     return messages
 
 
-def _cell_text(value: Any, column: str, *, optional: bool) -> str | None:
-    """Return a cell as text (numbers are written out); None for an empty optional one."""
-    blank = value is None or value != value or (isinstance(value, str) and not value.strip())
-    if blank and optional:
-        return None
-    if blank:
+def _read_messages(value: Any, column: str) -> Messages:
+    """Read a cell that holds a list of messages, also as JSON, or a struct of lists."""
+    value = _parsed_json(value)
+    if value is None:
+        raise ConversationError("null", f"column {column!r} is null")
+    if isinstance(value, dict):  # a struct of lists: what `datasets` makes of a list of structs
+        lists = [each for each in value.values() if isinstance(each, list)]
+        if len(lists) < len(value) or len({len(each) for each in lists}) > 1:
+            why = "is one object, or lists of different length, not a list of messages"
+            raise ConversationError("malformed", f"column {column!r} {why}")
+        value = [dict(zip(value, each, strict=True)) for each in zip(*lists, strict=True)]
+    if not isinstance(value, list):
+        raise ConversationError("malformed", f"column {column!r} is no list of messages")
+    if not value:
+        raise ConversationError("empty", "the conversation has no messages")
+    return [_read_message(message) for message in value]
+
+
+def _single_turn(cells: Mapping[str, Any], columns: ConversationColumns) -> Messages:
+    """Build the messages of a row with a question and an answer, each text or messages."""
+    user, assistant = str(columns.user), str(columns.assistant)
+    answer = _parsed_messages(cells[assistant])
+    if answer is not None and answer[0]["role"] != "assistant":
+        return answer  # the whole conversation, as preference data has it in `chosen`
+    question = _parsed_messages(cells[user])
+    if question is None:
+        text = _cell_text(cells[user], user)
+        context = cells.get(columns.context) if columns.context else None
+        if context is not None and str(context).strip():
+            text += f"\n\n{_cell_text(context, str(columns.context))}"
+        question = [{"role": "user", "content": text}]
+    if answer is None:
+        text = _cell_text(cells[assistant], assistant)
+        answer = [{"role": "assistant", "content": text}]
+    return [*question, *answer]
+
+
+def _parsed_messages(value: Any) -> Messages | None:
+    """Read a cell of a pair as messages, None where it holds something else."""
+    is_list = isinstance(value, list) and value and isinstance(value[0], dict)
+    return [_read_message(message) for message in value] if is_list else None
+
+
+def _with_system(messages: Messages, value: Any, column: str) -> Messages:
+    """Put the text of the system column before a conversation that has no other one."""
+    if value is None or value != value or not str(value).strip():
+        return messages
+    text = _cell_text(value, column)
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    if messages[0].get("content") != text:
+        why = f"column {column!r} and a system message of its own differ (--system-col)"
+        raise ConversationError("malformed", f"the conversation has {why}")
+    return messages
+
+
+def _cell_text(value: Any, column: str) -> str:
+    """Return a cell as text; numbers are written out."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
         reason = "empty" if isinstance(value, str) else "null"
         raise ConversationError(reason, f"column {column!r} is {reason}")
     if not isinstance(value, (str, int, float)):
@@ -797,31 +995,28 @@ def _cell_text(value: Any, column: str, *, optional: bool) -> str | None:
     return str(value)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop the None values of all mappings inside `value`; arrays become lists."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
 def _read_message(value: Any) -> dict[str, Any]:
-    """Bring one message of either dialect to `role` and `content`, other keys kept."""
-    if not isinstance(value, Mapping):
+    """Bring one message of either dialect to `role` and `content`, other keys kept.
+
+    Keys that are null are left out, as transformers does: many templates would write "None".
+    """
+    if not isinstance(value, dict):
         raise ConversationError("malformed", f"a message is {type(value).__name__}, not an object")
-    message = _without_nulls(value)
+    message = {key: item for key, item in value.items() if item is not None}
     role = message.pop("role", None) or message.pop("from", None)
-    content = message.pop("content", None)
-    if content is None:
-        content = message.pop("value", None)
     if not isinstance(role, str):
         raise ConversationError("malformed", "a message has no role")
-    role = _ROLES.get(role.lower(), role)
+    role = _ROLES.get(role.strip().lower(), role)
+    content = message.pop("content", None)
+    content = message.pop("value", None) if content is None else content
     calls = _parsed_json(message.pop("tool_calls", None))
     if isinstance(calls, list) and calls:
         message["tool_calls"] = calls
-    content = _content_text(content, role)
+    content, reasoning = _content_text(content, role)
+    if reasoning:
+        if any(message.get(key) not in (None, "", reasoning) for key in _REASONING_KEYS):
+            raise ConversationError("malformed", "a message gives its reasoning twice")
+        message["reasoning_content"] = reasoning
     if content is not None:
         return {"role": role, "content": content, **message}
     if "tool_calls" not in message and not any(message.get(key) for key in _REASONING_KEYS):
@@ -829,31 +1024,41 @@ def _read_message(value: Any) -> dict[str, Any]:
     return {"role": role, **message}
 
 
-def _content_text(content: Any, role: str) -> Any:
-    """Return content as text; the structured result of a tool stays as it is."""
+def _content_text(content: Any, role: str) -> tuple[Any, str]:
+    """Return content as text, and the reasoning among its parts.
+
+    The structured result of a tool stays as it is.
+    """
     if content is None or isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
-        for part in content
-    ):
-        return "".join(part if isinstance(part, str) else part["text"] for part in content)
-    if role == "tool":
-        return content
-    if isinstance(content, list):
-        raise ConversationError("not_text", f"a {role} message holds more than text")
-    raise ConversationError("malformed", f"the content of a {role} message is {content!r:.60}")
+        return content, ""
+    if not isinstance(content, list):
+        if role == "tool":
+            return content, ""
+        raise ConversationError("malformed", f"the content of a {role} message is {content!r:.60}")
+    said, reasons = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part if isinstance(part, str) else None
+        if isinstance(part, dict) and kind in _TEXT_PARTS:
+            text = part.get("text")
+        if isinstance(text, str):
+            said.append(text)
+            continue
+        reason = next((part[k] for k in (kind, "text") if isinstance(part.get(k), str)), None) if (
+            kind in ("reasoning", "thinking")) else None  # fmt: skip
+        if not isinstance(reason, str) or role != "assistant":
+            if role == "tool":
+                return content, ""
+            raise ConversationError("not_text", f"a {role} message holds more than text")
+        reasons.append(reason)
+    return "".join(said) if said or not reasons else None, "".join(reasons)
 
 
-def _says_something(message: Mapping[str, Any]) -> bool:
-    said = [message.get("content"), message.get("tool_calls")]
-    said += [message.get(key) for key in _REASONING_KEYS]
-    return any(bool(value.strip() if isinstance(value, str) else value) for value in said)
-
-
-def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def read_tools(
+    row: Mapping[str, Any], padding: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]] | None:
     """Return the tool schemas of a row's `tools` column (a list or a JSON string), None without."""
-    tools = _without_nulls(_parsed_json(row.get("tools")))
+    tools = _parsed_json(_cell(row, "tools", padding))
     if not tools or isinstance(tools, str):
         return None
     if isinstance(tools, list):
@@ -863,53 +1068,143 @@ def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return tools
 
 
+def read_template_kwargs(
+    row: Mapping[str, Any], padding: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a row's own arguments of the template (an object or JSON), {} without.
+
+    Raises:
+        ConversationError: "malformed".
+    """
+    name = "chat_template_kwargs"
+    given = _parsed_json(_cell(row, name, padding))
+    if given in (None, "", [], {}):
+        return {}
+    if not isinstance(given, dict):
+        raise ConversationError("malformed", f"column {name!r} is no object: {given!r:.60}")
+    try:
+        return check_template_kwargs(given)
+    except TemplateError as error:
+        raise ConversationError("malformed", f"column {name!r}: {error}") from None
+
+
+def check_template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of a template.
+
+    Raises:
+        TemplateError: one has the name of something that the template is given anyway.
+    """
+    taken = {"messages", "tools", "documents", "add_generation_prompt", "_mark"} & given.keys()
+    if taken:
+        raise TemplateError(f"{min(taken)!r} is no argument to give: every template gets it anyway")
+    return dict(given)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3 Conversation
+# --------------------------------------------------------------------------------------------------
+#
+# From messages to token positions, by one rendering:
+#
+#     template ──marks at its loops──► rendering: text, and which message wrote which run of it
+#              ──probe, once──► generation prompt, ends of turns, inserted think tags
+#     runs of the assistant, cut by what the probe saw ──► spans ──tokenize, overlap──► positions
+#
+# A template that writes nothing while it passes over the messages is read by replacing what a turn
+# says: what both renderings share before and after delimits the turn.
+
+# What Python raises inside a template that meets data it was not written for.
+_TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_THINK = r"(?:seed:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
+_OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel>thought\n)"
+_CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
+_THINK_TAG = re.compile(f"{_OPEN}|{_CLOSE}", re.IGNORECASE)
+_EMPTY_THINK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}\s*", re.IGNORECASE)
+_OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
+
+
 # Tokenizer and template ---------------------------------------------------------------------------
 
 
 def load_tokenizer(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load the tokenizer of a model: Hub id or local folder.
+    """Load the tokenizer of a model, Hub id or local folder, with the chat template beside it.
 
     Raises:
-        LogitsError: there is none, or the Hub is out of reach.
+        LogitsError: there is none, it needs a package or `--trust-remote-code`, or the Hub is out
+            of reach.
     """
-    if Path(model).expanduser().is_file():
+    folder = Path(model).expanduser()
+    if folder.is_file():
         raise LogitsError(
             f"model {model!r} is a file: give the folder that holds it together with config.json "
             "and the tokenizer, or a Hub id"
         )
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+    if model.startswith((".", "/", "~")) and not folder.exists():
         raise LogitsError(f"model {model!r}: no such folder")
+    where = str(folder) if folder.is_dir() else model
     transformers = import_extra("transformers")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            model, revision=revision, trust_remote_code=trust_remote_code
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            where, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if Path(model).expanduser().is_dir():
-            why = "the folder holds none that can be read; copy the files of the tokenizer into it"
-        else:
-            why = (
-                f"{_root_cause(error)} (is the name right, and are you logged in? hf auth login); "
-                "no folder here has this name either"
-            )
-        raise LogitsError(f"no tokenizer for model {model!r}: {why}") from error
+    except ImportError as error:
+        said = str(error).replace("`", " ")
+        found = re.search(
+            r"pip install (?:-U )?([\w.-]+)|'([\w.-]+)'|requires the (\w+) library", said
+        )
+        package = next(filter(None, found.groups()), said).lower() if found else said
+        why = f"needs the package {package}: pip install {package}"
+        raise LogitsError(f"the tokenizer of model {model!r} {why}") from error
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        raise LogitsError(_explain_tokenizer(model, folder, error)) from error
+    if type(tokenizer).__name__.startswith("MistralCommon"):
+        raise LogitsError(
+            f"model {model!r} has only tekken.json, whose tokenizer (mistral-common) gives neither "
+            "a chat template nor character offsets; use a copy that holds tokenizer.json"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        beside = importlib.import_module("transformers.utils").cached_file(
+            where, "chat_template.json", revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        if beside is not None:
+            tokenizer.chat_template = _read_template(Path(beside), "chat_template.json")
+    return tokenizer
+
+
+def _explain_tokenizer(model: str, folder: Path, error: Exception) -> str:
+    """Say why a tokenizer cannot be loaded and what to do."""
+    said = _root_cause(error)
+    if "trust_remote_code" in str(error):
+        return f"the tokenizer of model {model!r} runs code of its own: --trust-remote-code"
+    if not folder.is_dir():
+        return (
+            f"no tokenizer for model {model!r}: {said} (is the name right, and are you logged in? "
+            "hf auth login); no folder here has this name either"
+        )
+    if (folder / "tekken.json").is_file() and importlib.util.find_spec("mistral_common") is None:
+        return f"model {model!r}: its tekken.json needs mistral-common: pip install mistral-common"
+    return (
+        f"no tokenizer for model {model!r}: the folder holds none that can be read ({said}); copy "
+        "the files of the tokenizer into it"
+    )
 
 
 def load_chat_template(path: str | None, tokenizer: Any) -> str:
     """Return the Jinja source of a chat template: of the file, else the tokenizer's own.
 
+    The file may also be a `chat_template.json`, which holds the source as a JSON string.
+
     Raises:
         TemplateError: no such file, no template in the tokenizer, or not valid Jinja.
     """
-    if path is not None:
-        try:
-            source = Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(f"--chat-template {path!r} cannot be read: {error}") from error
-    else:
+    if path is None:
         source = _own_template(tokenizer)
+    else:
+        source = _one_template(_read_template(Path(path).expanduser(), f"--chat-template {path!r}"))
     jinja2 = import_extra("jinja2")
     try:
         _chat_template_utils()._compile_jinja_template(source)
@@ -922,150 +1217,57 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
     return source
 
 
+def _read_template(path: Path, name: str) -> Any:
+    """Read a template file; JSON is unwrapped as transformers writes it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"{name} cannot be read: {first_line(error)}") from error
+    if path.suffix != ".json":
+        return text
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = json.loads(text)["chat_template"]
+        if isinstance(found, list):
+            return {each["name"]: each["template"] for each in found}
+        if isinstance(found, (str, dict)):
+            return found
+    raise TemplateError(f'{name} is no JSON object with a string "chat_template"')
+
+
+def _own_template(tokenizer: Any) -> str:
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise TemplateError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
+            "give one with --chat-template FILE (or --text-col for plain text)"
+        )
+    return _one_template(template)
+
+
+def _one_template(template: Any) -> str:
+    """Join named templates to one by the rule of transformers: `tool_use` where tools are given."""
+    if not isinstance(template, Mapping):
+        return str(template)
+    if "default" not in template:
+        raise TemplateError(
+            f"the tokenizer's chat templates are called {', '.join(template)}, none of them "
+            "default; give one with --chat-template FILE"
+        )
+    if "tool_use" not in template:
+        return str(template["default"])
+    with_tools, plain = (template[name].removesuffix("\n") for name in ("tool_use", "default"))
+    # each begins on a line of its own, as it does alone: blocks are trimmed and stripped there
+    return f"{{%+ if tools is not none %}}\n{with_tools}{{%+ else %}}\n{plain}{{%+ endif %}}"
+
+
 def hash_template(source: str) -> str:
     """Return the SHA-256 of a chat template, by which runs are compared."""
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def conversation_settings(
-    config: Any, columns: ConversationColumns, chat_template: str
-) -> dict[str, Any]:
-    """Return what decides which tokens each conversation has, as runs and lengths record it.
-
-    Args:
-        config: of a script: model, revision, dataset, subset, split, include_think, include_end.
-        columns: from `resolve_columns`.
-        chat_template: Jinja source, of which the hash is recorded.
-    """
-    return {
-        "model": config.model,
-        "model_revision": config.revision,
-        "dataset": config.dataset,
-        "subset": config.subset,
-        "split": config.split,
-        **columns.settings(),
-        "chat_template_sha256": hash_template(chat_template),
-        "include_think": config.include_think,
-        "include_end": config.include_end,
-    }
-
-
-def _own_template(tokenizer: Any) -> str:
-    """Return the chat template inside a tokenizer, the one called default if it has several."""
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default") or next(iter(template.values()), None)
-    if not template:
-        raise TemplateError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
-            "give one with --chat-template FILE"
-        )
-    return str(template)
-
-
 def _chat_template_utils() -> Any:
     import_extra("transformers")
     return importlib.import_module("transformers.utils.chat_template_utils")
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A template with what a short probe conversation showed about it.
-
-    Attributes:
-        source: Jinja source.
-        special: names and values of the tokenizer's special tokens, for the template.
-        added: the tokenizer's added tokens, blank ones left out; longest first.
-        parts: content must be given as a list of text parts.
-        marked: `{% generation %}` markers are there and cover the assistant's content.
-        marks_prompt: those markers cover part of the generation prompt, too.
-        prompt: the generation prompt, such as "<|im_start|>assistant\\n".
-        ends: what ends a turn, such as "<|im_end|>"; longest first.
-        date: told to a template that asks for the time, YYYY-MM-DD; None: the real time.
-    """
-
-    source: str
-    special: Mapping[str, str]
-    added: tuple[str, ...]
-    parts: bool = False
-    marked: bool = False
-    marks_prompt: bool = False
-    prompt: str = ""
-    ends: tuple[str, ...] = ()
-    date: str | None = None
-
-    @cached_property
-    def tokens(self) -> re.Pattern[str]:
-        """Match one or more added tokens back to back."""
-        return re.compile("(?:" + ("|".join(map(re.escape, self.added)) or "(?!)") + ")+")
-
-    @cached_property
-    def ending(self) -> re.Pattern[str]:
-        """Match an end of turn, with the blanks before it."""
-        return re.compile(r"\s*" + self.ending_anywhere.pattern)
-
-    @cached_property
-    def ending_anywhere(self) -> re.Pattern[str]:
-        """Match an end of turn."""
-        return re.compile("(" + ("|".join(re.escape(e.strip()) for e in self.ends) or "(?!)") + ")")
-
-    @cached_property
-    def closing(self) -> re.Pattern[str]:
-        """Match text whose last end of turn (group 1) only blanks and added tokens follow."""
-        return re.compile(rf"(?s:.*){self.ending_anywhere.pattern}(?:\s|{self.tokens.pattern})*\Z")
-
-    def render(self, messages: Messages, tools: Any = None, *, prompt: bool = False) -> str:
-        """Render a conversation; `prompt` appends the generation prompt.
-
-        Raises:
-            ConversationError: "refused_by_template".
-        """
-        text, _ = self._render(messages, tools, add_generation_prompt=prompt)
-        return str(text)
-
-    def render_marked(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
-        """Render a conversation and the character spans inside its generation markers."""
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", self.source):
-            return self.render(messages, tools), []
-        with _RENDER_LOCK:  # the tracker of spans lives in the compiled template, shared by threads
-            return self._render(messages, tools, return_assistant_tokens_mask=True)
-
-    def _render(self, messages: Messages, tools: Any, **options: Any) -> tuple[str, list[Span]]:
-        jinja2 = import_extra("jinja2")
-        if self.parts:
-            messages = [_as_parts(message) for message in messages]
-        try:
-            with _stopped_clock(self.source, self.date):
-                texts, spans = _chat_template_utils().render_jinja_template(
-                    conversations=[messages], chat_template=self.source, tools=tools,
-                    **options, **self.special,
-                )  # fmt: skip
-        except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
-            why = f"the template says: {first_line(error)}"
-            raise ConversationError("refused_by_template", why) from error
-        return texts[0], sorted(spans[0]) if spans else []
-
-
-_RENDER_LOCK = threading.Lock()
-_CLOCK_LOCK = threading.Lock()
-# What Python raises inside a template that meets data it was not written for.
-_TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-
-
-@contextlib.contextmanager
-def _stopped_clock(source: str, date: str | None) -> Iterator[None]:
-    """Let a template see the first moment of a date in place of the time."""
-    if date is None or not prints_time(source):
-        yield
-        return
-    start = datetime.fromisoformat(date)
-    names = _chat_template_utils()._compile_jinja_template(source).globals
-    with _CLOCK_LOCK:
-        names["strftime_now"] = lambda form: start.strftime(form)
-        try:
-            yield
-        finally:
-            del names["strftime_now"]  # what the environment offers shows again
 
 
 def prints_time(template: str) -> bool:
@@ -1078,44 +1280,235 @@ def date_of_today() -> str:
     return datetime.now().astimezone().date().isoformat()
 
 
-def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+# Rendering with marks -----------------------------------------------------------------------------
+
+
+class Rendering(NamedTuple):
+    """A rendered conversation: `runs` tell which message wrote what, None: the template itself."""
+
+    text: str
+    runs: list[tuple[int, int, int | None]]  # start, end, number of the message
+    marked: list[Span]  # inside {% generation %} … {% endgeneration %}
+
+
+@lru_cache(maxsize=32)
+def _compile_marked(source: str) -> Any:
+    """Compile a template that calls `_mark` where it comes to an item of a loop, and after it."""
+    environment = _chat_template_utils()._compile_jinja_template(source).environment
+    tree = environment.parse(source)
+    tree.body = _add_marks(tree.body, [], itertools.count())
+    return environment.from_string(tree)
+
+
+def _add_marks(body: list[Any], loops: list[tuple[str, list[str]]], count: Iterator[int]) -> Any:
+    """Add marks to the statements of a template, but where it captures what it writes.
+
+    In macros, blocks of `set` and filters nothing is added: a mark there could change the text.
+    """
+    nodes = import_extra("jinja2").nodes
+
+    def mark(kind: str, *names: str) -> Any:
+        arguments = [nodes.Const(kind), *(nodes.Name(name, "load") for name in names)]
+        return nodes.Output([nodes.Call(nodes.Name("_mark", "load"), arguments, [], None, None)])
+
+    marked: list[Any] = []
+    for node in body:
+        marked.append(node)
+        if isinstance(node, nodes.For):
+            kind = str(next(count))
+            names = [name.name for name in node.target.find_all(nodes.Name)] or [node.target.name]
+            inner = _add_marks(node.body, [*loops, (kind, names)], count)
+            node.body = [mark(kind, *names), *inner]
+            node.else_ = _add_marks(node.else_, loops, count)
+            marked.append(mark(kind))
+        elif isinstance(node, nodes.If):
+            for branch in (node, *node.elif_):
+                branch.body = _add_marks(branch.body, loops, count)
+            node.else_ = _add_marks(node.else_, loops, count)
+        elif isinstance(node, (nodes.Scope, nodes.With)):
+            node.body = _add_marks(node.body, loops, count)
+        elif isinstance(node, nodes.CallBlock):
+            if getattr(node.call.node, "name", "") == "_generation_support":
+                inner = nodes.Scope(_add_marks(node.body, loops, count))
+                marked[-1:] = [mark("+"), inner, mark("-")]
+        elif isinstance(node, nodes.Assign) and loops and isinstance(node.node, nodes.Getitem):
+            kind, names = loops[-1]  # {% set message = messages[i] %}
+            number = node.node.arg
+            if isinstance(number, nodes.Getattr):  # messages[loop.index0]
+                number = number.node if number.attr == "index0" else None
+            known = isinstance(number, nodes.Name) and number.name in (*names, "loop")
+            if known and isinstance(node.target, nodes.Name):
+                marked.append(mark(kind, node.target.name))
+    return marked
+
+
+def _split_at_marks(out: str, edge: str) -> Rendering:
+    """Cut the marks out of what a marked template wrote."""
+    text: list[str] = []
+    runs: list[tuple[int, int, int | None]] = []
+    marked: list[Span] = []
+    loops: list[tuple[str, int]] = []  # those under way, and the message that each is at
+    place = 0
+    for number, piece in enumerate(out.split(edge)):
+        if number % 2 == 0:
+            owner = loops[-1][1] if loops else None
+            if piece and runs and runs[-1][2] == owner:
+                runs[-1] = (runs[-1][0], place + len(piece), owner)
+            elif piece:
+                runs.append((place, place + len(piece), owner))
+            text.append(piece)
+            place += len(piece)
+            continue
+        kind, _, at = piece.partition(":")
+        if kind == "+":
+            marked.append((place, place))
+        elif kind == "-":
+            marked[-1] = (marked[-1][0], place)
+        else:
+            depth = next((n for n, (loop, _) in enumerate(loops) if loop == kind), len(loops))
+            loops[depth:] = [(kind, int(at))] if at else []
+    return Rendering("".join(text), runs, marked)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template with what a short probe conversation showed about it.
+
+    Attributes:
+        source: Jinja source.
+        given: what the template is given beside messages: special tokens, and its arguments.
+        added: the tokenizer's added tokens, blank ones left out; longest first.
+        date: told to a template that asks for the time, YYYY-MM-DD; None: the real time.
+        parts: content must be given as a list of text parts.
+        loops: the template writes a message when it comes to it in a loop; else see `_replaced`.
+        marked: `{% generation %}` markers are there and cover the assistant's content.
+        prompt: the generation prompt, such as "<|im_start|>assistant\\n".
+        tails: what the template writes after what an assistant says; longest first.
+        inserted: think tags that it writes where the data has none; longest first.
+    """
+
+    source: str
+    given: Mapping[str, Any]
+    added: tuple[str, ...] = ()
+    date: str | None = None
+    parts: bool = False
+    loops: bool = True
+    marked: bool = False
+    prompt: str = ""
+    tails: tuple[str, ...] = ()
+    inserted: tuple[str, ...] = ()
+
+    @cached_property
+    def tokens(self) -> re.Pattern[str]:
+        """Match one or more added tokens back to back, with the blanks before them."""
+        return re.compile(r"\s*(?:" + ("|".join(map(re.escape, self.added)) or "(?!)") + ")+")
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """What ends a turn, such as "<|im_end|>"; longest first."""
+        found = {tail[: self.through_tokens(tail)].strip() for tail in self.tails}
+        return tuple(sorted(filter(None, found), key=len, reverse=True))
+
+    def through_tokens(self, tail: str) -> int:
+        """Return how much of a tail is the turn's end: its first tokens, else all but blanks."""
+        found = self.tokens.match(tail)
+        return found.end() if found else len(tail.rstrip())
+
+    def moment(self) -> datetime:
+        """Return the time to tell a template: one for all renderings that are compared."""
+        return datetime.fromisoformat(self.date) if self.date else datetime.now()
+
+    def render(
+        self, messages: Messages, tools: Any = None, *, prompt: bool = False, moment: Any = None
+    ) -> Rendering:
+        """Render a conversation; `prompt` appends the generation prompt.
+
+        The reasoning of a message is offered under each name that templates read, as transformers
+        does from 5.22 on, so that every version writes the same text.
+
+        Raises:
+            ConversationError: "refused_by_template".
+        """
+        chat = [_with_reasoning(message) for message in messages]
+        if self.parts:
+            chat = [_as_parts(message) for message in chat]
+        number_of = {id(message): number for number, message in enumerate(chat)}
+        used = json.dumps([chat, tools, self.given], ensure_ascii=False, default=str) + self.source
+        edge = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
+        under_way: set[str] = set()
+
+        def mark(kind: str, *values: Any) -> str:
+            at = next((number_of[id(value)] for value in values if id(value) in number_of), "")
+            if at == "" and kind not in under_way | {"+", "-"}:
+                return ""  # a loop over something else
+            (under_way.discard if at == "" else under_way.add)(kind)
+            return f"{edge}{kind}:{at}{edge}"
+
+        moment = moment or self.moment()
+        jinja2 = import_extra("jinja2")
+        try:
+            out = _compile_marked(self.source).render(
+                **{"strftime_now": moment.strftime, "documents": None, **self.given},
+                messages=chat, tools=tools, add_generation_prompt=prompt, _mark=mark,
+            )  # fmt: skip
+        except (jinja2.TemplateError, RecursionError, *_TEMPLATE_FAULTS) as error:
+            why = f"the template says: {first_line(error)}"
+            raise ConversationError("refused_by_template", why) from error
+        return _split_at_marks(out, edge)
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a message, its reasoning under each of the names that templates read."""
+    said = next((message[key] for key in _REASONING_KEYS if message.get(key) is not None), None)
+    return dict(message) if said is None else {
+        "thinking": said, **message, "reasoning_content": said
+    }  # fmt: skip
+
+
+def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
     """Wrap string content the way templates of vision models want it."""
     content = message.get("content")
     if not isinstance(content, str):
-        return dict(message)
+        return message
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
+# What a plain conversation shows of a template ----------------------------------------------------
+
+
 def prepare_template(
-    tokenizer: Any, chat_template: str | None = None, *, date: str | None = None
+    tokenizer: Any,
+    chat_template: str | None = None,
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> ChatTemplate:
-    """Probe a template once per tokenizer and template; later calls are free.
+    """Probe a template once per tokenizer, template and arguments; later calls are free.
 
     Raises:
         TemplateError: the template never shows what an assistant says.
     """
     source = chat_template if chat_template is not None else _own_template(tokenizer)
-    special = tuple(sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()))
-    return _probe_template(tokenizer, source, special, len(tokenizer), date)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    given = json.dumps({**special, **(template_kwargs or {})}, sort_keys=True)
+    return _probe_template(tokenizer, source, given, len(tokenizer), date)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _probe_template(
-    tokenizer: Any,
-    source: str,
-    special: tuple[tuple[str, str], ...],
-    _size: int,
-    date: str | None,
+    tokenizer: Any, source: str, given: str, _size: int, date: str | None
 ) -> ChatTemplate:
     added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     added = {token for token in added if token.strip("\u2581 \t\n\r")}  # Gemma adds line breaks
     longest_first = tuple(sorted(added, key=lambda token: (-len(token), token)))
-    plain = ChatTemplate(source, dict(special), longest_first, date=date)
-    for template in (plain, replace(plain, parts=True)):
-        for opening in ((), ("system",)):
-            facts = _probe_turns(template, opening)
-            if facts is not None:
-                return replace(template, **facts)
+    plain = ChatTemplate(source, json.loads(given), longest_first, date)
+    for loops in (True, False):
+        for parts in (False, True):
+            for opening in ((), ("system",)):
+                template = replace(plain, parts=parts, loops=loops)
+                facts = _probe_turns(template, opening)
+                if facts is not None:
+                    return replace(template, **facts)
     raise TemplateError(
         "the chat template does not show what the assistant says in a plain conversation of two "
         "messages, so its tokens cannot be found; give another one with --chat-template FILE"
@@ -1123,28 +1516,51 @@ def _probe_template(
 
 
 def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, Any] | None:
-    """Learn generation prompt, markers and ends of turns; None where the template refuses."""
-    says = [chr(0xE000 + n) * 3 for n in range(6)]
+    """Learn generation prompt, markers, ends of turns and inserted tags; None: not shown."""
+    says = [chr(0xE100 + n) * 3 for n in range(5)]
     roles = (*opening, "user", "assistant", "user", "assistant")
     chat: Messages = [{"role": r, "content": s} for r, s in zip(roles, says, strict=False)]
-    asked = len(opening) + 1
-    answer = says[asked]
-    try:
-        text, spans = template.render_marked(chat[: asked + 1])
-    except ConversationError:
+    n = len(opening) + 1  # the first answer
+    render = functools.partial(_try_render, template, moment=template.moment())
+    shown = [r for r in (render(chat[:k]) for k in (n + 1, len(chat))) if r]
+    if not shown or says[n] not in shown[0].text:
         return None
-    start = text.find(answer)
-    if start < 0:
+    asked, before = (render(chat[:n], prompt=p) for p in (True, False))
+    prompt = ""
+    if asked and before:  # what follows the messages, but for what follows them anyway
+        end = max([b for _, b, who in asked.runs if who is not None], default=0)
+        end = end if asked.text[end:].strip() else _shared_prefix(asked.text, before.text)
+        after = before.text[end:] if before.text.startswith(asked.text[:end]) else ""
+        prompt = asked.text[end:].removesuffix(after)
+    turns = []
+    for text, runs, _ in shown:
+        if not template.loops:  # what stands after the message before is the turn's
+            runs = [(text.find(says[n - 1]) + len(says[n - 1]), len(text), n)]
+        turns += [
+            text[a:b].partition(says[who])[::2]
+            for a, b, who in runs
+            if who in (n, n + 2) and says[who] in text[a:b]
+        ]
+    if not turns:
         return None
-    facts: dict[str, Any] = {"ends": _probe_ends(template, chat, says, asked, text)}
-    prompted = _try_render(template, chat[:asked], prompt=True) or ""
-    prompt = prompted[_shared_prefix(prompted, _try_render(template, chat[:asked]) or "") :]
-    header_end = _shared_prefix(text, prompted[: len(prompted) - len(prompt)] + _bare(prompt))
-    covering = [span for span in spans if span[0] <= start and span[1] >= start + len(answer)]
-    facts["prompt"] = prompt
-    facts["marked"] = bool(covering)
-    facts["marks_prompt"] = any(a < min(header_end, start) for a, _ in covering)
-    return facts
+    if not template.loops:  # a tail ends where the next header begins: by what both renderings have
+        ends = [found.end() if (found := template.tokens.match(tail)) else 0 for _, tail in turns]
+        common = _shared_prefix(turns[0][1], turns[-1][1]) if len(turns) > 1 else len(turns[0][1])
+        turns = [
+            (head, tail[: common or end]) for (head, tail), end in zip(turns, ends, strict=True)
+        ]
+    if not prompt.strip() and turns[0][0].strip():
+        prompt = turns[0][0]
+    heads = {
+        head.removeprefix(_bare(prompt)) for head, _ in turns if head.startswith(_bare(prompt))
+    }
+    text, _, marked = shown[0]
+    return {
+        "prompt": prompt,
+        "marked": any(says[n] in text[a:b] for a, b in marked),
+        "tails": tuple(sorted({tail for _, tail in turns}, key=len, reverse=True)),
+        "inserted": tuple(sorted(filter(_THINK_TAG.search, heads), key=len, reverse=True)),
+    }
 
 
 def _bare(prompt: str) -> str:
@@ -1152,35 +1568,10 @@ def _bare(prompt: str) -> str:
     return re.sub(rf"{_OPEN}\s*(?:{_CLOSE}\s*)?\Z", "", prompt, flags=re.IGNORECASE)
 
 
-def _probe_ends(
-    template: ChatTemplate, chat: Messages, says: list[str], asked: int, text: str
-) -> tuple[str, ...]:
-    """Return what follows the assistant's content, at the end of a conversation and before a user.
-
-    A single added token between content and the next content is that message's header, not an end.
-    """
-    tail = text[text.find(says[asked]) + len(says[asked]) :]
-    longer = _try_render(template, chat) or ""
-    gap = longer.partition(says[asked])[2].partition(says[asked + 1])[0]
-    run = re.match(r"\s*" + template.tokens.pattern, tail)
-    ends = [run.group() if run else _plain_end(tail, gap)]
-    first = re.match(r"\s*(" + template.tokens.pattern[:-1] + ")", gap)
-    if ends[0] and first and not gap.startswith(ends[0]) and gap[first.end() :].strip():
-        ends.append(first.group())
-    return tuple(sorted({end for end in ends if end.strip()}, key=len, reverse=True))
-
-
-def _plain_end(tail: str, gap: str) -> str:
-    """Return an end of turn that is no token of its own: what `tail` and `gap` share, in words."""
-    if not gap or gap.startswith(tail):
-        return tail.rstrip()
-    return re.sub(r"\S*\Z", "", tail[: _shared_prefix(tail, gap)]).rstrip()
-
-
-def _try_render(template: ChatTemplate, messages: Messages, tools: Any = None, **how: Any) -> Any:
+def _try_render(template: ChatTemplate, messages: Messages, **how: Any) -> Rendering | None:
     """Render, or return None where the template refuses."""
     try:
-        return template.render(messages, tools, **how)
+        return template.render(messages, **how)
     except ConversationError:
         return None
 
@@ -1197,33 +1588,27 @@ def _shared_prefix(one: str, two: str) -> int:
     return low
 
 
-def _shared_suffix(one: str, two: str) -> int:
-    """Return the length of the longest common suffix."""
-    return _shared_prefix(one[::-1], two[::-1])
-
-
 # Which characters are the assistant's -------------------------------------------------------------
-
-_THINK = r"(?:seed:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
-_OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel>thought\n)"
-_CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
-_THINK_TAG = re.compile(f"{_OPEN}|{_CLOSE}", re.IGNORECASE)
-_EMPTY_THINK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}\s*", re.IGNORECASE)
-_EMPTY_THINK_OR_NONE = re.compile(rf"(?:{_EMPTY_THINK.pattern})?", re.IGNORECASE)
-_OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class RenderedConversation:
     """A conversation as text, and the character spans of it that are extracted.
 
-    `way` tells how they were found: "generation" (the template's own markers) or "differential".
+    Attributes:
+        text: what the template writes.
+        spans: ascending and disjoint.
+        way: how they were found: "generation" (the template's own markers), "loop" (what it wrote
+            when it came to a message), "replacing" (what changes with what the turn says).
+        end_of_turn: what was taken to end a turn, None if nothing was.
+        notes: what the template was given and does not show, see `warn_once`.
     """
 
     text: str
-    spans: list[Span]  # ascending, disjoint
+    spans: list[Span]
     way: str
     end_of_turn: str | None
+    notes: tuple[str, ...] = ()
 
 
 def render_conversation(
@@ -1233,104 +1618,79 @@ def render_conversation(
     tools: Any = None,
     include_think: bool = False,
     include_end: bool = False,
+    turns: str = "all",
 ) -> RenderedConversation:
     """Render a conversation and find what the assistant itself would have to write.
 
     That is: from the end of the generation prompt through the end-of-turn token of every assistant
-    turn, tool calls and shown reasoning included. Think tags that the template inserts on its own
-    come with `include_think`, what follows the end of the turn with `include_end`.
+    turn (`turns="last"`: of the last one) whose `weight` is not 0, tool calls and shown reasoning
+    included. Think tags that the template inserts on its own come with `include_think`, what
+    follows the end of the turn with `include_end`.
 
     Raises:
-        ConversationError: "no_assistant", "refused_by_template", "unaligned".
+        ConversationError: "no_assistant", "refused_by_template".
     """
-    if not any(message.get("role") == "assistant" for message in messages):
-        raise ConversationError("no_assistant", "no message has the role assistant")
-    rendering, marked, spans = _settled_spans(messages, template, tools, include_end=include_end)
-    if not include_think:
-        spans = _without_inserted_think(rendering, spans)
-    text, way = rendering.text, "generation" if marked else "differential"
-    end = next((e.strip() for e in template.ends for a, b in spans if e in text[a:b]), None)
-    return RenderedConversation(text, spans, way, end)
-
-
-def _settled_spans(
-    messages: Messages, template: ChatTemplate, tools: Any, *, include_end: bool
-) -> tuple[_Rendering, bool, list[Span]]:
-    """Render and find the turns, again where the clock changed the text meanwhile.
-
-    Returns:
-        The rendering, whether the template's markers were used, and the spans.
-    """
-    timeless = template.date is not None or not prints_time(template.source)
-    for _ in range(3):
-        dialect, text, marked = _render_dialects(messages, template, tools)
-        rendering = _Rendering(dialect, template, tools, text, _unused_mark(text))
-        spans: list[Span] | None = None
-        try:
-            if marked:
-                spans = _marked_turns(rendering, marked, include_end=include_end)
-            else:
-                spans = _differential_turns(rendering, include_end=include_end)
-        except ConversationError:
-            if timeless:
-                raise
-        if spans is not None and (timeless or rendering.render(dialect) == text):
-            return rendering, bool(marked), spans
-    raise ConversationError("unaligned", "the template prints the time, which goes on")
+    answers = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not answers:
+        roles = ", ".join(sorted({str(message.get("role")) for message in messages}))
+        raise ConversationError("no_assistant", f"no message is the assistant's: roles {roles}")
+    wanted = {n for n in (answers if turns == "all" else answers[-1:])
+              if messages[n].get("weight", 1) != 0}  # fmt: skip
+    moment = template.moment()
+    chat, rendering = _render_dialects(messages, template, tools, moment)
+    reader = _TurnReader(template, chat, tools, rendering, moment, include_think, include_end)
+    text, way = rendering.text, "generation" if template.marked else "loop"
+    found = reader.turns(wanted) if template.loops else []
+    if not template.loops or reader.doubts(wanted, found):
+        found, way = reader.replaced_turns(wanted), "replacing"
+    end = next((e for e in template.ends for a, b in found if e in text[a:b]), None)
+    return RenderedConversation(text, _merged(found), way, end, reader.notes())
 
 
 def _render_dialects(
-    messages: Messages, template: ChatTemplate, tools: Any
-) -> tuple[Messages, str, list[Span]]:
+    messages: Messages, template: ChatTemplate, tools: Any, moment: Any
+) -> tuple[Messages, Rendering]:
     """Render the conversation in the first way of writing tool calls that the template takes."""
     refusals = []
-    for dialect in _dialects(messages, template):
+    for dialect in _dialects(messages, template.source):
         try:
-            if template.marked:
-                text, spans = template.render_marked(dialect, tools)
-                return dialect, text, spans
-            return dialect, template.render(dialect, tools), []
+            return dialect, template.render(dialect, tools, moment=moment)
         except ConversationError as error:
             refusals.append(error)
     raise refusals[0]
 
 
-def _dialects(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
+def _dialects(messages: Messages, source: str) -> Iterator[Messages]:
     """Yield the ways of writing the same conversation that templates differ in.
 
     Arguments of tool calls as an object, then as JSON text; content that a message lacks left out,
     then null where the template asks for that (others would print "None").
     """
-    if not any("tool_calls" in message or "content" not in message for message in messages):
-        yield messages
-        return
-    texts = (False, True) if any("tool_calls" in message for message in messages) else (False,)
-    for as_text in texts:
-        yield [_with_arguments(m, as_text=as_text) for m in messages]
-    if re.search(r"content['\"]?\]? is (?:not )?none", template.source):
-        nulls = [{"content": None, **message} for message in messages]
-        for as_text in texts:
-            yield [_with_arguments(m, as_text=as_text) for m in nulls]
+    calls = any(message.get("tool_calls") for message in messages)
+    lacking = any("content" not in message for message in messages)
+    asks = re.search(r"content['\"]?\]? is (?:not )?none", source)
+    for null in (False, True) if lacking and asks else (False,):
+        chat = [{"content": None, **message} for message in messages] if null else messages
+        for as_text in (False, True) if calls else (False,):
+            yield [_with_arguments(m, as_text=as_text) for m in chat] if calls else chat
 
 
 def _with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
     """Copy a message with the arguments of its tool calls as JSON text or as an object."""
+
+    def convert(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": convert(call["function"])}
+        arguments = call.get("arguments")
+        if as_text and arguments is not None and not isinstance(arguments, str):
+            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        return {**call, "arguments": _parsed_json(arguments)} if "arguments" in call else dict(call)
+
     if not message.get("tool_calls"):
         return dict(message)
-    return {**message, "tool_calls": [_convert_call(c, as_text) for c in message["tool_calls"]]}
-
-
-def _convert_call(call: Any, as_text: bool) -> Any:
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _convert_call(call["function"], as_text)}
-    arguments = call.get("arguments")
-    if as_text and arguments is not None and not isinstance(arguments, str):
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    if not as_text and isinstance(arguments, str):
-        return {**call, "arguments": _parsed_json(arguments)}
-    return dict(call)
+    return {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:
@@ -1344,386 +1704,255 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
     return joined
 
 
-def _marked_turns(rendering: _Rendering, spans: list[Span], *, include_end: bool) -> list[Span]:
-    """Bring the template's own spans to where a turn starts and ends.
-
-    Markers of some templates leave out the end-of-turn token, of others take in what follows it or
-    part of the generation prompt.
-    """
-    if rendering.template.marks_prompt:
-        spans = _after_prompts(rendering, spans)
-    return [(a, _marked_end(rendering, a, b, keep=include_end)) for a, b in _merged(spans)]
-
-
-def _after_prompts(rendering: _Rendering, spans: list[Span]) -> list[Span]:
-    """Cut the generation prompt off spans that hold it; a think tag that ends it stays."""
-    text = rendering.text
-    starts = [turn.start for turn in rendering.turns()]
-    cut = []
-    for a, b in spans:
-        start = next((s for s in starts if a < s <= b), a)
-        opened = re.search(rf"{_OPEN}\s*\Z", text[a:start], re.IGNORECASE)
-        cut.append((a + opened.start() if opened else start, b))
-    return cut
-
-
-def _marked_end(rendering: _Rendering, start: int, end: int, *, keep: bool) -> int:
-    """Return where the turn of a marked span ends: right after its end-of-turn token."""
-    template, text = rendering.template, rendering.text
-    after = template.ending.match(text, end)
-    if after:
-        return after.end()
-    inside = template.closing.match(text, start, end)
-    if inside:
-        return end if keep else inside.end(1)
-    written = start + len(text[start:end].rstrip())
-    return written if not keep and text.endswith(template.added, start, written) else end
-
-
-# Differential rendering ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _Turn:
-    """Where one assistant turn lies in the text."""
+class _TurnReader:
+    """Cuts the turns of a rendered conversation to what the assistant writes of them."""
 
-    number: int  # of the message
-    start: int  # right after the generation prompt
-    pieces: list[Span]  # what the data gives, the end-of-turn token not included
-
-
-@dataclass(frozen=True)
-class _Rendering:
-    """A conversation, its template and its text; `mark` is text that occurs nowhere in it."""
-
-    messages: Messages
     template: ChatTemplate
+    chat: Messages
     tools: Any
-    text: str
-    mark: str
+    rendering: Rendering
+    moment: Any
+    include_think: bool
+    include_end: bool
+    closings: dict[tuple[str, ...], str] = field(default_factory=dict)
 
-    def render(self, messages: Messages, *, prompt: bool = False) -> str | None:
-        """Render other messages the same way; None where the template refuses."""
-        text: str | None = _try_render(self.template, messages, self.tools, prompt=prompt)
-        return text
+    def turns(self, wanted: set[int]) -> list[Span]:
+        """Cut the runs of text that the assistant's messages wrote."""
+        text, runs, marked = self.rendering
+        template, spans = self.template, []
+        begun: set[int] = set()
+        for a, b, number in runs:
+            if number not in wanted or not text[a:b].strip():
+                continue
+            start, end, inside = a, b, [s for s in marked if a <= s[0] and s[1] <= b]
+            if template.marked and not inside:
+                continue
+            first = number not in begun
+            if first:
+                prompt = _bare(template.prompt) if template.marked else template.prompt
+                start += self.header_length(number, text[a:b], prompt)
+                begun.add(number)
+            if template.marked:
+                start, end = max(start, inside[0][0]), inside[-1][1]
+                end += self.closing_after(start, end, b)
+            elif self.chat[number].get("tool_calls"):
+                end += self.closing_of_calls(number, a, b, first=first)
+            spans.append(self.cut(number, start, end, a))
+        if template.marked and self.include_end and max(begun, default=-1) == self.last:
+            spans += [s for s in marked if s[0] >= max(b for _, b, who in runs if who is not None)]
+        return spans
 
-    @cached_property
-    def places(self) -> dict[int, Span]:
-        """Where plain turns say what they say, by message number."""
-        return _find_plain_contents(self)
+    @property
+    def last(self) -> int:
+        """The number of the last message that is the assistant's."""
+        return max(n for n, message in enumerate(self.chat) if message["role"] == "assistant")
 
-    def replaced(self, number: int, message: Mapping[str, Any]) -> Messages:
-        """Return the messages with one of them replaced."""
-        return [*self.messages[:number], dict(message), *self.messages[number + 1 :]]
+    def header_length(self, number: int, said: str, prompt: str) -> int:
+        """Return how much of a turn's text the generation prompt gives."""
+        for given in (prompt, _bare(prompt)):
+            if given and said.startswith(given):
+                return len(given)
+        if not prompt:
+            return 0
+        how = {"tools": self.tools, "moment": self.moment, "prompt": True}
+        asked = _try_render(self.template, self.chat[:number], **how)
+        before = asked.text if asked else ""
+        longest = range(min(len(before), len(said), len(prompt) + 256), 0, -1)  # headers are short
+        given_length = next((n for n in longest if before.endswith(said[:n])), 0)
+        return given_length if said[:given_length].strip() else 0
 
-    def with_mark(self, number: int, message: Mapping[str, Any]) -> str | None:
-        """Render with a message that holds the mark in place of one; None where it is hidden."""
-        text = self.render(self.replaced(number, message))
-        return text if text is not None and self.mark in text else None
+    def closing_after(self, start: int, end: int, limit: int) -> int:
+        """Return the length of the end-of-turn token right after a template's own markers."""
+        text, added = self.rendering.text, self.template.added
+        written = start + len(text[start:end].rstrip())
+        if self.include_end or text.endswith(added, start, written):
+            return 0
+        found = self.template.tokens.match(text[end:limit])
+        first = re.match(r"\s*", text[end:limit])
+        if found is None or first is None:
+            return 0
+        token = next(t for t in added if text.startswith(t, end + first.end()))
+        return first.end() + len(token)
 
-    def turns(self) -> list[_Turn]:
-        """Find every assistant turn that the template shows."""
-        found: list[_Turn] = []
-        for number, message in enumerate(self.messages):
-            if message["role"] == "assistant":
-                turn = _find_turn(self, number, found[-1].pieces[-1][1] if found else 0)
-                found += [turn] if turn is not None else []
-        return found
+    def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:
+        """Return how much of what closes a turn with calls stands in the text of the next one.
 
+        That is what also follows the calls where the conversation stops there.
+        """
+        message, said = self.chat[number], self.rendering.text[a:b][-40:]
+        kind = (str(first), *sorted(key for key, value in message.items() if value))
+        if kind not in self.closings:  # alike for all turns of a kind: rendered for one of them
+            silent = {"content": ""} if message.get("content") else {}
+            how = {"tools": self.tools, "moment": self.moment}
+            chat = [*self.chat[:number], {**message, **silent}]
+            stopped = _try_render(self.template, chat, **how) or Rendering("", [], [])
+            own = [stopped.text[x:y] for x, y, who in stopped.runs if who == number]
+            self.closings[kind] = own[-1].rpartition(said)[2] if own and said in own[-1] else ""
+        more = self.closings[kind]
+        return _shared_prefix(more, self.rendering.text[b:]) if more.strip() else 0
 
-def _unused_mark(text: str) -> str:
-    """Return private-use text that shares no character with `text`."""
-    codes = (c for c in range(0xE000, 0xF8FF) if chr(c) not in text)
-    return chr(next(codes)) * 3
+    def cut(self, number: int, start: int, end: int, base: int) -> Span:
+        """Leave out what follows the end of the turn, and inserted think tags at its start."""
+        text, template = self.rendering.text, self.template
+        if not self.include_end:
+            end = self.turn_end(start, end)
+        if not self.include_think:
+            header = _bare(template.prompt)
+            if not text.startswith(header, base) or template.marked:
+                base = start
+            base = min(start, base + len(header)) if base < start else start
+            inserted = self.inserted_think(text[base:end], self.chat[number])
+            start = max(start, base + inserted)
+        return start, max(start, end)
 
+    def turn_end(self, start: int, end: int) -> int:
+        """Return where a turn ends in `start`..`end`: after its last token, or the known tail."""
+        text, template = self.rendering.text, self.template
+        tail = next((t for t in template.tails if t and text.endswith(t, start, end)), "")
+        if "\n" in tail.strip():
+            return end - len(tail) + template.through_tokens(tail)
+        written = start + len(text[start:end].rstrip())
+        if text.endswith(template.added, start, written):
+            return written
+        return end - len(tail) + len(tail.rstrip())
 
-def _differential_turns(rendering: _Rendering, *, include_end: bool) -> list[Span]:
-    """Return the spans of all assistant turns, each through its end-of-turn token.
+    def inserted_think(self, said: str, message: Mapping[str, Any]) -> int:
+        """Return the length of the think tags that a turn starts with and its data lacks."""
+        content = message.get("content")
+        content = content if isinstance(content, str) else ""
+        if not _EMPTY_THINK.match(content):
+            tags = [tag for tag in self.template.inserted if _EMPTY_THINK.match(tag)]
+            known = next((tag for tag in tags if said.startswith(tag)), None)
+            if known is not None:
+                return len(known)
+            if found := _EMPTY_THINK.match(said):
+                return len(found.group().rstrip())
+        reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
+        if reasons or _THINK_TAG.search(content):
+            return 0
+        found = _OPEN_THINK.match(said)
+        return found.end() if found else 0
 
-    Raises:
-        ConversationError: "unaligned": two turns overlap, so the template is not understood.
-    """
-    spans: list[Span] = []
-    for turn in rendering.turns():
-        ends = [_through_end(rendering, turn, piece, include_end) for piece in turn.pieces]
-        if spans and turn.start < spans[-1][1]:
-            raise ConversationError(
-                "unaligned", f"message {turn.number} overlaps the turn before it in the rendering"
-            )
-        spans += [(a, end) for (a, _), end in zip(turn.pieces, ends, strict=True)]
-    return _merged(spans)
+    def doubts(self, wanted: set[int], spans: Iterable[Span]) -> bool:
+        """Tell whether the loops do not say who wrote what in this conversation.
 
-
-def _find_turn(rendering: _Rendering, number: int, floor: int) -> _Turn | None:
-    """Delimit turn `number`, which starts at `floor` or later, by replacing what it says.
-
-    Returns:
-        None if the template does not show the turn.
-    """
-    if rendering.messages[number].get("tool_calls"):
-        turn = _find_calling_turn(rendering, number, floor)
-        if turn is not None:
-            return turn
-    place = _find_content(rendering, number)
-    if place is None:
-        return None
-    start = _turn_start(rendering, number, floor, place[0])
-    return _Turn(number, start, [(start, max(start, place[1]))])
-
-
-def _find_content(rendering: _Rendering, number: int) -> Span | None:
-    """Return where what is said in turn `number` stands; None if the template does not show it."""
-    if number in rendering.places:
-        return rendering.places[number]
-    variant = _replaced_content(rendering, number)
-    return None if variant is None else _changed(rendering.text, variant)
-
-
-def _find_plain_contents(rendering: _Rendering) -> dict[int, Span]:
-    """Find what all plain turns say by one rendering instead of one each.
-
-    Returns:
-        Place by message number; nothing unless the text is that rendering with each mark replaced
-        by the turn's content, whole or stripped.
-    """
-    messages, text, mark = list(rendering.messages), rendering.text, rendering.mark
-    plain = [number for number, message in enumerate(messages) if _is_plain_answer(message)]
-    contents = [messages[number]["content"] for number in plain]
-    for number in plain:
-        messages[number] = {**messages[number], "content": mark}
-    head, *rest = (rendering.render(messages) or "").split(mark)
-    if len(rest) != len(plain) or not text.startswith(head):
-        return {}
-    places, end = {}, len(head)
-    for number, content, after in zip(plain, contents, rest, strict=True):
-        forms = (content, content.strip(), content.rstrip(), content.lstrip())
-        shown = next((f for f in forms if text.startswith(f + after, end)), None)
-        if shown is None:
-            return {}
-        places[number] = (end, end + len(shown))
-        end += len(shown) + len(after)
-    return places if end == len(text) else {}
-
-
-def _is_plain_answer(message: Mapping[str, Any]) -> bool:
-    """Tell whether a message is the assistant's and holds text without reasoning or calls."""
-    content = message.get("content")
-    return (
-        message["role"] == "assistant"
-        and isinstance(content, str)
-        and not any(message.get(key) for key in ("tool_calls", *_REASONING_KEYS))
-        and not _THINK_TAG.search(content)
-    )
-
-
-def _replaced_content(rendering: _Rendering, number: int) -> str | None:
-    """Render with nothing but the mark said in turn `number`; None if that does not show."""
-    plain = {"role": "assistant", "content": rendering.mark}
-    for message in (plain, {**rendering.messages[number], **plain}):
-        variant = rendering.with_mark(number, message)
-        if variant is not None:
-            return variant
-    return None
-
-
-def _changed(text: str, variant: str) -> Span:
-    """Return the part of `text` that `variant` does not share."""
-    first = _shared_prefix(text, variant)
-    return first, len(text) - _shared_suffix(text[first:], variant[first:])
-
-
-def _turn_start(rendering: _Rendering, number: int, floor: int, first: int) -> int:
-    """Return where turn `number` starts: at the end of the generation prompt before it.
-
-    A think tag at the end of the prompt is part of it only where the text goes on like the prompt.
-    What the turn says begins at `first`.
-    """
-    text, prompt = rendering.text, rendering.template.prompt
-    near = text.rfind(prompt, floor, first) + len(prompt)
-    if prompt and near >= len(prompt) and _EMPTY_THINK_OR_NONE.fullmatch(text, near, first):
-        return near
-    asked = rendering.render(rendering.messages[:number], prompt=True)
-    if asked is not None and len(asked) >= floor and text.startswith(asked):
-        start = len(asked)
-        if not prompt:  # what stands between is the header, but for blanks
-            return first if text[start:first].strip() else start
-        return start + len(prompt) if text.startswith(prompt, start) else start
-    before = rendering.render(rendering.messages[:number])
-    if asked is not None and before is not None and asked.startswith(before):
-        header = len(before) + len(_bare(asked[len(before) :]))
-        if floor <= len(before) and header <= first and text.startswith(asked[:header]):
-            return header
-    return _start_by_removal(rendering, number, floor, first)
-
-
-def _start_by_removal(rendering: _Rendering, number: int, floor: int, first: int) -> int:
-    """Find the generation prompt after the place where leaving the turn out changes the text."""
-    messages, shown = rendering.messages, rendering.text[:first]
-    without = rendering.render([*messages[:number], *messages[number + 1 :]])
-    if without is not None:
-        changed = _shared_prefix(shown, without)
-        for prompt in filter(None, (rendering.template.prompt, _bare(rendering.template.prompt))):
-            found = shown.find(prompt, max(floor, changed - len(prompt)))
-            if found >= 0:
-                return found + len(prompt)
-    return first
-
-
-def _find_calling_turn(rendering: _Rendering, number: int, floor: int) -> _Turn | None:
-    """Delimit a turn with tool calls by their arguments; None if the template shows no calls."""
-    message = rendering.messages[number]
-    called = {**message, "tool_calls": [_marked_call(c, rendering) for c in message["tool_calls"]]}
-    variant = rendering.with_mark(number, called)
-    if variant is None:
-        return None
-    first, last = _changed(rendering.text, variant)
-    first = min(first, _calls_start(rendering, number, floor, first))
-    start = _turn_start(rendering, number, floor, first)
-    end = last + _closing_length(rendering, number, called, last)
-    said = _shown_content(rendering, number)
-    if said is None or said[1] <= end:
-        return _Turn(number, start, [(start, end)])
-    if said[0] >= end and _tool_result_between(rendering, number, end, said[0]):
-        return _Turn(number, start, [(start, end), said])
-    return _Turn(number, start, [(start, said[1])])
-
-
-def _calls_start(rendering: _Rendering, number: int, floor: int, first: int) -> int:
-    """Return where the text of calls begins, by comparing with a turn that only says something.
-
-    `first`, where the arguments begin, if that turn starts with more than prompt and tags.
-    """
-    variant = _replaced_content(rendering, number)
-    if variant is None:
-        return first
-    shared = _shared_prefix(rendering.text, variant)
-    gap = variant[shared : variant.index(rendering.mark)]
-    gap = gap.removeprefix(_bare(rendering.template.prompt))
-    gap = rendering.template.tokens.sub("", _THINK_TAG.sub("", gap))
-    return shared if shared >= floor and not gap.strip() else first
-
-
-def _marked_call(call: Any, rendering: _Rendering) -> Any:
-    """Copy a tool call with every argument replaced by the mark."""
-    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
-        return {**call, "function": _marked_call(call["function"], rendering)}
-    arguments = call.get("arguments") if isinstance(call, Mapping) else None
-    if isinstance(arguments, str):
-        return {**call, "arguments": rendering.mark}
-    names = list(arguments) if isinstance(arguments, Mapping) else []
-    return {**call, "arguments": dict.fromkeys(names or [rendering.mark], rendering.mark)}
-
-
-def _closing_length(
-    rendering: _Rendering, number: int, called: Mapping[str, Any], last: int
-) -> int:
-    """Return how much text after the arguments closes the call and the turn.
-
-    That is what also follows them when the conversation stops there, through the end of the turn.
-    """
-    message = rendering.messages[number]
-    silent = {"content": ""} if called.get("content") else {}
-    tail = _tail_after(rendering, number, last, {**message, **silent}, {**called, **silent})
-    template = rendering.template
-    found = template.ending_anywhere.search(tail)
-    if found:
-        return found.end()
-    tokens = list(template.tokens.finditer(tail))
-    return tokens[-1].end() if tokens else len(tail.rstrip())
-
-
-def _tail_after(
-    rendering: _Rendering,
-    number: int,
-    place: int,
-    message: Mapping[str, Any],
-    marked: Mapping[str, Any],
-) -> str:
-    """Return what follows message `number` both at `place` and where the conversation stops there.
-
-    `marked` is `message` with the mark for what it says. Nothing where the template refuses.
-    """
-    before = rendering.messages[:number]
-    stopped, variant = (rendering.render([*before, dict(m)]) for m in (message, marked))
-    if stopped is None or variant is None:
-        return ""
-    tail = stopped[_changed(stopped, variant)[1] :]
-    return tail[: _shared_prefix(tail, rendering.text[place:])]
-
-
-def _shown_content(rendering: _Rendering, number: int) -> Span | None:
-    """Return where the content of a turn with tool calls is shown, None where it is not."""
-    message = rendering.messages[number]
-    if not message.get("content"):
-        return None
-    variant = rendering.with_mark(number, {**message, "content": rendering.mark})
-    return None if variant is None else _changed(rendering.text, variant)
-
-
-def _tool_result_between(rendering: _Rendering, number: int, low: int, high: int) -> bool:
-    """Tell whether the result of the tool called in turn `number` is shown inside a range."""
-    result = rendering.messages[number + 1 : number + 2]
-    if not result or result[0]["role"] == "assistant":
+        A template may write the next message while it is at this one, or copies of messages: then
+        what others say stands in a span, or what the assistant says where no turn of it is.
+        """
+        text, runs, _ = self.rendering
+        shown = {number for a, b, number in runs if text[a:b].strip()}
+        for number in wanted - shown:
+            content = self.chat[number].get("content")
+            if isinstance(content, str) and content.strip() and content.strip() in text:
+                return True
+        turns = [(number, a, b) for a, b, number in runs if number in wanted]
+        for start, end in spans:
+            number = next((n for n, a, b in turns if a <= start < b), len(self.chat))
+            own = repr(self.chat[number : number + 1])
+            for message in self.chat[number + 1 :]:
+                if message.get("role") == "assistant":
+                    break
+                said = str(message.get("content") or "").strip()
+                if (
+                    len(said) > 2
+                    and text.find(said, start, end) >= 0
+                    and repr(said)[1:-1] not in own
+                ):
+                    return True
         return False
-    variant = rendering.render(
-        rendering.replaced(number + 1, {**result[0], "content": rendering.mark})
-    )
-    return variant is not None and low <= _changed(rendering.text, variant)[0] < high
+
+    def replaced_turns(self, wanted: set[int]) -> list[Span]:
+        """Find turns where loops do not show them: by what changes with what a turn says."""
+        text, template, spans = self.rendering.text, self.template, []
+        mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text) * 3
+        floor = 0
+        for number, message in enumerate(self.chat):
+            if message.get("role") != "assistant":
+                continue
+            said = _replaced(message, mark)
+            chat = [*self.chat[:number], said, *self.chat[number + 1 :]]
+            other = _try_render(template, chat, tools=self.tools, moment=self.moment)
+            if other is None or mark not in other.text:
+                continue  # the template does not show the turn
+            first = _shared_prefix(text, other.text)
+            rest, changed = text[first:], other.text[first:]
+            end = len(text) - _shared_prefix(rest[::-1], changed[::-1])
+            prompt = template.prompt
+            place = text.rfind(prompt, floor, first) if prompt else -1
+            between = text[place + len(prompt) : first]
+            near = place >= 0 and not _THINK_TAG.sub("", template.tokens.sub("", between)).strip()
+            start = place + len(prompt) if near else first
+            tail = next((t for t in template.tails if t and text.startswith(t, end)), "")
+            floor = end + len(tail)
+            if number in wanted:
+                spans.append(self.cut(number, start, floor, start))
+        return spans
+
+    def notes(self) -> tuple[str, ...]:
+        """Say what was given and does not show: messages, calls."""
+        found = []
+        if self.template.loops:
+            said: dict[int | None, str] = {}
+            for a, b, number in self.rendering.runs:
+                said[number] = said.get(number, "") + self.rendering.text[a:b]
+            for number, message in enumerate(self.chat):
+                shown = said.get(number, "")
+                names = [_call_name(call) for call in message.get("tool_calls") or ()]
+                if any(name and name not in self.rendering.text for name in names):
+                    found.append("the tool calls of an assistant message")
+                elif not shown.strip() and str(message.get("content") or "").strip():
+                    content = str(message["content"]).strip()
+                    if content not in self.rendering.text:
+                        found.append(f"a {message.get('role')} message")
+        if self.tools and _hides_tools(self.template):
+            found.append("the tools")
+        return tuple(dict.fromkeys(found))
 
 
-def _through_end(rendering: _Rendering, turn: _Turn, piece: Span, include_end: bool) -> int:
-    """Return the end of a piece of a turn, moved through the end-of-turn token that follows it."""
-    template, text, end = rendering.template, rendering.text, piece[1]
-    found = template.ending.match(text, end)
-    if found:
-        end = found.end()
-    elif piece is turn.pieces[-1] and not template.ending_anywhere.search(text, *piece):
-        end += _unusual_end(rendering, turn.number, end)
-    if not include_end:
-        return end
-    return len(text) - len(text[end:].lstrip())
+def _replaced(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """Copy a message with the mark for all that it says."""
+    said = {key: mark for key in ("content", *_REASONING_KEYS) if message.get(key)}
+    calls = message.get("tool_calls")
+    if not calls:
+        return {**message, "content": mark, **said}
+    marked = []
+    for call in calls:
+        function = dict(call.get("function") or call)
+        given = function.get("arguments")
+        names = list(given) if isinstance(given, Mapping) else []
+        function["arguments"] = dict.fromkeys(names or [mark], mark) if names else mark
+        marked.append({**call, "function": function} if "function" in call else function)
+    return {**message, **said, "tool_calls": marked}
 
 
-def _unusual_end(rendering: _Rendering, number: int, end: int) -> int:
-    """Return the length of an end-of-turn token that the probe of the template did not meet.
-
-    It is the added token that follows the content here and when the conversation stops there.
-    """
-    message = rendering.messages[number]
-    if not rendering.template.ends or message.get("tool_calls"):
-        return 0
-    marked = {"role": "assistant", "content": rendering.mark}
-    tail = _tail_after(rendering, number, end, message, marked)
-    found = re.match(r"\s*" + rendering.template.tokens.pattern, tail)
-    return found.end() if found else 0
+def _call_name(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    return str(function.get("name") or "") if isinstance(function, Mapping) else ""
 
 
-def _without_inserted_think(rendering: _Rendering, spans: list[Span]) -> list[Span]:
-    """Cut think tags off the starts of spans where the data has none."""
-    answers = [n for n, m in enumerate(rendering.messages) if m["role"] == "assistant"]
-    paired = len(answers) == len(spans)
-    kept = []
-    for place, (a, b) in enumerate(spans):
-        own = [answers[place]] if paired else answers
-        start = min(_after_inserted_think(rendering, a, b, number) for number in own)
-        kept.append((max(a, start), b))
-    return _merged(kept)
+@lru_cache(maxsize=64)
+def _shows_tools(source: str, given: str, parts: bool) -> bool:
+    """Tell whether a template writes the tools that it is given."""
+    name = chr(0xE200) * 3
+    tool = {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    template = ChatTemplate(source, json.loads(given), parts=parts)
+    shown = _try_render(template, chat, tools=[tool])
+    return shown is None or name in shown.text or "\\ue200" in shown.text
 
 
-def _after_inserted_think(rendering: _Rendering, a: int, b: int, number: int) -> int:
-    """Return where a span starts without the think tags that its message does not hold."""
-    text, message = rendering.text, rendering.messages[number]
-    content = message.get("content")
-    content = content if isinstance(content, str) else ""
-    reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
-    found = None if _EMPTY_THINK.match(content) else _EMPTY_THINK.match(text, a, b)
-    if found is None and not reasons and not _THINK_TAG.search(content):
-        found = _OPEN_THINK.match(text, a, b)
-    if found is None:
-        return a
-    tag_end = a + len(text[a : found.end()].rstrip())
-    place = _find_content(rendering, number)  # tells the template's blanks from the data's
-    return min(found.end(), place[0]) if place and place[0] >= tag_end else found.end()
+def _hides_tools(template: ChatTemplate) -> bool:
+    return not _shows_tools(template.source, json.dumps(template.given), template.parts)
+
+
+@lru_cache(maxsize=64)
+def warn_once(note: str) -> None:
+    """Log what a chat template does not show of what it is given, once a process."""
+    log.warning(
+        "the chat template does not show %s: it is no part of what the teacher reads "
+        "(--chat-template)", note
+    )  # fmt: skip
 
 
 # Tokens -------------------------------------------------------------------------------------------
@@ -1738,8 +1967,9 @@ class EncodedConversation:
         input_ids: (S,) int32.
         token_positions: (N,) int32, ascending, each at least 1: the extracted tokens' places in
             `input_ids`. The first token of all is predicted from nothing and never extracted.
-        way: "generation" or "differential", how the spans were found.
+        way: how the spans were found, see `RenderedConversation`; "text" for plain text.
         end_of_turn: what was taken to end a turn, None if nothing was.
+        notes: what the template was given and does not show, for `warn_once`.
     """
 
     text: str
@@ -1747,6 +1977,7 @@ class EncodedConversation:
     token_positions: npt.NDArray[np.int32]
     way: str
     end_of_turn: str | None
+    notes: tuple[str, ...] = ()
 
 
 def encode_conversation(
@@ -1757,6 +1988,8 @@ def encode_conversation(
     tools: Any = None,
     include_think: bool = False,
     include_end: bool = False,
+    turns: str = "all",
+    template_kwargs: Mapping[str, Any] | None = None,
     date: str | None = None,
     max_tokens: int | None = None,
 ) -> EncodedConversation:
@@ -1772,6 +2005,8 @@ def encode_conversation(
         tools: tool schemas for the template.
         include_think: extract think tags that the template inserts and the data does not hold, too.
         include_end: extract what the template appends after the end-of-turn token, too.
+        turns: "all" turns of the assistant, or the "last" one.
+        template_kwargs: arguments of the template.
         date: YYYY-MM-DD, for a template that prints the date; None: the real time.
         max_tokens: refuse text that surely has more, without tokenizing it; what may have as many
             is returned, however long it turns out.
@@ -1781,23 +2016,222 @@ def encode_conversation(
             "malformed", "too_long".
         TemplateError: no conversation could work with this template or tokenizer.
     """
-    template = prepare_template(tokenizer, chat_template, date=date)
-    rendered = render_conversation(
-        messages, template, tools=tools, include_think=include_think, include_end=include_end
+    template = prepare_template(
+        tokenizer, chat_template, template_kwargs=template_kwargs, date=date
     )
-    if not is_unicode(rendered.text):
+    rendered = render_conversation(
+        messages, template, tools=tools, include_think=include_think, include_end=include_end,
+        turns=turns,
+    )  # fmt: skip
+    _check_text(rendered.text, tokenizer, max_tokens)
+    ids, starts, ends = tokenize_with_offsets(rendered.text, tokenizer)
+    positions = token_positions_of(rendered.spans, starts, ends)
+    if positions.size == 0:
+        why = "the template shows nothing that the assistant says in a turn that counts"
+        raise ConversationError("no_tokens", why)
+    return EncodedConversation(
+        rendered.text, ids, positions, rendered.way, rendered.end_of_turn, rendered.notes
+    )
+
+
+def encode_text(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> EncodedConversation:
+    """Tokenize plain text as the tokenizer does by itself; every token after the first counts.
+
+    Raises:
+        ConversationError: "no_tokens", "malformed", "too_long".
+    """
+    _check_text(text, tokenizer, max_tokens)
+    ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32).reshape(-1)
+    if ids.size < 2:
+        raise ConversationError("no_tokens", "the text has no second token to predict")
+    return EncodedConversation(text, ids, np.arange(1, ids.size, dtype=np.int32), "text", None)
+
+
+def _check_text(text: str, tokenizer: Any, max_tokens: int | None) -> None:
+    """Refuse what is no text, and what surely has more than `max_tokens` tokens."""
+    if not is_unicode(text):
         raise ConversationError(
             "malformed", "half a surrogate pair (\\ud800 to \\udfff) is no text"
         )
     if max_tokens is not None and (widest := widest_token(tokenizer)) is not None:
-        least = -(-len(rendered.text) // widest)
+        least = -(-len(text) // widest)
         if least > max_tokens:
             raise ConversationError("too_long", f"{least} tokens or more, at most {max_tokens} fit")
-    ids, starts, ends = tokenize_with_offsets(rendered.text, tokenizer)
-    positions = token_positions_of(rendered.spans, starts, ends)
-    if positions.size == 0:
-        raise ConversationError("no_tokens", "the template shows nothing that the assistant says")
-    return EncodedConversation(rendered.text, ids, positions, rendered.way, rendered.end_of_turn)
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Turns a source row into token ids and the positions to extract; the same in every process.
+
+    Attributes:
+        tokenizer: the teacher's.
+        chat_template: Jinja source, "" where `columns` name plain text.
+        columns: from `resolve_columns`.
+        include_think, include_end, turns, template_kwargs, date: see `encode_conversation`; a row's
+            own `chat_template_kwargs` go over `template_kwargs`.
+        padding: by column, where Arrow put nulls, see `padding_of`; None where nobody knows.
+    """
+
+    tokenizer: Any
+    chat_template: str
+    columns: ConversationColumns
+    include_think: bool = False
+    include_end: bool = False
+    turns: str = "all"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+    padding: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls, settings: Mapping[str, Any], tokenizer: Any, chat_template: str
+    ) -> ConversationEncoder:
+        """Return the encoder that a run's settings describe."""
+        return cls(
+            tokenizer,
+            chat_template,
+            ConversationColumns.of(settings),
+            bool(settings.get("include_think")),
+            bool(settings.get("include_end")),
+            str(settings.get("turns") or "all"),
+            settings.get("template_kwargs") or {},
+            settings.get("template_date"),
+        )
+
+    def for_source(self, source: Any) -> ConversationEncoder:
+        """Return an encoder that knows where the rows of an open source hold Arrow's nulls."""
+        features = source.features
+        if features is None:
+            return self
+        needed = self.columns.needed() & features.keys()
+        return replace(self, padding={name: padding_of(features[name]) for name in needed})
+
+    def encode(
+        self, row: Mapping[str, Any], *, max_tokens: int | None = None
+    ) -> EncodedConversation:
+        """Return the row's tokens and those to extract, however long it is.
+
+        Only text that surely has more than `max_tokens` tokens is refused.
+
+        Raises:
+            ConversationError: it cannot be used.
+        """
+        if self.columns.text is not None:
+            text = _cell_text(row.get(self.columns.text), self.columns.text)
+            return encode_text(text, self.tokenizer, max_tokens=max_tokens)
+        own = read_template_kwargs(row, self.padding)
+        return encode_conversation(
+            read_conversation(row, self.columns, self.padding), self.tokenizer,
+            chat_template=self.chat_template, tools=read_tools(row, self.padding),
+            include_think=self.include_think, include_end=self.include_end, turns=self.turns,
+            template_kwargs={**self.template_kwargs, **own}, date=self.date, max_tokens=max_tokens,
+        )  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides which tokens a row has, as runs and lengths record it."""
+        return {
+            **self.columns.settings(),
+            "chat_template_sha256": hash_template(self.chat_template),
+            "include_think": self.include_think,
+            "include_end": self.include_end,
+            "turns": self.turns,
+            "template_kwargs": dict(self.template_kwargs) or None,
+            "template_date": self.date,
+        }
+
+
+class Conversations(NamedTuple):
+    """An open source and the encoder of its rows."""
+
+    source: Any
+    encoder: ConversationEncoder
+
+
+def open_conversations(
+    options: Any,
+    *,
+    tokenizer: Any = None,
+    date: str | None = None,
+    dataset_revision: str | None = None,
+) -> Conversations:
+    """Open tokenizer, template, source and columns as the options of a script name them.
+
+    Args:
+        options: model, revision, trust_remote_code, dataset, subset, split, streaming, the columns
+            (`messages_col` …), chat_template, template_kwargs, include_think, include_end, turns.
+        tokenizer: the model's, when it is loaded already.
+        date: that a template is told which asks for the time; None: today's.
+        dataset_revision: commit of a Hub dataset.
+
+    Raises:
+        LogitsError: one of them cannot be used, or two options exclude each other.
+    """
+    tokenizer = tokenizer or load_tokenizer(
+        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    source = open_source(
+        options.dataset, subset=options.subset, split=options.split, streaming=options.streaming,
+        revision=dataset_revision,
+        integers=(options.index_col, getattr(options, "length_col", None)),
+    )  # fmt: skip
+    names = source_columns(source)
+    columns = resolve_columns(
+        names, messages_col=options.messages_col, user_col=options.user_col,
+        assistant_col=options.assistant_col, system_col=options.system_col,
+        index_col=options.index_col, text_col=options.text_col,
+    )  # fmt: skip
+    if columns.text is not None:
+        idle = {
+            "--chat-template": options.chat_template,
+            "--turns": options.turns != "all",
+            "--template-kwargs": options.template_kwargs,
+            "--include-think": options.include_think,
+            "--include-end": options.include_end,
+        }
+        if flags := [flag for flag, value in idle.items() if value]:  # fmt: skip
+            raise TemplateError(f"{' and '.join(flags)}: --text-col uses no chat template")
+        return Conversations(source, ConversationEncoder(tokenizer, "", columns))
+    if "system" in names and columns.system is None:
+        log.warning("the column 'system' is not used; --system-col system uses it")
+    source_text = load_chat_template(options.chat_template, tokenizer)
+    given = check_template_kwargs(options.template_kwargs or {})
+    template = prepare_template(tokenizer, source_text, template_kwargs=given)
+    if not template.ends:
+        warn_once("an end of the assistant's turn")
+    if unread := [name for name in given if name not in template.source]:
+        warn_once(f"the argument {unread[0]!r}")
+    encoder = ConversationEncoder(
+        tokenizer, source_text, columns, options.include_think, options.include_end, options.turns,
+        given, (date or date_of_today()) if prints_time(source_text) else None,
+    ).for_source(source)  # fmt: skip
+    for row in itertools.islice(without_idle_columns(source, columns), 8):
+        with contextlib.suppress(ConversationError):
+            for note in encoder.encode(row).notes:
+                warn_once(note)
+    return Conversations(source, encoder)
+
+
+def conversation_settings(
+    config: Any, encoder: ConversationEncoder | ConversationColumns, chat_template: str = ""
+) -> dict[str, Any]:
+    """Return what decides which tokens each conversation has, as runs and lengths record it.
+
+    Args:
+        config: of a script: model, revision, dataset, subset, split.
+        encoder: of the run; or its columns, with the options of `config` and `chat_template`.
+        chat_template: Jinja source, of which the hash is recorded.
+    """
+    if isinstance(encoder, ConversationColumns):
+        include = config.include_think, config.include_end
+        encoder = ConversationEncoder(None, chat_template, encoder, *include)
+    return {
+        "model": config.model,
+        "model_revision": config.revision,
+        "dataset": config.dataset,
+        "subset": config.subset,
+        "split": config.split,
+        **encoder.settings(),
+    }
 
 
 def encode_row(
@@ -1806,17 +2240,13 @@ def encode_row(
     tokenizer: Any,
     *,
     chat_template: str | None = None,
-    include_think: bool = False,
-    include_end: bool = False,
-    date: str | None = None,
     max_tokens: int | None = None,
+    **options: Any,
 ) -> EncodedConversation:
-    """Read the conversation of a source row, with its tools, and encode it."""
-    return encode_conversation(
-        read_conversation(row, columns), tokenizer, chat_template=chat_template,
-        tools=read_tools(row), include_think=include_think, include_end=include_end, date=date,
-        max_tokens=max_tokens,
-    )  # fmt: skip
+    """Encode one row without an open source; `options` are fields of `ConversationEncoder`."""
+    source = _own_template(tokenizer) if chat_template is None else chat_template
+    encoder = ConversationEncoder(tokenizer, source, columns, **options)
+    return encoder.encode(row, max_tokens=max_tokens)
 
 
 def token_positions_of(
@@ -1842,7 +2272,7 @@ def tokenize_with_offsets(
         ids (S,) int32; start and end of each token in characters (S,) int64.
 
     Raises:
-        TemplateError: a tokenizer without offsets whose tokens do not spell the text.
+        ConversationError: "unaligned": a tokenizer without offsets does not spell the text.
     """
     fast = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(
@@ -1912,20 +2342,25 @@ def _spelled_offsets(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Find where each token lies by decoding: tokens that share a character share its place."""
     spans: list[Span] = []
-    place, waiting = 0, 0
+    place, first = 0, 0
+
+    def spell(stop: int) -> str | None:
+        spellings = _spellings(ids[first:stop], tokenizer)
+        return next((s for s in spellings if s and text.startswith(s, place)), None)
+
     for number in range(len(ids)):
-        waiting += 1
-        group = ids[number + 1 - waiting : number + 1]
-        spelled = next(
-            (s for s in _spellings(group, tokenizer) if s and text.startswith(s, place)), None
-        )
-        if spelled is not None:
-            spans += [(place, place + len(spelled))] * waiting
-            place, waiting = place + len(spelled), 0
-    if waiting or place != len(text):
-        raise TemplateError(
+        spelled = spell(number + 1)
+        if spelled is None:
+            continue
+        if "\ufffd" in spelled and number + 1 < len(ids) and spell(number + 2) == spelled:
+            continue  # the character itself, of which the next token is another byte
+        spans += [(place, place + len(spelled))] * (number + 1 - first)
+        place, first = place + len(spelled), number + 1
+    if first < len(ids) or place != len(text):
+        raise ConversationError(
+            "unaligned",
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets and its tokens "
-            f"do not spell the text (from {text[place : place + 20]!r} on); use its fast version"
+            f"do not spell the text (from {text[place : place + 20]!r} on); use its fast version",
         )
     both = np.asarray(spans, np.int64).reshape(-1, 2)
     return both[:, 0], both[:, 1]
@@ -1935,9 +2370,9 @@ def _spellings(ids: list[int], tokenizer: Any) -> Iterator[str]:
     """Yield the texts that tokens may stand for: decoding drops leading blanks in some families."""
     pieces = tokenizer.convert_ids_to_tokens(ids)
     decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    yield decoded
+    yield " " + decoded
     if "\ufffd" not in decoded:
-        yield decoded
-        yield " " + decoded
         yield "".join(pieces).replace("\u2581", " ")
 
 
@@ -1966,7 +2401,12 @@ def format_mask_preview(
         run = show_text(_shortened(tokenizer.decode(ids.tolist()), max_run_chars))
         lines = run.split("\n")
         body.append("\n".join(f"{before}{x}{after}" for x in lines) if marked[0] else run)
-    ways = {"generation": "the template's markers", "differential": "differential rendering"}
+    ways = {
+        "generation": "the template's markers",
+        "loop": "what the template writes for each message",
+        "replacing": "what changes with what the assistant says",
+        "text": "all of the text",
+    }
     end = "none found" if encoded.end_of_turn is None else repr(encoded.end_of_turn)
     return (
         f"{int(extracted.sum())} of {extracted.size} tokens extracted; "
@@ -2608,13 +3048,17 @@ def read_lengths_settings(name: str) -> dict[str, Any]:
     store = open_store(name)
     path = lengths_files(store, name)[-1]
     with store.open(path) as file, parquet_errors(path):
-        return parse_lengths_settings(pq.read_schema(file))
+        return parse_lengths_settings(pq.read_schema(file), path)
 
 
-def parse_lengths_settings(schema: pa.Schema) -> dict[str, Any]:
+def parse_lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
     """Return what a lengths file says that it was measured with."""
-    settings: dict[str, Any] = json.loads((schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
-    return settings
+    with contextlib.suppress(ValueError, RecursionError):
+        settings = json.loads((schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
+        if isinstance(settings, dict):
+            return settings
+    name = METADATA_LENGTHS.decode()
+    raise SourceError(f"{path}: its metadata {name} are damaged; measure the lengths again")
 
 
 def lengths_files(store: Store, name: str) -> list[str]:
@@ -2633,7 +3077,8 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         length_col: the column of lengths, when others made the dataset.
 
     Raises:
-        SourceError: no such file, a column is missing, or an index occurs twice.
+        SourceError: no such file, a column is missing or holds no integers, or an index occurs
+            twice.
     """
     store = open_store(name)
     wanted = ["index", length_col]
@@ -2644,8 +3089,12 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         missing = [column for column in wanted if column not in table.column_names]
         if missing:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        settings = parse_lengths_settings(table.schema)
+        settings = parse_lengths_settings(table.schema, path)
         known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
+        for column in known:
+            if not pa.types.is_integer(kind := table.schema.field(column).type):
+                why = f"column {column!r} holds {kind}, not integers"
+                raise SourceError(f"lengths {name!r}: {why}; compute_lengths.py makes them")
         parts.append(table.select(known))
     table = pa.concat_tables(parts, promote_options="default")
     if any(column.null_count for column in table.columns):
@@ -4268,41 +4717,63 @@ class TextSource:
         self.settings = settings
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self._columns = ConversationColumns.of(settings)
         self._rows: dict[int, int] | None = None
 
     @cached_property
     def source(self) -> Any:
-        """The source dataset, opened at the run's revision."""
+        """The source dataset, opened at the run's revision.
+
+        Raises:
+            SourceError: it cannot be opened, or it is not what the run read.
+        """
         if not self.settings.get("dataset"):
             raise SourceError("the output does not say which dataset it was made from")
+        name = str(self.settings["dataset"])
+        recorded = self.settings.get("dataset_revision")
+        if is_digest(recorded) and source_revision(name) != recorded:
+            raise SourceError(
+                f"dataset {name!r} has changed since the run, so its text may not be what the "
+                "teacher read; bring back the file of then, or name what to read (--dataset)"
+            )
         return open_source(
-            str(self.settings["dataset"]),
+            name,
             subset=self.settings.get("subset"),
             split=str(self.settings.get("split") or "train"),
-            revision=self.settings.get("dataset_revision"),
+            revision=recorded,
+            integers=[self.settings.get("index_col")],
         )
+
+    @cached_property
+    def encoder(self) -> ConversationEncoder:
+        """Turns rows of the source into the tokens that the run had.
+
+        Raises:
+            TemplateError: the chat template is not the run's.
+        """
+        template = self.chat_template
+        if template is None:
+            text_only = bool(self.settings.get("text_col"))
+            template = "" if text_only else load_chat_template(None, self.tokenizer)
+        if self.settings.get("chat_template_sha256") not in (None, hash_template(template)):
+            raise TemplateError(
+                "the chat template is not the one that the run used, so its tokens cannot be found "
+                f"again; bring back {TEMPLATE_FILE} of the output"
+            )
+        encoder = ConversationEncoder.of(self.settings, self.tokenizer, template)
+        return encoder.for_source(self.source)
 
     def encode(self, index: int) -> EncodedConversation:
         """Tokenize the conversation with this `index` and find its extracted tokens.
 
         Raises:
-            SourceError: the source has no such conversation.
+            SourceError: the source has no such conversation, or is not the run's.
             ConversationError: it cannot be rendered.
         """
         row = self._find_row(index)
         if row is None:
             raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
         try:
-            return encode_row(
-                self.source[row],
-                self._columns,
-                self.tokenizer,
-                chat_template=self.chat_template,
-                include_think=bool(self.settings.get("include_think")),
-                include_end=bool(self.settings.get("include_end")),
-                date=self.settings.get("template_date"),
-            )
+            return self.encoder.encode(self.source[row])
         except ConversationError as error:
             why = f"{error} in {self.settings['dataset']}: is it the run's (--dataset)?"
             raise ConversationError(error.reason, why) from error
@@ -4323,11 +4794,11 @@ class TextSource:
         return ids if ids.size == n else None
 
     def _find_row(self, index: int) -> int | None:
-        if self._columns.index is None:
+        column = self.encoder.columns.index
+        if column is None:
             return index if 0 <= index < len(self.source) else None
         if self._rows is None:
-            ids = self.source[self._columns.index]
-            self._rows = {int(value): row for row, value in enumerate(ids)}
+            self._rows = {int(value): row for row, value in enumerate(self.source[column])}
         return self._rows.get(index)
 
 

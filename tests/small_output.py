@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "assistant_col": "answer",
     "system_col": None,
     "index_col": None,
-    "chat_template_sha256": "0" * 64,
+    "chat_template_sha256": None,  # not known: write_output is given any template
     "include_think": False,
     "include_end": False,
     "top_p": 0.98,

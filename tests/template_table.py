@@ -2,8 +2,9 @@
 
     python tests/template_table.py
 
-A table in Markdown (quoted in docs/templates.md), then one JSON line. A conversation counts as
-right when its extracted tokens are exactly those of `template_reference`, which shares no code.
+A table in Markdown (quoted in docs/templates.md), then one JSON line, with milliseconds to render
+long conversations and to find their spans. A conversation counts as right when its extracted tokens
+are exactly those of `template_reference`, which shares no code.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -19,16 +21,31 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from chat_shapes import SHAPES, SHAPES_WITH_TOOLS, TOOLS, stock, template_names
+from chat_shapes import (
+    SHAPES,
+    SHAPES_WITH_TOOLS,
+    TOOLS,
+    calls,
+    result,
+    says,
+    stock,
+    template_names,
+    user,
+)
 from template_reference import assistant_spans, extracted_tokens
 
-from explore_logits import ConversationError, encode_conversation
+from explore_logits import (
+    ConversationError,
+    encode_conversation,
+    prepare_template,
+    render_conversation,
+)
 
 
 class Outcome(NamedTuple):
     """What became of one conversation with one template."""
 
-    way: str  # "generation", "differential" or "refused"
+    way: str  # "generation", "loop", "replacing" or "refused"
     right: bool
     detail: str  # the reason, or what differs
 
@@ -78,6 +95,23 @@ def build_table() -> str:
     return "\n".join([*head, *(table_row(name, try_template(name)) for name in template_names())])
 
 
+def milliseconds(name: str, *, tools: bool = False, reasoning: bool = False) -> float:
+    """Return the best time of seven to find the spans of 30 turns."""
+    chat = []
+    for n in range(15 if tools else 30):
+        thought = {"reasoning_content": f"Iris {n}, ivy. " * 20} if reasoning else {}
+        chat += [user(f"amber {n}? " * 8)]
+        chat += [calls("", town=f"Lima {n}"), result("Rainy, 7.")] if tools else []
+        chat += [says(f"Birch {n} bark. " * 20, **thought)]
+    template = prepare_template(stock(name))
+    times = []
+    for _ in range(7):
+        began = time.process_time()
+        render_conversation(chat, template, tools=TOOLS if tools else None)
+        times.append(time.process_time() - began)
+    return round(1000 * min(times), 2)
+
+
 def main() -> int:
     """Print the table and return 1 if any conversation was encoded wrongly."""
     logging.disable(logging.WARNING)
@@ -88,7 +122,13 @@ def main() -> int:
             total[outcome.way if outcome.right else "wrong"] += 1
             if not outcome.right:
                 print(f"{name}, {shape}: {outcome.way}\n{outcome.detail}", file=sys.stderr)
-    print(json.dumps({"templates": len(template_names()), "shapes": len(SHAPES), **total}))
+    took = {
+        "plain": milliseconds("llama3_1"),
+        "reasoning": milliseconds("qwen3", reasoning=True),
+        "gpt-oss tools": milliseconds("gptoss", tools=True),
+    }
+    counts = {"templates": len(template_names()), "shapes": len(SHAPES), **total}
+    print(json.dumps({**counts, "milliseconds": took}))
     return int(total["wrong"] > 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -37,12 +38,16 @@ from compute_lengths import (
 )
 from explore_logits import (
     ConversationColumns,
+    ConversationEncoder,
     SourceError,
     encode_row,
     hash_template,
+    load_chat_template,
     load_tokenizer,
+    open_conversations,
     open_source,
     read_lengths,
+    source_revision,
 )
 
 COLUMNS = ConversationColumns(messages="messages", index="id")
@@ -70,6 +75,12 @@ def expected() -> dict[int, tuple[int, int]]:
 def make_config(**options: Any) -> LengthsConfig:
     """Return a configuration for the embedded teacher and conversations."""
     return LengthsConfig(**{"model": str(TEACHER), "dataset": str(CHATS), **options})
+
+
+def make_encoder(columns: ConversationColumns = COLUMNS) -> ConversationEncoder:
+    """Return an encoder for the embedded teacher."""
+    tokenizer = load_tokenizer(str(TEACHER))
+    return ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns)
 
 
 def as_dict(path: Path) -> dict[int, tuple[int, int]]:
@@ -109,9 +120,8 @@ def test_the_counts_are_what_extraction_would_take_and_are_reported(
 def test_many_processes_give_the_same_counts_in_the_same_order(
     streaming: bool, expected: dict[int, tuple[int, int]]
 ) -> None:
-    config = make_config(num_proc=2, batch_size=70)
     source = open_source(str(CHATS), streaming=streaming)
-    batches = list(measure_source(config, source, COLUMNS, None))
+    batches = list(measure_source(source, make_encoder(), batch_size=70, workers=2))
     assert [len(batch["index"]) for batch in batches] == [70] * 5 + [50]
     measured = collect(batches)
     pairs = zip(measured.length.tolist(), measured.num_tokens.tolist(), strict=True)
@@ -131,12 +141,14 @@ def test_the_file_says_what_it_was_measured_with(tmp_path: Path) -> None:
     template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
     assert lengths.index.tolist() == list(range(400))
     settings = dict(lengths.settings)
-    assert settings.pop("dataset_revision").startswith("sha256:")
+    assert settings.pop("dataset_revision") == source_revision(str(CHATS))
+    assert settings.pop("model_revision") == source_revision(str(TEACHER))
     assert settings == {
-        "model": str(TEACHER), "model_revision": None, "dataset": str(CHATS), "subset": None,
+        "model": str(TEACHER), "dataset": str(CHATS), "subset": None,
         "split": "train", "messages_col": "messages", "user_col": None, "assistant_col": None,
         "system_col": None, "index_col": None, "chat_template_sha256": hash_template(template),
-        "include_think": False, "include_end": True, "template_date": None,
+        "include_think": False, "include_end": True, "template_date": None, "context_col": None,
+        "text_col": None, "turns": "all", "template_kwargs": None,
     }  # fmt: skip
     assert [field.name for field in pq.read_schema(tmp_path / "l.parquet")] == [
         "index", "length", "num_tokens",
@@ -179,6 +191,10 @@ def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(
         (["--push-to-hub"], "--output-repo"),
         (["--output-repo", "a/b"], "--push-to-hub"),
         (["--private"], "--push-to-hub"),
+        (["--output", "a/b"], "--output excludes"),
+        (["--text-col", "subject", "--turns", "last"], "--turns: --text-col uses no chat template"),
+        (["--text-col", "subject", "--messages-col", "messages"], "exclude each other"),
+        (["--template-kwargs", '{"tools": 1}'], "'tools' is no argument"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--num-proc", "-1"], "--num-proc -1"),
         (["--filename", "a/b.parquet"], "--filename"),
@@ -214,6 +230,19 @@ def test_a_wrong_command_line_ends_with_code_2(capsys: pytest.CaptureFixture[str
             main(argv)
         assert caught.value.code == 2
         assert "--" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["./there", "there", "tester/lengths"])
+def test_output_is_a_folder_or_a_repository(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if place == "there":
+        Path(place).mkdir()
+    config = make_config(output=place)
+    repo = "tester/lengths" if "/" in place and place[0] != "." else None
+    assert (config.output_repo, config.push_to_hub) == (repo, repo is not None)
+    assert config.output_dir == ("data/lengths" if repo else place)
 
 
 def test_a_duplicate_id_is_refused(
@@ -266,7 +295,8 @@ def test_every_option_reaches_its_field() -> None:
             "--chat-template", "t", "--batch-size", "7", "--num-proc", "3", "--streaming",
             "--output-dir", "o", "--filename", "f.parquet", "--output-repo", "r/r",
             "--push-to-hub", "--private", "--include-think", "--include-end", "--revision", "v",
-            "--trust-remote-code",
+            "--trust-remote-code", "--text-col", "x", "--turns", "last", "--template-kwargs",
+            '{"a": 1}',
         ]
     )  # fmt: skip
     assert vars(config) == {
@@ -275,7 +305,8 @@ def test_every_option_reaches_its_field() -> None:
         "chat_template": "t", "batch_size": 7, "num_proc": 3, "streaming": True,
         "output_dir": "o", "filename": "f.parquet", "output_repo": "r/r", "push_to_hub": True,
         "private": True, "include_think": True, "include_end": True, "revision": "v",
-        "trust_remote_code": True,
+        "trust_remote_code": True, "text_col": "x", "turns": "last", "template_kwargs": {"a": 1},
+        "output": None,
     }  # fmt: skip
 
 
@@ -284,7 +315,7 @@ def test_every_option_reaches_its_field() -> None:
 
 def test_the_transform_maps_a_dataset(expected: dict[int, tuple[int, int]]) -> None:
     source = open_source(str(CHATS)).select(range(40))
-    transform = get_transform_fn(make_config(), COLUMNS)
+    transform = get_transform_fn(make_encoder())
     mapped = source.map(
         transform, batched=True, with_indices=True, batch_size=16,
         remove_columns=source.column_names,
@@ -302,14 +333,14 @@ def test_measuring_keeps_every_row_and_says_why_some_cannot_be_used() -> None:
     ]
     encoded = encode_row(rows[0], COLUMNS, load_tokenizer(str(TEACHER)))
     batch = {name: [row[name] for row in rows] for name in rows[0]}
-    measured = get_transform_fn(make_config(), COLUMNS)(batch, [500, 501, 502])
+    measured = get_transform_fn(make_encoder())(batch, [500, 501, 502])
     assert measured["index"] == [70, 71, 72]
     assert measured["length"] == [encoded.input_ids.size, 0, 0]
     assert measured["num_tokens"] == [encoded.token_positions.size, 0, 0]
     assert measured["reason"] == [None, "null", "no_assistant"]
     assert measured["detail"][1] == "column 'messages' is null"
     by_number = ConversationColumns(messages="messages")
-    measured = get_transform_fn(make_config(), by_number)(batch, [500, 501, 502])
+    measured = get_transform_fn(make_encoder(by_number))(batch, [500, 501, 502])
     assert measured["index"] == [500, 501, 502]
 
 
@@ -318,19 +349,36 @@ def test_single_turn_columns_are_measured(tmp_path: Path) -> None:
     path.write_text("question,answer\nWhy?,Because.\nHow?,\n", encoding="utf-8")
     source = open_source(str(path))
     columns = ConversationColumns(user="question", assistant="answer")
-    (batch,) = measure_source(make_config(num_proc=1), source, columns, None)
+    (batch,) = measure_source(source, make_encoder(columns), batch_size=9, workers=1)
     assert batch["length"][0] > 0
     assert batch["reason"] == [None, "null"]
     assert batch["detail"][1] == "column 'answer' is null"
 
 
-def test_a_worker_that_dies_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    template = tmp_path / "t.jinja"
-    template.write_text("{{ messages }}", encoding="utf-8")
-    config = make_config(num_proc=2, batch_size=100, model=str(tmp_path))  # loads nothing, dies
-    source = open_source(str(CHATS))
+class Fatal:
+    """Kills the process that it is unpickled in."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_other_columns_are_measured_too(streaming: bool, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = tmp_path / "r.jsonl"
+    rows = [{"messages": chat}, {"messages": chat, "tools": tools}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source, encoder = open_conversations(make_config(dataset=str(path), streaming=streaming))
+    (batch,) = measure_source(source, encoder, batch_size=9, workers=1)
+    assert batch["reason"] == [None, None]
+    assert batch["length"][0] < batch["length"][1]
+
+
+def test_a_worker_that_dies_is_an_error_with_a_remedy() -> None:
+    source, encoder = open_source(str(CHATS)), ConversationEncoder(Fatal(), "", COLUMNS)
     with pytest.raises(LengthsError, match="--num-proc"):
-        list(measure_source(config, source, COLUMNS, None))
+        list(measure_source(source, encoder, batch_size=100, workers=2))
 
 
 def test_percentiles_are_values_that_occur() -> None:
@@ -385,7 +433,7 @@ def push(tmp_path: Path) -> Path:
     """Write a small lengths file and push it."""
     measured = MeasuredSource(*np.array([[0, 1], [10, 20], [3, 4]], np.int32), {})
     config = make_config(output_repo="tester/lengths", push_to_hub=True, private=True)
-    settings = compute_lengths.describe_measure(config, COLUMNS, "{{ messages }}")
+    settings = compute_lengths.describe_measure(config, make_encoder())
     path = tmp_path / "lengths.parquet"
     write_lengths(measured, settings, path)
     push_lengths(config, measured, settings, path)

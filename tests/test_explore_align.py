@@ -255,6 +255,32 @@ def test_a_source_or_model_that_moved_can_be_given(output: Path, tmp_path: Path)
         open_text(copy)
 
 
+def test_a_source_or_template_that_changed_since_the_run_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "chats.jsonl"
+    source.write_bytes(CHATS.read_bytes())
+    template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
+    settings = RUN | {
+        "dataset": str(source),
+        "dataset_revision": explore.source_revision(str(source)),
+        "chat_template_sha256": explore.hash_template(template),
+    }
+    made = write_output(
+        tmp_path / "out", random_rows(1, settings=settings), settings=settings,
+        chat_template=template,
+    )  # fmt: skip
+    index = json.loads(CHATS.read_text().splitlines()[3])["id"]
+    expected = open_text(made).encode(index).input_ids.tolist()
+    text = source.read_text(encoding="utf-8")
+    assert " the " in text
+    source.write_text(text.replace(" the ", " and ", 1), encoding="utf-8")
+    with pytest.raises(explore.SourceError, match=r"changed since the run.*\(--dataset\)"):
+        open_text(made).encode(index)
+    assert open_text(made, source=str(CHATS)).encode(index).input_ids.tolist() == expected
+    (made / "chat_template.jinja").write_text(template + " ")
+    with pytest.raises(explore.TemplateError, match=r"bring back chat_template\.jinja"):
+        open_text(made, source=str(CHATS)).encode(index)
+
+
 def test_figures_over_the_text_count_only_rows_that_fit(output: Path) -> None:
     text = open_text(output)
     stats = compute_dataset_stats(output, actual_tokens=text.actual_tokens)

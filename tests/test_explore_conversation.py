@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 import explore_logits
 from explore_logits import (
     ConversationColumns,
+    ConversationEncoder,
     ConversationError,
+    EncodedConversation,
     LogitsError,
     TemplateError,
     encode_conversation,
@@ -56,6 +61,11 @@ THINKS = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last "
     "and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+GATHERED = (  # writes nothing while it passes over the messages
+    "{% set ns = namespace(text='') %}{% for m in messages %}{% set ns.text = ns.text + "
+    "'<|start|>' + m.role + '\n' + m.content + '<|end|>\n' %}{% endfor %}{{ ns.text }}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 CHAT = [user("amber?"), says("Birch bark."), user("cedar?"), says("Dune.")]
 
@@ -91,20 +101,49 @@ def test_both_dialects_and_every_way_of_storing_them_give_the_same_messages(valu
     assert read_conversation({"messages": value}, MESSAGES) == [user("a"), says("b")]
 
 
-def test_roles_of_the_other_dialect_are_translated() -> None:
-    names = ["system", "human", "function_call", "observation", "gpt"]
-    row = {"messages": [{"from": name, "value": "x"} for name in names]}
-    roles = [message["role"] for message in read_conversation(row, MESSAGES)]
-    assert roles == ["system", "user", "assistant", "tool", "assistant"]
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("user", "user human Human HUMAN prompter"),
+        ("assistant", "assistant Assistant gpt bot model function_call tool_call"),
+        ("tool", "tool observation function tool_response Function"),
+        ("system", "system System"),
+        ("critic", "critic"),
+    ],
+)
+def test_roles_are_known_by_their_usual_names_in_any_case(role: str, names: str) -> None:
+    row = {"messages": [{"from": name, "value": "x"} for name in names.split()]}
+    assert {message["role"] for message in read_conversation(row, MESSAGES)} == {role}
 
 
-def test_nulls_that_arrow_adds_are_dropped_at_every_depth() -> None:
+def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None:
+    parts = [
+        {"type": "reasoning", "text": "the user "},
+        {"type": "thinking", "thinking": "greets"},
+        {"type": "text", "text": "y"},
+        {"type": "output_text", "text": "o"},
+    ]
+    asked = [{"type": "input_text", "text": "h"}, "i"]
+    row = {"messages": [user("") | {"content": asked}, says("") | {"content": parts}]}
+    expected = [user("hi"), says("yo", reasoning_content="the user greets")]
+    assert read_conversation(row, MESSAGES) == expected
+    thinks = {"messages": [user("hi"), says("") | {"content": parts[:2]}]}
+    assert "content" not in read_conversation(thinks, MESSAGES)[1]
+    twice = {"messages": [user("hi"), says("", reasoning="other") | {"content": parts}]}
+    with pytest.raises(ConversationError, match="reasoning twice"):
+        read_conversation(twice, MESSAGES)
+
+
+def test_nulls_are_taken_for_arrows_where_nobody_knows_better() -> None:
     call = {"function": {"name": "f", "arguments": {"town": "Lima", "day": None}}, "id": None}
     row = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
     assert read_conversation(row, MESSAGES)[1] == {
         "role": "assistant",
         "tool_calls": [{"function": {"name": "f", "arguments": {"town": "Lima"}}}],
     }
+    assert read_conversation(row, MESSAGES, {})[1] == {"role": "assistant", "tool_calls": [call]}
+    text = {"messages": json.dumps(row["messages"])}
+    assert read_conversation(text, MESSAGES)[1] == {"role": "assistant", "tool_calls": [call]}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +159,9 @@ def test_nulls_that_arrow_adds_are_dropped_at_every_depth() -> None:
         ([user("a"), says(" \n")], "empty"),
         ([user("a"), says("b", content=3)], "malformed"),
         ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
+        ([user("a") | {"content": [{"type": "image_url", "text": ""}]}, says("b")], "not_text"),
+        ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
+        ({"role": "user", "content": "hi"}, "malformed"),
     ],
 )
 def test_a_conversation_that_cannot_be_used_says_why(value: Any, reason: str) -> None:
@@ -164,15 +206,109 @@ def test_tools_come_from_a_list_or_from_json() -> None:
         read_tools({"tools": [1]})
 
 
+def encoder_for(template: str, **options: Any) -> ConversationEncoder:
+    """Return an encoder of rows with messages."""
+    return ConversationEncoder(tokenizer_for(template), template, MESSAGES, **options)
+
+
+def taken(encoded: EncodedConversation, tokenizer: Any) -> str:
+    """Return the extracted tokens as text."""
+    return str(tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist()))
+
+
+@pytest.mark.parametrize(
+    ("turns", "weights", "expected"),
+    [
+        ("all", (None, None), "Birch bark.<|end|>Dune.<|end|>"),
+        ("all", (0, 1), "Dune.<|end|>"),
+        ("all", (0.0, None), "Dune.<|end|>"),
+        ("last", (None, None), "Dune.<|end|>"),
+        ("last", (1, 0), None),
+    ],
+)
+def test_turns_and_weights_choose_what_is_extracted(
+    turns: str, weights: tuple[Any, Any], expected: str | None
+) -> None:
+    for template in (PLAIN, MARKED, GATHERED):
+        chat = [dict(message) for message in CHAT]
+        for message, weight in zip(chat[1::2], weights, strict=True):
+            message.update({} if weight is None else {"weight": weight})
+        encoder = encoder_for(template, turns=turns)
+        if expected is not None:
+            encoded = encoder.encode({"messages": chat})
+            assert taken(encoded, encoder.tokenizer) == expected
+            continue
+        with pytest.raises(ConversationError) as refused:
+            encoder.encode({"messages": chat})
+        assert refused.value.reason == "no_tokens"
+
+
+@pytest.mark.parametrize("given", [{"effort": "low"}, '{"effort": "low"}', None])
+def test_arguments_of_the_template_come_from_the_option_and_the_row(given: Any) -> None:
+    template = "Effort {{ effort | default('none') }}, {{ depth }}. " + PLAIN
+    encoder = encoder_for(template, template_kwargs={"effort": "high", "depth": 3})
+    encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": given})
+    assert encoded.text.startswith(f"Effort {'low' if given else 'high'}, 3. ")
+    assert encoder.settings()["template_kwargs"] == {"effort": "high", "depth": 3}
+    again = ConversationEncoder.of(encoder.settings(), encoder.tokenizer, template)
+    assert again == encoder
+    for wrong in ("low", [1], {"messages": []}):
+        with pytest.raises(ConversationError) as refused:
+            encoder.encode({"messages": CHAT, "chat_template_kwargs": wrong})
+        assert refused.value.reason == "malformed"
+
+
+def test_plain_text_is_extracted_from_the_second_token_on() -> None:
+    tokenizer = tokenizer_for(PLAIN)
+    columns = ConversationColumns(text="text")
+    encoder = ConversationEncoder(tokenizer, "", columns)
+    encoded = encoder.encode({"text": "Birch bark. <|end|> dune"})
+    assert encoded.input_ids.tolist() == tokenizer("Birch bark. <|end|> dune")["input_ids"]
+    assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
+    assert ConversationEncoder.of(encoder.settings(), tokenizer, "") == encoder
+    for value, reason in ((None, "null"), (" ", "empty"), ([1], "malformed"), ("B", "no_tokens")):
+        with pytest.raises(ConversationError) as refused:
+            encoder.encode({"text": value})
+        assert refused.value.reason == reason
+
+
 # What is extracted --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_a_template_that_writes_the_next_message_at_this_one_is_seen_through() -> None:
+    ahead = (
+        "{% for m in messages %}{% if m.role != 'tool' %}"
+        "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
+        "{% if loop.nextitem is defined and loop.nextitem.role == 'tool' %}<|start|>tool\n"
+        "{{ messages[loop.index0 + 1].content }}<|end|>\n{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    chat = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
+    expected = ["Birch bark.<|end|>", "Elm.<|end|>", "Dune.<|end|>"]
+    assert extracted(chat, ahead) == expected
+    assert encode_conversation(chat, tokenizer_for(ahead)).way == "replacing"
+    assert encode_conversation(CHAT, tokenizer_for(ahead)).way == "loop"
+
+
+def test_a_template_that_copies_messages_is_seen_through() -> None:
+    """It joins what the user says in two messages, so that later messages are others."""
+    copies = (
+        "{% set ns = namespace(all=[]) %}{% for m in messages %}{% if ns.all and "
+        "ns.all[-1].role == m.role %}{% set ns.all = ns.all[:-1] + [{'role': m.role, 'content': "
+        "ns.all[-1].content + '\n' + m.content}] %}{% else %}{% set ns.all = ns.all + [m] %}"
+        "{% endif %}{% endfor %}" + PLAIN.replace("in messages", "in ns.all")
+    )
+    assert extracted(CHAT, copies) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+    chat = [*CHAT, says("Elm.")]
+    assert extracted(chat, copies) == ["Birch bark.<|end|>", "Dune.\nElm.<|end|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, GATHERED])
 def test_turns_are_extracted_with_their_end_and_nothing_else(template: str) -> None:
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("template", [PLAIN, MARKED, GATHERED])
 def test_what_follows_the_end_comes_with_include_end(template: str) -> None:
     assert extracted(CHAT, template, include_end=True) == ["Birch bark.<|end|>\n", "Dune.<|end|>\n"]
 
@@ -248,10 +384,10 @@ def test_a_role_header_inside_the_markers_is_left_out() -> None:
     assert extracted(follow, template) == ["Birch bark.<|end|>", "Dune.<|end|>", "Echo.<|end|>"]
 
 
-def test_markers_that_mark_nothing_fall_through_to_differential_rendering() -> None:
+def test_markers_that_mark_nothing_fall_through_to_what_the_loop_writes() -> None:
     template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and m.trained")
     encoded = encode_conversation(CHAT, tokenizer_for(template))
-    assert encoded.way == "differential"
+    assert encoded.way == "loop"
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
@@ -358,35 +494,31 @@ def test_formats_of_well_known_families_give_the_turns(name: str) -> None:
     assert taken == [form.format("Birch bark."), form.format("Dune.")]
 
 
-class Clock:
-    """Stands in for `datetime`: shows each of the times once, then the last one for ever."""
+class Clock(datetime):
+    """Stands in for `datetime`: a minute passes whenever somebody looks."""
 
-    def __init__(self, times: list[str]) -> None:
-        self.times = times
+    looks = 0
 
-    def now(self) -> Clock:
-        """Return itself."""
-        return self
-
-    def strftime(self, _: str) -> str:
-        """Return the time."""
-        return self.times.pop(0) if len(self.times) > 1 else self.times[0]
+    @classmethod
+    def now(cls, tz: Any = None) -> Clock:
+        """Return the next minute."""
+        cls.looks += 1
+        return cls(2024, 7, 26, cls.looks // 60 % 24, cls.looks % 60, tzinfo=tz)
 
 
-def test_a_clock_that_changes_the_text_while_it_is_looked_at_does_no_harm(
+def test_a_clock_that_goes_on_while_the_text_is_looked_at_does_no_harm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dated = "{{ strftime_now('%H:%M') }}" + PLAIN
-    template = prepare_template(tokenizer_for(dated))
-    where = "transformers.utils.chat_template_utils.datetime"
-    for calls in range(1, 8):
-        monkeypatch.setattr(where, Clock(["09:59"] * calls + ["10:00"]))
-        rendered = explore_logits.render_conversation(CHAT, template)
-        taken = [rendered.text[a:b] for a, b in rendered.spans]
-        assert taken == ["Birch bark.<|end|>", "Dune.<|end|>"]
-    monkeypatch.setattr(where, Clock([f"{n:05}" for n in range(9999)]))
-    with pytest.raises(ConversationError, match="time"):
-        explore_logits.render_conversation(CHAT, template)
+    monkeypatch.setattr(explore_logits, "datetime", Clock)
+    loop = "{{ strftime_now('%H:%M') }}" + PLAIN + "{{ strftime_now('%M') }}"
+    gathered = "{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t + m.role + "
+    gathered += "': ' + m.content + '<|end|>' %}{% endfor %}{{ strftime_now('%H:%M') + ns.t }}"
+    for source in (loop, gathered):
+        template = prepare_template(tokenizer_for(source))
+        for _ in range(70):
+            rendered = explore_logits.render_conversation(CHAT, template)
+            taken = [rendered.text[a:b] for a, b in rendered.spans]
+            assert taken == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
 def test_a_given_date_is_what_the_template_prints_and_nothing_else_changes() -> None:
@@ -423,7 +555,7 @@ def test_results_have_the_promised_types() -> None:
     encoded = encode_conversation(CHAT, tokenizer_for(PLAIN))
     assert encoded.input_ids.dtype == encoded.token_positions.dtype == np.int32
     assert (np.diff(encoded.token_positions) > 0).all()
-    assert (encoded.way, encoded.end_of_turn) == ("differential", "<|end|>")
+    assert (encoded.way, encoded.end_of_turn) == ("loop", "<|end|>")
 
 
 def test_arguments_as_an_object_or_as_text_render_alike() -> None:
@@ -557,7 +689,15 @@ def slow_tokenizer() -> SlowTokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("said", ["Birch bark.", "樺 👩‍🚀 é e\u0301 بِرْش", "  two  \n\n blanks "])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Birch bark.",
+        "樺 👩‍🚀 é e\u0301 بِرْش",
+        "  two  \n\n blanks ",
+        "It is \ufffd, you see \ufffd\ufffd.",
+    ],
+)
 def test_a_slow_tokenizer_is_aligned_by_decoding(said: str) -> None:
     messages = [user("amber 🌲?"), says(said)]
     assert not slow_tokenizer().is_fast
@@ -572,8 +712,9 @@ def test_a_slow_tokenizer_that_does_not_spell_the_text_is_refused(
 ) -> None:
     tokenizer = slow_tokenizer()
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: "x" * len(ids))
-    with pytest.raises(TemplateError, match="do not spell the text"):
+    with pytest.raises(ConversationError, match="do not spell the text") as refused:
         encode_conversation(CHAT, tokenizer)
+    assert refused.value.reason == "unaligned"
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -583,6 +724,25 @@ def test_a_conversation_without_an_assistant_says_so() -> None:
     with pytest.raises(ConversationError) as caught:
         encode_conversation([user("amber?")], tokenizer_for(PLAIN))
     assert caught.value.reason == "no_assistant"
+    with pytest.raises(ConversationError, match="roles critic, user"):
+        encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
+
+
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f"}}]])
+def test_of_named_templates_the_one_that_transformers_takes_is_taken(tools: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    with_tools = "  {% if tools %}\nTools: {{ tools | tojson }}\n{% endif %}\n" + MARKED + "\n"
+    tokenizer.chat_template = {"default": "  {% if 1 %}\n" + PLAIN + "\n{% endif %}\n",
+                               "tool_use": with_tools}  # fmt: skip
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    source = load_chat_template(None, tokenizer)
+    encoded = encode_conversation(CHAT, tokenizer, chat_template=source, tools=tools)
+    text = tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
+    assert encoded.text == text
+    assert taken(encoded, tokenizer) == "Birch bark.<|end|>Dune.<|end|>"
+    tokenizer.chat_template = {"rag": PLAIN}
+    with pytest.raises(TemplateError, match=r"called rag, .*--chat-template"):
+        load_chat_template(None, tokenizer)
 
 
 def test_a_refusal_of_the_template_is_quoted() -> None:
@@ -605,6 +765,57 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Any)
     assert load_chat_template(None, tokenizer) == PLAIN
     (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
     assert load_chat_template(str(tmp_path / "t.jinja"), tokenizer) == MARKED
+    (tmp_path / "t.json").write_text(json.dumps({"chat_template": MARKED}), encoding="utf-8")
+    assert load_chat_template(str(tmp_path / "t.json"), tokenizer) == MARKED
+
+
+def copy_teacher(folder: Path, **config: Any) -> Path:
+    """Copy the teacher's tokenizer without its template, with more in its configuration."""
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((TEACHER / "tokenizer.json").read_bytes())
+    ours = json.loads((TEACHER / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(ours | config), encoding="utf-8")
+    return folder
+
+
+def test_a_template_beside_the_tokenizer_is_found(tmp_path: Path) -> None:
+    folder = copy_teacher(tmp_path / "teacher")
+    with pytest.raises(TemplateError, match="no chat template"):
+        load_chat_template(None, load_tokenizer(str(folder)))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": MARKED}))
+    assert load_chat_template(None, load_tokenizer(str(folder))) == MARKED
+
+
+@pytest.mark.parametrize(
+    ("code", "trust", "message"),
+    [
+        ("import no_such_package_x\n", True, "pip install no_such_package_x"),
+        ("", False, "--trust-remote-code"),
+    ],
+)
+def test_what_a_tokenizer_with_code_needs_is_named(
+    code: str, trust: bool, message: str, tmp_path: Path
+) -> None:
+    auto = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    folder = copy_teacher(tmp_path / "teacher", auto_map=auto, tokenizer_class="OwnTokenizer")
+    source = "from transformers import PreTrainedTokenizer as OwnTokenizer\n"
+    (folder / "tokenization_own.py").write_text(code + source)
+    with pytest.raises(LogitsError, match=message):
+        load_tokenizer(str(folder), trust_remote_code=trust)
+
+
+def test_a_tokenizer_of_mistral_common_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    with pytest.raises(LogitsError, match=r"mistral-common|tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_what_acts_on_a_terminal_is_shown_in_an_error() -> None:
+    template = PLAIN + "{% if messages|length > 2 %}{{ raise_exception('\x1b[2Jno') }}{% endif %}"
+    with pytest.raises(ConversationError) as refused:
+        encode_conversation(CHAT, tokenizer_for(template))
+    assert "\x1b" not in str(refused.value)
 
 
 def test_a_template_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Any) -> None:
@@ -659,7 +870,7 @@ def test_the_preview_marks_the_extracted_tokens_and_says_how_they_were_found() -
     encoded = encode_conversation([user("amber\x1b[2J?"), says("Birch\nbark.")], tokenizer)
     shown = format_mask_preview(encoded, tokenizer)
     assert "⟦Birch⟧\n⟦bark.<|end|>⟧" in shown
-    assert "differential rendering" in shown.splitlines()[0]
+    assert "found by what the template writes for each message" in shown.splitlines()[0]
     assert "'<|end|>'" in shown.splitlines()[0]
     count, total = encoded.token_positions.size, encoded.input_ids.size
     assert shown.startswith(f"{count} of {total} tokens extracted")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,10 +23,14 @@ from explore_logits import (
     LENGTHS_SCHEMA,
     METADATA_LENGTHS,
     ConversationColumns,
+    ConversationEncoder,
+    ConversationError,
     SourceError,
+    Stream,
     open_source,
     read_conversation,
     read_lengths,
+    read_lengths_settings,
     read_tools,
     resolve_columns,
     source_columns,
@@ -112,7 +117,7 @@ WRITERS: dict[str, Callable[[Path, list[Any]], Path]] = {
 def test_every_kind_of_file_gives_its_rows(name: str, streaming: bool, tmp_path: Path) -> None:
     path = WRITERS[name](tmp_path / name, PLAIN_ROWS)
     source = open_source(str(path), streaming=streaming)
-    assert isinstance(source, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert isinstance(source, Stream if streaming else datasets.Dataset)
     assert source_columns(source) == ["question", "answer"]
     assert list(source) == PLAIN_ROWS
 
@@ -145,16 +150,9 @@ def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> No
 def test_csv_files_in_a_folder_keep_their_spelling_too(streaming: bool, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,question,answer\n1,007,3\n2,NA,4\n")
     (tmp_path / "b.csv").write_text("id,question,answer\n3,1e5,1.50\n4,5,\n")
-    rows = [tuple(row.values()) for row in open_source(str(tmp_path), streaming=streaming)]
+    source = open_source(str(tmp_path), streaming=streaming, integers=("id", None))
+    rows = [tuple(row.values()) for row in source]
     assert rows == [(1, "007", "3"), (2, "NA", "4"), (3, "1e5", "1.50"), (4, "5", None)]
-
-
-def test_csv_files_of_other_columns_are_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("question,answer\na,b\n")
-    (tmp_path / "b.csv").write_text("question,reply\na,b\n")
-    with pytest.raises(SourceError, match="different columns; give") as refused:
-        open_source(str(tmp_path))
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -195,7 +193,7 @@ def test_a_malformed_line_is_named(
         (lambda p: p / "none.jsonl", "no such file"),
         (lambda p: p / "none", "no such file"),
         (lambda p: write_lines(p / "r.txt", ["x"]), "unknown kind of file"),
-        (lambda p: p, "no .jsonl"),
+        (lambda p: p, "no file in this folder is .jsonl"),
         (lambda p: (p / "e.jsonl").touch() or p / "e.jsonl", "empty"),
         (lambda p: (p / "b.parquet").write_text("x") and p / "b.parquet", "cannot be"),
         (lambda p: (p / "b.json").write_text("[1") and p / "b.json", "cannot be"),
@@ -209,11 +207,146 @@ def test_what_cannot_be_opened_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+LINE = json.dumps(PLAIN_ROWS[0]).encode() + b"\n"
+RANDOM = b"".join(b'{"x": %d}\n' % (n * 7919 % 99991) for n in range(4000))
+DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
+    "cut": ({"r.jsonl.gz": gzip.compress(RANDOM)[:9000]}, r"r\.jsonl\.gz', line \d+: .*damaged"),
+    "no gzip": ({"r.jsonl.gz": LINE}, r"r\.jsonl\.gz', line 1: .*damaged"),
+    "half a line": ({"r.jsonl.gz": gzip.compress(LINE + b'{"a": [')}, "line 2: not JSON"),
+    "UTF-16 lines": ({"r.jsonl": LINE.decode().encode("utf-16")}, "line 1: .*UTF-16"),
+    "UTF-16 array": ({"r.json": "[1]".encode("utf-16")}, r"r\.json' cannot .*UTF-16"),
+    "UTF-16 table": ({"r.csv": "question,answer\na,b\n".encode("utf-16")}, r"r\.csv' .*UTF-16"),
+    "other columns": (
+        {"r/a.jsonl": LINE, "r/b.jsonl": b'{"question": "a", "reply": "b"}\n'},
+        r"b\.jsonl' and a\.jsonl have different columns \(answer, reply\)",
+    ),
+    "other columns in tables": (
+        {"r/a.csv": b"question,answer\na,b\n", "r/b.csv": b"question,reply\na,b\n"},
+        r"b\.csv' and a\.csv have different columns \(answer, reply\)",
+    ),
+    "bad line in a folder": ({"r/a.jsonl": LINE, "r/b.jsonl": LINE + b"?"}, r"b\.jsonl', line 2:"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_is_named_with_file_and_place(
+    name: str, streaming: bool, tmp_path: Path
+) -> None:
+    files, message = DAMAGED[name]
+    for file, data in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(SourceError, match=message) as caught:
+        list(open_source(str(tmp_path / next(iter(files)).split("/")[0]), streaming=streaming))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_package_that_a_file_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "r.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(SourceError, match="pip install zstandard"):
+        open_source(str(tmp_path / "r.jsonl.zst"))
+
+
 def test_a_dataset_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="nobody/nothing") as caught:
         open_source("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+# Nulls and shapes ---------------------------------------------------------------------------------
+
+CALL = {"function": {"name": "f", "arguments": {"a": 1, "unit": None}}}
+OTHER_CALL = {"function": {"name": "g", "arguments": {"b": "x"}}}
+TOOLS = [{"type": "function", "default": None}, {"type": "function", "name": "g"}]
+WITH_CALLS = [
+    {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [c]}],
+        "tools": [tool],
+    }
+    for c, tool in zip((CALL, OTHER_CALL), TOOLS, strict=True)
+]
+
+
+def write_json_types(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a Parquet file whose columns are lists of JSON."""
+    kinds = {name: datasets.List(datasets.Json()) for name in rows[0]}
+    datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["texts", "lines", "Json", "structs"])
+def test_nulls_of_the_data_stay_and_those_of_arrow_go(
+    kind: str, streaming: bool, tmp_path: Path
+) -> None:
+    """In a struct nobody can tell them apart: Arrow's are many, the data's few."""
+    texts = [{name: json.dumps(value) for name, value in row.items()} for row in WITH_CALLS]
+    path = {
+        "texts": lambda: write_parquet(tmp_path / "r.parquet", texts),
+        "lines": lambda: write_lines(tmp_path / "r.jsonl", WITH_CALLS),
+        "Json": lambda: write_json_types(tmp_path / "r.parquet", WITH_CALLS),
+        "structs": lambda: write_parquet(tmp_path / "r.parquet", WITH_CALLS),
+    }[kind]()
+    source = open_source(str(path), streaming=streaming)
+    padding = ConversationEncoder(None, "", MESSAGES).for_source(source).padding
+    calls = [read_conversation(row, MESSAGES, padding)[1]["tool_calls"][0] for row in source]
+    tools = [read_tools(row, padding) for row in source]
+    kept = {} if kind == "structs" else {"unit": None}
+    assert [call["function"]["arguments"] for call in calls] == [{"a": 1, **kept}, {"b": "x"}]
+    default = {} if kind == "structs" else {"default": None}
+    assert tools == [[{"type": "function", **default}], [TOOLS[1]]]
+
+
+QUESTION, ANSWER = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "q", "completion": "a"}, {}),
+        ({"prompt": "q", "response": "a"}, {}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {}),
+        ({"prompt": QUESTION, "completion": ANSWER}, {}),
+        ({"prompt": "q", "completion": ANSWER}, {}),
+        ({"prompt": "q", "chosen": QUESTION + ANSWER, "rejected": QUESTION}, {}),
+        ({"instruction": "q", "output": "a"}, {}),
+        ({"instruction": "q", "input": " ", "output": "a"}, {}),
+        ({"instruction": "q", "input": "", "output": "a"}, {"user_col": "instruction"}),
+    ],
+)
+def test_a_question_and_its_answer_come_in_many_shapes(
+    row: dict[str, Any], options: dict[str, str]
+) -> None:
+    options = {**options, "assistant_col": "output"} if options else {}
+    columns = resolve_columns(row, **options)
+    assert read_conversation(row, columns) == QUESTION + ANSWER
+    assert ConversationColumns.of(columns.settings()) == columns
+
+
+@pytest.mark.parametrize("options", [{}, {"user_col": "instruction", "assistant_col": "output"}])
+def test_the_input_of_an_instruction_is_part_of_the_question(options: dict[str, str]) -> None:
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    said = read_conversation(row, resolve_columns(row, **options))
+    assert [message["content"] for message in said] == ["Add.\n\n1, 2", "3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_system_column_comes_before_messages_too(streaming: bool, tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    rows = [{"system": "be brief", "conversations": talk}, {"system": None, "conversations": talk}]
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    source = open_source(str(path), streaming=streaming)
+    columns = resolve_columns(source_columns(source), system_col="system")
+    roles = [[m["role"] for m in read_conversation(row, columns)] for row in source]
+    assert roles == [["system", "user", "assistant"], ["user", "assistant"]]
+    twice = {"system": "be brief", "conversations": [{"from": "system", "value": "talk"}, *talk]}
+    with pytest.raises(ConversationError, match="--system-col"):
+        read_conversation(twice, columns)
 
 
 # Columns and ids ----------------------------------------------------------------------------------
@@ -249,10 +382,12 @@ def test_columns_are_found(
     ("options", "flag"),
     [
         ({}, "--messages-col"),
-        ({"user_col": "left"}, "--user-col"),
+        ({"user_col": "left"}, "--assistant-col"),
         ({"messages_col": "none"}, "--messages-col"),
         ({"user_col": "left", "assistant_col": "right", "system_col": "s"}, "--system-col"),
         ({"user_col": "left", "assistant_col": "right", "index_col": "i"}, "--index-col"),
+        ({"text_col": "t"}, "--text-col"),
+        ({"user_col": "left", "assistant_col": "rihgt"}, "--assistant-col"),
     ],
 )
 def test_a_column_that_is_not_there_names_those_that_are(
@@ -261,6 +396,24 @@ def test_a_column_that_is_not_there_names_those_that_are(
     with pytest.raises(SourceError, match="the dataset has left, right") as caught:
         resolve_columns(["left", "right"], **options)
     assert flag in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"text_col": "a", "messages_col": "messages"}, ["--text-col", "--messages-col"]),
+        ({"user_col": "q", "assistant_col": "a", "messages_col": "messages"}, ["--user-col"]),
+        ({"text_col": "a", "user_col": "q", "assistant_col": "a"}, ["--text-col", "--user-col"]),
+        ({"text_col": "a", "system_col": "q"}, ["--system-col", "--text-col"]),
+        ({"user_col": "q", "assistant_col": "typo"}, ["--assistant-col", "'typo'"]),
+    ],
+)
+def test_every_column_that_is_named_is_used_or_refused(
+    options: dict[str, str], flags: list[str]
+) -> None:
+    with pytest.raises(SourceError) as caught:
+        resolve_columns(["q", "a", "messages"], **options)
+    assert all(flag in str(caught.value) for flag in flags)
 
 
 def test_the_id_is_the_row_number_or_the_integer_of_the_column() -> None:
@@ -279,6 +432,12 @@ def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path: Path)
     assert first is not None
     assert first == source_revision(str(path))
     write_lines(path, [*PLAIN_ROWS, PLAIN_ROWS[0]])
+    assert source_revision(str(path)) != first
+    data = bytearray(random.Random(3).randbytes(5_000_000))
+    path.write_bytes(data)
+    first = source_revision(str(path))
+    data[2_400_017] ^= 1  # one bit, far from both ends
+    path.write_bytes(data)
     assert source_revision(str(path)) != first
     assert source_revision(str(tmp_path)) not in (None, first)
 
@@ -305,6 +464,10 @@ def test_lengths_are_read_with_what_they_were_measured_with(tmp_path: Path) -> N
         ({"index": [1, 1], "length": [2, 3]}, "occurs twice"),
         ({"index": [1, 2]}, "no column length"),
         ({"index": [1, None], "length": [2, 3]}, "null"),
+        ({"index": [1, 2], "length": [2.0, float("nan")]}, "'length' holds double"),
+        ({"index": [1.9, 2.0], "length": [2, 3]}, "'index' holds double"),
+        ({"index": ["a", "b"], "length": [2, 3]}, "'index' holds string"),
+        ({"index": [1, 2], "length": [2, 3], "num_tokens": ["1", "2"]}, "'num_tokens' holds"),
     ],
 )
 def test_lengths_that_cannot_be_joined_are_refused(
@@ -313,6 +476,16 @@ def test_lengths_that_cannot_be_joined_are_refused(
     pq.write_table(pa.table(columns), tmp_path / "l.parquet")
     with pytest.raises(SourceError, match=message):
         read_lengths(str(tmp_path / "l.parquet"))
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[1]", b"\xff"])
+def test_lengths_with_damaged_metadata_are_refused(damage: bytes, tmp_path: Path) -> None:
+    table = pa.table({"index": [1], "length": [2]})
+    table = table.replace_schema_metadata({METADATA_LENGTHS: damage})
+    pq.write_table(table, tmp_path / "l.parquet")
+    for read in (read_lengths, read_lengths_settings):
+        with pytest.raises(SourceError, match=r"l\.parquet: its metadata .* damaged"):
+            read(str(tmp_path / "l.parquet"))
 
 
 def test_lengths_without_num_tokens_are_accepted(tmp_path: Path) -> None:
