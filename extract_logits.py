@@ -80,25 +80,21 @@ from explore_logits import (
     METADATA_SETTINGS,
     TEMPLATE_FILE,
     ConversationColumns,
+    ConversationEncoder,
     ConversationError,
     EncodedConversation,
     LogitsError,
     OneLineParser,
     conversation_settings,
-    date_of_today,
-    encode_row,
     first_line,
     format_mask_preview,
-    load_chat_template,
     load_tokenizer,
     log_hub_once,
-    open_source,
+    open_conversations,
     outlive_readers,
     pack_indices,
-    prints_time,
     read_lengths,
     read_lengths_settings,
-    resolve_columns,
     shard_schema,
     source_columns,
     source_id,
@@ -250,6 +246,7 @@ class ExtractionConfig:
     user_col: str = option("question", "user column of single-turn data", group="dataset")
     assistant_col: str = option("answer", "assistant column of single-turn data", group="dataset")
     system_col: str | None = option(None, "system column of single-turn data", group="dataset")
+    text_col: str | None = option(None, "column of plain text instead of chat", group="dataset")
     index_col: str | None = option(
         None, "column of unique integer ids (default: the row number)", group="dataset"
     )
@@ -292,6 +289,18 @@ class ExtractionConfig:
 
     chat_template: str | None = option(
         None, "Jinja file used instead of the tokenizer's template", group="conversation"
+    )
+    template_kwargs: dict[str, Any] | None = option(
+        None,
+        'JSON for the template: {"enable_thinking": false}',
+        group="conversation",
+        parse=parse_object,
+    )
+    turns: str = option(
+        "all",
+        "assistant turns to extract: all or last",
+        group="conversation",
+        choices=("all", "last"),
     )
     include_think: bool = option(
         False, "extract think tags that only the template inserts, too", group="conversation"
@@ -871,18 +880,13 @@ class SkippedRow:
 class RowEncoder:
     """Turns a source row into token ids and the positions to extract; the same in every process."""
 
-    tokenizer: Any
-    chat_template: str
-    columns: ConversationColumns
-    include_think: bool = False
-    include_end: bool = False
+    conversation: ConversationEncoder
     max_seq_len: int | None = None  # tokens
-    date: str | None = None  # that a template is told which asks for the time
 
     def encode(self, row: Row, index: int) -> EncodedRow | SkippedRow:
         """Render, tokenize and align one conversation; one that cannot be used says why."""
         try:
-            encoded = self.align(row, max_tokens=self.max_seq_len)
+            encoded = self.conversation.encode(row, max_tokens=self.max_seq_len)
         except ConversationError as error:
             return SkippedRow(index, error.reason, str(error))
         size = encoded.input_ids.size
@@ -895,25 +899,6 @@ class RowEncoder:
                 index, "id_too_large", f"token id {highest}, the format ends at {MAX_TOKEN_ID}"
             )
         return EncodedRow(index, encoded.input_ids, encoded.token_positions)
-
-    def align(self, row: Row, *, max_tokens: int | None = None) -> EncodedConversation:
-        """Return a conversation with its text and the tokens to extract, however long it is.
-
-        Only text that surely has more than `max_tokens` tokens is refused.
-
-        Raises:
-            ConversationError: it cannot be used.
-        """
-        return encode_row(
-            row,
-            self.columns,
-            self.tokenizer,
-            chat_template=self.chat_template,
-            include_think=self.include_think,
-            include_end=self.include_end,
-            date=self.date,
-            max_tokens=max_tokens,
-        )
 
     def encode_all(
         self, rows: Sequence[tuple[int, Row | SkippedRow]]
@@ -4427,6 +4412,9 @@ class StreamingHFUploader:
             HubError: the output refused, or the disk is full.
         """
         self._collect(left=0 if final else CLOSING_AT_ONCE)
+        if self.thread is not None and self.ended and not self.failure:  # after a final flush
+            self.thread.join()
+            self.thread, self.ended = None, False
         if self.thread is None and (self.ready or self.backups or final):
             self.thread = threading.Thread(target=self._upload, daemon=True, name="upload")
             self.thread.start()
@@ -4746,33 +4734,15 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     model_config = load_model_config(config)
     name, revision = tokenizer_source(config)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    template = load_chat_template(config.chat_template, tokenizer)
-    source = open_source(
-        config.dataset,
-        subset=config.subset,
-        split=config.split,
-        streaming=config.streaming,
-        revision=dataset_revision,
+    source, conversation = open_conversations(
+        config,
+        tokenizer=tokenizer,
+        date=recorded_date(config, recorded),
+        dataset_revision=dataset_revision,
     )
-    columns = resolve_columns(
-        source_columns(source),
-        messages_col=config.messages_col,
-        user_col=config.user_col,
-        assistant_col=config.assistant_col,
-        system_col=config.system_col,
-        index_col=config.index_col,
-    )
-    encoder = RowEncoder(
-        tokenizer,
-        template,
-        columns,
-        config.include_think,
-        config.include_end,
-        config.max_seq_len or max_positions(model_config),
-        choose_date(config, template, recorded),
-    )
+    encoder = RowEncoder(conversation, config.max_seq_len or max_positions(model_config))
     vocab_size = check_vocabulary(config, tokenizer)
-    selection = prepare_dataset(config, source, columns)
+    selection = prepare_dataset(config, source, conversation.columns)
     settings = describe_settings(config, encoder, model_config, vocab_size)
     settings["model_revision"] = config.revision or source_revision(config.model)
     settings["dataset_revision"] = dataset_revision or source_revision(config.dataset)
@@ -4803,17 +4773,15 @@ def find_recorded_settings(
     return {}
 
 
-def choose_date(config: ExtractionConfig, template: str, recorded: Mapping[str, Any]) -> str | None:
-    """Return the date that a template is told which asks for the time: that of the job's start.
+def recorded_date(config: ExtractionConfig, recorded: Mapping[str, Any]) -> str | None:
+    """Return the date that the job began on, for a template that asks for the time, if it has.
 
     A job starts when its lengths are measured, where that is done before.
     """
-    if not prints_time(template):
-        return None
     if recorded:
         return recorded.get("template_date")
     lengths = read_lengths_settings(config.tokenized_dataset) if config.tokenized_dataset else {}
-    return lengths.get("template_date") or date_of_today()
+    return lengths.get("template_date")
 
 
 def pin_revisions(
@@ -4892,8 +4860,7 @@ def describe_settings(
     }
     return {
         "format_version": FORMAT_VERSION,
-        **conversation_settings(config, encoder.columns, encoder.chat_template),
-        "template_date": encoder.date,
+        **conversation_settings(config, encoder.conversation),
         **{name: getattr(config, name) for name in kept.split()},
         "engine": "transformers",
         "dtype": resolve_dtype(config, model_config),
@@ -5018,7 +4985,7 @@ def open_output(
         config.output,
         schema=job.schema,
         settings=job.settings,
-        chat_template=job.encoder.chat_template,
+        chat_template=job.encoder.conversation.chat_template,
         cache_dir=config.cache_dir,
         private=config.private,
         resume=config.resume,
@@ -5065,7 +5032,7 @@ def confirm_masks(job: Job, *, rows: int = 3) -> bool:
     for encoded in itertools.islice(encode_usable(job), rows):
         preview = format_mask_preview(
             encoded,
-            job.encoder.tokenizer,
+            job.encoder.conversation.tokenizer,
             color=sys.stderr.isatty() and "NO_COLOR" not in os.environ,
         )
         sys.stderr.write(preview + "\n\n")
@@ -5081,7 +5048,7 @@ def encode_usable(job: Job) -> Iterator[EncodedConversation]:
     for part in job.selection.parts(CHUNK_ROWS):
         for index, row in zip(part.ids.tolist(), part.read(range(part.ids.size)), strict=True):
             try:
-                yield job.encoder.align(row)
+                yield job.encoder.conversation.encode(row)
             except ConversationError as error:
                 logger.warning("conversation %d cannot be used: %s", index, error)
 

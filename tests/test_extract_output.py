@@ -497,9 +497,7 @@ def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(
     assert repo.rows() == stored(range(20))
 
 
-def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(
-    repo: Output, tmp_path: Path
-) -> None:
+def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo: Output, tmp_path: Path) -> None:
     assert repo.hub
     uploader = open_uploader(repo, tmp_path / "cache")
     repo.hub.fault(COMMIT, latency=0.3, count=999)

@@ -78,7 +78,11 @@ def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(
     assert extract(**job, limit=few).code == 0
     before, ids = folder.hashes(), folder.ids()
     done = extract(**job, limit=many, resume=True)
-    assert (done.code, done.summary["rows"], done.summary["new_rows"]) == (0, many, many - few + few % 4)
+    assert (done.code, done.summary["rows"], done.summary["new_rows"]) == (
+        0,
+        many,
+        many - few + few % 4,
+    )
     assert folder.ids()[:few] == ids
     whole = [f"data/part-{p:05d}.parquet" for p in range(few // 4)]
     assert {path: folder.hashes()[path] for path in whole} == {path: before[path] for path in whole}
