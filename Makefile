@@ -56,7 +56,7 @@ oldest: .venv/.done
 	rm -rf build/oldest
 	$(PY) -m pip install --quiet --target build/oldest --no-deps $(OLDEST) httpx httpcore h11 anyio
 	PYTHONPATH=build/oldest OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_extract_teacher.py \
-	  tests/test_extract_faithful.py
+	  tests/test_extract_faithful.py tests/test_templates.py
 
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done

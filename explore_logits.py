@@ -1157,7 +1157,10 @@ def load_tokenizer(
         package = next(filter(None, found.groups()), said).lower() if found else said
         why = f"needs the package {package}: pip install {package}"
         raise LogitsError(f"the tokenizer of model {model!r} {why}") from error
-    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError),
+        *(SyntaxError, AssertionError),  # of code that comes with a model
+    ) as error:
         raise LogitsError(_explain_tokenizer(model, folder, error)) from error
     if type(tokenizer).__name__.startswith("MistralCommon"):
         raise LogitsError(
@@ -3102,6 +3105,10 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     columns = [table[c].to_numpy().astype(np.int64) for c in table.column_names]
     if np.unique(columns[0]).size != columns[0].size:
         raise SourceError(f"lengths {name!r}: an index occurs twice")
+    if any((column < 0).any() for column in columns[1:]):
+        raise SourceError(f"lengths {name!r} hold a negative number; compute_lengths.py makes them")
+    if (np.abs(columns[0].astype(np.float64)) > 2**31).any():
+        raise SourceError(f"lengths {name!r}: an index is over 32 bits")
     return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
 
 

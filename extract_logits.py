@@ -4079,12 +4079,12 @@ class StreamingHFUploader:
         self.slowest_s = 0.0  # commit so far
         self.thread: threading.Thread | None = None
         self.encoder = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="encode")
-        retry(self.destination.open, stopping)
+        retry(self.destination.open, self._no_more_tries)
         with contextlib.ExitStack() as undo:
             undo.callback(self.encoder.shutdown)
             self.file_lock = self._lock_cache()
             undo.callback(self.file_lock.release)
-            listed = retry(self.destination.list, stopping)
+            listed = retry(self.destination.list, self._no_more_tries)
             self.removals = self._begin(listed, resume=resume, force_restart=force_restart)
             self._learn(listed - self.removals)
             undo.pop_all()
@@ -4137,7 +4137,7 @@ class StreamingHFUploader:
                 f"{self.destination.name} {' and '.join(there)}: continue with --resume, or start "
                 "over with --force-restart"
             )
-        there_settings = read_settings(self.destination, listed, self.stopping)
+        there_settings = read_settings(self.destination, listed, self._no_more_tries)
         if not there_settings and old:
             there_settings = {"format_version": FORMAT_VERSION}
         compare_settings(there_settings, self.settings, self.destination.name)
@@ -4160,7 +4160,7 @@ class StreamingHFUploader:
         self.known: dict[int, PartRecord] = {}
         self.mine: dict[int, PartRecord] = {}  # what this worker's checkpoint says
         for path in sorted(filter(CHECKPOINT_NAME.fullmatch, listed)):
-            content = retry(functools.partial(self.destination.read, path), self.stopping)
+            content = retry(functools.partial(self.destination.read, path), self._no_more_tries)
             self._note_all(content, own=path == self.checkpoint_name)
 
     def _note_all(self, checkpoint: bytes, *, own: bool = False) -> None:
@@ -4189,17 +4189,19 @@ class StreamingHFUploader:
         """Learn from a listed part itself what no checkpoint tells."""
         path = self.listed[number]
         try:
-            tail = retry(lambda: self.destination.read(path, -(1 << 16), 1 << 16), self.stopping)
+            tail = retry(
+                lambda: self.destination.read(path, -(1 << 16), 1 << 16), self._no_more_tries
+            )
             size = int.from_bytes(tail[-8:-4], "little") + 8
             if tail[-4:] == b"PAR1" and len(tail) < size <= SMALL_FILE_BYTES:
-                tail = retry(lambda: self.destination.read(path, -size, size), self.stopping)
+                tail = retry(lambda: self.destination.read(path, -size, size), self._no_more_tries)
             described, settings = read_metadata(pa.BufferReader(tail))
             record, of_job = read_record(described), job_digest(settings) == self.job
         except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
             logger.warning("%s is not whole, it is made again: %s", path, first_line(error))
             return
         if of_job and record.number == number:
-            sizes = retry(lambda: self.destination.sizes([path]), self.stopping)
+            sizes = retry(lambda: self.destination.sizes([path]), self._no_more_tries)
             found = replace(record, bytes=sizes.get(path, 0))
             self._note(found)
             if self._is_own(path):
@@ -4229,7 +4231,7 @@ class StreamingHFUploader:
         Raises:
             HubError: the Hub refused or was out of reach.
         """
-        retry(self.destination.create, self.stopping)
+        retry(self.destination.create, self._no_more_tries)
 
     def get_resume_info(self) -> ResumeInfo:
         """Return what need not be extracted again, as far as is known without reading it."""
@@ -4948,7 +4950,7 @@ def run_until(
     """Extract until all is done, the time is over or a signal comes; return the summary."""
     started = time.monotonic()
     deadline = TimedShutdown(config.max_runtime_minutes)
-    job = open_job(config, lambda: interrupt.stopping)
+    job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
     if config.verify_mask and not confirm_masks(job):
         raise ConfigError("stopped at --verify-mask: nothing was extracted")
     if config.plan:
@@ -5630,7 +5632,7 @@ def plan_extraction(job: Job, should_stop: Callable[[], bool] = never) -> dict[s
     shards = math.ceil(times * sample.selected / job.rows_per_part)
     hours = stored / rate / 3600
     size = probe["token_bytes"] * stored + probe["shard_bytes"] * shards
-    paced = math.ceil(COMMITS_PER_HOUR * hours / workers)
+    paced = math.ceil(COMMITS_PER_HOUR * (1 + hours / workers))  # an hour's worth may come at once
     given = [f"--plan-{n}" for n in ("tokens", "rate") if getattr(config, f"plan_{n}") is not None]
     limits = [f"{rows:,} rows, where ids end at {INDEX_LIMIT:,}"] if rows > INDEX_LIMIT else []
     if shards > FILES_PER_REPOSITORY:
@@ -5645,7 +5647,7 @@ def plan_extraction(job: Job, should_stop: Callable[[], bool] = never) -> dict[s
         "stored_tokens": stored,
         "bytes": round(size),
         "shards": shards,
-        "commits": min(shards, max(1, paced)) + workers,
+        "commits": min(shards, paced) + workers,
         "hours": round(hours, 4),
         "workers": workers,
         "hours_each": round(hours / workers, 4),

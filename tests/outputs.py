@@ -135,7 +135,6 @@ def fill_parts(uploader: Any, rows: int, *, start: int = 0) -> list[int]:
 
 def finish(uploader: Any) -> dict[str, Any]:
     """Deliver everything and return the summary."""
-    uploader.load_pending_into_buffer()
     uploader.flush(final=True)
     uploader.shutdown()
     summary: dict[str, Any] = uploader.summary()
