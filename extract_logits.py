@@ -3374,8 +3374,8 @@ REQUEST_S = 300.0  # of a whole request with its redirects and the client's own 
 GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
 SMALL_FILE_BYTES = 64 * 2**20  # checkpoints, settings and cards are smaller
-MOST_WAITING = 32  # parts on the disk that wait for delivery before the run has to wait
-CLOSING_AT_ONCE = 8  # parts in memory that are encoded or wait for it: those of a window
+MOST_WAITING = 8  # parts on the disk that wait for delivery before the run has to wait
+CLOSING_AT_ONCE = 6  # parts in memory that are encoded or wait for it
 ENCODE_THREADS = 4  # each about 190,000 tokens a second
 LOCK_WAIT_S = 6.0  # a process that was killed may have children that hold its lock a little longer
 
@@ -4249,7 +4249,7 @@ class StreamingHFUploader:
             if found is None:
                 continue
             record = read_record(found[1], path.stat().st_size)
-            if self._is_done(record.number, record.ids):
+            if record.number in self.ready or self._is_done(record.number, record.ids):
                 remove_cached(path)
             else:
                 self.ready[record.number] = ClosedPart(path, record)
@@ -4303,12 +4303,22 @@ class StreamingHFUploader:
         closed = self.ready.get(number) or self.backups.get(number)
         if self._is_done(number, digest) or (closed is not None and closed.record.ids == digest):
             return []
+        if closed is not None:  # of a lower --limit
+            self._drop(number)
         part = self.parts[number] = Part(number, wanted, set(wanted))
         for path in self._cached(f"pending/pending-{number:05d}.parquet"):
             if (found := self._read_cached(path)) is not None:
                 self._take_in(part, *found)
         self.part_of |= dict.fromkeys(part.left, part)
         return [index for index in wanted if index in part.left] or self._close(part)
+
+    def _drop(self, number: int) -> None:
+        """Forget a whole part of the cache that is to be made again, once nobody delivers it."""
+        wait_until(lambda: not self.uploading or self._no_more_tries(), math.inf)
+        with self.lock:
+            old = [self.ready.pop(number, None), self.backups.pop(number, None)]
+        for part in filter(None, old):
+            remove_cached(part.path)
 
     def _take_in(self, part: Part, rows: pa.Table, described: Mapping[str, Any]) -> None:
         """Add the rows and reasons that an earlier run left of a part."""
@@ -4451,6 +4461,7 @@ class StreamingHFUploader:
                 last = finishing and not self.stopping()
                 with self.lock:
                     parts = {**self.ready, **(self.backups if last else {})}
+                    self.uploading = bool(parts)
                 if parts or last:
                     self._deliver(parts, last=last)
                 self.ended = self.ended or last
@@ -4463,7 +4474,7 @@ class StreamingHFUploader:
 
     def _deliver(self, parts: Mapping[int, ClosedPart], *, last: bool) -> None:
         """Make the output list some parts, in one commit; the local copies go after that only."""
-        self.uploading, begun = True, time.monotonic()
+        begun = time.monotonic()
         size = sum(part.record.bytes for part in parts.values())
         stop = self._no_more_tries
         try:
@@ -4488,7 +4499,7 @@ class StreamingHFUploader:
         for number, part in parts.items():
             self.listed[number] = part_path(number)
             self.known[number] = self.mine[number] = part.record
-            self._forget(number)
+            self._forget(part)
         self.card_is_old = (self.card_is_old or bool(parts)) and "README.md" not in content
         self.has_card = self.has_card or "README.md" in content
 
@@ -4516,13 +4527,14 @@ class StreamingHFUploader:
                 self.backups[number] = replace(part, path=path)
                 self.ready.pop(number, None)
 
-    def _forget(self, number: int) -> None:
-        """Remove every local copy of a part that the output lists."""
-        names = f"*part-{number:05d}.parquet", f"pending/*-{number:05d}.parquet"
+    def _forget(self, part: ClosedPart) -> None:
+        """Remove the local copies of a part that the output lists."""
+        number = part.record.number
         with self.lock:
-            self.ready.pop(number, None)
-            self.backups.pop(number, None)
-        for path in self._cached(*names):
+            for kept in (self.ready, self.backups):
+                if kept.get(number) is part:
+                    del kept[number]
+        for path in (part.path, *self._cached(f"pending/pending-{number:05d}.parquet")):
             with contextlib.suppress(OSError):
                 remove_cached(path)
 
