@@ -3919,12 +3919,15 @@ def make_card(
         text = match[1] if match else ""
         if len(text) > CARD_YAML_BYTES:
             raise ValueError(f"{len(text):,} characters")
-        kept = dict(yaml.safe_load(text) or {})
+        kept = yaml.safe_load(text) or {}
+        if not isinstance(kept, dict):
+            raise ValueError("it is no mapping")
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         logger.warning(
             "the card of %s is not updated, its YAML is broken: %s", output, first_line(error)
         )
         return previous
+    match = match if kept else None  # rules of Markdown are no YAML
     known = list(records)
     front = describe_card(settings, known)
     front |= {key: value for key, value in kept.items() if key not in CARD_OWNED_KEYS}
@@ -3953,6 +3956,12 @@ def make_card(
     return f"---\n{yaml_text}---\n\n{body}\n{CARD_LINE}{below}"
 
 
+def plain_name(text: str) -> str:
+    """Return a name from somewhere as one line without markup."""
+    shown = "".join(c if c.isprintable() and c not in "<>" else " " for c in text)
+    return " ".join(shown.split())[:200]
+
+
 def one_line(text: str) -> str:
     """Return text that stands in a cell of a Markdown table and acts on nothing."""
     shown = "".join(c if c.isprintable() else " " for c in text)
@@ -3967,7 +3976,7 @@ def describe_card(settings: Mapping[str, Any], records: Sequence[PartRecord]) ->
     path: Any = ["data/*.parquet", "data/*/*.parquet"] if nested else "data/*.parquet"
     is_repo = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).exists()
     return {
-        "pretty_name": f"Logits of {settings.get('model')} on {source}",
+        "pretty_name": plain_name(f"Logits of {settings.get('model')} on {source}"),
         "tags": ["logits", "distillation", "knowledge-distillation"],
         "task_categories": ["text-generation"],
         "size_categories": [size],
@@ -6017,7 +6026,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_hub_once()
         summary = run_extraction(config)
     except HubError as error:
-        summary = {"error": hide_tokens(str(error)), "exit_code": EXIT_UNDELIVERED}
+        summary = {
+            "output": build_parser_of_given().parse_args(argv).output,
+            "error": hide_tokens(str(error)),
+            "exit_code": EXIT_UNDELIVERED,
+        }
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
         return EXIT_BAD_INPUT
@@ -6037,7 +6050,10 @@ def describe_end(summary: Mapping[str, Any]) -> str:
     """Say in one line how a run ended: rows, tokens, bytes, place, and what to type next."""
     code, output = summary["exit_code"], summary.get("output", "")
     if "error" in summary:
-        return f"extract_logits.py: {summary['error']}"
+        kept = summary.get("undelivered")
+        further = f"; {count_of(len(kept), 'file')} kept in {Path(kept[0]).parent}" if kept else ""
+        further += "; next: the same command with --resume" if "rows" in summary else ""
+        return f"extract_logits.py: {summary['error']}{further}"
     if "plan" in summary or "rows" not in summary:
         return "stopped before anything was extracted" if code else "planned; nothing was written"
     there = (

@@ -630,7 +630,7 @@ def test_tokens_are_hidden_in_errors_logs_files_and_cards(
     first = extract(**job)
     assert first.code == 0, first.stderr
     hub.fault("preupload", status=403, message=f"Authorization: Bearer {' '.join(secrets)}")
-    second = extract(**job, limit=5, output="tester/other")
+    second = extract(**{**job, "limit": 5, "output": "tester/other"})
     assert second.code == 4
     assert "***" in second.stderr
     texts = [first.stdout, first.stderr, second.stdout, second.stderr]
@@ -642,7 +642,9 @@ def test_tokens_are_hidden_in_errors_logs_files_and_cards(
 def test_the_token_is_never_sent_to_the_storage(repo: Output, tmp_path: Path) -> None:
     run_uploader(repo, tmp_path / "cache", 25)
     repo.delete("checkpoint.json")
-    open_uploader(repo, tmp_path / "other").shutdown()
+    uploader = open_uploader(repo, tmp_path / "other")
+    assert uploader.begin_part(0, range(10)) == []
+    uploader.shutdown()
     assert repo.hub
     fetched = requests(repo.hub, "GET /_lfs")
     assert fetched
