@@ -42,6 +42,7 @@ import logging
 import lzma
 import math
 import re
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -159,6 +160,9 @@ class FormatError(LogitsError):
     """A file or an array is not in the shard format; met when reading foreign or damaged shards."""
 
 
+EXTRAS: dict[str | None, tuple[str, ...]] = {"viz": ("matplotlib", "seaborn", "termcolor")}
+
+
 def import_extra(module: str, extra: str | None = None) -> Any:
     """Import a package that only some functions need; when missing, name what brings it."""
     try:
@@ -167,8 +171,16 @@ def import_extra(module: str, extra: str | None = None) -> Any:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:
             raise
-        brings = f"'logit-extraction[{extra}]'" if extra else package
+        # The project is on no index, so its extras come from its own folder where that is known.
+        folder = Path(__file__).resolve().parent
+        beside = extra is not None and (folder / "pyproject.toml").is_file()
+        brings = f"-e '{folder}[{extra}]'" if beside else " ".join(EXTRAS.get(extra, (package,)))
         raise LogitsError(f"{package} is needed for this: pip install {brings}") from error
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count and its noun: `1 token`, `2,000 tokens`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def show_line(text: str) -> str:
@@ -327,8 +339,17 @@ def quantize_logits(
 
     Returns:
         (n,) uint16, and the per-token minimum and maximum, float32.
+
+    Raises:
+        FormatError: a logit is not finite; names it.
     """
     values = np.asarray(logits, np.float32).reshape(-1)
+    strange = np.flatnonzero(~np.isfinite(values))
+    if strange.size:
+        raise FormatError(
+            f"logit {strange[0]} of {values.size} is {values[strange[0]]}: only finite ones are "
+            "stored, so leave the token out"
+        )
     per_token = np.asarray([values.size] if counts is None else counts, np.int64).reshape(-1)
     if values.size == 0:
         return np.zeros(0, np.uint16), np.zeros(0, np.float32), np.zeros(0, np.float32)
@@ -2443,7 +2464,7 @@ TOKEN_COLUMNS = tuple(field.name for field in TOKEN_FIELDS)
 OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS)
 READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
 CONFIG_FILE = "extraction_config.json"
-CHECKPOINT_FILE = "checkpoint.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint(-w[0-9]+)?\.json")
 TEMPLATE_FILE = "chat_template.jinja"
 SETTING_RANGES = {
     "top_p": (0, 1),
@@ -2456,12 +2477,17 @@ SETTING_TEXTS = (
     *("model", "model_revision", "dataset", "dataset_revision", "subset", "split"),
     *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
 )
+# What all rows of an output have in common; versions and attention may differ between machines.
+RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
+PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
 MAX_GROUP_VALUES = 2**28
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PREFIXES = ("hf://datasets/", "https://huggingface.co/datasets/")
-_SPLIT_NAME = re.compile(r"(?:^|[/_.-])(train|validation|valid|dev|test|eval)(?=[/_.-])")
+_SPLITS = "train|validation|valid|dev|test|eval"
+_SPLIT_NAME = re.compile(rf"(?:^|/)({_SPLITS})(?=/|-[0-9]|\.parquet$)")
+_SHARD = re.compile(rf"(?:data/)?(?:[0-9]{{3}}/|(?:{_SPLITS})/)?[^/]+\.parquet")
 
 
 # Where the files are ------------------------------------------------------------------------------
@@ -2484,6 +2510,11 @@ class LocalStore:
             for path in sorted(self.root.rglob("*.parquet"))
             if path.is_file() and self._inside(path)
         }
+
+    def list_checkpoints(self) -> list[str]:
+        """Return the names of the workers' checkpoints."""
+        names = (path.name for path in self.root.glob("checkpoint*.json"))
+        return sorted(name for name in names if CHECKPOINT_NAME.fullmatch(name))
 
     def open(self, path: str) -> Any:
         """Open a file to read by ranges."""
@@ -2512,7 +2543,13 @@ class FileStore:
         for file in self._files:
             if not Path(file).is_file():
                 raise OpenError(f"no such file: {file}")
+        if len({Path(file).resolve() for file in self._files}) < len(self._files):
+            raise OpenError("the list names a file twice")
         return {file: Path(file).stat().st_size for file in self._files}
+
+    def list_checkpoints(self) -> list[str]:
+        """Return nothing: no file was named."""
+        return []
 
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; there are none but those that were named."""
@@ -2560,6 +2597,10 @@ class HubStore:
             found = self._fs.find(self._root, detail=True)
         return {path[len(self._root) + 1 :]: int(entry["size"]) for path, entry in found.items()}
 
+    def list_checkpoints(self) -> list[str]:
+        """Return the names of the workers' checkpoints."""
+        return sorted(path for path in self.list_files() if CHECKPOINT_NAME.fullmatch(path))
+
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; nothing is fetched ahead or kept."""
         with hub_errors(self.name):
@@ -2568,7 +2609,7 @@ class HubStore:
     def download(self, files: Sequence[str]) -> LocalStore:
         """Fetch files and the run's settings into the Hub's local cache."""
         hub = import_extra("huggingface_hub")
-        wanted = [*files, CONFIG_FILE, TEMPLATE_FILE]
+        wanted = [*files, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"]
         commit = self._root.rpartition("@")[2]
         with hub_errors(self.name):
             folder = hub.snapshot_download(
@@ -2603,10 +2644,12 @@ class LogitDataset:
         return sum(self.count_rows(shard) for shard in range(len(self.shards)))
 
     def __repr__(self) -> str:
-        return f"LogitDataset({self.name!r}, {len(self.shards)} shards)"
+        return f"LogitDataset({self.name!r}, {plural(len(self.shards), 'shard')})"
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return dict(self.read_row(i).to_pylist()[0])
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return self.read_rows(range(*i.indices(len(self)))).to_pylist()
+        return self.read_rows([check_row_number(i)]).to_pylist()[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for table in self.iter_tables():
@@ -2631,11 +2674,20 @@ class LogitDataset:
                 self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
 
+    def part(self, shard: int) -> dict[str, Any]:
+        """Return what a shard says of the part that it is; empty in files of version 0.1.
+
+        Raises:
+            FormatError: it is not what a part says of itself; names the entry.
+        """
+        text = (self.file(shard).schema_arrow.metadata or {}).get(METADATA_PART)
+        return {} if text is None else parse_part(text, self.shards[shard])
+
     def readable_file(self, shard: int) -> Any:
         """Return an opened shard whose rows are of a format that is known here.
 
         Raises:
-            FormatError: they are of a later one.
+            FormatError: they are of a later one, or of another run than a shard read before.
         """
         file = self.file(shard)
         version = (file.schema_arrow.metadata or {}).get(METADATA_VERSION, b"")
@@ -2643,6 +2695,15 @@ class LogitDataset:
             raise FormatError(
                 f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
                 "can be read here: use a later logit-extraction"
+            )
+        first = next(iter(self._files))  # opened
+        schemas = (self.file(first).schema_arrow, file.schema_arrow)
+        texts = [(schema.metadata or {}).get(METADATA_SETTINGS, b"{}") for schema in schemas]
+        differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
+        if differ:
+            raise FormatError(
+                f"{self.shards[first]} and {self.shards[shard]} are of two runs, which differ in "
+                f"{', '.join(differ)}: open the files of each by themselves"
             )
         return file
 
@@ -2655,28 +2716,50 @@ class LogitDataset:
     def _listed(self) -> dict[str, int]:
         return listed_rows(self.store, self.sizes)
 
-    def locate_row(self, i: int) -> tuple[int, int]:
-        """Return the shard that holds row `i` (negative: from the end) and its row there."""
-        left, listed = i if i >= 0 else i + len(self), len(self._listed)
-        for shard in range(len(self.shards)):
-            size = self.count_rows(shard)
-            if 0 <= left < size:
-                self.file(shard)
-                # Opening it may show that the list is wrong: then look again, without it.
-                return (shard, left) if len(self._listed) == listed else self.locate_row(i)
-            left -= size
-        raise RowError(f"{self.name} has {len(self)} rows, there is no row {i}")
+    def read_rows(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> pa.Table:
+        """Return rows by number (negative: from the end), in the order asked for.
 
-    def read_row(self, i: int) -> pa.Table:
-        """Return row `i` as a table of one row, reading one row group and no more."""
-        shard, offset = self.locate_row(i)
-        metadata = self.file(shard).metadata
-        for group in range(metadata.num_row_groups):
-            size = metadata.row_group(group).num_rows
-            if offset < size:
-                return self._read_group(shard, group).slice(offset, 1)
-            offset -= size
-        raise FormatError(f"{self.shards[shard]}: its footer counts more rows than it has")
+        Each row group that holds some of them is read once.
+
+        Raises:
+            RowError: there is no such row.
+        """
+        shards, offsets = self._locate(np.asarray(rows, np.int64))
+        tables, places = [], []
+        for shard in np.unique(shards).tolist():
+            metadata = self.file(shard).metadata
+            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+            starts, mine = to_starts(sizes), np.flatnonzero(shards == shard)
+            groups = np.searchsorted(starts, offsets[mine], side="right") - 1
+            for group in np.unique(groups).tolist():
+                at = mine[groups == group]
+                table = self._read_group(shard, group)
+                tables.append(table.take(pa.array(offsets[at] - starts[group])))
+                places.append(at)
+        if len(tables) == 1 and places[0].size == 1:
+            return tables[0]
+        order = np.argsort(np.concatenate(places or [np.zeros(0, np.int64)]))
+        return pa.concat_tables(tables).take(pa.array(order)) if tables else rows_table([])
+
+    def _locate(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the shard of each row, and its number there."""
+        while True:
+            listed = len(self._listed)
+            wanted = np.where(rows < 0, rows + len(self), rows) if (rows < 0).any() else rows
+            starts, most = [0], int(wanted.max(initial=-1))
+            while starts[-1] <= most and len(starts) <= len(self.shards):
+                starts.append(starts[-1] + self.count_rows(len(starts) - 1))
+            outside = (wanted < 0) | (wanted >= starts[-1])
+            if outside.any():
+                row = rows[outside][0]
+                raise RowError(f"{self.name} has {plural(len(self), 'row')}, there is no row {row}")
+            shards = np.searchsorted(starts, wanted, side="right") - 1
+            for shard in np.unique(shards).tolist():
+                self.file(shard)
+            if len(self._listed) == listed:  # else opening a file showed that the list is wrong
+                return shards, wanted - np.asarray(starts)[shards]
 
     def iter_tables(
         self, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
@@ -2779,6 +2862,57 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
     return settings
 
 
+PART_COUNTS = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
+
+
+def parse_part(text: bytes, name: str) -> dict[str, Any]:
+    """Parse what a shard says of its part: counts, the hash of its ids, who gave no row and why.
+
+    Raises:
+        FormatError: an entry is missing or of another kind; names it.
+    """
+    try:
+        part = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{name}: the figures of the part are not JSON: {error}") from error
+    if not isinstance(part, dict):
+        raise FormatError(f"{name}: the figures of the part are no JSON object")
+    for entry in PART_COUNTS:
+        if type(part.get(entry)) is not int or part[entry] < 0:
+            raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}, no count")
+    skipped = part.setdefault("skipped", {})
+    if not isinstance(skipped, dict) or not all(re.fullmatch("-?[0-9]{1,10}", i) for i in skipped):
+        raise FormatError(f"{name}: skipped of the part is {skipped!r:.40}, no reasons by id")
+    if not isinstance(part.get("ids"), str):
+        raise FormatError(f"{name}: ids of the part is {part.get('ids')!r:.40}, no hash")
+    return part
+
+
+def hash_ids(ids: npt.ArrayLike) -> str:
+    """Return the hash of the conversations of a part, in the order of their selection."""
+    return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()[:16]
+
+
+def part_path(number: int) -> str:
+    """Return where the file of a part is in an output."""
+    folder = f"{number // PARTS_PER_FOLDER:03d}/" if number >= PARTS_PER_FOLDER else ""
+    return f"data/{folder}part-{number:05d}.parquet"
+
+
+@lru_cache(maxsize=64)
+def peek_settings(text: bytes) -> dict[str, Any]:
+    """Return the settings of a run where they can be read, else nothing."""
+    try:
+        return parse_settings(text, "")
+    except FormatError:
+        return {}
+
+
+def run_differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Return the settings in which two shards of one output cannot differ, but these do."""
+    return sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
+
+
 @dataclass(frozen=True)
 class RunLimits:
     """What the settings of a run say about its rows; the widest where they do not say."""
@@ -2817,30 +2951,39 @@ def open_store(name: str | Path) -> Store:
 
 
 def find_shards(files: Mapping[str, int], name: str, split: str) -> dict[str, int]:
-    """Choose the Parquet files of a split, with their sizes, in order of shard number.
+    """Choose the Parquet files of a split, with their sizes, in order of their numbers.
 
-    Files under `data/` win over others; a file whose path names no split belongs to `train`.
+    Files under `data/` win over others; a file whose name or folder is no split's belongs to
+    `train`. What lies further down is another output's, and is never read with these.
     """
-    parquet = [path for path in files if path.endswith(".parquet")]
+    parquet = [path for path in files if _SHARD.fullmatch(path)]
     parquet = [path for path in parquet if path.startswith("data/")] or parquet
     if not parquet:
-        raise OpenError(f"{name} holds no Parquet files")
+        raise OpenError(f"{name} holds no Parquet files{outputs_below(files, name)}")
     splits: dict[str, list[str]] = {}
     for path in parquet:
         found = _SPLIT_NAME.search(path)
         splits.setdefault(found[1] if found else "train", []).append(path)
     if split not in splits:
         raise OpenError(f"{name} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return {path: files[path] for path in sorted(splits[split], key=natural_key)}
+    return {path: files[path] for path in sorted(splits[split], key=shard_order)}
 
 
-def natural_key(path: str) -> list[tuple[int, int | str]]:
-    """Sort key that reads runs of digits as numbers."""
-    return [
-        (0, int(part)) if part.isdigit() else (1, part)
-        for part in re.split(r"([0-9]+)", path)
-        if part
-    ]
+def outputs_below(files: Mapping[str, int], name: str) -> str:
+    """Name the folders below that hold shards of their own; an empty text where none do."""
+    folders = {re.sub(r"(?:^|/)(?:data(?:/[0-9]{3})?/)?[^/]+$", "", path) for path in files}
+    folders = {folder for folder in folders if folder}
+    own = {re.sub(r"/?[^/]+$", "", path) for path in files if "/data/" in path}
+    own = {re.sub(r"/data(/[0-9]{3})?$", "", folder) for folder in own}
+    names = [f"{name}/{folder}" for folder in sorted(own or folders)]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f" itself; name one of those below: {', '.join(names[:5])}{more}" if names else ""
+
+
+def shard_order(path: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sort key that reads runs of digits in a file's own name as numbers."""
+    runs = filter(None, re.split(r"([0-9]+)", path.rpartition("/")[2]))
+    return [(0, int(run)) if run.isdigit() else (1, run) for run in runs], path
 
 
 def load_logit_dataset(
@@ -2856,7 +2999,8 @@ def load_logit_dataset(
             shards into the Hub's local cache first. Files at hand are never copied.
 
     Raises:
-        OpenError: no such output, no Parquet files in it, or no such split.
+        OpenError: no such output, no Parquet files in it, or no such split; a folder that only
+            holds outputs is refused with their names.
     """
     store = open_store(name) if isinstance(name, (str, Path)) else FileStore(name)
     if isinstance(store, FileStore):
@@ -2879,15 +3023,44 @@ def read_text(store: Store, path: str) -> str | None:
     return bytes(data).decode("utf-8", "replace")
 
 
+def read_checkpoints(store: Store) -> dict[str, dict[str, Any]]:
+    """Return what the checkpoints of all workers list: `bytes`, `rows` and more, by shard.
+
+    Raises:
+        FormatError: one is no checkpoint.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for name in store.list_checkpoints():
+        try:
+            content = json.loads(read_text(store, name) or "{}")
+            if "parts" in content:
+                columns = content["parts"]
+                for row in zip(*columns.values(), strict=True):
+                    record = dict(zip(columns, row, strict=True))
+                    records[part_path(record["number"])] = {"bytes": None, "rows": None, **record}
+            else:  # version 0.1
+                for path, entry in content["shards"].items():
+                    rows = entry.get("figures", {}).get("rows")
+                    records[path] = {"bytes": entry["bytes"], "rows": rows}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FormatError(f"{name} is no checkpoint with a list of shards") from error
+    return records
+
+
 def listed_rows(store: Store, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the rows of the shards that the output's checkpoint lists at their present size."""
+    """Return the rows of the shards that a checkpoint lists at their present size."""
     try:
-        listed = json.loads(read_text(store, CHECKPOINT_FILE) or "{}")["shards"]
-        same = {path: entry for path, entry in listed.items() if entry["bytes"] == sizes.get(path)}
-        rows = {path: entry["figures"]["rows"] for path, entry in same.items()}
-    except (OpenError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        records = read_checkpoints(store)
+    except LogitsError:
         return {}
+    rows = {path: r["rows"] for path, r in records.items() if r["bytes"] == sizes.get(path)}
     return rows if all(type(n) is int and n >= 0 for n in rows.values()) else {}
+
+
+def count_skipped(dataset: LogitDataset) -> Counter[str]:
+    """Count by reason the conversations that gave no row, as far as the shards say."""
+    parts = (dataset.part(shard) for shard in range(len(dataset.shards)))
+    return Counter(str(reason) for part in parts for reason in part.get("skipped", {}).values())
 
 
 def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
@@ -2922,7 +3095,7 @@ def as_dataset(dataset: Any) -> Any:
     return dataset
 
 
-def get_sample(dataset: Any, i: int = 0) -> dict[str, Any]:
+def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> dict[str, Any]:
     """Decode row `i`, without reading the rows before it and without changing `dataset`.
 
     Args:
@@ -2930,6 +3103,7 @@ def get_sample(dataset: Any, i: int = 0) -> dict[str, Any]:
             `pyarrow.Table`, a list of rows. A `datasets.IterableDataset` works too, but has to
             be read from its start.
         i: row number; negative counts from the end where the end is known.
+        conversation: choose by `index`, the id in the source, instead.
 
     Returns:
         `index`, `num_tokens` (N); by token: `top_indices`, `top_logits_quantized`,
@@ -2942,7 +3116,14 @@ def get_sample(dataset: Any, i: int = 0) -> dict[str, Any]:
         RowError: there is no such row.
         FormatError: the row does not hold what the format says.
     """
-    return block_samples(decode_rows(read_row(as_dataset(dataset), i), first_row=i))[0]
+    dataset = as_dataset(dataset)
+    if conversation is not None:
+        numbers = row_numbers(dataset)
+        if conversation not in numbers:
+            raise RowError(f"none of the {len(numbers):,} rows is of conversation {conversation!r}")
+        i = numbers[conversation]
+    i = check_row_number(i)
+    return block_samples(decode_rows(read_row(dataset, i), first_row=i))[0]
 
 
 def iter_samples(dataset: Any, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -2951,22 +3132,44 @@ def iter_samples(dataset: Any, *, limit: int | None = None) -> Iterator[dict[str
         yield from block_samples(block)
 
 
+def check_row_number(i: Any) -> int:
+    """Refuse what is no row number."""
+    if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)):
+        raise RowError(
+            f"a row number is an integer, not {i!r:.40} ({type(i).__name__}); iter_samples gives "
+            "many rows, conversation= takes the id of one in the source"
+        )
+    return int(i)
+
+
 def read_row(dataset: Any, i: int) -> pa.Table:
     """Return row `i` of any kind of dataset as a table of one row."""
     if isinstance(dataset, LogitDataset):
-        return dataset.read_row(i)
-    if isinstance(dataset, Mapping) and i == 0:
-        return rows_table([dataset])
+        return dataset.read_rows([i])
+    if isinstance(dataset, Mapping):
+        dataset = [dataset]
+    if not any(hasattr(dataset, name) for name in ("__len__", "skip")):
+        raise LogitsError(
+            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
+            f"{dataset!r:.40} ({type(dataset).__name__})"
+        )
     if hasattr(dataset, "skip") and not hasattr(dataset, "__len__"):
         return read_stream(dataset, i)
     size = len(dataset)
     if not -size <= i < size:
-        raise RowError(f"the dataset has {size} rows, there is no row {i}")
+        raise RowError(f"the dataset has {plural(size, 'row')}, there is no row {i}")
     if isinstance(dataset, pa.Table):
         return dataset.slice(i % size, 1)
     if hasattr(dataset, "with_format"):
         return dataset.with_format("arrow")[i % size : i % size + 1]
     return rows_table([dataset[i]])
+
+
+def read_many(dataset: Any, rows: Sequence[int]) -> pa.Table:
+    """Return rows by number of any kind of dataset."""
+    if isinstance(dataset, LogitDataset):
+        return dataset.read_rows(rows)
+    return pa.concat_tables([read_row(dataset, row) for row in rows])
 
 
 def read_stream(dataset: Any, i: int) -> pa.Table:
@@ -3014,7 +3217,8 @@ def _all_tables(dataset: Any, columns: Sequence[str], *, rows: int) -> Iterator[
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
-    fields = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in rows[0]]
+    names = rows[0] if rows else SCHEMA.names
+    fields = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
     try:
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -3420,6 +3624,7 @@ def block_sample(block: TokenBlock, row: int) -> dict[str, Any]:
 
 def sample_block(sample: Mapping[str, Any]) -> TokenBlock:
     """Return a sample as a block of one row: the inverse of `block_sample`, less its tokens."""
+    check_sample(sample)
     flat: dict[str, Any] = {
         name: np.concatenate(sample[name]) if sample[name] else np.zeros(0, kind)
         for name, kind in (
@@ -3491,11 +3696,33 @@ def _dequantize(sample: Mapping[str, Any], part: str, t: int | None) -> LogitPai
     return sample[f"{part}_indices"][t], dequantize_logits(q, vmin, vmax)
 
 
-def check_token(sample: Mapping[str, Any], t: int) -> None:
+def check_sample(sample: Any) -> None:
+    """Refuse what is no sample, and say what to pass."""
+    if not isinstance(sample, Mapping) or "top_indices" not in sample:
+        raise LogitsError(
+            f"a sample is needed, as get_sample(dataset, i) returns it, not {type(sample).__name__}"
+        )
+
+
+def check_token(sample: Mapping[str, Any], t: Any) -> None:
     """Refuse a token number that the sample does not have."""
+    check_sample(sample)
     n = sample["num_tokens"]
+    if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)):
+        raise RowError(f"a token's number is an integer, not {t!r:.40} ({type(t).__name__})")
     if not -n <= t < n:
-        raise RowError(f"row with index {sample['index']} has {n} tokens, there is no token {t}")
+        raise RowError(
+            f"row with index {sample['index']} has {plural(n, 'token')}, there is no token {t}"
+        )
+
+
+def check_tokenizer(tokenizer: Any) -> Any:
+    """Refuse what is no tokenizer; None is one that knows no words."""
+    if tokenizer is None or hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tokenizer
+    raise LogitsError(
+        f"tokenizer={tokenizer!r:.60} is no tokenizer: pass what load_tokenizer('MODEL') returns"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3612,8 +3839,10 @@ def decode_top_tokens(
 
     Without a tokenizer the text is `#id`.
     """
+    check_token(sample, t)
     ids, logits = dequantize_top_logits(sample, t)
-    return make_predictions(ids[:k], logits[:k], sample["logsumexp"][t], tokenizer)
+    known = check_tokenizer(tokenizer)
+    return make_predictions(ids[:k], logits[:k], sample["logsumexp"][t], known)
 
 
 def make_predictions(
@@ -3681,8 +3910,14 @@ def score_tokens(
 def half_step(
     low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], logit_bits: int
 ) -> npt.NDArray[np.float64]:
-    """Return how far a logit quantized over a range can be off, in nats: half of a step kept."""
-    return 0.5 / (2**logit_bits - 1) * (high.astype(np.float64) - low)
+    """Return how far a logit quantized over a range can be off, in nats.
+
+    Half of a step that is kept; and where those steps do not divide the 65,536 levels of the format
+    evenly, half of one of its levels more.
+    """
+    steps = 2**logit_bits - 1
+    uneven = 0.5 / 65535 if 65535 % steps else 0.0
+    return (0.5 / steps + uneven) * (high.astype(np.float64) - low)
 
 
 def unstored_bound(block: TokenBlock, logit_bits: int = 16) -> npt.NDArray[np.float64]:
@@ -3904,6 +4139,7 @@ class DatasetStats(Figures):
     agreement: float | None = None  # the actual token is the likeliest
     in_nucleus: float | None = None
     in_tail: float | None = None
+    bounded: int = 0  # known tokens that are not stored, whose probability is a bound
     mean_log_probability: float | None = None  # of the actual token; bounds taken as they are
     bytes_per_token: float | None = None
 
@@ -3929,7 +4165,9 @@ class DatasetStats(Figures):
         )
         facts += [(label, f"{share:.2%}") for label, share in shares if share is not None]
         if self.mean_log_probability is not None:
-            facts.append(("perplexity of the text", f"{math.exp(-self.mean_log_probability):.3f}"))
+            least = "≥ " if self.bounded else ""
+            perplexity = f"{least}{math.exp(-self.mean_log_probability):.3f}"
+            facts.append(("perplexity of the text", perplexity))
         if self.bytes_per_token is not None:
             facts.append(("bytes per token", f"{self.bytes_per_token:.1f}"))
         return facts
@@ -3992,6 +4230,7 @@ def compute_dataset_stats(
         mean_first=sums["first"] / tokens,
         capped=sums["capped"] / tokens if limits.top_p else None,
         known=int(known),
+        bounded=int(sums["bounded"]),
         bytes_per_token=cost,
         **about_text,
     )
@@ -4051,6 +4290,7 @@ def sum_agreement(
         "agreement": int((known & scores.in_nucleus & (scores.rank == 1)).sum()),
         "in_nucleus": int(scores.in_nucleus.sum()),
         "in_tail": int(scores.in_tail.sum()),
+        "bounded": int((known & ~scores.exact).sum()),
         "mean_log_probability": float(scores.log_probability[known].sum()),
     }
 
@@ -4086,6 +4326,8 @@ class ValidationReport:
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # violations by rule, all of them
     violations: list[Violation] = field(default_factory=list)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what shards say they are
+    _alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def ok(self) -> bool:
@@ -4104,18 +4346,20 @@ class ValidationReport:
         """Count a violation and keep it unless its rule has many in this shard already."""
         violation = Violation(shard, row, token, rule, message)
         self.counts[rule] += 1
-        alike = sum(v[0::3] == violation[0::3] for v in self.violations)
-        if alike < MAX_REPORTED:
+        self._alike[shard, rule] += 1
+        if self._alike[shard, rule] <= MAX_REPORTED:
             self.violations.append(violation)
 
     def __str__(self) -> str:
-        seen = f"{self.shards:,} shards, {self.rows:,} rows, {self.tokens:,} tokens"
+        counts = ((self.shards, "shard"), (self.rows, "row"), (self.tokens, "token"))
+        seen = ", ".join(plural(*count) for count in counts)
         if self.ok:
             return f"{self.name}: valid: {seen}"
         total = self.counts.total()
         kinds = ", ".join(f"{rule} {n:,}" for rule, n in self.counts.most_common())
         lines = [str(violation) for violation in self.violations]
-        return "\n".join([*lines, f"{self.name}: {total:,} violations ({kinds}) in {seen}"])
+        found = plural(total, "violation")
+        return "\n".join([*lines, f"{self.name}: {found} ({kinds}) in {seen}"])
 
 
 MACHINE_SETTINGS = {"attn", "versions"}  # may differ between the machines of one run
@@ -4129,7 +4373,7 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     throughout; list lengths; ids in range and never twice for a token; order, quantization and
     finite ranges; the nucleus covers top_p or is cut by the cap, and is no larger than needed; no
     tail token above the nucleus; probabilities that sum to 1 at most; positions of stored tokens;
-    no conversation twice; the shards that the checkpoint lists.
+    no conversation twice; what parts say of themselves; the shards that checkpoints list.
 
     Raises:
         OpenError: there is no such output; what is wrong inside it is reported, not raised.
@@ -4137,20 +4381,25 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     dataset = as_output(name)
     report = ValidationReport(dataset.name, shards=len(dataset.shards))
     config = validate_config(dataset, report)
-    places: list[tuple[str, npt.NDArray[np.int64]]] = []
+    places: list[tuple[str, npt.NDArray[np.int64], int]] = []
     for shard in dataset.shards:
         alone = LogitDataset(dataset.store, {shard: dataset.sizes[shard]})
+        alone._listed = {}  # its footer counts
         found: list[npt.NDArray[np.int64]] = []
+        sums: Counter[str] = Counter(tokens=0, nucleus=0, capped=0)
+        skipped = np.zeros(0, np.int64)
         try:
             settings = validate_footer(alone, config, report)
             config = config or settings
-            validate_shard(alone, RunLimits.of(settings), report, found)
+            validate_shard(alone, RunLimits.of(settings), report, found, sums)
+            index = np.concatenate(found or [np.zeros(0, np.int64)])
+            skipped = validate_part(alone, settings, index, sums, report)
         except LogitsError as error:
             row = sum(part.size for part in found)
             report.add(shard, "unreadable", str(error), row=row or None)
-        places.append((shard, np.concatenate(found) if found else np.zeros(0, np.int64)))
+        places.append((shard, np.concatenate([*found, skipped]), sum(p.size for p in found)))
     validate_unique(places, report)
-    validate_checkpoint(dataset, report)
+    validate_checkpoints(dataset, report)
     return report
 
 
@@ -4192,7 +4441,7 @@ def validate_footer(
     differ = [name for name in names if settings[name] != config[name]]
     if differ:
         add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset):
+    if not len(dataset) and METADATA_PART not in (schema.metadata or {}):
         add("empty", "holds no rows")
     return settings
 
@@ -4202,8 +4451,9 @@ def validate_shard(
     limits: RunLimits,
     report: ValidationReport,
     found: list[npt.NDArray[np.int64]],
+    sums: Counter[str],
 ) -> None:
-    """Check the rows of one shard and append their indices to `found`."""
+    """Check the rows of one shard, append their indices to `found` and add up their figures."""
     shard, first = dataset.shards[0], 0
     for table in dataset.iter_tables():
         columns = read_columns(table)
@@ -4219,6 +4469,9 @@ def validate_shard(
         first += table.num_rows
         report.rows += table.num_rows
         report.tokens += int(block.num_tokens.sum())
+        counts = columns["top_counts"].values.astype(np.int64)
+        capped = int((counts == limits.top_p_max).sum())
+        sums.update(tokens=counts.size, nucleus=int(counts.sum()), capped=capped)
 
 
 def validate_block(
@@ -4361,34 +4614,98 @@ def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
 
 
 def validate_unique(
-    places: Sequence[tuple[str, npt.NDArray[np.int64]]], report: ValidationReport
+    places: Sequence[tuple[str, npt.NDArray[np.int64], int]], report: ValidationReport
 ) -> None:
-    """Report conversations that occur twice, naming the second place."""
-    indices = np.concatenate([found for _, found in places] or [np.zeros(0, np.int64)])
+    """Report conversations that occur twice, naming the second place.
+
+    Args:
+        places: shard, its conversations, and how many of them have rows, which come first.
+        report: gets what is wrong.
+    """
+    indices = np.concatenate([found for _, found, _ in places] or [np.zeros(0, np.int64)])
     order = np.argsort(indices, kind="stable")
     again = np.sort(order[1:][np.diff(indices[order]) == 0])
-    starts = to_starts([found.size for _, found in places])
+    starts = to_starts([found.size for _, found, _ in places])
     for place in again:
-        shard = int(np.searchsorted(starts, place, side="right")) - 1
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        shard, _, rows = places[number]
+        row = int(place - starts[number])
         message = f"conversation {indices[place]} is there already"
-        report.add(places[shard][0], "twice", message, row=int(place - starts[shard]))
+        report.add(shard, "twice", message, row=row if row < rows else None)
 
 
-def validate_checkpoint(dataset: LogitDataset, report: ValidationReport) -> None:
-    """Report shards that the output's checkpoint lists otherwise than they are."""
-    text = read_text(dataset.store, CHECKPOINT_FILE)
-    if text is None:
+def validate_checkpoints(dataset: LogitDataset, report: ValidationReport) -> None:
+    """Report shards that the output's checkpoints list otherwise than they are."""
+    if not dataset.store.list_checkpoints():
         return
     try:
-        listed = {path: entry["bytes"] for path, entry in json.loads(text)["shards"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        report.add(CHECKPOINT_FILE, "checkpoint", "is no checkpoint with a list of shards")
+        records = read_checkpoints(dataset.store)
+    except LogitsError as error:
+        report.add(str(error).split()[0], "checkpoint", str(error))
         return
-    for path in sorted(listed.keys() | dataset.sizes.keys()):
-        there, size = dataset.sizes.get(path), listed.get(path)
+    for path in sorted(records.keys() | dataset.sizes.keys()):
+        there, size = dataset.sizes.get(path), records.get(path, {}).get("bytes")
         if there != size:
             message = f"{there or 'no'} bytes, but the checkpoint lists {size or 'none'}"
-            report.add(str(path), "checkpoint", message)
+            report.add(path, "checkpoint", message)
+        elif path in report.parts:
+            part, record = report.parts[path], records[path]
+            names = ("number", "ids", "conversations", "rows", "tokens", "nucleus", "capped")
+            differ = [n for n in names if n in record and record[n] != part[n]]
+            if differ:
+                found = ", ".join(f"{name} {record[name]!s:.20}" for name in differ)
+                report.add(path, "checkpoint", f"the checkpoint lists {found}; it says otherwise")
+
+
+def validate_part(
+    dataset: LogitDataset,
+    settings: Mapping[str, Any],
+    index: npt.NDArray[np.int64],
+    sums: Mapping[str, int],
+    report: ValidationReport,
+) -> npt.NDArray[np.int64]:
+    """Check what a shard says of the part that it is; return who it says gave no row.
+
+    The hash of the ids tells whether these conversations, in this order, were selected. Where some
+    gave no row their places are known only if ids ascend: in the order of a source whose rows are
+    numbered.
+
+    Args:
+        dataset: the shard alone.
+        settings: of its run.
+        index: conversations of its rows.
+        sums: `tokens`, `nucleus` and `capped`, counted from its rows.
+        report: gets what is wrong.
+    """
+    shard = dataset.shards[0]
+    add = functools.partial(report.add, shard, "part")
+    try:
+        part = dataset.part(0)
+    except FormatError as error:
+        add(str(error))
+        return np.zeros(0, np.int64)
+    if not part:
+        if settings.get("rows_per_part") is not None:
+            report.add(shard, "metadata", "does not say which part it is")
+        return np.zeros(0, np.int64)
+    report.parts[shard] = part
+    if part_path(part["number"]) != shard and part_path(part["number"]) != f"data/{shard}":
+        add(f"is part {part['number']}, whose file is {part_path(part['number'])}")
+    for name, count in {"rows": index.size, **sums}.items():
+        if part[name] != count:
+            add(f"says {part[name]:,} of {name}, holds {count:,}")
+    skipped = np.array([int(i) for i in part["skipped"]], np.int64)
+    if index.size + skipped.size != part["conversations"]:
+        parts = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
+        add(f"{parts} are not the {plural(part['conversations'], 'conversation')} selected")
+    ascending = settings.get("index_col") is None and not settings.get("random_sample")
+    if not skipped.size or ascending:
+        selected = np.sort(np.append(index, skipped)) if skipped.size else index
+        if ascending and (np.diff(index) <= 0).any():
+            add("rows are not in the order of their selection")
+        elif hash_ids(selected) != part["ids"]:
+            add("the conversations, or their order, are not those that were selected")
+    return skipped
 
 
 # Comparison ---------------------------------------------------------------------------------------
@@ -4399,17 +4716,18 @@ class Comparison:
     """Two outputs, row by row where both hold the conversation.
 
     `divergence` is KL(first ‖ second) in nats, for each token the least that what is stored
-    allows: tokens that only the second leaves out count with the most that they can have.
+    allows: tokens that only the second leaves out count with the most that they can have. Figures
+    are None where no token could be compared.
     """
 
     rows: tuple[int, int]
     common_rows: int
     unequal_rows: int  # in common, but with another number of tokens
     tokens: int
-    mean_divergence: float
-    max_divergence: float
-    same_first: float  # share of tokens with the same likeliest token
-    max_logsumexp: float  # largest difference
+    mean_divergence: float | None
+    max_divergence: float | None
+    same_first: float | None  # share of tokens with the same likeliest token
+    max_logsumexp: float | None  # largest difference
     largest: list[tuple[float, int, int]]  # divergence, conversation, token; largest first
 
     def __str__(self) -> str:
@@ -4417,6 +4735,10 @@ class Comparison:
             f"rows in common      {self.common_rows:,} of {self.rows[0]:,} and {self.rows[1]:,}",
             f"of another length   {self.unequal_rows:,}",
             f"tokens compared     {self.tokens:,}",
+        ]
+        if not self.tokens:
+            return "\n".join([*lines, "nothing to compare: no token is in both"])
+        lines += [
             f"KL, mean and max    {self.mean_divergence:.3g} and {self.max_divergence:.3g} nats",
             f"same likeliest      {self.same_first:.3%}",
             f"log-sum-exp differs by {self.max_logsumexp:.3g} at most",
@@ -4425,11 +4747,14 @@ class Comparison:
         return "\n".join([*lines, "largest differences", *worst] if worst else lines)
 
 
+COMPARED_TOKENS = 2**17  # of the first output, held at once beside those of the second
+
+
 def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison:
     """Compare the distributions of two outputs over the conversations that both hold.
 
     Args:
-        first, second: outputs by name or opened by `load_logit_dataset`.
+        first, second: outputs by name or opened by `load_logit_dataset`, or rows at hand.
         largest: how many of the most different tokens to name.
     """
     one, two = as_dataset(first), as_dataset(second)
@@ -4438,34 +4763,72 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     sums: Counter[str] = Counter()
     worst: list[tuple[float, int, int]] = []
     peak = 0.0
-    for sample in iter_samples(one):
-        sums["rows"] += 1
-        if sample["index"] not in known:
-            continue
-        other = get_sample(two, known[sample["index"]])
-        sums["common"] += 1
-        if other["num_tokens"] != sample["num_tokens"]:
-            sums["unequal"] += 1
-            continue
-        a, b = sample_block(sample), sample_block(other)
+    for a, b in iter_common(one, two, known, sums):
         divergence = bound_divergence(a, b, logit_bits=bits)
         same = int((a.top_ids[a.top_starts[:-1]] == b.top_ids[b.top_starts[:-1]]).sum())
         sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
-        here = [(float(kl), sample["index"], t) for t, kl in enumerate(divergence) if kl > 0]
-        worst = sorted([*worst, *here], key=lambda item: -item[0])[:largest]
-    tokens = max(sums["tokens"], 1)
+        chosen = np.argsort(-divergence, kind="stable")[:largest]
+        rows = np.searchsorted(a.row_starts, chosen, side="right") - 1
+        tokens = chosen - a.row_starts[rows]
+        here = zip(divergence[chosen], a.index[rows], tokens, strict=True)
+        worst += [(float(kl), int(i), int(t)) for kl, i, t in here if kl > 0]
+        worst = sorted(worst, key=lambda item: -item[0])[:largest]
+    count = sums["tokens"]
     return Comparison(
-        rows=(sums["rows"], len(two)),
+        rows=(sums["rows"], len(known)),
         common_rows=sums["common"],
         unequal_rows=sums["unequal"],
-        tokens=sums["tokens"],
-        mean_divergence=sums["kl"] / tokens,
-        max_divergence=worst[0][0] if worst else 0.0,
-        same_first=sums["same"] / tokens,
-        max_logsumexp=peak,
+        tokens=count,
+        mean_divergence=sums["kl"] / count if count else None,
+        max_divergence=(worst[0][0] if worst else 0.0) if count else None,
+        same_first=sums["same"] / count if count else None,
+        max_logsumexp=peak if count else None,
         largest=worst,
     )
+
+
+def iter_common(
+    one: Any, two: Any, known: Mapping[int, int], sums: Counter[str]
+) -> Iterator[tuple[TokenBlock, TokenBlock]]:
+    """Yield the rows of two outputs that can be compared, as blocks of the same rows.
+
+    Many rows of the second are read together, so that its row groups are read seldom in whatever
+    order they are.
+
+    Args:
+        one, two: the outputs.
+        known: row number in `two` by conversation.
+        sums: `rows` of `one`, those in `common` and those of them that are `unequal` are added.
+    """
+
+    def pair(tables: list[pa.Table]) -> Iterator[tuple[TokenBlock, TokenBlock]]:
+        table = pa.concat_tables(tables)
+        index = read_column(table, SCHEMA.field("index")).tolist()
+        sums["rows"] += len(index)
+        common = [row for row, conversation in enumerate(index) if conversation in known]
+        sums["common"] += len(common)
+        if not common:
+            return
+        other = read_many(two, [known[index[row]] for row in common])
+        a, b = decode_rows(table.take(common)), decode_rows(other)
+        equal = np.flatnonzero(a.num_tokens == b.num_tokens)
+        sums["unequal"] += len(common) - equal.size
+        if equal.size < len(common):
+            a = decode_rows(table.take(np.array(common)[equal]))
+            b = decode_rows(other.take(equal))
+        yield a, b
+
+    waiting: list[pa.Table] = []
+    tokens = 0
+    for table in iter_tables(one):
+        waiting.append(table)
+        tokens += read_column(table, SCHEMA.field("top_counts")).values.size
+        if tokens >= COMPARED_TOKENS:
+            yield from pair(waiting)
+            waiting, tokens = [], 0
+    if waiting:
+        yield from pair(waiting)
 
 
 def bound_divergence(
@@ -4558,6 +4921,12 @@ class ConversationAnalysis:
     def mean_log_probability(self) -> float:
         """Mean log-probability of the extracted tokens, bounds taken as they are; 0 for none."""
         return float(np.mean([token.log_probability for token in self.tokens] or [0.0]))
+
+    @property
+    def typical_probability(self) -> str:
+        """The geometric mean of the tokens' probabilities, with `≤` where some are bounds."""
+        bound = "" if all(token.exact for token in self.tokens) else "≤ "
+        return f"{bound}{math.exp(self.mean_log_probability):.1%}"
 
     def to_pandas(self) -> Any:
         """Return one row per extracted token as a `pandas.DataFrame`."""
@@ -4652,8 +5021,8 @@ def check_alignment(
     """
     if positions.size != sample["num_tokens"]:
         raise AlignmentError(
-            f"row with index {sample['index']} holds {sample['num_tokens']} tokens, but its "
-            f"conversation has {positions.size} to extract ({ids.size} in all): another "
+            f"row with index {sample['index']} holds {plural(sample['num_tokens'], 'token')}, but "
+            f"its conversation has {positions.size} to extract ({ids.size} in all): another "
             "conversation, tokenizer, chat template or --include-think/--include-end"
         )
 
@@ -4810,35 +5179,50 @@ class TextSource:
 
 
 def open_text(
-    dataset: str | Path | LogitDataset,
+    output: str | Path | LogitDataset,
     *,
     model: str | None = None,
-    source: str | None = None,
+    dataset: str | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> TextSource:
     """Find the teacher's tokenizer, the chat template and the source of an output by itself.
 
     Args:
-        dataset: the output.
+        output: by name, or opened.
         model: where the teacher is now, if not where the run found it.
-        source: where the conversations are now, if not where the run found them.
+        dataset: where the conversations are now, if not where the run found them.
         tokenizer: the teacher's, when it is loaded already.
+        trust_remote_code: run code that the teacher's tokenizer brings along.
 
     Raises:
         LogitsError: the output does not name them, or they are not there.
     """
-    output = as_output(dataset)
+    output = as_output(output)
     settings = load_extraction_config(output)
-    name = model or settings.get("model")
-    if tokenizer is None:
-        if not name:
-            raise OpenError(f"{output.name} does not say which model it was made with (--model)")
-        revision = None if model else settings.get("model_revision")
-        tokenizer = load_tokenizer(str(name), revision=revision)
-    if source:
-        settings = {**settings, "dataset": source, "dataset_revision": None}
+    if check_tokenizer(tokenizer) is None:
+        tokenizer = find_tokenizer(settings, model=model, trust_remote_code=trust_remote_code)
+    if dataset:
+        settings = {**settings, "dataset": dataset, "dataset_revision": None}
     template = read_text(output.store, TEMPLATE_FILE)
     return TextSource(settings, tokenizer=tokenizer, chat_template=template or None)
+
+
+def find_tokenizer(
+    settings: Mapping[str, Any], *, model: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of the teacher that a run's settings name, or from where it is now."""
+    name = model or settings.get("model")
+    if not name:
+        raise OpenError("the output does not say which model it was made with (--model, model=)")
+    try:
+        revision = None if model else settings.get("model_revision")
+        return load_tokenizer(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    except LogitsError as error:
+        remedy = "--model, model= says where it is now"
+        if settings.get("trust_remote_code") and not trust_remote_code:
+            remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
+        raise LogitsError(f"{error}; {remedy}") from error
 
 
 def analyze_row(
@@ -4853,16 +5237,22 @@ def analyze_row(
     if all(name in sample for name in TOKEN_COLUMNS):
         ids, positions = stored_tokens(sample)
     else:
-        encoded = text.encode(sample["index"])
+        try:
+            encoded = text.encode(sample["index"])
+        except SourceError as error:
+            raise SourceError(f"{error}; --dataset, dataset= says where it is now") from error
         ids, positions = encoded.input_ids, encoded.token_positions
     bits = RunLimits.of(text.settings).logit_bits
     analysis = align_tokens(sample, ids, positions, text.tokenizer, top_k=top_k, logit_bits=bits)
     return replace(analysis, model=str(text.settings.get("model") or ""))
 
 
-def analyze_missing(text: TextSource, index: int) -> ConversationAnalysis:
+def analyze_missing(output: LogitDataset, text: TextSource, index: int) -> ConversationAnalysis:
     """Show a conversation of the source that the output does not hold, as not extracted."""
     note = "this conversation is not in the output"
+    for shard in range(len(output.shards)):
+        reason = output.part(shard).get("skipped", {}).get(str(index))
+        note = f"this conversation gave no row: {reason}" if reason is not None else note
     try:
         encoded = text.encode(index)
     except ConversationError as error:
@@ -4879,8 +5269,9 @@ def execute_analysis(
     *,
     conversation: int | None = None,
     model: str | None = None,
-    source: str | None = None,
+    dataset: str | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     top_k: int = 5,
 ) -> ConversationAnalysis:
     """Put one row of an output beside its conversation; everything is found from the output.
@@ -4890,17 +5281,20 @@ def execute_analysis(
         sample_index: row number.
         conversation: choose by `index` in the source instead; one that was not extracted is shown
             as such.
-        model, source, tokenizer: see `open_text`.
+        model, dataset, tokenizer, trust_remote_code: see `open_text`.
         top_k: predictions kept for each token.
     """
-    dataset = as_output(logit_dataset_id)
-    text = open_text(dataset, model=model, source=source, tokenizer=tokenizer)
+    output = as_output(logit_dataset_id)
+    text = open_text(
+        output, model=model, dataset=dataset, tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if conversation is None:
-        return analyze_row(dataset, sample_index, text, top_k=top_k)
-    row = row_numbers(dataset).get(conversation)
+        return analyze_row(output, check_row_number(sample_index), text, top_k=top_k)
+    row = row_numbers(output).get(conversation)
     if row is None:
-        return analyze_missing(text, conversation)
-    return analyze_row(dataset, row, text, top_k=top_k)
+        return analyze_missing(output, text, conversation)
+    return analyze_row(output, row, text, top_k=top_k)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4972,18 +5366,19 @@ def paint(text: str, colour: str, *attributes: str) -> str:
 def print_sample_info(sample: Mapping[str, Any]) -> None:
     """Print what a sample holds: tokens, nucleus sizes and the probability they cover."""
     block = sample_block(sample)
-    print(f"conversation {sample['index']}: {sample['num_tokens']} tokens")
+    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}")
     if not sample["num_tokens"]:
         return
     counts, mass, first = block.top_counts, block.top_mass(), block.first_probs()
-    sizes = f"{counts.min()} to {counts.max()} tokens, median {np.median(counts):g}"
+    sizes = f"{counts.min()} to {plural(counts.max(), 'token')}, median {np.median(counts):g}"
     print(f"  nucleus     {sizes}, mean {counts.mean():.1f}")
     print(f"  it covers   {mass.min():.1%} to {mass.max():.1%}, mean {mass.mean():.1%}")
     print(f"  likeliest   {first.min():.1%} to {first.max():.1%}, mean {first.mean():.1%}")
-    tail = f"{block.tail_counts.max()} tokens, worth {block.tail_mass().mean():.2%} on average"
+    drawn = plural(block.tail_counts.max(), "token")
+    tail = f"{drawn}, worth {block.tail_mass().mean():.2%} on average"
     print(f"  tail        {tail}")
     if "input_ids" in sample:
-        print(f"  text        {sample['input_ids'].size} tokens stored with it")
+        print(f"  text        {plural(sample['input_ids'].size, 'token')} stored with it")
 
 
 def print_top_tokens(
@@ -5044,7 +5439,11 @@ def quick_explore(
 def describe_run(dataset: LogitDataset) -> str:
     """Say in one line how large an output is and how it was made."""
     settings = dataset.settings
-    size = f"{len(dataset):,} rows in {len(dataset.shards):,} shards"
+    size = f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"
+    skipped = count_skipped(dataset)
+    if skipped:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
+        size += f", {plural(skipped.total(), 'conversation')} without a row ({reasons})"
     known = [name for name in ABOUT_RUN if settings.get(name) is not None]
     parts = [f"{name} {settings[name]!s:.100}" for name in known]
     return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
@@ -5080,9 +5479,10 @@ def visualize_conversation_probabilities(
     """
     if return_html:
         return render_page([analysis])
-    heading = f"conversation {analysis.index}: {len(analysis.tokens)} tokens by the teacher"
-    likely = math.exp(analysis.mean_log_probability)
-    facts = f"typical probability of a token {likely:.1%}" if analysis.tokens else "not extracted"
+    count = plural(len(analysis.tokens), "token")
+    heading = f"conversation {analysis.index}: {count} by the teacher"
+    likely = f"typical probability of a token {analysis.typical_probability}"
+    facts = likely if analysis.tokens else "not extracted"
     note = f"\n{show_text(analysis.note)}" if analysis.note else ""
     text = "".join(paint_piece(analysis, text, t) for text, t in analysis.pieces)
     return f"{heading}, {facts}{note}\n{paint_legend()}\n\n{text}"
@@ -5483,9 +5883,9 @@ def render_legend() -> str:
 def render_sample(analysis: ConversationAnalysis, number: int) -> str:
     """Return the section of one conversation: its figures, its sparkline, its text."""
     tokens = analysis.tokens
-    facts = [f"{len(tokens)} tokens" if tokens else "not extracted"]
+    facts = [plural(len(tokens), "token") if tokens else "not extracted"]
     if tokens:
-        facts.append(f"typical probability {math.exp(analysis.mean_log_probability):.1%}")
+        facts.append(f"typical probability {analysis.typical_probability}")
         first = sum(token.rank == 1 for token in tokens) / len(tokens)
         facts.append(f"{first:.0%} are the teacher's first choice")
     facts += [escape(text) for text in (analysis.model, analysis.note) if text]
@@ -5590,10 +5990,17 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
     with plot_style() as (pyplot, colours):
         figure, axes = pyplot.subplots(figsize=(7, 4))
         ranks = np.arange(1, ids.size + 1)
-        axes.plot(ranks, logits, "o-", ms=4, color=colours[0], label=f"nucleus, {ids.size} tokens")
+        axes.plot(
+            ranks,
+            logits,
+            "o-",
+            ms=4,
+            color=colours[0],
+            label=f"nucleus, {plural(ids.size, 'token')}",
+        )
         if tail.size:
             behind = ids.size + np.arange(1, tail.size + 1)
-            label = f"tail sample, {tail.size} tokens (ranks unknown)"
+            label = f"tail sample, {plural(tail.size, 'token')} (ranks unknown)"
             axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
         axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
         likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
@@ -5628,7 +6035,7 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
 
     Those of token `t`, or of all tokens of the sample.
     """
-    which = f"{sample['num_tokens']} tokens" if t is None else f"token {t}"
+    which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
     parts = []
     for name, decode, group in (
         ("nucleus", dequantize_top_logits, "top_indices"),
@@ -5692,7 +6099,7 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
         left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
-        left.set_title(f"{stats.tokens:,} tokens of {stats.rows:,} rows")
+        left.set_title(f"{plural(stats.tokens, 'token')} of {plural(stats.rows, 'row')}")
         share = 100 * to_starts(counts) / max(stats.tokens, 1)
         right.step(np.arange(share.size), share, where="post", color=colours[0])
         for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
@@ -6530,7 +6937,7 @@ def export_axolotl(
 
     Args:
         dataset: the output.
-        folder: gets the Parquet files, one for each 256 rows.
+        folder: a new one for the Parquet files, one for each 256 rows.
         k: nucleus entries kept of each token.
         at: `predicting` puts a distribution at the position that predicts, as the trainer since
             its Liger kernel (2025) expects; `predicted` at the token itself, as the one before,
@@ -6540,14 +6947,17 @@ def export_axolotl(
     Returns:
         The number of rows.
 
+    Raises:
+        LogitsError: `k` is below 1, or something is in the folder.
+
     Source: axolotl, src/axolotl/integrations/kd: collator.py for the columns, kernels/liger.py
     and trainer.py for the positions.
     """
     check_choice("at", at, ("predicting", "predicted"))
-    return write_export(
-        (axolotl_row(row, k, back=int(at == "predicting")) for row in export_rows(dataset, text)),
-        Path(folder),
-    )
+    target = check_export(folder, k)
+    back = int(at == "predicting")
+    rows = (axolotl_row(row, k, back=back) for row in export_rows(dataset, text))
+    return write_export(rows, target)
 
 
 def axolotl_row(row: Mapping[str, Any], k: int, *, back: int) -> dict[str, npt.NDArray[Any]]:
@@ -6587,12 +6997,15 @@ def export_distillkit(
 
     Args:
         dataset: the output.
-        folder: gets the Parquet files, one for each 256 rows, and the configuration.
+        folder: a new one for the Parquet files, one for each 256 rows, and the configuration.
         k: nucleus entries kept of each token.
         text: see `LogitIterableDataset`.
 
     Returns:
         The number of rows.
+
+    Raises:
+        LogitsError: `k` is below 1, or something is in the folder.
 
     Source: arcee-ai/DistillKit, distillkit/sample_common.py (schema), compression/config.py, and
     compression/bitpack.py and monotonic_logprobs.py for the bytes.
@@ -6600,11 +7013,10 @@ def export_distillkit(
     output = as_output(dataset)
     vocab = int(load_extraction_config(output).get("vocab_size") or MAX_TOKEN_ID + 1)
     bits = max((vocab - 1).bit_length(), 1)
-    rows = (distillkit_row(row, k, bits=bits) for row in export_rows(output, text))
-    count = write_export(rows, Path(folder))
+    target = check_export(folder, k)
     lines = (f"d: {vocab}", f"k: {k}", f"exact_k: {k}", "exact_dtype: float32", *DISTILLKIT_PLAIN)
-    (Path(folder) / "compression_config.yaml").write_text("\n".join(lines) + "\n")
-    return count
+    rows = (distillkit_row(row, k, bits=bits) for row in export_rows(output, text))
+    return write_export(rows, target, texts={"compression_config.yaml": "\n".join(lines) + "\n"})
 
 
 def distillkit_row(row: Mapping[str, Any], k: int, *, bits: int) -> dict[str, npt.NDArray[Any]]:
@@ -6663,20 +7075,46 @@ def pack_bits(ids: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:
     return np.packbits(wide[..., 32 - bits :].reshape(ids.shape[0], -1), axis=-1)
 
 
+def check_export(folder: str | Path, k: int) -> Path:
+    """Return the folder of an export, which must be new, as a file of another would be read too.
+
+    Raises:
+        LogitsError: something is there, or `k` is no number of entries.
+    """
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise LogitsError(f"k={k!r}: an export keeps at least 1 entry of each token")
+    path = Path(folder).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise LogitsError(f"{folder} is not empty: name a new folder for the export")
+    return path
+
+
 def write_export(
-    rows: Iterable[Mapping[str, npt.NDArray[Any]]], folder: Path, *, at_once: int = 256
+    rows: Iterable[Mapping[str, npt.NDArray[Any]]],
+    folder: Path,
+    *,
+    texts: Mapping[str, str] | None = None,
+    at_once: int = 256,
 ) -> int:
-    """Write rows of one- and two-dimensional arrays as Parquet files of (nested) lists."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write rows of one- and two-dimensional arrays as Parquet files of (nested) lists.
+
+    The folder appears when everything is in it, with `texts` by name of file.
+    """
     source, count = iter(rows), 0
-    for number in itertools.count():
-        chunk = list(itertools.islice(source, at_once))
-        if not chunk:
-            return count
-        columns = {name: nested_lists([row[name] for row in chunk]) for name in chunk[0]}
-        path = folder / f"data_{number}.parquet"
-        pq.write_table(pa.table(columns), path, compression="zstd")
-        count += len(chunk)
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as made:
+        new = Path(made) / "export"
+        new.mkdir()
+        for number in itertools.count():
+            chunk = list(itertools.islice(source, at_once))
+            if not chunk:
+                break
+            columns = {name: nested_lists([row[name] for row in chunk]) for name in chunk[0]}
+            path = new / f"data_{number}.parquet"
+            pq.write_table(pa.table(columns), path, compression="zstd")
+            count += len(chunk)
+        for name, text in (texts or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+        new.replace(folder)
     return count
 
 
@@ -6698,9 +7136,9 @@ def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
 
 EXIT_CODES = (
     "exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that cannot be "
-    "opened; 3 --validate found violations"
+    "opened; 3 --validate found violations, or --compare nothing to compare"
 )
-VIOLATIONS_FOUND = 3
+CHECK_FAILED = 3
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -6818,6 +7256,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", action="store_true", help="--stats: read the source too, for the agreement")
     add("--model", help="where the teacher's tokenizer is now (default: as the run had it)")
     add("--dataset", help="where the conversations are now (default: as the run had it)")
+    add("--trust-remote-code", action="store_true", help="run code of the teacher's tokenizer")
     return parser
 
 
@@ -6856,17 +7295,28 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Do what the command line asks for; return what goes into the last line and the exit code."""
     dataset = load_logit_dataset(args.output, args.split)
     summary: dict[str, Any] = {"output": args.output, "shards": len(dataset.shards)}
+    code = 0
     if args.validate:
         report = validate_output(dataset)
         print(report)
-        rules = dict(report.counts)
-        summary |= {"rows": report.rows, "tokens": report.tokens, "violations": rules}
-        return summary, 0 if report.ok else VIOLATIONS_FOUND
+        summary |= {"rows": report.rows, "tokens": report.tokens}
+        summary["violations"] = dict(report.counts)
+        code = code if report.ok else CHECK_FAILED
     if args.compare:
         comparison = compare_outputs(dataset, args.compare)
         print(comparison)
-        return summary | asdict(comparison), 0
-    summary["rows"] = len(dataset)
+        summary |= asdict(comparison)
+        code = code if comparison.tokens else CHECK_FAILED
+    if not (args.validate or args.compare):
+        summary["rows"] = len(dataset)
+    if code and args.validate and not report.ok:
+        return summary, code  # what breaks the rules is not summed up
+    return summary | show_output(dataset, args), code
+
+
+def show_output(dataset: LogitDataset, args: argparse.Namespace) -> dict[str, Any]:
+    """Show figures, rows and pictures that were asked for; return what they add to the summary."""
+    summary: dict[str, Any] = {}
     stats = show_stats(dataset, args) if args.stats else None
     if stats is not None:
         summary |= {"tokens": stats.tokens, "bytes_per_token": stats.bytes_per_token}
@@ -6881,7 +7331,7 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         summary["plot"] = save_figure(figure, args.plot)
     if args.plots:
         summary["plots"] = write_plots(dataset, rows[0] if rows else 0, Path(args.plots))
-    return summary, 0
+    return summary
 
 
 def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
@@ -6889,14 +7339,15 @@ def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
     if args.conversation is not None:
         row = row_numbers(dataset).get(args.conversation)
         return [row] if row is not None else []
-    if args.sample is None and (args.stats or args.plot or args.plots) and args.token is None:
+    other = any((args.stats, args.plot, args.plots, args.validate, args.compare))
+    if args.sample is None and other and args.token is None:
         return []
     return args.sample if args.sample is not None else [0]
 
 
 def show_stats(dataset: LogitDataset, args: argparse.Namespace) -> DatasetStats:
     """Print the figures of an output."""
-    text = open_text(dataset, model=args.model, source=args.dataset) if args.text else None
+    text = open_asked_text(dataset, args) if args.text else None
     stats = compute_dataset_stats(
         dataset,
         max_samples=args.max_samples,
@@ -6912,20 +7363,15 @@ def show_rows(
     """Print rows beside their text, or by token ids where there is none, and write their page."""
     text, why = find_text(dataset, args)
     if text is None and (args.html or not rows):
-        raise LogitsError(
-            f"the text is needed for this: {why}; --model and --dataset say where they are now"
-        )
+        raise LogitsError(f"the text is needed for this: {why}")
     samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
     analyses = []
     if text is not None:
         analyses = [analyze_row(dataset, row, text, top_k=args.top) for row in rows]
         if not rows:
-            analyses = [analyze_missing(text, args.conversation)]
+            analyses = [analyze_missing(dataset, text, args.conversation)]
     else:
-        log.warning(
-            "explore-logits: showing ids only: %s; --model and --dataset say where they are now",
-            show_text(str(why)),
-        )
+        log.warning("explore-logits: showing ids only: %s", show_text(str(why)))
     if args.html:
         write_rows_page(args.html, dataset, analyses, stats)
         return {"sample": rows, "html": args.html}
@@ -6947,12 +7393,22 @@ def write_rows_page(
     write_page(path, render_page(analyses, about=about, stats=stats.to_html() if stats else ""))
 
 
+def open_asked_text(dataset: LogitDataset, args: argparse.Namespace) -> TextSource:
+    """Open the text behind an output, where the command line says it is now."""
+    return open_text(
+        dataset,
+        model=args.model,
+        dataset=args.dataset,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
 def find_text(
     dataset: LogitDataset, args: argparse.Namespace
 ) -> tuple[TextSource | None, LogitsError | None]:
     """Open the text behind an output if it can be found, and say why not."""
     try:
-        return open_text(dataset, model=args.model, source=args.dataset), None
+        return open_asked_text(dataset, args), None
     except LogitsError as error:
         return None, error
 

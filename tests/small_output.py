@@ -1,12 +1,14 @@
 """Write small outputs that obey the format, from random distributions, without a model.
 
 The distributions are like a teacher's: most positions nearly sure, some torn between many tokens.
-`write_output` makes a whole output folder; `random_rows` the rows alone.
+`write_parts` makes a whole output folder, `write_output` one of version 0.1; `random_rows` the rows
+alone.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from explore_logits import pack_indices, quantize_logits, shard_schema
+from explore_logits import (
+    METADATA_PART,
+    hash_ids,
+    pack_indices,
+    part_path,
+    quantize_logits,
+    shard_schema,
+)
 
 SETTINGS: dict[str, Any] = {
     "format_version": 1,
@@ -142,7 +151,7 @@ def write_output(
     rows_per_group: int = 3,
     chat_template: str = "",
 ) -> Path:
-    """Write an output folder as the extractor lays it out, several row groups to a shard."""
+    """Write an output folder as version 0.1 laid it out, several row groups to a shard."""
     rows = random_rows(20, settings=settings) if rows is None else rows
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for part, first in enumerate(range(0, len(rows), rows_per_shard)):
@@ -156,3 +165,84 @@ def write_output(
     (folder / "extraction_config.json").write_text(json.dumps(dict(settings)))
     (folder / "chat_template.jinja").write_text(chat_template)
     return folder
+
+
+def write_parts(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    settings: Mapping[str, Any] = SETTINGS,
+    skipped: Mapping[int, str] | None = None,
+    rows_per_part: int = 8,
+    first_part: int = 0,
+    workers: int = 1,
+) -> Path:
+    """Write an output folder in parts, each with what it says of itself, and the checkpoints.
+
+    Args:
+        folder: of the output.
+        rows: in the order of their selection, ids ascending.
+        settings: of the run.
+        skipped: reason by id of the conversations that were selected and give no row.
+        rows_per_part: conversations selected for each part.
+        first_part: number of the first.
+        workers: number of checkpoints.
+    """
+    settings = {**settings, "rows_per_part": rows_per_part}
+    rows = random_rows(20, settings=settings) if rows is None else rows
+    by_id = {row["index"]: row for row in rows}
+    selected = sorted([*by_id, *(skipped or {})])
+    records: list[dict[str, Any]] = []
+    for first in range(0, len(selected), rows_per_part):
+        ids = selected[first : first + rows_per_part]
+        number = first_part + first // rows_per_part
+        part = describe_part(number, ids, by_id, skipped or {}, settings)
+        table = rows_to_table([by_id[i] for i in ids if i in by_id], settings=settings)
+        metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
+        path = folder / part_path(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=3)
+        records.append({**part, "bytes": path.stat().st_size})
+    for worker in range(workers):
+        mine = [record for record in records if record["number"] % workers == worker]
+        write_checkpoint(folder, mine, "" if workers == 1 else f"-w{worker:02d}")
+    (folder / "extraction_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def describe_part(
+    number: int,
+    ids: Sequence[int],
+    rows: Mapping[int, Mapping[str, Any]],
+    skipped: Mapping[int, str],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what the file of a part says of itself, counted from the rows as they are stored."""
+    here = [rows[i] for i in ids if i in rows]
+    counts = np.array([count for row in here for count in row["top_counts"]], np.int64)
+    return {
+        "number": number,
+        "ids": hash_ids(ids),
+        "conversations": len(ids),
+        "skipped": {str(i): skipped[i] for i in ids if i in skipped},
+        "rows": len(here),
+        "tokens": int(counts.size),
+        "nucleus": int(counts.sum()),
+        "capped": int((counts == settings["top_p_max"]).sum()),
+        "mass": 0.9 * counts.size,
+        "actual": 0.5 * counts.size,
+    }
+
+
+def write_checkpoint(folder: Path, records: Sequence[Mapping[str, Any]], suffix: str) -> None:
+    """Write the checkpoint of a worker: what its parts say of themselves, by columns."""
+    names = ("number", "ids", "conversations", "rows", "tokens", "bytes", "nucleus", "capped",
+             "mass", "actual")  # fmt: skip
+    parts = {name: [record[name] for record in records] for name in names}
+    reasons = {
+        str(record["number"]): dict(Counter(record["skipped"].values()))
+        for record in records
+        if record["skipped"]
+    }
+    content = {"format_version": 1, "parts": parts, "skipped": reasons}
+    (folder / f"checkpoint{suffix}.json").write_text(json.dumps(content))

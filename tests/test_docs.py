@@ -129,9 +129,8 @@ def test_snippets_run(page: Path, small_demo: Path, tmp_path: Path) -> None:
     for snippet in code_blocks(page, "python"):
         code = snippet.replace("demo/logits", str(small_demo)).replace('"demo/', f'"{tmp_path}/')
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
-            check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
 

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHATS, TEACHER, run_script
-from small_output import SETTINGS, extract_row, random_logits, random_rows, write_output
+from small_output import (
+    SETTINGS,
+    extract_row,
+    random_logits,
+    random_rows,
+    write_output,
+    write_parts,
+)
 
 import explore_logits as explore
 from explore_logits import (
@@ -116,7 +123,7 @@ def test_probability_and_rank_are_exact_or_bound_the_truth(
     assert {"nucleus", "not stored"} <= set(places)
 
 
-@pytest.mark.parametrize("bits", [16, 6])
+@pytest.mark.parametrize("bits", [16, 15, 6])
 def test_no_token_of_the_vocabulary_escapes_its_bound(bits: int) -> None:
     settings = SETTINGS | {"vocab_size": 300, "logit_bits": bits, "top_p": 0.9, "top_p_max": 20}
     rng = np.random.default_rng(23)
@@ -137,6 +144,19 @@ def test_no_token_of_the_vocabulary_escapes_its_bound(bits: int) -> None:
         assert (scores.exact == (scores.in_nucleus | scores.in_tail)).all()
         where |= set(zip(scores.in_nucleus.tolist(), scores.in_tail.tolist(), strict=True))
     assert where == {(True, False), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize("bits", range(4, 17))
+def test_no_logit_is_further_off_than_its_bound(bits: int) -> None:
+    # 20,000 logits in 1,000 ranges, seeded; half a step alone was exceeded at 15 bits by 1 in 8.
+    rng = np.random.default_rng(bits)
+    logits = (rng.standard_normal((1000, 20)) * rng.uniform(1, 20, (1000, 1))).astype(np.float32)
+    q, low, high = explore.quantize_logits(logits, [20] * 1000, bits=bits)
+    again = explore.dequantize_logits(q.reshape(1000, 20), low[:, None], high[:, None])
+    off = np.abs(again - logits).max(axis=1)
+    bound = explore.half_step(low, high, bits)
+    assert (off <= bound * (1 + 1e-9)).all()
+    assert off.max() > 0.9 * bound[off.argmax()]
 
 
 def test_a_bound_is_as_tight_as_what_is_stored_allows() -> None:
@@ -249,7 +269,7 @@ def test_a_source_or_model_that_moved_can_be_given(output: Path, tmp_path: Path)
     with pytest.raises(OpenError):
         execute_analysis(tmp_path, 0)
     copy = write_output(tmp_path / "copy", random_rows(1, settings=moved), settings=moved)
-    text = open_text(copy, model=str(TEACHER), source=str(CHATS))
+    text = open_text(copy, model=str(TEACHER), dataset=str(CHATS))
     assert text.encode(json.loads(CHATS.read_text().splitlines()[3])["id"]).input_ids.size > 3
     with pytest.raises(explore.LogitsError, match="gone"):
         open_text(copy)
@@ -275,10 +295,10 @@ def test_a_source_or_template_that_changed_since_the_run_is_refused(tmp_path: Pa
     source.write_text(text.replace(" the ", " and ", 1), encoding="utf-8")
     with pytest.raises(explore.SourceError, match=r"changed since the run.*\(--dataset\)"):
         open_text(made).encode(index)
-    assert open_text(made, source=str(CHATS)).encode(index).input_ids.tolist() == expected
+    assert open_text(made, dataset=str(CHATS)).encode(index).input_ids.tolist() == expected
     (made / "chat_template.jinja").write_text(template + " ")
     with pytest.raises(explore.TemplateError, match=r"bring back chat_template\.jinja"):
-        open_text(made, source=str(CHATS)).encode(index)
+        open_text(made, dataset=str(CHATS)).encode(index)
 
 
 def test_figures_over_the_text_count_only_rows_that_fit(output: Path) -> None:
@@ -306,7 +326,7 @@ def test_rows_whose_text_is_another_count_as_unknown(
     made = write_output(tmp_path, rows, settings=RUN)
     stats = compute_dataset_stats(made, actual_tokens=open_text(made).actual_tokens)
     assert (stats.known, stats.rows) == (fits, 3)
-    gone = open_text(made, source="./gone.jsonl")
+    gone = open_text(made, dataset="./gone.jsonl")
     with pytest.raises(SourceError, match="gone"):
         compute_dataset_stats(made, actual_tokens=gone.actual_tokens)
 
@@ -343,6 +363,67 @@ def test_the_command_shows_a_row_beside_its_text(output: Path) -> None:
     assert "<|im_start|>assistant" in done.stdout
     assert "\x1b" not in done.stdout
     assert done.summary["sample"] == [2]
+
+
+def test_figures_that_rest_on_bounds_say_so(
+    output: Path, tmp_path: Path, tokenizer: Any, short_chats: list[dict[str, Any]]
+) -> None:
+    analysis = execute_analysis(output, 1)
+    assert not all(token.exact for token in analysis.tokens)
+    shown = explore.visualize_conversation_probabilities(analysis)
+    assert "typical probability of a token ≤ " in shown
+    assert "typical probability ≤ " in explore.render_page([analysis])
+    stats = compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
+    assert stats.bounded > 0
+    assert dict(stats.facts())["perplexity of the text"].startswith("≥ ")
+    exact = dataclasses.replace(stats, bounded=0)
+    assert dict(exact.facts())["perplexity of the text"][0].isdigit()
+    stored = [token for token in analysis.tokens if token.exact]
+    known = dataclasses.replace(analysis, tokens=stored)
+    assert known.typical_probability[0].isdigit()
+
+
+def test_code_that_a_tokenizer_brings_runs_only_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RUN | {"trust_remote_code": True, "store_tokens": True}
+    made = write_output(tmp_path, random_rows(1, settings=settings), settings=settings)
+    load = explore.load_tokenizer
+    asked = []
+
+    def needs_trust(model: str, *, trust_remote_code: bool = False, **how: Any) -> Any:
+        asked.append(trust_remote_code)
+        if not trust_remote_code:
+            raise explore.LogitsError("this tokenizer needs its own code")
+        return load(model, **how)
+
+    monkeypatch.setattr(explore, "load_tokenizer", needs_trust)
+    with pytest.raises(explore.LogitsError, match="--trust-remote-code, trust_remote_code=True"):
+        execute_analysis(made)
+    assert explore.main([str(made), "--trust-remote-code"]) == 0
+    assert asked == [False, True]
+
+
+def test_a_message_names_what_a_notebook_can_pass(output: Path, tmp_path: Path) -> None:
+    for changes, remedy in (
+        ({"model": "./gone"}, "model="),
+        ({"dataset": "./gone.jsonl"}, "dataset="),
+    ):
+        settings = RUN | changes
+        made = tmp_path / remedy
+        write_output(made, random_rows(1, settings=settings), settings=settings)
+        with pytest.raises(explore.LogitsError, match=remedy):
+            execute_analysis(made)
+
+
+def test_a_conversation_that_gave_no_row_says_why(
+    tmp_path: Path, chats: list[dict[str, Any]]
+) -> None:
+    gone = chats[0]["id"]
+    rows = [{**row, "index": gone + 1 + i} for i, row in enumerate(random_rows(3, settings=RUN))]
+    made = write_parts(tmp_path, rows, settings=RUN, skipped={gone: "too_long"})
+    missing = execute_analysis(made, conversation=gone)
+    assert missing.note == "this conversation gave no row: too_long"
 
 
 def test_the_command_shows_ids_where_the_text_is_gone(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_reading_a_local_output_imports_nothing_heavier(output: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "call", "remedy"),
     [
-        ("matplotlib", "e.plot_nucleus_sizes(s)", "logit-extraction[viz]"),
-        ("seaborn", "e.plot_nucleus_sizes(s)", "logit-extraction[viz]"),
+        ("matplotlib", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
+        ("seaborn", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
         ("torch", "e.analyze_nucleus_sizes(d, device='cpu')", "pip install torch"),
         ("huggingface_hub", "e.load_logit_dataset('user/name')", "pip install huggingface_hub"),
         ("transformers", "e.load_tokenizer('user/name')", "pip install transformers"),

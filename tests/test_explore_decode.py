@@ -162,7 +162,7 @@ def test_the_top_tokens_are_the_first_of_the_nucleus() -> None:
 def test_a_token_that_is_not_there_is_an_error_that_says_how_many_there_are(t: int) -> None:
     sample = get_sample(random_rows(1, tokens=1), 0)
     for decode in (dequantize_top_logits, dequantize_all_logits, decode_top_tokens):
-        with pytest.raises(RowError, match="1 tokens"):
+        with pytest.raises(RowError, match="1 token,"):
             decode(sample, t)
 
 

@@ -84,6 +84,28 @@ def test_axolotls_older_trainer_gets_them_one_position_later(output: Path, tmp_p
         export_axolotl(output, tmp_path, at="here")
 
 
+@pytest.mark.parametrize("export", [export_axolotl, export_distillkit])
+def test_an_export_is_whole_in_a_new_folder_or_not_there(
+    output: Path, tmp_path: Path, export: Any
+) -> None:
+    folder = tmp_path / "new" / "export"
+    for k in (0, -1, 2.5):
+        with pytest.raises(LogitsError, match="keeps at least 1 entry"):
+            export(output, folder, k=k)
+    damaged = tmp_path / "out" / "data" / "part-00002.parquet"
+    sound = damaged.read_bytes()
+    damaged.write_bytes(sound[:100])
+    with pytest.raises(LogitsError, match="part-00002"):
+        export(output, folder)
+    damaged.write_bytes(sound)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert export(output, folder) == 20
+    files = sorted(folder.iterdir())
+    with pytest.raises(LogitsError, match="is not empty: name a new folder"):
+        export(output, folder)
+    assert sorted(folder.iterdir()) == files
+
+
 def test_axolotls_published_loss_reads_the_export(output: Path, tmp_path: Path) -> None:
     # Σ p (log p - log q) over the masked entries of each position, as its forward_kl.py says
     export_axolotl(output, tmp_path / "axolotl", k=255)

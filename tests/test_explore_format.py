@@ -126,3 +126,9 @@ def test_fewer_bits_keep_the_levels_and_the_ends() -> None:
     q, _, _ = quantize_logits(np.linspace(0, 1, 1000), bits=4)
     assert len(set(q.tolist())) == 16
     assert (q.min(), q.max()) == (0, 65535)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_logit_that_is_not_finite_is_refused(bad: float) -> None:
+    with pytest.raises(FormatError, match="logit 2 of 3 is"):
+        quantize_logits([1.0, 2.0, bad])

@@ -46,7 +46,7 @@ def test_it_runs_and_shows_tables_pictures_and_the_page(executed: Any) -> None:
     printed = "".join(
         output.get("text", "") for cell in executed.cells for output in cell.get("outputs", [])
     )
-    assert "valid: 1 shards, 12 rows" in printed
+    assert "valid: 1 shard, 12 rows" in printed
     assert "KL, mean and max    0 and 0 nats" in printed
 
 

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from loopback_hub import LoopbackHub
-from small_output import SETTINGS, random_rows, rows_to_table, write_output
+from small_output import SETTINGS, random_rows, rows_to_table, write_output, write_parts
 
 import explore_logits as explore
 from explore_logits import (
     FormatError,
     LogitDataset,
+    LogitsError,
     OpenError,
     RowError,
     get_sample,
@@ -239,6 +240,96 @@ def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         pq.write_table(rows_to_table(ROWS[:1]), tmp_path / f"data/part-{part:05d}.parquet")
     shards = load_logit_dataset(tmp_path).shards
     assert [int(name[10:-8]) for name in shards] == [2, 99999, 100000]
+
+
+def test_a_name_that_only_holds_the_word_is_no_split(tmp_path: Path) -> None:
+    for name in ("model-test-00000", "my_dev_run", "latest-00001"):
+        pq.write_table(rows_to_table(ROWS[:2]), tmp_path / f"{name}.parquet")
+    assert len(load_logit_dataset(tmp_path).shards) == 3
+    with pytest.raises(OpenError, match="no split 'test'; it has train"):
+        load_logit_dataset(tmp_path, "test")
+
+
+def test_a_folder_that_only_holds_outputs_is_refused_with_their_names(tmp_path: Path) -> None:
+    for name in ("both/a", "both/b", "demo/logits"):
+        write_output(tmp_path / name, ROWS[:4])
+    (tmp_path / "demo/lengths").mkdir()
+    pq.write_table(pa.table({"index": [1]}), tmp_path / "demo/lengths/lengths.parquet")
+    with pytest.raises(OpenError, match=r"name one of those below: .*both/a, .*both/b$"):
+        load_logit_dataset(tmp_path / "both")
+    with pytest.raises(OpenError, match=r"name one of those below: \S*demo/logits$"):
+        load_logit_dataset(tmp_path / "demo")
+    with pytest.raises(OpenError, match="lengths"):
+        load_logit_dataset(tmp_path / "demo/lengths/..")
+    inside = write_output(tmp_path / "both/a", ROWS[:4])
+    write_output(inside / "old", ROWS[:8])
+    assert len(load_logit_dataset(inside)) == 4
+
+
+def test_shards_of_two_runs_are_not_read_as_one(tmp_path: Path) -> None:
+    one = write_output(tmp_path / "one", ROWS[:3]) / "data/part-00000.parquet"
+    other = SETTINGS | {"top_p": 0.9, "seed": 7}
+    two = write_output(tmp_path / "two", ROWS[:3], settings=other) / "data/part-00000.parquet"
+    with pytest.raises(FormatError, match="two runs, which differ in seed, top_p"):
+        list(iter_samples([one, two]))
+    with pytest.raises(OpenError, match="names a file twice"):
+        load_logit_dataset([one, one])
+    elsewhere = SETTINGS | {"attn": "eager", "versions": {"torch": "1"}}
+    same = write_output(tmp_path / "same", ROWS[3:6], settings=elsewhere) / "data"
+    assert len(list(iter_samples([one, same / "part-00000.parquet"]))) == 6
+
+
+def test_an_output_in_parts_is_read_in_their_order_by_its_checkpoints(tmp_path: Path) -> None:
+    skipped = {3: "too_long", 9: "unusable"}
+    rows = [row for row in ROWS if row["index"] not in skipped]
+    output = write_parts(
+        tmp_path, rows, skipped=skipped, rows_per_part=4, first_part=8998, workers=2
+    )
+    assert sorted(path.name for path in output.glob("checkpoint*")) == [
+        "checkpoint-w00.json", "checkpoint-w01.json",
+    ]  # fmt: skip
+    dataset = load_logit_dataset(output)
+    assert dataset.shards[1:3] == ["data/part-08999.parquet", "data/001/part-09000.parquet"]
+    assert [sample["index"] for sample in iter_samples(dataset)] == [r["index"] for r in rows]
+    fresh = load_logit_dataset(output)
+    assert_same(get_sample(fresh, 12), get_sample([rows[12]]))
+    assert len(fresh._files) == 1, "the checkpoints say which part holds the row"
+    assert dict(explore.count_skipped(dataset)) == {"too_long": 1, "unusable": 1}
+    assert "2 conversations without a row (too_long 1, unusable 1)" in (
+        explore.describe_run(dataset)
+    )
+
+
+def test_rows_can_be_sliced_and_chosen_by_conversation(output: Path) -> None:
+    dataset = load_logit_dataset(output)
+    assert dataset[6:11:2] == [dataset[6], dataset[8], dataset[10]]
+    assert dataset[5:5] == []
+    assert_same(get_sample(dataset, conversation=13), expected(13))
+    assert_same(get_sample(ROWS[2], -1), expected(2))
+    with pytest.raises(RowError, match="none of the 20 rows is of conversation 77"):
+        get_sample(dataset, conversation=77)
+
+
+@pytest.mark.parametrize("row", ["3", 1.0, True, slice(0, 2), None, [1]])
+def test_what_is_no_row_number_is_refused_with_what_to_pass(output: Path, row: Any) -> None:
+    with pytest.raises(RowError, match="a row number is an integer"):
+        get_sample(load_logit_dataset(output), row)
+
+
+def test_what_is_no_dataset_or_sample_is_refused_with_what_to_pass(output: Path) -> None:
+    dataset = load_logit_dataset(output)
+    for nothing in (3, None):
+        with pytest.raises(LogitsError, match="a dataset is an output by name"):
+            get_sample(nothing)
+    for function in (explore.print_top_tokens, explore.dequantize_top_logits):
+        with pytest.raises(LogitsError, match=r"get_sample\(dataset, i\) returns it, not LogitD"):
+            function(dataset, 0)
+    sample = get_sample(dataset)
+    for t in ("0", 1.5, None):
+        with pytest.raises(RowError, match="token's number is an integer"):
+            explore.decode_top_tokens(sample, t)  # type: ignore[arg-type]
+    with pytest.raises(LogitsError, match=r"pass what load_tokenizer\('MODEL'\) returns"):
+        explore.print_top_tokens(sample, 0, "some/model")
 
 
 @pytest.mark.parametrize(

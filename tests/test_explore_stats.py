@@ -294,6 +294,43 @@ def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> Non
     assert "conversation 4, token 3" in str(seen)
 
 
+def test_without_a_common_token_there_is_no_figure(tmp_path: Path) -> None:
+    one = write_output(tmp_path / "one", ROWS[:4], settings=STORED)
+    others = [{**row, "index": row["index"] + 100} for row in ROWS[:4]]
+    two = write_output(tmp_path / "two", others, settings=STORED)
+    seen = compare_outputs(one, two)
+    assert (seen.rows, seen.common_rows, seen.tokens) == ((4, 4), 0, 0)
+    assert {seen.mean_divergence, seen.max_divergence, seen.same_first, seen.max_logsumexp} == {
+        None
+    }
+    done = run_script("explore_logits.py", one, "--compare", two)
+    assert done.code == 3
+    assert "nothing to compare" in done.stdout
+    assert done.summary["mean_divergence"] is None
+
+
+def test_an_output_in_another_order_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows(200, settings=STORED, tokens=4)
+    order = np.random.default_rng(5).permutation(200)
+    one = write_output(tmp_path / "one", rows, settings=STORED, rows_per_shard=50)
+    mixed = [rows[i] for i in order]
+    two = write_output(tmp_path / "two", mixed, settings=STORED, rows_per_shard=50,
+                       rows_per_group=50)  # fmt: skip
+    read = []
+    plain = explore.LogitDataset._read_group
+
+    def spy(self: Any, shard: int, group: int) -> Any:
+        read.append((shard, group))
+        return plain(self, shard, group)
+
+    monkeypatch.setattr(explore.LogitDataset, "_read_group", spy)
+    seen = compare_outputs(one, two)
+    assert (seen.common_rows, seen.mean_divergence) == (200, 0)
+    assert sorted(read) == [(shard, 0) for shard in range(4)]
+
+
 def test_the_command_compares_two_outputs(tmp_path: Path) -> None:
     one = write_output(tmp_path / "one", ROWS[:6], settings=STORED)
     two = write_output(tmp_path / "two", ROWS[3:9], settings=STORED)

@@ -13,10 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
-from small_output import SETTINGS, random_rows, rows_to_table, write_output
+from small_output import (
+    SETTINGS,
+    random_rows,
+    rows_to_table,
+    write_checkpoint,
+    write_output,
+    write_parts,
+)
 
 import explore_logits as explore
-from explore_logits import ValidationReport, pack_indices, unpack_indices, validate_output
+from explore_logits import (
+    METADATA_PART,
+    ValidationReport,
+    hash_ids,
+    pack_indices,
+    unpack_indices,
+    validate_output,
+)
 
 STORED = SETTINGS | {"store_tokens": True}
 ROWS = random_rows(18, settings=STORED, seed=8)
@@ -400,6 +414,116 @@ def test_a_report_names_shard_row_token_and_rule(tmp_path: Path) -> None:
     assert "order: nucleus logits ascend" in text
 
 
+# Parts --------------------------------------------------------------------------------------------
+
+SKIPPED = {3: "too_long", 17: "unusable"}
+PART_ROWS = [row for row in ROWS if row["index"] not in SKIPPED]
+
+
+def in_parts(folder: Path, **changes: Any) -> Path:
+    how = {"settings": STORED, "skipped": SKIPPED, "rows_per_part": 6, **changes}
+    return write_parts(folder, PART_ROWS, **how)
+
+
+def change_part(shard: Path, **changes: Any) -> None:
+    """Write a part's file again with other words about itself."""
+    table = pq.read_table(shard)
+    part = {**json.loads(table.schema.metadata[METADATA_PART]), **changes}
+    metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), shard)
+
+
+def test_a_sound_output_in_parts_has_no_violations(tmp_path: Path) -> None:
+    everyone = dict.fromkeys(range(6, 12), "too_long")
+    rows = [row for row in ROWS if row["index"] not in everyone]
+    empty = write_parts(tmp_path / "a", rows, settings=STORED, skipped=everyone, rows_per_part=6)
+    for output in (empty, in_parts(tmp_path / "b", workers=3, first_part=8999)):
+        report = validate_output(output)
+        assert report.ok, str(report)
+        assert report.shards == 3
+    assert pq.read_metadata(empty / "data/part-00001.parquet").num_rows == 0
+
+
+PART_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "another number": ("part", lambda s: change_part(s, number=7)),
+    "other ids": ("part", lambda s: change_part(s, ids=hash_ids([1, 2]))),
+    "rows it does not hold": ("part", lambda s: change_part(s, rows=7)),
+    "tokens it does not hold": ("part", lambda s: change_part(s, tokens=7)),
+    "another sum of nuclei": ("part", lambda s: change_part(s, nucleus=7)),
+    "capped nuclei it does not hold": ("part", lambda s: change_part(s, capped=7)),
+    "more selected than found": ("part", lambda s: change_part(s, conversations=9)),
+    "a count that is none": ("part", lambda s: change_part(s, rows="six")),
+    "reasons that are none": ("part", lambda s: change_part(s, skipped=["too_long"])),
+    "a row that was skipped elsewhere": (
+        "twice",
+        lambda s: change_part(s, skipped={"3": "too_long"}, conversations=7),
+    ),
+    "rows in another order": ("part", lambda s: rewrite(s, lambda t: t.take([5, 4, 3, 2, 1, 0]))),
+    "no word about the part": (
+        "metadata",
+        lambda s: rewrite(
+            s,
+            lambda t: t.replace_schema_metadata(
+                {k: v for k, v in t.schema.metadata.items() if k != METADATA_PART}
+            ),
+        ),
+    ),
+    "the name of another part": ("part", lambda s: s.rename(s.with_name("part-00009.parquet"))),
+}
+
+
+@pytest.mark.parametrize(("rule", "damage"), PART_DAMAGE.values(), ids=PART_DAMAGE.keys())
+def test_damage_to_what_a_part_says_is_caught_and_named(
+    tmp_path: Path, rule: str, damage: Callable[[Path], Any]
+) -> None:
+    output = in_parts(tmp_path)
+    for checkpoint in output.glob("checkpoint*"):
+        checkpoint.unlink()
+    damage(output / SHARD)
+    report = validate_output(output)
+    assert rule in report.counts, str(report)
+    assert {v.shard for v in report.violations} <= {SHARD, "data/part-00009.parquet"}
+
+
+def test_without_an_order_that_is_known_only_whole_parts_are_compared_with_their_hash(
+    tmp_path: Path,
+) -> None:
+    shuffled = STORED | {"random_sample": True}
+    output = in_parts(tmp_path / "a", settings=shuffled)
+    rewrite(output / "data/part-00000.parquet", lambda t: t.take([1, 0, 2, 3, 4]))
+    assert validate_output(output).counts == {"checkpoint": 1}  # by its size alone
+    rewrite(output / SHARD, lambda t: t.take([1, 0, 2, 3, 4, 5]))
+    assert validate_output(output).counts["part"] == 1
+
+
+def test_a_checkpoint_that_lists_other_parts_is_named(tmp_path: Path) -> None:
+    output = in_parts(tmp_path)
+    content = json.loads((output / "checkpoint.json").read_text())["parts"]
+    records = [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)]
+    for record in records:
+        record["skipped"] = {}
+    for change in ({"bytes": 5}, {"ids": "0" * 16}, {"tokens": 1}):
+        changed = [{**r, **(change if r["number"] == 1 else {})} for r in records]
+        write_checkpoint(output, changed, "")
+        report = validate_output(output)
+        assert report.counts == {"checkpoint": 1}, str(report)
+        assert report.violations[0].shard == SHARD
+    write_checkpoint(output, records[:2], "")
+    assert validate_output(output).violations[0].shard == "data/part-00002.parquet"
+
+
+def test_ten_thousand_violations_cost_what_ten_thousand_do() -> None:
+    # Work is counted, not timed: the kept violations must never be searched.
+    class Unsearchable(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("searched")
+
+    report = ValidationReport("x", violations=Unsearchable())
+    for shard in range(10_000):
+        report.add(f"part-{shard:05d}", "order", "nucleus logits ascend")
+    assert len(report.violations) == report.counts["order"] == 10_000
+
+
 def test_hostile_names_do_not_reach_the_terminal() -> None:
     report = ValidationReport("x")
     report.add("data/a.parquet", "settings", "\x1b[2Jgone", row=1)
@@ -411,6 +535,17 @@ def test_the_command_exits_3_and_names_shard_and_row(tmp_path: Path) -> None:
     assert done.code == 3
     assert f"{SHARD}, row {ROW}" in done.stdout
     assert done.summary["violations"] == {"order": 1}
+
+
+def test_what_is_asked_for_together_is_done_together(tmp_path: Path) -> None:
+    output = write_output(tmp_path / "one", ROWS, settings=STORED)
+    done = run_script("explore_logits.py", output, "--validate", "--stats", "--compare", output)
+    assert done.code == 0, done.stderr
+    assert "valid: 3 shards, 18 rows" in done.stdout
+    assert "covered by nucleus" in done.stdout
+    assert "rows in common      18" in done.stdout
+    assert done.summary["bytes_per_token"] > 0
+    assert (done.summary["violations"], done.summary["common_rows"]) == ({}, 18)
 
 
 def test_the_command_exits_0_on_a_sound_output(tmp_path: Path) -> None:
