@@ -41,7 +41,7 @@ def requests(hub: LoopbackHub, pattern: str) -> list[dict[str, Any]]:
     return [line for line in hub.log if re.search(pattern, f"{line['method']} {line['path']}")]
 
 
-# What lands -----------------------------------------------------------------------------------------
+# What lands ---------------------------------------------------------------------------------------
 
 
 def test_an_output_holds_parts_checkpoint_settings_template_and_card(
@@ -185,12 +185,7 @@ def test_a_damaged_part_without_a_checkpoint_is_named_or_written_again(
     run_uploader(place, tmp_path / "cache", 20)
     place.write("data/part-00001.parquet", place.read("data/part-00001.parquet")[:-50])
     place.delete("checkpoint.json")
-    try:
-        run_uploader(place, tmp_path / "cache", 20)
-    except ConfigError as refusal:
-        assert "data/part-00001.parquet" in str(refusal)
-        place.delete("data/part-00001.parquet")
-        run_uploader(place, tmp_path / "cache", 20)
+    run_uploader(place, tmp_path / "cache", 20)
     assert place.rows() == stored(range(20))
 
 
@@ -405,7 +400,7 @@ def test_what_no_retry_heals_is_refused_at_once_and_the_rows_stay(
     assert repo.hub
     uploader = open_uploader(repo, tmp_path / "cache")
     repo.hub.fault("preupload|commit/", status=status, count=99)
-    with pytest.raises(HubError, match=remedy) as refusal:
+    with pytest.raises(HubError, match=remedy) as refusal:  # noqa: PT012 - either may tell
         fill_parts(uploader, 15)
         uploader.flush(final=True)
     assert "\n" not in str(refusal.value)

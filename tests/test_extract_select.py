@@ -319,10 +319,10 @@ def test_errors_come_after_all_that_came_before(processes: int) -> None:
         yield from ([n] for n in range(5))
         raise LogitsError("the source is broken")
 
-    made = []
+    made: list[Any] = []
+    ahead = run_ahead(lambda batch: batch, batches(), processes=processes)
     with pytest.raises(LogitsError, match="the source is broken"):
-        for batch in run_ahead(lambda batch: batch, batches(), processes=processes):
-            made.append(batch)
+        made.extend(ahead)
     assert made == [[n] for n in range(5)]
 
 
