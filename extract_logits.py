@@ -4469,7 +4469,7 @@ class StreamingHFUploader:
             try:
                 last = finishing and not self.stopping()
                 with self.lock:
-                    parts = {**self.ready, **(self.backups if last else {})}
+                    parts = {**(self.backups if last else {}), **self.ready}
                     self.uploading = bool(parts)
                 if parts or last:
                     self._deliver(parts, last=last)
@@ -4645,7 +4645,7 @@ class GracefulInterrupt:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.at_once = True  # there is nothing to save yet
+        self.at_once = False  # whether there is nothing to save yet
         self._previous: dict[int, Any] = {}
 
     @property
@@ -4969,6 +4969,7 @@ def run_until(
     config: ExtractionConfig, interrupt: GracefulInterrupt, *, leads: bool = True
 ) -> dict[str, Any]:
     """Extract until all is done, the time is over or a signal comes; return the summary."""
+    interrupt.at_once = threading.current_thread() is threading.main_thread()
     started = time.monotonic()
     deadline = TimedShutdown(config.max_runtime_minutes)
     job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
@@ -6043,6 +6044,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(summary))  # noqa: T201
     sys.stdout.flush()
     sys.stderr.write(describe_end(summary) + "\n")
+    if argv is None and any(thread.name == "request" for thread in threading.enumerate()):
+        sys.stderr.flush()  # threads of the client would wait for an answer that nobody needs
+        os._exit(int(summary["exit_code"]))
     return int(summary["exit_code"])
 
 
