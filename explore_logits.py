@@ -2655,7 +2655,7 @@ class LogitDataset:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run, from the first shard's metadata; empty when it holds none."""
-        return table_settings(self.file(0).schema_arrow.metadata, self.shards[0])
+        return parse_settings(self.entries(0).get(METADATA_SETTINGS, b"{}"), self.shards[0])
 
     @property
     def column_names(self) -> list[str]:
@@ -2671,13 +2671,20 @@ class LogitDataset:
                 self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
 
+    def entries(self, shard: int) -> dict[bytes, bytes]:
+        """Return the key-value metadata of a shard's footer.
+
+        The Arrow schema holds a copy of those alone that were there when the file was opened.
+        """
+        return self.file(shard).metadata.metadata or {}
+
     def part(self, shard: int) -> dict[str, Any]:
         """Return what a shard says of the part that it is; empty in files of version 0.1.
 
         Raises:
             FormatError: it is not what a part says of itself; names the entry.
         """
-        text = (self.file(shard).schema_arrow.metadata or {}).get(METADATA_PART)
+        text = self.entries(shard).get(METADATA_PART)
         return {} if text is None else parse_part(text, self.shards[shard])
 
     def readable_file(self, shard: int) -> Any:
@@ -2687,15 +2694,14 @@ class LogitDataset:
             FormatError: they are of a later one, or of another run than a shard read before.
         """
         file = self.file(shard)
-        version = (file.schema_arrow.metadata or {}).get(METADATA_VERSION, b"")
+        version = self.entries(shard).get(METADATA_VERSION, b"")
         if version.isdigit() and int(version) > FORMAT_VERSION:
             raise FormatError(
                 f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
                 "can be read here: use a later logit-extraction"
             )
         first = next(iter(self._files))  # opened
-        schemas = (self.file(first).schema_arrow, file.schema_arrow)
-        texts = [(schema.metadata or {}).get(METADATA_SETTINGS, b"{}") for schema in schemas]
+        texts = [self.entries(i).get(METADATA_SETTINGS, b"{}") for i in (first, shard)]
         differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
         if differ:
             raise FormatError(
@@ -2829,11 +2835,6 @@ def check_group_size(group: Any, name: str) -> None:
             f"{name}: a row group of {size:,} bytes and {values:,} values is not read at once; "
             "write the file again with smaller row groups"
         )
-
-
-def table_settings(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, Any]:
-    """Return the run's settings from Parquet key-value metadata; empty when there are none."""
-    return parse_settings((metadata or {}).get(METADATA_SETTINGS, b"{}"), name)
 
 
 def parse_settings(text: bytes, name: str) -> dict[str, Any]:
@@ -4420,7 +4421,7 @@ def validate_footer(
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
-    version = (schema.metadata or {}).get(METADATA_VERSION)
+    version = dataset.entries(0).get(METADATA_VERSION)
     if version != str(FORMAT_VERSION).encode():
         add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
     settings: dict[str, Any] = {}
@@ -4434,7 +4435,7 @@ def validate_footer(
     differ = [name for name in names if settings[name] != config[name]]
     if differ:
         add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset) and METADATA_PART not in (schema.metadata or {}):
+    if not len(dataset) and METADATA_PART not in dataset.entries(0):
         add("empty", "holds no rows")
     return settings
 
