@@ -3000,6 +3000,12 @@ def load_logit_dataset(
         OpenError: no such output, no Parquet files in it, or no such split; a folder that only
             holds outputs is refused with their names.
     """
+    files = [name] if isinstance(name, (str, Path)) else name
+    if not isinstance(files, Sequence) or not all(isinstance(f, (str, Path)) for f in files):
+        raise LogitsError(
+            "an output is a folder, a Parquet file, a list of Parquet files, or user/name on the "
+            f"Hub; not {name!r:.40} ({type(name).__name__})"
+        )
     store = open_store(name) if isinstance(name, (str, Path)) else FileStore(name)
     if isinstance(store, FileStore):
         return LogitDataset(store, store.list_files())
@@ -3090,6 +3096,11 @@ def as_dataset(dataset: Any) -> Any:
     files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
     if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
+    if not any(hasattr(dataset, name) for name in ("__len__", "__iter__", "skip")):
+        raise LogitsError(
+            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
+            f"{dataset!r:.40} ({type(dataset).__name__})"
+        )
     return dataset
 
 
@@ -3146,11 +3157,6 @@ def read_row(dataset: Any, i: int) -> pa.Table:
         return dataset.read_rows([i])
     if isinstance(dataset, Mapping):
         dataset = [dataset]
-    if not any(hasattr(dataset, name) for name in ("__len__", "skip")):
-        raise LogitsError(
-            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
-            f"{dataset!r:.40} ({type(dataset).__name__})"
-        )
     if hasattr(dataset, "skip") and not hasattr(dataset, "__len__"):
         return read_stream(dataset, i)
     size = len(dataset)
@@ -3186,6 +3192,8 @@ def iter_tables(
     rows: int = 64,
 ) -> Iterator[pa.Table]:
     """Yield the rows of any kind of dataset in order as small tables of `columns`."""
+    if limit is not None and limit < 0:
+        raise LogitsError(f"limit={limit}: a number of rows is 0 or more, or None for all of them")
     left = limit
     for table in _all_tables(as_dataset(dataset), columns, rows=rows):
         if left is not None and table.num_rows >= left:
@@ -3217,10 +3225,12 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
     names = rows[0] if rows else SCHEMA.names
     fields = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
+    if "top_indices" in names:
+        raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"the rows are not in the shard format: {error}") from error
+        raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
 
 
 def row_numbers(dataset: Any) -> dict[int, int]:
@@ -5471,6 +5481,7 @@ def visualize_conversation_probabilities(
     Coloured terminal text, or with `return_html` a self-contained page that loads nothing. Where
     the terminal has no colours, tokens below 50% carry their probability in braces.
     """
+    check_analysis(analysis)
     if return_html:
         return render_page([analysis])
     count = plural(len(analysis.tokens), "token")
@@ -5480,6 +5491,15 @@ def visualize_conversation_probabilities(
     note = f"\n{show_text(analysis.note)}" if analysis.note else ""
     text = "".join(paint_piece(analysis, text, t) for text, t in analysis.pieces)
     return f"{heading}, {facts}{note}\n{paint_legend()}\n\n{text}"
+
+
+def check_analysis(analysis: Any) -> None:
+    """Refuse what is no analysis, and say what to pass."""
+    if not isinstance(analysis, ConversationAnalysis):
+        raise LogitsError(
+            "an analysis is needed, what analyze_token_probabilities returns, not "
+            f"{type(analysis).__name__}"
+        )
 
 
 def paint_piece(analysis: ConversationAnalysis, text: str, t: int | None) -> str:
@@ -5799,6 +5819,8 @@ def render_page(
         about: a line under the heading.
         stats: markup put before the conversations, such as `DatasetStats.to_html()`.
     """
+    for analysis in analyses if isinstance(analyses, (list, tuple)) else [analyses]:
+        check_analysis(analysis)
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     # Even a mistake in escaping could not run: only this very script may.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -6029,6 +6051,7 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
 
     Those of token `t`, or of all tokens of the sample.
     """
+    check_sample(sample)
     which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
     parts = []
     for name, decode, group in (
