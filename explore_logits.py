@@ -1148,7 +1148,11 @@ _OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
 
 
 def load_tokenizer(
-    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
 ) -> Any:
     """Load the tokenizer of a model, Hub id or local folder, with the chat template beside it.
 
@@ -1168,8 +1172,9 @@ def load_tokenizer(
     transformers = import_extra("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, revision=revision, trust_remote_code=trust_remote_code
-        )
+            where, revision=revision, trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
+        )  # fmt: skip
     except ImportError as error:
         said = str(error).replace("`", " ")
         found = re.search(
@@ -1187,7 +1192,7 @@ def load_tokenizer(
         )
     if not getattr(tokenizer, "chat_template", None):
         beside = importlib.import_module("transformers.utils").cached_file(
-            where, "chat_template.json", revision=revision,
+            where, "chat_template.json", revision=revision, local_files_only=local_files_only,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
@@ -5219,14 +5224,34 @@ def find_tokenizer(
     name = model or settings.get("model")
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
+    revision = None if model else settings.get("model_revision")
+    answers = Path(str(name)).expanduser().exists() or hub_answers(str(name))
     try:
-        revision = None if model else settings.get("model_revision")
-        return load_tokenizer(str(name), revision=revision, trust_remote_code=trust_remote_code)
+        return load_tokenizer(
+            str(name),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=not answers,
+        )
     except LogitsError as error:
-        remedy = "--model, model= says where it is now"
+        what, remedy = str(error), "--model, model= says where it is now"
         if settings.get("trust_remote_code") and not trust_remote_code:
             remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
-        raise LogitsError(f"{error}; {remedy}") from error
+        elif not answers:
+            what = f"the Hub is out of reach and no tokenizer of {name} is in its cache here"
+        raise LogitsError(f"{what}; {remedy}") from error
+
+
+def hub_answers(model: str) -> bool:
+    """Ask the Hub once; its client would ask for each file six times, and wait in between."""
+    hub = import_extra("huggingface_hub")
+    try:
+        hub.HfApi().model_info(model, timeout=10)
+    except (hub.errors.HfHubHTTPError, ValueError):
+        return True  # with a refusal, which loading tells best
+    except (hub.errors.HTTPError, OSError):
+        return False
+    return True
 
 
 def analyze_row(
