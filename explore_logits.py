@@ -2660,7 +2660,7 @@ class LogitDataset:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run, from the first shard's metadata; empty when it holds none."""
-        return parse_settings(self.entries(0).get(METADATA_SETTINGS, b"{}"), self.shards[0])
+        return parse_settings(self.metadata(0).get(METADATA_SETTINGS, b"{}"), self.shards[0])
 
     @property
     def column_names(self) -> list[str]:
@@ -2676,7 +2676,7 @@ class LogitDataset:
                 self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
 
-    def entries(self, shard: int) -> dict[bytes, bytes]:
+    def metadata(self, shard: int) -> dict[bytes, bytes]:
         """Return the key-value metadata of a shard's footer.
 
         The Arrow schema holds a copy of those alone that were there when the file was opened.
@@ -2689,7 +2689,7 @@ class LogitDataset:
         Raises:
             FormatError: it is not what a part says of itself; names the entry.
         """
-        text = self.entries(shard).get(METADATA_PART)
+        text = self.metadata(shard).get(METADATA_PART)
         return {} if text is None else parse_part(text, self.shards[shard])
 
     def readable_file(self, shard: int) -> Any:
@@ -2699,14 +2699,14 @@ class LogitDataset:
             FormatError: they are of a later one, or of another run than a shard read before.
         """
         file = self.file(shard)
-        version = self.entries(shard).get(METADATA_VERSION, b"")
+        version = self.metadata(shard).get(METADATA_VERSION, b"")
         if version.isdigit() and int(version) > FORMAT_VERSION:
             raise FormatError(
                 f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
                 "can be read here: use a later logit-extraction"
             )
         first = next(iter(self._files))  # opened
-        texts = [self.entries(i).get(METADATA_SETTINGS, b"{}") for i in (first, shard)]
+        texts = [self.metadata(i).get(METADATA_SETTINGS, b"{}") for i in (first, shard)]
         differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
         if differ:
             raise FormatError(
@@ -4436,7 +4436,7 @@ def validate_footer(
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
-    version = dataset.entries(0).get(METADATA_VERSION)
+    version = dataset.metadata(0).get(METADATA_VERSION)
     if version != str(FORMAT_VERSION).encode():
         add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
     settings: dict[str, Any] = {}
@@ -4450,7 +4450,7 @@ def validate_footer(
     differ = [name for name in names if settings[name] != config[name]]
     if differ:
         add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset) and METADATA_PART not in dataset.entries(0):
+    if not len(dataset) and METADATA_PART not in dataset.metadata(0):
         add("empty", "holds no rows")
     return settings
 
