@@ -1148,7 +1148,11 @@ _OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
 
 
 def load_tokenizer(
-    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
 ) -> Any:
     """Load the tokenizer of a model, Hub id or local folder, with the chat template beside it.
 
@@ -1168,8 +1172,9 @@ def load_tokenizer(
     transformers = import_extra("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, revision=revision, trust_remote_code=trust_remote_code
-        )
+            where, revision=revision, trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
+        )  # fmt: skip
     except ImportError as error:
         said = str(error).replace("`", " ")
         found = re.search(
@@ -1190,7 +1195,7 @@ def load_tokenizer(
         )
     if not getattr(tokenizer, "chat_template", None):
         beside = importlib.import_module("transformers.utils").cached_file(
-            where, "chat_template.json", revision=revision,
+            where, "chat_template.json", revision=revision, local_files_only=local_files_only,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
@@ -2658,7 +2663,7 @@ class LogitDataset:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run, from the first shard's metadata; empty when it holds none."""
-        return table_settings(self.file(0).schema_arrow.metadata, self.shards[0])
+        return parse_settings(self.metadata(0).get(METADATA_SETTINGS, b"{}"), self.shards[0])
 
     @property
     def column_names(self) -> list[str]:
@@ -2674,13 +2679,20 @@ class LogitDataset:
                 self._listed.clear()  # the list is of other files: believe the footers alone
         return self._files[shard]
 
+    def metadata(self, shard: int) -> dict[bytes, bytes]:
+        """Return the key-value metadata of a shard's footer.
+
+        The Arrow schema holds a copy of those alone that were there when the file was opened.
+        """
+        return self.file(shard).metadata.metadata or {}
+
     def part(self, shard: int) -> dict[str, Any]:
         """Return what a shard says of the part that it is; empty in files of version 0.1.
 
         Raises:
             FormatError: it is not what a part says of itself; names the entry.
         """
-        text = (self.file(shard).schema_arrow.metadata or {}).get(METADATA_PART)
+        text = self.metadata(shard).get(METADATA_PART)
         return {} if text is None else parse_part(text, self.shards[shard])
 
     def readable_file(self, shard: int) -> Any:
@@ -2690,15 +2702,14 @@ class LogitDataset:
             FormatError: they are of a later one, or of another run than a shard read before.
         """
         file = self.file(shard)
-        version = (file.schema_arrow.metadata or {}).get(METADATA_VERSION, b"")
+        version = self.metadata(shard).get(METADATA_VERSION, b"")
         if version.isdigit() and int(version) > FORMAT_VERSION:
             raise FormatError(
                 f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
                 "can be read here: use a later logit-extraction"
             )
         first = next(iter(self._files))  # opened
-        schemas = (self.file(first).schema_arrow, file.schema_arrow)
-        texts = [(schema.metadata or {}).get(METADATA_SETTINGS, b"{}") for schema in schemas]
+        texts = [self.metadata(i).get(METADATA_SETTINGS, b"{}") for i in (first, shard)]
         differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
         if differ:
             raise FormatError(
@@ -2832,11 +2843,6 @@ def check_group_size(group: Any, name: str) -> None:
             f"{name}: a row group of {size:,} bytes and {values:,} values is not read at once; "
             "write the file again with smaller row groups"
         )
-
-
-def table_settings(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, Any]:
-    """Return the run's settings from Parquet key-value metadata; empty when there are none."""
-    return parse_settings((metadata or {}).get(METADATA_SETTINGS, b"{}"), name)
 
 
 def parse_settings(text: bytes, name: str) -> dict[str, Any]:
@@ -3002,6 +3008,12 @@ def load_logit_dataset(
         OpenError: no such output, no Parquet files in it, or no such split; a folder that only
             holds outputs is refused with their names.
     """
+    files = [name] if isinstance(name, (str, Path)) else name
+    if not isinstance(files, Sequence) or not all(isinstance(f, (str, Path)) for f in files):
+        raise LogitsError(
+            "an output is a folder, a Parquet file, a list of Parquet files, or user/name on the "
+            f"Hub; not {name!r:.40} ({type(name).__name__})"
+        )
     store = open_store(name) if isinstance(name, (str, Path)) else FileStore(name)
     if isinstance(store, FileStore):
         return LogitDataset(store, store.list_files())
@@ -3092,6 +3104,11 @@ def as_dataset(dataset: Any) -> Any:
     files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
     if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
+    if not any(hasattr(dataset, name) for name in ("__len__", "__iter__", "skip")):
+        raise LogitsError(
+            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
+            f"{dataset!r:.40} ({type(dataset).__name__})"
+        )
     return dataset
 
 
@@ -3148,11 +3165,6 @@ def read_row(dataset: Any, i: int) -> pa.Table:
         return dataset.read_rows([i])
     if isinstance(dataset, Mapping):
         dataset = [dataset]
-    if not any(hasattr(dataset, name) for name in ("__len__", "skip")):
-        raise LogitsError(
-            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
-            f"{dataset!r:.40} ({type(dataset).__name__})"
-        )
     if hasattr(dataset, "skip") and not hasattr(dataset, "__len__"):
         return read_stream(dataset, i)
     size = len(dataset)
@@ -3188,6 +3200,8 @@ def iter_tables(
     rows: int = 64,
 ) -> Iterator[pa.Table]:
     """Yield the rows of any kind of dataset in order as small tables of `columns`."""
+    if limit is not None and limit < 0:
+        raise LogitsError(f"limit={limit}: a number of rows is 0 or more, or None for all of them")
     left = limit
     for table in _all_tables(as_dataset(dataset), columns, rows=rows):
         if left is not None and table.num_rows >= left:
@@ -3219,10 +3233,12 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
     names = rows[0] if rows else SCHEMA.names
     fields = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
+    if "top_indices" in names:
+        raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"the rows are not in the shard format: {error}") from error
+        raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
 
 
 def row_numbers(dataset: Any) -> dict[int, int]:
@@ -4427,7 +4443,7 @@ def validate_footer(
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
-    version = (schema.metadata or {}).get(METADATA_VERSION)
+    version = dataset.metadata(0).get(METADATA_VERSION)
     if version != str(FORMAT_VERSION).encode():
         add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
     settings: dict[str, Any] = {}
@@ -4441,7 +4457,7 @@ def validate_footer(
     differ = [name for name in names if settings[name] != config[name]]
     if differ:
         add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset) and METADATA_PART not in (schema.metadata or {}):
+    if not len(dataset) and METADATA_PART not in dataset.metadata(0):
         add("empty", "holds no rows")
     return settings
 
@@ -5215,14 +5231,34 @@ def find_tokenizer(
     name = model or settings.get("model")
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
+    revision = None if model else settings.get("model_revision")
+    answers = Path(str(name)).expanduser().exists() or hub_answers(str(name))
     try:
-        revision = None if model else settings.get("model_revision")
-        return load_tokenizer(str(name), revision=revision, trust_remote_code=trust_remote_code)
+        return load_tokenizer(
+            str(name),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=not answers,
+        )
     except LogitsError as error:
-        remedy = "--model, model= says where it is now"
+        what, remedy = str(error), "--model, model= says where it is now"
         if settings.get("trust_remote_code") and not trust_remote_code:
             remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
-        raise LogitsError(f"{error}; {remedy}") from error
+        elif not answers:
+            what = f"the Hub is out of reach and no tokenizer of {name} is in its cache here"
+        raise LogitsError(f"{what}; {remedy}") from error
+
+
+def hub_answers(model: str) -> bool:
+    """Ask the Hub once; its client would ask for each file six times, and wait in between."""
+    hub = import_extra("huggingface_hub")
+    try:
+        hub.HfApi().model_info(model, timeout=10)
+    except (hub.errors.HfHubHTTPError, ValueError):
+        return True  # with a refusal, which loading tells best
+    except (hub.errors.HTTPError, OSError):
+        return False
+    return True
 
 
 def analyze_row(
@@ -5477,6 +5513,7 @@ def visualize_conversation_probabilities(
     Coloured terminal text, or with `return_html` a self-contained page that loads nothing. Where
     the terminal has no colours, tokens below 50% carry their probability in braces.
     """
+    check_analysis(analysis)
     if return_html:
         return render_page([analysis])
     count = plural(len(analysis.tokens), "token")
@@ -5486,6 +5523,15 @@ def visualize_conversation_probabilities(
     note = f"\n{show_text(analysis.note)}" if analysis.note else ""
     text = "".join(paint_piece(analysis, text, t) for text, t in analysis.pieces)
     return f"{heading}, {facts}{note}\n{paint_legend()}\n\n{text}"
+
+
+def check_analysis(analysis: Any) -> None:
+    """Refuse what is no analysis, and say what to pass."""
+    if not isinstance(analysis, ConversationAnalysis):
+        raise LogitsError(
+            "an analysis is needed, what analyze_token_probabilities returns, not "
+            f"{type(analysis).__name__}"
+        )
 
 
 def paint_piece(analysis: ConversationAnalysis, text: str, t: int | None) -> str:
@@ -5805,6 +5851,8 @@ def render_page(
         about: a line under the heading.
         stats: markup put before the conversations, such as `DatasetStats.to_html()`.
     """
+    for analysis in analyses if isinstance(analyses, (list, tuple)) else [analyses]:
+        check_analysis(analysis)
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     # Even a mistake in escaping could not run: only this very script may.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -6035,6 +6083,7 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
 
     Those of token `t`, or of all tokens of the sample.
     """
+    check_sample(sample)
     which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
     parts = []
     for name, decode, group in (
