@@ -5528,6 +5528,7 @@ def make_executor(config: ExtractionConfig, logs: Path) -> Any:
     if config.executor == "slurm":
         arguments |= {
             "job_name": "extract-logits",
+            "qos": None,
             "env_command": describe_environment(),
             "sbatch_args": {"signal": "USR1@90"},
         }
@@ -6044,9 +6045,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(summary))  # noqa: T201
     sys.stdout.flush()
     sys.stderr.write(describe_end(summary) + "\n")
-    if argv is None and any(thread.name == "request" for thread in threading.enumerate()):
-        sys.stderr.flush()  # threads of the client would wait for an answer that nobody needs
-        os._exit(int(summary["exit_code"]))
+    if argv is None:
+        requests = [thread for thread in threading.enumerate() if thread.name == "request"]
+        for thread in requests:  # one that writes a file has its time
+            thread.join(GRACE_S)
+        if any(thread.is_alive() for thread in requests):  # the client's own would hold us up
+            sys.stderr.flush()
+            os._exit(int(summary["exit_code"]))
     return int(summary["exit_code"])
 
 

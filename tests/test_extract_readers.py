@@ -157,33 +157,28 @@ for reader, rows in found.items():
 """
 
 
-def test_every_reader_reads_an_output_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_reader_reads_an_output_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     settings = {**SETTINGS, "store_tokens": True}
     table = rows_to_table(random_rows(25, settings=settings), settings=settings)
-    with LoopbackHub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        uploader = StreamingHFUploader(
-            "tester/read", schema=table.schema, settings=settings, cache_dir=tmp_path / "cache"
-        )
-        figures = pa.array([1.0] * table.num_rows)
-        rows_to_store = table.append_column("_mass", figures).append_column("_actual", figures)
-        for number in range(3):
-            uploader.begin_part(number, table["index"].to_numpy()[10 * number :][:10])
-        uploader.add_sample(rows_to_store)
-        uploader.flush(final=True)
-        uploader.shutdown()
-        home = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", OVER_THE_HUB],
-            env={**os.environ, **home, "HF_HUB_OFFLINE": "0"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    uploader = StreamingHFUploader(
+        "tester/read", schema=table.schema, settings=settings, cache_dir=tmp_path / "cache"
+    )
+    figures = pa.array([1.0] * table.num_rows)
+    rows_to_store = table.append_column("_mass", figures).append_column("_actual", figures)
+    for number in range(3):
+        uploader.begin_part(number, table["index"].to_numpy()[10 * number :][:10])
+    uploader.add_sample(rows_to_store)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", OVER_THE_HUB],
+        env={**os.environ, **home, "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     want = [
         {k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()}
