@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help dist images demo test bench bench-io chaos oracle scale storage lint clean
+.PHONY: help dist images demo test oldest bench bench-io chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,15 +50,23 @@ demo: demo/report.html
 test: .venv/.done
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
 
+# make oldest  the teachers of every family with the oldest transformers that is supported (1 minute)
+OLDEST = transformers==5.16.1 'huggingface_hub>=1.31,<2'
+oldest: .venv/.done
+	rm -rf build/oldest
+	$(PY) -m pip install --quiet --target build/oldest --no-deps $(OLDEST) httpx httpcore h11 anyio
+	PYTHONPATH=build/oldest OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_extract_teacher.py \
+	  tests/test_extract_faithful.py tests/test_templates.py
+
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done
 	$(PY) tests/bench_extraction.py
-	$(PY) tests/bench_pipeline.py
+	$(PY) tests/tools/bench_pipeline.py
 
 # make bench-io  the same of decoding and of uploads (3 minutes)
 bench-io: .venv/.done
 	$(PY) tests/bench_decode.py
-	$(PY) tests/bench_upload.py
+	$(PY) tests/tools/bench_upload.py
 	$(PY) tests/bench_loader.py
 	$(PY) tests/bench_loss.py
 
@@ -68,11 +76,11 @@ oracle: .venv/.done
 
 # make storage bytes a token and what they are worth, by K, M and bits (2 minutes)
 storage: .venv/.done
-	$(PY) tests/storage_table.py
+	$(PY) tests/tools/storage_table.py
 
-# make chaos   200 runs, killed and disturbed at random (10 minutes)
+# make chaos   200 runs, killed and disturbed at random (3 minutes)
 chaos: .venv/.done
-	$(PY) tests/chaos.py --runs 200 --seed 1
+	$(PY) tests/tools/chaos.py --runs 200 --seed 1
 
 # make distill students of the embedded teacher, from stored logits and without (30 minutes)
 distill: .venv/.done
@@ -83,7 +91,7 @@ distill: .venv/.done
 
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
 scale: .venv/.done
-	$(PY) tests/scale_table.py
+	$(PY) tests/tools/scale_table.py
 	$(PY) -m pytest -q -m slow tests/test_extract_tensor_parallel.py tests/test_extract_scale_executor.py
 
 # make lint    ruff and mypy

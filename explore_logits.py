@@ -62,69 +62,35 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 __all__ = [
-    "FORMAT_VERSION",
-    "MAX_TOKEN_ID",
     "SCHEMA",
-    "AlignmentError",
-    "BytesPerTokenStats",
-    "Comparison",
-    "ConversationAnalysis",
-    "ConversationColumns",
-    "ConversationEncoder",
-    "ConversationError",
-    "Conversations",
-    "DatasetStats",
-    "EncodedConversation",
-    "FormatError",
-    "LogitDataset",
     "LogitIterableDataset",
     "LogitsError",
     "NucleusSizeStats",
-    "OpenError",
-    "Prediction",
-    "RowError",
-    "SourceError",
-    "TemplateError",
-    "TextSource",
-    "TokenAnalysis",
-    "TokenBlock",
-    "ValidationReport",
-    "Violation",
     "analyze_nucleus_sizes",
     "analyze_token_probabilities",
     "collate_logits",
     "compare_outputs",
     "compute_bytes_per_token_stats",
     "compute_dataset_stats",
-    "conversation_settings",
-    "decode_rows",
     "decode_top_tokens",
     "dequantize_all_logits",
     "dequantize_logits",
     "dequantize_sampled_logits",
     "dequantize_top_logits",
     "distillation_loss",
-    "encode_conversation",
-    "encode_row",
     "execute_analysis",
     "export_axolotl",
     "export_distillkit",
     "flat_positions",
-    "format_mask_preview",
     "get_nucleus_probability_mass",
     "get_sample",
     "iter_samples",
-    "load_chat_template",
     "load_extraction_config",
     "load_logit_dataset",
     "load_tokenizer",
     "logits_to_probs",
-    "main",
-    "open_conversations",
-    "open_source",
     "open_text",
     "pack_indices",
-    "parse_args",
     "plot_logit_distribution",
     "plot_nucleus_size_analysis",
     "plot_nucleus_sizes",
@@ -134,20 +100,17 @@ __all__ = [
     "print_top_tokens",
     "quantize_logits",
     "quick_explore",
-    "read_conversation",
-    "read_lengths",
-    "read_tools",
     "render_page",
-    "resolve_columns",
-    "shard_schema",
-    "source_columns",
-    "source_id",
-    "source_revision",
     "unpack_indices",
     "validate_output",
     "visualize_conversation_probabilities",
-    "weigh_tail",
 ]
+
+
+def __dir__() -> list[str]:
+    """Let completion in a notebook offer what a notebook needs; everything else can be imported."""
+    return [*__all__]
+
 
 log = logging.getLogger("explore_logits")
 
@@ -1151,7 +1114,11 @@ _OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
 
 
 def load_tokenizer(
-    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
 ) -> Any:
     """Load the tokenizer of a model, Hub id or local folder, with the chat template beside it.
 
@@ -1171,8 +1138,9 @@ def load_tokenizer(
     transformers = import_extra("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, revision=revision, trust_remote_code=trust_remote_code
-        )
+            where, revision=revision, trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
+        )  # fmt: skip
     except ImportError as error:
         said = str(error).replace("`", " ")
         found = re.search(
@@ -1181,7 +1149,10 @@ def load_tokenizer(
         package = next(filter(None, found.groups()), said).lower() if found else said
         why = f"needs the package {package}: pip install {package}"
         raise LogitsError(f"the tokenizer of model {model!r} {why}") from error
-    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError),
+        *(SyntaxError, AssertionError),  # of code that comes with a model
+    ) as error:
         raise LogitsError(_explain_tokenizer(model, folder, error)) from error
     if type(tokenizer).__name__.startswith("MistralCommon"):
         raise LogitsError(
@@ -1190,7 +1161,7 @@ def load_tokenizer(
         )
     if not getattr(tokenizer, "chat_template", None):
         beside = importlib.import_module("transformers.utils").cached_file(
-            where, "chat_template.json", revision=revision,
+            where, "chat_template.json", revision=revision, local_files_only=local_files_only,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
@@ -2640,10 +2611,14 @@ def load_logit_dataset(
         OpenError: no such output, no Parquet files in it, or no such split; a folder that only
             holds outputs is refused with their names.
     """
-    if isinstance(name, (list, tuple)):
-        return LogitDataset(*open_files(name))
+    files = [name] if isinstance(name, (str, Path)) else name
+    if not isinstance(files, Sequence) or not all(isinstance(f, (str, Path)) for f in files):
+        raise OpenError(
+            "an output is a folder, a Parquet file, a list of Parquet files, or user/name on the "
+            f"Hub; not {name!r:.40} ({describe_type(name)})"
+        )
     if not isinstance(name, (str, Path)):
-        raise OpenError(f"an output is a folder, a file or user/name, not {describe_type(name)}")
+        return LogitDataset(*open_files(files))
     if Path(name).expanduser().is_file():
         return LogitDataset(*open_files([name]))
     store = open_store(name)
@@ -2769,8 +2744,11 @@ class LogitDataset:
         return self._files[shard]
 
     def metadata(self, shard: int) -> dict[bytes, bytes]:
-        """Return the key-value metadata of a shard."""
-        return self.file(shard).schema_arrow.metadata or {}
+        """Return the key-value metadata of a shard's footer.
+
+        The Arrow schema holds a copy of those alone that were there when the file was opened.
+        """
+        return self.file(shard).metadata.metadata or {}
 
     def part(self, shard: int) -> dict[str, Any]:
         """Return what a shard says of the part it is; empty in files of version 0.1.
@@ -3165,6 +3143,8 @@ def iter_tables(
     rows: int = 64,
 ) -> Iterator[pa.Table]:
     """Yield the rows of any kind of dataset in order as small tables of `columns`."""
+    if max_samples is not None and max_samples < 0:
+        raise LogitsError(f"max_samples={max_samples}: 0 rows or more, or None for all of them")
     dataset, left = as_rows(dataset), max_samples
     if isinstance(dataset, LogitDataset):
         tables = dataset.iter_tables(columns, rows=rows)
@@ -3186,11 +3166,13 @@ def iter_tables(
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
+    if isinstance(rows[0], Mapping) and "top_indices" in rows[0]:
+        raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
         known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in rows[0]]
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"the rows are not in the shard format: {error}") from error
+        raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
 
 
 def row_numbers(dataset: Any) -> dict[int, int]:
@@ -3281,6 +3263,10 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     columns = [table[c].to_numpy().astype(np.int64) for c in table.column_names]
     if np.unique(columns[0]).size != columns[0].size:
         raise SourceError(f"lengths {name!r}: an index occurs twice")
+    if any((column < 0).any() for column in columns[1:]):
+        raise SourceError(f"lengths {name!r} hold a negative number; compute_lengths.py makes them")
+    if (np.abs(columns[0].astype(np.float64)) > 2**31).any():
+        raise SourceError(f"lengths {name!r}: an index is over 32 bits")
     return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
 
 
@@ -4180,14 +4166,34 @@ def find_tokenizer(
     name = model or settings.get("model")
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
+    revision = None if model else settings.get("model_revision")
+    answers = Path(str(name)).expanduser().exists() or hub_answers(str(name))
     try:
-        revision = None if model else settings.get("model_revision")
-        return load_tokenizer(str(name), revision=revision, trust_remote_code=trust_remote_code)
+        return load_tokenizer(
+            str(name),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=not answers,
+        )
     except LogitsError as error:
-        remedy = "--model, model= says where it is now"
+        what, remedy = str(error), "--model, model= says where it is now"
         if settings.get("trust_remote_code") and not trust_remote_code:
             remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
-        raise LogitsError(f"{error}; {remedy}") from error
+        elif not answers:
+            what = f"the Hub is out of reach and no tokenizer of {name} is in its cache here"
+        raise LogitsError(f"{what}; {remedy}") from error
+
+
+def hub_answers(model: str) -> bool:
+    """Ask the Hub once; its client would ask for each file six times, and wait in between."""
+    hub = import_extra("huggingface_hub")
+    try:
+        hub.HfApi().model_info(model, timeout=10)
+    except (hub.errors.HfHubHTTPError, ValueError):
+        return True  # with a refusal, which loading tells best
+    except (hub.errors.HTTPError, OSError):
+        return False
+    return True
 
 
 def open_text(
@@ -4557,6 +4563,7 @@ def visualize_conversation_probabilities(
     Coloured terminal text, or with `return_html` a self-contained page that loads nothing. Where
     the terminal has no colours, tokens below 50% carry their probability in braces.
     """
+    check_analysis(analysis)
     if return_html:
         return render_page([analysis])
     count = plural(len(analysis.tokens), "token")
@@ -4564,6 +4571,15 @@ def visualize_conversation_probabilities(
     facts = [f"conversation {analysis.index}: {count} by the teacher"]
     facts += [likely if analysis.tokens else "not extracted", *filter(None, [analysis.note])]
     return f"{wrap_text(show_text(', '.join(facts)))}\n{paint_legend()}\n\n{paint_text(analysis)}"
+
+
+def check_analysis(analysis: Any) -> None:
+    """Refuse what is no analysis, and say what to pass."""
+    if not isinstance(analysis, ConversationAnalysis):
+        raise LogitsError(
+            "an analysis is needed, what analyze_token_probabilities returns, not "
+            f"{type(analysis).__name__}"
+        )
 
 
 def paint_text(analysis: ConversationAnalysis) -> str:
@@ -4953,6 +4969,8 @@ def render_page(
         about: a line under the heading.
         stats: figures put before the conversations.
     """
+    for analysis in analyses if isinstance(analyses, (list, tuple)) else [analyses]:
+        check_analysis(analysis)
     markup = import_extra("markupsafe").Markup
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     page = render(
@@ -5145,6 +5163,7 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
 
     Those of token `t`, or of all tokens of the sample.
     """
+    sample = as_sample(sample)
     which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
     parts = []
     for name, decode, group in (
@@ -5709,7 +5728,7 @@ def validate_footer(
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
-    version = (schema.metadata or {}).get(METADATA_VERSION)
+    version = dataset.metadata(0).get(METADATA_VERSION)
     if version != str(FORMAT_VERSION).encode():
         add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
     settings: dict[str, Any] = {}
@@ -5723,7 +5742,7 @@ def validate_footer(
     differ = [name for name in names if settings[name] != config[name]]
     if differ:
         add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset) and METADATA_PART not in (schema.metadata or {}):
+    if not len(dataset) and METADATA_PART not in dataset.metadata(0):
         add("empty", "holds no rows")
     return settings
 

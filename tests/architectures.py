@@ -3,10 +3,10 @@
     python tests/architectures.py                 the table of docs/architectures.md
     python tests/architectures.py qwen3 gpt_oss   some rows of it
     python tests/architectures.py --json          the same as one JSON line
+    python tests/architectures.py --start         what the checks at the start cost a 270M teacher
 
 Every family is a tiny model with random weights made in memory, so nothing is downloaded. The
-weights are drawn wide enough that attention and recurrent state matter: with the usual small
-initial values a conversation hardly feels the one packed before it.
+weights are drawn wide enough that attention and recurrent state matter.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import argparse
 import json
 import logging
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extract_logits import LAYOUTS, Layout, Teacher, pack_rows
+import extract_logits
+from extract_logits import Teacher
 
 VOCAB = 96
 SMALL = {
@@ -140,6 +143,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+TEXT = {"text_config": SMALL, "image_token_id": 95, "video_token_id": 94}
+TEXT |= {"vision_start_token_id": 93, "vision_end_token_id": 92}
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+QWEN = {**TEXT, "text_config": {**SMALL, "rope_parameters": SECTIONS}}
+EYES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+EYES |= {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+DEEP = {"depth": 1, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "patch_size": 14}
+# Vision-language models, run by their text path.
+VISION: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**SMALL, **SLIDING, "query_pre_attn_scalar": 8},
+        "vision_config": {**EYES, "model_type": "siglip_vision_model"},
+        "image_token_index": 95,
+    },
+    "qwen2_vl": {**QWEN, "vision_config": {**DEEP, "embed_dim": 32, "mlp_ratio": 2}},
+    "qwen2_5_vl": {**QWEN, "vision_config": {**DEEP, "intermediate_size": 48}},
+    "qwen3_vl": {
+        **QWEN,
+        "vision_config": {**DEEP, "intermediate_size": 48, "deepstack_visual_indexes": [0]},
+    },
+    "mistral3": {
+        "text_config": {**SMALL, "model_type": "mistral"},
+        "vision_config": {**EYES, "model_type": "pixtral", "head_dim": 8},
+        "image_token_index": 95,
+    },
+    "llava": {
+        "text_config": {**SMALL, "model_type": "llama"},
+        "vision_config": {**EYES, "model_type": "clip_vision_model"},
+        "image_token_index": 95,
+    },
+    "smolvlm": {
+        "text_config": {**SMALL, "model_type": "llama"},
+        "vision_config": EYES,
+        "image_token_id": 95,
+    },
+}
 
 LENGTHS = (40, 23, 31, 2, 37)
 
@@ -149,10 +188,11 @@ class Row:
     """One line of the table: differences are the largest of any logit; None: it refuses."""
 
     architecture: str
-    packed: float | None
     padded: float | None
     masked: float | None  # padded with a mask
+    future: float  # what other tokens at the end change before them, in spreads of the logits
     layout: str  # what the teacher chose by itself
+    attention: str
     difference: float  # and how far that is off
     head: str
     reason: str
@@ -160,13 +200,16 @@ class Row:
 
 def tiny_model(family: str, **changes: Any) -> Any:
     """Return a random model of `family` in float32, the same at every call."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(0)
-    settings = {**SMALL, **FAMILIES.get(family, {}), **changes}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    seen = "vision_config" in changes
+    settings = VISION.get(family) or ({} if seen else {**SMALL, **FAMILIES.get(family, {})})
+    settings = {key: value for key, value in {**settings, **changes}.items() if value is not None}
     config = AutoConfig.for_model(family.split(",")[0], **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    asked: Any = SimpleNamespace(model=family, trust_remote_code=False)
+    auto = extract_logits.choose_class(asked, config)
+    model = auto.from_config(config, dtype=torch.float32).eval()
     widen(model)
     return model
 
@@ -204,32 +247,28 @@ def largest_difference(teacher: Teacher, lengths: tuple[int, ...] = LENGTHS) -> 
     return float((got - torch.cat(plain)[:, : teacher.vocab_size]).abs().max())
 
 
-def forced_difference(teacher: Teacher, layout: Layout) -> float | None:
+def forced_difference(teacher: Teacher, layout: str) -> float | None:
     """Return `largest_difference` with every batch laid out so, None when the model refuses."""
-    before = teacher.layout, teacher.padding
-    teacher.layout = "packed" if layout is pack_rows else "padded"
-    teacher.padding = None if layout is pack_rows else layout
+    before, teacher.layout = teacher.layout, layout
     try:
         return largest_difference(teacher)
     except (TypeError, ValueError):
         return None
     finally:
-        teacher.layout, teacher.padding = before
-
-
-def always_pack(teacher: Teacher) -> Teacher:
-    """Let `teacher` pack these few short conversations, too, when packing is right."""
-    teacher._packing_is_cheaper = lambda rows: True  # type: ignore[method-assign]
-    return teacher
+        teacher.layout = before
 
 
 def measure(family: str, **changes: Any) -> Row:
     """Return the line of one family."""
-    teacher = always_pack(Teacher(tiny_model(family, **changes)))
+    teacher = Teacher(tiny_model(family, **changes))
+    probe = teacher._probe(extract_logits.probe_rows(teacher.vocab_size))
     return Row(
         family,
-        *(forced_difference(teacher, layout) for layout in LAYOUTS),
+        forced_difference(teacher, "padded"),
+        forced_difference(teacher, "masked"),
+        extract_logits.foresight(probe, [probe[0]] * 2),
         teacher.layout,
+        teacher.numerics["attention"],
         largest_difference(teacher),
         teacher.head,
         teacher.layout_reason,
@@ -239,18 +278,34 @@ def measure(family: str, **changes: Any) -> Row:
 def table(rows: list[Row]) -> str:
     """Return the rows in Markdown."""
     lines = [
-        "| architecture | packed | padded | with a mask | chosen | max difference | head | why |",
+        "| architecture | padded | with a mask | later tokens | chosen | attention "
+        "| max difference | head |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         forced = " | ".join(
-            "refused" if off is None else f"{off:.0e}"
-            for off in (row.packed, row.padded, row.masked)
+            "refused" if off is None else f"{off:.0e}" for off in (row.padded, row.masked)
         )
-        why = "" if row.layout == "packed" else row.reason.split(";")[0]
-        chosen = f"{row.layout} | {row.difference:.0e} | {row.head} | {why}"
-        lines.append(f"| {row.architecture} | {forced} | {chosen} |")
+        chosen = f"{row.layout} | {row.attention} | {row.difference:.0e} | {row.head}"
+        lines.append(f"| {row.architecture} | {forced} | {row.future:.0e} | {chosen} |")
     return "\n".join(lines)
+
+
+def time_start() -> dict[str, float]:
+    """Return CPU seconds of the checks and of four rows, by a model of Gemma 3 270M's shape."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=262_144, hidden_size=640, intermediate_size=2_048, num_hidden_layers=18,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    started = time.process_time()
+    teacher = Teacher(model)
+    checked = time.process_time()
+    sequences, _ = conversations((60,) * 4, teacher.vocab_size)
+    list(teacher.iter_logits(sequences, [np.arange(15, 60, dtype=np.int32)] * 4))
+    return {"checks": checked - started, "four rows": time.process_time() - checked}
 
 
 def main() -> int:
@@ -258,9 +313,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("families", nargs="*", help="rows; default all")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of Markdown")
+    parser.add_argument("--start", action="store_true", help="time the checks at the start")
     args = parser.parse_args()
+    if args.start:
+        print(json.dumps(time_start()))
+        return 0
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows = [measure(family) for family in args.families or FAMILIES]
+    rows = [measure(family) for family in args.families or (*FAMILIES, *VISION)]
     print(json.dumps([asdict(row) for row in rows]) if args.json else table(rows))
     return int(any(row.difference > 1e-4 for row in rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from loopback_hub import LoopbackHub
+from outputs import Output
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -23,6 +25,23 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub speaks plai
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests" / "teacher" / "model"
 CHATS = ROOT / "tests" / "teacher" / "conversations.jsonl"
+
+
+def chat(answer: str, question: str = "?") -> list[dict[str, str]]:
+    """Return a conversation of one question and one answer."""
+    said = (("user", question), ("assistant", answer))
+    return [{"role": role, "content": content} for role, content in said]
+
+
+def rows_of(count: int, **columns: list[Any]) -> list[dict[str, Any]]:
+    """Return source rows whose answers begin with their number and differ in length."""
+    return [
+        {
+            "messages": chat(f"{n}" + "z" * (n % 7)),
+            **{c: values[n] for c, values in columns.items()},
+        }
+        for n in range(count)
+    ]
 
 
 @dataclass(frozen=True)
@@ -74,14 +93,71 @@ def write_chats(tmp_path: Path) -> Callable[[list[Any]], Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random teacher of 300 tokens: a run with it takes a tenth of a second."""
+    from tiny_teachers import save_teacher
+
+    return save_teacher(tmp_path_factory.mktemp("tiny") / "model", 300)
+
+
+Extract = Callable[..., Finished]
+
+
+@pytest.fixture
+def extract(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path
+) -> Extract:
+    """Run `main` in this process: the tiny teacher, ./chats.jsonl into ./out, cache in ./cache.
+
+    Keywords are options, `resume=True` a bare one, None one that is left out.
+    """
+    import extract_logits
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    usual = {"model": model, "dataset": "chats.jsonl", "output": "./out", "cache_dir": "cache"}
+
+    def run(*args: object, **options: Any) -> Finished:
+        capsys.readouterr()
+        words = list(map(str, args))
+        for name, value in {**usual, **options}.items():
+            if value is not None and value is not False:
+                words.append("--" + name.replace("_", "-"))
+                words += [] if value is True else [str(value)]
+        try:
+            code: Any = extract_logits.main(words)
+        except SystemExit as stop:
+            code = stop.code
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A loopback Hub; waits of the extractor between tries are short, the client's own too."""
+    """A loopback Hub, which is the Hub of this process; waits between tries are short."""
+    import huggingface_hub.constants as constants
+
     import extract_logits  # here: what tests the explorer alone starts without torch
 
     monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (0.02,) * 6)
     short = SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.02)), time=time.time)
     monkeypatch.setattr("huggingface_hub.utils._http.time", short)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     with LoopbackHub() as server:
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, importlib.import_module("huggingface_hub.file_download")):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", server.token)
         yield server
+
+
+@pytest.fixture(params=["folder", "hub"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
+    """An output: a folder that is not there yet, or a repository of a loopback Hub."""
+    if request.param == "folder":
+        return Output(tmp_path / "out")
+    return Output("tester/logits", request.getfixturevalue("hub"))

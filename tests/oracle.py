@@ -84,8 +84,8 @@ class Tolerance:
 # exponentials (2^-24 = 6e-8, less when many are summed) where a method sums them inside blocks.
 SAME_LOGITS = Tolerance(logit=0.0, logsumexp=6e-8, mass=6e-8)
 # Two float32 forwards of one model: another batch shape, another order of additions. A step of
-# float32 is 2e-6 at a logit of 20; a head of width 128 was seen to differ by five of them.
-OTHER_FORWARD = Tolerance(logit=2e-5, logsumexp=1e-5, mass=2e-5)
+# float32 is 2e-6 at a logit of 20; a head of width 128 was seen to differ by six of them.
+OTHER_FORWARD = Tolerance(logit=2e-5, logsumexp=1.5e-5, mass=2e-5)
 
 
 @dataclass(frozen=True)

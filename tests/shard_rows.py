@@ -20,13 +20,14 @@ SETTINGS: dict[str, Any] = {
     "top_p_max": 20,
     "sampled_n": 4,
     "seed": 42,
+    "rows_per_part": 10,
     "versions": {"torch": "2"},
 }
 
 
 def make_row(index: int, tokens: int | None = None) -> dict[str, Any]:
     """Return one row whose content depends on its index only."""
-    rng = np.random.default_rng(index)
+    rng = np.random.default_rng(index % 2**32)
     tokens = int(rng.integers(3, 12)) if tokens is None else tokens
     counts = rng.integers(1, 21, tokens)
     row: dict[str, Any] = {"index": index, "num_tokens": tokens}
@@ -56,6 +57,11 @@ def make_rows(
     fields = [*SCHEMA, *(pa.field(name, kind) for name, kind in extra)]
     columns = [pa.array([row[f.name] for row in rows], f.type) for f in fields]
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def stored(ids: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Return the rows that a reader of an output finds, by id."""
+    return {row["index"]: row for row in make_rows(ids, measured=False).to_pylist()}
 
 
 def make_schema(settings: Mapping[str, Any] = SETTINGS) -> pa.Schema:

@@ -316,10 +316,14 @@ def test_an_empty_name_is_refused_by_lengths(
 
 
 def test_a_file_as_the_model_is_named_with_the_remedy(extract: Extract, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    code, _, err = extract("--model", tmp_path / "model.gguf")
-    assert code == 2
-    assert "model.gguf' is a file: give the folder" in err.splitlines()[-1]
+    for name, remedy in (
+        ("model.gguf", "is GGUF, which is not read"),
+        ("m.safetensors", "is a file: give the folder"),
+    ):
+        (tmp_path / name).write_bytes(b"GGUF")
+        code, _, err = extract("--model", tmp_path / name)
+        assert code == 2
+        assert remedy in err.splitlines()[-1]
 
 
 def test_no_token_of_the_hub_is_logged_beside_the_bar(capsys: pytest.CaptureFixture[str]) -> None:

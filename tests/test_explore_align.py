@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,25 @@ def test_code_that_a_tokenizer_brings_runs_only_when_asked(
         execute_analysis(made)
     assert explore.main([str(made), "--trust-remote-code"]) == 0
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_out_of_reach_is_asked_once_and_its_cache_used(tmp_path: Path, cached: bool) -> None:
+    settings = RUN | {"model": "someone/model", "model_revision": None, "store_tokens": True}
+    made = write_output(tmp_path / "o", random_rows(1, settings=settings), settings=settings)
+    if cached:
+        folder = tmp_path / "cache" / "models--someone--model"
+        shutil.copytree(TEACHER, folder / "snapshots" / ("0" * 40))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
+    done = run_script(
+        "explore_logits.py", made, "--sample", 0,
+        HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert "Retry" not in done.stderr
+    told = "the Hub is out of reach and no tokenizer of someone/model is in its cache here"
+    assert (told in done.stderr) == (not cached), done.stderr
 
 
 def test_a_message_names_what_a_notebook_can_pass(output: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -319,12 +320,41 @@ def test_what_is_no_row_number_is_refused_with_what_to_pass(output: Path, row: A
 def test_what_is_no_dataset_or_sample_is_refused_with_what_to_pass(output: Path) -> None:
     dataset = load_logit_dataset(output)
     for nothing in (3, None):
-        with pytest.raises(LogitsError, match="a dataset is an output by name"):
-            get_sample(nothing)
+        for function in (
+            get_sample,
+            explore.compute_dataset_stats,
+            explore.analyze_nucleus_sizes,
+            explore.compute_bytes_per_token_stats,
+            explore.print_dataset_stats,
+            functools.partial(explore.compare_outputs, dataset),
+        ):
+            with pytest.raises(LogitsError, match="a dataset is an output by name"):
+                function(nothing)
+        for function in (
+            explore.load_logit_dataset,
+            explore.load_extraction_config,
+            explore.quick_explore,
+            explore.validate_output,
+            explore.LogitIterableDataset,
+            functools.partial(explore.export_axolotl, folder=output / "export"),
+        ):
+            with pytest.raises(LogitsError, match="an output is a folder, a Parquet file"):
+                function(nothing)
+    sample = get_sample(dataset)
+    with pytest.raises(LogitsError, match="decoded already") as decoded:
+        get_sample([sample])
+    assert "\n" not in str(decoded.value)
+    with pytest.raises(LogitsError, match="max_samples=-1"):
+        list(explore.iter_samples(dataset, max_samples=-1))
+    for function in (explore.visualize_conversation_probabilities, explore.render_page):
+        for wrong in (sample, [sample], None):
+            with pytest.raises(LogitsError, match="what analyze_token_probabilities returns"):
+                function(wrong)
     for function in (explore.print_top_tokens, explore.dequantize_top_logits):
         with pytest.raises(LogitsError, match=r"get_sample\(dataset, i\) returns it, not a LogitD"):
             function(dataset, 0)
-    sample = get_sample(dataset)
+    with pytest.raises(LogitsError, match=r"get_sample\(dataset, i\) returns it, not a LogitD"):
+        explore.plot_nucleus_vs_sampled(dataset)  # type: ignore[arg-type]
     for t in ("0", 1.5, None):
         with pytest.raises(RowError, match="token's number is an integer"):
             explore.decode_top_tokens(sample, t)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from explore_logits import (
     METADATA_PART,
     ValidationReport,
     hash_ids,
+    load_extraction_config,
     pack_indices,
     unpack_indices,
     validate_output,
@@ -431,6 +432,27 @@ def change_part(shard: Path, **changes: Any) -> None:
     part = {**json.loads(table.schema.metadata[METADATA_PART]), **changes}
     metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), shard)
+
+
+def test_what_a_writer_added_after_the_schema_is_read_as_well(tmp_path: Path) -> None:
+    """Such entries stand in the footer alone, not in the copy of the schema that Arrow reads."""
+    output = in_parts(tmp_path)
+    sizes = {}
+    for shard in output.glob("data/*.parquet"):
+        table = pq.read_table(shard)
+        entries = table.schema.metadata
+        table = table.replace_schema_metadata(None)
+        with pq.ParquetWriter(shard, table.schema) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata(entries)
+        assert not pq.read_schema(shard).metadata
+        sizes[int(shard.stem.removeprefix("part-"))] = shard.stat().st_size
+    checkpoint = json.loads((output / "checkpoint.json").read_text())
+    checkpoint["parts"]["bytes"] = [sizes[number] for number in checkpoint["parts"]["number"]]
+    (output / "checkpoint.json").write_text(json.dumps(checkpoint))
+    (output / "extraction_config.json").unlink()
+    assert validate_output(output).violations == []
+    assert load_extraction_config(output)["rows_per_part"] == 6
 
 
 def test_a_sound_output_in_parts_has_no_violations(tmp_path: Path) -> None:

@@ -17,13 +17,10 @@ import extract_logits
 from extract_logits import (
     Batch,
     EncodedRow,
-    ExtractionConfig,
-    PreparedDataset,
-    SkippedRow,
     TokenBudgetBatchSampler,
     find_batch_tokens,
-    make_sampler,
     parse_args,
+    token_budget_batches,
 )
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=200)
@@ -103,19 +100,7 @@ def test_a_row_above_the_token_budget_makes_a_batch_of_its_own() -> None:
     assert list(TokenBudgetBatchSampler([50, 900, 40], max_batch_tokens=100)) == [[1], [0, 2]]
 
 
-def test_done_rows_leave_the_plan_as_it_is() -> None:
-    lengths = log_normal_lengths(500)
-    plan = list(TokenBudgetBatchSampler(lengths, max_batch_tokens=4096))
-    done = np.zeros(500, bool)
-    done[[at for batch in plan[::2] for at in batch]] = True
-    halved = next(batch for batch in plan[1::2] if len(batch) > 1)
-    done[halved[0]] = True  # one row of a batch is done, another is not
-    left = list(TokenBudgetBatchSampler(lengths, max_batch_tokens=4096, done=done))
-    assert left == plan[1::2]
-
-
-def test_nothing_is_left_when_all_is_done_and_nothing_comes_of_nothing() -> None:
-    assert list(TokenBudgetBatchSampler([3, 2], done=np.ones(2, bool))) == []
+def test_nothing_comes_of_nothing() -> None:
     assert list(TokenBudgetBatchSampler([])) == []
 
 
@@ -132,7 +117,7 @@ def test_little_of_a_batch_is_padding(budget: int) -> None:
 
 
 @pytest.mark.parametrize("budget", [4096, 8192, 16384, 32768, 65536, 131072])
-@pytest.mark.parametrize("count", [2000, extract_logits.STREAM_WINDOW, 20_000])
+@pytest.mark.parametrize("count", [2000, extract_logits.WINDOW_ROWS, 20_000])
 def test_little_is_padding_however_few_conversations_fill_large_batches(
     count: int, budget: int
 ) -> None:
@@ -149,23 +134,20 @@ def test_the_padding_of_batches_that_thresholds_form_is_the_users_choice() -> No
     assert len(TokenBudgetBatchSampler(lengths, max_batch_tokens=10**6)) == 2
 
 
-def prepared(lengths: list[int]) -> PreparedDataset:
-    numbers = np.arange(len(lengths))
-    return PreparedDataset(None, numbers, numbers, np.asarray(lengths))
-
-
 def plan_of(lengths: list[int], *flags: str, device: str = "cpu") -> list[list[int]]:
     config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
-    nothing = np.zeros(len(lengths), bool)
-    return list(make_sampler(config, prepared(lengths), device_type=device, done=nothing))
+    rows = [row(at, size) for at, size in enumerate(lengths)]
+    budget = extract_logits.DEFAULT_BATCH_TOKENS[device]
+    return [
+        [each.index for each in batch.rows] for batch in token_budget_batches(config, rows, budget)
+    ]
 
 
 def test_without_options_the_device_sets_the_token_budget() -> None:
     lengths = [1000] * 100
-    assert len(plan_of(lengths)[0]) == 4
+    assert len(plan_of(lengths)[0]) == 1  # a CPU is as fast with small batches
     assert len(plan_of(lengths, device="mps")[0]) == 8
     assert len(plan_of(lengths, device="cuda")[0]) == 16
-    assert len(plan_of(lengths, device="some-new-device")[0]) == 4
     assert len(plan_of([1] * 1000)[0]) == 256
 
 
@@ -245,33 +227,29 @@ def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
 
     monkeypatch.setattr(extract_logits.Extraction, "run_with_headroom", small_device)
     config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
-    run = extract_logits.Extraction(
-        SimpleNamespace(config=config), extract_logits.RowKeeper(), lambda: False
+    job = SimpleNamespace(config=config, schema=None, vocab_size=50, selection=[])
+    teacher = SimpleNamespace(
+        device=torch.device(device), vocab_size=50, numerics={}, dtype=torch.float32
     )
-    run.teacher = SimpleNamespace(device=torch.device(device), vocab_size=50)
-    for _ in range(2):  # as many windows of a stream
-        sampler = run.plan_batches(prepared([1000] * 100), np.zeros(100, bool))
+    monkeypatch.setattr(extract_logits, "load_teacher", lambda *_, **__: teacher)
+    run = extract_logits.Extraction(job, extract_logits.Follower())
+    window = extract_logits.Window([row(number, 1000) for number in range(100)])
+    for _ in range(2):  # windows of one run
+        batches = list(run.batches_of(window))
     assert len(tried) == 4 * probes
     if probes:
-        assert len(next(iter(sampler))) == 32
-
-
-def test_a_batch_parts_the_rows_it_runs_from_those_it_skips() -> None:
-    skipped = SkippedRow(7, "empty")
-    batch = Batch.collate([row(3, 5), skipped, row(4, 3)])
-    assert [each.index for each in batch.rows] == [3, 4]
-    assert batch.skipped == [skipped]
-    assert batch.num_tokens == 4 + 2
+        assert len(batches[0].rows) == 32
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_halves_hold_every_row_once_in_order(count: int) -> None:
-    batch = Batch([row(n) for n in range(count)], [SkippedRow(99, "empty")])
+    batch = Batch([row(n) for n in range(count)])
     first, second = batch.halves()
     assert [each.index for each in first.rows + second.rows] == list(range(count))
     assert first.rows
     assert second.rows
-    assert first.skipped + second.skipped == batch.skipped
+    assert batch.num_tokens == 3 * count
+    assert batch.padded_tokens == 4 * count
 
 
 def test_a_plan_of_a_million_rows_takes_seconds() -> None:
@@ -282,12 +260,6 @@ def test_a_plan_of_a_million_rows_takes_seconds() -> None:
     start = time.process_time()
     TokenBudgetBatchSampler(lengths, max_batch_tokens=16384)
     assert time.process_time() - start < 20
-
-
-def test_the_configuration_takes_what_the_sampler_takes() -> None:
-    config = ExtractionConfig(model="m", dataset="d", output="./o", batch_thresholds={512: 8})
-    sampler = make_sampler(config, prepared([512, 513]), device_type="cpu", done=np.zeros(2, bool))
-    assert list(sampler) == [[1], [0]]
 
 
 def test_conversations_of_one_length_keep_their_order_on_every_machine() -> None:

@@ -473,14 +473,6 @@ def test_a_gpu_gives_what_a_cpu_gives(logits: torch.Tensor) -> None:
     assert (got.logsumexp.cpu() - want.logsumexp).abs().max() < 1e-7
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("vocab", [32_000, 151_936, 262_144])
-def test_a_gpu_with_triton_extracts_by_kernels(vocab: int) -> None:
-    device = torch.device("cuda")
-    assert el.triton is None or el.kernels_agree(device, torch.float32, vocab, True, 100, 24)
-
-
 # Quantization and transfer
 
 

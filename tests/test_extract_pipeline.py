@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import VOCAB, always_pack, tiny_model
+from architectures import VOCAB, tiny_model
 
 import extract_logits
 from extract_logits import Batch, EncodedRow, Teacher, gpu_process_batch
@@ -31,10 +31,7 @@ def no_numbers(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def teacher_on(device: torch.device, family: str, layout: str) -> Teacher:
     """Return a teacher that was checked where there are numbers, then moved."""
     teacher = Teacher(tiny_model(family))
-    if layout == "packed":
-        always_pack(teacher)
-    else:
-        teacher.layout = "padded"
+    teacher.layout = layout
     teacher.model.to(device)
     teacher.device = device
     return teacher
@@ -52,7 +49,7 @@ def batch_of(*sizes: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3"])
 def test_a_batch_asks_the_device_for_no_value(
     family: str, layout: str, no_numbers: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -93,13 +90,12 @@ def test_a_value_asked_for_is_noticed(no_numbers: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(9, 20, 14), (12,)])
-def test_knowing_what_is_packed_leaves_the_logits_as_they_are(
+def test_knowing_that_nothing_is_packed_leaves_the_logits_as_they_are(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, batch = Teacher(tiny_model("gemma3_text")), batch_of(*sizes)
-    always_pack(teacher)
     known = gpu_process_batch(teacher, batch, **SETTINGS)
-    monkeypatch.setattr(extract_logits, "known_packing", lambda inputs: torch.inference_mode())
+    monkeypatch.setattr(extract_logits, "known_padding", lambda: torch.inference_mode())
     asked = gpu_process_batch(teacher, batch, **SETTINGS)
     assert torch.equal(known.top_q, asked.top_q)
     assert torch.equal(known.logsumexp, asked.logsumexp)

@@ -19,16 +19,12 @@ from extract_logits import (
     Batch,
     DataError,
     ExtractionConfig,
-    GracefulInterrupt,
     StopRequested,
     TeacherError,
-    count_shards,
-    nearest_pick,
     open_job,
     plan_extraction,
     run_extraction,
     sample_job,
-    spread_picks,
 )
 
 
@@ -101,9 +97,8 @@ def test_lengths_a_stream_and_measuring_give_the_same_sample(
     figures = []
     for given in options:
         sample = sample_job(open_job(make(limit=40, **given)), lambda: False)
-        assert (sample.selected, sample.share) == (40, 1.0)
-        assert sample.rows.num_tokens is not None
-        figures.append([sample.rows.lengths.sum(), sample.rows.num_tokens.sum()])
+        assert (sample.selected, sample.measured) == (40, 40)
+        figures.append([sample.rows, sample.tokens, sample.stored_tokens])
     assert figures[0] == figures[1] == figures[2]
 
 
@@ -116,13 +111,14 @@ def test_a_sample_stands_for_a_large_job(
     monkeypatch.setattr(extract_logits, "PLAN_ROWS", 100)
     job = open_job(make(streaming=streaming))
     sample = sample_job(job, lambda: False)
-    assert (sample.selected, sample.share) == (400, 0.25)
-    whole = sample_job(open_job(make()), lambda: False)
-    assert sorted(sample.rows.indices.tolist()) == whole.rows.indices.tolist()
+    assert (sample.selected, sample.measured) == (400, 100)
+    again = sample_job(open_job(make()), lambda: False)
+    ids = [row.index for row in sample.encoded]
+    assert sorted(ids) == [row.index for row in again.encoded]
     planned = plan_extraction(job)
-    assert planned["rows"] == exact.rows.indices.size
+    assert planned["rows"] == exact.rows
     assert planned["measured_rows"] == 100
-    assert planned["tokens"] == pytest.approx(int(exact.rows.lengths.sum()), rel=0.2)
+    assert planned["tokens"] == pytest.approx(exact.tokens, rel=0.2)
 
 
 def test_skipped_conversations_are_foretold_by_reason(
@@ -136,60 +132,31 @@ def test_skipped_conversations_are_foretold_by_reason(
     assert planned["skipped"] == {"empty": 1, "no_assistant": 1}
 
 
-def test_the_probe_says_how_much_is_stored_where_a_column_of_lengths_is_about_right(
+def test_a_column_of_lengths_is_believed_and_the_sample_says_how_much_is_stored(
     plan: Callable[..., dict[str, Any]],
 ) -> None:
     measured, planned = plan(limit=12), plan(limit=12, length_col="size")
     assert planned["rows"] == 12
     assert planned["tokens"] != measured["tokens"]
-    assert planned["stored_tokens"] == pytest.approx(measured["stored_tokens"], rel=0.02)
+    share = measured["stored_tokens"] / measured["tokens"]
+    assert planned["stored_tokens"] / planned["tokens"] == pytest.approx(share, rel=0.02)
 
 
-def test_shards_are_counted_by_rows_or_by_size(make: Callable[..., ExtractionConfig]) -> None:
-    assert count_shards(make(upload_every=100), 400, 1e9) == 4
-    assert count_shards(make(upload_every=100), 401, 1e9) == 5
-    assert count_shards(make(upload_size_mb=100), 401, 1.01e9) == 11
-    assert count_shards(make(upload_size_mb=100), 401, 1) == 1
+def test_shards_are_counted_by_the_rows_of_a_part(plan: Callable[..., dict[str, Any]]) -> None:
+    assert plan(upload_every=100)["shards"] == 4
+    assert plan(upload_every=133)["shards"] == 4
+    sized = plan(upload_size_mb=0.1)
+    assert 4 < sized["shards"] < 400
+    assert plan(upload_every=100, plan_tokens=1e9)["shards"] > 1000
 
 
-def test_hours_add_up_what_batches_of_every_length_take(
-    make: Callable[..., ExtractionConfig], monkeypatch: pytest.MonkeyPatch
+def test_several_workers_share_the_hours_of_the_whole_job(
+    plan: Callable[..., dict[str, Any]],
 ) -> None:
-    """Long conversations cost more a token here; the probed batches must stand for all of them."""
-
-    def seconds(batch: Batch) -> float:
-        return sum(1e-3 * size + 1e-6 * size**2 for size in (r.input_ids.size for r in batch.rows))
-
-    real = extract_logits.time_batch
-
-    def pretend(run: extract_logits.Extraction, batch: Batch) -> float:
-        real(run, Batch(batch.rows[-1:]))
-        return seconds(batch)
-
-    monkeypatch.setattr(extract_logits, "time_batch", pretend)
-    job = open_job(make(max_batch_tokens=400))
-    planned = plan_extraction(job)
-    rows = sample_job(job, lambda: False).rows
-    dataset = extract_logits.ConversationDataset(rows, job.encoder)
-    sampler = extract_logits.make_sampler(
-        job.config, rows, device_type="cpu", done=np.zeros(len(dataset), bool)
-    )
-    batches = [Batch.collate(dataset.__getitems__(places)) for places in sampler]
-    assert len(batches) > 30
-    assert planned["hours"] == pytest.approx(sum(map(seconds, batches)) / 3600, rel=0.05)
-
-
-def test_probed_batches_lie_apart_and_every_batch_has_a_nearest() -> None:
-    weights = np.linspace(5, 1, 400)
-    middles = (np.cumsum(weights) - weights / 2) / weights.sum()
-    picks = spread_picks(middles)
-    assert len(set(picks)) == len(picks) == extract_logits.PROBE_BATCHES
-    for first in range(2, 9):  # however many there was time for
-        nearest = nearest_pick(middles, picks[:first])
-        shares = np.bincount(nearest, weights=weights) / weights.sum()
-        assert np.count_nonzero(shares) == first
-        assert shares.max() < 3 / first
-    assert spread_picks(np.array([0.5])) == [0]
+    planned = plan(limit=40, plan_rate=10.0, rank=3, world_size=4)
+    assert planned["rows"] == 40
+    assert planned["hours"] == pytest.approx(planned["stored_tokens"] / 36_000, rel=0.01)
+    assert planned["hours_each"] == pytest.approx(planned["hours"] / 4, rel=0.01)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_planned(
@@ -245,23 +212,8 @@ def test_a_plan_stops_at_a_signal(streaming: bool, make: Callable[..., Extractio
     job = open_job(make(limit=10, streaming=streaming))
     with pytest.raises(StopRequested):
         plan_extraction(job, should_stop=lambda: True)
-    interrupt = GracefulInterrupt()
-    interrupt.signal = 2
-    assert extract_logits.plan_until(job, interrupt)["exit_code"] == 130
 
 
 def test_a_plan_does_not_look_at_the_output(make: Callable[..., ExtractionConfig]) -> None:
     run_extraction(make(plan=False, limit=3))
     assert run_extraction(make(limit=3))["rows"] == 3
-
-
-def test_batches_that_hold_no_usable_conversation_take_no_time(
-    plan: Callable[..., dict[str, Any]], write_chats: Callable[[list[Any]], Path]
-) -> None:
-    rows: list[Any] = [{"messages": chat("x" * n), "size": n + 40} for n in range(1, 9)]
-    rows[2::3] = [{"messages": [], "size": 50 + n} for n in range(len(rows[2::3]))]
-    options = {"dataset": str(write_chats(rows)), "length_col": "size", "max_batch_size": 1}
-    planned = plan(**options)
-    assert planned["rows"] == 8
-    assert 0 < planned["stored_tokens_per_second"] < 1e7
-    assert 0 <= planned["hours"] < 1

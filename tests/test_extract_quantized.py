@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from explore_logits import iter_samples, load_logit_dataset
+from extract_logits import ExtractionConfig, load_teacher
 
 pytest.importorskip("torchao", reason="torchao quantizes the teacher")
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def own_logsumexp(folder: Path, input_ids: list[int], positions: list[int]) -> n
     return logits.double().logsumexp(-1).numpy()
 
 
-def test_the_logits_are_those_of_the_quantized_teacher_and_the_shards_say_so(
+def test_the_logits_are_those_of_the_quantized_teacher_and_the_numerics_say_so(
     quantized: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "logits"
@@ -51,8 +51,10 @@ def test_the_logits_are_those_of_the_quantized_teacher_and_the_shards_say_so(
     command += ["--dataset", ROOT / "tests" / "teacher" / "conversations.jsonl"]
     command += ["--index-col", "id", "--store-tokens", "--cache-dir", tmp_path / "cache"]
     subprocess.run([*map(str, command), "--output", str(output)], check=True, capture_output=True)
-    settings = json.loads((output / "extraction_config.json").read_text())
-    assert settings["quantization"]["quant_method"] == "torchao"
+    config = ExtractionConfig(model=str(quantized), dataset="d.jsonl", output="./o")
+    numerics = load_teacher(config).numerics
+    assert numerics["quantization"]["quant_method"] == "torchao"
+    assert "torchao" in numerics["versions"]
     for sample in iter_samples(load_logit_dataset(output)):
         text = list(sample["input_ids"]), list(sample["token_positions"])
         stored = np.asarray(sample["logsumexp"])

@@ -14,12 +14,13 @@ import datasets
 import duckdb
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from loopback_hub import LoopbackHub
 from small_output import SETTINGS, random_rows, rows_to_table
 
-from extract_logits import ShardWriter, StreamingHFUploader, choose_encodings
+from extract_logits import StreamingHFUploader, choose_encodings, write_part
 
 # Settings that lead to other encodings, or to lists without an entry.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -40,10 +41,7 @@ def shard(
     rows = random_rows(6 if settings["vocab_size"] > 600 else 130, settings=settings, tokens=5)
     table = rows_to_table(rows, settings=settings)
     folder = tmp_path_factory.mktemp("shard")
-    writer = ShardWriter(folder, table.schema, nucleus_cap=settings["top_p_max"])
-    for number in range(table.num_rows):
-        writer.add(table.slice(number, 1))
-    writer.close(folder / "part-00000.parquet")
+    write_part(folder / "part-00000.parquet", table, table.schema)
     return folder / "part-00000.parquet", table.to_pylist()
 
 
@@ -159,26 +157,28 @@ for reader, rows in found.items():
 """
 
 
-def test_every_reader_reads_an_output_on_the_hub(tmp_path: Path) -> None:
+def test_every_reader_reads_an_output_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     settings = {**SETTINGS, "store_tokens": True}
     table = rows_to_table(random_rows(25, settings=settings), settings=settings)
-    with LoopbackHub() as hub:
-        uploader = StreamingHFUploader(
-            "tester/read", schema=table.schema, settings=settings, cache_dir=tmp_path / "cache",
-            upload_every=10, endpoint=hub.endpoint, token=hub.token,
-        )  # fmt: skip
-        uploader.add_sample(table)
-        uploader.flush(final=True)
-        uploader.shutdown()
-        home = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", OVER_THE_HUB],
-            env={**os.environ, **home, "HF_HUB_OFFLINE": "0"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    uploader = StreamingHFUploader(
+        "tester/read", schema=table.schema, settings=settings, cache_dir=tmp_path / "cache"
+    )
+    figures = pa.array([1.0] * table.num_rows)
+    rows_to_store = table.append_column("_mass", figures).append_column("_actual", figures)
+    for number in range(3):
+        uploader.begin_part(number, table["index"].to_numpy()[10 * number :][:10])
+    uploader.add_sample(rows_to_store)
+    uploader.flush(final=True)
+    uploader.shutdown()
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", OVER_THE_HUB],
+        env={**os.environ, **home, "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     want = [
         {k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()}

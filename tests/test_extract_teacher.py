@@ -16,8 +16,8 @@ import transformers
 from architectures import (
     FAMILIES,
     LENGTHS,
+    VISION,
     Row,
-    always_pack,
     conversations,
     forced_difference,
     largest_difference,
@@ -38,14 +38,6 @@ from extract_logits import (
 )
 
 TOLERANCE = 1e-4  # of a float32 logit, the promise for every family
-PACKED = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text",
-    "cohere2", "gpt2", "gpt_neox", "phi3", "olmo2", "starcoder2", "smollm3", "granite",
-)  # fmt: skip
-NOT_PACKED = (
-    "gpt_oss", "opt", "falcon", "bloom", "mpt", "mamba", "mamba2", "qwen3_next", "llama4_text",
-    "recurrent_gemma", "jamba", "lfm2", "granitemoehybrid",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,65 +67,16 @@ def configure(model: Any, **options: Any) -> ExtractionConfig:
 def test_logits_are_those_of_the_plain_forward_one_conversation_at_a_time(family: str) -> None:
     row = measured(family)
     assert row.difference <= TOLERANCE
-    assert row.head == "chunked"
-    if family in PACKED:
-        assert row.layout == "packed"
-
-
-@pytest.mark.parametrize("family", NOT_PACKED)
-def test_packing_is_refused_where_it_gives_other_logits(family: str) -> None:
-    """The check can fail: forced to pack, these families are off by 0.1 or more."""
-    row = measured(family)
-    if row.packed is not None and row.packed <= TOLERANCE:
-        pytest.skip("this version of transformers packs it right")
-    assert row.layout == "padded"
-    assert row.packed is None or row.packed > 0.1
+    assert (row.head, row.layout) == ("chunked", "padded")
+    assert row.future <= 1e-6
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "mistral"])
-def test_packing_is_right_with_either_attention(family: str, attention: str) -> None:
+def test_padding_is_right_with_either_attention(family: str, attention: str) -> None:
     row = measure(family, attn_implementation=attention)
-    assert row.layout == "packed"
+    assert (row.layout, row.attention) == ("padded", attention)
     assert row.difference <= TOLERANCE
-
-
-def test_the_probe_meets_the_edge_of_a_window_far_longer_than_itself() -> None:
-    """Llama 4 counts absolute positions for its attention temperature, in steps of 8,192."""
-    row = measure("llama4_text", floor_scale=8192, max_position_embeddings=16384)
-    assert row.packed is not None
-    assert row.packed <= TOLERANCE  # short conversations never see the mistake
-    assert row.layout == "padded"
-    assert "at the edge of floor_scale" in row.reason
-
-
-def test_a_window_that_the_probe_cannot_reach_is_not_packed() -> None:
-    """GPT-Neo's local attention is a buffer built once, so making its window short does nothing."""
-    teacher = Teacher(tiny_model("gpt_neo"))
-    assert teacher.layout == "padded"
-    assert "window_size is out of reach" in teacher.layout_reason
-
-
-@pytest.mark.parametrize(
-    ("dtype", "reach"), [(torch.float32, 1e-4), (torch.float16, 0.01), (torch.bfloat16, 0.03)]
-)
-def test_a_leak_below_rounding_is_a_leak(dtype: torch.dtype, reach: float) -> None:
-    """A short convolution of small weights reaches over the seam by less than rounding does."""
-    model = tiny_model("lfm2")
-    with torch.no_grad():
-        model.model.layers[0].conv.conv.weight[..., :-1] *= reach
-    teacher = Teacher(model.to(dtype))
-    rows = extract_logits.probe_rows(teacher.vocab_size)
-    together = teacher._probe(extract_logits.pack_rows, rows)
-    assert teacher._differ(together, teacher._probe_alone()) is None
-    assert teacher.layout == "padded"
-    assert "a conversation changes the next one's logits" in teacher.layout_reason
-
-
-def test_windows_are_as_before_after_the_probe() -> None:
-    model = tiny_model("mistral")
-    Teacher(model)
-    assert model.config.sliding_window == 16
 
 
 def test_rows_that_turn_by_other_angles_do_not_share_a_pass(
@@ -141,10 +84,10 @@ def test_rows_that_turn_by_other_angles_do_not_share_a_pass(
 ) -> None:
     """LongRoPE switches by the longest row of a pass: 40 tokens are beyond its edge of 32."""
     teacher = Teacher(tiny_model("phi3, longrope"))
-    for layout in extract_logits.LAYOUTS:
+    for layout in ("padded", "masked"):
         assert forced_difference(teacher, layout) <= TOLERANCE  # type: ignore[operator]
     monkeypatch.setattr(extract_logits, "rope_edge", lambda config: float("inf"))
-    assert forced_difference(teacher, extract_logits.pad_rows) > 0.1  # type: ignore[operator]
+    assert forced_difference(teacher, "padded") > 0.1  # type: ignore[operator]
 
 
 class StretchedQwen2(Qwen2ForCausalLM):
@@ -172,12 +115,23 @@ class PooledQwen2(Qwen2ForCausalLM):
         def forward(input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
             outputs = whole(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            weights = (real / real.sum(1, keepdim=True))[..., None]
             hidden = outputs.last_hidden_state
-            outputs.last_hidden_state = hidden + (hidden * weights).sum(1, keepdim=True)
+            outputs.last_hidden_state = self.mix(hidden, real.to(hidden.dtype))
             return outputs
 
         self.model.forward = forward  # type: ignore[method-assign]
+
+    def mix(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Return what the head sees of (B, S, H); `real` (B, S) is 0 where there is padding."""
+        weights = (real / real.sum(1, keepdim=True))[..., None]
+        return hidden + (hidden * weights).sum(1, keepdim=True)
+
+
+class CountingQwen2(PooledQwen2):
+    """A causal model whose logits depend on how many tokens a row has."""
+
+    def mix(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        return hidden * (1 + real.sum(1)[:, None, None] / 50)
 
 
 class InseparableQwen2(Qwen2ForCausalLM):
@@ -191,31 +145,25 @@ class InseparableQwen2(Qwen2ForCausalLM):
 
 
 def test_padding_has_a_mask_only_where_the_model_needs_one() -> None:
-    teacher = Teacher(PooledQwen2(tiny_model("qwen2").config))
-    assert (teacher.layout, teacher.padding) == ("padded", extract_logits.pad_rows_with_mask)
+    teacher = Teacher(CountingQwen2(tiny_model("qwen2").config))
+    assert teacher.layout == "masked"
     assert largest_difference(teacher) <= TOLERANCE
-    assert Teacher(tiny_model("qwen2")).padding is extract_logits.pad_rows
-
-
-def test_a_batch_is_not_padded_where_only_packing_is_right() -> None:
-    teacher = Teacher(tiny_model("qwen2"))
-    teacher.padding = None
-    inputs, _ = teacher._lay_out([torch.zeros(200, dtype=torch.long)] * 8)
-    assert inputs["input_ids"].shape == (1, 1600)
 
 
 def test_where_padding_is_wrong_too_conversations_go_one_at_a_time() -> None:
     teacher = Teacher(StretchedQwen2(tiny_model("qwen2").config))
     assert teacher.layout == "single"
-    assert "no padding (logits are off by" in teacher.layout_reason
+    assert "logits are off by" in teacher.layout_reason
     assert largest_difference(teacher) <= TOLERANCE
 
 
 def test_a_head_that_cannot_be_run_apart_falls_back_to_the_plain_forward() -> None:
     teacher = Teacher(InseparableQwen2(tiny_model("qwen2").config))
     assert (teacher.head, teacher.layout) == ("forward", "single")
-    assert "off by" in teacher.layout_reason
     assert largest_difference(teacher) <= TOLERANCE
+    low = Teacher(InseparableQwen2(tiny_model("qwen2").config).to(torch.bfloat16))
+    (logits,) = low.iter_logits(*conversations((20,)))
+    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded by the head
 
 
 def test_a_model_without_logits_to_keep_is_handled() -> None:
@@ -243,11 +191,11 @@ def test_router_logits_of_a_checkpoint_that_asks_for_them_do_no_harm() -> None:
     assert largest_difference(teacher) <= TOLERANCE
 
 
-def test_logits_that_are_no_numbers_do_not_decide_the_layout() -> None:
+def test_logits_that_are_no_numbers_decide_nothing() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    assert Teacher(model).layout == "packed"
+    assert Teacher(model).layout == "padded"
 
 
 # --- the head ---------------------------------------------------------------------------------
@@ -260,10 +208,9 @@ def test_the_head_of_a_low_precision_model_is_not_rounded(family: str, dtype: to
     model = tiny_model(family).to(dtype)
     teacher = Teacher(model)
     sequences, positions = conversations((20,))
-    inputs, flat = extract_logits.probe_inputs(
-        extract_logits.pad_rows, [torch.from_numpy(sequences[0].astype(np.int64))]
-    )
-    hidden, _ = teacher._hidden(inputs, flat)
+    row = torch.from_numpy(sequences[0].astype(np.int64))
+    inputs = extract_logits.pad_rows([row], teacher.device, masked=False)
+    hidden, *_ = teacher._hidden(inputs, torch.arange(len(row)))
     expected = hidden.double() @ model.lm_head.weight.detach().double().T
     if model.lm_head.bias is not None:
         expected = expected + model.lm_head.bias.detach().double()
@@ -278,7 +225,7 @@ def test_the_head_of_a_low_precision_model_is_not_rounded(family: str, dtype: to
     assert got.dtype == torch.float32
     assert error < 1e-5
     assert float((plain - expected).abs().max()) > 20 * error
-    assert teacher.head_dtype == torch.float32
+    assert teacher.numerics["head_dtype"] == "float32"
 
 
 @pytest.mark.parametrize("rows", [5, extract_logits.CAST_ROWS - 1, extract_logits.CAST_ROWS + 7])
@@ -319,21 +266,13 @@ def test_a_tokenizer_larger_than_the_model_leaves_the_models_ids() -> None:
     assert Teacher(tiny_model("qwen2"), vocab_size=120).vocab_size == 96
 
 
-def test_the_format_bounds_the_ids_not_the_padding_rows() -> None:
-    size = {"vocab_size": 2**18 + 1, "hidden_size": 8, "head_dim": 2, "intermediate_size": 8}
-    model = tiny_model("qwen2", tie_word_embeddings=True, num_hidden_layers=1, **size)
-    with pytest.raises(TeacherError, match="262145 token ids; shards hold ids up to 262143"):
-        Teacher(model)
-    assert Teacher(model, vocab_size=2**18).vocab_size == 2**18
-
-
 # --- batches ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded", "single"])
+@pytest.mark.parametrize("layout", ["padded", "masked", "single"])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
 def test_chunks_are_in_row_order_and_as_large_as_asked(layout: str, chunk_tokens: int) -> None:
-    teacher = always_pack(Teacher(tiny_model("qwen3")))
+    teacher = Teacher(tiny_model("qwen3"))
     teacher.layout = layout
     sequences, _ = conversations((12, 30, 5))
     positions = [np.array(p, np.int32) for p in ([1, 11], [4, 5, 29], [])]
@@ -411,18 +350,6 @@ def test_the_models_own_forward_is_back_when_the_reader_stops_early() -> None:
     assert not torch.is_inference_mode_enabled()
 
 
-def test_packing_is_chosen_by_cost_unless_attention_skips_what_is_masked() -> None:
-    teacher = Teacher(tiny_model("qwen2", hidden_size=128, num_attention_heads=4))
-
-    def rows(*lengths: int) -> list[torch.Tensor]:
-        return [torch.zeros(n, dtype=torch.long) for n in lengths]
-
-    assert teacher._packing_is_cheaper(rows(60, 2, 2, 2, 2))
-    assert not teacher._packing_is_cheaper(rows(*[500] * 8))
-    teacher.model.config._attn_implementation = "flash_attention_2"
-    assert teacher._packing_is_cheaper(rows(*[500] * 8))
-
-
 def test_weights_kept_on_disk_by_hooks_give_the_same_logits(tmp_path: Path) -> None:
     """accelerate wraps forwards where a model is spread over devices; borrowing must keep them."""
     accelerate = pytest.importorskip("accelerate")
@@ -450,26 +377,21 @@ def test_a_cpu_computes_in_float32_whatever_the_checkpoint_holds(saved_model: Pa
 
 def test_the_dtype_and_attention_asked_for_are_used(saved_model: Path) -> None:
     teacher = load_teacher(configure(saved_model, dtype="bfloat16", attn="eager"))
-    described = teacher.describe()
     assert teacher.dtype == torch.bfloat16
-    assert (described["dtype"], described["attn"]) == ("bfloat16", "eager")
+    assert teacher.numerics["weights"] == "bfloat16"
+    assert teacher.numerics["attention"] == "eager"
 
 
-def test_the_description_is_json_and_names_what_a_shard_must_say(saved_model: Path) -> None:
-    described = load_teacher(configure(saved_model)).describe()
-    assert json.loads(json.dumps(described)) == described
-    assert {
-        "model", "model_revision", "dtype", "attn", "layout", "head", "quantization", "vocab_size",
-    } <= set(described)  # fmt: skip
-    assert described["architecture"] == "Qwen2ForCausalLM"
-
-
-def test_the_log_says_which_layout_and_why(
+def test_the_numerics_are_json_and_the_log_says_them(
     saved_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="extract_logits"):
-        load_teacher(configure(saved_model))
-    assert "packed: packed into one row, conversations get the logits they get alone" in caplog.text
+        numerics = load_teacher(configure(saved_model)).numerics
+    assert json.loads(json.dumps(numerics)) == numerics
+    assert numerics["architecture"] == "Qwen2ForCausalLM"
+    assert numerics["versions"]["transformers"] == transformers.__version__
+    assert {"weights", "quantization", "attention", "experts", "layout", "head"} < set(numerics)
+    assert "in float32, attention sdpa, head chunked in float32; padded: padded on" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
@@ -486,6 +408,8 @@ def test_a_hub_model_out_of_reach_is_one_line_with_a_remedy(
         load_teacher(configure("no-such-user/no-such-model"))
     assert str(caught.value).startswith("--model no-such-user/no-such-model cannot be loaded: ")
     assert "\n" not in str(caught.value)
+    with pytest.raises(TeacherError, match="cannot be loaded"):
+        load_teacher(configure("no name of a model/at all/of the Hub"))
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
@@ -518,17 +442,6 @@ def test_attention_that_is_not_installed_is_refused_with_the_remedy(saved_model:
         load_teacher(configure(saved_model, attn="flash_attention_2"))
     with pytest.raises(TeacherError, match="leave --attn at auto"):
         load_teacher(configure(saved_model, attn="nonsense"))
-
-
-def test_a_checkpoint_without_a_head_is_no_teacher(tmp_path: Path) -> None:
-    tiny_model("qwen2").model.save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=r"lacks 1 weights of Qwen2ForCausalLM \(lm_head.weight"):
-        load_teacher(configure(tmp_path))
-
-
-def test_a_tied_head_is_not_a_missing_one(tmp_path: Path) -> None:
-    tiny_model("qwen2, tied").save_pretrained(tmp_path)
-    assert largest_difference(load_teacher(configure(tmp_path))) <= TOLERANCE
 
 
 def test_a_length_beyond_the_models_positions_is_refused(saved_model: Path) -> None:
@@ -586,11 +499,18 @@ def test_a_device_that_is_not_there_is_refused_naming_those_that_are(
 
 def test_the_table_in_the_documentation_is_that_of_this_code() -> None:
     page = Path(__file__).parent.parent / "docs" / "architectures.md"
-    lines = [line.split(" | ") for line in page.read_text().splitlines() if " | chunked | " in line]
-    documented = {line[0].removeprefix("| "): line[4] for line in lines}
-    assert list(documented) == list(FAMILIES)
-    if f"transformers {transformers.__version__}" in page.read_text():
-        assert documented == {family: measured(family).layout for family in FAMILIES}
+    lines = [line.split(" | ") for line in page.read_text().splitlines() if " | chunked |" in line]
+    documented = {line[0].removeprefix("| "): line[4:6] for line in lines}
+    assert list(documented) == [*FAMILIES, *VISION]
+    if f"transformers {transformers.__version__}, November" in page.read_text():
+        rows = {family: measured(family) for family in documented}
+        assert documented == {name: [row.layout, row.attention] for name, row in rows.items()}
+
+
+def test_a_process_alone_agrees_with_itself() -> None:
+    """Several are tried in tests/test_extract_tensor_parallel.py."""
+    assert [extract_logits.agree(flag) for flag in (True, False)] == [True, False]
+    extract_logits.leave_group()
 
 
 def test_lengths_of_the_comparison_cover_one_token_and_windows() -> None:

@@ -1,12 +1,12 @@
 """Share a job among workers, kill some, change their number, and compare the rows.
 
-    python tests/scale_table.py            # a table, then one line of JSON
+    python tests/tools/scale_table.py      # a table, then one line of JSON
 
 Every job extracts the same embedded conversations into a repository of a loopback Hub or into a
 folder. Workers are processes of their own with caches of their own; after a kill, and whenever the
 number of workers changes, caches are empty, as on another machine. A job ends when every worker
-of a round says that its part is stored. Then every row of an undisturbed run by one process has to
-be there once, the same to the bit.
+of a round says that its parts are stored. Then the output has to hold the parts of an undisturbed
+run by one process: the same names with the same sha256.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from chaos import (
-    CHATS,
-    ROOT,
-    TEACHER,
+    TESTS,
+    Outputs,
     Tally,
     ask_hub,
     import_and_shorten_waits,
     loopback_environment,
-    read_folder,
     serve_hub,
 )
-from chaos import Driver as Reader
+from forked import Child
 
+TEACHER = TESTS / "teacher" / "model"
+CHATS = TESTS / "teacher" / "conversations.jsonl"
 ROWS = 24
 OUTPUTS = ("folder", "Hub")
 
@@ -74,7 +74,7 @@ def cases(seed: int, run_s: float) -> list[Case]:
 
     one_of_two = [Worker(0, 2), Worker(1, 2, 0.6 * run_s)]
     return [
-        *(Case(f"{n} workers", [workers(n)]) for n in (1, 2, 3, 4)),
+        *(Case(f"{n} worker{'s' * (n > 1)}", [workers(n)]) for n in (1, 2, 3, 4)),
         Case("2 workers, one killed", [one_of_two, workers(2)]),
         Case("3 → 2 → 4 workers, all killed", [killed(3), killed(2), workers(4)]),
         Case("2 workers, each started twice", [[*workers(2), *workers(2, delay_s=0.05)]]),
@@ -92,10 +92,8 @@ class Pool:
         self.kills = 0
         self.codes: list[int] = []
 
-    def start(self, output: str, worker: Worker | None, rows: int = ROWS) -> Any:
+    def start(self, output: str, worker: Worker | None, rows: int = ROWS) -> Child:
         """Start one worker, or None: one process without workers."""
-        from forked import Child
-
         self.started += 1
         argv = [
             *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", rows),
@@ -138,16 +136,26 @@ class Pool:
         )
 
 
-def run_case(case: Case, output: str, pool: Pool, read: Any, wanted: dict[int, Any]) -> Tally:
-    """Run a job to its end; count what is wrong with its rows after every round."""
+def run_case(
+    case: Case, output: str, pool: Pool, outputs: Outputs, wanted: dict[str, str]
+) -> Tally:
+    """Run a job to its end; count what is wrong with its parts after every round.
+
+    `wanted` are the parts of an undisturbed run.
+    """
     tally = Tally()
     complete = False
     rounds = [*case.rounds, *[case.rounds[-1]] * 3]  # workers that refused are started again
-    held: set[int] = set()
+    held: dict[str, str] = {}
+    allowed = {path: {sha256} for path, sha256 in wanted.items()}
+    rows = {row["index"]: row for found in outputs.known.values() for row in found}
     for number, team in enumerate(rounds):
         complete = pool.run(output, team)
         tally.runs += len(team)
-        held = tally.compare(read(output), wanted, set(wanted) if complete else held)
+        held = tally.compare(
+            outputs, output, allowed=allowed, rows=rows, held=held,
+            needed=wanted if complete else {},
+        )  # fmt: skip
         if complete and number >= len(case.rounds) - 1:
             break
     if not complete:
@@ -177,33 +185,29 @@ def measure_speed_up(folder: Path, pool: Pool, rows: int = 200) -> dict[str, Any
 
 
 def run_table(
-    folder: Path, *, seed: int, names: Sequence[str] = (), outputs: Sequence[str] = OUTPUTS
+    folder: Path, *, seed: int, names: Sequence[str] = (), kinds: Sequence[str] = OUTPUTS
 ) -> list[dict[str, Any]]:
     """Run the cases on folder and Hub; return a line of figures each."""
     lines = []
     with serve_hub(folder / "hub") as endpoint:
         os.environ |= loopback_environment(folder, endpoint)
         script = import_and_shorten_waits()
-        reader = Reader(script, folder, endpoint, seed)
+        outputs = Outputs(endpoint)
         pool = Pool(script, folder)
         begun = time.monotonic()
-        assert pool.start(str(folder / "wanted"), None).wait() == 0
+        alone = str(folder / "wanted")
+        assert pool.start(alone, None).wait() == 0
         run_s = time.monotonic() - begun
-        wanted = {row["index"]: row for row in read_folder(folder / "wanted")}
-        assert len(wanted) == ROWS
+        wanted = outputs.hashes(alone)
+        assert sum(len(outputs.rows(alone, *part)) for part in wanted.items()) == ROWS
         for number, case in enumerate(cases(seed, run_s)):
             if names and case.name not in names:
                 continue
-            for kind in outputs:
+            for kind in kinds:
                 pool = Pool(script, folder)
                 begun = time.monotonic()
-                if kind == "folder":
-                    output = str(folder / f"job-{number}")
-                    tally = run_case(
-                        case, output, pool, lambda path: read_folder(Path(path)), wanted
-                    )
-                else:
-                    tally = run_case(case, f"tester/job-{number}", pool, reader.read_repo, wanted)
+                place = folder if kind == "folder" else Path("tester")
+                tally = run_case(case, str(place / f"job-{number}"), pool, outputs, wanted)
                 shutil.rmtree(folder / "caches", ignore_errors=True)
                 lines.append(
                     {
@@ -214,7 +218,7 @@ def run_table(
                         "kills": pool.kills,
                         "lost": tally.rows_lost,
                         "twice": tally.rows_twice,
-                        "different": tally.rows_different,
+                        "different": tally.parts_different,
                         "exit_codes": pool.codes,
                         "seconds": round(time.monotonic() - begun, 1),
                         "unexpected": tally.unexpected,
@@ -239,7 +243,7 @@ def format_table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Print the table and the figures; 1 when a row is lost, twice or different."""
+    """Print the table and the figures; 1 when a row is lost or twice, or a part different."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--job", action="append", default=[], help="only this one")
@@ -248,8 +252,8 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="scale-"))
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = [options.output] if options.output else OUTPUTS
-    lines = run_table(folder, seed=options.seed, names=options.job, outputs=outputs)
+    kinds = [options.output] if options.output else OUTPUTS
+    lines = run_table(folder, seed=options.seed, names=options.job, kinds=kinds)
     bad = [n for n in lines if n["lost"] or n["twice"] or n["different"] or n["unexpected"]]
     if not options.keep:
         shutil.rmtree(folder)
@@ -262,5 +266,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
     sys.exit(main())

@@ -1,0 +1,612 @@
+"""Section 4 of extract_logits: a teacher is the whole checkpoint and never sees a later token.
+
+Each refused case once ran to exit 0 with wrong numbers, or was refused though it was right.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import EYES, SMALL, VISION, conversations, largest_difference, tiny_model
+from safetensors.torch import load_file, save_file
+from test_extract_teacher import TOLERANCE, PooledQwen2, configure
+
+import extract_logits
+from extract_logits import Teacher, TeacherError, load_model_config, load_teacher
+
+Weights = dict[str, torch.Tensor]
+
+
+def save(
+    folder: Path,
+    model: Any,
+    edit: Callable[[Weights], Any] = lambda weights: None,
+    **settings: Any,
+) -> Path:
+    """Write a checkpoint, then change its tensors and settings."""
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, **settings}))
+    return folder
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    """Return the one line by which a teacher is refused."""
+    with pytest.raises(TeacherError) as caught:
+        load_teacher(configure(folder, **options))
+    text = str(caught.value)
+    assert text.startswith(f"--model {folder}")
+    assert "\n" not in text
+    return text
+
+
+PREFIX = {
+    "text_config": {**SMALL, "model_type": "gemma"},
+    "vision_config": {**EYES, "model_type": "siglip_vision_model"},
+    "image_token_index": 95,
+    "projection_dim": 32,
+}
+
+# --- 1: not causal ----------------------------------------------------------------------------
+
+
+def masked_lm(kind: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256, "vocab_size": 96}
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    given = {name: value for name, value in {**sizes, **settings}.items() if value is not None}
+    config = AutoConfig.for_model(kind, **given)
+
+    auto = AutoModelForCausalLM if kind == "xlnet" else AutoModelForMaskedLM
+    return auto.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("bert", {}),
+        ("roberta", {"pad_token_id": 0}),
+        ("xlnet", {"d_inner": 48, "d_head": 8, "max_position_embeddings": None}),
+    ],
+)
+def test_a_model_that_sees_later_tokens_is_refused(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    said = refusal(save(tmp_path, masked_lm(kind, **settings)))
+    assert "is not causal: other tokens at the end change the logits before them by" in said
+
+
+BOTH_WAYS = {"use_bidirectional_attention": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma3_text", BOTH_WAYS),
+        ("gemma3", {"text_config": {**VISION["gemma3"]["text_config"], **BOTH_WAYS}}),
+        ("paligemma", PREFIX),
+    ],
+)
+def test_a_language_model_that_looks_both_ways_is_refused(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of the latter two eager attention alone is causal: not what they were trained with."""
+    said = refusal(save(tmp_path, tiny_model(family, **settings)))
+    assert "is not causal: other tokens at the end" in said
+
+
+class BlockQwen2(PooledQwen2):
+    """A diffusion model's layout: a token sees its block of four to the end, and no later one."""
+
+    def mix(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        blocks = torch.arange(hidden.shape[1]) // 4
+        same = (blocks[:, None] == blocks[None]).to(hidden.dtype)
+        return hidden + (same[None] @ (hidden * real[..., None])) / 4
+
+
+class NextQwen2(PooledQwen2):
+    """A model that sees a hundredth of the next token, and no more."""
+
+    def mix(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        return hidden + 0.01 * torch.roll(hidden * real[..., None], -1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [PooledQwen2, BlockQwen2, NextQwen2])
+def test_looking_ahead_is_found_however_far_and_in_any_precision(
+    kind: Any, dtype: torch.dtype
+) -> None:
+    with pytest.raises(TeacherError, match="is not causal"):
+        Teacher(kind(tiny_model("qwen2").config).to(dtype))
+
+
+def test_experts_that_flip_in_low_precision_are_no_foresight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where neighbours change a row by rounding, all rows change so: none has seen its future."""
+    real = Teacher._probe
+    draw = torch.Generator().manual_seed(0)
+
+    def noisy(self: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [x + 0.02 * torch.randn(x.shape, generator=draw) for x in real(self, rows)]
+
+    model = tiny_model("mixtral").to(torch.bfloat16)
+    monkeypatch.setattr(Teacher, "_probe", noisy)
+    assert Teacher(model).layout == "padded"
+
+
+def test_an_encoder_with_a_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=96)
+    model = BartForConditionalGeneration(config)
+    assert "has no causal language model of that kind" in refusal(save(tmp_path, model))
+
+
+# --- 2: all of the checkpoint -----------------------------------------------------------------
+
+
+def in_float8(weights: Weights, *, scales: bool = True) -> None:
+    """Store the projections as ModelOpt does."""
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        scale = weights[name].abs().max() / 448
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        if scales:
+            weights[f"{name}_scale"] = scale.clone()
+            weights[name.removesuffix("weight") + "input_scale"] = torch.tensor(1.0)
+
+
+MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("settings", [MODELOPT, {}], ids=["modelopt", "nothing"])
+def test_scales_that_are_left_over_are_refused(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save(tmp_path, tiny_model(family), in_float8, **settings)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {}}))
+    said = refusal(folder)
+    assert "does not use" in said
+    assert "_scale" in said
+
+
+def test_float8_with_the_scales_that_its_configuration_names_is_read(tmp_path: Path) -> None:
+    """Transformers multiplies it out on a CPU, and the numerics say that it did."""
+
+    def in_blocks(weights: Weights) -> None:
+        for name in [name for name in weights if name.endswith("proj.weight")]:
+            rows, columns = weights[name].shape
+            blocks = weights[name].reshape(rows // 16, 16, columns // 16, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            low = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            weights[name] = low.reshape(rows, columns)
+            weights[f"{name}_scale_inv"] = scale
+
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    folder = save(tmp_path, tiny_model("llama"), in_blocks, quantization_config=settings)
+    try:
+        teacher = load_teacher(configure(folder, dtype="float32"))
+    except TeacherError as error:
+        if "'NoneType' object has no attribute 'get'" in str(error):
+            pytest.skip("this version of transformers fails to")
+        raise
+    assert (teacher.numerics["weights"], teacher.numerics["quantization"]) == ("float32", None)
+    plain = tiny_model("llama").model.layers[0].mlp.up_proj.weight.detach()
+    read = teacher.model.model.layers[0].mlp.up_proj.weight.detach()
+    assert 0 < float((read - plain).abs().max()) < 0.07 * float(plain.abs().max())
+    assert largest_difference(teacher) <= TOLERANCE
+
+
+def test_float8_without_scales_and_packed_integers_are_refused(tmp_path: Path) -> None:
+    def without_scales(weights: Weights) -> None:
+        in_float8(weights, scales=False)
+
+    said = refusal(save(tmp_path / "8", tiny_model("llama"), without_scales, **MODELOPT))
+    assert "proj.weight as F8_E4M3" in said
+    fp8 = {"quantization_config": {"quant_method": "fp8"}}
+    refusal(save(tmp_path / "fp8", tiny_model("llama"), without_scales, **fp8))
+
+    def integers(weights: Weights) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        weights[name] = (weights[name] * 100).to(torch.int8)
+
+    assert "up_proj.weight as I8" in refusal(save(tmp_path / "i", tiny_model("llama"), integers))
+
+
+BESIDE = {
+    "a scale of the cache": "model.layers.0.self_attn.k_scale",
+    "a norm that the family lacks": "model.layers.1.self_attn.q_norm.weight",
+    "a bias that the family lacks": "lm_head.bias",
+    "a scale without the model's prefix": "layers.0.self_attn.q_proj.weight_scale",
+    "a shared expert": "model.layers.0.mlp.shared_expert.up_proj.weight",
+}
+
+
+@pytest.mark.parametrize("name", BESIDE.values(), ids=list(BESIDE))
+def test_a_tensor_beside_a_module_of_the_model_is_not_left_out(name: str, tmp_path: Path) -> None:
+    shape = {"bias": (96,), "scale": ()}.get(name.rsplit("_", 1)[-1].rsplit(".", 1)[-1], (8, 8))
+    folder = save(tmp_path, tiny_model("llama"), lambda w: w.update({name: torch.ones(shape)}))
+    assert f"does not use 1 tensors of the checkpoint ({name}" in refusal(folder)
+
+
+def test_towers_prediction_layers_and_old_constants_are_no_fault(tmp_path: Path) -> None:
+    apart = {
+        "model.layers.2.self_attn.q_proj.weight": (32, 32),
+        "mtp.layers.0.self_attn.q_proj.weight": (32, 32),
+        "mtp.norm.weight": (32,),
+        "model.visual.blocks.0.weight": (8, 8),
+        "vision_tower.embeddings.weight": (96, 32),
+        "v_head.summary.weight": (1, 32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": (4,),
+        "model.layers.0.self_attn.bias": (1, 1, 8, 8),
+        "model.layers.0.self_attn.masked_bias": (),
+        "model.version": (1,),
+    }
+    folder = save(
+        tmp_path,
+        tiny_model("llama"),
+        lambda w: w.update({name: torch.ones(shape) for name, shape in apart.items()}),
+    )
+    assert largest_difference(load_teacher(configure(folder))) <= TOLERANCE
+
+
+def test_missing_weights_and_buffers_are_refused(tmp_path: Path) -> None:
+    tiny_model("qwen2").model.save_pretrained(tmp_path / "body")
+    assert "lacks 1 weights of Qwen2ForCausalLM (lm_head.weight" in refusal(tmp_path / "body")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"  # a buffer
+    folder = save(tmp_path / "router", tiny_model("deepseek_v3"), lambda w: w.pop(name))
+    assert f"({name}" in refusal(folder)
+
+
+def test_plain_weights_with_an_unknown_quantization_are_recorded_as_plain(tmp_path: Path) -> None:
+    teacher = load_teacher(configure(save(tmp_path, tiny_model("llama"), **MODELOPT)))
+    assert teacher.numerics["quantization"] is None
+    assert teacher.numerics["weights"] == "float32"
+
+
+def test_mxfp4_that_became_bfloat16_says_bfloat16() -> None:
+    class Quantizer:
+        class quantization_config:
+            dequantize = True
+
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.hf_quantizer = Quantizer()
+    numerics = Teacher(model).numerics
+    assert (numerics["weights"], numerics["quantization"]) == ("bfloat16", None)
+
+
+# --- 3: attention that drops the configuration -------------------------------------------------
+
+
+def test_a_soft_cap_of_attention_is_never_left_out(tmp_path: Path) -> None:
+    folder = save(tmp_path, tiny_model("gemma2", attn_logit_softcapping=2.0))
+    teacher = load_teacher(configure(folder))
+    assert teacher.numerics["attention"] == "eager"
+    eager = load_teacher(configure(folder, attn="eager"))
+    ours, theirs = (torch.cat(list(t.iter_logits(*conversations()))) for t in (teacher, eager))
+    assert torch.equal(ours, theirs)
+    assert "leave --attn at auto" in refusal(folder, attn="sdpa")
+
+
+def test_attention_that_differs_from_eager_gives_way_or_is_refused_when_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if a version of transformers lost the sinks of a family on its way to the kernel."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def wrong(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        options["scaling"] = 2 * options["scaling"]
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
+
+    AttentionInterface.register("wrong", wrong)
+    AttentionMaskInterface.register("wrong", sdpa_mask)
+    model = tiny_model("llama")
+    extract_logits.set_attention(model, "wrong")
+    with pytest.raises(TeacherError, match=r"--attn wrong .* leave --attn at auto"):
+        Teacher(model, forced_attention=True)
+    teacher = Teacher(model)
+    assert teacher.numerics["attention"] == "eager"
+    assert largest_difference(teacher) <= TOLERANCE
+    assert Teacher(tiny_model("llama"), forced_attention=True).numerics["attention"] == "sdpa"
+
+
+def test_falcon_keeps_the_attention_that_adds_alibi_once() -> None:
+    """Its eager attention adds alibi to the scores and, with the mask, once more."""
+    model = tiny_model("falcon, alibi")
+    assert Teacher(model).numerics["attention"] == "sdpa"
+    extract_logits.set_attention(model, "eager")
+    with pytest.raises(TeacherError, match="against sdpa"):
+        Teacher(model, forced_attention=True)
+
+
+# --- 4: heads ----------------------------------------------------------------------------------
+
+
+def rename(old: str, new: str) -> Callable[[Weights], Any]:
+    return lambda weights: weights.update({new: weights.pop(old)})
+
+
+@pytest.mark.parametrize("name", ["language_model.lm_head.weight", "output.weight"])
+def test_a_head_tied_beside_one_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    edit = rename("lm_head.weight", name)
+    assert "head" in refusal(save(tmp_path, tiny_model("llama"), edit, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_another_size_is_refused(tied: bool, tmp_path: Path) -> None:
+    def grow(weights: Weights) -> None:
+        weights["lm_head.weight"] = torch.randn(100, 32)
+
+    said = refusal(save(tmp_path, tiny_model("llama"), grow, tie_word_embeddings=tied))
+    assert "of other sizes than config.json says, as vocab_size" in said
+
+
+def test_a_head_that_transformers_loads_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As versions did that tied whatever the configuration said, or drew a resized head anew."""
+    folder = save(tmp_path, tiny_model("llama"))
+    real = extract_logits.place_weights
+
+    def tie(*args: Any, **options: Any) -> Any:
+        model, info = real(*args, **options)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model, info
+
+    monkeypatch.setattr(extract_logits, "place_weights", tie)
+    assert "the head of the loaded model is not lm_head.weight of the checkpoint" in refusal(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen2, tied", "gemma3_text", "gpt2"])
+def test_a_tied_head_and_one_that_only_the_checkpoint_knows_are_right(
+    family: str, tmp_path: Path
+) -> None:
+    own = {"gemma3_text": lambda w: w.update({"lm_head.weight": torch.randn(96, 32)})}
+    folder = save(tmp_path, tiny_model(family), own.get(family, lambda w: None))
+    assert largest_difference(load_teacher(configure(folder))) <= TOLERANCE
+
+
+# --- 5: ids ------------------------------------------------------------------------------------
+
+
+def test_ids_beyond_the_format_do_not_refuse_a_teacher_that_has_them() -> None:
+    size = {"vocab_size": 2**18 + 64, "hidden_size": 8, "head_dim": 2, "intermediate_size": 8}
+    model = tiny_model("qwen2", tie_word_embeddings=True, num_hidden_layers=1, **size)
+    teacher = Teacher(model, vocab_size=2**18 + 1)
+    assert teacher.vocab_size == 2**18
+    ids = np.array([5, 2**18, 7, 2**18 - 1], np.int32)
+    chunks = list(teacher.iter_logits([ids], [np.array([2, 3], np.int32)]))
+    assert [chunk.shape for chunk in chunks] == [(2, 2**18)]
+    with pytest.raises(TeacherError, match="token id 262144 is beyond the 262144 rows"):
+        list(teacher.iter_logits([ids], [np.array([1], np.int32)]))
+
+
+def test_the_vocabulary_of_a_tokenizer_ends_where_the_format_does() -> None:
+    class Tokenizer:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 5, "<image_soft_token>": 2**18}
+
+    assert extract_logits.check_vocabulary(configure("m"), Tokenizer()) == 2**18
+
+
+# --- 6: checkpoints that see and read ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_text_runs_through_a_vision_language_checkpoint(family: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, tiny_model(family))
+    teacher = load_teacher(configure(folder), vocab_size=90)
+    assert (teacher.head, teacher.layout) == ("chunked", "padded")
+    assert largest_difference(teacher) <= TOLERANCE
+
+
+def test_scales_beside_the_text_of_a_vision_language_checkpoint_are_refused(
+    tmp_path: Path,
+) -> None:
+    folder = save(tmp_path, tiny_model("qwen2_5_vl"), in_float8)
+    assert "does not use" in refusal(folder)
+
+
+def test_a_kind_without_a_language_model_is_named_not_its_attention(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    model = ViTModel(ViTConfig(hidden_size=24, num_hidden_layers=1, intermediate_size=48))
+    said = refusal(save(tmp_path, model))
+    assert "is a vit" in said
+    assert "attn" not in said
+
+
+# --- 7: adapters, libraries, GGUF --------------------------------------------------------------
+
+
+def adapter_folder(folder: Path, base: Path) -> Path:
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_adapter_without_peft_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save(tmp_path / "base", tiny_model("llama"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a)
+    )
+    said = refusal(adapter_folder(tmp_path / "lora", base))
+    assert f"is an adapter of {base}: pip install peft" in said
+
+
+def test_an_adapter_is_added_to_its_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft loads adapters")
+    base = save(tmp_path / "base", tiny_model("llama"))
+    adapted = peft.get_peft_model(
+        tiny_model("llama"),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0, 0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "lora")
+    lora = configure(tmp_path / "lora")
+    assert extract_logits.tokenizer_source(lora) == (str(base), "main")
+    got, plain = (
+        torch.cat(list(load_teacher(configure(folder)).iter_logits(*conversations())))
+        for folder in (tmp_path / "lora", base)
+    )
+    want = torch.cat(list(Teacher(adapted.merge_and_unload()).iter_logits(*conversations())))
+    assert float((got - want).abs().max()) <= TOLERANCE
+    assert float((got - plain).abs().max()) > 0.1
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, tmp_path / "lora" / "adapter_model.safetensors")
+    assert "missing adapter keys" in refusal(tmp_path / "lora")
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(tmp_path: Path) -> None:
+    """Whether it is added would depend on whether peft is installed."""
+    folder = save(tmp_path, tiny_model("llama"))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    assert "has an adapter beside a whole model" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [("bitsandbytes", "bitsandbytes"), ("awq", "gptqmodel"), ("compressed-tensors", "compressed")],
+)
+def test_a_missing_quantization_library_is_named_before_anything_is_read(
+    method: str, package: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package.replace("compressed", "compressed_tensors")):
+        pytest.skip(f"{package} is installed here")
+    quantization = {"quant_method": method, "load_in_4bit": method == "bitsandbytes", "bits": 4}
+    folder = save(tmp_path, tiny_model("llama"), quantization_config=quantization)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(TeacherError) as caught:
+        load_model_config(configure(folder))
+    assert package in str(caught.value).lower()
+    assert "network" not in str(caught.value)
+
+
+def test_gguf_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    for given in (tmp_path, tmp_path / "model-q4.gguf", Path("user/model-GGUF/model.gguf")):
+        assert "is GGUF, which is not read" in refusal(given)
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
+    folder = save(tmp_path, tiny_model("llama"))
+    (folder / "model.safetensors").write_bytes(b"not a header")
+    assert "cannot be loaded" in refusal(folder)
+
+
+def test_a_refusal_ends_the_program_with_exit_2_and_one_line(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, root / "extract_logits.py", "--model", tmp_path]
+    command += ["--dataset", root / "tests" / "teacher" / "conversations.jsonl"]
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    done = subprocess.run(
+        [*map(str, command), "--output", str(tmp_path / "o"), "--cache-dir", str(tmp_path / "c")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "is GGUF" in done.stderr.splitlines()[-1]
+
+
+# --- 8: several devices ------------------------------------------------------------------------
+
+
+class Placed(torch.Tensor):
+    """A CPU tensor that says it is elsewhere, and mixes with tensors there only."""
+
+    place: torch.device
+
+    @classmethod
+    def at(cls, tensor: torch.Tensor, place: str) -> Placed:
+        made = tensor.detach().as_subclass(cls)
+        made.place = torch.device(place)
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.place
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+        places = {str(getattr(x, "place", "cpu")) for x in flat if isinstance(x, torch.Tensor)}
+        if len(places) > 1:
+            raise RuntimeError(f"Expected all tensors on one device, found {sorted(places)}")
+        name = getattr(function, "__name__", "")
+        if name in ("to", "cpu"):
+            target = torch.device("cpu") if name == "cpu" else args[1]
+            plain = args[0].as_subclass(torch.Tensor)
+            if isinstance(target, torch.dtype):
+                return cls.at(plain.to(target), str(args[0].place))
+            return plain if target.type == "cpu" else cls.at(plain, str(target))
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = [x.as_subclass(torch.Tensor) if isinstance(x, Placed) else x for x in args]
+            got = function(*plain, **(kwargs or {}))
+        if isinstance(got, torch.Tensor) and name not in ("__get__",):
+            return cls.at(got, places.pop())
+        return got
+
+
+def test_a_head_on_another_device_than_the_last_layer_multiplies_there() -> None:
+    """A tied head stays with the embedding, on the first GPU; the last norm is on another."""
+    hidden, weight = torch.randn(3, 8), torch.randn(20, 8)
+    far = Placed.at(hidden, "cuda:1")
+    with pytest.raises(RuntimeError, match="one device"):
+        torch.nn.functional.linear(far, weight)
+    got = extract_logits.float32_product(far, weight, None)
+    assert torch.equal(got, hidden @ weight.T)
+
+
+def test_logits_on_mps_are_extracted_on_the_cpu_with_the_actual_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return Placed.at(tensor, str(device)) if device.type == "mps" else tensor
+
+    monkeypatch.setattr(extract_logits, "send", send)
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    rows = [extract_logits.EncodedRow(4, np.arange(7, dtype=np.int32), np.arange(1, 7))]
+
+    class Remote:
+        def __init__(self, place: str) -> None:
+            self.place = place
+
+        def iter_logits(self, *_: Any) -> Any:
+            for chunk in logits.split(4):
+                yield Placed.at(chunk, self.place) if self.place != "cpu" else chunk
+
+    options = {"top_p": 0.9, "top_p_max": 20, "sampled_n": 5, "seed": 1}
+    near, far = (
+        extract_logits.gpu_process_batch(
+            Remote(place), extract_logits.Batch(rows), **options
+        ).to_host()
+        for place in ("cpu", "mps")
+    )
+    for name, value in vars(near).items():
+        np.testing.assert_array_equal(value, getattr(far, name), err_msg=name)

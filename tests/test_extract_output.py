@@ -1,0 +1,739 @@
+"""Section 8 of `extract_logits.py`: delivery to a folder and to a loopback Hub, faults included."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from conftest import Extract, rows_of, run_script
+from loopback_hub import LoopbackHub
+from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
+from shard_rows import SETTINGS, make_rows, stored
+
+import extract_logits
+from explore_logits import SCHEMA
+from extract_logits import ConfigError, HubError
+
+REPO = "tester/logits"
+COMMIT = f"POST /api/datasets/{REPO}/commit/"
+Write = Callable[[list[Any]], Path]
+
+
+@pytest.fixture
+def repo(hub: LoopbackHub) -> Output:
+    return Output(REPO, hub)
+
+
+def requests(hub: LoopbackHub, pattern: str) -> list[dict[str, Any]]:
+    """Return the log of the requests that match."""
+    return [line for line in hub.log if re.search(pattern, f"{line['method']} {line['path']}")]
+
+
+# What lands ---------------------------------------------------------------------------------------
+
+
+def test_an_output_holds_parts_checkpoint_settings_template_and_card(
+    place: Output, tmp_path: Path
+) -> None:
+    summary = run_uploader(place, tmp_path / "cache", 25)
+    assert place.files() == {
+        "README.md", "chat_template.jinja", "checkpoint.json", "extraction_config.json",
+        *(f"data/part-0000{n}.parquet" for n in range(3)),
+    }  # fmt: skip
+    assert place.rows() == stored(range(25))
+    assert (summary["rows"], summary["shards"], summary["undelivered"]) == (25, 3, [])
+    assert summary["bytes"] == sum(len(place.read(path)) for path in place.part_paths().values())
+    settings = place.json("extraction_config.json")
+    assert {name: settings[name] for name in SETTINGS} == SETTINGS
+    assert place.read("chat_template.jinja").decode().strip() == "{{ messages }}"
+    checkpoint = place.json("checkpoint.json")
+    assert checkpoint["format_version"] == 1
+    columns = checkpoint["parts"]
+    assert columns["number"] == [0, 1, 2]
+    assert columns["rows"] == columns["conversations"] == [10, 10, 5]
+    ids = [range(10), range(10, 20), range(20, 25)]
+    assert columns["ids"] == [digest_ids(part) for part in ids]
+    assert columns["bytes"] == [len(place.read(place.part_paths()[n])) for n in range(3)]
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
+
+
+def test_each_part_lands_with_its_checkpoint_in_one_commit(repo: Output, tmp_path: Path) -> None:
+    run_uploader(repo, tmp_path / "cache", 45)
+    assert repo.hub
+    store = repo.hub.store
+    for commit in store.get("dataset", REPO).commits.values():
+        parts = [path for path in commit.tree if path.startswith("data/")]
+        if parts:
+            text = store.path_of(commit.tree["checkpoint.json"]).read_text()
+            assert len(json.loads(text)["parts"]["number"]) == len(parts)
+            assert {"README.md", "extraction_config.json"} <= commit.tree.keys()
+
+
+def test_a_repository_is_created_once_there_is_something_to_store(
+    repo: Output, tmp_path: Path
+) -> None:
+    assert repo.hub
+    open_uploader(repo, tmp_path / "cache").shutdown()
+    assert not requests(repo.hub, r"POST /api/repos/create")
+    uploader = open_uploader(repo, tmp_path / "cache", private=True)
+    uploader.create_output()
+    uploader.shutdown()
+    assert repo.hub.store.get("dataset", REPO).private
+    run_uploader(repo, tmp_path / "cache", 15, private=True)
+    assert repo.rows() == stored(range(15))
+    repo.hub.store.get("dataset", REPO).private = False
+    with pytest.raises(ConfigError, match="public"):
+        open_uploader(repo, tmp_path / "cache", private=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing-such", "a/b/c", "user/", "user/..", "user/x--y", "user/x.git", "üser/näme",
+             "user/" + "n" * 120, "user/a b"],
+)  # fmt: skip
+def test_an_output_that_is_neither_folder_nor_repository_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refusal:
+        open_uploader(Output(name), tmp_path / "cache")
+    assert "\n" not in str(refusal.value)
+
+
+# Resume -------------------------------------------------------------------------------------------
+
+
+def test_resume_from_an_empty_cache_knows_what_is_done(place: Output, tmp_path: Path) -> None:
+    run_uploader(place, tmp_path / "cache", 25)
+    before = place.hashes()
+    uploader = open_uploader(place, tmp_path / "elsewhere")
+    known = uploader.get_resume_info().parts
+    assert sorted(known) == [0, 1, 2]
+    assert [known[n].ids for n in sorted(known)] == [place.record(n)["ids"] for n in sorted(known)]
+    assert fill_parts(uploader, 31) == list(range(20, 31))  # the last part is a longer one now
+    finish(uploader)
+    assert place.rows() == stored(range(31))
+    assert dict(list(before.items())[:2]).items() <= place.hashes().items()
+
+
+def test_a_part_of_other_conversations_is_not_done(place: Output, tmp_path: Path) -> None:
+    run_uploader(place, tmp_path / "cache", 20)
+    uploader = open_uploader(place, tmp_path / "elsewhere")
+    changed = [*range(10, 19), 300]
+    assert fill(uploader, 1, changed) == changed
+    finish(uploader)
+    assert place.parts() == {0: list(range(10)), 1: changed}
+
+
+OLDER = "older"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[]", b"null", b'{"parts": {"number": 3}}', b"[" * 200_000, OLDER,
+     b'{"format_version": 1, "parts": {"number": [0, 1, 2]}, "skipped": [7]}',
+     b'{"format_version": 1, "parts": {"number": ["x"], "ids": [null]}, "skipped": {}}'],
+    ids=lambda content: str(content)[:24],
+)  # fmt: skip
+def test_a_checkpoint_that_is_missing_broken_or_old_loses_nothing(
+    tmp_path: Path, content: bytes | str | None
+) -> None:
+    place = Output(tmp_path / "out")
+    run_uploader(place, tmp_path / "cache", 10)
+    older = place.read("checkpoint.json")
+    run_uploader(place, tmp_path / "cache", 25)
+    whole, hashes = place.json("checkpoint.json"), place.hashes()
+    if content is None:
+        place.delete("checkpoint.json")
+    else:
+        place.write("checkpoint.json", older if isinstance(content, str) else content)
+    uploader = open_uploader(place, tmp_path / "elsewhere")
+    assert fill_parts(uploader, 25) == []
+    finish(uploader)
+    assert place.hashes() == hashes
+    run_uploader(place, tmp_path / "elsewhere", 28)
+    place.delete("data/part-00002.parquet")
+    run_uploader(place, tmp_path / "elsewhere", 25)
+    assert place.json("checkpoint.json") == whole
+    assert place.hashes() == hashes
+
+
+def test_a_part_that_was_deleted_comes_again(place: Output, tmp_path: Path) -> None:
+    run_uploader(place, tmp_path / "cache", 25)
+    before = place.hashes()
+    place.delete("data/part-00001.parquet")
+    uploader = open_uploader(place, tmp_path / "cache")
+    assert fill_parts(uploader, 25) == list(range(10, 20))
+    assert finish(uploader)["rows"] == 25
+    assert place.hashes() == before
+
+
+def test_a_damaged_part_without_a_checkpoint_is_written_again(
+    place: Output, tmp_path: Path
+) -> None:
+    run_uploader(place, tmp_path / "cache", 20)
+    place.write("data/part-00001.parquet", place.read("data/part-00001.parquet")[:-50])
+    place.delete("checkpoint.json")
+    run_uploader(place, tmp_path / "cache", 20)
+    assert place.rows() == stored(range(20))
+
+
+def test_an_output_with_parts_needs_resume_or_force_restart(place: Output, tmp_path: Path) -> None:
+    run_uploader(place, tmp_path / "cache", 45)
+    with pytest.raises(ConfigError, match=r"--resume.*--force-restart"):
+        open_uploader(place, tmp_path / "cache", resume=False)
+    options = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
+    uploader = open_uploader(place, tmp_path / "cache", **options)
+    assert fill(uploader, 0, range(100, 110)) == list(range(100, 110))
+    finish(uploader)
+    assert place.parts() == {0: list(range(100, 110))}
+    assert place.json("checkpoint.json")["parts"]["number"] == [0]
+    assert place.json("extraction_config.json")["top_p"] == 0.9
+
+
+def test_force_restart_takes_the_checkpoints_of_other_workers_too(
+    place: Output, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        uploader = open_uploader(place, tmp_path / "cache", rank=rank, world_size=2)
+        fill(uploader, rank, range(10 * rank, 10 * rank + 10))
+        finish(uploader)
+    uploader = open_uploader(place, tmp_path / "cache", resume=False, force_restart=True)
+    fill(uploader, 0, range(10))
+    assert finish(uploader)["rows"] == 10
+    assert place.parts() == {0: list(range(10))}
+    assert [path for path in place.files() if "checkpoint" in path] == ["checkpoint.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"top_p": 0.9}, r"top_p.*0\.98.*0\.9"), ({"answers_only": True}, "answers_only.*True"),
+     ({"rows_per_part": 11}, "rows_per_part|upload-every")],
+)  # fmt: skip
+def test_other_settings_are_refused_with_their_differences(
+    place: Output, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    run_uploader(place, tmp_path / "cache", 10)
+    with pytest.raises(ConfigError, match=said) as refusal:
+        open_uploader(place, tmp_path / "elsewhere", settings=change)
+    assert "\n" not in str(refusal.value)
+    other = {"settings": {"versions": {"torch": "3"}}}
+    open_uploader(place, tmp_path / "elsewhere", **other).shutdown()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"[" * 200_000])
+def test_settings_that_cannot_be_read_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    place = Output(tmp_path / "out")
+    run_uploader(place, tmp_path / "cache", 10)
+    place.write("extraction_config.json", content)
+    with pytest.raises(ConfigError, match=r"extraction_config\.json") as refusal:
+        open_uploader(place, tmp_path / "cache")
+    assert "\n" not in str(refusal.value)
+
+
+def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
+    repo: Output, tmp_path: Path
+) -> None:
+    hub = repo.hub
+    assert hub
+    for rank in range(3):
+        uploader = open_uploader(repo, tmp_path / "cache", rank=rank, world_size=3)
+        for number in range(rank, 9, 3):
+            fill(uploader, number, range(10 * number, 10 * number + 10))
+        finish(uploader)
+    hub.clear()
+    uploader = open_uploader(repo, tmp_path / "late", rank=3, world_size=4)
+    assert sorted(uploader.get_resume_info().parts) == list(range(9))
+    uploader.shutdown()
+    assert not requests(hub, "/data/|GET /_lfs")
+    assert len(requests(hub, "/checkpoint-w")) <= 6  # a redirect or a look at each
+    assert len(hub.log) <= 14
+    assert sum(line["sent"] for line in hub.log) < 30_000
+
+
+def test_without_a_checkpoint_resume_reads_footers_and_no_rows(
+    repo: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(repo, tmp_path / "cache", settings={"rows_per_part": 100})
+    for number in range(2):
+        fill(uploader, number, range(100 * number, 100 * number + 100), batch=100)
+    uploader.begin_part(2, [300])
+    uploader.add_sample(make_rows([300], tokens=60_000))
+    finish(uploader)
+    assert len(repo.read("data/part-00002.parquet")) > 5e6
+    repo.delete("checkpoint.json")
+    assert repo.hub
+    repo.hub.clear()
+    uploader = open_uploader(repo, tmp_path / "other", settings={"rows_per_part": 100})
+    assert uploader.begin_part(1, range(100, 200)) == uploader.begin_part(2, [300]) == []
+    uploader.shutdown()
+    assert sum(line["sent"] for line in repo.hub.log) < 500_000
+
+
+def test_a_worker_that_starts_late_is_not_taken_for_a_second_job(
+    place: Output, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        options = {"rank": rank, "world_size": 2, "resume": False}
+        uploader = open_uploader(place, tmp_path / f"{rank}", **options)
+        fill(uploader, rank, range(10 * rank, 10 * rank + 10))
+        finish(uploader)
+    assert place.rows() == stored(range(20))
+    assert {"checkpoint-w00.json", "checkpoint-w01.json"} <= place.files()
+    assert "| conversations | 20 |" in place.read("README.md").decode()
+    for options in ({"rank": 1, "world_size": 2}, {"rank": 0, "world_size": 1}):
+        with pytest.raises(ConfigError, match="--resume"):
+            open_uploader(place, tmp_path / "late", **options, resume=False)
+
+
+def test_two_writers_of_one_part_write_the_same(place: Output, tmp_path: Path) -> None:
+    options = {"rank": 1, "world_size": 2}
+    twins = [open_uploader(place, tmp_path / name, **options) for name in ("one", "other")]
+    for twin in twins:
+        assert fill(twin, 1, range(10, 20)) == list(range(10, 20))
+    for twin in twins:
+        twin.flush()
+        while twin.is_uploading():
+            time.sleep(0.01)
+    other = open_uploader(place, tmp_path / "third", rank=2, world_size=3)
+    fill(other, 2, range(20, 30))
+    finish(other)
+    for twin in twins:
+        fill(twin, 3, range(30, 40))
+        assert finish(twin)["undelivered"] == []
+    assert place.rows() == stored(range(10, 40))
+
+
+# Faults -------------------------------------------------------------------------------------------
+
+
+FAULTS: list[dict[str, Any]] = [
+    {"status": 408},
+    {"status": 409},
+    {"status": 412},
+    {"status": 425},
+    {"status": 429, "headers": {"Retry-After": "0"}},
+    {"status": 500},
+    {"status": 503, "after": True},
+    {"drop": "before"},
+    {"drop": "after"},
+    {"drop": "body", "drop_after": 10},
+    {"drop": "before", "rst": True},
+    {"drop": "after", "rst": True},
+]
+UPLOAD_REQUESTS = ("preupload/", "objects/batch", "PUT /_lfs", "objects/verify", "commit/")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(map(str, fault.values())))
+def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(
+    repo: Output, tmp_path: Path, fault: dict[str, Any]
+) -> None:
+    assert repo.hub
+    for number, request_line in enumerate(UPLOAD_REQUESTS):
+        repo.hub.fault(request_line, skip=number % 2, **fault)
+    assert run_uploader(repo, tmp_path / "cache", 35)["undelivered"] == []
+    assert repo.rows() == stored(range(35))
+    assert all(met.count == 0 for met in repo.hub.faults)
+    repo.hub.clear()
+    for request_line in ("GET .*/tree/", f"GET /api/datasets/{REPO}$", "resolve/"):
+        repo.hub.fault(request_line, **fault)
+    assert len(open_uploader(repo, tmp_path / "other").get_resume_info().parts) == 4
+
+
+def test_retry_after_is_waited_for(repo: Output, tmp_path: Path) -> None:
+    assert repo.hub
+    repo.hub.fault(COMMIT, status=429, headers={"Retry-After": "1"})
+    run_uploader(repo, tmp_path / "cache", 10)
+    first, second = (line["t"] for line in requests(repo.hub, COMMIT))
+    assert second - first >= 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Retry-After": "99999999"}, {"Retry-After": "Thu, 01 Jan 2099 00:00:00 GMT"},
+     {"RateLimit": '"api";r=0;t=99999999'}, {"Retry-After": "soon"}, {"Retry-After": "-5"}],
+    ids=lambda headers: str(*headers.values()),
+)  # fmt: skip
+def test_no_answer_makes_a_run_wait_for_longer_than_minutes(
+    repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    waited = [0.0]  # by a clock that jumps where somebody waits
+    sleep, wait, clock = time.sleep, threading.Event.wait, time.monotonic
+
+    def sleep_less(seconds: float) -> None:
+        sleep(min(seconds, 0.0002))
+        waited[0] += seconds
+
+    def wait_less(event: threading.Event, timeout: float | None = None) -> bool:
+        came = wait(event, timeout and min(timeout, 0.001))
+        waited[0] += 0.0 if came else timeout or 0.0
+        return came
+
+    monkeypatch.setattr(threading.Event, "wait", wait_less)
+    monkeypatch.setattr(time, "sleep", sleep_less)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + waited[0])
+    assert repo.hub
+    for request_line in (COMMIT, "preupload/", "objects/batch"):
+        repo.hub.fault(request_line, status=429, headers=headers)
+    run_uploader(repo, tmp_path / "cache", 10)
+    assert repo.rows() == stored(range(10))
+    assert 0 <= waited[0] < 3600
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "hf auth login"), (403, "write"), (404, "--output")]
+)
+def test_what_no_retry_heals_is_refused_at_once_and_the_rows_stay(
+    repo: Output, tmp_path: Path, status: int, remedy: str
+) -> None:
+    assert repo.hub
+    uploader = open_uploader(repo, tmp_path / "cache")
+    repo.hub.fault("preupload|commit/", status=status, count=99)
+    with pytest.raises(HubError, match=remedy) as refusal:  # noqa: PT012
+        fill_parts(uploader, 15)
+        uploader.flush(final=True)
+    assert "\n" not in str(refusal.value)
+    uploader.shutdown()
+    assert len(requests(repo.hub, "preupload|commit/")) <= 2  # of parts already under way
+    kept = uploader.summary()["undelivered"]
+    assert kept
+    assert all(Path(path).exists() for path in kept)
+    repo.hub.clear()
+    uploader = open_uploader(repo, tmp_path / "cache")
+    uploader.load_pending_into_buffer()
+    assert set(fill_parts(uploader, 15)) <= set(range(10, 15))
+    finish(uploader)
+    assert repo.rows() == stored(range(15))
+
+
+def test_a_missing_token_and_a_wrong_one_are_refused_before_the_work(
+    repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
+    for token in ("", "hf_wrongwrongwrong"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(HubError, match="hf auth login") as caught:
+            open_uploader(repo, tmp_path / "cache")
+        assert "hf_wrong" not in str(caught.value)
+
+
+def test_a_repository_that_the_token_may_not_write_is_refused_before_the_work(
+    repo: Output, tmp_path: Path
+) -> None:
+    assert repo.hub
+    run_uploader(repo, tmp_path / "cache", 10)
+    repo.hub.read_only.add(REPO)
+    with pytest.raises(HubError, match="write"):
+        open_uploader(repo, tmp_path / "cache")
+
+
+def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_try(
+    repo: Output, tmp_path: Path
+) -> None:
+    hub = repo.hub
+    assert hub
+    hub.fault(COMMIT, status=503, count=10_000)
+    summary = run_uploader(repo, tmp_path / "cache", 25)
+    assert (summary["rows"], len(summary["undelivered"])) == (0, 3)
+    assert {Path(path).name for path in summary["undelivered"]} == {
+        f"backup_part-{number:05d}.parquet" for number in range(3)
+    }
+    hub.clear()
+    hub.fault(COMMIT, status=503, count=7)  # every try of the first delivery
+    uploader = open_uploader(repo, tmp_path / "cache")
+    uploader.load_pending_into_buffer()
+    assert fill_parts(uploader, 40) == [*range(20, 40)][-20:]
+    assert finish(uploader)["undelivered"] == []
+    assert repo.rows() == stored(range(40))
+    assert not list(tmp_path.glob("cache/**/*.parquet"))
+
+
+def test_a_backup_that_another_machine_has_redone_goes_away(repo: Output, tmp_path: Path) -> None:
+    assert repo.hub
+    repo.hub.fault(COMMIT, status=503, count=10_000)
+    run_uploader(repo, tmp_path / "cache", 20)
+    repo.hub.clear()
+    run_uploader(repo, tmp_path / "other", 20)
+    before = repo.hashes()
+    assert run_uploader(repo, tmp_path / "cache", 20)["undelivered"] == []
+    assert repo.hashes() == before
+    assert not list(tmp_path.glob("cache/**/*.parquet"))
+
+
+def test_a_commit_whose_answer_is_lost_has_landed(repo: Output, tmp_path: Path) -> None:
+    assert repo.hub
+    repo.hub.fault(COMMIT, drop="after", count=2)
+    assert run_uploader(repo, tmp_path / "cache", 20)["rows"] == 20
+    assert repo.rows() == stored(range(20))
+
+
+def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(
+    repo: Output, tmp_path: Path
+) -> None:
+    hub = repo.hub
+    assert hub
+    listing = rf"GET /api/datasets/{REPO}(/tree|/revision|\?|$)"
+    uploader = open_uploader(repo, tmp_path / "cache")
+    hub.fault(listing, stale=True, count=3)
+    fill_parts(uploader, 20)
+    assert finish(uploader)["undelivered"] == []
+    before = repo.hashes()
+    hub.clear()
+    hub.fault(listing, stale=True, count=2)
+    assert run_uploader(repo, tmp_path / "other", 20)["undelivered"] == []
+    assert repo.hashes() == before
+    assert repo.rows() == stored(range(20))
+
+
+def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo: Output, tmp_path: Path) -> None:
+    assert repo.hub
+    uploader = open_uploader(repo, tmp_path / "cache")
+    repo.hub.fault(COMMIT, latency=0.3, count=999)
+    most = 0
+    for number in range(80):
+        fill(uploader, number, [number])
+        most = max(most, len(list(tmp_path.glob("cache/*/part-*.parquet"))))
+    assert 1 < most <= 45
+    uploader.flush(final=True)
+    assert not uploader.is_uploading()
+    uploader.shutdown()
+    assert repo.rows() == stored(range(80))
+
+
+def test_a_run_that_is_told_to_stop_does_not_wait_for_a_hub_that_is_down(
+    repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert repo.hub
+    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (60.0,))
+    stopping = threading.Event()
+    uploader = open_uploader(repo, tmp_path / "cache", stopping=stopping.is_set)
+    repo.hub.fault(COMMIT, status=503, count=999)
+    threading.Timer(0.5, stopping.set).start()
+    begun = time.monotonic()
+    fill_parts(uploader, 95)
+    uploader.save_pending_locally()
+    uploader.shutdown()
+    assert time.monotonic() - begun < 10
+    repo.hub.clear()
+    run_uploader(repo, tmp_path / "cache", 95)
+    assert repo.rows() == stored(range(95))
+
+
+def end_by_signal(seconds: float) -> None:
+    """Send this process a Ctrl-C soon."""
+    threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+
+@pytest.mark.parametrize("by", ["deadline", "signal"])
+@pytest.mark.parametrize(
+    "request_line", ["GET /api/(datasets|whoami)", "preupload/", "PUT /_lfs", "commit/"]
+)
+def test_a_hub_that_never_answers_holds_no_run_beyond_its_deadline_or_a_signal(
+    request_line: str, by: str, hub: LoopbackHub, extract: Extract, write_chats: Write,
+    repo: Output, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write_chats(rows_of(12))
+    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (60.0,) * 6)
+    job = {"output": REPO, "upload_every": 4, "resume": True}
+    hub.fault(request_line, latency=600.0, count=10**6)
+    limit = {"max_runtime_minutes": 2 / 60} if by == "deadline" else {}
+    if by == "signal":
+        end_by_signal(2.0)
+    begun = time.monotonic()
+    done = extract(**job, **limit)
+    assert time.monotonic() - begun < 25, "the Hub held the run"
+    assert done.code in ((75, 4) if by == "deadline" else (130,)), done.stderr
+    assert "Traceback" not in done.stderr
+    hub.clear()
+    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (0.02,) * 6)
+    done = extract(**job)
+    assert (done.code, done.summary["rows"]) == (0, 12), done.stderr
+    assert repo.ids() == list(range(12))
+
+
+def test_a_process_ends_though_threads_of_the_client_wait_for_an_answer(
+    hub: LoopbackHub, model: Path, write_chats: Write, tmp_path: Path
+) -> None:
+    files = ("--model", model, "--dataset", write_chats(rows_of(5)), "--output", REPO)
+    hub.fault("PUT /_lfs", latency=600.0, count=10**6)
+    begun = time.monotonic()
+    limit = ("--max-runtime-minutes", 8 / 60, "--cache-dir", tmp_path / "cache")
+    done = run_script("extract_logits.py", *files, *limit, HF_HUB_OFFLINE="0")
+    assert time.monotonic() - begun < 60
+    assert done.code in (4, 75), done.stderr
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{}", "null", "<html>sign in</html>", '"x"'])
+@pytest.mark.parametrize(
+    "request_line", ["GET .*/tree/", f"GET /api/datasets/{REPO}", "preupload/", "commit/", "whoami"]
+)
+def test_answers_that_make_no_sense_end_in_one_line(
+    text: str, request_line: str, hub: LoopbackHub, extract: Extract, write_chats: Write
+) -> None:
+    write_chats(rows_of(6))
+    hub.fault(request_line, text=text, count=10**6)
+    done = extract(output=REPO, upload_every=4, resume=True)
+    assert "Traceback" not in done.stderr
+    assert done.code in (0, 2, 4)  # 0 where nobody needs the answer
+    hub.clear()
+    assert extract(output=REPO, upload_every=4, resume=True).code == 0
+    assert Output(REPO, hub).ids() == list(range(6))
+
+
+def test_a_refused_upload_ends_in_exit_code_4_and_the_next_run_delivers(
+    hub: LoopbackHub, extract: Extract, write_chats: Write, repo: Output
+) -> None:
+    write_chats(rows_of(9))
+    job = {"output": REPO, "upload_every": 3, "resume": True}
+    hub.fault("commit/", status=403, count=99, message=f"not with {hub.token}")
+    done = extract(**job)
+    assert (done.code, done.summary["exit_code"]) == (4, 4)
+    assert "write permission" in done.stderr.strip().splitlines()[-1]
+    assert done.summary["undelivered"]
+    assert all(Path(path).exists() for path in done.summary["undelivered"])
+    hub.clear()
+    again = extract(**job)
+    assert (again.code, again.summary["rows"]) == (0, 9), again.stderr
+    assert repo.ids() == list(range(9))
+    assert hub.token not in done.stdout + done.stderr + again.stderr
+
+
+def test_a_hub_out_of_reach_is_told_to_people_and_to_machines(
+    extract: Extract, write_chats: Write, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chats(rows_of(3))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    done = extract(output=REPO)
+    assert done.code == 4
+    assert (done.summary["output"], done.summary["exit_code"]) == (REPO, 4)
+    assert done.summary["error"] in done.stderr.strip().splitlines()[-1]
+
+
+# Secrets and cards --------------------------------------------------------------------------------
+
+
+def test_tokens_are_hidden_in_errors_logs_files_and_cards(
+    hub: LoopbackHub, repo: Output, extract: Extract, write_chats: Write, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write_chats(rows_of(6))
+    secrets = (hub.token, "hf_abcDEF123456abcDEF")
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    job = {"output": REPO, "upload_every": 4, "resume": True}
+    hub.fault("commit/", status=500, message=f"bad {' '.join(secrets)}", count=2)
+    first = extract(**job)
+    assert first.code == 0, first.stderr
+    hub.fault("preupload", status=403, message=f"Authorization: Bearer {' '.join(secrets)}")
+    second = extract(**{**job, "output": "tester/other"}, limit=5)
+    assert second.code == 4
+    assert "***" in second.stderr
+    texts = [first.stdout, first.stderr, second.stdout, second.stderr]
+    texts += [repo.read(path).decode(errors="replace") for path in repo.files()]
+    texts += [p.read_bytes().decode(errors="replace") for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [text for text in texts if any(secret in text for secret in secrets)]
+
+
+def test_the_token_is_never_sent_to_the_storage(repo: Output, tmp_path: Path) -> None:
+    run_uploader(repo, tmp_path / "cache", 25)
+    repo.delete("checkpoint.json")
+    run_uploader(repo, tmp_path / "other", 25)
+    assert repo.hub
+    fetched = requests(repo.hub, "GET /_lfs")
+    assert fetched
+    assert not [line for line in fetched if line["auth"]]
+
+
+def test_a_person_may_edit_the_card_while_the_run_goes_on(place: Output, tmp_path: Path) -> None:
+    run_uploader(place, tmp_path / "cache", 10)
+    uploader = open_uploader(place, tmp_path / "cache")
+    card = place.read("README.md").decode()
+    edited = f"{card}\n## Mine\n".replace("tags:", "license: mit\ntags:")
+    place.write("README.md", edited.encode())
+    fill_parts(uploader, 20)
+    finish(uploader)
+    card = place.read("README.md").decode()
+    assert "| conversations | 20 |" in card
+    assert card.endswith("\n## Mine\n")
+    assert "license: mit" in card
+    assert card.count("## Columns") == 1
+
+
+@pytest.mark.parametrize("before", ["Hello.\n", "---\ntags: [\n---\nHello.\n", "<!-- mine -->\n"])
+def test_a_card_that_was_there_before_is_kept(place: Output, tmp_path: Path, before: str) -> None:
+    if place.hub:
+        place.hub.store.create("dataset", REPO, private=False)
+    place.write("README.md", before.encode())
+    for rows in (10, 20):
+        run_uploader(place, tmp_path / "cache", rows)
+    assert place.read("README.md").decode().endswith(before)
+    assert place.rows() == stored(range(20))
+
+
+def test_names_from_strangers_stay_names_on_the_card(place: Output, tmp_path: Path) -> None:
+    run_uploader(place, tmp_path / "first", 10)
+    card = place.read("README.md").decode()
+    lines = [line for line in card.splitlines() if line.startswith("<!--")]
+    evil = "\n".join(["x", "# Title", *lines, "<img src=//evil>", "| a | b |", "```", "---"])
+    sizes = []
+    for rows in (10, 20, 30):
+        options = {"settings": {"dataset": evil, "model": evil}}
+        run_uploader(Output(f"{place.name}-2", place.hub), tmp_path / "cache", rows, **options)
+        card = Output(f"{place.name}-2", place.hub).read("README.md").decode()
+        body = card.split("\n---\n", 1)[1]
+        assert "<img" not in body
+        assert "\n# Title" not in card
+        sizes.append(len(card))
+    assert max(sizes) - min(sizes) < 60  # figures, not the card again
+
+
+def run_python(code: str, hub: LoopbackHub, tmp_path: Path) -> str:
+    """Run code in a process whose Hub is the loopback one, and return what it prints."""
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**home, "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
+    repo: Output, tmp_path: Path
+) -> None:
+    assert repo.hub
+    uploader = open_uploader(repo, tmp_path / "cache")
+    uploader.begin_part(0, [100])  # a part without rows comes first
+    uploader.skip(100, "empty")
+    for number in (1, 2):
+        fill(uploader, number, range(10 * number - 10, 10 * number))
+    finish(uploader)
+    card = repo.read("README.md").decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert snippet
+    more = (
+        "print(row['index'], probs.sum() > 0)\n"
+        f"dataset = load_dataset({REPO!r})\n"
+        "print(list(dataset), sorted(dataset['train']['index']), dataset['train'].column_names)"
+    )
+    printed = run_python(f"{snippet[1]}\n{more}", repo.hub, tmp_path).splitlines()
+    assert printed[-2:] == ["0 True", f"['train'] {list(range(20))} {SCHEMA.names}"]
+
+
+def test_a_table_of_rows_may_come_in_chunks(place: Output, tmp_path: Path) -> None:
+    uploader = open_uploader(place, tmp_path / "cache")
+    uploader.begin_part(0, range(10))
+    uploader.add_sample(pa.concat_tables([make_rows([n]) for n in range(9, -1, -1)]))
+    finish(uploader)
+    assert place.parts() == {0: list(range(10))}

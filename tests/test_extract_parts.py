@@ -1,0 +1,615 @@
+"""Section 7 of `extract_logits.py`: a shard is a fixed part of the job, whoever writes it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Extract, chat, rows_of
+from forked import Child
+from outputs import (
+    Output,
+    digest_ids,
+    fill,
+    fill_parts,
+    finish,
+    open_uploader,
+    run_uploader,
+)
+from shard_rows import SETTINGS, make_row, make_rows, make_schema, stored
+
+from extract_logits import ConfigError, HubError
+
+Write = Callable[[list[Any]], Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Output:
+    return Output(tmp_path / "out")
+
+
+def some_unusable(count: int) -> list[dict[str, Any]]:
+    """Return rows of which 3, 4 to 7 (a whole part of 4) and 9 cannot be used."""
+    rows = rows_of(count)
+    rows[3]["messages"] = rows[3]["messages"][:1]
+    for number in range(4, 8):
+        rows[number]["messages"] = []
+    rows[9]["messages"] = chat("z" * 200)
+    return rows
+
+
+# Which conversations a part holds -----------------------------------------------------------------
+
+
+def test_part_p_holds_the_pth_slice_of_the_selection_in_its_order(
+    extract: Extract, write_chats: Write, folder: Output
+) -> None:
+    rows = rows_of(30, id=[(7 * n) % 30 - 9 for n in range(30)])
+    write_chats(rows)
+    options = {"index_col": "id", "start_offset": 3, "limit": 23, "upload_every": 5}
+    done = extract(**options)  # batches run the longest first
+    assert done.code == 0, done.stderr
+    selection = [row["id"] for row in rows[3:26]]
+    assert folder.parts() == {p: selection[5 * p : 5 * p + 5] for p in range(5)}
+    assert set(folder.part_paths().values()) == {f"data/part-{p:05d}.parquet" for p in range(5)}
+    assert done.summary["shards"] == 5
+
+
+@pytest.mark.parametrize("options", [{}, {"random_sample": True, "seed": 5}])
+@pytest.mark.parametrize("limits", [(10, 17), (8, 13)])
+def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(
+    extract: Extract, write_chats: Write, folder: Output, limits: tuple[int, int],
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    write_chats(rows_of(40))
+    few, many = limits
+    job = {"upload_every": 4, "max_batch_size": 1, **options}
+    assert extract(**job, limit=few).code == 0
+    before, ids = folder.hashes(), folder.ids()
+    done = extract(**job, limit=many, resume=True)
+    assert (done.code, done.summary["rows"]) == (0, many)
+    assert many - few <= done.summary["new_rows"] <= many - few // 4 * 4
+    assert folder.ids()[:few] == ids
+    whole = [f"data/part-{p:05d}.parquet" for p in range(few // 4)]
+    assert {path: folder.hashes()[path] for path in whole} == {path: before[path] for path in whole}
+    at_once = extract(**job, limit=many, output="./at-once")
+    assert at_once.code == 0
+    assert Output("at-once").hashes() == folder.hashes()
+
+
+def test_a_lower_limit_takes_nothing_away(
+    extract: Extract, write_chats: Write, folder: Output
+) -> None:
+    write_chats(rows_of(20))
+    assert extract(limit=14, upload_every=4).code == 0
+    before = folder.hashes()
+    done = extract(limit=6, upload_every=4, resume=True)
+    assert done.code in (0, 2)
+    assert folder.hashes() == before
+    assert "Traceback" not in done.stderr
+
+
+def test_workers_of_any_number_write_the_parts_of_one(
+    extract: Extract, write_chats: Write, folder: Output
+) -> None:
+    write_chats(some_unusable(30))
+    job = {"upload_every": 4, "max_batch_size": 1, "max_seq_len": 100, "resume": True}
+    assert extract(**job, output="./one").code == 0
+    wanted = Output("one")
+    assert extract(**job, rank=1, world_size=3).code == 0
+    assert set(folder.parts()) == {1, 4, 7}  # 30 in 8 parts
+    assert extract(**job, rank=0, world_size=2).code == 0
+    assert set(folder.parts()) == {0, 1, 2, 4, 6, 7}
+    assert "checkpoint-w01.json" in folder.files()
+    for rank in range(4):
+        done = extract(**job, rank=rank, world_size=4)
+        assert done.code == 0, done.stderr
+    assert folder.hashes() == wanted.hashes()
+    done = extract(**job)  # as one process
+    assert (done.code, done.summary["rows"], done.summary["new_rows"]) == (0, 24, 0)
+
+
+def test_conversations_without_a_row_are_named_and_not_tried_again(
+    extract: Extract, write_chats: Write, folder: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chats(some_unusable(14))
+    job = {"upload_every": 4, "max_seq_len": 100}
+    done = extract(**job)
+    assert done.code == 0, done.stderr
+    skipped = {"no_assistant": 1, "empty": 4, "too_long": 1}
+    assert (done.summary["rows"], done.summary["skipped"]) == (8, skipped)
+    assert folder.parts() == {0: [0, 1, 2], 1: [], 2: [8, 10, 11], 3: [12, 13]}
+    assert [folder.record(p)["skipped"] for p in range(4)] == [
+        {"3": "no_assistant"}, dict.fromkeys("4567", "empty"), {"9": "too_long"}, {},
+    ]  # fmt: skip
+    assert folder.table(1).schema.names == folder.table(0).schema.names
+    before = folder.hashes()
+    monkeypatch.setattr("extract_logits.load_teacher", None)  # nobody needs it
+    done = extract(**job, resume=True)
+    assert (done.code, done.summary["rows"], done.summary["new_rows"]) == (0, 8, 0)
+    assert done.summary["skipped"] == skipped
+    assert folder.hashes() == before
+
+
+def test_a_part_says_what_it_holds(extract: Extract, write_chats: Write, folder: Output) -> None:
+    write_chats(some_unusable(14))
+    assert extract(upload_every=5, max_seq_len=100, top_p_max=20).code == 0
+    for number in range(3):
+        table, record = folder.table(number), folder.record(number)
+        counts = [count for row in table["top_counts"].to_pylist() for count in row]
+        ids = list(range(5 * number, min(14, 5 * number + 5)))
+        assert record["number"] == number
+        assert record["ids"] == digest_ids(ids)
+        assert record["conversations"] == len(ids)
+        assert record["rows"] == table.num_rows == len(ids) - len(record["skipped"])
+        assert record["tokens"] == len(counts) == sum(table["num_tokens"].to_pylist())
+        assert record["nucleus"] == sum(counts)
+        assert record["capped"] == counts.count(20)
+        assert 0 < record["actual"] < record["mass"] <= record["tokens"] or not counts
+        metadata = table.schema.metadata
+        assert metadata[b"logits.format_version"] == b"1"
+        settings = json.loads(metadata[b"logits.extraction"])
+        assert (settings["top_p_max"], settings["rows_per_part"]) == (20, 5)
+        assert "limit" not in settings or settings["limit"] is None  # or parts could not grow
+
+
+def test_a_size_is_turned_into_rows_once(
+    extract: Extract, write_chats: Write, folder: Output
+) -> None:
+    write_chats([{"messages": chat(f"{n} " + "z" * (40 + n % 20))} for n in range(90)])
+    job = {"max_batch_size": 1, "upload_size_mb": 0.12, "resume": True}
+    assert extract(**job, limit=50).code == 0
+    rows = folder.json("extraction_config.json")["rows_per_part"]
+    sizes = [len(ids) for ids in folder.parts().values()]
+    assert sizes[:-1] == [rows] * (len(sizes) - 1)
+    assert len(sizes) > 2
+    first = len(folder.read("data/part-00000.parquet"))
+    assert 0.03e6 < first < 0.36e6, f"{rows} rows take {first} bytes"  # of a teacher like no other
+    before = folder.hashes()
+    for rank in range(2):  # an elsewhere that has measured nothing
+        options = {"rank": rank, "world_size": 2, "limit": 90, "cache_dir": f"cache-{rank}"}
+        done = extract(**{**job, **options})
+        assert done.code == 0, done.stderr
+    assert folder.json("extraction_config.json")["rows_per_part"] == rows
+    assert [len(ids) for ids in folder.parts().values()][:-1] == [rows] * (89 // rows)
+    assert dict(list(before.items())[:-1]).items() <= folder.hashes().items()
+
+
+# The file -----------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_they_were_added_in_the_order_of_the_selection(
+    folder: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    ids = [12, 3, 900, -4, 7]
+    assert uploader.begin_part(0, ids) == ids
+    for index in (7, 3, -4, 12, 900):
+        uploader.add_sample(make_rows([index]))
+    finish(uploader)
+    assert folder.parts() == {0: ids}
+    assert folder.rows() == stored(ids)
+    assert folder.table(0).schema.names == make_schema().names
+
+
+def test_a_part_has_the_same_bytes_in_whatever_order_its_rows_come(tmp_path: Path) -> None:
+    chance, found = random.Random(3), []
+    for name in ("a", "b", "c"):
+        output, ids = Output(tmp_path / name), list(range(40, 60))
+        uploader = open_uploader(output, tmp_path / "cache")
+        for number in (1, 0):
+            uploader.begin_part(number, ids[10 * number : 10 * number + 10])
+        chance.shuffle(ids)
+        while ids:
+            batch = [ids.pop() for _ in range(min(len(ids), chance.randint(1, 6)))]
+            uploader.add_sample(make_rows([index for index in batch if index != 47]))
+            if 47 in batch:
+                uploader.skip(47, "unusable_logits")
+        finish(uploader)
+        assert output.record(0)["skipped"] == {"47": "unusable_logits"}
+        found.append(output.hashes())
+    assert found[0] == found[1] == found[2]
+
+
+def test_part_9000_lies_in_a_folder_of_its_own_and_is_found_there(
+    place: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(place, tmp_path / "cache")
+    for number in (0, 8_999, 9_000, 18_001, 120_000):
+        fill(uploader, number, [number])
+    finish(uploader)
+    assert place.part_paths() == {
+        0: "data/part-00000.parquet", 8_999: "data/part-08999.parquet",
+        9_000: "data/001/part-09000.parquet", 18_001: "data/002/part-18001.parquet",
+        120_000: "data/013/part-120000.parquet",
+    }  # fmt: skip
+    uploader = open_uploader(place, tmp_path / "elsewhere")
+    assert fill(uploader, 9_000, [9_000]) == fill(uploader, 120_000, [120_000]) == []
+    uploader.shutdown()
+
+
+def test_row_groups_are_small_and_pages_are_indexed_so_that_one_row_is_cheap_to_read(
+    folder: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    for number in range(2):
+        uploader.begin_part(number, range(100 * number, 100 * number + 100))
+    uploader.add_sample(make_rows(range(100), tokens=5))
+    uploader.add_sample(make_rows(range(100, 200), tokens=900))
+    finish(uploader)
+    file = pq.ParquetFile(tmp_path / "out/data/part-00001.parquet")
+    for number in range(file.num_row_groups):
+        assert file.metadata.row_group(number).num_rows * 900 < 4 * 8192
+    column = file.metadata.row_group(0).column(0)
+    assert column.has_offset_index
+    assert column.compression == "ZSTD"
+    assert file.schema_arrow.equals(make_schema())
+    assert pq.read_metadata(tmp_path / "out/data/part-00000.parquet").num_row_groups <= 2
+
+
+def test_only_floating_point_numbers_are_split_into_byte_streams(
+    folder: Output, tmp_path: Path
+) -> None:
+    """Readers such as DuckDB before 2.0 know no other."""
+    run_uploader(folder, tmp_path / "cache", 10)
+    group = pq.ParquetFile(tmp_path / "out/data/part-00000.parquet").metadata.row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    split = [column for column in columns if "BYTE_STREAM_SPLIT" in column.encodings]
+    assert {column.physical_type for column in split} == {"FLOAT", "DOUBLE"}
+
+
+# Rows on their way --------------------------------------------------------------------------------
+
+
+def cached(tmp_path: Path, pattern: str = "**/*.parquet") -> list[str]:
+    """Return the names of the Parquet files in the cache, below the folder of the output."""
+    return sorted(
+        "/".join(path.relative_to(tmp_path / "cache").parts[1:])
+        for path in (tmp_path / "cache").glob(pattern)
+    )
+
+
+def test_rows_of_no_part_under_way_and_rows_that_came_before_are_ignored(
+    folder: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    uploader.add_sample(make_rows([2, 3]))
+    assert uploader.begin_part(0, range(5)) == [0, 1, 2, 3, 4]
+    uploader.add_sample(make_rows([0, 3, 0, 77]))
+    uploader.add_sample(make_rows([3, 1, 2]))
+    assert not uploader.should_flush()
+    uploader.add_sample(make_rows([4]))
+    assert uploader.should_flush()
+    assert uploader.begin_part(0, range(5)) == []
+    uploader.add_sample(make_rows([4]))
+    assert finish(uploader)["rows"] == 5
+    assert folder.parts() == {0: [0, 1, 2, 3, 4]}
+
+
+def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(
+    place: Output, tmp_path: Path
+) -> None:
+    for number in range(3):
+        uploader = open_uploader(place, tmp_path / "cache")
+        left = uploader.begin_part(0, range(10))
+        fresh = [index for index in left if index % 3 != 2]
+        assert fresh == [0, 1, 3, 4, 6, 7, 9][2 * number :]
+        uploader.add_sample(make_rows(fresh[:2]))
+        uploader.skip(3 * number + 2, "unusable_logits")
+        assert uploader.save_pending_locally() == 2 * (number + 1)
+        uploader.shutdown()
+    assert cached(tmp_path) == ["pending/pending-00000.parquet"]
+    assert place.part_paths() == {}
+    uploader = open_uploader(place, tmp_path / "cache")
+    left = uploader.begin_part(0, range(10))
+    assert set(left) <= {2, 5, 8, 9}  # it may ask again for what was skipped
+    for index in set(left) - {9}:
+        uploader.skip(index, "unusable_logits")
+    uploader.add_sample(make_rows([9]))
+    finish(uploader)
+    assert place.parts() == {0: [0, 1, 3, 4, 6, 7, 9]}
+    assert place.rows() == stored(place.ids())
+    assert place.record(0)["skipped"] == dict.fromkeys("258", "unusable_logits")
+    assert cached(tmp_path) == []
+
+
+def test_shutdown_keeps_the_rows_of_parts_under_way(folder: Output, tmp_path: Path) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    for number in range(2):
+        uploader.begin_part(number, range(10 * number, 10 * number + 10))
+    uploader.add_sample(make_rows([3, 14, 15]))
+    uploader.shutdown()
+    assert cached(tmp_path) == ["pending/pending-00000.parquet", "pending/pending-00001.parquet"]
+
+
+def test_parts_that_closed_but_were_not_delivered_are_delivered_by_the_next_run(
+    place: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(place, tmp_path / "cache")
+    for number in range(2):
+        uploader.begin_part(number, range(10 * number, 10 * number + 10))
+    uploader.add_sample(make_rows(range(20)))  # never flushed
+    uploader.shutdown()
+    assert place.part_paths() == {}
+    assert cached(tmp_path) == ["part-00000.parquet", "part-00001.parquet"]
+    uploader = open_uploader(place, tmp_path / "cache")
+    uploader.load_pending_into_buffer()
+    assert fill_parts(uploader, 20) == []
+    finish(uploader)
+    assert place.rows() == stored(range(20))
+    assert cached(tmp_path) == []
+
+
+def test_what_waits_in_the_cache_for_a_limit_since_raised_goes_into_the_longer_part(
+    folder: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    uploader.begin_part(0, range(6))
+    uploader.add_sample(make_rows(range(6)))
+    uploader.shutdown()
+    uploader = open_uploader(folder, tmp_path / "cache")
+    assert set(fill(uploader, 0, range(10))) >= set(range(6, 10))
+    finish(uploader)
+    assert folder.parts() == {0: list(range(10))}
+    assert folder.rows() == stored(range(10))
+
+
+def leave_in_cache(kind: str, output: Output, cache: Path) -> Path:
+    """Leave ten rows in the cache as a run does that is stopped at some point; return the file."""
+    before = set(cache.glob("*/**/*.parquet"))
+    uploader = open_uploader(output, cache)
+    uploader.begin_part(0, range(10 + (kind == "pending")))
+    uploader.add_sample(make_rows(range(10)))
+    if kind == "backup":
+        assert output.hub
+        output.hub.fault("commit/", status=503, count=10**6)
+        with contextlib.suppress(HubError):
+            uploader.flush(final=True)
+        output.hub.clear()
+    uploader.shutdown()
+    names = {"pending": "pending/pending-0", "backup": "backup_part-0", "waiting": "part-0"}
+    (path,) = set(cache.glob(f"*/{names[kind]}*.parquet")) - before
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pending", "waiting", "backup"])
+def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(
+    kind: str, hub: Any, tmp_path: Path
+) -> None:
+    """Flipped bytes anywhere in the pages, which a footer does not tell; and cut files."""
+    path = leave_in_cache(kind, Output("tester/first", hub), tmp_path / "cache")
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    chance = random.Random(5)
+    damaged = [whole[:-100], whole[: len(whole) // 2], b"", b"PAR1" * 3]
+    for place in sorted(chance.sample(range(4, footer), 12)):
+        damaged.append(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    for number, content in enumerate(damaged):
+        path.write_bytes(content)
+        output = Output("tester/first", hub)
+        uploader = open_uploader(output, tmp_path / "cache")
+        uploader.load_pending_into_buffer()
+        left = fill(uploader, 0, range(11 if kind == "pending" else 10))
+        assert set(range(10)) <= set(left), f"damage {number} was not noticed"
+        assert finish(uploader)["undelivered"] == []
+        assert output.rows() == stored(range(11 if kind == "pending" else 10))
+        hub.store.repos.clear()
+        for other in path.parent.rglob("*.parquet"):
+            other.unlink()
+        path.parent.mkdir(exist_ok=True)
+
+
+def test_strange_files_in_the_cache_are_survived(folder: Output, tmp_path: Path) -> None:
+    path = leave_in_cache("pending", folder, tmp_path / "cache")
+    cache = path.parent.parent
+    (cache / "part-00001.parquet.123.tmp").write_bytes(b"PAR1 half")
+    (cache / "notes.txt").write_text("mine")
+    pq.write_table(make_rows(range(50, 60)), cache / "pending" / "pending-00009.parquet")
+    pq.write_table(make_rows(range(60, 70)), cache / "pending" / "foreign.parquet")
+    pq.write_table(pa.table({"x": [1]}), cache / "part-00003.parquet")
+    (tmp_path / "out/data").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "out/data/.part-00000.parquet.1.tmp").write_bytes(b"PAR1 half")
+    run_uploader(folder, tmp_path / "cache", 20)
+    tables = [
+        pq.read_table(path) for path in sorted((tmp_path / "out/data").glob("part-*.parquet"))
+    ]
+    assert [table["index"].to_pylist() for table in tables] == [[*range(10)], [*range(10, 20)]]
+    assert (cache / "notes.txt").exists()
+
+
+def test_rows_of_other_settings_in_the_cache_are_never_delivered(
+    folder: Output, tmp_path: Path
+) -> None:
+    leave_in_cache("pending", folder, tmp_path / "cache")
+    other = {"settings": {"seed": 43}}
+    with contextlib.suppress(ConfigError):  # to refuse, with what to do, is right as well
+        uploader = open_uploader(folder, tmp_path / "cache", **other)
+        assert uploader.begin_part(0, range(11)) == list(range(11))
+        uploader.shutdown()
+    uploader = open_uploader(folder, tmp_path / "cache", **other, resume=False, force_restart=True)
+    assert uploader.begin_part(0, range(11)) == list(range(11))
+    uploader.shutdown()
+
+
+def test_rows_that_wait_for_another_part_of_the_same_number_are_taken_by_id(
+    folder: Output, tmp_path: Path
+) -> None:
+    """Such as when a source without --index-col was exchanged: ids that are not selected stay."""
+    leave_in_cache("pending", folder, tmp_path / "cache")
+    uploader = open_uploader(folder, tmp_path / "cache")
+    left = uploader.begin_part(0, [*range(5), *range(20, 25)])
+    assert set(range(20, 25)) <= set(left) <= {*range(5), *range(20, 25)}
+    uploader.add_sample(make_rows(left))
+    finish(uploader)
+    assert folder.parts() == {0: [*range(5), *range(20, 25)]}
+
+
+def test_the_state_of_two_outputs_never_mixes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        leave_in_cache("pending", Output(tmp_path / name), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*/pending/pending-00000.parquet"))) == 2
+    uploader = open_uploader(Output(tmp_path / "three"), tmp_path / "cache")
+    assert uploader.begin_part(0, range(11)) == list(range(11))
+    uploader.shutdown()
+
+
+def test_an_output_is_the_same_however_its_path_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    leave_in_cache("pending", Output(tmp_path / "out"), tmp_path / "cache")
+    for name in ("./out", f"{tmp_path}/out/", f"{tmp_path}/./out"):
+        uploader = open_uploader(Output(name), tmp_path / "cache")
+        assert uploader.begin_part(0, range(11)) == [10]
+        uploader.shutdown()
+
+
+# The cache is one run's ---------------------------------------------------------------------------
+
+
+def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder: Output, tmp_path: Path) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="--cache-dir"):
+        open_uploader(folder, tmp_path / "cache")
+    open_uploader(folder, tmp_path / "cache", rank=1, world_size=2).shutdown()  # another worker
+    open_uploader(Output(tmp_path / "b"), tmp_path / "cache").shutdown()  # another output
+    uploader.shutdown()
+    open_uploader(folder, tmp_path / "cache").shutdown()
+
+
+def test_the_lock_of_a_killed_run_holds_nobody_up(folder: Output, tmp_path: Path) -> None:
+    def work(_: IO[str]) -> None:
+        fill_parts(open_uploader(folder, tmp_path / "cache"), 15)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert Child(work).wait() == -signal.SIGKILL
+    assert run_uploader(folder, tmp_path / "cache", 25)["rows"] == 25
+    assert folder.rows() == stored(range(25))
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+# Disks --------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_on_the_disk_before_a_file_gets_its_name(
+    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    sync, rename = os.fsync, os.replace
+
+    def fsync(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        sync(file)
+
+    def replace(source: Path, target: Path) -> None:
+        assert os.stat(source).st_ino in synced, f"{source} was renamed before it was synced"
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    run_uploader(folder, tmp_path / "cache", 12)
+    assert folder.rows() == stored(range(12))
+    assert (tmp_path / "out/data").stat().st_ino in synced
+
+
+def test_a_file_system_that_cannot_sync_folders_holds_parts_all_the_same(
+    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fsync(file: Any) -> None:
+        if Path(f"/proc/self/fd/{file}").is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run_uploader(folder, tmp_path / "cache", 12)
+    assert folder.rows() == stored(range(12))
+
+
+def test_an_output_on_another_file_system_gets_copies(
+    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(source).parent.parts[-1] != Path(target).parent.parts[-1]:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    def link(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "rename", replace)
+    monkeypatch.setattr(os, "link", link)
+    run_uploader(folder, tmp_path / "cache", 25)
+    assert folder.rows() == stored(range(25))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
+    folder: Output, tmp_path: Path
+) -> None:
+    def work(output: IO[str], limit: int) -> None:
+        uploader = open_uploader(folder, tmp_path / "cache")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            fill_parts(uploader, 30)
+            finish(uploader)
+        except HubError as error:
+            output.write(str(error))
+        with contextlib.suppress(HubError):
+            uploader.shutdown()
+
+    for limit in (3000, 12_000):  # less than a pending file, and less than a part
+        code, said = Child(lambda output, limit=limit: work(output, limit)).finish()
+        assert code == 0, said
+        assert "File too large" in said
+        assert "make room" in said
+        assert "\n" not in said
+    assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
+    assert folder.rows() == stored(range(30))
+
+
+def test_a_failing_disk_is_no_file_system_that_cannot_sync(
+    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(file: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    uploader = open_uploader(folder, tmp_path / "cache")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", fsync)
+        with pytest.raises(HubError, match="Input/output error"):  # noqa: PT012 - either may tell
+            fill_parts(uploader, 12)
+            uploader.flush(final=True)
+    with contextlib.suppress(HubError):
+        uploader.shutdown()
+    assert folder.part_paths() == {}
+
+
+def test_figures_of_the_card_are_those_of_the_rows(place: Output, tmp_path: Path) -> None:
+    for rows in (7, 24):  # the second run knows the first one's rows by its checkpoint alone
+        run_uploader(place, tmp_path / f"cache-{rows}", rows)
+    card = place.read("README.md").decode()
+    rows = [make_row(index) for index in range(24)]
+    tokens = sum(row["num_tokens"] for row in rows)
+    counts = [int(count) for row in rows for count in row["top_counts"]]
+    share = counts.count(SETTINGS["top_p_max"]) / tokens
+    assert f"| tokens | {tokens:,} |" in card
+    assert f"| mean nucleus | {sum(counts) / tokens:.1f} tokens |" in card
+    assert f"| nuclei of the largest size allowed | {share:.2%} |" in card
+    assert "| probability covered by the nucleus | 0.9900 on average |" in card
+    assert "| probability of the actual token | 0.5000 on average |" in card

@@ -1,0 +1,376 @@
+"""Sections 1 and 2 of `extract_logits.py`: which conversations, in which order, read how."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import extract_logits
+from explore_logits import ConversationColumns, ConversationError, LogitsError, SourceError
+from extract_logits import (
+    ConversationDataset,
+    DataError,
+    EncodedRow,
+    ExtractionConfig,
+    IdSet,
+    KnownLengths,
+    RowEncoder,
+    Selection,
+    SkippedRow,
+    StopRequested,
+    list_differences,
+    mix_hash,
+    prepare_dataset,
+    run_ahead,
+)
+
+COLUMNS = ConversationColumns(messages="messages", index="id")
+IDS = [7, 3, -5, 12, 900, 41, 0, 8, 77, 5, 6, 2**31 - 1]
+GROUPS = ["a", "b", None, "a", "c", "a", "b", None, "c", "a", "b", "c"]
+
+
+def rows_of(ids: list[Any], groups: list[Any] | None = None) -> list[dict[str, Any]]:
+    groups = groups or ["a"] * len(ids)
+    return [
+        {"id": i, "messages": f"[{i}]", "subject": group, "size": 3 + n}
+        for n, (i, group) in enumerate(zip(ids, groups, strict=True))
+    ]
+
+
+def select(rows: list[dict[str, Any]], **options: Any) -> Selection:
+    """Select from rows, read whole or as a stream."""
+    config = ExtractionConfig(model="m", dataset="d", output="./o", **options)
+    source: Any = datasets.Dataset.from_list(rows)
+    if config.streaming:
+        source = source.to_iterable_dataset()
+    columns = COLUMNS if config.index_col else ConversationColumns(messages="messages")
+    return prepare_dataset(config, source, columns)
+
+
+def ids_of(selection: Selection, size: int = 4) -> list[list[int]]:
+    return [part.ids.tolist() for part in selection.parts(size)]
+
+
+def flat(parts: list[list[int]]) -> list[int]:
+    return [index for part in parts for index in part]
+
+
+SELECTIONS: list[dict[str, Any]] = [
+    {},
+    {"index_col": None},
+    {"start_offset": 3},
+    {"limit": 5},
+    {"start_offset": 2, "limit": 7},
+    {"random_sample": True, "limit": 6},
+    {"random_sample": True, "seed": 9, "start_offset": 4},
+    {"subject_col": "subject", "sample_subject": {"a": 2, "": 1, "*": 1}},
+    {"subject_col": "subject", "sample_subject": {"a": 2}, "random_sample": True, "limit": 5},
+]
+
+
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+def test_a_stream_gives_the_parts_of_a_source_that_is_read_whole(options: dict[str, Any]) -> None:
+    options = {"index_col": "id", **options}
+    rows = rows_of(IDS, GROUPS)
+    whole, stream = select(rows, **options), select(rows, **options, streaming=True)
+    for size in (1, 4, 100):
+        found = []
+        for selection in (whole, stream):
+            parts = list(selection.parts(size))
+            assert [part.number for part in parts] == list(range(len(parts)))
+            read = [list(part.read(range(part.ids.size))) for part in parts]
+            texts = [[row["messages"] for row in part] for part in read]
+            found.append(([part.ids.tolist() for part in parts], texts))
+        assert found[0] == found[1]
+    if options["index_col"]:
+        assert flat(found[0][1]) == [f"[{index}]" for index in flat(found[0][0])]
+
+
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_higher_limit_only_appends(options: dict[str, Any], streaming: bool) -> None:
+    options = {"index_col": "id", **options, "streaming": streaming}
+    every = flat(ids_of(select(rows_of(IDS, GROUPS), **{**options, "limit": None})))
+    assert len(set(every)) == len(every) > 1
+    for limit in range(1, len(every) + 2):
+        found = flat(ids_of(select(rows_of(IDS, GROUPS), **{**options, "limit": limit})))
+        assert found == every[:limit]
+
+
+def test_the_order_at_random_depends_on_seed_and_ids_alone() -> None:
+    options: dict[str, Any] = {"index_col": "id", "random_sample": True}
+    one = flat(ids_of(select(rows_of(IDS), **options)))
+    assert one == flat(ids_of(select(rows_of(IDS[::-1]), **options)))
+    assert one != flat(ids_of(select(rows_of(IDS), **options, seed=1)))
+    assert one == sorted(IDS, key=lambda index: int(mix_hash(np.asarray([index]), seed=42)[0]))
+
+
+def test_groups_are_limited_in_the_order_of_the_selection() -> None:
+    limits = {"a": 2, "": 0, "*": 1}
+    found = select(rows_of(IDS, GROUPS), index_col="id", subject_col="subject",
+                   sample_subject=limits)  # fmt: skip
+    assert flat(ids_of(found)) == [7, 3, 12, 900]
+    spread = Counter(GROUPS[IDS.index(index)] for index in flat(ids_of(found)))
+    assert spread == {"a": 2, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_workers_share_the_parts_by_their_number(workers: int, streaming: bool) -> None:
+    alone = ids_of(select(rows_of(IDS), index_col="id", streaming=streaming), size=2)
+    found = {}
+    for rank in range(workers):
+        share = select(
+            rows_of(IDS), index_col="id", streaming=streaming, rank=rank, world_size=workers
+        )
+        for part in share.parts(2):
+            assert part.number % workers == rank
+            assert found.setdefault(part.number, part.ids.tolist()) == part.ids.tolist()
+    assert [found[number] for number in sorted(found)] == alone
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [([4, 5, 4], "4 occurs more than once"), (["x", "y"], "not an integer"),
+     ([1.5, 2.0], "not an integer"), ([2**31, 1], "32 bits"), ([1, None], "not an integer")],
+    ids=str,
+)  # fmt: skip
+def test_bad_ids_are_named(ids: list[Any], says: str, streaming: bool) -> None:
+    with pytest.raises((DataError, SourceError), match=says):
+        ids_of(select(rows_of(ids), index_col="id", streaming=streaming))
+
+
+def test_what_cannot_be_selected_is_refused() -> None:
+    with pytest.raises(DataError, match="none of its 12 rows"):
+        select(rows_of(IDS), start_offset=12)
+    with pytest.raises(DataError, match=r"no column 'topic'.*subject"):
+        select(rows_of(IDS), subject_col="topic", sample_subject={"*": 1})
+
+
+@given(ids=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=300))
+def test_a_set_of_ids_tells_each_repetition(ids: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IdSet, "RECENT", 7)
+        seen, plain = IdSet(), set()
+        for index in ids:
+            assert seen.add(index) == (index not in plain)
+            plain.add(index)
+
+
+def test_row_numbers_take_no_memory_however_many_they_are() -> None:
+    class Rows:
+        column_names = ("messages",)
+
+        def __len__(self) -> int:
+            return 2**31
+
+        def select_columns(self, _: Any) -> Rows:
+            return self
+
+    config = ExtractionConfig(model="m", dataset="d", output="./o", start_offset=5)
+    selection = prepare_dataset(config, Rows(), ConversationColumns(messages="messages"))
+    assert isinstance(selection.ids, range)
+    assert next(selection.parts(3)).ids.tolist() == [5, 6, 7]
+
+
+# Lengths ------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_looked_up_by_id() -> None:
+    known = KnownLengths("lengths", np.array([2, 5, 9]), np.array([20, 50, 90]))
+    assert known.length[known.places(np.array([9, 2]))].tolist() == [90, 20]
+    known.check(5, 50)
+    with pytest.raises(DataError, match="says 50 tokens for index 5, there are 51"):
+        known.check(5, 51)
+    with pytest.raises(DataError, match="lacks 1 of 2 conversations, such as index 4"):
+        known.places(np.array([2, 4]))
+
+
+def test_settings_are_compared_by_content_where_that_is_known() -> None:
+    there = {"model": "./a", "model_revision": "sha256:1", "top_p": 0.9, "dataset": "u/d",
+             "dataset_revision": "f" * 40}  # fmt: skip
+    assert list_differences(there, {**there, "model": "/b/a"}) == []
+    changed = list_differences(there, {**there, "model_revision": "sha256:2", "top_p": 0.5})
+    assert len(changed) == 2
+    assert "0.9 there, 0.5 now" in changed[1]
+    assert list_differences(there, {**there, "dataset": "u/e"})
+    assert list_differences(there, {**there, "dataset_revision": "main"}) == []
+
+
+# Windows ------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Stands for the tokenizer: as many tokens as the row's `size` says; ids below 0 fail."""
+
+    max_seq_len: int | None = None
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def encode_all(self, rows: Any) -> list[EncodedRow | SkippedRow]:
+        made: list[EncodedRow | SkippedRow] = []
+        for index, row in rows:
+            self.seen.append(index)
+            if isinstance(row, SkippedRow):
+                made.append(row)
+            elif index < 0:
+                made.append(SkippedRow(index, "empty"))
+            else:
+                size = int(row["messages"].strip("[]")) % 50 + 2
+                ids = np.arange(size, dtype=np.int32)
+                made.append(EncodedRow(index, ids, ids[1:]))
+        return made
+
+
+def windows_of(rows: int, encoder: Any, **options: Any) -> tuple[list[Any], list[int]]:
+    selection = select(rows_of(list(range(rows))), index_col="id")
+    begun: list[int] = []
+    left = options.pop("left", lambda number, ids: ids.tolist())
+
+    def begin_part(number: int, ids: Any) -> list[int]:
+        begun.append(number)
+        return list(left(number, ids))
+
+    dataset = ConversationDataset(
+        selection, encoder, rows_per_part=options.pop("rows_per_part", 10), begin_part=begin_part,
+        **options,
+    )  # fmt: skip
+    return list(dataset), begun
+
+
+def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 35)
+    encoder = Encoder()
+    windows, begun = windows_of(205, encoder)
+    assert begun == list(range(21))
+    assert [len(window.rows) for window in windows] == [40, 40, 40, 40, 40, 5]
+    assert [row.index for window in windows for row in window.rows] == list(range(205))
+    assert encoder.seen == list(range(205))
+
+
+def test_many_tokens_close_a_window_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 300)
+    windows, _ = windows_of(100, Encoder())
+    assert len(windows) > 5
+    assert all(window.tokens - 10 * 52 < 300 for window in windows)
+
+
+def test_what_is_done_is_neither_read_nor_tokenized() -> None:
+    encoder = Encoder()
+
+    def left(number: int, ids: Any) -> Any:
+        return [] if number != 3 else ids[4:6].tolist()
+
+    windows, begun = windows_of(50, encoder, left=left)
+    assert begun == list(range(5))
+    assert encoder.seen == [34, 35]
+    assert [row.index for row in windows[0].rows] == [34, 35]
+    assert windows_of(50, encoder, left=lambda *_: [])[0] == []
+
+
+def test_worker_processes_give_the_same_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 100)
+    plain = [[row.index for row in window.rows] for window in windows_of(600, Encoder())[0]]
+    monkeypatch.setattr(extract_logits, "worker_processes", lambda _: 0)
+    alone = [[row.index for row in window.rows] for window in windows_of(600, Encoder())[0]]
+    assert plain == alone
+
+
+def test_too_long_by_known_lengths_is_not_tokenized() -> None:
+    encoder = Encoder()
+    encoder.max_seq_len = 30
+    ids = np.arange(100)
+    known = KnownLengths("--length-col", ids, ids % 50 + 2)
+    windows, _ = windows_of(100, encoder, lengths=known)
+    skipped = [row for window in windows for row in window.skipped]
+    assert {row.index for row in skipped} == {n for n in range(100) if n % 50 + 2 > 30}
+    assert {row.reason for row in skipped} == {"too_long"}
+    assert "51 tokens, --max-seq-len is 30" in {row.detail for row in skipped}
+
+
+def test_lengths_of_another_source_are_refused() -> None:
+    ids = np.arange(100)
+    known = KnownLengths("lengths", ids, np.full(100, 7))
+    with pytest.raises(DataError, match="says 7 tokens for index 0, there are 2"):
+        windows_of(100, Encoder(), lengths=known)
+
+
+def test_a_stop_ends_reading() -> None:
+    with pytest.raises(StopRequested):
+        windows_of(100, Encoder(), should_stop=lambda: True)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_errors_come_after_all_that_came_before(processes: int) -> None:
+    def batches() -> Any:
+        yield from ([n] for n in range(5))
+        raise LogitsError("the source is broken")
+
+    made: list[Any] = []
+    ahead = run_ahead(lambda batch: batch, batches(), processes=processes)
+    with pytest.raises(LogitsError, match="the source is broken"):
+        made.extend(ahead)
+    assert made == [[n] for n in range(5)]
+
+
+# One conversation ---------------------------------------------------------------------------------
+
+
+class Conversation:
+    """Stands for `ConversationEncoder`: returns token ids, or refuses."""
+
+    def __init__(self, ids: list[int] | None) -> None:
+        self.ids = ids
+
+    def encode(self, row: Any, *, max_tokens: int | None = None) -> Any:
+        if self.ids is None:
+            raise ConversationError("no_assistant", "nobody answers")
+        ids = np.asarray(self.ids, np.int32)
+        return type("Encoded", (), {"input_ids": ids, "token_positions": ids[:1] * 0 + 1})()
+
+
+@pytest.mark.parametrize(
+    ("ids", "limit", "reason"),
+    [([1, 2, 3], 3, None), ([1, 2, 3], 2, "too_long"), (None, None, "no_assistant"),
+     ([1, 2**18 - 1], None, None), ([1, 2**18], None, "id_too_large")],
+)  # fmt: skip
+def test_a_conversation_is_encoded_or_says_why_not(
+    ids: list[int] | None, limit: int | None, reason: str | None
+) -> None:
+    made = RowEncoder(Conversation(ids), limit).encode({}, 9)  # type: ignore[arg-type]
+    assert made.index == 9
+    assert (made.reason if isinstance(made, SkippedRow) else None) == reason
+
+
+def test_lengths_before_and_ids_of_a_run_agree(
+    extract: Any, write_chats: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The whole way: a run by lengths, by a stream and by neither stores the same rows."""
+    caplog.set_level(logging.WARNING)
+    answers = ["z" * (5 + n % 7) for n in range(9)]
+    chats = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": a}]}
+        for a in answers
+    ]
+    write_chats([*chats, {"messages": []}])
+    counts = [
+        extract(output=name, cache_dir=f"cache-{name}", **options).summary
+        for name, options in {"./plain": {}, "./stream": {"streaming": True}}.items()
+    ]
+    kept = [{k: c[k] for k in ("rows", "tokens", "skipped")} for c in counts]
+    assert kept[0] == kept[1]
+    assert kept[0]["skipped"] == {"empty": 1}
+    assert json.dumps(kept[0])

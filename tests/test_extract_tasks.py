@@ -1,0 +1,356 @@
+"""Many processes on one job: workers, launchers, tasks of datatrove, processes of one teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHATS, ROOT, TEACHER, Extract, Finished, rows_of, run_script
+from outputs import Output
+
+from explore_logits import dequantize_logits
+from extract_logits import ConfigError, launched_as, make_executor, parse_args
+
+JOB = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 12]
+REQUIRED = ["--model", "m", "--dataset", "d", "--output", "./o"]
+SLURM = ["--executor", "slurm", "--tasks", "8"]
+TIME = {"time": "02:00:00", "partition": "gpu"}
+
+
+# Workers ------------------------------------------------------------------------------------------
+
+
+def test_each_worker_takes_the_parts_of_its_number(extract: Extract, write_chats: Any) -> None:
+    write_chats(rows_of(22))
+    job = {"upload_every": 3, "max_batch_size": 1, "resume": True}
+    assert extract(**job, output="./alone").code == 0
+    for rank in range(3):
+        before = set(Output("out").part_paths()) if rank else set()
+        done = extract(**job, rank=rank, world_size=3)
+        assert done.code == 0, done.stderr
+        new = set(Output("out").part_paths()) - before
+        assert new == {number for number in range(8) if number % 3 == rank}
+    assert Output("out").hashes() == Output("alone").hashes()
+
+
+@pytest.mark.parametrize(
+    ("job", "output"),
+    [("3 → 2 → 4 workers, all killed", "Hub"), ("2 and 3 workers at the same time", "folder")],
+)
+def test_no_part_is_lost_or_different_whatever_the_workers_do(job: str, output: str) -> None:
+    script = ROOT / "tests/tools/scale_table.py"
+    command = [sys.executable, str(script), "--seed", "3", "--job", job, "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = json.loads(done.stdout.splitlines()[-1])["lines"]
+    assert line["runs"] >= 5
+    assert line["kills"] >= (1 if "killed" in job else 0)
+    assert [line[name] for name in ("lost", "twice", "different", "unexpected")] == [0, 0, 0, []]
+
+
+# Launchers ----------------------------------------------------------------------------------------
+
+
+def array_of(count: int, *, first: int) -> Iterator[dict[str, Any]]:
+    """Yield the variables of each task of a Slurm array."""
+    names = {"SLURM_ARRAY_TASK_COUNT": count, "SLURM_ARRAY_TASK_MIN": first}
+    for number in range(count):
+        yield {**names, "SLURM_ARRAY_TASK_ID": first + number}
+
+
+def sky(nodes: int) -> Iterator[dict[str, Any]]:
+    """Yield the variables of each node of a SkyPilot task."""
+    for node in range(nodes):
+        yield {"SKYPILOT_NODE_RANK": node, "SKYPILOT_NUM_NODES": nodes}
+
+
+def torchrun(nodes: int, each: int) -> Iterator[dict[str, Any]]:
+    """Yield the variables of each process of one torchrun."""
+    for rank in range(nodes * each):
+        world = {"WORLD_SIZE": nodes * each, "GROUP_WORLD_SIZE": nodes, "LOCAL_RANK": rank % each}
+        yield {**world, "RANK": rank, "GROUP_RANK": rank // each}
+
+
+def srun(tasks: int) -> Iterator[dict[str, Any]]:
+    """Yield the variables of each task of a Slurm step."""
+    for task in range(tasks):
+        yield {"SLURM_PROCID": task, "SLURM_STEP_NUM_TASKS": tasks}
+
+
+def over(launchers: Any, processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each process of one torchrun the variables of the machine that it runs on."""
+    machines = list(launchers)
+    return [machines[process["GROUP_RANK"]] | process for process in processes]
+
+
+NESTED = {
+    "an array from 0": list(array_of(4, first=0)),
+    "an array from 1": list(array_of(4, first=1)),
+    "torchrun": list(torchrun(1, 8)),
+    "torchrun --standalone on SkyPilot": [n | p for n in sky(4) for p in torchrun(1, 8)],
+    "torchrun over SkyPilot": over(sky(4), list(torchrun(4, 8))),
+    "torchrun --standalone in srun": [t | p for t in srun(3) for p in torchrun(1, 2)],
+    "torchrun over srun": over(srun(3), list(torchrun(3, 2))),
+    "srun in an array from 1": [a | t for a in array_of(3, first=1) for t in srun(2)],
+}
+
+
+@pytest.mark.parametrize("launcher", NESTED)
+def test_every_process_of_nested_launchers_is_another_worker(launcher: str) -> None:
+    environments = NESTED[launcher]
+    found = [launched_as({k: str(v) for k, v in names.items()}) for names in environments]
+    assert sorted(found) == [(rank, len(environments)) for rank in range(len(environments))]
+
+
+def test_processes_of_one_teacher_are_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**next(sky(3)), **list(torchrun(1, 2))[1], "SKYPILOT_NODE_RANK": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    config = parse_args(REQUIRED)
+    assert (config.rank, config.world_size) == (5, 6)
+    config = parse_args([*REQUIRED, "--tensor-parallel"])
+    assert (config.rank, config.world_size) == (2, 3)
+
+
+# Tasks --------------------------------------------------------------------------------------------
+
+
+def needs(name: str) -> None:
+    """Skip, with the reason, where a part of the extra `scale` is not installed."""
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[scale]'")
+
+
+def run_tasks(folder: Path, *options: object) -> Finished:
+    """Run the job as tasks into folder/out."""
+    cache = ["--cache-dir", folder / "cache", "--output", folder / "out", "--upload-every", 3]
+    return run_script("extract_logits.py", *JOB, *cache, *options)
+
+
+def test_local_tasks_store_every_part_and_only_missing_ones_again(tmp_path: Path) -> None:
+    needs("datatrove")
+    job = ["--executor", "local", "--tasks", 3, "--workers", 2, "--max-batch-size", 1]
+    done = run_tasks(tmp_path, *job)
+    assert done.code == 0, done.stderr
+    assert (done.summary["rows"], done.summary["tasks_left"]) == (12, 0)
+    output = Output(tmp_path / "out")
+    hashes = output.hashes()
+    assert len(hashes) == 4
+    assert len(set(output.ids())) == len(output.ids()) == 12
+    logs = Path(done.summary["logs"])
+    assert "teacher" in (logs / "logs/task_00001.log").read_text()
+    lost = tmp_path / "out" / output.part_paths()[1]
+    lost.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in lost.parent.iterdir()}
+    done = run_tasks(tmp_path, *job)
+    assert done.code == 0, done.stderr
+    assert output.hashes() == hashes
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.slow
+def test_tasks_on_a_ray_cluster_store_every_row_once(tmp_path: Path) -> None:
+    needs("datatrove")
+    needs("ray")
+    job = ["--executor", "ray", "--tasks", 2, "--workers", 2, "--executor-options"]
+    small = {"cpus_per_task": 1, "mem_per_cpu_gb": 1}
+    done = run_tasks(tmp_path, *job, json.dumps({**small, "gpus_per_task": 1000}))
+    assert done.code == 2
+    assert "gpus_per_task" in done.stderr.splitlines()[-1]
+    done = run_tasks(tmp_path, *job, json.dumps({**small, "gpus_per_task": 0}))
+    assert done.code == 0, done.stderr
+    assert done.summary["tasks_left"] == 0
+    ids = Output(tmp_path / "out").ids()
+    assert len(set(ids)) == len(ids) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("sinfo"), reason="no Slurm here")
+def test_tasks_on_slurm_store_every_row_once(tmp_path: Path) -> None:
+    needs("datatrove")
+    up = subprocess.run(["sinfo", "-h", "-t", "idle"], capture_output=True, text=True, timeout=20)
+    if not up.stdout.split():
+        pytest.skip(f"Slurm has no idle node: {up.stdout}{up.stderr}")
+    options = {"partition": up.stdout.split()[0].rstrip("*"), "time": "00:10:00"}
+    options |= {"gpus_per_task": 0, "cpus_per_task": 1, "mem_per_cpu_gb": 1}  # type: ignore[dict-item]
+    job = ["--executor", "slurm", "--tasks", 2, "--executor-options", json.dumps(options)]
+    done = run_tasks(tmp_path, *job)
+    assert done.code == 0, done.stderr
+    assert done.summary["tasks_submitted"] == 2
+    end = time.monotonic() + 240
+    logs = Path(done.summary["logs"])
+    while len(list(logs.glob("completions/*"))) < 2 and time.monotonic() < end:
+        time.sleep(1)
+    ids = Output(tmp_path / "out").ids()
+    out = "".join(path.read_text() for path in logs.glob("slurm_logs/*"))
+    assert len(set(ids)) == len(ids) == 12, out
+
+
+def test_the_script_for_slurm_says_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("datatrove")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    monkeypatch.setattr(subprocess, "check_output", lambda *_: b"Submitted batch job 7")
+    options = {**TIME, "gpus_per_task": 2, "cpus_per_task": 6, "sbatch_args": {"account": "llm"}}
+    words = ["--workers", "4", "--executor-options", json.dumps(options)]
+    make_executor(parse_args([*REQUIRED, *SLURM, *words]), tmp_path / "logs").run()
+    script = (tmp_path / "logs/launch_script.slurm").read_text()
+    for line in (
+        "partition=gpu", "time=02:00:00", "array=0-7%4", "gpus=2", "cpus-per-task=6", "account=llm",
+        "requeue",
+    ):  # fmt: skip
+        assert f"#SBATCH --{line}\n" in script
+    assert "qos" not in script
+    assert re.search(r"^export PATH=\S+:\$PATH PYTHONPATH=\S+$", script, re.MULTILINE)
+    assert "launch_pickled_pipeline" in script
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("local", {"cpus": 3}, ["no 'cpus'", "LocalPipelineExecutor takes", "start_method"]),
+        ("ray", {"gpus": 3}, ["no 'gpus'", "gpus_per_task"]),
+        ("slurm", TIME | {"tim": 3}, ["no 'tim'", "sbatch_args"]),
+        ("slurm", {"partition": "gpu"}, ["needs 'time'"]),
+        ("slurm", {}, ["needs 'partition'; it needs 'time'"]),
+    ],
+)
+def test_options_that_an_executor_does_not_have_or_lacks_are_named(
+    tmp_path: Path, kind: str, options: dict[str, Any], words: list[str]
+) -> None:
+    needs("datatrove")
+    job = ["--executor", kind, "--tasks", "2", "--executor-options", json.dumps(options)]
+    with pytest.raises(ConfigError, match=r"^--executor-options: ") as caught:
+        make_executor(parse_args([*REQUIRED, *job]), tmp_path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--executor", "local"], "--tasks"),
+        (["--tasks", "3"], "--executor"),
+        (["--executor", "local", "--tasks", "3", "--plan"], "--plan"),
+        (["--executor", "local", "--tasks", "3", "--force-restart"], "empty the output"),
+        (["--executor", "local", "--tasks", "3", "--rank", "0", "--world-size", "2"], "--rank"),
+        (["--executor", "local", "--tasks", "3", "--tensor-parallel"], "--tensor-parallel"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_args([*REQUIRED, *options])
+
+
+def test_a_launcher_around_the_one_that_submits_does_not_make_it_a_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    assert parse_args([*REQUIRED, *SLURM]).rank is None
+
+
+def test_an_output_with_parts_of_another_job_needs_resume(tmp_path: Path) -> None:
+    needs("datatrove")
+    Output(tmp_path / "out").write("data/part-00000.parquet", b"PAR1")
+    done = run_tasks(tmp_path, "--executor", "local", "--tasks", 2)
+    assert done.code == 2
+    assert "--resume" in done.stderr.splitlines()[-1]
+
+
+def test_a_missing_datatrove_is_named_with_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "datatrove").mkdir()
+    (tmp_path / "datatrove/__init__.py").write_text("raise ImportError('none')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    options = ["--cache-dir", tmp_path / "cache", "--output", tmp_path / "out"]
+    options += ["--executor", "local", "--tasks", "2"]
+    done = run_script("extract_logits.py", *JOB, *options, PYTHONPATH=path)
+    assert done.code == 2
+    assert "extra scale" in done.stderr.splitlines()[-1]
+
+
+# Processes of one teacher -------------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+
+
+def start_group(*args: object) -> subprocess.Popen[str]:
+    """Start extract_logits.py as two processes that share a teacher."""
+    command = [*TORCHRUN, str(ROOT / "extract_logits.py"), *map(str, [*JOB, *args])]
+    return subprocess.Popen(
+        [*command, "--tensor-parallel"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_two_processes_give_the_rows_of_one(tmp_path: Path, dtype: str) -> None:
+    options = ["--dtype", dtype, "--cache-dir", tmp_path / "cache", "--max-batch-size", 2]
+    alone = run_script("extract_logits.py", *JOB, *options, "--output", tmp_path / "alone")
+    assert alone.code == 0, alone.stderr
+    group = start_group(*options, "--output", tmp_path / "group")
+    stdout, stderr = group.communicate(timeout=200)
+    assert group.returncode == 0, stderr
+    (summary,) = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+    assert summary["rows"] == 12  # one line: the other process writes nothing
+    assert stderr.count(f"in {dtype}, attention") == 2
+    assert stderr.count("in float32; ") == 2  # the head
+    one, two = Output(tmp_path / "alone").rows(), Output(tmp_path / "group").rows()
+    assert one.keys() == two.keys()
+    assert list((tmp_path / "group").glob("data/*")) == [tmp_path / "group/data/part-00000.parquet"]
+    # sums are split in two: in float32 no more than rounding, in bfloat16 that of every layer
+    near, alike = {"float32": (1e-4, 0.995), "bfloat16": (0.2, 0.8)}[dtype]
+    same = total = 0
+    for index, row in one.items():
+        other = two[index]
+        assert row["num_tokens"] == other["num_tokens"]
+        assert np.allclose(row["logsumexp"], other["logsumexp"], atol=near, rtol=0)
+        counts = np.asarray(row["top_counts"])
+        if dtype == "float32":
+            assert row["top_counts"] == other["top_counts"]
+            assert np.allclose(top_logits(row, counts), top_logits(other, counts), atol=1e-3)
+        same += np.sum(counts == np.asarray(other["top_counts"]))
+        total += counts.size
+    assert same / total >= alike
+
+
+def top_logits(row: dict[str, Any], counts: np.ndarray) -> np.ndarray:
+    """Return the nucleus logits of all tokens, flattened."""
+    vmin, vmax = (np.repeat(np.asarray(row[name]), counts) for name in ("top_min", "top_max"))
+    return np.asarray(dequantize_logits(np.asarray(row["top_logits_quantized"]), vmin, vmax))
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_group_and_the_job_can_be_resumed(tmp_path: Path) -> None:
+    options = ["--cache-dir", tmp_path / "cache", "--max-batch-size", 1, "--upload-every", 1]
+    options += ["--limit", 200, "--output", tmp_path / "out", "--resume"]
+    group = start_group(*options)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("out/data/*.parquet")) and time.monotonic() < end:
+        time.sleep(0.1)
+    group.send_signal(signal.SIGTERM)
+    group.communicate(timeout=100)
+    assert group.returncode != 0
+    done = len(Output(tmp_path / "out").rows())
+    assert 0 < done < 200
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_without_torchrun_it_is_refused_with_the_command(tmp_path: Path) -> None:
+    done = run_script("extract_logits.py", *JOB, "--output", tmp_path / "o", "--tensor-parallel")
+    assert done.code == 2
+    assert "torchrun --nproc-per-node" in done.stderr.splitlines()[-1]
