@@ -4338,11 +4338,9 @@ def surprise_level(probability: float) -> int:
     return sum(probability < bound for bound in SURPRISE_LEVELS)
 
 
-def show_probability(token: TokenAnalysis) -> str:
+def show_probability(probability: float, exact: bool) -> str:
     """Write a probability in percent, with `≤` where it is a bound."""
-    return (
-        f"{'' if token.exact else '≤'}{token.probability:.{1 if token.probability >= 0.01 else 2}%}"
-    )
+    return f"{'' if exact else '≤'}{probability:.{1 if probability >= 0.01 else 2}%}"
 
 
 # Terminal -----------------------------------------------------------------------------------------
@@ -4471,7 +4469,8 @@ def show_token_table(
     there = ""
     if actual is not None:
         rank = f"rank {'' if actual.where == 'nucleus' else '≥ '}{actual.rank}"
-        there = f"; it is {show_token(actual.text)}, {show_probability(actual)}, {rank}"
+        chance = show_probability(actual.probability, actual.exact)
+        there = f"; it is {show_token(actual.text)}, {chance}, {rank}"
     size, mass = sample["top_counts"][t], get_nucleus_probability_mass(sample, t)
     print(wrap_text(f"token {t}: nucleus of {size} covering {mass:.1%}{there}"))
     texts = [shorten(show_token(prediction.text)) for prediction in predictions]
@@ -4587,14 +4586,19 @@ def paint_text(analysis: ConversationAnalysis) -> str:
     coloured = colours_wanted()
     shown, styles = [], []
     texts = join_characters([text for text, _ in analysis.pieces])
+    before: list[TokenAnalysis] = []  # that the character which comes takes, too
     for text, (_, t) in zip(texts, analysis.pieces, strict=True):
-        level = surprise_level(analysis.tokens[t].probability) if t is not None else 0
+        tokens = [*before, *([analysis.tokens[t]] if t is not None else [])]
+        before = [] if text else tokens
+        probability = math.prod(token.probability for token in tokens)
+        level = surprise_level(probability)
         text = show_text(text)
-        if t is not None and not coloured and level > 1:
+        if text and not coloured and level > 1:
             body = text.rstrip("\n")
-            text = f"{body}{{{show_probability(analysis.tokens[t])}}}{text[len(body) :]}"
+            mark = show_probability(probability, all(token.exact for token in tokens))
+            text = f"{body}{{{mark}}}{text[len(body) :]}"
         shown.append(text)
-        styles.append(PAINT[level] if t is not None else ("dark_grey",))
+        styles.append(PAINT[level] if tokens else ("dark_grey",))
     places, at, parts = break_lines("".join(shown), screen_width()), 0, []
     for text, style in zip(shown, styles, strict=True):
         inside = [place - at for place in sorted(places) if at <= place < at + len(text)]
@@ -5246,7 +5250,6 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
 
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-COUNT_BATCH = 2**22  # nucleus sizes sent to a device at once
 
 
 class Figures:
@@ -5302,19 +5305,14 @@ class NucleusSizeStats(Figures):
         return math.sqrt(n * squares - total * total) / n
 
     @property
-    def percentiles(self) -> dict[int, float]:
+    def percentiles(self) -> dict[int, int]:
         """The usual percentiles, by number."""
         return {q: self.percentile(q) for q in PERCENTILES}
 
-    def percentile(self, q: float) -> float:
-        """Return percentile `q`, between neighbours as `numpy.percentile` does."""
-        if not self.tokens:
-            return 0.0
-        place = q / 100 * (self.tokens - 1)
-        below = math.floor(place)
-        ends = np.searchsorted(np.cumsum(self.histogram), [below, math.ceil(place)], side="right")
-        low, high = (int(end) for end in ends)
-        return low + (high - low) * (place - below)
+    def percentile(self, q: float) -> int:
+        """Return percentile `q`: the smallest size that so many percent do not exceed."""
+        place = max(math.ceil(q / 100 * self.tokens), 1)
+        return int(np.searchsorted(np.cumsum(self.histogram), place)) if self.tokens else 0
 
     def facts(self) -> list[tuple[str, str]]:
         """Return the figures as pairs of label and text."""
@@ -5347,31 +5345,20 @@ def analyze_nucleus_sizes(
         LogitsError: torch or the device is not there.
     """
     histogram, rows = np.zeros(256, np.int64), 0
-    batch: list[npt.NDArray[np.uint8]] = []
-    waiting = 0
     kind = SCHEMA.field("top_counts")
-    for table in iter_tables(name_or_dataset, [kind.name], max_samples=max_samples, rows=1024):
+    for table in iter_tables(name_or_dataset, [kind.name], max_samples=max_samples, rows=8192):
+        rows += table.num_rows
         sizes = read_column(table, kind).values
-        rows, waiting = rows + table.num_rows, waiting + sizes.size
-        batch.append(sizes)
-        if device is None or waiting >= COUNT_BATCH:
-            histogram += count_sizes(np.concatenate(batch), device)
-            batch, waiting = [], 0
-    if batch:
-        histogram += count_sizes(np.concatenate(batch), device)
+        if device is None:
+            histogram += np.bincount(sizes, minlength=256)
+            continue
+        torch = import_extra("torch")
+        try:
+            moved = torch.from_numpy(sizes).to(device).int()
+        except (RuntimeError, AssertionError) as error:
+            raise LogitsError(f"cannot count on device {device!r}: {first_line(error)}") from error
+        histogram += torch.bincount(moved, minlength=256).cpu().numpy()
     return NucleusSizeStats(histogram, rows)
-
-
-def count_sizes(sizes: npt.NDArray[np.uint8], device: str | None) -> npt.NDArray[np.int64]:
-    """Return the histogram (256,) of sizes, counted by numpy or on a torch device."""
-    if device is None:
-        return np.bincount(sizes, minlength=256)
-    torch = import_extra("torch")
-    try:
-        moved = torch.from_numpy(sizes).to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise LogitsError(f"cannot count on device {device!r}: {error}") from error
-    return np.asarray(torch.bincount(moved.int(), minlength=256).cpu().numpy(), np.int64)
 
 
 # Whole outputs ------------------------------------------------------------------------------------
@@ -7419,7 +7406,7 @@ def show_tokens(
     print_sample_info(sample)
     if analysis is not None:
         surprise = np.array([token.log_probability for token in analysis.tokens])
-        why = "which the teacher expected least"
+        why = "that the teacher expected least"
     else:
         surprise = sample.block.first_probs
         why = "of which the teacher was least sure"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,95 @@ def test_the_command_shows_ids_where_the_text_is_gone(tmp_path: Path) -> None:
     page = run_script("explore_logits.py", made, "--html", tmp_path / "page.html")
     assert page.code == 2
     assert "the text is needed" in page.stderr
+
+
+# Terminal -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("colour", [True, False])
+def test_no_word_is_broken_inside(
+    output: Path, width: int, colour: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    for row in range(6):
+        analysis = execute_analysis(output, row)
+        shown = re.sub(
+            "\x1b\\[[0-9;]*m", "", explore.visualize_conversation_probabilities(analysis)
+        )
+        body = shown.split("\n\n", 1)[1]
+        texts = explore.join_characters([text for text, _ in analysis.pieces])
+        whole = explore.show_text("".join(texts))
+        if colour:
+            assert body.split() == whole.split(), "only spaces became line breaks"
+        for line in shown.split("\n"):
+            assert explore.count_columns(line) <= width or " " not in line.strip()
+    explore.quick_explore(output, 0)
+    assert all(len(line) <= width for line in capsys.readouterr().out.splitlines())
+
+
+def test_lines_are_broken_between_words_and_wide_characters_count_twice() -> None:
+    text = "one two three\nfour 日本語 five"
+    places = explore.break_lines(text, 9)
+    assert [text[place : place + 4] for place in sorted(places)] == [" thr", " 日本語", " fiv"]
+    assert explore.break_lines(text, None) == set()
+    assert explore.break_lines("a" * 30, 9) == set()
+
+
+def test_characters_made_of_several_tokens_are_written_whole() -> None:
+    texts = [" a", "⟨F0 9F⟩", "⟨98⟩", "⟨80⟩", "b", "⟨E2⟩", "c", " ⟨E2 9C⟩", "⟨93⟩"]
+    assert explore.join_characters(texts) == [
+        " a", "", "", "😀", "b", "⟨E2⟩", "c", "", " ✓",
+    ]  # fmt: skip
+
+
+def test_pipes_get_the_text_as_it_is(
+    tmp_path: Path, chats: list[dict[str, Any]], tokenizer: Any
+) -> None:
+    settings = RUN | {"store_tokens": True}
+    foreign = [row for row in chats if sum(ord(c) > 0x2FF for c in json.dumps(
+        row["messages"], ensure_ascii=False)) > 40][:2]  # fmt: skip
+    rows, texts = [], []
+    for row in foreign:
+        encoded = encode_conversation(row["messages"], tokenizer)
+        rng = np.random.default_rng(row["id"])
+        logits = random_logits(rng, encoded.token_positions.size, VOCAB)
+        texts.append(encoded.text)
+        rows.append(
+            extract_row(logits, settings, rng, index=row["id"])
+            | {"input_ids": encoded.input_ids.tolist()}
+            | {"token_positions": encoded.token_positions.tolist()}
+        )
+    made = write_output(tmp_path, rows, settings=settings)
+    done = run_script("explore_logits.py", made, "--sample", "0,1", LC_ALL="C", COLUMNS="")
+    assert done.code == 0, done.stderr
+    body = re.sub(r"\{[^{}]*%\}", "", done.stdout)
+    for text in texts:
+        assert text.strip() in body
+
+
+def test_words_are_found_from_the_output(output: Path, capsys: Any) -> None:
+    sample = explore.quick_explore(output, 1)
+    shown = capsys.readouterr().out
+    assert "its first 3 tokens:" in shown
+    assert "#" not in shown.split("tokens:")[1]
+    explore.print_top_tokens(sample, 0)
+    assert "#" not in capsys.readouterr().out
+
+
+def test_without_its_model_ids_are_shown_and_why(tmp_path: Path, capsys: Any) -> None:
+    settings = RUN | {"model": "./gone", "store_tokens": True}
+    made = write_output(tmp_path, random_rows(1, settings=settings), settings=settings)
+    explore.quick_explore(made, tokens=1)
+    shown = capsys.readouterr().out
+    assert "ids only: " in shown
+    assert "model=" in shown
+    assert "; it is #" in shown, "the stored text tells the actual token"
+
+
+def test_the_command_says_why_it_shows_these_tokens(output: Path) -> None:
+    done = run_script("explore_logits.py", output)
+    assert re.search("the [23] tokens that the teacher expected least:", done.stdout)

@@ -443,24 +443,57 @@ def test_levels_differ_in_lightness_and_not_in_hue_alone() -> None:
         assert (steps > 8).all() or (steps < -8).all(), light
 
 
-def test_a_small_screen_holds_page_and_popup(show: Any, plain: list[ConversationAnalysis]) -> None:
-    browser = show(render_page(plain), width=500)
-    for t in (0, 5, 40, len(plain[0].tokens) - 1):
-        focus(browser, t)
-        box = find(browser, "#pop")[0].rect
-        assert box["x"] >= 0
-        wide = browser.execute_script("return document.documentElement.clientWidth")
-        assert box["x"] + box["width"] <= wide
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= wide
+@pytest.fixture
+def phone(browser: Any) -> Iterator[None]:
+    """A screen of 390 by 700 pixels."""
+    size = {"width": 390, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_the_popup_never_hides_its_token(show: Any, plain: list[ConversationAnalysis]) -> None:
-    browser = show(render_page(plain))
-    for t in range(0, len(plain[0].tokens), 17):
-        node = focus(browser, t)
-        one, two = node.rect, find(browser, "#pop")[0].rect
-        apart = one["y"] + one["height"] <= two["y"] or two["y"] + two["height"] <= one["y"]
-        assert apart, (t, one, two)
+BOXES = """
+const pop = document.getElementById("pop").getBoundingClientRect();
+const node = document.activeElement;
+return [[pop.top, pop.bottom, pop.left, pop.right],
+        [...node.getClientRects()].map(box => [box.top, box.bottom])];
+"""
+
+
+def test_the_popup_stays_on_the_screen_and_off_its_token(
+    show: Any, plain: list[ConversationAnalysis], phone: None
+) -> None:
+    long = explore.replace(plain[0].tokens[3], text=" many words that wrap" * 6)
+    tokens = [*plain[0].tokens[:3], long, *plain[0].tokens[4:]]
+    pieces = [(long.text if t == 3 else text, t) for text, t in plain[0].pieces]
+    browser = show(render_page([explore.replace(plain[0], tokens=tokens, pieces=pieces)]))
+    wide = browser.execute_script("return document.documentElement.clientWidth")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= wide == 390
+    for t in (0, 3, 5, 40, len(tokens) - 1):
+        for block in ("start", "center", "end"):
+            node = find(browser, f'.tok[data-t="{t}"]')[0]
+            script = "document.activeElement.blur();"
+            script += f"arguments[0].scrollIntoView({{block: '{block}'}}); arguments[0].focus()"
+            browser.execute_script(script, node)
+            (top, bottom, left, right), lines = browser.execute_script(BOXES)
+            assert 0 <= left < right <= wide
+            for above, below in lines:
+                assert bottom <= above + 1 or top >= below - 1, (t, block)
+
+
+def test_a_token_that_wraps_leaves_no_coloured_stub(
+    show: Any, plain: list[ConversationAnalysis], phone: None
+) -> None:
+    browser = show(render_page(plain[:1]))
+    script = """
+      return [...document.querySelectorAll(".tok")].map(node =>
+        [node.textContent, [...node.getClientRects()].map(box => box.width)]);
+    """
+    wrapped = browser.execute_script(script)
+    assert len(wrapped) > 100
+    for text, widths in wrapped:
+        assert not text.startswith(" ")
+        assert all(width > 4 for width in widths), (text, widths)
 
 
 def test_a_link_leads_to_a_token(

@@ -52,7 +52,7 @@ def assert_describes(stats: NucleusSizeStats, sizes: np.ndarray) -> None:
     assert stats.mean == pytest.approx(sizes.mean(), rel=1e-14)
     assert stats.std == pytest.approx(sizes.std(), rel=1e-12, abs=1e-12)
     for q in (0, 0.1, 1, 5, 25, 33.3, 50, 75, 95, 99, 100):
-        assert stats.percentile(q) == pytest.approx(np.percentile(sizes, q), abs=1e-9)
+        assert stats.percentile(q) == np.percentile(sizes, q, method="inverted_cdf")
 
 
 def test_nucleus_sizes_are_exact_for_every_kind_of_dataset(output: Path) -> None:
@@ -93,11 +93,7 @@ def test_no_rows_give_zeros() -> None:
     assert stats.percentile(50) == 0
 
 
-@pytest.mark.parametrize("batch", [1, 50, 10**6])
-def test_a_device_counts_the_same(
-    output: Path, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(explore, "COUNT_BATCH", batch)
+def test_a_device_counts_the_same(output: Path) -> None:
     counted = analyze_nucleus_sizes(output, device="cpu")
     np.testing.assert_array_equal(counted.histogram, analyze_nucleus_sizes(output).histogram)
 
