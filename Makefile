@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help dist images demo test oldest bench bench-io chaos oracle scale storage lint clean
+.PHONY: help notebook dist images demo test oldest bench bench-io chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -45,6 +45,11 @@ demo: demo/report.html
 	@echo "page     demo/report.html"
 	@echo "picture  demo/nucleus.png"
 	@echo "next     $(PY) explore_logits.py demo/logits --sample 3"
+
+# make notebook  docs/explore.ipynb on the demo, in the browser
+notebook: demo/logits/checkpoint.json
+	$(PY) -m jupyter --version >/dev/null 2>&1 || $(PY) -m pip install --quiet -e '.[all]'
+	$(PY) -m jupyter lab docs/explore.ipynb || $(PY) -m jupyter notebook docs/explore.ipynb
 
 # make test    the tests
 test: .venv/.done

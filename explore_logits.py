@@ -5115,7 +5115,16 @@ def finish_figure(pyplot: Any, figure: Any) -> Any:
 
 
 def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer: Any = None) -> Any:
-    """Plot what is stored of token `t`: the nucleus by rank, then the tail sample."""
+    """Plot what is stored of token `t`: the nucleus by rank, then the tail sample.
+
+    Args:
+        sample: from `get_sample`.
+        t: number of the token in the row.
+        tokenizer: gives the words; None finds the teacher's from the output that the sample is of.
+    """
+    sample = as_sample(sample)
+    if check_tokenizer(tokenizer) is None and sample.output is not None:
+        tokenizer, _ = sample.output.words
     ids, logits = dequantize_top_logits(sample, t)
     _, tail = dequantize_sampled_logits(sample, t)
     total = float(sample["logsumexp"][t])

@@ -1,4 +1,4 @@
-"""Make the pictures in docs/images from an output: every plot, and the page in both themes.
+"""Make the pictures in docs/images and docs/explore.ipynb from an output: plots and the page.
 
     python docs/make_images.py demo/logits
 
@@ -8,7 +8,9 @@ Needs the extra viz; the pictures of the page need chromium and are left out wit
 from __future__ import annotations
 
 import argparse
+import base64
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -44,12 +46,45 @@ THEMES = {"light": 1, "dark": 0}  # as chromium numbers preferred colour schemes
 
 
 def save_picture(png: bytes, name: str, *, height: int | None = None) -> None:
-    """Write a picture with a palette of 128 colours, which makes it about three times smaller."""
+    """Write a picture into docs/images."""
     path = IMAGES / f"{name}.png"
+    path.write_bytes(shrink_picture(png, height=height))
+    print(f"{path.relative_to(IMAGES.parent.parent)} {path.stat().st_size:,} bytes")
+
+
+def shrink_picture(png: bytes, *, height: int | None = None) -> bytes:
+    """Return a picture with a palette of 128 colours, which makes it about three times smaller."""
     image = import_extra("PIL.Image", "viz").open(io.BytesIO(png)).convert("RGB")
     if height is not None:
         image = image.crop((0, 0, image.width, height))
-    image.quantize(128, dither=0).save(path, optimize=True)
+    small = io.BytesIO()
+    image.quantize(128, dither=0).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def picture_notebook(output: str) -> None:
+    """Run the notebook on an output and keep of what its cells show the pictures alone."""
+    nbformat, nbclient = import_extra("nbformat"), import_extra("nbclient")
+    path = IMAGES.parent / "explore.ipynb"
+    book = nbformat.read(path, as_version=4)
+    os.environ["LOGITS"] = str(Path(output).resolve())
+    run = {"metadata": {"path": str(path.parent)}}
+    shown = nbclient.NotebookClient(book, kernel_name="python3", resources=run).execute()
+    for cell in shown.cells:
+        cell.metadata.clear()
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            pictures = [
+                o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})
+            ]
+            small = [shrink_picture(base64.b64decode(png)) for png in pictures]
+            cell.outputs = [
+                nbformat.v4.new_output(
+                    "display_data", {"image/png": base64.b64encode(png).decode()}
+                )
+                for png in small
+            ]
+    nbformat.write(book, path)
     print(f"{path.relative_to(IMAGES.parent.parent)} {path.stat().st_size:,} bytes")
 
 
@@ -96,11 +131,12 @@ def main() -> None:
         save_picture(buffer.getvalue(), name)
     stats = compute_dataset_stats(dataset, actual_tokens=text.actual_tokens)
     analyses = [analyze_row(dataset, row, text) for row in rows]
-    page = render_page(analyses, about=describe_run(dataset), stats=stats.to_html())
+    page = render_page(analyses, about=describe_run(dataset), stats=stats)
     photograph_page(page, "page_light", theme="light")
     page = render_page(analyses[:1], about=describe_run(dataset))  # needs no scrolling
     for theme in THEMES:
         photograph_page(page, f"token_{theme}", theme=theme, place=f"#s0-t{args.token}")
+    picture_notebook(args.output)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Decode the nuclei of 1,000,000 stored tokens, all at once and token by token.
 
-    python tests/bench_decode.py [--tokens 1000000]
+    python tests/bench_decode.py [--tokens 1000000] [--faults 10000]
 
 Writes one shard of random rows, reads it back and prints one JSON line: seconds for the million
 tokens by whole rows (ids, logits and probabilities), and for the same by a loop over tokens, which
 is timed on every 20th row and scaled up. Both must give the same sums before a time is printed.
+Then seconds for `validate_output` of as many faulty shards, of which each holds one row, and for
+`compare_outputs` of two outputs of 2,000 rows in different orders.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -21,16 +24,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+from small_output import random_rows, rows_to_table, write_output  # noqa: E402 - as below
 
 from explore_logits import (  # noqa: E402 - run as a script, from anywhere
     FormatError,
     Sample,
+    compare_outputs,
     dequantize_top_logits,
     iter_blocks,
     logits_to_probs,
     pack_indices,
     shard_schema,
+    validate_output,
 )
 
 ROW_TOKENS = 1000
@@ -102,11 +109,42 @@ def check_sum(path: Path, every: int) -> float:
     return total
 
 
+def time_validation(folder: Path, faults: int) -> float:
+    """Return the seconds that it takes to validate an output of faulty shards."""
+    table = rows_to_table([{**random_rows(1, tokens=4)[0], "num_tokens": 99}])
+    first = folder / "data" / "part-00000.parquet"
+    first.parent.mkdir(parents=True)
+    pq.write_table(table, first)
+    for number in range(1, faults):
+        shutil.copyfile(first, first.with_name(f"part-{number:05d}.parquet"))
+    start = time.perf_counter()
+    report = validate_output(folder)
+    seconds = time.perf_counter() - start
+    if report.counts["length"] < faults:
+        raise FormatError(f"{report.counts} of {faults} faults were found")
+    return seconds
+
+
+def time_comparison(folder: Path) -> float:
+    """Return the seconds that it takes to compare two outputs of other orders."""
+    rows = random_rows(2000, tokens=20)
+    order = np.random.default_rng(0).permutation(len(rows))
+    for name, chosen in (("one", rows), ("two", [rows[i] for i in order])):
+        write_output(folder / name, chosen, rows_per_shard=500, rows_per_group=500)
+    start = time.perf_counter()
+    seen = compare_outputs(folder / "one", folder / "two")
+    if seen.common_rows != len(rows) or seen.max_divergence:
+        raise FormatError(f"equal outputs differ: {seen}")
+    return time.perf_counter() - start
+
+
 def main() -> None:
     """Run the benchmark and print its JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--faults", type=int, default=10_000, help="shards to validate")
+    args = parser.parse_args()
+    tokens = args.tokens
     every = 20 if tokens >= 100_000 else 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part-00000.parquet"
@@ -115,6 +153,8 @@ def main() -> None:
         per_row, check = decode_by_token(path, every)
         if not np.isclose(check, check_sum(path, every), rtol=1e-9):
             raise FormatError("the two ways do not decode the same")
+        validating = time_validation(Path(folder) / "faulty", args.faults)
+        comparing = time_comparison(Path(folder))
     by_token = per_row * (tokens / ROW_TOKENS)
     figures = {
         "benchmark": "decode",
@@ -123,6 +163,9 @@ def main() -> None:
         "at_once_s": round(at_once, 3),
         "by_token_s": round(by_token, 3),
         "ratio": round(by_token / at_once, 1),
+        "faulty_shards": args.faults,
+        "validate_s": round(validating, 2),
+        "compare_permuted_s": round(comparing, 2),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": platform.machine(),
