@@ -380,11 +380,11 @@ def test_lengths_measured_on_another_day_are_those_of_the_run(
     extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: Path
 ) -> None:
     monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-05-09")
-    monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-09-30")
     options = ("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--num-proc", 1)
     options += ("--chat-template", dated, "--output-dir", tmp_path)
     assert compute_lengths.main([str(option) for option in options]) == 0
     lengths = explore_logits.read_lengths(str(tmp_path / "lengths.parquet"))
+    monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-09-30")
     args = ("--chat-template", dated, "--index-col", "id", "--store-tokens", "--limit", 4)
     code, _, err = extract(*args, "--tokenized-dataset", tmp_path / "lengths.parquet")
     assert code == 0, err
@@ -405,7 +405,7 @@ def test_a_job_begun_on_another_day_than_its_lengths_says_so(
     args = ("--chat-template", dated, "--limit", 4, "--resume")
     code, _, err = extract(*args, "--tokenized-dataset", tmp_path / "lengths.parquet")
     assert code == 2
-    assert "template_date '2030-05-09', here" in err.splitlines()[-1]
+    assert "template_date: '2030-05-09' there" in err.splitlines()[-1]
     assert extract(*args)[0] == 0
 
 
