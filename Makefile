@@ -66,7 +66,6 @@ oldest: .venv/.done
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done
 	$(PY) tests/bench_extraction.py
-	$(PY) tests/tools/bench_pipeline.py
 
 # make bench-io  the same of decoding and of uploads (3 minutes)
 bench-io: .venv/.done

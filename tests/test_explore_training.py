@@ -595,7 +595,8 @@ def test_the_trainer_takes_the_same_step_whether_it_accumulates_or_not(
     assert max(map(float, losses)) - min(map(float, losses)) < 0.01, "but it shows in the loss"
     run_example("plain_loop", monkeypatch, extracted, "--steps", 2)
     by_batch = [float(x) for x in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
-    assert min(by_batch) - 0.05 < float(losses[0]) < max(by_batch) + 0.05
+    # Of other conversations: a wrong divisor would be a factor of 2 at least.
+    assert min(by_batch) - 0.3 < float(losses[0]) < max(by_batch) + 0.3
 
 
 @pytest.mark.slow

@@ -20,8 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from chaos import CHATS, TEACHER, ask_hub, import_and_shorten_waits, serve_hub
+from chaos import ROOT, ask_hub, import_and_shorten_waits, serve_hub
 from forked import Child
+
+TEACHER = ROOT / "tests/teacher/model"
+CHATS = ROOT / "tests/teacher/conversations.jsonl"
 
 
 def copy_conversations(path: Path, copies: int) -> None:
