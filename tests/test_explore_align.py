@@ -375,7 +375,7 @@ def test_figures_that_rest_on_bounds_say_so(
     analysis = execute_analysis(output, 1)
     assert not all(token.exact for token in analysis.tokens)
     shown = explore.visualize_conversation_probabilities(analysis)
-    assert "typical probability of a token ≤ " in shown
+    assert "typical probability of a token ≤ " in " ".join(shown.split())
     assert "typical probability ≤ " in explore.render_page([analysis])
     stats = compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
     assert stats.bounded > 0
