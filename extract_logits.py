@@ -3943,7 +3943,7 @@ def make_card(
                     value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 )
                 for name, value in settings.items()
-                if value is not None
+                if value is not None and name != "options"  # paths of a machine
             },
             figures=describe_figures(known),
             columns={column.name: str(column.type) for column in schema},
