@@ -96,7 +96,7 @@ distill: .venv/.done
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
 scale: .venv/.done
 	$(PY) tests/tools/scale_table.py
-	$(PY) -m pytest -q -m slow tests/test_extract_tensor_parallel.py tests/test_extract_scale_executor.py
+	$(PY) -m pytest -q -m slow tests/test_extract_tasks.py
 
 # make lint    ruff and mypy
 lint: .venv/.done

@@ -78,6 +78,7 @@ from explore_logits import (
     MAX_TOKEN_ID,
     METADATA_PART,
     METADATA_SETTINGS,
+    PARTS_PER_FOLDER,
     TEMPLATE_FILE,
     ConversationColumns,
     ConversationEncoder,
@@ -88,11 +89,15 @@ from explore_logits import (
     conversation_settings,
     first_line,
     format_mask_preview,
+    hash_ids,
+    hide_tokens,
     load_tokenizer,
     log_hub_once,
     open_conversations,
     outlive_readers,
     pack_indices,
+    part_path,
+    plural,
     read_lengths,
     read_lengths_settings,
     shard_schema,
@@ -3086,21 +3091,9 @@ PART_NAME = re.compile(r"data/(?:\d{3,}/)?part-(\d{5,9})\.parquet")
 OLD_PART_NAME = re.compile(r"data/(?:\d+/)?part-w\d+-\d+\.parquet")  # of version 0.1
 CACHED_NAME = re.compile(r"(?:(?:backup_)?part|pending)-\d{5,9}\.parquet")
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
-PARTS_PER_FOLDER = 9_000  # the Hub takes 10,000 entries a folder
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
 ROW_GROUP_ROWS = 64
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-
-
-def part_path(number: int) -> str:
-    """Return where a part is in the output."""
-    folder = f"{number // PARTS_PER_FOLDER:03d}/" if number >= PARTS_PER_FOLDER else ""
-    return f"data/{folder}part-{number:05d}.parquet"
-
-
-def digest_ids(ids: npt.ArrayLike) -> str:
-    """Return 16 hexadecimal digits that stand for these conversations in this order."""
-    return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -3108,7 +3101,7 @@ class PartRecord:
     """What is known of a part without its rows: in its metadata, in checkpoints, for the card."""
 
     number: int
-    ids: str  # `digest_ids` of the conversations selected for it
+    ids: str  # `hash_ids` of the conversations selected for it
     conversations: int
     rows: int
     tokens: int
@@ -3150,7 +3143,7 @@ class Part:
         counts = pc.list_flatten(rows["top_counts"].combine_chunks()).to_numpy()
         record = PartRecord(
             self.number,
-            digest_ids(self.ids),
+            hash_ids(self.ids),
             len(self.ids),
             rows.num_rows,
             int(np.sum(rows["num_tokens"].to_numpy())),
@@ -3285,7 +3278,8 @@ def choose_encodings(schema: pa.Schema) -> dict[str, str]:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Make a file appear whole: temporary name, fsync, rename, fsync of its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = f"{os.getpid()}-{os.urandom(4).hex()}"  # containers on one disk share process ids
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         write(temporary)
         sync(temporary)
@@ -3317,6 +3311,8 @@ def storage_errors(place: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
+        if file := getattr(error, "filename", None):
+            reason += f" ({file})"
         raise HubError(
             f"cannot write {place}: {reason}; make room or fix it, then continue with --resume "
             "(what the output lists is safe)"
@@ -3355,11 +3351,6 @@ def decode_checkpoint(data: bytes, job: str) -> dict[int, PartRecord]:
         return records
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def count_of(number: int, word: str) -> str:
-    """Return "1 part" or "2 parts"."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3599,15 +3590,6 @@ def limit_waiting() -> None:
 
     with contextlib.suppress(AttributeError):  # of another version: `bounded` still ends waiting
         http.set_client_factory(client)
-
-
-def hide_tokens(text: str) -> str:
-    """Replace access tokens, whoever echoed them."""
-    from huggingface_hub import get_token
-
-    if token := get_token():
-        text = text.replace(token, "***")
-    return re.sub(r"\b(hf|api_org)_\w{6,}", "***", text)
 
 
 class HideTokens(logging.Filter):
@@ -4104,7 +4086,7 @@ class StreamingHFUploader:
         """Hold this worker's place in the cache.
 
         Raises:
-            ConfigError: a live process has it.
+            ConfigError: a live process has it, or works there as one of another number of workers.
         """
         import filelock
 
@@ -4113,13 +4095,18 @@ class StreamingHFUploader:
             (self.folder / "pending").mkdir(parents=True, exist_ok=True)
             name = f"worker-{self.rank:03d}-of-{self.world_size:03d}.lock"
             lock = filelock.FileLock(self.folder / name)
+            same_number = f"-of-{self.world_size:03d}.lock"
             try:
                 lock.acquire(timeout=LOCK_WAIT_S)
+                for other in self.folder.glob("worker-*.lock"):  # would share parts with this one
+                    if not other.name.endswith(same_number):
+                        filelock.FileLock(other).acquire(timeout=LOCK_WAIT_S).lock.release()
             except filelock.Timeout:
+                lock.release()
                 raise ConfigError(
                     f"another process is writing to the same output with the cache {self.folder}: "
                     "wait for it, stop it, or give another --cache-dir (several workers need their "
-                    "own --rank and --world-size)"
+                    "own --rank and the same --world-size)"
                 ) from None
         return lock
 
@@ -4127,7 +4114,7 @@ class StreamingHFUploader:
         """Decide what of the earlier runs counts; return what goes with the first commit."""
         old = {path for path in listed if OLD_PART_NAME.fullmatch(path)}
         parts = {path for path in listed if PART_NAME.fullmatch(path) and self._is_own(path)}
-        waiting = [path for path in self._cached() if self._is_own(path)]
+        waiting = self._cached()
         for leftover in self.folder.rglob(".*.tmp"):  # of a process that was killed
             if re.search(r"-\d+\.parquet", leftover.name) and self._is_own(leftover.stem):
                 leftover.unlink(missing_ok=True)
@@ -4139,9 +4126,9 @@ class StreamingHFUploader:
             return parts | everywhere
         if not resume and (parts or old or waiting):
             shards = len(parts) + len(old)
-            there = [f"already holds {count_of(shards, 'shard')}"] if shards else []
+            there = [f"already holds {plural(shards, 'shard')}"] if shards else []
             if waiting:
-                there.append(f"has {count_of(len(waiting), 'file')} not delivered in {self.folder}")
+                there.append(f"has {plural(len(waiting), 'file')} not delivered in {self.folder}")
             raise ConfigError(
                 f"{self.destination.name} {' and '.join(there)}: continue with --resume, or start "
                 "over with --force-restart"
@@ -4265,10 +4252,14 @@ class StreamingHFUploader:
         return len(self.ready)
 
     def _cached(self, *patterns: str) -> list[Path]:
-        """Return files of the cache: whole parts, then rows of others."""
+        """Return what the cache holds of this worker's parts: whole ones, then rows of others.
+
+        The files of other workers on this machine are theirs to deliver and to remove.
+        """
         patterns = patterns or ("part-*.parquet", "backup_part-*.parquet", "pending/*.parquet")
         found = itertools.chain(*(sorted(self.folder.glob(pattern)) for pattern in patterns))
-        return [path for path in found if CACHED_NAME.fullmatch(path.name)]
+        named = [path for path in found if CACHED_NAME.fullmatch(path.name)]
+        return [path for path in named if self._is_own(path)]
 
     def _read_cached(self, path: Path, *, rows: bool = True) -> tuple[Any, dict[str, Any]] | None:
         """Read rows and description of a file of the cache; one that is damaged is set aside."""
@@ -4306,7 +4297,7 @@ class StreamingHFUploader:
         of it are taken in.
         """
         wanted = np.asarray(ids, np.int64).tolist()
-        digest = digest_ids(wanted)
+        digest = hash_ids(wanted)
         if number in self.closing:
             self._collect()
         closed = self.ready.get(number) or self.backups.get(number)
@@ -4489,7 +4480,7 @@ class StreamingHFUploader:
         try:
             content = retry(lambda: self._content(parts, last=last), stop)
             if content or self.removals:
-                message = f"Add {count_of(len(parts), 'part')}" if parts else "Update card"
+                message = f"Add {plural(len(parts), 'part')}" if parts else "Update card"
                 limit_s = REQUEST_S + size / SLOWEST_UPLOAD_BYTES_PER_S
                 retry(self.destination.create, stop)
                 retry(
@@ -4525,7 +4516,7 @@ class StreamingHFUploader:
         """Leave parts that could not be delivered in the cache, as what they are."""
         if self._no_more_tries():
             return
-        kept = f"kept {count_of(len(parts), 'part')} in {self.folder}" if parts else "no new card"
+        kept = f"kept {plural(len(parts), 'part')} in {self.folder}" if parts else "no new card"
         logger.warning("%s: %s", kept, error)
         for number, part in parts.items():
             path = self.folder / f"backup_{part.path.name.removeprefix('backup_')}"
@@ -4588,7 +4579,7 @@ class StreamingHFUploader:
         """Remove what the cache holds of this worker's parts: a job that gives no row at all."""
         self._collect()
         self.ready.clear()
-        for path in filter(self._is_own, self._cached()):
+        for path in self._cached():
             remove_cached(path)
 
     def summary(self) -> dict[str, Any]:
@@ -4618,7 +4609,7 @@ class StreamingHFUploader:
                 logger.warning("%s", error)
         self.encoder.shutdown(wait=True, cancel_futures=True)
         if left := self._cached():
-            logger.warning("%s kept in %s for --resume", count_of(len(left), "file"), self.folder)
+            logger.warning("%s kept in %s for --resume", plural(len(left), "file"), self.folder)
         self.file_lock.release()
 
 
@@ -6060,7 +6051,7 @@ def describe_end(summary: Mapping[str, Any]) -> str:
     code, output = summary["exit_code"], summary.get("output", "")
     if "error" in summary:
         kept = summary.get("undelivered")
-        further = f"; {count_of(len(kept), 'file')} kept in {Path(kept[0]).parent}" if kept else ""
+        further = f"; {plural(len(kept), 'file')} kept in {Path(kept[0]).parent}" if kept else ""
         further += "; next: the same command with --resume" if "rows" in summary else ""
         return f"extract_logits.py: {summary['error']}{further}"
     if "plan" in summary or "rows" not in summary:

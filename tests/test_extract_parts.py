@@ -351,6 +351,42 @@ def test_parts_that_closed_but_were_not_delivered_are_delivered_by_the_next_run(
     assert cached(tmp_path) == []
 
 
+def test_workers_that_share_a_cache_leave_each_others_files_alone(
+    place: Output, tmp_path: Path
+) -> None:
+    """A task that starts late, as the third of three on two places, finds parts of the others."""
+    workers = [
+        open_uploader(place, tmp_path / "cache", rank=rank, world_size=2) for rank in range(2)
+    ]
+    for rank, uploader in enumerate(workers):
+        for number in (rank, rank + 2):
+            uploader.begin_part(number, range(10 * number, 10 * number + 10))
+        uploader.add_sample(make_rows(range(10 * rank, 10 * rank + 10)))  # whole, not delivered
+        uploader.add_sample(make_rows(range(10 * rank + 20, 10 * rank + 25)))
+    workers[0].shutdown()
+    before = cached(tmp_path)
+    late = open_uploader(place, tmp_path / "cache", rank=0, world_size=2)
+    late.load_pending_into_buffer()
+    assert fill(late, 0, range(10)) == []
+    assert fill(late, 2, range(20, 30)) == list(range(25, 30))
+    finish(late)
+    assert set(cached(tmp_path)) >= {name for name in before if "-00001" in name}
+    fill(workers[1], 3, range(30, 40))
+    finish(workers[1])
+    assert place.rows() == stored(range(40))
+    assert cached(tmp_path) == []
+
+
+def test_workers_of_two_numbers_of_workers_share_no_cache(folder: Output, tmp_path: Path) -> None:
+    """Both would own the same parts there."""
+    first = open_uploader(folder, tmp_path / "cache", rank=1, world_size=2)
+    with pytest.raises(ConfigError, match="another process is writing"):
+        open_uploader(folder, tmp_path / "cache", rank=0, world_size=3)
+    open_uploader(folder, tmp_path / "other", rank=0, world_size=3).shutdown()
+    first.shutdown()
+    open_uploader(folder, tmp_path / "cache", rank=0, world_size=3).shutdown()
+
+
 def test_what_waits_in_the_cache_for_a_limit_since_raised_goes_into_the_longer_part(
     folder: Output, tmp_path: Path
 ) -> None:
@@ -479,13 +515,14 @@ def test_an_output_is_the_same_however_its_path_is_spelled(
 
 
 def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder: Output, tmp_path: Path) -> None:
-    uploader = open_uploader(folder, tmp_path / "cache")
+    worker = {"rank": 0, "world_size": 2}
+    uploader = open_uploader(folder, tmp_path / "cache", **worker)
     with pytest.raises(ConfigError, match="--cache-dir"):
-        open_uploader(folder, tmp_path / "cache")
+        open_uploader(folder, tmp_path / "cache", **worker)
     open_uploader(folder, tmp_path / "cache", rank=1, world_size=2).shutdown()  # another worker
     open_uploader(Output(tmp_path / "b"), tmp_path / "cache").shutdown()  # another output
     uploader.shutdown()
-    open_uploader(folder, tmp_path / "cache").shutdown()
+    open_uploader(folder, tmp_path / "cache", **worker).shutdown()
 
 
 def test_the_lock_of_a_killed_run_holds_nobody_up(folder: Output, tmp_path: Path) -> None:

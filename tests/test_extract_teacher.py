@@ -508,7 +508,7 @@ def test_the_table_in_the_documentation_is_that_of_this_code() -> None:
 
 
 def test_a_process_alone_agrees_with_itself() -> None:
-    """Several are tried in tests/test_extract_tensor_parallel.py."""
+    """Several are tried in tests/test_extract_tasks.py."""
     assert [extract_logits.agree(flag) for flag in (True, False)] == [True, False]
     extract_logits.leave_group()
 
