@@ -3362,6 +3362,7 @@ LONGEST_WAIT_S = 900.0  # whatever an answer asks for
 PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
 CONNECT_S, READ_S = 20.0, 90.0  # time-outs of a request; the Hub itself ends a commit after 60
 REQUEST_S = 300.0  # of a whole request with its redirects and the client's own tries
+LEFTOVER_S = 86_400.0  # age of a temporary file that nobody writes any more
 GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
 SMALL_FILE_BYTES = 64 * 2**20  # checkpoints, settings and cards are smaller
@@ -3423,7 +3424,11 @@ class Folder:
                 raise PermissionError(errno.EACCES, f"no right to write in {nearest}")
 
     def create(self) -> None:
-        """Leave that to the first commit."""
+        """Leave that to the first commit; remove what processes left that were killed long ago."""
+        for leftover in (self.folder / "data").rglob(".*.tmp"):
+            with contextlib.suppress(OSError):  # others of the job clean up as well
+                if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
+                    leftover.unlink()
 
     def list(self) -> set[str]:
         with storage_errors(self.name):
@@ -3694,13 +3699,12 @@ def retry(
             return bounded(request, should_stop, limit_s)
         except PassingError as error:
             message = hide_tokens(str(error))
-            if wait_s is None or should_stop():
-                raise OutOfReachError(
-                    f"{message}; when it can be reached again: --resume"
-                ) from None
-            pause_s = max(error.retry_after_s, wait_s * random.uniform(0.75, 1.25))
-            logger.warning("%s; trying again in %.0f s", message, pause_s)
-            wait_until(should_stop, pause_s)
+            if wait_s is not None and not should_stop():
+                pause_s = max(error.retry_after_s, wait_s * random.uniform(0.75, 1.25))
+                logger.warning("%s; trying again in %.0f s", message, pause_s)
+                if not wait_until(should_stop, pause_s):
+                    continue
+            raise OutOfReachError(f"{message}; when it can be reached again: --resume") from None
     raise AssertionError("the last try returns or raises")
 
 
@@ -4063,7 +4067,7 @@ class StreamingHFUploader:
         self.ready: dict[int, ClosedPart] = {}  # to be delivered
         self.backups: dict[int, ClosedPart] = {}  # every try failed
         self.failure: HubError | None = None  # of the uploading thread: no use to go on
-        self.finishing = self.ended = self.uploading = False
+        self.finishing = self.ended = self.uploading = self.shut = False
         self.has_card, self.card_is_old = False, False  # written by this run; older than the parts
         self.numerics: Mapping[str, Any] = {}  # that the output was begun with
         self.wake = threading.Event()
@@ -4494,6 +4498,8 @@ class StreamingHFUploader:
             return
         finally:
             self.uploading = False
+        if self.shut:  # the local copies are another run's
+            return
         self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
         self.removals = set()
         for number, part in parts.items():
@@ -4514,7 +4520,7 @@ class StreamingHFUploader:
 
     def _keep(self, parts: Mapping[int, ClosedPart], error: HubError) -> None:
         """Leave parts that could not be delivered in the cache, as what they are."""
-        if self._no_more_tries():
+        if self.shut or self._no_more_tries():
             return
         kept = f"kept {plural(len(parts), 'part')} in {self.folder}" if parts else "no new card"
         logger.warning("%s: %s", kept, error)
@@ -4597,11 +4603,14 @@ class StreamingHFUploader:
     def shutdown(self) -> None:
         """Keep the rows of parts under way, end the threads, free the cache.
 
-        A request under way is not waited for. Failures are logged, so that the first one stays the
-        one raised.
+        A request under way is hardly waited for; when it succeeds later, the next run finds that
+        out. Failures are logged, so that the first one stays the one raised.
         """
         self.ended = True
         self.wake.set()
+        if self.thread is not None:
+            self.thread.join(GRACE_S)
+        self.shut = True
         for keep in (lambda: self._collect(), self.save_pending_locally):
             try:
                 keep()
