@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import IO
 
 import pytest
@@ -13,6 +14,14 @@ from forked import Child
 
 import extract_logits
 from extract_logits import GracefulInterrupt, TimedShutdown
+
+
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """Run as in a terminal, also where nohup has started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
