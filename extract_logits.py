@@ -91,6 +91,7 @@ from explore_logits import (
     format_mask_preview,
     hash_ids,
     hide_tokens,
+    limit_waiting,
     load_tokenizer,
     log_hub_once,
     open_conversations,
@@ -3360,7 +3361,6 @@ def decode_checkpoint(data: bytes, job: str) -> dict[int, PartRecord]:
 RETRY_WAITS_S = (1, 2, 4, 8, 16, 32, 60)  # with jitter; a Retry-After that is longer wins
 LONGEST_WAIT_S = 900.0  # whatever an answer asks for
 PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
-CONNECT_S, READ_S = 20.0, 90.0  # time-outs of a request; the Hub itself ends a commit after 60
 REQUEST_S = 300.0  # of a whole request with its redirects and the client's own tries
 GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
@@ -3506,7 +3506,7 @@ class Hub:
 
         with hub_errors(self.name):
             try:
-                info = self.api.repo_info(self.name, repo_type="dataset", timeout=READ_S)
+                info = self.api.repo_info(self.name, repo_type="dataset")
             except RepositoryNotFoundError:
                 if get_token() is None:
                     raise HubError(explain_status(401, self.name)) from None
@@ -3576,20 +3576,6 @@ class Hub:
             self.api.create_commit(
                 self.name, operations, commit_message=message, repo_type="dataset"
             )
-
-
-@functools.cache
-def limit_waiting() -> None:
-    """Give the Hub's client time-outs: it has none of its own, and a dead line would hang."""
-    import huggingface_hub.utils._http as http
-
-    def client() -> Any:
-        made = http.default_client_factory()
-        made.timeout = http.httpx2.Timeout(READ_S, connect=CONNECT_S)
-        return made
-
-    with contextlib.suppress(AttributeError):  # of another version: `bounded` still ends waiting
-        http.set_client_factory(client)
 
 
 class HideTokens(logging.Filter):
@@ -4623,6 +4609,7 @@ def number_of(path: str | Path) -> int:
 # --------------------------------------------------------------------------------------------------
 
 HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # None on Windows
+ALARM: signal.Signals | None = getattr(signal, "SIGALRM", None)
 
 
 class GracefulInterrupt:
@@ -4630,13 +4617,14 @@ class GracefulInterrupt:
 
     SIGHUP, of a terminal that is gone, asks to stop too, where `nohup` does not have it ignored; it
     often comes twice. Leaving at once is safe: every file is complete or has a temporary name.
-    While `at_once` is true, the first signal interrupts whatever is waited for.
+    While there is nothing to save (`leaving_at_once`), the first signal interrupts whatever is
+    waited for, and so does the deadline.
     Outside the main thread, where Python allows no signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.at_once = False  # whether there is nothing to save yet
+        self._at_once = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -4649,9 +4637,25 @@ class GracefulInterrupt:
         """128 + the signal: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; 0 when none has come."""
         return 0 if self.signal is None else 128 + self.signal
 
+    @contextmanager
+    def leaving_at_once(self, end_s: float = math.inf) -> Iterator[None]:
+        """Raise KeyboardInterrupt here at a first signal, or at a time of `time.monotonic`."""
+        handled = bool(self._previous)
+        if handled and self.stopping:
+            raise KeyboardInterrupt
+        if timed := handled and ALARM is not None and math.isfinite(end_s):
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
+        self._at_once = handled
+        try:
+            yield
+        finally:
+            self._at_once = False
+            if timed:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+
     def __enter__(self) -> GracefulInterrupt:
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM]
+            numbers = [signal.SIGINT, signal.SIGTERM, *([ALARM] if ALARM else [])]
             if HANG_UP is not None and signal.getsignal(HANG_UP) != signal.SIG_IGN:
                 numbers.append(HANG_UP)
             for number in numbers:
@@ -4664,12 +4668,16 @@ class GracefulInterrupt:
         self._previous = {}
 
     def _receive(self, number: int, _: object) -> None:
+        if number == ALARM:
+            if self._at_once:
+                raise KeyboardInterrupt
+            return
         if self.signal is not None and number != HANG_UP:
             os._exit(128 + number)
         if self.signal is not None:
             return
         self.signal = number
-        if self.at_once:
+        if self._at_once:
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a `tee`
             os.write(2, b"\nstopping after this batch; once more to leave at once\n")
@@ -4835,7 +4843,7 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
 
     def ask() -> str | None:
         with hub_errors(repo):
-            return HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=30).sha
+            return HfApi().repo_info(repo, repo_type=kind, revision=revision).sha
 
     limit_waiting()
     with contextlib.suppress(HubError, PassingError, ValueError):
@@ -4939,10 +4947,12 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     with GracefulInterrupt() as interrupt, process_group(config) as leads:
         try:
             return run_until(config, interrupt, leads=leads)
-        except (OutOfReachError, StopRequested, KeyboardInterrupt):  # a signal ends all waiting
+        except (OutOfReachError, StopRequested) as error:
             if not interrupt.stopping:
-                raise
-            return {"output": config.output, "exit_code": interrupt.exit_code}
+                raise error
+        except KeyboardInterrupt:  # a signal or the deadline: it ends all waiting
+            pass
+        return {"output": config.output, "exit_code": interrupt.exit_code or EXIT_RUNTIME}
 
 
 @contextmanager
@@ -4960,19 +4970,24 @@ def run_until(
     config: ExtractionConfig, interrupt: GracefulInterrupt, *, leads: bool = True
 ) -> dict[str, Any]:
     """Extract until all is done, the time is over or a signal comes; return the summary."""
-    interrupt.at_once = threading.current_thread() is threading.main_thread()
     started = time.monotonic()
     deadline = TimedShutdown(config.max_runtime_minutes)
-    job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
-    if config.verify_mask and not confirm_masks(job):
-        raise ConfigError("stopped at --verify-mask: nothing was extracted")
-    if config.plan:
-        with log_beside_bar():
-            return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
-    interrupt.at_once = False
+    with interrupt.leaving_at_once(deadline.end_s):
+        job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
+        if config.verify_mask and not confirm_masks(job):
+            raise ConfigError("stopped at --verify-mask: nothing was extracted")
+        if config.plan:
+            with log_beside_bar():
+                return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
     output = open_output(job, interrupt, deadline) if leads else Follower()
     deadline.upload_s = output.expected_upload_s
-    run = Extraction(job, output, lambda: interrupt.stopping or deadline.due(), deadline.begin_step)
+    run = Extraction(
+        job,
+        output,
+        lambda: interrupt.stopping or deadline.due(),
+        deadline.begin_step,
+        lambda: interrupt.leaving_at_once(deadline.end_s),
+    )
     complete, failure = False, None
     try:
         output.load_pending_into_buffer()
@@ -5077,11 +5092,13 @@ class Extraction:
         output: StreamingHFUploader | Follower,
         should_stop: Callable[[], bool] = never,
         begin_step: Callable[[], None] = lambda: None,
+        nothing_to_save: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.job = job
         self.output = output
         self.should_stop = should_stop
         self.begin_step = begin_step
+        self.nothing_to_save = nothing_to_save  # while within: a signal ends whatever is waited for
         self.post = AsyncPostProcessor(
             functools.partial(fetch_and_pack, schema=job.schema), self.deliver
         )
@@ -5132,7 +5149,8 @@ class Extraction:
         config, job = self.job.config, self.job
         if self.teacher is None:
             self.output.create_output()  # not before the conversations are known to be usable
-            self.teacher = load_teacher(config, vocab_size=job.vocab_size)
+            with self.nothing_to_save():
+                self.teacher = load_teacher(config, vocab_size=job.vocab_size)
             self.output.settle(self.teacher.numerics)
             warn_of_slow_bfloat16(self.teacher)
             self.bar = open_bar(len(job.selection) or None)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import IO
 
 import pytest
+from conftest import ROOT
 from forked import Child
 
 import extract_logits
@@ -104,3 +108,26 @@ def test_without_a_limit_the_deadline_never_comes() -> None:
     deadline = TimedShutdown(None)
     assert not deadline.due()
     assert not deadline.due()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
+def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
+    script: str, installed: bool, tmp_path: Path
+) -> None:
+    path = ROOT / f"{script}.py"
+    if installed:
+        path = tmp_path / script.replace("_", "-")
+        path.write_text(f"from {script} import main\nraise SystemExit(main())\n")
+    slow = "import pathlib, time\npathlib.Path(__file__).with_name('loading').touch()\n"
+    (tmp_path / "numpy.py").write_text(slow + "time.sleep(60)\n", encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(path), "--help"], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    ) as process:  # fmt: skip
+        while not (tmp_path / "loading").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
