@@ -110,6 +110,22 @@ def test_without_a_limit_the_deadline_never_comes() -> None:
     assert not deadline.due()
 
 
+def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() -> None:
+    with GracefulInterrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once(time.monotonic() + 0.05):
+            time.sleep(60)
+        assert interrupt.exit_code == 0
+        with interrupt.leaving_at_once(time.monotonic() + 0.05):
+            pass
+        time.sleep(0.1)  # the alarm was of that place alone
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        assert interrupt.exit_code == 143
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
+            time.sleep(60)  # a signal that came before
+
+
 @pytest.mark.parametrize("installed", [False, True])
 @pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
 def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(

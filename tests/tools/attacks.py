@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -111,18 +112,16 @@ class World:
         shutil.copytree(self.ready, self.folder / name)
         return self.folder / name
 
-    def publish(self, folder: Path, repo: str = REPO) -> None:
+    def publish(self, folder: Path, repo: str = REPO, kind: str = "dataset") -> None:
         """Put a folder onto the Hub."""
         store = self.hub.store
-        found, _ = store.create("dataset", repo, private=False)
+        found, _ = store.create(kind, repo, private=False)
         entries = {}
         for path in folder.rglob("*"):
             if path.is_file():
                 data, name = path.read_bytes(), path.relative_to(folder).as_posix()
                 entry = store.put_blob(data)
-                if path.suffix == ".parquet":
-                    import hashlib
-
+                if path.suffix in (".parquet", ".safetensors"):
                     sha256 = hashlib.sha256(data).hexdigest()
                     store.put_lfs(sha256, data)
                     entry = type(entry)(entry.oid, len(data), sha256)
@@ -293,10 +292,10 @@ for step, line in OUTPUT_REQUESTS.items():
         exits=(0, 2, 4, 75), resumes=True)  # fmt: skip
 
 
-@attack("the Hub never answers: repo info; deadline", EXTRACT, exits=(4, 75), seconds=30)
+@attack("the Hub never answers: repo info; deadline", EXTRACT, exits=(4, 75))
 def _(world: World) -> Words:
     world.fault("GET", latency=600.0)
-    return world.extract(output=REPO, max_runtime_minutes=0.1)
+    return world.extract(output=REPO, max_runtime_minutes=0.3)
 
 
 @attack("the Hub never answers: LFS upload; deadline", EXTRACT, exits=(4, 75), resumes=True)
@@ -335,6 +334,21 @@ for name, repo_type in {"model": "models", "dataset": "datasets"}.items():
 def _(world: World) -> Words:
     world.fault("", latency=600.0)
     return world.extract(model="tester/thing", max_runtime_minutes=0.1)
+
+
+@attack("the weights of the model never come; SIGTERM", EXTRACT, exits=(143,),
+        during=stop_when_met)  # fmt: skip
+def _(world: World) -> Words:
+    world.publish(TEACHER, "tester/model", "model")
+    world.fault("safetensors", latency=600.0)
+    return world.extract(model="tester/model")
+
+
+@attack("the weights of the model never come; deadline", EXTRACT, exits=(75,))
+def _(world: World) -> Words:
+    world.publish(TEACHER, "tester/model", "model")
+    world.fault("safetensors", latency=600.0)
+    return world.extract(model="tester/model", max_runtime_minutes=0.3)
 
 
 @attack("the Hub never answers", EXPLORE, exits=(2,), seconds=200, says="logits")
@@ -1041,7 +1055,7 @@ def _(world: World) -> Words:
         "HTTPS_PROXY": f"http://me:{TOKEN}@127.0.0.1:9",
         "HF_ENDPOINT": "https://hub.test",
     }
-    return world.extract(output=REPO, max_runtime_minutes=0.1)
+    return world.extract(output=REPO, max_runtime_minutes=0.3)
 
 
 @attack("the token in the names of the source", EXTRACT, exits=(0,))
