@@ -118,8 +118,8 @@ def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() 
         with interrupt.leaving_at_once(time.monotonic() + 0.05):
             pass
         time.sleep(0.1)  # the alarm was of that place alone
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
-            os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
         assert interrupt.exit_code == 143
         with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
