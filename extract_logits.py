@@ -3765,8 +3765,8 @@ def read_settings(
         for name, kind in KINDS_OF_SETTINGS.items():
             if type(settings.get(name)) not in (kind, type(None)):
                 raise ValueError(f"{name} is {settings[name]!r:.40}")
-        if not 0 < (settings.get("rows_per_part") or 1) < 2**31:
-            raise ValueError(f"rows_per_part is {settings['rows_per_part']}")
+        if (rows := settings.get("rows_per_part")) is not None and not 0 < rows < 2**31:
+            raise ValueError(f"rows_per_part is {rows}")
         return dict(settings)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
@@ -4986,6 +4986,13 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
                 raise error
         except KeyboardInterrupt:  # a signal or the deadline: it ends all waiting
             pass
+        except RuntimeError as error:
+            if "can't start new thread" not in str(error):
+                raise
+            raise HubError(
+                "the system gives no more threads: raise the limit of processes (ulimit -u), then "
+                "continue with --resume"
+            ) from None
         return {"output": config.output, "exit_code": interrupt.exit_code or EXIT_RUNTIME}
 
 

@@ -866,10 +866,10 @@ def kill_child(world: World, process: subprocess.Popen[bytes]) -> None:
     def found() -> list[str]:
         return children.read_text().split() if children.exists() else []
 
-    if wait_for(found, process):
-        time.sleep(0.3)
+    while wait_for(found, process):
         for child in found():
-            os.kill(int(child), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
 
 
 ATTACKS[-1] = Attack(**{**ATTACKS[-1].__dict__, "during": kill_child})
@@ -912,7 +912,7 @@ for option_name in ("output", "cache_dir"):
         resumes=True)  # fmt: skip
 def _(world: World) -> Words:
     world.env["ATTACK_FSIZE"] = "20000"
-    return world.extract()
+    return world.extract(streaming=True)
 
 
 @attack("no thread is to be had", EXTRACT, exits=(2, 4), resumes=True)
@@ -963,7 +963,7 @@ def of_bomb(request: str, script: str) -> Callable[[World], Words]:
     def prepare(world: World) -> Words:
         world.publish(world.output())
         world.fault(request, text=gzip_bomb(2 * 2**30), headers={"Content-Encoding": "gzip"})
-        return world.resume(output=REPO, max_runtime_minutes=0.3) if script == EXTRACT else [REPO]
+        return world.resume(output=REPO, max_runtime_minutes=0.6) if script == EXTRACT else [REPO]
 
     return prepare
 
@@ -981,7 +981,7 @@ for step, line in {
 def _(world: World) -> Words:
     world.publish(world.output())
     world.fault("GET .*/tree/", text=b" " * BLOCK, times=2048)
-    return world.resume(output=REPO, max_runtime_minutes=0.3)
+    return world.resume(output=REPO, max_runtime_minutes=0.6)
 
 
 @attack("an answer that is cut", EXTRACT, exits=(4, 75))
