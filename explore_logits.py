@@ -132,7 +132,10 @@ EXTRAS: dict[str | None, tuple[str, ...]] = {"viz": ("matplotlib", "seaborn", "t
 def import_extra(module: str, extra: str | None = None) -> Any:
     """Import a package that only some functions need; when missing, name what brings it."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        if sys.modules.get("huggingface_hub"):  # imported by now, perhaps by this one
+            limit_waiting()
+        return found
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:
@@ -165,6 +168,47 @@ def hide_tokens(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its type when it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
+COMMIT_S = 90.0  # until a commit is answered: the Hub itself ends it after 60
+ANSWER_BYTES = 64 * 2**20  # the Hub's own answers are smaller
+
+
+@lru_cache(maxsize=1)
+def limit_waiting() -> None:
+    """Bound what the Hub's client waits for and holds: it has no limits of its own."""
+    http = importlib.import_module("huggingface_hub.utils._http")
+
+    def be_patient_with_commits(request: Any) -> None:
+        if "/commit/" in request.url.path:
+            request.extensions["timeout"] = {**request.extensions["timeout"], "read": COMMIT_S}
+
+    def bound_answer(response: Any) -> None:
+        path = response.request.url.path
+        is_file = not path.startswith("/api/") or path.startswith("/api/resolve-cache/")
+        if is_file and response.status_code < 400:
+            return
+        content = bytearray()
+        for block in response.iter_bytes():
+            content += block
+            if len(content) > ANSWER_BYTES:
+                said = f"the answer to {path} is larger than {ANSWER_BYTES:,} bytes"
+                raise http.httpx2.DecodingError(said, request=response.request)
+        response._content = bytes(content)
+
+    def make_client() -> Any:
+        client = http.default_client_factory()
+        client.timeout = http.httpx2.Timeout(READ_S, connect=CONNECT_S)
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks["request"], be_patient_with_commits],
+            "response": [*hooks["response"], bound_answer],
+        }
+        return client
+
+    with contextlib.suppress(AttributeError):  # of another version: its own limits have to do
+        http.set_client_factory(make_client)
 
 
 # --------------------------------------------------------------------------------------------------

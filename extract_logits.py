@@ -62,7 +62,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from datetime import datetime, timedelta
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +91,7 @@ from explore_logits import (
     format_mask_preview,
     hash_ids,
     hide_tokens,
+    limit_waiting,
     load_tokenizer,
     log_hub_once,
     open_conversations,
@@ -3093,6 +3094,10 @@ CACHED_NAME = re.compile(r"(?:(?:backup_)?part|pending)-\d{5,9}\.parquet")
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
 ROW_GROUP_ROWS = 64
+NO_PART = (  # what reading something else as a part raises
+    *(pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError),
+    RecursionError,
+)
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -3163,13 +3168,15 @@ def read_record(description: Any, size: int = 0) -> PartRecord:
         TypeError, ValueError: it describes none.
     """
     described = dict(description)
-    values = {name: described[name] for name in COLUMNS_OF_RECORDS if name != "bytes"}
+    values = {**described, "bytes": size}
+    values = {name: values[name] for name in COLUMNS_OF_RECORDS}
     for name, value in values.items():
         wanted = {"ids": (str,), "mass": (int, float), "actual": (int, float)}.get(name, (int,))
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        fits = isinstance(value, wanted) and not isinstance(value, bool)
+        if not fits or not (isinstance(value, str) or 0 <= value < 2**63):  # nor is NaN
             raise ValueError(f"{name} is {value!r:.40}")
     reasons = Counter(str(reason) for reason in dict(described.get("skipped", {})).values())
-    return PartRecord(**values, bytes=size, skipped=dict(reasons))
+    return PartRecord(**values, skipped=dict(reasons))
 
 
 def write_part(path: Path, rows: pa.Table, schema: pa.Schema) -> int:
@@ -3218,7 +3225,7 @@ def read_metadata(source: Path | pa.BufferReader) -> tuple[dict[str, Any], dict[
     """Return what a part's footer says of it, and the settings of its run.
 
     Raises:
-        OSError, ArrowException, LookupError, ValueError, TypeError: it is no part.
+        NO_PART: it is none.
     """
     metadata = pq.read_metadata(source).metadata or {}
     described, settings = (
@@ -3334,23 +3341,21 @@ def encode_checkpoint(job: str, records: Iterable[PartRecord]) -> bytes:
     return (head + ",\n".join(lines) + f'\n }},\n "skipped": {json.dumps(skipped)}\n}}\n').encode()
 
 
-def decode_checkpoint(data: bytes, job: str) -> dict[int, PartRecord]:
-    """Undo `encode_checkpoint`; what is not understood, or of another job, tells nothing."""
+def decode_checkpoint(data: bytes) -> tuple[str, dict[int, PartRecord]]:
+    """Undo `encode_checkpoint`; what is not understood tells nothing."""
     try:
         content = json.loads(data)
-        if content.get("job") != job:
-            return {}
         columns = [content["parts"][name] for name in COLUMNS_OF_RECORDS]
         skipped = {int(number): reasons for number, reasons in content["skipped"].items()}
         records = {}
         for values in zip(*columns, strict=True):
             described = dict(zip(COLUMNS_OF_RECORDS, values, strict=True))
-            record = read_record(described, int(described["bytes"]))
+            record = read_record(described, described["bytes"])
             reasons = {str(r): int(n) for r, n in skipped.get(record.number, {}).items()}
             records[record.number] = replace(record, skipped=reasons)
-        return records
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
+        return str(content["job"]), records
+    except NO_PART:
+        return "", {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3360,12 +3365,11 @@ def decode_checkpoint(data: bytes, job: str) -> dict[int, PartRecord]:
 RETRY_WAITS_S = (1, 2, 4, 8, 16, 32, 60)  # with jitter; a Retry-After that is longer wins
 LONGEST_WAIT_S = 900.0  # whatever an answer asks for
 PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
-CONNECT_S, READ_S = 20.0, 90.0  # time-outs of a request; the Hub itself ends a commit after 60
 REQUEST_S = 300.0  # of a whole request with its redirects and the client's own tries
 LEFTOVER_S = 86_400.0  # age of a temporary file that nobody writes any more
 GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
-SMALL_FILE_BYTES = 64 * 2**20  # checkpoints, settings and cards are smaller
+SMALL_FILE_BYTES = 32 * 2**20  # checkpoints, settings and cards are smaller
 MOST_WAITING = 8  # parts on the disk that wait for delivery before the run has to wait
 CLOSING_AT_ONCE = 6  # parts in memory that are encoded or wait for it
 ENCODE_THREADS = 4  # each about 190,000 tokens a second
@@ -3511,7 +3515,7 @@ class Hub:
 
         with hub_errors(self.name):
             try:
-                info = self.api.repo_info(self.name, repo_type="dataset", timeout=READ_S)
+                info = self.api.repo_info(self.name, repo_type="dataset")
             except RepositoryNotFoundError:
                 if get_token() is None:
                     raise HubError(explain_status(401, self.name)) from None
@@ -3565,8 +3569,8 @@ class Hub:
             for block in answer.iter_bytes():
                 content += block
                 if len(content) > size:
-                    raise HubError(f"{path} in {self.name} is larger than {size:,} bytes")
-        return bytes(content)
+                    break
+        return bytes(content[:size])
 
     def commit(
         self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
@@ -3581,20 +3585,6 @@ class Hub:
             self.api.create_commit(
                 self.name, operations, commit_message=message, repo_type="dataset"
             )
-
-
-@functools.cache
-def limit_waiting() -> None:
-    """Give the Hub's client time-outs: it has none of its own, and a dead line would hang."""
-    import huggingface_hub.utils._http as http
-
-    def client() -> Any:
-        made = http.default_client_factory()
-        made.timeout = http.httpx2.Timeout(READ_S, connect=CONNECT_S)
-        return made
-
-    with contextlib.suppress(AttributeError):  # of another version: `bounded` still ends waiting
-        http.set_client_factory(client)
 
 
 class HideTokens(logging.Filter):
@@ -3776,14 +3766,25 @@ def read_settings(
         return {}
     try:
         settings = json.loads(retry(lambda: destination.read(CONFIG_FILE), should_stop))
-        if isinstance(settings, dict):
-            return settings
-    except (ValueError, RecursionError):
-        pass
-    raise ConfigError(
-        f"{CONFIG_FILE} in {destination.name} is damaged: remove it (the parts hold the settings, "
-        "too) and continue with --resume"
-    )
+        for name, kind in KINDS_OF_SETTINGS.items():
+            if type(settings.get(name)) not in (kind, type(None)):
+                raise ValueError(f"{name} is {settings[name]!r:.40}")
+        if (rows := settings.get("rows_per_part")) is not None and not 0 < rows < 2**31:
+            raise ValueError(f"rows_per_part is {rows}")
+        return dict(settings)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{CONFIG_FILE} in {destination.name} is damaged ({first_line(error)}): remove it (the "
+            "parts hold the settings, too) and continue with --resume"
+        ) from None
+
+
+KINDS_OF_SETTINGS = {  # of what a resumed run takes from there
+    **dict.fromkeys(("rows_per_part", "limit"), int),
+    **dict.fromkeys(("model", "model_revision", "dataset", "dataset_revision"), str),
+    "template_date": str,
+    **dict.fromkeys(("numerics", "options"), dict),
+}
 
 
 def cache_key(output: str) -> str:
@@ -4081,7 +4082,7 @@ class StreamingHFUploader:
             undo.callback(self.file_lock.release)
             listed = retry(self.destination.list, self._no_more_tries)
             self.removals = self._begin(listed, resume=resume, force_restart=force_restart)
-            self._learn(listed - self.removals)
+            self._learn(listed - self.removals, strict=not force_restart)
             undo.pop_all()
 
     # -- start
@@ -4154,22 +4155,35 @@ class StreamingHFUploader:
         """The path of this worker's checkpoint in the output."""
         return "checkpoint.json" if self.world_size == 1 else f"checkpoint-w{self.rank:02d}.json"
 
-    def _learn(self, listed: set[str]) -> None:
-        """Read the checkpoints of the output."""
+    def _learn(self, listed: set[str], *, strict: bool) -> None:
+        """Read the checkpoints of the output.
+
+        Raises:
+            ConfigError: they are all of another job, whatever the settings beside them say.
+        """
         self.listed = {number_of(path): path for path in listed if PART_NAME.fullmatch(path)}
         self.known: dict[int, PartRecord] = {}
         self.mine: dict[int, PartRecord] = {}  # what this worker's checkpoint says
+        jobs: set[str] = set()
         for path in sorted(filter(CHECKPOINT_NAME.fullmatch, listed)):
             content = retry(functools.partial(self.destination.read, path), self._no_more_tries)
-            self._note_all(content, own=path == self.checkpoint_name)
+            jobs.add(self._note_all(content, own=path == self.checkpoint_name))
+        if strict and self.listed and jobs and not jobs & {self.job, ""}:
+            raise ConfigError(
+                f"the checkpoints in {self.destination.name} are of another job than {CONFIG_FILE} "
+                "and the options say: remove that file, and continue with the options that the job "
+                "was begun with"
+            )
 
-    def _note_all(self, checkpoint: bytes, *, own: bool = False) -> None:
-        """Remember the parts of a checkpoint that the output lists."""
-        for number, record in decode_checkpoint(checkpoint, self.job).items():
-            if number in self.listed:
+    def _note_all(self, checkpoint: bytes, *, own: bool = False) -> str:
+        """Remember the parts of a checkpoint that the output lists; return its job."""
+        job, records = decode_checkpoint(checkpoint)
+        for number, record in records.items():
+            if number in self.listed and job == self.job:
                 self._note(record)
                 if own:
                     self.mine[number] = record
+        return job
 
     def _note(self, record: PartRecord) -> None:
         """Remember a part of the output; of two records the later selection counts."""
@@ -4197,7 +4211,7 @@ class StreamingHFUploader:
                 tail = retry(lambda: self.destination.read(path, -size, size), self._no_more_tries)
             described, settings = read_metadata(pa.BufferReader(tail))
             record, of_job = read_record(described), job_digest(settings) == self.job
-        except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+        except NO_PART as error:
             logger.warning("%s is not whole, it is made again: %s", path, first_line(error))
             return
         if of_job and record.number == number:
@@ -4272,7 +4286,7 @@ class StreamingHFUploader:
             if digest_path(path).read_text() != digest_file(path):
                 raise ValueError("its digest is another")
             return pq.read_table(path) if rows else None, described
-        except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+        except NO_PART as error:
             logger.warning("set aside %s, its rows come again: %s", path, first_line(error))
         with storage_errors(str(self.folder)):
             path.rename(path.with_name(f"unreadable_{path.name}"))
@@ -4285,9 +4299,7 @@ class StreamingHFUploader:
             ConfigError: lists what differs.
         """
         for path in paths:
-            with contextlib.suppress(
-                pa.ArrowException, OSError, LookupError, ValueError, TypeError
-            ):
+            with contextlib.suppress(*NO_PART):
                 settings = read_metadata(path)[1]
                 if job_digest(settings) != self.job:
                     compare_settings(settings, self.settings, str(path))
@@ -4555,18 +4567,25 @@ class StreamingHFUploader:
         if self.chat_template:
             content[TEMPLATE_FILE] = self.chat_template.encode()
         records = self.mine | {number: part.record for number, part in parts.items()}
-        if last or (self.world_size == 1 and not self.has_card):
-            content["README.md"] = self._card(records)
+        wanted = last or (self.world_size == 1 and not self.has_card)
+        if wanted and (card := self._card(records)) is not None:
+            content["README.md"] = card
         return content | {self.checkpoint_name: encode_checkpoint(self.job, records.values())}
 
-    def _card(self, own: Mapping[int, PartRecord]) -> bytes:
-        """Return the card with the figures of all workers, above what a person wrote into it."""
+    def _card(self, own: Mapping[int, PartRecord]) -> bytes | None:
+        """Return the card with the figures of all workers, above what a person wrote into it.
+
+        None where what is there cannot be kept.
+        """
         files = self.destination.list()
         if self.world_size > 1:
             self.listed |= {number_of(path): path for path in files if PART_NAME.fullmatch(path)}
             for path in sorted(filter(CHECKPOINT_NAME.fullmatch, files)):
                 self._note_all(self.destination.read(path))
         previous = self.destination.read("README.md") if "README.md" in files else b""
+        if len(previous) == SMALL_FILE_BYTES:
+            logger.warning("the card of %s is too large to be updated", self.destination.name)
+            return None
         records = {**self.known, **own}.values()
         return make_card(
             self.destination.name, self.settings, records, previous.decode(errors="replace")
@@ -4632,6 +4651,7 @@ def number_of(path: str | Path) -> int:
 # --------------------------------------------------------------------------------------------------
 
 HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # None on Windows
+ALARM: signal.Signals | None = getattr(signal, "SIGALRM", None)
 
 
 class GracefulInterrupt:
@@ -4639,13 +4659,14 @@ class GracefulInterrupt:
 
     SIGHUP, of a terminal that is gone, asks to stop too, where `nohup` does not have it ignored; it
     often comes twice. Leaving at once is safe: every file is complete or has a temporary name.
-    While `at_once` is true, the first signal interrupts whatever is waited for.
+    While there is nothing to save (`leaving_at_once`), the first signal interrupts whatever is
+    waited for, and so does the deadline.
     Outside the main thread, where Python allows no signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.at_once = False  # whether there is nothing to save yet
+        self._at_once = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -4658,9 +4679,25 @@ class GracefulInterrupt:
         """128 + the signal: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; 0 when none has come."""
         return 0 if self.signal is None else 128 + self.signal
 
+    @contextmanager
+    def leaving_at_once(self, end_s: float = math.inf) -> Iterator[None]:
+        """Raise KeyboardInterrupt here at a first signal, or at a time of `time.monotonic`."""
+        handled = bool(self._previous)
+        if handled and self.stopping:
+            raise KeyboardInterrupt
+        if timed := handled and ALARM is not None and math.isfinite(end_s):
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
+        self._at_once = handled
+        try:
+            yield
+        finally:
+            self._at_once = False
+            if timed:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+
     def __enter__(self) -> GracefulInterrupt:
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM]
+            numbers = [signal.SIGINT, signal.SIGTERM, *([ALARM] if ALARM else [])]
             if HANG_UP is not None and signal.getsignal(HANG_UP) != signal.SIG_IGN:
                 numbers.append(HANG_UP)
             for number in numbers:
@@ -4673,12 +4710,16 @@ class GracefulInterrupt:
         self._previous = {}
 
     def _receive(self, number: int, _: object) -> None:
+        if number == ALARM:
+            if self._at_once:
+                raise KeyboardInterrupt
+            return
         if self.signal is not None and number != HANG_UP:
             os._exit(128 + number)
         if self.signal is not None:
             return
         self.signal = number
-        if self.at_once:
+        if self._at_once:
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a `tee`
             os.write(2, b"\nstopping after this batch; once more to leave at once\n")
@@ -4725,6 +4766,7 @@ HOPELESS_ROWS = 3  # first conversations that may be NaN, each by itself, before
 SAMPLED_ROWS = 256  # whose lengths decide the conversations per part under --upload-size-mb
 # Options of a machine or of one run, which a resumed one does not take from the record.
 LOCAL_OPTIONS = {
+    "trust_remote_code",  # nobody's code runs because a file of an output says so
     *("cache_dir", "device", "force_restart", "max_runtime_minutes", "output", "private", "rank"),
     *("executor", "executor_options", "plan", "plan_rate", "plan_tokens", "resume", "tasks"),
     *("tensor_parallel", "verify_mask", "workers", "world_size"),
@@ -4791,7 +4833,7 @@ def find_recorded_settings(
     for path in sorted(
         (Path(config.cache_dir).expanduser() / cache_key(config.output)).rglob("*.parquet")
     ):
-        with contextlib.suppress(OSError, pa.ArrowException, LookupError, ValueError):
+        with contextlib.suppress(*NO_PART):
             return dict(json.loads(pq.read_metadata(path).metadata[METADATA_SETTINGS]))
     return {}
 
@@ -4844,7 +4886,7 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
 
     def ask() -> str | None:
         with hub_errors(repo):
-            return HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=30).sha
+            return HfApi().repo_info(repo, repo_type=kind, revision=revision).sha
 
     limit_waiting()
     with contextlib.suppress(HubError, PassingError, ValueError):
@@ -4948,10 +4990,19 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     with GracefulInterrupt() as interrupt, process_group(config) as leads:
         try:
             return run_until(config, interrupt, leads=leads)
-        except (OutOfReachError, StopRequested, KeyboardInterrupt):  # a signal ends all waiting
+        except (OutOfReachError, StopRequested) as error:
             if not interrupt.stopping:
+                raise error
+        except KeyboardInterrupt:  # a signal or the deadline: it ends all waiting
+            pass
+        except RuntimeError as error:
+            if "can't start new thread" not in str(error):
                 raise
-            return {"output": config.output, "exit_code": interrupt.exit_code}
+            raise HubError(
+                "the system gives no more threads: raise the limit of processes (ulimit -u), then "
+                "continue with --resume"
+            ) from None
+        return {"output": config.output, "exit_code": interrupt.exit_code or EXIT_RUNTIME}
 
 
 @contextmanager
@@ -4969,19 +5020,24 @@ def run_until(
     config: ExtractionConfig, interrupt: GracefulInterrupt, *, leads: bool = True
 ) -> dict[str, Any]:
     """Extract until all is done, the time is over or a signal comes; return the summary."""
-    interrupt.at_once = threading.current_thread() is threading.main_thread()
     started = time.monotonic()
     deadline = TimedShutdown(config.max_runtime_minutes)
-    job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
-    if config.verify_mask and not confirm_masks(job):
-        raise ConfigError("stopped at --verify-mask: nothing was extracted")
-    if config.plan:
-        with log_beside_bar():
-            return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
-    interrupt.at_once = False
+    with interrupt.leaving_at_once(deadline.end_s):
+        job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
+        if config.verify_mask and not confirm_masks(job):
+            raise ConfigError("stopped at --verify-mask: nothing was extracted")
+        if config.plan:
+            with log_beside_bar():
+                return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
     output = open_output(job, interrupt, deadline) if leads else Follower()
     deadline.upload_s = output.expected_upload_s
-    run = Extraction(job, output, lambda: interrupt.stopping or deadline.due(), deadline.begin_step)
+    run = Extraction(
+        job,
+        output,
+        lambda: interrupt.stopping or deadline.due(),
+        deadline.begin_step,
+        lambda: interrupt.leaving_at_once(deadline.end_s),
+    )
     complete, failure = False, None
     try:
         output.load_pending_into_buffer()
@@ -5086,11 +5142,13 @@ class Extraction:
         output: StreamingHFUploader | Follower,
         should_stop: Callable[[], bool] = never,
         begin_step: Callable[[], None] = lambda: None,
+        nothing_to_save: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.job = job
         self.output = output
         self.should_stop = should_stop
         self.begin_step = begin_step
+        self.nothing_to_save = nothing_to_save  # while within: a signal ends whatever is waited for
         self.post = AsyncPostProcessor(
             functools.partial(fetch_and_pack, schema=job.schema), self.deliver
         )
@@ -5141,7 +5199,8 @@ class Extraction:
         config, job = self.job.config, self.job
         if self.teacher is None:
             self.output.create_output()  # not before the conversations are known to be usable
-            self.teacher = load_teacher(config, vocab_size=job.vocab_size)
+            with self.nothing_to_save():
+                self.teacher = load_teacher(config, vocab_size=job.vocab_size)
             self.output.settle(self.teacher.numerics)
             warn_of_slow_bfloat16(self.teacher)
             self.bar = open_bar(len(job.selection) or None)
@@ -5498,7 +5557,8 @@ def read_all_records(destination: Destination) -> list[PartRecord]:
     job = job_digest(read_settings(destination, listed))
     known: dict[int, PartRecord] = {}
     for path in filter(CHECKPOINT_NAME.fullmatch, listed):
-        known |= decode_checkpoint(retry(functools.partial(destination.read, path)), job)
+        of_job, records = decode_checkpoint(retry(functools.partial(destination.read, path)))
+        known |= records if of_job == job else {}
     return [record for number, record in known.items() if number in numbers]
 
 
@@ -5954,10 +6014,14 @@ def recorded_options(output: str) -> dict[str, Any]:
             f"{output} records no job that --resume could continue by itself: give --model and "
             "--dataset"
         )
-    hints = {entry.name: entry for entry in fields(ExtractionConfig)}
-    kept = {name: value for name, value in options.items() if name in hints}
-    if isinstance(kept.get("batch_thresholds"), dict):  # JSON keys are strings
+    hints = get_type_hints(ExtractionConfig)
+    kept = {k: value for k, value in options.items() if k in hints and k not in LOCAL_OPTIONS}
+    with contextlib.suppress(LookupError, AttributeError, ValueError):  # JSON keys are strings
         kept["batch_thresholds"] = {int(k): n for k, n in kept["batch_thresholds"].items()}
+    for name, value in kept.items():
+        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or (hints[name],)]
+        if type(value) not in (*kinds, *([int] if float in kinds else [])):
+            raise ConfigError(f"{output} records {name} as {value!r:.40}: give all options anew")
     return kept
 
 
