@@ -490,14 +490,6 @@ def test_no_word_is_broken_inside(
     assert all(len(line) <= width for line in capsys.readouterr().out.splitlines())
 
 
-def test_lines_are_broken_between_words_and_wide_characters_count_twice() -> None:
-    text = "one two three\nfour 日本語 five"
-    places = explore.break_lines(text, 9)
-    assert [text[place : place + 4] for place in sorted(places)] == [" thr", " 日本語", " fiv"]
-    assert explore.break_lines(text, None) == set()
-    assert explore.break_lines("a" * 30, 9) == set()
-
-
 def test_characters_made_of_several_tokens_are_written_whole() -> None:
     texts = [" a", "⟨F0 9F⟩", "⟨98⟩", "⟨80⟩", "b", "⟨E2⟩", "c", " ⟨E2 9C⟩", "⟨93⟩"]
     assert explore.join_characters(texts) == [
