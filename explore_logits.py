@@ -4422,7 +4422,7 @@ def print_sample_info(sample: Mapping[str, Any]) -> None:
     print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}{stored}")
     drawn = plural(block.tail.counts.max(initial=0), "token")
     for label, values, how in (
-        ("nucleus size", block.top.counts, "{:.4g}"),
+        ("nucleus size", block.top.counts, "{:.3g}"),
         ("covered by it", block.top.mass, "{:.1%}"),
         ("likeliest token", block.first_probs, "{:.1%}"),
         (f"tail of {drawn}", block.tail.mass, "{:.2%}"),
@@ -4472,7 +4472,7 @@ def print_token(
         line += f"; it is {show_token(actual.text)}, {show_standing(actual)}"
     predictions = decode_top_tokens(sample, t, tokenizer, k=k)
     print(break_lines(line))
-    print(*list_predictions(predictions, actual.id if actual else None, bar=24), sep="\n")
+    print(*list_predictions(predictions, actual.id if actual else None, bar=16), sep="\n")
 
 
 def print_dataset_stats(dataset: Any) -> None:
@@ -4672,7 +4672,7 @@ nav, .legend { display: flex; flex-wrap: wrap; gap: .35rem .6rem; font-size: .87
   border: 1px solid var(--line); }
 .text { color: var(--dim); unicode-bidi: isolate; }
 .tok { color: var(--fg); border-radius: 2px; cursor: pointer; padding: .12em 0;
-  box-shadow: inset -1px 0 var(--bg); }
+  box-shadow: inset -1px 0 var(--bg); scroll-margin: 2rem; }
 .b1 { background: var(--b1); } .b2 { background: var(--b2); } .b3 { background: var(--b3); }
 .b4 { background: var(--b4); }
 .b5 { background: var(--b5); color: var(--t5); } .b6 { background: var(--b6); color: var(--t6); }
@@ -4708,8 +4708,11 @@ function show(node) {
   if (!node) return;
   node.classList.add("on");
   box.textContent = node.dataset.is;
-  const {top, bottom} = node.getBoundingClientRect(), below = innerHeight - bottom;
-  box.classList.toggle("above", top > below);  // on the side that leaves more room
+  place();
+}
+function place() {  // on the side of the token that leaves more room
+  const {top, bottom} = shown.getBoundingClientRect(), below = innerHeight - bottom;
+  box.classList.toggle("above", top > below);
   box.style.setProperty("--room", Math.max(top, below, 120) - 20 + "px");
 }
 function pin(node) {
@@ -4735,6 +4738,7 @@ function follow() {
   const node = document.getElementById(location.hash.slice(1));
   if (node && node.matches(".tok")) pin(node);
 }
+addEventListener("scroll", () => { if (shown) place(); });
 addEventListener("hashchange", follow);
 follow();
 """
