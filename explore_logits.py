@@ -4357,16 +4357,11 @@ def list_predictions(
     """Write predictions as lines: number, probability, a bar, the token; `▸` marks the actual."""
     lines = []
     for number, (token, text, _, probability) in enumerate(predictions, 1):
-        mark = "▸" if token == actual else " "
-        chance, drawn = show_probability(probability), draw_bar(probability, bar)
+        whole, eighth = divmod(round(min(max(0, probability), 1) * bar * 8), 8)
+        drawn = ("█" * whole + " ▏▎▍▌▋▊▉"[eighth])[:bar]
+        mark, chance = "▸" if token == actual else " ", show_probability(probability)
         lines.append(f"{mark}{number:2} {chance:>8} {drawn:{bar}} {show_token(text, 24)}")
     return lines
-
-
-def draw_bar(share: float, width: int) -> str:
-    """Draw a share of 1 as a bar of block characters, in eighths."""
-    eighths = round(min(max(share, 0), 1) * width * 8)
-    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
 
 
 # Terminal -----------------------------------------------------------------------------------------
@@ -4530,10 +4525,8 @@ def visualize_conversation_probabilities(
     check_analyses([analysis])
     if return_html:
         return render_page([analysis])
-    likely = f"typical probability of a token {analysis.typical_probability}"
-    facts = [f"conversation {analysis.index}: {plural(len(analysis.tokens), 'token')}",
-             likely if analysis.tokens else "not extracted", analysis.note]  # fmt: skip
-    head = break_lines(show_text(", ".join(filter(None, facts))))
+    facts = ", ".join(filter(None, conversation_facts(analysis)))
+    head = break_lines(show_text(f"conversation {analysis.index}: {facts}"))
     return f"{head}\n{paint_legend()}\n\n{paint_text(analysis)}"
 
 
@@ -4594,14 +4587,6 @@ PAGE = """<!doctype html>
 <style>{{ css|safe }}</style>
 </head>
 <body>
-{% macro curve(path, width, left, what, right) %}
-{% if path %}
-<figure><svg viewBox="0 0 {{ width }} 40" preserveAspectRatio="none" role="img" \
-aria-label="{{ what }}"><path d="{{ path }}"/></svg>\
-<figcaption><span>{{ left }}</span><span>{{ what }}</span><span>{{ right }}</span></figcaption>\
-</figure>
-{% endif %}
-{% endmacro %}
 <main>
 <h1>{{ title }}</h1>
 <p class="dim">{{ about }}</p>
@@ -4620,15 +4605,13 @@ aria-label="{{ what }}"><path d="{{ path }}"/></svg>\
 <section><h2>The whole data set</h2>
 <dl>{% for label, value in stats.facts().items() %}\
 <div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
-{{ curve(sizes, stats.nucleus.max, 1, "tokens by nucleus size, log scale", stats.nucleus.max) }}
 </section>
 {% endif %}
 {% for part in parts %}
 {% set s = loop.index0 %}
 <section id="s{{ s }}">
 <h2>Conversation {{ part.index }}</h2>
-<p class="dim">{{ part.facts|join(" · ") }}</p>
-{{ curve(part.path, part.count, "token 0", part.what, "token %d"|format(part.count - 1)) }}
+<p class="dim">{{ part.facts|join(", ") }}</p>
 <div class="text" dir="auto">\
 {% for t, kind, before, box, after in part.pieces %}{{ before }}{% if kind %}\
 <span class="{{ kind }}" id="s{{ s }}-t{{ t }}" data-is="{{ part.told[t] }}">{{ box }}</span>\
@@ -4661,9 +4644,9 @@ body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 system
 main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
-p, figure, dl { margin: .25rem 0 .75rem; }
+p, dl { margin: .25rem 0 .75rem; }
 a { color: var(--bar); }
-.dim, figcaption, dt { color: var(--dim); font-size: .875rem; overflow-wrap: anywhere; }
+.dim, dt { color: var(--dim); font-size: .875rem; overflow-wrap: anywhere; }
 nav, .legend { display: flex; flex-wrap: wrap; gap: .35rem .6rem; font-size: .875rem; }
 .legend span { padding: 0 .45rem; border-radius: 3px; border: 1px solid var(--line); }
 .legend .of { border: 0; padding: 0; }
@@ -4678,10 +4661,7 @@ nav, .legend { display: flex; flex-wrap: wrap; gap: .35rem .6rem; font-size: .87
 .b5 { background: var(--b5); color: var(--t5); } .b6 { background: var(--b6); color: var(--t6); }
 .bound { text-decoration: underline dotted 2px; text-underline-offset: .2em; }
 .tok.on { outline: 2px solid var(--bar); }
-svg { display: block; width: 100%; height: 3.5rem; border-bottom: 1px solid var(--line); }
-path { fill: var(--bar); }
-figcaption, dl { display: flex; justify-content: space-between; gap: .5rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+dl { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 dl div { background: var(--card); border-radius: 6px; padding: .4rem .7rem; }
 dd { margin: 0; font-size: 1.1rem; }
 #box { position: fixed; left: .5rem; right: .5rem; bottom: .5rem; max-height: var(--room);
@@ -4770,7 +4750,6 @@ def render_page(
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    heights: Any = np.log1p(stats.nucleus.histogram[1 : stats.nucleus.max + 1]) if stats else []
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     page = templates.from_string(PAGE).render(
         # Even a mistake in escaping could not run: only this very script may.
@@ -4779,7 +4758,6 @@ def render_page(
         about=about,
         bounds=[f"{100 * bound:g}%" for bound in SURPRISE_LEVELS],
         stats=stats,
-        sizes=step_path(heights),
         parts=[page_part(analysis) for analysis in analyses],
         css=PAGE_CSS,
         script=PAGE_SCRIPT,
@@ -4787,32 +4765,27 @@ def render_page(
     return str(page)
 
 
-def step_path(heights: Sequence[float] | npt.NDArray[Any]) -> str:
-    """Return the SVG path of bars one unit wide, the highest of them 40 units high."""
-    if not len(heights):
-        return ""
-    steps = (f"V{40 - 40 * share:.4g}h1" for share in np.asarray(heights) / max(*heights, 1))
-    return f"M0 40{''.join(steps)}V40Z"
-
-
 def page_part(analysis: ConversationAnalysis) -> dict[str, Any]:
-    """Return what the page shows of one conversation: figures, a curve, text, and what is told."""
-    tokens = analysis.tokens
-    sizes = [token.nucleus_size for token in tokens]
-    facts = [plural(len(tokens), "token") if tokens else "not extracted"]
-    if tokens:
-        first = sum(token.rank == 1 for token in tokens) / len(tokens)
-        facts += [f"typical probability {analysis.typical_probability}",
-                  f"{first:.0%} are the teacher's first choice"]  # fmt: skip
+    """Return what the page shows of one conversation: figures, text, and what tokens tell."""
     return {
         "index": analysis.index,
-        "facts": [*facts, *filter(None, (analysis.model, analysis.note))],
-        "count": len(tokens),
-        "path": step_path(sizes),
-        "what": f"nucleus size, 1 to {max(sizes, default=1)}",
+        "facts": [*filter(None, [*conversation_facts(analysis), analysis.model])],
         "pieces": list(page_pieces(analysis)),
-        "told": [describe_token(token) for token in tokens],
+        "told": [describe_token(token) for token in analysis.tokens],
     }
+
+
+def conversation_facts(analysis: ConversationAnalysis) -> list[str]:
+    """Say how many of a conversation's tokens there are, and how well the teacher foresaw them."""
+    if not analysis.tokens:
+        return ["not extracted", analysis.note]
+    first = sum(token.rank == 1 for token in analysis.tokens) / len(analysis.tokens)
+    return [
+        plural(len(analysis.tokens), "token"),
+        f"typical probability of a token {analysis.typical_probability}",
+        f"{first:.0%} are the teacher's first choice",
+        analysis.note,
+    ]
 
 
 def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
@@ -5107,8 +5080,8 @@ def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
             footer = dataset.file(shard).metadata
             for group in map(footer.row_group, range(footer.num_row_groups)):
                 for column in map(group.column, range(footer.num_columns)):
-                    name = column.path_in_schema.split(".")[0]
-                    columns[name] += column.total_compressed_size
+                    stored = column.path_in_schema.split(".")[0]
+                    columns[stored] += column.total_compressed_size
     tokens = analyze_nucleus_sizes(dataset).tokens
     return BytesPerTokenStats(tokens, sum(dataset.sizes.values()), dict(columns))
 
@@ -5191,8 +5164,10 @@ def compute_dataset_stats(
         sums.update(sum_block(block, limits, (actual_tokens or stored_actual_tokens)(block)))
     nucleus, known = NucleusSizeStats(histogram, int(sums["rows"])), int(sums["known"])
     whole = in_files and max_samples is None
-    means: dict[str, Any] = {n: sums[n] / max(nucleus.tokens, 1) for n in OVER_TOKENS}
-    means |= {name: sums[name] / known if known else None for name in OVER_KNOWN}
+    names = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
+    means: dict[str, Any] = {name: sums[name] / known if known else None for name in names}
+    for name in ("mean_mass", "mean_tail_mass", "mean_first"):
+        means[name] = sums[name] / max(nucleus.tokens, 1)
     return DatasetStats(
         rows=nucleus.rows,
         tokens=nucleus.tokens,
@@ -5204,10 +5179,6 @@ def compute_dataset_stats(
         capped=sums["capped"] / max(nucleus.tokens, 1) if limits.top_p else None,
         **means,
     )
-
-
-OVER_TOKENS = ("mean_mass", "mean_tail_mass", "mean_first")
-OVER_KNOWN = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
 
 
 def sum_block(
@@ -5462,11 +5433,8 @@ def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...
         bad |= some & (part.low == part.high) & any_in_run(q != 0, starts)
         yield "quantization", bad, f"{name} levels do not span the range {{:g}} to {{:g}}", *ends
         kept = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
-        yield (
-            "resolution",
-            any_in_run(kept != q, starts),
-            f"{name} levels are finer than logit_bits",
-        )
+        message = f"{name} levels are finer than logit_bits"
+        yield "resolution", any_in_run(kept != q, starts), message
     above = (block.tail.counts > 0) & (block.tail.high > block.top.low)
     message = "a tail logit of {:g} above the nucleus, which ends at {:g}"
     yield "tail", above, message, block.tail.high, block.top.low
@@ -6692,12 +6660,6 @@ def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
 # 10 CLI
 # --------------------------------------------------------------------------------------------------
 
-EXIT_CODES = (
-    "exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that cannot be "
-    "opened; 3 --validate found violations, or --compare nothing to compare"
-)
-CHECK_FAILED = 3
-
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose refusals are one line, like every other error."""
@@ -6781,7 +6743,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="explore-logits",
         usage="%(prog)s OUTPUT [options]",
         description="Look at an output of extract-logits: a folder, or a dataset on the Hub.",
-        epilog=EXIT_CODES,
+        epilog="exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that "
+        "cannot be opened; 3 --validate found violations, or --compare nothing to compare",
     )
     add = parser.add_argument
     add("output", metavar="OUTPUT", help="folder, Parquet file or Hub dataset")
@@ -6854,9 +6817,9 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         summary |= asdict(comparison)
         failed |= not comparison.tokens
     if failed and args.validate and not report.ok:
-        return summary, CHECK_FAILED  # what breaks the rules is not summed up
+        return summary, 3  # what breaks the rules is not summed up
     summary.setdefault("rows", len(dataset))
-    return summary | show_output(dataset, args), CHECK_FAILED if failed else 0
+    return summary | show_output(dataset, args), 3 if failed else 0
 
 
 def show_output(dataset: LogitDataset, args: argparse.Namespace) -> dict[str, Any]:
@@ -6895,7 +6858,9 @@ def show_rows(
     args: argparse.Namespace,
 ) -> list[ConversationAnalysis]:
     """Print rows beside their text, or as ids where there is none; those of a page are returned."""
-    samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
+    samples = [get_sample(dataset, row) for row in rows]  # what is not there is refused first
+    for sample in samples if args.token is not None else ():
+        check_token(sample, args.token)
     tokenizer, analyses = None, []
     try:
         tokenizer = text().tokenizer
@@ -6922,7 +6887,7 @@ def show_tokens(
 ) -> None:
     """Print the token that was asked for, or the most surprising ones of a row."""
     if args.token is not None:
-        chosen = [check_token(sample, args.token)]
+        chosen = [args.token % sample["num_tokens"]]
     else:
         least, why = sample.block.first_probs, "of which the teacher was least sure"
         if analysis is not None:

@@ -376,7 +376,7 @@ def test_figures_that_rest_on_bounds_say_so(
     assert not all(token.exact for token in analysis.tokens)
     shown = explore.visualize_conversation_probabilities(analysis)
     assert "typical probability of a token ≤ " in " ".join(shown.split())
-    assert "typical probability ≤ " in explore.render_page([analysis])
+    assert "typical probability of a token ≤ " in explore.render_page([analysis])
     stats = compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
     assert stats.bounded > 0
     assert dict(stats.facts())["perplexity of the text"].startswith("≥ ")

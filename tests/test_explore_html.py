@@ -105,7 +105,7 @@ def test_a_page_is_one_file_that_names_no_other(plain: list[ConversationAnalysis
     assert not re.search(r"https?://|@import|url\(|//cdn", page)
     assert page.startswith("<!doctype html>")
     assert "default-src &#39;none&#39;" in page
-    assert page.count("<section id=") == page.count("<svg") == 3
+    assert page.count("<section id=") == 3
 
 
 def test_the_hostile_page_can_be_written_as_utf8(
@@ -174,7 +174,6 @@ def test_a_page_without_conversations_still_shows_the_figures(tmp_path: Path) ->
     stats = compute_dataset_stats(write_output(tmp_path, random_rows(4)))
     page = render_page([], stats=stats)
     assert "covered by nucleus" in page
-    assert "log scale" in page
     assert "<section id=" not in page
 
 
@@ -329,7 +328,7 @@ function back(node) {
     if (!/^rgba.*, 0\\)$/.test(colour)) return colour;
   }
 }
-const shown = "h1, .dim, .legend span, .tok, .text, dt, dd, figcaption, #box";
+const shown = "h1, .dim, .legend span, .tok, .text, dt, dd, #box";
 return [...document.querySelectorAll(shown)].map(node => {
   const one = light(getComputedStyle(node).color), two = light(back(node));
   return [(Math.max(one, two) + .05) / (Math.min(one, two) + .05), node.className];

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -80,30 +79,22 @@ def test_counting_stays_exact_past_what_a_float_can_count() -> None:
     assert stats.std == pytest.approx(127, rel=1e-9)
 
 
-def test_fewer_rows_can_be_asked_for(output: Path) -> None:
+def test_few_rows_or_none_can_be_counted(output: Path) -> None:
     stats = analyze_nucleus_sizes(output, max_samples=7)
     assert stats.rows == 7
     assert_describes(stats, np.concatenate([row["top_counts"] for row in ROWS[:7]]))
-
-
-def test_no_rows_give_zeros() -> None:
     stats = analyze_nucleus_sizes([])
     assert (stats.tokens, stats.min, stats.max, stats.mean, stats.std) == (0, 0, 0, 0, 0)
     assert stats.percentile(50) == 0
 
 
-def test_a_device_counts_the_same(output: Path) -> None:
-    counted = analyze_nucleus_sizes(output, device="cpu")
-    np.testing.assert_array_equal(counted.histogram, analyze_nucleus_sizes(output).histogram)
-
-
-@pytest.mark.gpu
-def test_a_gpu_counts_the_same(output: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_device_counts_the_same(output: Path, device: str) -> None:
     import torch
 
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    counted = analyze_nucleus_sizes(output, device="cuda")
+    counted = analyze_nucleus_sizes(output, device=device)
     np.testing.assert_array_equal(counted.histogram, analyze_nucleus_sizes(output).histogram)
 
 
@@ -177,6 +168,7 @@ def test_dataset_figures_equal_a_loop_over_tokens(output: Path) -> None:
 def test_without_text_nothing_is_said_about_the_actual_token(tmp_path: Path) -> None:
     stats = compute_dataset_stats(write_output(tmp_path, random_rows(5)))
     assert (stats.known, stats.agreement, stats.mean_log_probability) == (0, None, None)
+    assert compute_dataset_stats(ROWS).capped is None, "rows alone do not say what the cap is"
     assert not any("actual" in label for label in stats.facts())
 
 
@@ -188,10 +180,6 @@ def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(tmp_path: Path, b
     stats = compute_dataset_stats(write_output(tmp_path, rows, settings=settings))
     assert full > 0.1
     assert stats.capped == pytest.approx(full, rel=0.05)
-
-
-def test_rows_without_settings_have_no_share_of_capped_nuclei() -> None:
-    assert compute_dataset_stats(ROWS).capped is None
 
 
 def test_figures_are_printed_as_a_table(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,15 +281,12 @@ def test_without_a_common_token_there_is_no_figure(tmp_path: Path) -> None:
     one = write_output(tmp_path / "one", ROWS[:4], settings=STORED)
     others = [{**row, "index": row["index"] + 100} for row in ROWS[:4]]
     two = write_output(tmp_path / "two", others, settings=STORED)
-    seen = compare_outputs(one, two)
-    assert (seen.rows, seen.common_rows, seen.tokens) == ((4, 4), 0, 0)
-    assert {seen.mean_divergence, seen.max_divergence, seen.same_first, seen.max_logsumexp} == {
-        None
-    }
     done = run_script("explore_logits.py", one, "--compare", two)
     assert done.code == 3
     assert "nothing to compare" in done.stdout
-    assert done.summary["mean_divergence"] is None
+    assert (done.summary["rows"], done.summary["common_rows"]) == ([4, 4], 0)
+    for figure in ("mean_divergence", "max_divergence", "same_first", "max_logsumexp"):
+        assert done.summary[figure] is None
 
 
 def test_an_output_in_another_order_is_read_once(
@@ -324,13 +309,3 @@ def test_an_output_in_another_order_is_read_once(
     seen = compare_outputs(one, two)
     assert (seen.common_rows, seen.mean_divergence) == (200, 0)
     assert sorted(read) == sorted([(shard, 0) for shard in range(4)] * 2)
-
-
-def test_the_command_compares_two_outputs(tmp_path: Path) -> None:
-    one = write_output(tmp_path / "one", ROWS[:6], settings=STORED)
-    two = write_output(tmp_path / "two", ROWS[3:9], settings=STORED)
-    done = run_script("explore_logits.py", one, "--compare", two)
-    assert done.code == 0, done.stderr
-    assert done.summary["common_rows"] == 3
-    assert "rows in common      3 of 6 and 6" in done.stdout
-    assert json.dumps(done.summary)
