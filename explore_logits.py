@@ -4948,7 +4948,8 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
         left.stairs(counts, edges, fill=True, color=colours[0])
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
         left.set_title(f"{plural(stats.tokens, 'token')} of {plural(stats.rows, 'row')}")
-        right.stairs(100 * np.cumsum(counts) / max(stats.tokens, 1), edges, color=colours[0])
+        shares = 100 * np.cumsum(counts) / max(stats.tokens, 1)
+        right.stairs(shares, edges, baseline=None, color=colours[0])
         for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
             size = stats.percentile(q)
             right.plot(size, q, marker, ms=9, color=colour, label=f"{q}% within {size}")
@@ -5631,6 +5632,8 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         chosen = (chunk["row_x"].to_numpy(), chunk["row_y"].to_numpy())
         a, b = (read_block(*which) for which in zip(pair, chosen, strict=True))
         divergence = bound_divergence(a, b)
+        if not np.isfinite(divergence).all():
+            raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
         total += float(divergence.sum())
         same += int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))

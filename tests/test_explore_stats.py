@@ -289,6 +289,12 @@ def test_without_a_common_token_there_is_no_figure(tmp_path: Path) -> None:
         assert done.summary[figure] is None
 
 
+def test_what_is_no_number_is_refused() -> None:
+    damaged = {**ROWS[0], "logsumexp": [float("nan")] * ROWS[0]["num_tokens"]}
+    with np.errstate(all="ignore"), pytest.raises(LogitsError, match="no numbers"):
+        compare_outputs([damaged], [ROWS[0]])
+
+
 def test_an_output_in_another_order_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
