@@ -44,7 +44,6 @@ import math
 import re
 import shutil
 import tempfile
-import textwrap
 import unicodedata
 import zlib
 from collections import Counter
@@ -53,7 +52,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -4348,8 +4347,11 @@ def execute_analysis(
 # 7 Show
 # --------------------------------------------------------------------------------------------------
 
-
 SURPRISE_LEVELS = (0.9, 0.5, 0.2, 0.05, 0.01, 0.001)  # level i: at least this probable; then 6
+PAINT: list[list[str]] = [  # of each level in the terminal: a colour and its attributes
+    [], [], ["cyan"], ["yellow"], ["yellow", "bold"], ["magenta", "bold"],
+    ["magenta", "bold", "reverse"],
+]  # fmt: skip
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
@@ -4365,16 +4367,15 @@ def show_text(text: str) -> str:
 
     def picture(found: re.Match[str]) -> str:
         code = ord(found[0])
-        if code < 0x20:
-            return chr(0x2400 + code)
-        return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+        return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
     return _UNSEEN.sub(picture, text)
 
 
-def show_token(text: str) -> str:
-    """Write a token on one line, with its spaces and line breaks visible."""
-    return show_text(text).replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+def show_token(text: str, most: int | None = None) -> str:
+    """Write a token on one line, its spaces and line breaks visible, at most so many characters."""
+    text = show_text(text).replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+    return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 
 def surprise_level(probability: float) -> int:
@@ -4382,9 +4383,29 @@ def surprise_level(probability: float) -> int:
     return sum(probability < bound for bound in SURPRISE_LEVELS)
 
 
-def show_probability(probability: float, exact: bool) -> str:
+def show_probability(probability: float, exact: bool = True) -> str:
     """Write a probability in percent, with `≤` where it is a bound."""
-    return f"{'' if exact else '≤'}{probability:.{1 if probability >= 0.01 else 2}%}"
+    text = f"{probability:.1%}" if probability >= 0.01 else f"{100 * probability:.2g}%"
+    return text if exact else f"≤{text}"
+
+
+def show_standing(token: TokenAnalysis) -> str:
+    """Write the probability and the rank of the token that is there."""
+    rank = token.rank if token.where == "nucleus" else f"≥ {token.rank}"
+    return f"{show_probability(token.probability, token.exact)}, rank {rank}"
+
+
+def list_predictions(
+    predictions: Sequence[Prediction], actual: int | None = None, *, bar: int
+) -> list[str]:
+    """Write predictions as lines: number, probability, a bar, the token; `▸` marks the actual."""
+    lines = []
+    for number, (token, text, _, probability) in enumerate(predictions, 1):
+        whole, eighth = divmod(round(min(max(0, probability), 1) * bar * 8), 8)
+        drawn = ("█" * whole + " ▏▎▍▌▋▊▉"[eighth])[:bar]
+        mark, chance = "▸" if token == actual else " ", show_probability(probability)
+        lines.append(f"{mark}{number:2} {chance:>8} {drawn:{bar}} {show_token(text, 24)}")
+    return lines
 
 
 # Terminal -----------------------------------------------------------------------------------------
@@ -4397,80 +4418,57 @@ def colours_wanted() -> bool:
     return importlib.util.find_spec("termcolor") is not None
 
 
-def screen_width() -> int | None:
-    """Return at how many columns lines are broken; None in pipes, whose text stays as it is."""
-    if os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty():
-        return max(shutil.get_terminal_size().columns, 40)
-    return None
-
-
 def count_columns(text: str) -> int:
     """Return how many columns of a terminal a text takes: two for wide characters."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
 
 
-def break_lines(text: str, width: int | None) -> set[int]:
-    """Return the places in a text before which a line has to be broken, never inside of a word.
+def break_lines(text: str) -> str:
+    """Turn the spaces at which the terminal's lines end into line breaks, never inside of a word.
 
-    A space at such a place goes; scripts that write without spaces may be broken anywhere.
+    In pipes the text stays as it is. So does a word that is longer than a line.
     """
-    places: set[int] = set()
-    column = 0
-    for word in re.finditer(r"\n|[ \t]*[^\s]+|[ \t]+", text) if width else ():
-        size = count_columns(word[0])
-        if word[0] == "\n":
-            column = 0
-        elif column and column + size > (width or 0) and word[0].strip():
-            places.add(word.start())
-            column = count_columns(word[0].lstrip())
+    if not (os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty()):
+        return text
+    width, column, parts = max(shutil.get_terminal_size().columns, 40), 0, []
+    for word in re.findall(r"\n| ?[^ \n]*", text):
+        size = count_columns(word)
+        if word[:1] == " " and word != " " and column + size > width:
+            word, column = f"\n{word[1:]}", size - 1
         else:
-            column += size
-    return places
+            column = 0 if word == "\n" else column + size
+        parts.append(word)
+    return "".join(parts)
 
 
-def wrap_text(text: str) -> str:
-    """Break the lines of a text for the terminal, further ones indented."""
-    width = screen_width()
-    if width is None:
-        return text
-    how: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "    "}
-    return "\n".join(textwrap.fill(line, width, **how) for line in text.split("\n"))
-
-
-def paint(text: str, colour: str, *attributes: str) -> str:
+def paint(text: str, style: Sequence[str]) -> str:
     """Colour text for the terminal, line by line, where colours are wanted."""
-    if not colour or not colours_wanted():
+    if not style or not colours_wanted():
         return text
-    termcolor = import_extra("termcolor", "viz")
-    return "\n".join(
-        termcolor.colored(line, colour, attrs=list(attributes), force_color=True) if line else line
-        for line in text.split("\n")
-    )
-
-
-def draw_bar(share: float, width: int = 30) -> str:
-    """Draw a share of 1 as a bar of block characters, in eighths."""
-    eighths = round(min(max(share, 0), 1) * width * 8)
-    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
+    colored, (colour, *attributes) = import_extra("termcolor", "viz").colored, style
+    lines = text.split("\n")
+    return "\n".join(line and colored(line, colour, None, attributes, force_color=True)
+                     for line in lines)  # fmt: skip
 
 
 def print_sample_info(sample: Mapping[str, Any]) -> None:
     """Print what a sample holds: tokens, nucleus sizes and the probability they cover."""
     sample = as_sample(sample)
-    block = sample.block
-    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}")
-    if not sample["num_tokens"]:
-        return
-    counts, mass, first = block.top.counts, block.top.mass, block.first_probs
-    sizes = f"{counts.min()} to {plural(counts.max(), 'token')}, median {np.median(counts):g}"
-    drawn = plural(block.tail.counts.max(), "token")
-    print(f"  nucleus     {sizes}, mean {counts.mean():.1f}")
-    print(f"  it covers   {mass.min():.1%} to {mass.max():.1%}, mean {mass.mean():.1%}")
-    print(f"  likeliest   {first.min():.1%} to {first.max():.1%}, mean {first.mean():.1%}")
-    print(f"  tail        {drawn}, worth {block.tail.mass.mean():.2%} on average")
+    block, stored = sample.block, ""
     if "input_ids" in sample:
-        print(f"  text        {plural(sample['input_ids'].size, 'token')} stored with it")
+        stored = f", and the {plural(sample['input_ids'].size, 'token')} of its text"
+    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}{stored}")
+    drawn = plural(block.tail.counts.max(initial=0), "token")
+    for label, values, how in (
+        ("nucleus size", block.top.counts, "{:.3g}"),
+        ("covered by it", block.top.mass, "{:.1%}"),
+        ("likeliest token", block.first_probs, "{:.1%}"),
+        (f"tail of {drawn}", block.tail.mass, "{:.2%}"),
+    ):
+        if values.size:
+            low, mean, high = map(how.format, (values.min(), values.mean(), values.max()))
+            print(f"  {label:18} {low} to {high}, mean {mean}")
 
 
 def print_top_tokens(
@@ -4485,64 +4483,40 @@ def print_top_tokens(
         k: how many.
     """
     sample = as_sample(sample)
-    if check_tokenizer(tokenizer) is None:
-        tokenizer = show_missing_words(sample)
-    show_token_table(sample, t, tokenizer, k=k)
+    print_token(sample, t, find_words(sample, tokenizer), k=k)
 
 
-def show_missing_words(sample: Sample) -> Any:
-    """Return the tokenizer of the output that a sample is of, or None and print why."""
-    if sample.output is None:
-        return None
+def find_words(sample: Sample, tokenizer: Any) -> Any:
+    """Return the tokenizer, None for that of a sample's output; print why there is none."""
+    if check_tokenizer(tokenizer) is not None or sample.output is None:
+        return tokenizer
     tokenizer, why = sample.output.words
     if why:
-        print(wrap_text(f"ids only: {why}"))
+        print(break_lines(f"ids only: {why}"))
     return tokenizer
 
 
-def show_token_table(
+def print_token(
     sample: Sample, t: int, tokenizer: Any, *, k: int, actual: TokenAnalysis | None = None
 ) -> None:
     """Print what `print_top_tokens` does; a row that stores its text tells the actual token."""
     t = check_token(sample, t)
-    predictions = decode_top_tokens(sample, t, tokenizer, k=k)
     if actual is None and sample.block.tokens is not None:
         ids, positions = stored_tokens(sample)
-        (actual,) = analyze_tokens(sample.block.tokens_at(t, t + 1), ids[positions[t : t + 1]],
-                                   tokenizer, k=1)  # fmt: skip
-    there = ""
-    if actual is not None:
-        rank = f"rank {'' if actual.where == 'nucleus' else '≥ '}{actual.rank}"
-        chance = show_probability(actual.probability, actual.exact)
-        there = f"; it is {show_token(actual.text)}, {chance}, {rank}"
+        there = ids[positions[t : t + 1]]
+        (actual,) = analyze_tokens(sample.block.tokens_at(t, t + 1), there, tokenizer, k=1)
     size, mass = sample["top_counts"][t], get_nucleus_probability_mass(sample, t)
-    print(wrap_text(f"token {t}: nucleus of {size} covering {mass:.1%}{there}"))
-    texts = [shorten(show_token(prediction.text)) for prediction in predictions]
-    widest = max(map(count_columns, texts))
-    room = min(30, (screen_width() or 80) - widest - 19)
-    for rank_here, (text, prediction) in enumerate(zip(texts, predictions, strict=True), 1):
-        bar = paint(draw_bar(prediction.probability, max(room, 1)), "cyan")
-        text += " " * (widest - count_columns(text))
-        print(f"  {rank_here:3}  {text}  {prediction.probability:7.2%}  {bar}".rstrip())
-
-
-def shorten(text: str, most: int = 24) -> str:
-    """Cut a text for a table."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+    line = f"token {t}: nucleus of {size} covering {mass:.1%}"
+    if actual is not None:
+        line += f"; it is {show_token(actual.text)}, {show_standing(actual)}"
+    predictions = decode_top_tokens(sample, t, tokenizer, k=k)
+    print(break_lines(line))
+    print(*list_predictions(predictions, actual.id if actual else None, bar=16), sep="\n")
 
 
 def print_dataset_stats(dataset: Any) -> None:
     """Print the figures of a dataset: `DatasetStats`, or what `compute_dataset_stats` takes."""
-    stats = dataset if isinstance(dataset, DatasetStats) else compute_dataset_stats(dataset)
-    print(f"{stats}\nnuclei by size in tokens")
-    counts = np.add.reduceat(stats.nucleus.histogram, SIZE_CLASSES)
-    for low, high, count in zip(SIZE_CLASSES, (*SIZE_CLASSES[1:], 256), counts, strict=True):
-        label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
-        if count:
-            print(f"  {label:>10} {count:>12,}  {paint(draw_bar(count / counts.max()), 'cyan')}")
-
-
-SIZE_CLASSES = (1, 2, 3, 5, 9, 17, 33, 65, 129)
+    print(dataset if isinstance(dataset, DatasetStats) else compute_dataset_stats(dataset))
 
 
 def quick_explore(
@@ -4561,41 +4535,27 @@ def quick_explore(
         tokens: how many of the row's tokens to show.
     """
     dataset = as_output(name)
-    print(wrap_text(describe_run(dataset)))
+    print(break_lines(describe_run(dataset)))
     sample = get_sample(dataset, sample_index)
     print_sample_info(sample)
-    if check_tokenizer(tokenizer) is None:
-        tokenizer = show_missing_words(sample)
+    tokenizer = find_words(sample, tokenizer)
     count = min(tokens, sample["num_tokens"])
     print(f"its first {plural(count, 'token')}:")
     for t in range(count):
-        show_token_table(sample, t, tokenizer, k=5)
+        print_token(sample, t, tokenizer, k=5)
     return sample
 
 
 def describe_run(dataset: LogitDataset) -> str:
     """Say in one line how large an output is and how it was made."""
-    settings = dataset.settings
-    size = f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"
-    skipped = count_skipped(dataset)
-    if skipped:
+    parts = [f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"]
+    if skipped := count_skipped(dataset):
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
-        size += f", {plural(skipped.total(), 'conversation')} without a row ({reasons})"
-    known = [name for name in ABOUT_RUN if settings.get(name) is not None]
-    parts = [f"{name} {settings[name]!s:.100}" for name in known]
-    return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
-
-
-ABOUT_RUN = ("model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype")
-PAINT: tuple[tuple[str, ...], ...] = (  # by surprise level
-    ("",),
-    ("",),
-    ("cyan",),
-    ("yellow",),
-    ("yellow", "bold"),
-    ("magenta", "bold"),
-    ("magenta", "bold", "reverse"),
-)
+        parts.append(f"{plural(skipped.total(), 'conversation')} without a row ({reasons})")
+    names = ["model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype"]
+    known = [name for name in names if dataset.settings.get(name) is not None]
+    parts += [f"{name} {dataset.settings[name]!s:.100}" for name in known]
+    return show_text(f"{dataset.name}: {', '.join(parts)}")
 
 
 def visualize_conversation_probabilities(
@@ -4606,121 +4566,59 @@ def visualize_conversation_probabilities(
     Coloured terminal text, or with `return_html` a self-contained page that loads nothing. Where
     the terminal has no colours, tokens below 50% carry their probability in braces.
     """
-    check_analysis(analysis)
+    check_analyses([analysis])
     if return_html:
         return render_page([analysis])
-    count = plural(len(analysis.tokens), "token")
-    likely = f"typical probability of a token {analysis.typical_probability}"
-    facts = [f"conversation {analysis.index}: {count} by the teacher"]
-    facts += [likely if analysis.tokens else "not extracted", *filter(None, [analysis.note])]
-    return f"{wrap_text(show_text(', '.join(facts)))}\n{paint_legend()}\n\n{paint_text(analysis)}"
+    facts = ", ".join(filter(None, conversation_facts(analysis)))
+    head = break_lines(show_text(f"conversation {analysis.index}: {facts}"))
+    return f"{head}\n{paint_legend()}\n\n{paint_text(analysis)}"
 
 
-def check_analysis(analysis: Any) -> None:
-    """Refuse what is no analysis, and say what to pass."""
-    if not isinstance(analysis, ConversationAnalysis):
-        raise LogitsError(
-            "an analysis is needed, what analyze_token_probabilities returns, not "
-            f"{type(analysis).__name__}"
-        )
+def check_analyses(analyses: Any) -> None:
+    """Refuse what are no analyses, and say what to pass."""
+    for analysis in analyses if isinstance(analyses, (list, tuple)) else [analyses]:
+        if not isinstance(analysis, ConversationAnalysis):
+            raise LogitsError(
+                "an analysis is needed, what analyze_token_probabilities returns, not "
+                f"{describe_type(analysis)}"
+            )
 
 
 def paint_text(analysis: ConversationAnalysis) -> str:
     """Colour the text of a conversation for the terminal, its lines broken between words."""
-    coloured = colours_wanted()
-    shown, styles = [], []
+    coloured, shown, styles = colours_wanted(), [], []
     texts = join_characters([text for text, _ in analysis.pieces])
-    before: list[TokenAnalysis] = []  # that the character which comes takes, too
-    for text, (_, t) in zip(texts, analysis.pieces, strict=True):
+    before: list[TokenAnalysis] = []  # of the character that comes, which several tokens write
+    for text, (_, t) in zip(map(show_text, texts), analysis.pieces, strict=True):
         tokens = [*before, *([analysis.tokens[t]] if t is not None else [])]
         before = [] if text else tokens
         probability = math.prod(token.probability for token in tokens)
         level = surprise_level(probability)
-        text = show_text(text)
         if text and not coloured and level > 1:
             body = text.rstrip("\n")
             mark = show_probability(probability, all(token.exact for token in tokens))
             text = f"{body}{{{mark}}}{text[len(body) :]}"
         shown.append(text)
-        styles.append(PAINT[level] if tokens else ("dark_grey",))
-    places, at, parts = break_lines("".join(shown), screen_width()), 0, []
-    for text, style in zip(shown, styles, strict=True):
-        inside = [place - at for place in sorted(places) if at <= place < at + len(text)]
-        for place in reversed(inside):
-            text = f"{text[:place]}\n{text[place:].removeprefix(' ')}"
-        parts.append(paint(text, *style))
-        at += len(shown[len(parts) - 1])
-    return "".join(parts)
+        styles.append(PAINT[level] if tokens else ["dark_grey"])
+    whole, ends = break_lines("".join(shown)), itertools.accumulate(map(len, shown))
+    return "".join(
+        paint(whole[end - len(text) : end], style)
+        for text, end, style in zip(shown, ends, styles, strict=True)
+    )
 
 
 def paint_legend() -> str:
     """Say what the colours, or the braces, mean."""
     if not colours_wanted():
         return "{3.1%}: what the teacher gave the token before it, where below 50%"
-    words = [paint(f"{100 * b:g}%+", *PAINT[i]) for i, b in enumerate(SURPRISE_LEVELS) if i]
-    least = paint(f"less than {100 * SURPRISE_LEVELS[-1]:g}%", *PAINT[-1])
-    boxes = "  ".join([*words, least, paint("not extracted", "dark_grey")])
+    bounds = [f"{100 * bound:g}%" for bound in SURPRISE_LEVELS]
+    words = [f"{bound}+" for bound in bounds] + [f"less than {bounds[-1]}"]
+    painted = [paint(word, style) for word, style in zip(words, PAINT, strict=True)][1:]
+    boxes = "  ".join([*painted, paint("not extracted", ["dark_grey"])])
     return f"probability that the teacher gave the token that is there:\n{boxes}"
 
 
-# Markup -------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def page_templates() -> Any:
-    """Return the environment whose templates escape, and make visible, everything from the data."""
-    jinja2 = import_extra("jinja2")
-    parts = {"page": PAGE, "facts": FACTS, "histogram": HISTOGRAM, "stats": STATS}
-    return jinja2.Environment(
-        loader=jinja2.DictLoader(parts),
-        autoescape=True,
-        finalize=lambda value: show_text(value) if type(value) is str else value,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-
-
-def render(template: str, **values: Any) -> Any:
-    """Fill in a template; what comes out is markup, which other templates take as it is."""
-    markup = import_extra("markupsafe").Markup
-    return markup(page_templates().get_template(template).render(**values))
-
-
-def step_path(shares: Iterable[float], height: int) -> str:
-    """Return shares of 1 as the SVG path of bars that are one unit wide."""
-    steps = "".join(f"V{round(height - height * float(share), 2)}h1" for share in shares)
-    return f"M0 {height}{steps}V{height}Z"
-
-
-FACTS = """\
-<table><caption>{{ title }}</caption>
-{%- for label, value in facts %}<tr><th style='text-align:left'>{{ label }}</th>\
-<td style='text-align:right'>{{ value }}</td></tr>{% endfor %}</table>"""
-
-HISTOGRAM = """\
-<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 {{ last }} 60" \
-preserveAspectRatio="none" style="width:100%;height:5rem" role="img" \
-aria-label="histogram of nucleus sizes"><path d="{{ path }}" fill="#3b82c4"/></svg>\
-<figcaption style="display:flex;justify-content:space-between;gap:1rem"><span>1</span>\
-<span>number of tokens by nucleus size (log scale, {{ "{:,}".format(highest) }} at the highest)\
-</span><span>{{ last }}</span></figcaption></figure>"""
-
-STATS = """\
-<section><h2>The whole data set</h2>
-<dl>{% for label, value in facts %}<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>\
-{% endfor %}</dl>
-{{ histogram }}</section>"""
-
-
-def histogram_svg(histogram: npt.NDArray[np.int64]) -> Any:
-    """Draw the histogram of nucleus sizes, its heights by logarithm, as inline SVG."""
-    used = np.flatnonzero(histogram)
-    if not used.size:
-        return ""
-    last, highest = int(used[-1]), int(histogram.max())
-    heights = np.log1p(histogram[1 : last + 1]) / np.log1p(highest)
-    return render("histogram", last=last, highest=highest, path=step_path(heights, 60))
-
+# The page -----------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -4730,47 +4628,44 @@ PAGE = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <title>{{ title }}</title>
-<style>{{ css }}</style>
+<style>{{ css|safe }}</style>
 </head>
 <body>
 <main>
 <h1>{{ title }}</h1>
-{% if about %}<p class="dim">{{ about }}</p>{% endif %}
-{% if sections|length > 1 %}
-<nav>{% for part in sections %}<a href="#s{{ loop.index0 }}">conversation {{ part.index }}</a>\
+<p class="dim">{{ about }}</p>
+{% if parts|length > 1 %}
+<nav>{% for part in parts %}<a href="#s{{ loop.index0 }}">conversation {{ part.index }}</a>
 {% endfor %}</nav>
 {% endif %}
-{% if sections %}
-<div class="legend"><span class="of">Probability that the teacher gave the token that is there\
-</span>{% for bound in bounds %}<span class="b{{ loop.index0 }}">≥ {{ bound }}</span>{% endfor %}\
-<span class="b{{ bounds|length }}">&lt; {{ bounds[-1] }}</span>\
-<span class="bound">not stored: at most this</span><span class="out">not extracted</span></div>
-<p class="dim">Point at, tap or focus a token for its predictions; arrow keys move, Esc closes.</p>
+{% if parts %}
+<p class="legend"><span class="of">Probability that the teacher gave the token that is there</span>
+{% for bound in bounds %}<span class="b{{ loop.index0 }}">≥ {{ bound }}</span>
+{% endfor %}<span class="b{{ bounds|length }}">&lt; {{ bounds[-1] }}</span>
+<span class="bound">not stored: at most this</span> <span class="dim">not extracted</span></p>
+<p class="dim">Point at or tap a token for its predictions; arrow keys move, Esc closes.</p>
 {% endif %}
-{{ stats }}
-{% for part in sections %}
-<section id="s{{ loop.index0 }}" data-s="{{ loop.index0 }}">
+{% if stats %}
+<section><h2>The whole data set</h2>
+<dl>{% for label, value in stats.facts().items() %}\
+<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+</section>
+{% endif %}
+{% for part in parts %}
+{% set s = loop.index0 %}
+<section id="s{{ s }}">
 <h2>Conversation {{ part.index }}</h2>
-<p class="dim">{{ part.facts|join(" · ") }}</p>
-{% if part.path %}
-<figure><svg class="spark" data-n="{{ part.count }}" viewBox="0 0 {{ part.count }} 40" \
-preserveAspectRatio="none" role="img" aria-label="nucleus size along the conversation">\
-<path class="area" d="{{ part.path }}"/><line class="now" x1="0" x2="0" y1="0" y2="40" \
-visibility="hidden"/></svg><div class="axis"><span>token 0</span>\
-<span>nucleus size, 1 to {{ part.peak }}</span><span>token {{ part.count - 1 }}</span>\
-</div></figure>
-{% endif %}
+<p class="dim">{{ part.facts|join(", ") }}</p>
 <div class="text" dir="auto">\
-{% for piece in part.pieces %}{% if piece.kind == "out" %}<span class="out">{{ piece.text }}</span>\
-{% else %}{{ piece.before }}<span class="{{ piece.kind }}" data-t="{{ piece.t }}" tabindex=\
-"{{ 0 if piece.t == 0 else -1 }}">{{ piece.text }}</span>{{ piece.after }}{% endif %}{% endfor %}\
+{% for t, kind, before, box, after in part.pieces %}{{ before }}{% if kind %}\
+<span class="{{ kind }}" id="s{{ s }}-t{{ t }}" data-is="{{ part.told[t] }}">{{ box }}</span>\
+{% endif %}{{ after }}{% endfor %}\
 </div>
 </section>
 {% endfor %}
 </main>
-<div id="pop" role="tooltip" hidden></div>
-<script type="application/json" id="data">{{ data }}</script>
-<script>{{ script }}</script>
+<div id="box" role="status" hidden></div>
+<script>{{ script|safe }}</script>
 </body>
 </html>
 """
@@ -4778,226 +4673,99 @@ visibility="hidden"/></svg><div class="axis"><span>token 0</span>\
 PAGE_CSS = """
 :root {
   --bg: #ffffff; --fg: #1b1f24; --dim: #5f6a75; --line: #d5dbe1; --card: #f5f7f9;
-  --bar: #0b62a8; --mark: #b3261e; --focus: #0b62a8;
+  --bar: #0b62a8; --t5: #ffffff; --t6: #ffffff;
   --b1: #fff3e2; --b2: #fee0b8; --b3: #fdc27e; --b4: #fb9a42; --b5: #c04c00; --b6: #7a2503;
-  --t5: #ffffff; --t6: #ffffff;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --bg: #14171b; --fg: #e4e8ec; --dim: #98a3ae; --line: #363d45; --card: #1d2126;
-    --bar: #5aa9e6; --mark: #ff9a8f; --focus: #8cc8ff;
+    --bar: #5aa9e6; --t5: #14171b; --t6: #14171b;
     --b1: #2b2417; --b2: #463417; --b3: #6b4a14; --b4: #86570c; --b5: #f0a03c; --b6: #ffdf9e;
-    --t5: #14171b; --t6: #14171b;
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--fg);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 16rem; }
+body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
-p { margin: .25rem 0 .75rem; }
+p, dl { margin: .25rem 0 .75rem; }
 a { color: var(--bar); }
-.dim, figcaption { color: var(--dim); font-size: .875rem; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: .75rem 0; font-size: .9rem; }
-.legend { display: flex; flex-wrap: wrap; gap: .35rem .5rem; align-items: center;
-  margin: .75rem 0; font-size: .85rem; }
-.legend span.of { border: 0; padding: 0; }
-.legend span { padding: .1rem .45rem; border-radius: 3px; border: 1px solid var(--line); }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; line-height: 1.85;
-  border: 1px solid var(--line); border-radius: 6px; padding: .75rem 1rem; margin: .5rem 0;
-  font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-size: .92rem; }
-.out { color: var(--dim); }
-.tok { border-radius: 2px; cursor: pointer; padding: .12em 0; box-shadow: inset -1px 0 var(--bg); }
+.dim, dt { color: var(--dim); font-size: .875rem; overflow-wrap: anywhere; }
+nav, .legend { display: flex; flex-wrap: wrap; gap: .35rem .6rem; font-size: .875rem; }
+.legend span { padding: 0 .45rem; border-radius: 3px; border: 1px solid var(--line); }
+.legend .of { border: 0; padding: 0; }
+.text, #box { font: .92rem/1.85 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; padding: .75rem 1rem; border-radius: 6px;
+  border: 1px solid var(--line); }
+.text { color: var(--dim); unicode-bidi: isolate; }
+.tok { color: var(--fg); border-radius: 2px; cursor: pointer; padding: .12em 0;
+  box-shadow: inset -1px 0 var(--bg); scroll-margin: 2rem; }
 .b1 { background: var(--b1); } .b2 { background: var(--b2); } .b3 { background: var(--b3); }
 .b4 { background: var(--b4); }
 .b5 { background: var(--b5); color: var(--t5); } .b6 { background: var(--b6); color: var(--t6); }
 .bound { text-decoration: underline dotted 2px; text-underline-offset: .2em; }
-.tok:hover, .tok:focus, .tok.on { outline: 2px solid var(--focus); outline-offset: 0; }
-figure { margin: .75rem 0; }
-svg { display: block; width: 100%; overflow: visible; }
-.spark { height: 3.5rem; cursor: pointer; border-bottom: 1px solid var(--line); }
-.area { fill: var(--bar); opacity: .85; }
-.now { stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
-.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .8rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .5rem;
-  margin: .75rem 0; }
-dl div { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  padding: .4rem .7rem; }
-dt { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
-#pop { position: absolute; z-index: 5; overflow-y: auto; width: min(38rem, calc(100% - 1rem));
-  background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .6rem .8rem; font-size: .85rem;
-  box-shadow: 0 4px 18px #0005; }
-#pop code { font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
-#pop .both { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
-  gap: 0 1.5rem; }
-#pop .row { display: grid; grid-template-columns: minmax(3rem, 7rem) 1fr 3.8rem; gap: .5rem;
-  align-items: center; }
-#pop .row bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
-  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-#pop .row.real bdi { color: var(--mark); font-weight: 600; }
-#pop .bar { height: .65rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
-#pop .num { text-align: right; font-variant-numeric: tabular-nums; }
-#pop h3 { font-size: .8rem; margin: .5rem 0 .1rem; color: var(--dim); font-weight: 600; }
+.tok.on { outline: 2px solid var(--bar); }
+dl { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+dl div { background: var(--card); border-radius: 6px; padding: .4rem .7rem; }
+dd { margin: 0; font-size: 1.1rem; }
+#box { position: fixed; left: .5rem; right: .5rem; bottom: .5rem; max-height: var(--room);
+  overflow: auto; background: var(--card); line-height: 1.35; font-size: .8rem;
+  direction: ltr; box-shadow: 0 2px 12px #0004; }
+#box::first-line { font-size: 1rem; font-weight: 700; }
+#box.above { top: .5rem; bottom: auto; }
+@media (min-width: 85rem) {  /* there is room beside the text */
+  main { margin-right: 26rem; margin-left: max(0rem, calc(100vw - 88rem) / 2); }
+  #box, #box.above { top: 1.5rem; bottom: auto; left: auto; width: 24.5rem; max-height: 92vh;
+    right: max(.5rem, calc(100vw - 88rem) / 2); }
+}
 """
 
 PAGE_SCRIPT = """
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const pop = document.getElementById("pop");
-let pinned = null, shown = null;
+const box = document.getElementById("box"), all = [...document.querySelectorAll(".tok")];
+let shown = null, pinned = null;
 
-function make(parent, tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined) node.textContent = text;
-  parent.append(node);
-  return node;
-}
-function percent(p) {
-  if (p > 0 && p < 1e-5) return (100 * p).toExponential(1) + "%";
-  return (p >= 0.01 ? (100 * p).toFixed(1) : (100 * p).toPrecision(2)) + "%";
-}
-function rows(parent, title, list, real) {
-  const part = make(parent, "div");
-  if (list.length) make(part, "h3", "", title);
-  for (const [text, id, p] of list) {
-    const row = make(part, "div", id === real ? "row real" : "row");
-    make(row, "bdi", "", text).title = "id " + id;
-    make(make(row, "div"), "div", "bar").style.width = 100 * Math.min(1, p) + "%";
-    make(row, "span", "num", percent(p));
-  }
-  return part;
-}
-function token(node) {
-  return data[+node.closest("section").dataset.s][+node.dataset.t];
-}
-function fill(node) {
-  const it = token(node), most = it.e ? "" : "\\u2264 ";
-  const least = it.w === "nucleus" ? "" : "\\u2265 ";
-  pop.replaceChildren();
-  const head = make(pop, "div");
-  make(make(head, "code"), "bdi", "", it.x);
-  make(head, "span", "dim", "  id " + it.i + ", token " + node.dataset.t);
-  make(pop, "div", "facts", "p " + most + percent(it.p) + ", log p " + most + it.l.toFixed(3) +
-    ", rank " + least + it.r + (it.w === "nucleus" ? "" : ", " + (it.w === "tail" ?
-    "in the tail sample" : "not stored")));
-  make(pop, "div", "dim", "nucleus of " + it.n + (it.n === 1 ? " token" : " tokens") +
-    " covering " + percent(it.m));
-  const both = make(pop, "div", "both");
-  rows(both, "Likeliest", it.top, it.i);
-  const tail = rows(both, "Tail sample, in the order drawn", it.tail, it.i);
-  if (it.s > it.tail.length) make(tail, "div", "dim", "and " + (it.s - it.tail.length) + " more");
-}
-function place(node) {
-  const boxes = [...node.getClientRects()].filter(box => box.height);
-  const first = boxes[0] || node.getBoundingClientRect(), last = boxes[boxes.length - 1] || first;
-  const wide = document.documentElement.clientWidth, high = document.documentElement.clientHeight;
-  pop.style.maxHeight = "";
-  const above = first.top - 14, below = high - last.bottom - 14, wanted = pop.offsetHeight;
-  const under = wanted <= below || below >= above;
-  pop.style.maxHeight = Math.max(96, under ? below : above) + "px";
-  const left = Math.max(8, Math.min(first.left, wide - pop.offsetWidth - 8));
-  pop.style.left = left + scrollX + "px";
-  const top = under ? last.bottom + 6 : first.top - pop.offsetHeight - 6;
-  pop.style.top = scrollY + top + "px";
-}
 function show(node) {
-  if (shown) { shown.classList.remove("on"); shown.removeAttribute("aria-describedby"); }
+  if (shown) shown.classList.remove("on");
   shown = node;
-  if (!node) { pop.hidden = true; return; }
-  fill(node);
-  pop.hidden = false;
-  place(node);
-  node.classList.add("on");
-  node.setAttribute("aria-describedby", "pop");
-  const line = node.closest("section").querySelector(".now");
-  if (line) {
-    for (const x of ["x1", "x2"]) line.setAttribute(x, +node.dataset.t + 0.5);
-    line.removeAttribute("visibility");
-  }
-}
-function move(node, key) {
-  const all = [...node.closest(".text").querySelectorAll(".tok")], at = all.indexOf(node);
-  if (key === "ArrowRight") return all[at + 1];
-  if (key === "ArrowLeft") return all[at - 1];
-  if (key === "Home") return all[0];
-  if (key === "End") return all[all.length - 1];
-  const step = key === "ArrowDown" ? 1 : -1, from = node.getClientRects()[0];
-  let best = null, score = Infinity, line = 0;
-  for (let i = at + step; all[i]; i += step) {
-    const box = all[i].getClientRects()[0], down = step * (box.top - from.top);
-    if (down < 4) continue;
-    if (best && down > line + 4) break;
-    const aside = Math.abs(box.left - from.left);
-    if (aside < score) { best = all[i]; score = aside; }
-    line = down;
-  }
-  return best;
-}
-function focus(node) {
+  box.hidden = !node;
   if (!node) return;
-  for (const old of node.closest(".text").querySelectorAll('.tok[tabindex="0"]')) old.tabIndex = -1;
-  node.tabIndex = 0;
-  node.focus();
+  node.classList.add("on");
+  box.textContent = node.dataset.is;
+  place();
+}
+function place() {  // on the side of the token that leaves more room
+  const {top, bottom} = shown.getBoundingClientRect(), below = innerHeight - bottom;
+  box.classList.toggle("above", top > below);
+  box.style.setProperty("--room", Math.max(top, below, 120) - 20 + "px");
+}
+function pin(node) {
+  pinned = node;
+  if (node) node.scrollIntoView({block: "nearest"});
+  show(node);
 }
 document.addEventListener("mouseover", event => {
-  const node = event.target.closest(".tok");
-  if (node && !pinned) show(node);
+  if (!pinned) show(event.target.closest(".tok"));
 });
-document.addEventListener("mouseout", event => {
-  if (!pinned && event.target.closest(".tok")) show(document.activeElement.closest(".tok"));
-});
-document.addEventListener("focusin", event => {
-  const node = event.target.closest(".tok");
-  if (node) { pinned = null; show(node); }
-});
-document.addEventListener("focusout", () => { if (!pinned) show(null); });
 document.addEventListener("click", event => {
-  const node = event.target.closest(".tok"), spark = event.target.closest(".spark");
-  if (spark) {
-    const box = spark.getBoundingClientRect(), n = +spark.dataset.n;
-    const at = Math.min(n - 1, Math.floor(n * (event.clientX - box.left) / box.width));
-    const wanted = spark.closest("section").querySelector('.tok[data-t="' + at + '"]');
-    if (wanted) { wanted.scrollIntoView({block: "center"}); focus(wanted); }
-  } else if (node) {
-    const again = pinned === node;
-    focus(node);
-    pinned = again ? null : node;
-    show(again ? null : node);
-  } else if (!event.target.closest("#pop")) {
-    pinned = null;
-    show(null);
-  }
+  const node = event.target.closest(".tok");
+  if (!event.target.closest("#box")) pin(node === pinned ? null : node);
 });
 document.addEventListener("keydown", event => {
-  const node = event.target.closest(".tok");
-  if (event.key === "Escape") { pinned = null; show(null); }
-  if (!node || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
-    event.preventDefault();
-    focus(move(node, event.key));
-  }
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (event.key === "Escape") pin(null);
+  if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  pin(all[Math.max(0, Math.min(all.length - 1, shown ? all.indexOf(shown) + step : 0))] || null);
 });
 function follow() {
-  const at = /^#s([0-9]+)-t([0-9]+)$/.exec(location.hash);
-  const node = at && document.querySelector("#s" + at[1] + ' .tok[data-t="' + at[2] + '"]');
-  if (node) { node.scrollIntoView({block: "center"}); focus(node); }
+  const node = document.getElementById(location.hash.slice(1));
+  if (node && node.matches(".tok")) pin(node);
 }
+addEventListener("scroll", () => { if (shown) place(); });
 addEventListener("hashchange", follow);
 follow();
 """
-
-
-# The page -----------------------------------------------------------------------------------------
-
-
-def escape_json(value: Any) -> str:
-    """Write JSON that may stand in a script element whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text)
 
 
 def render_page(
@@ -5009,7 +4777,8 @@ def render_page(
 ) -> str:
     """Return a self-contained page of several conversations: one file, no network, both themes.
 
-    `page.html#s1-t40` opens it at token 40 of the second conversation.
+    `page.html#s1-t40` opens it at token 40 of the second conversation. Everything from the data is
+    escaped, and made visible.
 
     Args:
         analyses: the conversations, in the order shown.
@@ -5017,114 +4786,93 @@ def render_page(
         about: a line under the heading.
         stats: figures put before the conversations.
     """
-    for analysis in analyses if isinstance(analyses, (list, tuple)) else [analyses]:
-        check_analysis(analysis)
-    markup = import_extra("markupsafe").Markup
+    check_analyses(analyses)
+    jinja2 = import_extra("jinja2")
+    templates = jinja2.Environment(
+        autoescape=True,
+        finalize=lambda value: show_text(value) if type(value) is str else value,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
-    page = render(
-        "page",
+    page = templates.from_string(PAGE).render(
         # Even a mistake in escaping could not run: only this very script may.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         title=title,
         about=about,
         bounds=[f"{100 * bound:g}%" for bound in SURPRISE_LEVELS],
-        stats=stats.to_html() if stats is not None else "",
-        sections=[page_section(analysis) for analysis in analyses],
-        css=markup(PAGE_CSS),
-        data=markup(escape_json([[token_data(token) for token in a.tokens] for a in analyses])),
-        script=markup(PAGE_SCRIPT),
+        stats=stats,
+        parts=[page_part(analysis) for analysis in analyses],
+        css=PAGE_CSS,
+        script=PAGE_SCRIPT,
     )
     return str(page)
 
 
-TAIL_SHOWN = 6  # tail tokens listed in the page; how many more there are is said
-
-
-def token_data(token: TokenAnalysis) -> dict[str, Any]:
-    """Return what the page shows when a token is chosen, under short names."""
-    entries = {
-        name: [[show_token(p.text), p.id, round_to(p.probability)] for p in predictions]
-        for name, predictions in (("top", token.predictions), ("tail", token.tail[:TAIL_SHOWN]))
-    }
-    return {
-        "x": show_token(token.text),
-        "i": token.id,
-        "p": round_to(token.probability),
-        "l": round_to(token.log_probability, 6),
-        "e": int(token.exact),
-        "r": token.rank,
-        "w": token.where,
-        "n": token.nucleus_size,
-        "m": round_to(token.nucleus_mass),
-        "s": len(token.tail),
-        **entries,
-    }
-
-
-def round_to(value: float, digits: int = 4) -> float:
-    """Round to significant digits; what is not finite becomes the nearest number JSON has."""
-    if not math.isfinite(value):
-        return 0.0 if math.isnan(value) else math.copysign(sys.float_info.max, value)
-    return float(f"{value:.{digits}g}")
-
-
-def page_section(analysis: ConversationAnalysis) -> dict[str, Any]:
-    """Return what the page shows of one conversation: its figures, its sparkline, its text."""
-    tokens = analysis.tokens
-    facts = [plural(len(tokens), "token") if tokens else "not extracted"]
-    sizes, peak = [token.nucleus_size for token in tokens], 0
-    if tokens:
-        peak = max(sizes)
-        first = sum(token.rank == 1 for token in tokens) / len(tokens)
-        facts.append(f"typical probability {analysis.typical_probability}")
-        facts.append(f"{first:.0%} are the teacher's first choice")
+def page_part(analysis: ConversationAnalysis) -> dict[str, Any]:
+    """Return what the page shows of one conversation: figures, text, and what tokens tell."""
     return {
         "index": analysis.index,
-        "facts": [*facts, *filter(None, (analysis.model, analysis.note))],
-        "count": len(tokens),
-        "peak": peak,
-        "path": step_path((size / peak for size in sizes), 40) if tokens else "",
+        "facts": [*filter(None, [*conversation_facts(analysis), analysis.model])],
         "pieces": list(page_pieces(analysis)),
+        "told": [describe_token(token) for token in analysis.tokens],
     }
 
 
-def page_pieces(analysis: ConversationAnalysis) -> Iterator[dict[str, Any]]:
-    """Yield the text of a conversation; neighbours that were not extracted share a piece.
+def conversation_facts(analysis: ConversationAnalysis) -> list[str]:
+    """Say how many of a conversation's tokens there are, and how well the teacher foresaw them."""
+    if not analysis.tokens:
+        return ["not extracted", analysis.note]
+    first = sum(token.rank == 1 for token in analysis.tokens) / len(analysis.tokens)
+    return [
+        plural(len(analysis.tokens), "token"),
+        f"typical probability of a token {analysis.typical_probability}",
+        f"{first:.0%} are the teacher's first choice",
+        analysis.note,
+    ]
+
+
+def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
+    """Write what the teacher thought of a token as lines, the first of its tail sample included."""
+    more = f", {tail} of {len(token.tail)}" if len(token.tail) > tail else ""
+    where = "" if token.where == "nucleus" else f", {token.where.replace('tail', 'in the tail')}"
+    size = plural(token.nucleus_size, "token")
+    lines = [
+        show_token(token.text),
+        f"id {token.id}, token {token.t}: {show_standing(token)}{where}",
+        f"log p {'' if token.exact else '≤ '}{token.log_probability:.3f}; nucleus of {size}"
+        f" covering {token.nucleus_mass:.1%}\n",
+        "likeliest",
+        *list_predictions(token.predictions, token.id, bar=8),
+    ]
+    if token.tail:
+        lines += [f"\ntail sample, in the order drawn{more}"]
+    return "\n".join([*lines, *list_predictions(token.tail[:tail], token.id, bar=8)])
+
+
+def page_pieces(analysis: ConversationAnalysis) -> Iterator[tuple[int | None, str, str, str, str]]:
+    """Yield each piece of the text: token, CSS class, and what stands before, in and after its box.
 
     Spaces before a token and the line break after it are left out of its box: where a line wraps
     they would hang there as a coloured stub.
     """
-    for extracted, run in itertools.groupby(
-        analysis.pieces, key=lambda piece: piece[1] is not None
-    ):
-        if not extracted:
-            yield {"kind": "out", "text": "".join(text for text, _ in run)}
+    for text, t in analysis.pieces:
+        if t is None:
+            yield None, "", text, "", ""
             continue
-        for text, t in run:
-            token = analysis.tokens[t or 0]
-            before = re.match(r" *(?=[^ \n])", text)
-            body = text[before.end() if before else 0 :]
-            after = "\n" if body.endswith("\n") else ""
-            body = body.replace("\n", "↵\n").removesuffix(after)
-            body = body.replace(" ", "\u00a0") if not body.strip(" ") else body
-            kind = f"tok b{surprise_level(token.probability)}" + ("" if token.exact else " bound")
-            yield {"kind": kind, "t": t, "before": before[0] if before else "",
-                   "text": body or "∅", "after": after}  # fmt: skip
+        token = analysis.tokens[t]
+        before = re.match(r" *(?=[^ \n])|", text)[0]  # type: ignore[index]  # it always matches
+        box = text.removeprefix(before).replace("\n", "↵\n")
+        after = "\n" if box.endswith("\n") else ""
+        box = box.removesuffix(after)
+        kind = f"tok b{surprise_level(token.probability)}{'' if token.exact else ' bound'}"
+        yield t, kind, before, (box if box.strip(" ") else box.replace(" ", "\u00a0")) or "∅", after
 
 
 def write_page(path: str | Path, page: str) -> None:
-    """Write a page under a temporary name and rename it.
-
-    Raises:
-        LogitsError: it cannot be written there.
-    """
+    """Write a page as UTF-8; one that cannot be written is a `LogitsError`."""
     with writing(path) as target:
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            temporary.write_text(page, encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        target.write_text(page, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -5142,20 +4890,18 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def plot_style() -> Iterator[tuple[Any, Any]]:
-    """Yield pyplot and the colour-blind-safe palette, with the house style while it lasts."""
-    pyplot = import_extra("matplotlib.pyplot", "viz")
-    seaborn = import_extra("seaborn", "viz")
+def drawing(rows: int = 1, columns: int = 1, **how: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield a figure in the house style, its axes and colours that the colour-blind tell apart.
+
+    In the end it is out of pyplot's hands, so that a notebook shows it once, as a result.
+    """
+    pyplot, seaborn = import_extra("matplotlib.pyplot", "viz"), import_extra("seaborn", "viz")
     style = {"axes.titlesize": 11, "axes.labelsize": 10, "figure.dpi": 110, "font.size": 10}
     with pyplot.rc_context(), seaborn.axes_style("whitegrid"), pyplot.rc_context(style):
-        yield pyplot, seaborn.color_palette("colorblind")
-
-
-def finish_figure(pyplot: Any, figure: Any) -> Any:
-    """Take a figure out of pyplot's hands, so that a notebook shows it once, as a result."""
-    figure.tight_layout()
-    pyplot.close(figure)
-    return figure
+        figure, axes = pyplot.subplots(rows, columns, **{"figsize": (7, 4), **how})
+        yield figure, axes, seaborn.color_palette("colorblind")
+        figure.tight_layout()
+        pyplot.close(figure)
 
 
 def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer: Any = None) -> Any:
@@ -5169,50 +4915,30 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
     sample = as_sample(sample)
     if check_tokenizer(tokenizer) is None and sample.output is not None:
         tokenizer, _ = sample.output.words
-    ids, logits = dequantize_top_logits(sample, t)
-    _, tail = dequantize_sampled_logits(sample, t)
-    total = float(sample["logsumexp"][t])
-    with plot_style() as (pyplot, colours):
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        ranks = np.arange(1, ids.size + 1)
-        axes.plot(
-            ranks,
-            logits,
-            "o-",
-            ms=4,
-            color=colours[0],
-            label=f"nucleus, {plural(ids.size, 'token')}",
-        )
+    (ids, logits), (_, tail) = (
+        dequantize_top_logits(sample, t),
+        dequantize_sampled_logits(sample, t),
+    )
+    best = decode_top_tokens(sample, t, tokenizer, k=5)
+    names = [f"{p.probability:6.1%}  {show_token(p.text, 20)}".replace("$", r"\$") for p in best]
+    with drawing() as (figure, axes, colours):
+        label = f"nucleus, {plural(ids.size, 'token')}"
+        axes.plot(np.arange(ids.size) + 1, logits, "o-", ms=4, color=colours[0], label=label)
         if tail.size:
-            behind = ids.size + np.arange(1, tail.size + 1)
+            behind = ids.size + np.arange(tail.size) + 1
             label = f"tail sample, {plural(tail.size, 'token')} (ranks unknown)"
             axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
+        total = float(sample["logsumexp"][t])
         axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
-        likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
-        names = [f"{100 * p.probability:5.1f}%  {plain_label(p.text)}" for p in likeliest]
         frame = {"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round"}
-        axes.text(
-            0.98,
-            0.86,
-            "\n".join(names),
-            va="top",
-            ha="right",
-            ma="left",
-            bbox=frame,
-            transform=axes.transAxes,
-            family=["monospace", "sans-serif"],
-        )
+        place: Any = {"transform": axes.transAxes, "va": "top", "ha": "right", "ma": "left"}
+        place |= {"family": ["monospace", "sans-serif"], "bbox": frame}
+        axes.text(0.98, 0.86, "\n".join(names), **place)
         axes.set(xlabel="rank in the nucleus, then the tail sample", ylabel="logit (nats)")
         axes.margins(y=0.12)
         axes.set_title(f"Token {t}: {get_nucleus_probability_mass(sample, t):.1%} in the nucleus")
         axes.legend()
-        return finish_figure(pyplot, figure)
-
-
-def plain_label(text: str) -> str:
-    """Return a token as a label that matplotlib takes literally, at most 20 characters long."""
-    shown = show_token(text).replace("$", r"\$")
-    return shown if len(shown) <= 20 else shown[:19] + "…"
+    return figure
 
 
 def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> Any:
@@ -5221,53 +4947,34 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
     Those of token `t`, or of all tokens of the sample.
     """
     sample = as_sample(sample)
-    which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
-    parts = []
-    for name, decode, group in (
-        ("nucleus", dequantize_top_logits, "top_indices"),
-        ("tail sample", dequantize_sampled_logits, "sampled_indices"),
-    ):
-        _, logits = decode(sample, t)
-        sizes = [ids.size for ids in sample[group]]
-        totals = np.repeat(sample["logsumexp"], sizes) if t is None else sample["logsumexp"][t]
-        parts.append((name, logits - totals))
-    low = min((values.min() for _, values in parts if values.size), default=-1.0)
-    edges = np.linspace(min(low, -1.0), 0, 61)
-    with plot_style() as (pyplot, colours):
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        for (name, values), colour, hatch in zip(parts, colours, ("", "//"), strict=False):
-            axes.hist(
-                values,
-                edges,
-                color=colour,
-                alpha=0.6,
-                hatch=hatch,
-                edgecolor=colour,
-                label=f"{name}, {values.size:,} entries",
-            )
+    block, which = sample.block, plural(sample["num_tokens"], "token")
+    if t is not None:
+        t = check_token(sample, t)
+        block, which = block.tokens_at(t, t + 1), f"token {t}"
+    parts = {"nucleus": block.top.log_probs, "tail sample": block.tail.log_probs}
+    edges = np.linspace(min([-1.0, *(part.min(initial=0) for part in parts.values())]), 0, 61)
+    with drawing() as (figure, axes, colours):
+        for (name, values), colour, hatch in zip(parts.items(), colours, ("", "//"), strict=False):
+            look = {"color": colour, "edgecolor": colour, "alpha": 0.6, "hatch": hatch}
+            axes.hist(values, edges, label=f"{name}, {values.size:,} entries", **look)
         axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
         axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
         axes.legend(loc="upper left")
-        return finish_figure(pyplot, figure)
+    return figure
 
 
 def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
     """Plot nucleus size, and the probability that the nucleus covers, along a sample."""
-    block = as_sample(sample).block
-    tokens = np.arange(block.top.counts.size)
-    with plot_style() as (pyplot, colours):
-        figure, (upper, lower) = pyplot.subplots(
-            2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(3, 2)
-        )
-        edges = np.arange(tokens.size + 1) - 0.5
-        heights = np.append(block.top.counts, block.top.counts[-1:])
-        upper.fill_between(edges, heights, step="post", color=colours[0], linewidth=0)
+    sample = as_sample(sample)
+    counts, mass = sample.block.top.counts, sample.block.top.mass
+    shape: Any = {"figsize": (8, 4.6), "sharex": True, "height_ratios": (3, 2)}
+    with drawing(2, 1, **shape) as (figure, (upper, lower), colours):
+        upper.stairs(counts, np.arange(counts.size + 1) - 0.5, fill=True, color=colours[0])
         upper.set(ylabel="nucleus size (tokens)", ylim=(0, None))
         upper.set_title(f"Conversation {sample['index']}: nucleus along the text")
-        mass = block.top.mass
-        lower.plot(tokens, 100 * mass, ".", ms=4, color=colours[1])
+        lower.plot(100 * mass, ".", ms=4, color=colours[1])
         lower.set(ylabel="covered (%)", xlabel="token of the row", ylim=(0, 104))
-        return finish_figure(pyplot, figure)
+    return figure
 
 
 def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) -> Any:
@@ -5279,28 +4986,26 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
     """
     if not isinstance(stats, NucleusSizeStats):
         stats = analyze_nucleus_sizes(stats, max_samples)
-    sizes = np.arange(1, max(stats.max, 1) + 1)
-    counts = stats.histogram[1 : sizes.size + 1]
-    with plot_style() as (pyplot, colours):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
-        left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
+    counts = stats.histogram[1 : max(stats.max, 1) + 1]
+    edges = np.arange(counts.size + 1) + 0.5
+    with drawing(1, 2, figsize=(10, 3.8)) as (figure, (left, right), colours):
+        left.stairs(counts, edges, fill=True, color=colours[0])
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
         left.set_title(f"{plural(stats.tokens, 'token')} of {plural(stats.rows, 'row')}")
-        share = 100 * to_starts(counts) / max(stats.tokens, 1)
-        right.step(np.arange(share.size), share, where="post", color=colours[0])
+        shares = 100 * np.cumsum(counts) / max(stats.tokens, 1)
+        right.stairs(shares, edges, baseline=None, color=colours[0])
         for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
             size = stats.percentile(q)
-            right.plot([size], [q], marker, ms=9, color=colour, label=f"{q}% within {size:g}")
+            right.plot(size, q, marker, ms=9, color=colour, label=f"{q}% within {size}")
         right.set(xlabel="nucleus size (tokens)", ylabel="nuclei up to it (%)", ylim=(0, 101))
         right.set_title(f"mean {stats.mean:.1f}, standard deviation {stats.std:.1f}")
         right.legend(loc="lower right")
-        return finish_figure(pyplot, figure)
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------
 # 8 Check
 # --------------------------------------------------------------------------------------------------
-
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -5308,80 +5013,48 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 class Figures:
     """Figures by label; `str` and, in a notebook, the value itself show them as a table."""
 
-    title: ClassVar[str]
-
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text."""
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, by label."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join(f"{label:26} {value:>14}" for label, value in self.facts())
+        return "\n".join(f"{label:26} {value:>14}" for label, value in self.facts().items())
 
     def _repr_html_(self) -> str:
-        return str(render("facts", title=self.title, facts=self.facts()))
+        facts = import_extra("pandas").Series(self.facts(), name=type(self).__name__)
+        return str(facts.to_frame().to_html())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NucleusSizeStats(Figures):
-    """How many tokens the nuclei hold; everything follows exactly from the histogram."""
+    """How many tokens the nuclei hold; everything follows exactly from the histogram.
 
-    title = "Nucleus size"
+    `std` is that of all tokens, not of a sample.
+    """
 
     histogram: npt.NDArray[np.int64]  # (256,) tokens by nucleus size
     rows: int
 
-    @property
-    def tokens(self) -> int:
-        """Tokens counted."""
-        return int(self.histogram.sum())
-
-    @property
-    def min(self) -> int:
-        """Smallest size."""
-        return int(np.flatnonzero(self.histogram)[0]) if self.tokens else 0
-
-    @property
-    def max(self) -> int:
-        """Largest size."""
-        return int(np.flatnonzero(self.histogram)[-1]) if self.tokens else 0
-
-    @property
-    def mean(self) -> float:
-        """Mean size, from exact integer sums."""
-        return int(self.histogram @ np.arange(256)) / max(self.tokens, 1)
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over all tokens (not a sample's), from exact integer sums."""
-        n, sizes = max(self.tokens, 1), np.arange(256)
+    def __post_init__(self) -> None:
+        sizes, used = np.arange(256), np.flatnonzero(self.histogram)
+        self.tokens = int(self.histogram.sum())
+        self.min, self.max = (int(used[0]), int(used[-1])) if used.size else (0, 0)
+        n = max(self.tokens, 1)
         total, squares = int(self.histogram @ sizes), int(self.histogram @ sizes**2)
-        return math.sqrt(n * squares - total * total) / n
-
-    @property
-    def percentiles(self) -> dict[int, int]:
-        """The usual percentiles, by number."""
-        return {q: self.percentile(q) for q in PERCENTILES}
+        self.mean, self.std = total / n, math.sqrt(n * squares - total * total) / n
+        self.percentiles = {q: self.percentile(q) for q in PERCENTILES}
 
     def percentile(self, q: float) -> int:
         """Return percentile `q`: the smallest size that so many percent do not exceed."""
         place = max(math.ceil(q / 100 * self.tokens), 1)
         return int(np.searchsorted(np.cumsum(self.histogram), place)) if self.tokens else 0
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text."""
-        named = [(f"percentile {q}", f"{value:g}") for q, value in self.percentiles.items()]
-        return [
-            ("rows", f"{self.rows:,}"),
-            ("tokens", f"{self.tokens:,}"),
-            ("smallest", str(self.min)),
-            ("largest", str(self.max)),
-            ("mean", f"{self.mean:.2f}"),
-            ("standard deviation", f"{self.std:.2f}"),
-            *named,
-        ]
-
-    def _repr_html_(self) -> str:
-        return super()._repr_html_() + str(histogram_svg(self.histogram))
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, by label."""
+        facts = {"rows": f"{self.rows:,}", "tokens": f"{self.tokens:,}"}
+        facts |= {"smallest": str(self.min), "largest": str(self.max)}
+        facts |= {"mean": f"{self.mean:.2f}", "standard deviation": f"{self.std:.2f}"}
+        return facts | {f"percentile {q}": str(size) for q, size in self.percentiles.items()}
 
 
 def analyze_nucleus_sizes(
@@ -5407,7 +5080,7 @@ def analyze_nucleus_sizes(
             continue
         torch = import_extra("torch")
         try:
-            moved = torch.from_numpy(sizes).to(device).int()
+            moved = torch.tensor(sizes, dtype=torch.int64, device=device)
         except (RuntimeError, AssertionError) as error:
             raise LogitsError(f"cannot count on device {device!r}: {first_line(error)}") from error
         histogram += torch.bincount(moved, minlength=256).cpu().numpy()
@@ -5419,65 +5092,52 @@ def analyze_nucleus_sizes(
 
 @dataclass(frozen=True)
 class BytesPerTokenStats(Figures):
-    """What a stored token costs, column by column."""
-
-    title = "Bytes per token"
+    """What a stored token costs, column by column, footers included."""
 
     tokens: int
     total_bytes: int
     column_bytes: dict[str, int]
-    in_memory: bool = False  # True: of tables without files, so not compressed
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of everything, footers included, by token."""
+        """Bytes of the files by token."""
         return self.total_bytes / max(self.tokens, 1)
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text, dearest column first."""
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, dearest column first."""
         dearest = sorted(self.column_bytes.items(), key=lambda item: -item[1])
-        rows = [(name, f"{size / max(self.tokens, 1):.1f} B") for name, size in dearest]
-        return [("bytes per token", f"{self.bytes_per_token:.1f} B"), *rows]
+        columns = {name: f"{size / max(self.tokens, 1):.1f} B" for name, size in dearest}
+        return {"bytes per token": f"{self.bytes_per_token:.1f} B", **columns}
 
 
 def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
-    """Measure what a token costs, from file sizes and footers and the column `top_counts`."""
+    """Measure what a token of an output costs, from file sizes, footers and `top_counts`.
+
+    Raises:
+        LogitsError: the rows are at hand and in no files.
+    """
     dataset = as_rows(dataset)
-    kind = SCHEMA.field("top_counts")
-    in_files = isinstance(dataset, LogitDataset)
+    if not isinstance(dataset, LogitDataset):
+        raise LogitsError("bytes are those of files: pass an output, by name or opened")
     columns: Counter[str] = Counter()
-    tokens = 0
-    for table in iter_tables(dataset, [kind.name] if in_files else READ_COLUMNS, rows=1024):
-        tokens += read_column(table, kind).values.size
-        if not in_files:
-            columns.update({name: table.column(name).nbytes for name in table.column_names})
-    if not in_files:
-        return BytesPerTokenStats(tokens, columns.total(), dict(columns), in_memory=True)
     for shard, name in enumerate(dataset.shards):
         with parquet_errors(name):
-            columns.update(stored_bytes(dataset.file(shard).metadata))
+            footer = dataset.file(shard).metadata
+            for group in map(footer.row_group, range(footer.num_row_groups)):
+                for column in map(group.column, range(footer.num_columns)):
+                    stored = column.path_in_schema.split(".")[0]
+                    columns[stored] += column.total_compressed_size
+    tokens = analyze_nucleus_sizes(dataset).tokens
     return BytesPerTokenStats(tokens, sum(dataset.sizes.values()), dict(columns))
 
 
-def stored_bytes(metadata: Any) -> dict[str, int]:
-    """Return the compressed bytes of each column of a Parquet file, from its footer."""
-    sizes: Counter[str] = Counter()
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
-    return dict(sizes)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DatasetStats(Figures):
     """What an output holds, over all tokens that were read.
 
     Shares are of all tokens, means over tokens. What concerns the actual token (the one that the
     conversation goes on with) is of the `known` tokens, None when the rows do not say which it is.
     """
-
-    title = "Logits"
 
     rows: int
     tokens: int
@@ -5495,42 +5155,30 @@ class DatasetStats(Figures):
     mean_log_probability: float | None = None  # of the actual token; bounds taken as they are
     bytes_per_token: float | None = None
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text."""
-        sizes = self.nucleus.percentiles
-        facts = [
-            ("rows", f"{self.rows:,}"),
-            ("tokens", f"{self.tokens:,}"),
-            ("nucleus size, mean", f"{self.nucleus.mean:.1f}"),
-            ("nucleus size, median", f"{sizes[50]:g}"),
-            ("nucleus size, 99%", f"{sizes[99]:g}"),
-            ("covered by nucleus", f"{self.mean_mass:.2%}"),
-            ("covered at least", f"{self.min_mass:.2%}"),
-            ("covered by tail", f"{self.mean_tail_mass:.2%}"),
-            ("likeliest token", f"{self.mean_first:.1%}"),
-        ]
-        shares = (
-            ("cut by the cap", self.capped),
-            ("actual is likeliest", self.agreement),
-            ("actual in nucleus", self.in_nucleus),
-            ("actual in tail", self.in_tail),
-        )
-        facts += [(label, f"{share:.2%}") for label, share in shares if share is not None]
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, by label; what is not known is left out."""
+        perplexity = None
         if self.mean_log_probability is not None:
-            least = "≥ " if self.bounded else ""
-            perplexity = f"{least}{math.exp(-self.mean_log_probability):.3f}"
-            facts.append(("perplexity of the text", perplexity))
-        if self.bytes_per_token is not None:
-            facts.append(("bytes per token", f"{self.bytes_per_token:.1f}"))
-        return facts
-
-    def to_html(self) -> Any:
-        """Return the figures and the histogram of nucleus sizes as markup for `render_page`."""
-        histogram = histogram_svg(self.nucleus.histogram)
-        return render("stats", facts=self.facts(), histogram=histogram)
-
-    def _repr_html_(self) -> str:
-        return super()._repr_html_() + str(histogram_svg(self.nucleus.histogram))
+            perplexity = float(np.exp(np.minimum(-self.mean_log_probability, 700)))
+        least = "≥ " if self.bounded else ""
+        figures = (
+            ("rows", self.rows, "{:,}"),
+            ("tokens", self.tokens, "{:,}"),
+            ("nucleus size, mean", self.nucleus.mean, "{:.1f}"),
+            ("nucleus size, median", self.nucleus.percentiles[50], "{}"),
+            ("nucleus size, 99%", self.nucleus.percentiles[99], "{}"),
+            ("covered by nucleus", self.mean_mass, "{:.2%}"),
+            ("covered at least", self.min_mass, "{:.2%}"),
+            ("covered by tail", self.mean_tail_mass, "{:.2%}"),
+            ("likeliest token", self.mean_first, "{:.1%}"),
+            ("cut by the cap", self.capped, "{:.2%}"),
+            ("actual is likeliest", self.agreement, "{:.2%}"),
+            ("actual in nucleus", self.in_nucleus, "{:.2%}"),
+            ("actual in tail", self.in_tail, "{:.2%}"),
+            ("perplexity of the text", perplexity, f"{least}{{:.3f}}"),
+            ("bytes per token", self.bytes_per_token, "{:.1f}"),
+        )
+        return {label: how.format(value) for label, value, how in figures if value is not None}
 
 
 def compute_dataset_stats(
@@ -5551,54 +5199,59 @@ def compute_dataset_stats(
         FormatError: a row is not in the shard format.
     """
     dataset = as_rows(dataset)
-    limits = RunLimits.of(dataset.settings if isinstance(dataset, LogitDataset) else {})
+    in_files = isinstance(dataset, LogitDataset)
+    limits = RunLimits.of(dataset.settings if in_files else {})
     sums: Counter[str] = Counter()
     histogram, least = np.zeros(256, np.int64), 1.0
     for block in iter_blocks(dataset, max_samples=max_samples):
         histogram += np.bincount(block.top.counts, minlength=256)
-        mass = block.top.mass
-        least = min(least, float(mass.min(initial=1.0)))
-        sums.update(sum_block(block, limits))
-        rows = (actual_tokens or stored_actual_tokens)(block)
-        sums.update(sum_agreement(block, rows))
-    tokens, known = max(int(histogram.sum()), 1), sums["known"]
-    about_text = {name: sums[name] / known if known else None for name in AGREEMENT}
-    cost = None
-    if isinstance(dataset, LogitDataset) and max_samples is None:
-        cost = compute_bytes_per_token_stats(dataset).bytes_per_token
+        least = min(least, float(block.top.mass.min(initial=1.0)))
+        sums.update(sum_block(block, limits, (actual_tokens or stored_actual_tokens)(block)))
+    nucleus, known = NucleusSizeStats(histogram, int(sums["rows"])), int(sums["known"])
+    whole = in_files and max_samples is None
+    names = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
+    means: dict[str, Any] = {name: sums[name] / known if known else None for name in names}
+    for name in ("mean_mass", "mean_tail_mass", "mean_first"):
+        means[name] = sums[name] / max(nucleus.tokens, 1)
     return DatasetStats(
-        rows=int(sums["rows"]),
-        tokens=int(histogram.sum()),
-        nucleus=NucleusSizeStats(histogram, int(sums["rows"])),
-        mean_mass=sums["mass"] / tokens,
+        rows=nucleus.rows,
+        tokens=nucleus.tokens,
+        nucleus=nucleus,
         min_mass=least,
-        mean_tail_mass=sums["tail"] / tokens,
-        mean_first=sums["first"] / tokens,
-        capped=sums["capped"] / tokens if limits.top_p else None,
-        known=int(known),
+        known=known,
         bounded=int(sums["bounded"]),
-        bytes_per_token=cost,
-        **about_text,
+        bytes_per_token=compute_bytes_per_token_stats(dataset).bytes_per_token if whole else None,
+        capped=sums["capped"] / max(nucleus.tokens, 1) if limits.top_p else None,
+        **means,
     )
 
 
-AGREEMENT = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
-
-
-def sum_block(block: TokenBlock, limits: RunLimits) -> dict[str, Any]:
-    """Sum over a block what `DatasetStats` averages.
+def sum_block(
+    block: TokenBlock, limits: RunLimits, rows: Sequence[npt.NDArray[Any] | None]
+) -> dict[str, float]:
+    """Sum over a block what `DatasetStats` averages, given the ids of each row's actual tokens.
 
     A nucleus of K ids counts as cut unless it surely reached top_p: few end there by themselves.
     """
-    mass = block.top.mass
-    covered = mass >= limits.top_p + mass_tolerance(block)
-    return {
+    pairs = zip(block.num_tokens, rows, strict=True)
+    ids = [np.full(n, -1) if row is None else np.asarray(row, np.int64) for n, row in pairs]
+    actual = np.concatenate([np.zeros(0, np.int64), *ids])
+    known, scores = actual >= 0, score_tokens(block, actual)
+    covered = block.top.mass >= limits.top_p + mass_tolerance(block)
+    sums = {
         "rows": block.index.size,
-        "mass": float(mass.sum()),
-        "tail": float(block.tail.probs.sum()),
-        "first": float(block.first_probs.sum()),
-        "capped": int((~covered & (block.top.counts >= limits.top_p_max)).sum()),
+        "mean_mass": block.top.mass.sum(),
+        "mean_tail_mass": block.tail.mass.sum(),
+        "mean_first": block.first_probs.sum(),
+        "capped": (~covered & (block.top.counts >= limits.top_p_max)).sum(),
+        "known": known.sum(),
+        "agreement": (scores.in_nucleus & (scores.rank == 1)).sum(),
+        "in_nucleus": scores.in_nucleus.sum(),
+        "in_tail": scores.in_tail.sum(),
+        "bounded": (known & ~scores.exact).sum(),
+        "mean_log_probability": scores.log_probability[known].sum(),
     }
+    return {name: float(total) for name, total in sums.items()}
 
 
 def mass_tolerance(block: TokenBlock) -> npt.NDArray[np.float64]:
@@ -5608,32 +5261,10 @@ def mass_tolerance(block: TokenBlock) -> npt.NDArray[np.float64]:
 
 def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
     """Return the ids of each row's extracted tokens where the rows store their text."""
-    if block.tokens is None:
-        return [None] * block.index.size
-    pairs = zip(*block.tokens, strict=True)
     return [
         ids[positions] if positions.size and positions.max() < ids.size else None
-        for ids, positions in pairs
-    ]
-
-
-def sum_agreement(block: TokenBlock, rows: Sequence[npt.NDArray[Any] | None]) -> dict[str, Any]:
-    """Sum what is said about the actual tokens of a block, over the tokens that are known."""
-    pairs = zip(block.num_tokens, rows, strict=True)
-    ids = [np.full(n, -1) if row is None else row for n, row in pairs]
-    actual = np.concatenate(ids or [np.zeros(0, np.int64)])
-    known = actual >= 0
-    if not known.any():
-        return {"known": 0}
-    scores = score_tokens(block, actual)
-    return {
-        "known": int(known.sum()),
-        "agreement": int((known & scores.in_nucleus & (scores.rank == 1)).sum()),
-        "in_nucleus": int(scores.in_nucleus.sum()),
-        "in_tail": int(scores.in_tail.sum()),
-        "bounded": int((known & ~scores.exact).sum()),
-        "mean_log_probability": float(scores.log_probability[known].sum()),
-    }
+        for ids, positions in zip(*(block.tokens or ([], [])), strict=True)
+    ] or [None] * block.index.size
 
 
 # Validation ---------------------------------------------------------------------------------------
@@ -5649,12 +5280,9 @@ class Violation(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        place = "".join(
-            f", {name} {number}"
-            for name, number in (("row", self.row), ("token", self.token))
-            if number is not None
-        )
-        return f"{self.shard}{place}: {self.rule}: {show_text(self.message)}"
+        row = f", row {self.row}" if self.row is not None else ""
+        token = f", token {self.token}" if self.token is not None else ""
+        return f"{self.shard}{row}{token}: {self.rule}: {show_text(self.message)}"
 
 
 @dataclass
@@ -5667,7 +5295,6 @@ class ValidationReport:
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # violations by rule, all of them
     violations: list[Violation] = field(default_factory=list)
-    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what shards say they are
     _alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -5676,31 +5303,22 @@ class ValidationReport:
         return not self.counts
 
     def add(
-        self,
-        shard: str,
-        rule: str,
-        message: str,
-        *,
-        row: int | None = None,
-        token: int | None = None,
+        self, shard: str, rule: str, message: str, row: int | None = None, token: int | None = None
     ) -> None:
         """Count a violation and keep it unless its rule has many in this shard already."""
-        violation = Violation(shard, row, token, rule, message)
         self.counts[rule] += 1
         self._alike[shard, rule] += 1
         if self._alike[shard, rule] <= MAX_REPORTED:
-            self.violations.append(violation)
+            self.violations.append(Violation(shard, row, token, rule, message))
 
     def __str__(self) -> str:
-        counts = ((self.shards, "shard"), (self.rows, "row"), (self.tokens, "token"))
-        seen = ", ".join(plural(*count) for count in counts)
+        seen = [plural(self.shards, "shard"), plural(self.rows, "row"),
+                plural(self.tokens, "token")]  # fmt: skip
         if self.ok:
-            return f"{self.name}: valid: {seen}"
-        total = self.counts.total()
+            return f"{self.name}: valid: {', '.join(seen)}"
         kinds = ", ".join(f"{rule} {n:,}" for rule, n in self.counts.most_common())
-        lines = [str(violation) for violation in self.violations]
-        found = plural(total, "violation")
-        return "\n".join([*lines, f"{self.name}: {found} ({kinds}) in {seen}"])
+        found = f"{plural(self.counts.total(), 'violation')} ({kinds}) in {', '.join(seen)}"
+        return "\n".join([*map(str, self.violations), f"{self.name}: {found}"])
 
 
 MACHINE_SETTINGS = {"attn", "versions"}  # may differ between the machines of one run
@@ -5721,54 +5339,67 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     """
     dataset = as_output(name)
     report = ValidationReport(dataset.name, shards=len(dataset.shards))
-    config = validate_config(dataset, report)
-    places: list[tuple[str, npt.NDArray[np.int64], int]] = []
+    config: dict[str, Any] = {}
+    try:
+        if (text := dataset.store.read_text(CONFIG_FILE)) is not None:
+            config = parse_settings(text.encode(), CONFIG_FILE)
+    except LogitsError as error:
+        report.add(CONFIG_FILE, "settings", str(error))
+    indices, parts = {}, {}
     for shard in dataset.shards:
         alone = LogitDataset(dataset.store, {shard: dataset.sizes[shard]})
         alone._listed = {}  # its footer counts
-        found: list[npt.NDArray[np.int64]] = []
-        sums: Counter[str] = Counter(tokens=0, nucleus=0, capped=0)
-        skipped = np.zeros(0, np.int64)
-        try:
-            settings = validate_footer(alone, config, report)
-            config = config or settings
-            validate_shard(alone, RunLimits.of(settings), report, found, sums)
-            index = np.concatenate(found or [np.zeros(0, np.int64)])
-            skipped = validate_part(alone, settings, index, sums, report)
-        except LogitsError as error:
-            row = sum(part.size for part in found)
-            report.add(shard, "unreadable", str(error), row=row or None)
-        places.append((shard, np.concatenate([*found, skipped]), sum(p.size for p in found)))
-    validate_unique(places, report)
-    validate_checkpoints(dataset, report)
+        settings, indices[shard], parts[shard] = validate_shard(alone, config, report)
+        config = config or settings
+    validate_unique(indices, parts, report)
+    validate_checkpoints(dataset, parts, report)
     return report
 
 
-def validate_config(dataset: LogitDataset, report: ValidationReport) -> dict[str, Any]:
-    """Read the output's own settings file, if it has one."""
+def validate_shard(
+    dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
+) -> tuple[dict[str, Any], npt.NDArray[np.int64], dict[str, Any]]:
+    """Check a dataset of one shard; return its settings, the `index` of its rows, and its part."""
+    shard, index = dataset.shards[0], np.zeros(0, np.int64)
+    settings: dict[str, Any] = {}
+    part: dict[str, Any] = {}
+    sums = Counter({"rows": 0, "tokens": 0, "nucleus": 0, "capped": 0})
     try:
-        text = dataset.store.read_text(CONFIG_FILE)
-        return parse_settings(text.encode(), CONFIG_FILE) if text is not None else {}
+        settings = validate_footer(dataset, config, report)
+        limits = RunLimits.of(settings)
+        for table in dataset.iter_tables():
+            first, (columns, faults) = sums["rows"], read_columns(table)
+            for fault in faults:
+                report.add(shard, fault.rule, fault.message, row=first + fault.row)
+            good = np.setdiff1d(np.arange(table.num_rows), [fault.row for fault in faults])
+            sound = read_columns(table.take(good))[0] if faults else columns
+            block = build_block(sound, first, limits.logit_bits)
+            validate_block(block, limits, functools.partial(report.add, shard), first + good)
+            index = np.append(index, columns.get("index", index[:0]))
+            counts = columns["top_counts"].values.astype(np.int64)
+            sums.update(rows=table.num_rows, tokens=counts.size, nucleus=int(counts.sum()),
+                        capped=int((counts == limits.top_p_max).sum()))  # fmt: skip
+        part = validate_part(dataset, settings, index, sums, report)
     except LogitsError as error:
-        report.add(CONFIG_FILE, "settings", str(error))
-        return {}
+        report.add(shard, "unreadable", str(error), row=sums["rows"] or None)
+    report.rows += sums["rows"]
+    report.tokens += sums["tokens"]
+    return settings, index, part
 
 
 def validate_footer(
     dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
 ) -> dict[str, Any]:
     """Check columns and metadata of one shard; return the settings to check its rows by."""
-    shard, schema = dataset.shards[0], dataset.file(0).schema_arrow
-
-    add = functools.partial(report.add, shard)
-    stores = any(name in schema.names for name in TOKEN_COLUMNS)
-    wanted = shard_schema(store_tokens=stores)
+    schema, metadata = dataset.file(0).schema_arrow, dataset.metadata(0)
+    add = functools.partial(report.add, dataset.shards[0])
+    wanted = shard_schema(store_tokens=any(name in schema.names for name in TOKEN_COLUMNS))
     if schema.names != wanted.names:
         add("columns", f"has {', '.join(schema.names)}; wanted {', '.join(wanted.names)}")
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
-    version = dataset.metadata(0).get(METADATA_VERSION)
+    version = metadata.get(METADATA_VERSION)
     if version != str(FORMAT_VERSION).encode():
         add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
     settings: dict[str, Any] = {}
@@ -5779,76 +5410,30 @@ def validate_footer(
     except FormatError as error:
         add("settings", str(error))
     names = (settings.keys() & config.keys()) - MACHINE_SETTINGS
-    differ = [name for name in names if settings[name] != config[name]]
-    if differ:
-        add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset) and METADATA_PART not in dataset.metadata(0):
+    if differ := sorted(name for name in names if settings[name] != config[name]):
+        add("settings", f"differs from the rest of the output in {', '.join(differ)}")
+    if not len(dataset) and METADATA_PART not in metadata:
         add("empty", "holds no rows")
     return settings
 
 
-def validate_shard(
-    dataset: LogitDataset,
-    limits: RunLimits,
-    report: ValidationReport,
-    found: list[npt.NDArray[np.int64]],
-    sums: Counter[str],
-) -> None:
-    """Check the rows of one shard, append their indices to `found` and add up their figures."""
-    shard, first = dataset.shards[0], 0
-    for table in dataset.iter_tables():
-        columns, faults = read_columns(table)
-        for fault in faults:
-            report.add(shard, fault.rule, fault.message, row=first + fault.row)
-        bad = {fault.row for fault in faults}
-        good = np.array([row for row in range(table.num_rows) if row not in bad], np.int64)
-        sound = read_columns(table.take(good))[0] if bad else columns
-        block = build_block(sound, first, limits.logit_bits)
-        validate_block(block, limits, report, shard=shard, rows=first + good)
-        found.append(np.asarray(columns.get("index", np.zeros(0)), np.int64))
-        first += table.num_rows
-        report.rows += table.num_rows
-        report.tokens += int(block.num_tokens.sum())
-        counts = columns["top_counts"].values.astype(np.int64)
-        capped = int((counts == limits.top_p_max).sum())
-        sums.update(tokens=counts.size, nucleus=int(counts.sum()), capped=capped)
-
-
 def validate_block(
-    block: TokenBlock,
-    limits: RunLimits,
-    report: ValidationReport,
-    *,
-    shard: str,
-    rows: npt.NDArray[np.int64],
+    block: TokenBlock, limits: RunLimits, add: Callable[..., None], rows: npt.NDArray[np.int64]
 ) -> None:
-    """Check decoded rows; `rows` are their numbers in the shard."""
+    """Check decoded rows, `rows` by number in the shard; `add` takes what is wrong."""
     for number in np.flatnonzero(block.num_tokens == 0):
-        report.add(shard, "length", "the row holds no tokens", row=int(rows[number]))
+        add("length", "the row holds no tokens", row=int(rows[number]))
     with np.errstate(all="ignore"):  # whatever a damaged file holds
         groups = (entry_rules, range_rules, mass_rules, text_rules)
         rules = [rule for group in groups for rule in group(block, limits)]
-    for rule in rules:
-        tokens = np.flatnonzero(rule.broken)
-        for token in tokens[:MAX_REPORTED]:
+    for name, broken, message, *values in rules:
+        for token in np.flatnonzero(broken):
             row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
-            message = rule.message.format(*(values[token] for values in rule.values))
-            at = int(token - block.row_starts[row])
-            report.add(shard, rule.name, message, row=int(rows[row]), token=at)
-        if tokens.size > MAX_REPORTED:
-            report.counts[rule.name] += tokens.size - MAX_REPORTED
+            told = message.format(*(value[token] for value in values))
+            add(name, told, row=int(rows[row]), token=int(token - block.row_starts[row]))
 
 
-# The rules of a token -----------------------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """A rule checked on every token of a block; `message` is filled in with `values[i][token]`."""
-
-    name: str
-    broken: npt.NDArray[np.bool_]  # (T,)
-    message: str
-    values: tuple[npt.NDArray[Any], ...] = ()
+# The rules of a token: name, where it is broken (T,), message, and what is filled in there (T,) ---
 
 
 def any_in_run(
@@ -5858,142 +5443,98 @@ def any_in_run(
     return np.diff(to_starts(flags)[starts]) > 0
 
 
-def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on counts, ids and their order."""
-    counts, cap = block.top.counts, limits.top_p_max
-    bad = (counts < 1) | (counts > cap)
-    yield Rule("count", bad, f"nucleus of {{}} tokens, allowed are 1 to {cap}", (counts,))
-    tail, drawn = block.tail.counts, limits.sampled_n
-    if drawn is not None:
-        yield Rule("tail count", tail != drawn, f"{{}} tail tokens instead of {drawn}", (tail,))
-    vocab = limits.vocab_size
-    high = any_in_run(block.top.ids >= vocab, block.top.starts)
-    high |= any_in_run(block.tail.ids >= vocab, block.tail.starts)
-    yield Rule("id", high, f"a token id beyond the vocabulary of {vocab}")
-    yield Rule("duplicate", repeated_ids(block), "a token id occurs twice")
-    if not block.top.q.size:
-        return
-    same = np.diff(np.repeat(np.arange(counts.size), counts)) == 0
-    rising = np.append(same & (np.diff(block.top.q.astype(np.int32)) > 0), False)
-    yield Rule("order", any_in_run(rising, block.top.starts), "nucleus logits ascend")
-    level = np.repeat(block.top.low == block.top.high, counts)
-    ties = np.append(same & (np.diff(block.top.ids) < 0), False) & level
-    yield Rule("ties", any_in_run(ties, block.top.starts), "equal logits, but ids do not ascend")
+    top, tail, vocab = block.top, block.tail, limits.vocab_size
+    bad = (top.counts < 1) | (top.counts > limits.top_p_max)
+    message = f"nucleus of {{}} tokens, allowed are 1 to {limits.top_p_max}"
+    yield "count", bad, message, top.counts
+    if limits.sampled_n is not None:
+        message = f"{{}} tail tokens instead of {limits.sampled_n}"
+        yield "tail count", tail.counts != limits.sampled_n, message, tail.counts
+    high = any_in_run(top.ids >= vocab, top.starts) | any_in_run(tail.ids >= vocab, tail.starts)
+    yield "id", high, f"a token id beyond the vocabulary of {vocab}"
+    keys, twice = known_entries(block)[0], np.zeros(high.size, bool)
+    twice[keys[1:][np.diff(keys) == 0] >> 18] = True
+    yield "duplicate", twice, "a token id occurs twice"
+    if top.q.size:
+        same = np.diff(top.owner) == 0
+        rising = np.append(same & (np.diff(top.q.astype(np.int32)) > 0), False)
+        yield "order", any_in_run(rising, top.starts), "nucleus logits ascend"
+        ties = np.append(same & (np.diff(top.ids) < 0), False) & (top.low == top.high)[top.owner]
+        yield "ties", any_in_run(ties, top.starts), "equal logits, but ids do not ascend"
 
 
-def repeated_ids(block: TokenBlock) -> npt.NDArray[np.bool_]:
-    """Say of each token whether an id occurs twice in its nucleus and tail sample."""
-    keys, _, _ = known_entries(block)
-    broken = np.zeros(block.logsumexp.size, bool)
-    broken[keys[1:][np.diff(keys) == 0] >> 18] = True
-    return broken
-
-
-def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on quantization ranges and levels, for nucleus and tail."""
     steps = 2**limits.logit_bits - 1
-    for part, q, starts, low, high in (
-        ("nucleus", block.top.q, block.top.starts, block.top.low, block.top.high),
-        ("tail", block.tail.q, block.tail.starts, block.tail.low, block.tail.high),
-    ):
-        some = np.diff(starts) > 0
-        finite = np.isfinite(low) & np.isfinite(high)
-        message = f"{part} range is {{:g}} to {{:g}}"
-        yield Rule("range", some & ~(finite & (low <= high)), message, (low, high))
-        ends = any_in_run(q == 0, starts) & any_in_run(q == 65535, starts)
-        unspanned = some & finite & (low < high) & ~ends
-        flat = some & (low == high) & any_in_run(q != 0, starts)
-        message = f"{part} levels do not span the range {{:g}} to {{:g}}"
-        yield Rule("quantization", unspanned | flat, message, (low, high))
-        grid = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
-        fine = any_in_run(grid != q, starts)
-        yield Rule("resolution", fine, f"{part} levels are finer than logit_bits")
+    for name, part in (("nucleus", block.top), ("tail", block.tail)):
+        q, starts, ends = part.q, part.starts, (part.low, part.high)
+        some, finite = part.counts > 0, np.isfinite(part.low) & np.isfinite(part.high)
+        bad = some & ~(finite & (part.low <= part.high))
+        yield "range", bad, f"{name} range is {{:g}} to {{:g}}", *ends
+        spans = any_in_run(q == 0, starts) & any_in_run(q == 65535, starts)
+        bad = some & finite & (part.low < part.high) & ~spans
+        bad |= some & (part.low == part.high) & any_in_run(q != 0, starts)
+        yield "quantization", bad, f"{name} levels do not span the range {{:g}} to {{:g}}", *ends
+        kept = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
+        message = f"{name} levels are finer than logit_bits"
+        yield "resolution", any_in_run(kept != q, starts), message
     above = (block.tail.counts > 0) & (block.tail.high > block.top.low)
     message = "a tail logit of {:g} above the nucleus, which ends at {:g}"
-    yield Rule("tail", above, message, (block.tail.high, block.top.low))
+    yield "tail", above, message, block.tail.high, block.top.low
 
 
-def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on the log-sum-exp and on probabilities."""
-    lse, top_p, counts = block.logsumexp, limits.top_p, block.top.counts
-    least = block.top.high - 1e-4 * np.maximum(1, np.abs(block.top.high))
-    message = "log-sum-exp {:g} beside a logit of {:g}"
-    sound = np.isfinite(lse) & (lse >= least)
-    yield Rule("logsumexp", ~sound, message, (lse, block.top.high))
-    probs, mass = block.top.probs, block.top.mass
-    tolerance = mass_tolerance(block)
-    tail = block.tail.mass
-    tail_off = np.expm1(block.tail.error)
-    slack = 2 * tolerance + tail * tail_off
-    yield Rule("sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", (mass + tail,))
-    short = (mass < top_p - tolerance) & (counts < limits.top_p_max)
+    top, lse, top_p = block.top, block.logsumexp, limits.top_p
+    sound = np.isfinite(lse) & (lse >= top.high - 1e-4 * np.maximum(1, np.abs(top.high)))
+    yield "logsumexp", ~sound, "log-sum-exp {:g} beside a logit of {:g}", lse, top.high
+    mass, tail, tolerance = top.mass, block.tail.mass, mass_tolerance(block)
+    slack = 2 * tolerance + tail * np.expm1(block.tail.error)
+    yield "sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", mass + tail
+    short = (mass < top_p - tolerance) & (top.counts < min(limits.top_p_max, limits.vocab_size))
     message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
-    yield Rule("mass", short & (counts < limits.vocab_size), message, (counts, mass))
-    rest = mass.copy()
-    rest[counts > 0] -= probs[block.top.starts[1:][counts > 0] - 1]
-    needless = (rest > top_p + tolerance) & (counts > 1) & (top_p > 0)
-    yield Rule("minimal", needless, "covers {:.6f} even without its last token", (rest,))
+    yield "mass", short, message, top.counts, mass
+    rest, some = mass.copy(), top.counts > 0
+    rest[some] -= top.probs[top.starts[1:][some] - 1]
+    needless = (rest > top_p + tolerance) & (top.counts > 1) & (top_p > 0)
+    yield "minimal", needless, "covers {:.6f} even without its last token", rest
 
 
-def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on stored text; a broken row is named by its first token."""
     lost, foreign, unsorted = np.zeros((3, block.logsumexp.size), bool)
     firsts = block.row_starts[:-1]
     if block.tokens is None:
         lost[firsts[block.num_tokens > 0]] = limits.store_tokens
-    else:
-        for first, ids, positions in zip(firsts, *block.tokens, strict=True):
-            if positions.size:
-                foreign[first] = ((ids < 0) | (ids >= limits.vocab_size)).any()
-                inside = (positions >= 1) & (positions < ids.size)
-                unsorted[first] = not inside.all() or (np.diff(positions) <= 0).any()
-    yield Rule("text", lost, "input_ids and token_positions are missing")
-    yield Rule("text", foreign, "input_ids leave the vocabulary")
-    yield Rule("positions", unsorted, "token_positions do not ascend inside input_ids")
+    for first, ids, positions in zip(firsts, *block.tokens, strict=True) if block.tokens else ():
+        if positions.size:
+            foreign[first] = ((ids < 0) | (ids >= limits.vocab_size)).any()
+            inside = (positions >= 1) & (positions < ids.size)
+            unsorted[first] = not inside.all() or (np.diff(positions) <= 0).any()
+    yield "text", lost, "input_ids and token_positions are missing"
+    yield "text", foreign, "input_ids leave the vocabulary"
+    yield "positions", unsorted, "token_positions do not ascend inside input_ids"
+
+
+# What shards say of each other and of themselves --------------------------------------------------
 
 
 def validate_unique(
-    places: Sequence[tuple[str, npt.NDArray[np.int64], int]], report: ValidationReport
+    indices: Mapping[str, npt.NDArray[np.int64]],
+    parts: Mapping[str, Mapping[str, Any]],
+    report: ValidationReport,
 ) -> None:
-    """Report conversations that occur twice, naming the second place.
-
-    Args:
-        places: shard, its conversations, and how many of them have rows, which come first.
-        report: gets what is wrong.
-    """
-    indices = np.concatenate([found for _, found, _ in places] or [np.zeros(0, np.int64)])
-    order = np.argsort(indices, kind="stable")
-    again = np.sort(order[1:][np.diff(indices[order]) == 0])
-    starts = to_starts([found.size for _, found, _ in places])
-    for place in again:
-        number = int(np.searchsorted(starts, place, side="right")) - 1
-        shard, _, rows = places[number]
-        row = int(place - starts[number])
-        message = f"conversation {indices[place]} is there already"
-        report.add(shard, "twice", message, row=row if row < rows else None)
-
-
-def validate_checkpoints(dataset: LogitDataset, report: ValidationReport) -> None:
-    """Report shards that the output's checkpoints list otherwise than they are."""
-    if not dataset.store.list_checkpoints():
-        return
-    try:
-        records = read_checkpoints(dataset.store)
-    except LogitsError as error:
-        report.add(str(error).split()[0], "checkpoint", str(error))
-        return
-    for path in sorted(records.keys() | dataset.sizes.keys()):
-        there, size = dataset.sizes.get(path), records.get(path, {}).get("bytes")
-        if there != size:
-            message = f"{there or 'no'} bytes, but the checkpoint lists {size or 'none'}"
-            report.add(path, "checkpoint", message)
-        elif path in report.parts:
-            part, record = report.parts[path], records[path]
-            names = ("number", "ids", "conversations", "rows", "tokens", "nucleus", "capped")
-            differ = [n for n in names if n in record and record[n] != part[n]]
-            if differ:
-                found = ", ".join(f"{name} {record[name]!s:.20}" for name in differ)
-                report.add(path, "checkpoint", f"the checkpoint lists {found}; it says otherwise")
+    """Report conversations that occur twice, with a row or without, naming the second place."""
+    skipped = [np.array([*map(int, part.get("skipped", ()))], np.int64) for part in parts.values()]
+    found = [np.append(*pair) for pair in zip(indices.values(), skipped, strict=True)]
+    ids, starts, shards = np.concatenate(found), to_starts([*map(len, found)]), list(indices)
+    again = np.setdiff1d(np.arange(ids.size), np.unique(ids, return_index=True)[1])
+    for place, number in zip(again, np.searchsorted(starts, again, side="right") - 1, strict=True):
+        row, shard = int(place - starts[number]), shards[number]
+        told = f"conversation {ids[place]} is there already"
+        report.add(shard, "twice", told, row=row if row < indices[shard].size else None)
 
 
 def validate_part(
@@ -6002,8 +5543,8 @@ def validate_part(
     index: npt.NDArray[np.int64],
     sums: Mapping[str, int],
     report: ValidationReport,
-) -> npt.NDArray[np.int64]:
-    """Check what a shard says of the part that it is; return who it says gave no row.
+) -> dict[str, Any]:
+    """Check what a shard says of the part that it is, against the rows that it holds; return it.
 
     The hash of the ids tells whether these conversations, in this order, were selected. Where some
     gave no row their places are known only if ids ascend: in the order of a source whose rows are
@@ -6013,7 +5554,7 @@ def validate_part(
         dataset: the shard alone.
         settings: of its run.
         index: conversations of its rows.
-        sums: `tokens`, `nucleus` and `capped`, counted from its rows.
+        sums: `rows`, `tokens`, `nucleus` and `capped`, counted from its rows.
         report: gets what is wrong.
     """
     shard = dataset.shards[0]
@@ -6022,21 +5563,21 @@ def validate_part(
         part = dataset.part(0)
     except FormatError as error:
         add(str(error))
-        return np.zeros(0, np.int64)
+        return {}
     if not part:
         if settings.get("rows_per_part") is not None:
             report.add(shard, "metadata", "does not say which part it is")
-        return np.zeros(0, np.int64)
-    report.parts[shard] = part
-    if part_path(part["number"]) != shard and part_path(part["number"]) != f"data/{shard}":
-        add(f"is part {part['number']}, whose file is {part_path(part['number'])}")
-    for name, count in {"rows": index.size, **sums}.items():
+        return {}
+    path = part_path(part["number"])
+    if shard not in (path, path.removeprefix("data/")):
+        add(f"is part {part['number']}, whose file is {path}")
+    for name, count in sums.items():
         if part[name] != count:
             add(f"says {part[name]:,} of {name}, holds {count:,}")
-    skipped = np.array([int(i) for i in part["skipped"]], np.int64)
+    skipped = np.array([*map(int, part["skipped"])], np.int64)
     if index.size + skipped.size != part["conversations"]:
-        parts = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
-        add(f"{parts} are not the {plural(part['conversations'], 'conversation')} selected")
+        both = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
+        add(f"{both} are not the {plural(part['conversations'], 'conversation')} selected")
     ascending = settings.get("index_col") is None and not settings.get("random_sample")
     if not skipped.size or ascending:
         selected = np.sort(np.append(index, skipped)) if skipped.size else index
@@ -6044,7 +5585,31 @@ def validate_part(
             add("rows are not in the order of their selection")
         elif hash_ids(selected) != part["ids"]:
             add("the conversations, or their order, are not those that were selected")
-    return skipped
+    return part
+
+
+def validate_checkpoints(
+    dataset: LogitDataset, parts: Mapping[str, Mapping[str, Any]], report: ValidationReport
+) -> None:
+    """Report shards that the output's checkpoints list otherwise than they are."""
+    if not dataset.store.list_checkpoints():
+        return
+    try:
+        records = read_checkpoints(dataset.store)
+    except LogitsError as error:
+        report.add(str(error).split()[0], "checkpoint", str(error))
+        return
+    for path in sorted(records.keys() | dataset.sizes.keys()):
+        there, record = dataset.sizes.get(path), records.get(path, {})
+        if there != record.get("bytes"):
+            message = f"{there or 'no'} bytes, but the checkpoint lists {record.get('bytes')}"
+            report.add(path, "checkpoint", message)
+        elif part := parts.get(path):
+            names = ("number", "ids", "conversations", "rows", "tokens", "nucleus", "capped")
+            differ = [n for n in names if n in record and record[n] != part[n]]
+            if differ:
+                found = ", ".join(f"{name} {record[name]!s:.20}" for name in differ)
+                report.add(path, "checkpoint", f"the checkpoint lists {found}; it says otherwise")
 
 
 # Comparison ---------------------------------------------------------------------------------------
@@ -6063,11 +5628,11 @@ class Comparison:
     common_rows: int
     unequal_rows: int  # in common, but with another number of tokens
     tokens: int
-    mean_divergence: float | None
-    max_divergence: float | None
-    same_first: float | None  # share of tokens with the same likeliest token
-    max_logsumexp: float | None  # largest difference
-    largest: list[tuple[float, int, int]]  # divergence, conversation, token; largest first
+    mean_divergence: float | None = None
+    max_divergence: float | None = None
+    same_first: float | None = None  # share of tokens with the same likeliest token
+    max_logsumexp: float | None = None  # largest difference
+    largest: Sequence[tuple[float, int, int]] = ()  # divergence, conversation, token
 
     def __str__(self) -> str:
         lines = [
@@ -6081,96 +5646,74 @@ class Comparison:
             f"KL, mean and max    {self.mean_divergence:.3g} and {self.max_divergence:.3g} nats",
             f"same likeliest      {self.same_first:.3%}",
             f"log-sum-exp differs by {self.max_logsumexp:.3g} at most",
+            *(["largest differences"] if self.largest else []),
         ]
         worst = [f"  {kl:.4g} nats: conversation {i}, token {t}" for kl, i, t in self.largest]
-        return "\n".join([*lines, "largest differences", *worst] if worst else lines)
+        return "\n".join([*lines, *worst])
 
 
-COMPARED_TOKENS = 2**17  # of the first output, held at once beside those of the second
+COMPARED_TOKENS = 2**17  # held at once of each output
 
 
 def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison:
     """Compare the distributions of two outputs over the conversations that both hold.
 
+    Many rows are read together, so that row groups are read seldom in whatever order they are.
+
     Args:
         first, second: outputs by name or opened by `load_logit_dataset`, or rows at hand.
         largest: how many of the most different tokens to name.
     """
-    one, two = as_rows(first), as_rows(second)
-    known = row_numbers(two)
-    sums: Counter[str] = Counter()
-    worst: list[tuple[float, int, int]] = []
-    peak = 0.0
-    for a, b in iter_common(one, two, known, sums):
+    pair = [as_rows(first), as_rows(second)]
+    pair = [rows if hasattr(rows, "__len__") else list(rows) for rows in pair]
+    one, two = map(row_frame, pair)
+    common = one.merge(two, on="index")
+    equal = common[common["num_tokens_x"] == common["num_tokens_y"]]
+    tokens, unequal = int(equal["num_tokens_x"].sum()), len(common) - len(equal)
+    seen = Comparison((len(one), len(two)), len(common), unequal, tokens)
+    total, same, peak, worst = 0.0, 0, 0.0, []
+    for _, chunk in equal.groupby(equal["num_tokens_x"].cumsum() // COMPARED_TOKENS):
+        chosen = (chunk["row_x"].to_numpy(), chunk["row_y"].to_numpy())
+        a, b = (read_block(*which) for which in zip(pair, chosen, strict=True))
         divergence = bound_divergence(a, b)
-        same = int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
-        sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
+        if not np.isfinite(divergence).all():
+            raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
+        total += float(divergence.sum())
+        same += int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
-        chosen = np.argsort(-divergence, kind="stable")[:largest]
-        rows = np.searchsorted(a.row_starts, chosen, side="right") - 1
-        tokens = chosen - a.row_starts[rows]
-        here = zip(divergence[chosen], a.index[rows], tokens, strict=True)
-        worst += [(float(kl), int(i), int(t)) for kl, i, t in here if kl > 0]
+        for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
+            row = np.searchsorted(a.row_starts, token, side="right") - 1
+            place = (int(a.index[row]), int(token - a.row_starts[row]))
+            worst.append((float(divergence[token]), *place))
         worst = sorted(worst, key=lambda item: -item[0])[:largest]
-    count = sums["tokens"]
-    return Comparison(
-        rows=(sums["rows"], len(known)),
-        common_rows=sums["common"],
-        unequal_rows=sums["unequal"],
-        tokens=count,
-        mean_divergence=sums["kl"] / count if count else None,
-        max_divergence=(worst[0][0] if worst else 0.0) if count else None,
-        same_first=sums["same"] / count if count else None,
-        max_logsumexp=peak if count else None,
-        largest=worst,
+    if not tokens:
+        return seen
+    return replace(
+        seen,
+        mean_divergence=total / tokens,
+        max_divergence=worst[0][0],
+        same_first=same / tokens,
+        max_logsumexp=peak,
+        largest=[item for item in worst if item[0] > 0],
     )
 
 
-def iter_common(
-    one: Any, two: Any, known: Mapping[int, int], sums: Counter[str]
-) -> Iterator[tuple[TokenBlock, TokenBlock]]:
-    """Yield the rows of two outputs that can be compared, as blocks of the same rows.
+def row_frame(dataset: Any) -> Any:
+    """Return the columns `row` (its number), `index` and `num_tokens` of every row."""
+    kinds = [SCHEMA.field(name) for name in ("index", "num_tokens")]
+    parts: dict[str, list[Any]] = {kind.name: [np.zeros(0, np.int32)] for kind in kinds}
+    for table in iter_tables(dataset, list(parts), rows=4096):
+        for kind in kinds:
+            parts[kind.name].append(read_column(table, kind))
+    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return import_extra("pandas").DataFrame(columns).reset_index(names="row")
 
-    Many rows of the second are read together, so that its row groups are read seldom in whatever
-    order they are.
 
-    Args:
-        one, two: the outputs.
-        known: row number in `two` by conversation.
-        sums: `rows` of `one`, those in `common` and those of them that are `unequal` are added.
-    """
-
-    def pair(tables: list[pa.Table]) -> Iterator[tuple[TokenBlock, TokenBlock]]:
-        table = pa.concat_tables(tables)
-        index = read_column(table, SCHEMA.field("index")).tolist()
-        sums["rows"] += len(index)
-        common = [row for row, conversation in enumerate(index) if conversation in known]
-        sums["common"] += len(common)
-        if not common:
-            return
-        wanted = [known[index[row]] for row in common]
-        if isinstance(two, LogitDataset):
-            other = two.read_rows(wanted)
-        else:
-            other = pa.concat_tables([_row_at_hand(two, row) for row in wanted])
-        a, b = decode_rows(table.take(common)), decode_rows(other)
-        equal = np.flatnonzero(a.num_tokens == b.num_tokens)
-        sums["unequal"] += len(common) - equal.size
-        if equal.size < len(common):
-            a = decode_rows(table.take(np.array(common)[equal]))
-            b = decode_rows(other.take(equal))
-        yield a, b
-
-    waiting: list[pa.Table] = []
-    tokens = 0
-    for table in iter_tables(one):
-        waiting.append(table)
-        tokens += read_column(table, SCHEMA.field("top_counts")).values.size
-        if tokens >= COMPARED_TOKENS:
-            yield from pair(waiting)
-            waiting, tokens = [], 0
-    if waiting:
-        yield from pair(waiting)
+def read_block(dataset: Any, rows: npt.NDArray[np.int64]) -> TokenBlock:
+    """Decode rows by number, of an output or at hand."""
+    if isinstance(dataset, LogitDataset):
+        return decode_rows(dataset.read_rows(rows))
+    return decode_rows(pa.concat_tables([_row_at_hand(dataset, row) for row in rows.tolist()]))
 
 
 def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
@@ -6190,8 +5733,7 @@ def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
     p = probs_a[cells]
     most = np.exp(unstored_bound(b))[owner]
     q = np.where(shared[cells], probs_b[place[cells]], most)
-    n = a.logsumexp.size
-    tiny = np.finfo(np.float64).tiny
+    n, tiny = a.logsumexp.size, np.finfo(np.float64).tiny
     terms = p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))
     rest_p = np.maximum(1 - np.bincount(owner, p, n), 0)
     known_q = np.bincount(owner, q * shared[cells], n)
@@ -6205,13 +5747,11 @@ def known_entries(
     block: TokenBlock,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Return all stored entries sorted by `token << 18 | id`: key, probability, in the nucleus."""
-    tokens = np.arange(block.logsumexp.size, dtype=np.int64)
-    top = np.repeat(tokens, block.top.counts) << 18 | block.top.ids
-    tail = np.repeat(tokens, block.tail.counts) << 18 | block.tail.ids
-    keys = np.concatenate([top, tail])
+    parts = (block.top, block.tail)
+    keys = np.concatenate([part.owner.astype(np.int64) << 18 | part.ids for part in parts])
     order = np.argsort(keys)
-    probs = np.concatenate([block.top.probs, block.tail.probs])[order]
-    return keys[order], probs, np.arange(keys.size)[order] < top.size
+    probs = np.concatenate([part.probs for part in parts])[order]
+    return keys[order], probs, order < block.top.ids.size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7168,23 +6708,14 @@ def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
 # --------------------------------------------------------------------------------------------------
 
 
-EXIT_CODES = (
-    "exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that cannot be "
-    "opened; 3 --validate found violations, or --compare nothing to compare"
-)
-CHECK_FAILED = 3
-
-
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose refusals are one line, like every other error."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an option that is none is named first, with the one that looks like it."""
-        for word in sys.argv[1:] if args is None else args:
+        known = self._option_string_actions
+        for word in itertools.takewhile("--".__ne__, sys.argv[1:] if args is None else args):
             flag = word.partition("=")[0]
-            known = self._option_string_actions
-            if flag == "--":
-                break
             if re.match(r"--\w", flag) and not any(name.startswith(flag) for name in known):
                 like = "".join(difflib.get_close_matches(flag, known, 1))
                 self.error(f"there is no option {flag}" + (f": is it {like}?" if like else ""))
@@ -7217,27 +6748,19 @@ def outlive_readers(*names: str) -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed by who started us; no other file may get its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__") and _raw_file(stream) is io.FileIO:
+        elif stream is getattr(sys, f"__{name}__") and (
+            type(getattr(stream.buffer, "raw", stream.buffer)) is io.FileIO
+        ):
             stream.flush()
-            file = LenientFile(stream.fileno(), "w", closefd=False)
-            text = io.TextIOWrapper(
-                io.BufferedWriter(file),
-                encoding=stream.encoding,
-                errors=stream.errors,
-                line_buffering=True,
-            )
-            setattr(sys, name, text)
+            file = io.BufferedWriter(LenientFile(stream.fileno(), "w", closefd=False))
+            how = {"encoding": stream.encoding, "errors": stream.errors}
+            setattr(sys, name, io.TextIOWrapper(file, line_buffering=True, **how))
 
 
 def log_hub_once() -> None:
     """Keep huggingface_hub from writing every line of its log twice: itself, and through ours."""
     import_extra("huggingface_hub.utils.logging")
     logging.getLogger("huggingface_hub").handlers.clear()
-
-
-def _raw_file(stream: Any) -> type:
-    """Return the kind of file below a text stream."""
-    return type(getattr(stream.buffer, "raw", stream.buffer))
 
 
 def row_list(text: str) -> list[int]:
@@ -7267,24 +6790,22 @@ def build_parser() -> argparse.ArgumentParser:
         prog="explore-logits",
         usage="%(prog)s OUTPUT [options]",
         description="Look at an output of extract-logits: a folder, or a dataset on the Hub.",
-        epilog=EXIT_CODES,
+        epilog="exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that "
+        "cannot be opened; 3 --validate found violations, or --compare nothing to compare",
     )
     add = parser.add_argument
     add("output", metavar="OUTPUT", help="folder, Parquet file or Hub dataset")
     add("--split", default="train", help="split of OUTPUT (default: %(default)s)")
-    what = parser.add_argument_group("what to show (default: --sample 0)")
-    add = what.add_argument
+    add = parser.add_argument_group("what to show (default: --sample 0)").add_argument
     add("--sample", type=row_list, metavar="ROWS", help="rows, such as 3 or 0,5 or 0-4")
     add("--conversation", type=int, metavar="ID", help="the row of this index in the source")
     add("--token", type=int, metavar="T", help="predictions at this token of the row")
     add("--html", metavar="FILE", help="write the rows, and with --stats those, as one page")
     add("--plot", metavar="FILE", help="write a picture of the nucleus sizes (extra viz)")
-    add("--plots", metavar="DIR", help="write every plot, of the first row shown, as PNG")
     add("--stats", action="store_true", help="sizes, covered probability, bytes per token")
     add("--validate", action="store_true", help="check every row against the format")
     add("--compare", metavar="OTHER", help="compare the distributions with another output's")
-    how = parser.add_argument_group("how")
-    add = how.add_argument
+    add = parser.add_argument_group("how").add_argument
     add("--top", type=positive_int, default=5, metavar="K", help="predictions a token (default: 5)")
     add("--max-samples", type=positive_int, metavar="N", help="rows read by --stats at most")
     add("--text", action="store_true", help="--stats: read the source too, for the agreement")
@@ -7331,147 +6852,101 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Do what the command line asks for; return what goes into the last line and the exit code."""
     dataset = load_logit_dataset(args.output, args.split)
     summary: dict[str, Any] = {"output": args.output, "shards": len(dataset.shards)}
-    code = 0
+    failed = False
     if args.validate:
         report = validate_output(dataset)
-        print(wrap_text(str(report)))
-        summary |= {"rows": report.rows, "tokens": report.tokens}
-        summary["violations"] = dict(report.counts)
-        code = code if report.ok else CHECK_FAILED
+        print(break_lines(str(report)))
+        summary |= {"rows": report.rows, "tokens": report.tokens, "violations": report.counts}
+        failed = not report.ok
     if args.compare:
         comparison = compare_outputs(dataset, args.compare)
-        print(wrap_text(str(comparison)))
+        print(break_lines(str(comparison)))
         summary |= asdict(comparison)
-        code = code if comparison.tokens else CHECK_FAILED
-    if not (args.validate or args.compare):
-        summary["rows"] = len(dataset)
-    if code and args.validate and not report.ok:
-        return summary, code  # what breaks the rules is not summed up
-    return summary | show_output(dataset, args), code
+        failed |= not comparison.tokens
+    if failed and args.validate and not report.ok:
+        return summary, 3  # what breaks the rules is not summed up
+    summary.setdefault("rows", len(dataset))
+    return summary | show_output(dataset, args), 3 if failed else 0
 
 
 def show_output(dataset: LogitDataset, args: argparse.Namespace) -> dict[str, Any]:
     """Show figures, rows and pictures that were asked for; return what they add to the summary."""
     summary: dict[str, Any] = {}
-    stats = show_stats(dataset, args) if args.stats else None
-    if stats is not None:
+    text = functools.cache(lambda: open_text(
+        dataset, model=args.model, dataset=args.dataset, trust_remote_code=args.trust_remote_code
+    ))  # fmt: skip
+    stats, analyses = None, []
+    if args.stats:
+        actual = text().actual_tokens if args.text else None
+        stats = compute_dataset_stats(dataset, max_samples=args.max_samples, actual_tokens=actual)
+        print_dataset_stats(stats)
         summary |= {"tokens": stats.tokens, "bytes_per_token": stats.bytes_per_token}
-    rows = chosen_rows(dataset, args)
+    rows = args.sample or []
+    if args.conversation is not None:
+        rows = [row for row in [row_numbers(dataset).get(args.conversation)] if row is not None]
+    elif args.token is not None or not (args.stats or args.plot or args.validate or args.compare):
+        rows = rows or [0]
     if rows or args.conversation is not None:
-        summary |= show_rows(dataset, rows, args, stats)
-    elif args.html:
-        write_rows_page(args.html, dataset, [], stats)
+        analyses = show_rows(dataset, rows, text, args)
+        summary["sample"] = rows
+    if args.html:
+        write_page(args.html, render_page(analyses, about=describe_run(dataset), stats=stats))
         summary["html"] = args.html
     if args.plot:
         figure = plot_nucleus_size_analysis(dataset, max_samples=args.max_samples)
         summary["plot"] = save_figure(figure, args.plot)
-    if args.plots:
-        summary["plots"] = write_plots(dataset, rows[0] if rows else 0, Path(args.plots))
     return summary
 
 
-def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
-    """Return the rows to show: those asked for, and row 0 when nothing else is."""
-    if args.conversation is not None:
-        row = row_numbers(dataset).get(args.conversation)
-        return [row] if row is not None else []
-    other = any((args.stats, args.plot, args.plots, args.validate, args.compare))
-    if args.sample is None and other and args.token is None:
-        return []
-    return args.sample if args.sample is not None else [0]
-
-
-def show_stats(dataset: LogitDataset, args: argparse.Namespace) -> DatasetStats:
-    """Print the figures of an output."""
-    text = open_asked_text(dataset, args) if args.text else None
-    stats = compute_dataset_stats(
-        dataset,
-        max_samples=args.max_samples,
-        actual_tokens=text.actual_tokens if text else None,
-    )
-    print_dataset_stats(stats)
-    return stats
-
-
 def show_rows(
-    dataset: LogitDataset, rows: list[int], args: argparse.Namespace, stats: DatasetStats | None
-) -> dict[str, Any]:
-    """Print rows beside their text, or by token ids where there is none, and write their page."""
-    text, why = find_text(dataset, args)
-    if text is None and (args.html or not rows):
-        raise LogitsError(f"the text is needed for this: {why}")
-    samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
-    analyses = []
-    if text is not None:
-        analyses = [analyze_row(dataset, row, text, k=args.top) for row in rows]
-        if not rows:
-            analyses = [analyze_missing(dataset, text, args.conversation)]
-    else:
-        log.warning("explore-logits: showing ids only: %s", show_text(str(why)))
-    if args.html:
-        write_rows_page(args.html, dataset, analyses, stats)
-        return {"sample": rows, "html": args.html}
-    for seen in analyses:
-        print(visualize_conversation_probabilities(seen), end="\n\n")
-    for number, sample in enumerate(samples):
-        show_tokens(sample, args, text, analyses[number] if analyses else None)
-    return {"sample": rows}
-
-
-def write_rows_page(
-    path: str,
     dataset: LogitDataset,
-    analyses: Sequence[ConversationAnalysis],
-    stats: DatasetStats | None,
-) -> None:
-    """Write the page of chosen rows, with the figures of the output where there are any."""
-    about = describe_run(dataset)
-    write_page(path, render_page(analyses, about=about, stats=stats))
-
-
-def open_asked_text(dataset: LogitDataset, args: argparse.Namespace) -> TextSource:
-    """Open the text behind an output, where the command line says it is now."""
-    return open_text(
-        dataset,
-        model=args.model,
-        dataset=args.dataset,
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
-def find_text(
-    dataset: LogitDataset, args: argparse.Namespace
-) -> tuple[TextSource | None, LogitsError | None]:
-    """Open the text behind an output if it can be found, and say why not."""
+    rows: Sequence[int],
+    text: Callable[[], TextSource],
+    args: argparse.Namespace,
+) -> list[ConversationAnalysis]:
+    """Print rows beside their text, or as ids where there is none; those of a page are returned."""
+    samples = [get_sample(dataset, row) for row in rows]  # what is not there is refused first
+    for sample in samples if args.token is not None else ():
+        check_token(sample, args.token)
+    tokenizer, analyses = None, []
     try:
-        return open_asked_text(dataset, args), None
+        tokenizer = text().tokenizer
     except LogitsError as error:
-        return None, error
+        if args.html or not rows:
+            raise LogitsError(f"the text is needed for this: {error}") from error
+        log.warning("explore-logits: showing ids only: %s", error)
+    else:
+        analyses = [analyze_row(dataset, row, text(), k=args.top) for row in rows]
+        if not rows:
+            analyses = [analyze_missing(dataset, text(), args.conversation)]
+    if args.html:
+        return analyses
+    for analysis in analyses:
+        print(visualize_conversation_probabilities(analysis), end="\n\n")
+    for sample, analysis in itertools.zip_longest(samples, analyses[: len(samples)]):
+        print_sample_info(sample)
+        show_tokens(sample, analysis, tokenizer, args)
+    return analyses
 
 
 def show_tokens(
-    sample: Sample,
-    args: argparse.Namespace,
-    text: TextSource | None,
-    analysis: ConversationAnalysis | None,
+    sample: Sample, analysis: ConversationAnalysis | None, tokenizer: Any, args: argparse.Namespace
 ) -> None:
-    """Print what a sample holds and its most surprising tokens, or the one asked for."""
-    print_sample_info(sample)
-    if analysis is not None:
-        surprise = np.array([token.log_probability for token in analysis.tokens])
-        why = "that the teacher expected least"
+    """Print the token that was asked for, or the most surprising ones of a row."""
+    if args.token is not None:
+        chosen = [args.token % sample["num_tokens"]]
     else:
-        surprise = sample.block.first_probs
-        why = "of which the teacher was least sure"
-    chosen = [args.token] if args.token is not None else sorted(np.argsort(surprise)[:3].tolist())
-    if args.token is None and chosen:
+        least, why = sample.block.first_probs, "of which the teacher was least sure"
+        if analysis is not None:
+            least = np.array([token.log_probability for token in analysis.tokens])
+            why = "that the teacher expected least"
+        chosen = sorted(np.argsort(least)[:3].tolist())
         print(f"the {plural(len(chosen), 'token')} {why}:")
     for t in chosen:
-        t = check_token(sample, t)
         print()
-        actual = analysis.tokens[t] if analysis is not None else None
-        tokenizer = text.tokenizer if text else None
-        show_token_table(sample, t, tokenizer, k=args.top, actual=actual)
+        print_token(
+            sample, t, tokenizer, k=args.top, actual=analysis.tokens[t] if analysis else None
+        )
 
 
 def save_figure(figure: Any, path: str | Path) -> str:
@@ -7484,22 +6959,9 @@ def save_figure(figure: Any, path: str | Path) -> str:
     with writing(path) as target:
         try:
             figure.savefig(target)
-            return str(path)
         except ValueError as error:  # a format that matplotlib does not know
             raise LogitsError(f"cannot write {path}: {first_line(error)}") from error
-
-
-def write_plots(dataset: LogitDataset, row: int, folder: Path) -> list[str]:
-    """Write every plot as PNG into a folder; return the files."""
-    sample = get_sample(dataset, row)
-    widest = int(np.argmax(sample["top_counts"])) if sample["num_tokens"] else 0
-    figures = {
-        "logit_distribution": plot_logit_distribution(sample, widest),
-        "nucleus_vs_sampled": plot_nucleus_vs_sampled(sample),
-        "nucleus_sizes": plot_nucleus_sizes(sample),
-        "nucleus_size_analysis": plot_nucleus_size_analysis(dataset),
-    }
-    return [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    return str(path)
 
 
 if __name__ == "__main__":
