@@ -4623,19 +4623,21 @@ def visualize_conversation_probabilities(
     check_analyses([analysis])
     if return_html:
         return render_page([analysis])
-    facts = ", ".join(filter(None, conversation_facts(analysis)))
+    facts = ", ".join(conversation_facts(analysis))
     head = break_lines(show_text(f"conversation {analysis.index}: {facts}"))
     return f"{head}\n{paint_legend()}\n\n{paint_text(analysis)}"
 
 
-def check_analyses(analyses: Any) -> None:
-    """Refuse what are no analyses, and say what to pass."""
-    for analysis in analyses if isinstance(analyses, (list, tuple)) else [analyses]:
+def check_analyses(analyses: Any) -> list[ConversationAnalysis]:
+    """Return analyses, or one, as a list; refuse what are none, and say what to pass."""
+    analyses = [*analyses] if isinstance(analyses, (list, tuple)) else [analyses]
+    for analysis in analyses:
         if not isinstance(analysis, ConversationAnalysis):
             raise LogitsError(
                 "an analysis is needed, what analyze_token_probabilities returns, not "
                 f"{describe_type(analysis)}"
             )
+    return analyses
 
 
 def paint_text(analysis: ConversationAnalysis) -> str:
@@ -4688,11 +4690,11 @@ PAGE = """<!doctype html>
 <main>
 <h1>{{ title }}</h1>
 <p class="dim">{{ about }}</p>
-{% if parts|length > 1 %}
-<nav>{% for part in parts %}<a href="#s{{ loop.index0 }}">conversation {{ part.index }}</a>
+{% if analyses|length > 1 %}
+<nav>{% for seen in analyses %}<a href="#s{{ loop.index0 }}">conversation {{ seen.index }}</a>
 {% endfor %}</nav>
 {% endif %}
-{% if parts %}
+{% if analyses %}
 <p class="legend"><span class="of">Probability that the teacher gave the token that is there</span>
 {% for bound in bounds %}<span class="b{{ loop.index0 }}">≥ {{ bound }}</span>
 {% endfor %}<span class="b{{ bounds|length }}">&lt; {{ bounds[-1] }}</span>
@@ -4705,14 +4707,14 @@ PAGE = """<!doctype html>
 <div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 </section>
 {% endif %}
-{% for part in parts %}
+{% for seen in analyses %}
 {% set s = loop.index0 %}
 <section id="s{{ s }}">
-<h2>Conversation {{ part.index }}</h2>
-<p class="dim">{{ part.facts|join(", ") }}</p>
+<h2>Conversation {{ seen.index }}</h2>
+<p class="dim">{{ facts(seen)|join(", ") }}{{ ", " if seen.model }}{{ seen.model }}</p>
 <div class="text" dir="auto">\
-{% for t, kind, before, box, after in part.pieces %}{{ before }}{% if kind %}\
-<span class="{{ kind }}" id="s{{ s }}-t{{ t }}" data-is="{{ part.told[t] }}">{{ box }}</span>\
+{% for t, kind, before, box, after in pieces(seen) %}{{ before }}{% if kind %}<span \
+class="{{ kind }}" id="s{{ s }}-t{{ t }}" data-is="{{ tell(seen.tokens[t]) }}">{{ box }}</span>\
 {% endif %}{{ after }}{% endfor %}\
 </div>
 </section>
@@ -4840,7 +4842,7 @@ def render_page(
         about: a line under the heading.
         stats: figures put before the conversations.
     """
-    check_analyses(analyses)
+    analyses = check_analyses(analyses)
     jinja2 = import_extra("jinja2")
     templates = jinja2.Environment(
         autoescape=True,
@@ -4856,34 +4858,27 @@ def render_page(
         about=about,
         bounds=[f"{100 * bound:g}%" for bound in SURPRISE_LEVELS],
         stats=stats,
-        parts=[page_part(analysis) for analysis in analyses],
+        analyses=analyses,
+        facts=conversation_facts,
+        pieces=page_pieces,
+        tell=describe_token,
         css=PAGE_CSS,
         script=PAGE_SCRIPT,
     )
     return str(page)
 
 
-def page_part(analysis: ConversationAnalysis) -> dict[str, Any]:
-    """Return what the page shows of one conversation: figures, text, and what tokens tell."""
-    return {
-        "index": analysis.index,
-        "facts": [*filter(None, [*conversation_facts(analysis), analysis.model])],
-        "pieces": list(page_pieces(analysis)),
-        "told": [describe_token(token) for token in analysis.tokens],
-    }
-
-
 def conversation_facts(analysis: ConversationAnalysis) -> list[str]:
     """Say how many of a conversation's tokens there are, and how well the teacher foresaw them."""
-    if not analysis.tokens:
-        return ["not extracted", analysis.note]
-    first = sum(token.rank == 1 for token in analysis.tokens) / len(analysis.tokens)
-    return [
-        plural(len(analysis.tokens), "token"),
-        f"typical probability of a token {analysis.typical_probability}",
-        f"{first:.0%} are the teacher's first choice",
-        analysis.note,
-    ]
+    facts = ["not extracted"]
+    if analysis.tokens:
+        first = sum(token.rank == 1 for token in analysis.tokens) / len(analysis.tokens)
+        facts = [
+            plural(len(analysis.tokens), "token"),
+            f"typical probability of a token {analysis.typical_probability}",
+            f"{first:.0%} are the teacher's first choice",
+        ]
+    return [*facts, analysis.note] if analysis.note else facts
 
 
 def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
@@ -4953,9 +4948,9 @@ def drawing(rows: int = 1, columns: int = 1, **how: Any) -> Iterator[tuple[Any, 
     style = {"axes.titlesize": 11, "axes.labelsize": 10, "figure.dpi": 110, "font.size": 10}
     with pyplot.rc_context(), seaborn.axes_style("whitegrid"), pyplot.rc_context(style):
         figure, axes = pyplot.subplots(rows, columns, **{"figsize": (7, 4), **how})
+        pyplot.close(figure)
         yield figure, axes, seaborn.color_palette("colorblind")
         figure.tight_layout()
-        pyplot.close(figure)
 
 
 def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer: Any = None) -> Any:
@@ -4969,10 +4964,8 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
     sample = as_sample(sample)
     if check_tokenizer(tokenizer) is None and sample.output is not None:
         tokenizer, _ = sample.output.words
-    (ids, logits), (_, tail) = (
-        dequantize_top_logits(sample, t),
-        dequantize_sampled_logits(sample, t),
-    )
+    ids, logits = dequantize_top_logits(sample, t)
+    _, tail = dequantize_sampled_logits(sample, t)
     best = decode_top_tokens(sample, t, tokenizer, k=5)
     names = [f"{p.probability:6.1%}  {show_token(p.text, 20)}".replace("$", r"\$") for p in best]
     with drawing() as (figure, axes, colours):
@@ -5719,7 +5712,10 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         largest: how many of the most different tokens to name.
     """
     pair = [as_rows(first), as_rows(second)]
-    pair = [rows if hasattr(rows, "__len__") else list(rows) for rows in pair]
+    for i, rows in enumerate(pair):
+        if not isinstance(rows, LogitDataset):
+            tables = [SCHEMA.empty_table(), *iter_tables(rows)]
+            pair[i] = pa.concat_tables(tables, promote_options="default")
     one, two = map(row_frame, pair)
     common = one.merge(two, on="index")
     equal = common[common["num_tokens_x"] == common["num_tokens_y"]]
@@ -5727,8 +5723,10 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     seen = Comparison((len(one), len(two)), len(common), unequal, tokens)
     total, same, peak, worst = 0.0, 0, 0.0, []
     for _, chunk in equal.groupby(equal["num_tokens_x"].cumsum() // COMPARED_TOKENS):
-        chosen = (chunk["row_x"].to_numpy(), chunk["row_y"].to_numpy())
-        a, b = (read_block(*which) for which in zip(pair, chosen, strict=True))
+        a, b = (
+            decode_rows((rows.read_rows if isinstance(rows, LogitDataset) else rows.take)(numbers))
+            for rows, numbers in zip(pair, chunk[["row_x", "row_y"]].to_numpy().T, strict=True)
+        )
         divergence = bound_divergence(a, b)
         if not np.isfinite(divergence).all():
             raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
@@ -5761,13 +5759,6 @@ def row_frame(dataset: Any) -> Any:
             parts[kind.name].append(read_column(table, kind))
     columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     return import_extra("pandas").DataFrame(columns).reset_index(names="row")
-
-
-def read_block(dataset: Any, rows: npt.NDArray[np.int64]) -> TokenBlock:
-    """Decode rows by number, of an output or at hand."""
-    if isinstance(dataset, LogitDataset):
-        return decode_rows(dataset.read_rows(rows))
-    return decode_rows(pa.concat_tables([_row_at_hand(dataset, row) for row in rows.tolist()]))
 
 
 def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:

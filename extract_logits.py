@@ -56,7 +56,7 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -215,6 +215,17 @@ def option(default: Any, help_text: str, *, group: str, **checks: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+ENGINE_OWN = {  # arguments of vLLM that follow from other options
+    **{name: "it is --" + name.replace("_", "-") for name in ("model", "revision", "dtype")},
+    "trust_remote_code": "it is --trust-remote-code",
+    "max_model_len": "it is --max-seq-len",
+    **dict.fromkeys(
+        ("runner", "convert", "pooler_config", "enable_prefix_caching", "tokenizer"),
+        "the extraction sets it, drop it",
+    ),
+}
+
+
 @dataclass(kw_only=True)
 class ExtractionConfig:
     """Every option of a run; field names are option names with underscores, "off" is None.
@@ -234,6 +245,18 @@ class ExtractionConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     attn: str = option("auto", "eager, sdpa, flash_attention_2, …", group="teacher")
+    engine: str = option(
+        "transformers",
+        "what runs the teacher's layers (extra vllm, in an environment of its own)",
+        group="teacher",
+        choices=("transformers", "vllm"),
+    )
+    engine_args: dict[str, Any] | None = option(
+        None,
+        'for vLLM, JSON: {"tensor_parallel_size": 8}, "unchecked": true for families not compared',
+        group="teacher",
+        parse=parse_object,
+    )
     tensor_parallel: bool = option(
         False,
         "split the teacher over all processes of a torchrun, which work as one",
@@ -430,6 +453,22 @@ class ExtractionConfig:
             )
         self._check_full_dataset()
         self._check_executor()
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.engine != "vllm":
+            if self.engine_args is not None:
+                raise ConfigError("--engine-args are vLLM's: give --engine vllm with them")
+            return
+        if self.tensor_parallel:
+            raise ConfigError(
+                "--tensor-parallel is of --engine transformers: give --engine-args "
+                "'{\"tensor_parallel_size\": N}' and start one process"
+            )
+        if self.attn != "auto":
+            raise ConfigError(f"--attn {self.attn} is of --engine transformers: drop it")
+        for name in sorted(set(self.engine_args or {}) & ENGINE_OWN.keys()):
+            raise ConfigError(f"--engine-args {name}: {ENGINE_OWN[name]}")
 
     def _check_executor(self) -> None:
         if (self.executor is None) != (self.tasks is None):
@@ -1363,15 +1402,8 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
     """
     device = resolve_device(config.device)
     model_config = load_model_config(config)
-    limit = max_positions(model_config)
-    if limit is not None and config.max_seq_len is not None and config.max_seq_len > limit:
-        raise TeacherError(
-            f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
-            f"{config.model}; give at most {limit}"
-        )
     try:
-        model = load_model(config, model_config, device)
-        teacher = Teacher(model, vocab_size=vocab_size, forced_attention=config.attn != "auto")
+        teacher = make_teacher(config, model_config, device, vocab_size)
     except torch.OutOfMemoryError as error:
         raise TeacherError(
             f"--model {config.model} leaves no room on {device} for even one short conversation; "
@@ -1386,6 +1418,19 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
     layout = (teacher.layout, teacher.layout_reason)
     logger.info(text, config.model, teacher.device, *runs, *layout)
     return teacher
+
+
+def make_teacher(
+    config: ExtractionConfig, model_config: Any, device: torch.device, vocab_size: int | None
+) -> Teacher:
+    """Return the teacher by the engine that is asked for."""
+    if config.engine == "vllm":
+        head = load_head(config, model_config, device)
+        return VllmTeacher(
+            head, engine_arguments(config, model_config, head), vocab_size=vocab_size
+        )
+    model = load_model(config, model_config, device)
+    return Teacher(model, vocab_size=vocab_size, forced_attention=config.attn != "auto")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -1480,9 +1525,17 @@ def load_model_config(config: ExtractionConfig) -> Any:
         found = AutoConfig.from_pretrained(**options)
         choose_class(config, found)
         quantization = quantization_of(found)
-        if quantization is not None:
+        if quantization is not None and config.engine == "transformers":
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
             quantizer.validate_environment(device_map=None, weights_only=True)
+    limit = max_positions(found)
+    if limit is not None and config.max_seq_len is not None and config.max_seq_len > limit:
+        raise TeacherError(
+            f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
+            f"{config.model}; give at most {limit}"
+        )
+    if config.engine == "vllm":
+        check_vllm(config, found)
     return found
 
 
@@ -1553,7 +1606,10 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
             if config.attn != "auto" or attention is None:
                 raise
             model, info = place_weights(config, device, load)  # the family has no such attention
-        check_weights(model, info, read_headers(options), quantization_of(model_config))
+        stored = read_headers(options)
+        check_weights(model, info, quantization=quantization_of(model_config), stored=stored)
+        check_precision(stored, quantization_of(model_config))
+        check_head(model, stored)
         return model if adapter is None else merge_adapter(model, adapter, config.revision)
 
 
@@ -1643,7 +1699,7 @@ def read_headers(options: Mapping[str, Any]) -> Stored:
 
 
 def check_weights(
-    model: Any, info: Mapping[str, Any], stored: Stored, quantization: Any = None
+    model: Any, info: Mapping[str, Any], *, stored: Stored, quantization: Any
 ) -> None:
     """Refuse a model whose weights are not all those of its checkpoint.
 
@@ -1651,8 +1707,8 @@ def check_weights(
         quantization: what transformers applied while it loaded.
 
     Raises:
-        TeacherError: the checkpoint lacks weights, holds some that belong to the model and are not
-            used, stores them in a precision that nothing scales, or has another head.
+        TeacherError: the checkpoint lacks weights, or holds some that belong to the model and are
+            not used.
     """
     kind, version = type(model).__name__, importlib.metadata.version("transformers")
     wrong = {name for name, *_ in info["mismatched_keys"]}  # where transformers only warns
@@ -1671,6 +1727,11 @@ def check_weights(
             f"checkpoint ({unused[0]}, …), so its logits would be wrong; give a checkpoint that it "
             "reads whole, such as one in bfloat16"
         )
+
+
+def check_precision(stored: Stored, quantization: Any) -> None:
+    """Refuse a checkpoint that stores weights in a precision that nothing scales."""
+    version = importlib.metadata.version("transformers")
     scaled = {name.rpartition(".")[0] for name in stored if "scale" in name.rpartition(".")[2]}
     for name, (_, shape, dtype) in stored.items():
         packed = dtype[0] in "IU" and name.endswith("weight") and len(shape) == 2
@@ -1681,7 +1742,6 @@ def check_weights(
                 f"{version} knows, or beside it, says how to scale that; give a checkpoint in "
                 "bfloat16"
             )
-    check_head(model, stored)
 
 
 def belongs(model: Any, name: str, stored: Stored) -> bool:
@@ -1874,6 +1934,7 @@ class Teacher:
                 module.warn_if_padding_and_no_attention_mask = lambda *ids_and_mask: None
         self.body: Any = None
         self.head = self.layout = self.layout_reason = ""
+        self.batch_tokens: int | None = None  # where the engine knows it
         alone = self._settle_attention(forced_attention)
         self._settle_layout(alone)
         self.numerics = self._describe()
@@ -2290,6 +2351,276 @@ def rope_edge(config: Any) -> float:
         if part.get("rope_type") == "longrope":
             return float(part.get("original_max_position_embeddings") or math.inf)
     return math.inf
+
+
+# vLLM as the engine: it runs the layers, and `Teacher` all that follows.
+
+VLLM_FAMILIES = (  # model types of which docs/architectures.md has a line
+    "llama", "qwen2",
+)  # fmt: skip
+NORM_IN_HEAD = ("mimo", "step3p5")  # vLLM norms these where it multiplies by the head
+FEED_BYTES = 512 * 2**20  # hidden states that one call of vLLM brings to the host
+FEED_TOKENS = {"cuda": 65_536}  # and tokens, so that a stop need not wait for long
+CUDA_SPARE = 0.05  # of a GPU's memory, for what no one counts
+CHECKED_TOKENS = 64  # of the text that vLLM gives its own log-probabilities of
+PLAIN_FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors calls what needs no scale
+
+
+def check_vllm(config: ExtractionConfig, model_config: Any) -> None:
+    """Refuse, before anything is loaded, a teacher whose layers vLLM cannot run as they are.
+
+    Raises:
+        TeacherError: vLLM is not installed, or the family is not one that was compared.
+    """
+    kind, arguments = model_config.model_type, config.engine_args or {}
+    if importlib.util.find_spec("vllm") is None:
+        raise TeacherError(
+            "--engine vllm needs vLLM: pip install 'logit-extraction[vllm]' in an environment of "
+            "its own, since it brings its own torch and transformers"
+        )
+    if kind in NORM_IN_HEAD:
+        raise TeacherError(
+            f"--engine vllm: {kind} has its last norm in the head there, so its states are not "
+            "what the head reads; use --engine transformers"
+        )
+    if kind not in VLLM_FAMILIES and arguments.get("unchecked") is not True:
+        raise TeacherError(
+            f"--engine vllm was not compared with transformers on {kind}, only on "
+            f"{', '.join(VLLM_FAMILIES)}; use --engine transformers, or --engine-args "
+            "'{\"unchecked\": true}' to rely on the check at the start"
+        )
+    if locate_model(config)[1] is not None:
+        raise TeacherError(
+            f"--model {config.model} is an adapter, which --engine vllm does not add: give a "
+            "folder with the merged weights (merge_and_unload of peft)"
+        )
+    edge, longest = rope_edge(model_config), config.max_seq_len or max_positions(model_config)
+    if math.isfinite(edge) and (longest is None or longest > edge):
+        raise TeacherError(
+            f"--engine vllm turns all conversations as the longest, beyond {edge:.0f} tokens: give "
+            f"--max-seq-len {edge:.0f} at most, or --engine transformers"
+        )
+
+
+def load_head(config: ExtractionConfig, model_config: Any, device: torch.device) -> Any:
+    """Return the language model without its layers: embedding, last norm and head.
+
+    Raises:
+        TeacherError: the checkpoint has no such head in plain numbers.
+    """
+    options, _ = locate_model(config)
+    dtype, bare = resolve_dtype(config, model_config), copy.deepcopy(model_config)
+    text = bare.get_text_config()
+    text.num_hidden_layers = 0
+    if "layer_types" in vars(text):  # in some families it is a property
+        text.layer_types = []
+    for part in (bare, text):
+        part.__dict__.pop("quantization_config", None)  # that of the layers
+    load = choose_class(config, model_config).from_pretrained
+    with loading_errors(config):
+        model, info = load(**options, config=bare, dtype=dtype, output_loading_info=True)
+        stored = read_headers(options)
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = {name.split(".")[-1] for name, module in model.named_modules() if module in ends}
+    for key, (_, _, kind) in stored.items():
+        *_, module, leaf = ["", *key.split(".")]
+        if module in names and not (leaf in ("weight", "bias") and kind in PLAIN_FLOATS):
+            raise TeacherError(
+                f"the head is quantized ({key}, {kind}), which --engine vllm does not read; give a "
+                "checkpoint with a head in bfloat16, or --engine transformers"
+            )
+    check_weights(model, info, stored=stored, quantization=quantization_of(model_config))
+    check_head(model, stored)
+    return model.to(device)
+
+
+def engine_arguments(config: ExtractionConfig, model_config: Any, head: Any) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM`, those that the user gave last."""
+    options, _ = locate_model(config)
+    found = {
+        "model": options["pretrained_model_name_or_path"],
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": str(head.dtype).removeprefix("torch."),
+        "max_model_len": config.max_seq_len or max_positions(model_config),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
+    if not is_local(config.model):
+        found["revision"] = found["tokenizer_revision"] = config.revision
+    if head.device.type == "cuda":  # the head and its chunks of logits are beside vLLM's share
+        weights = sum(weight.nbytes for weight in head.parameters())
+        total = torch.cuda.get_device_properties(head.device).total_memory
+        needed = (weights + 2 * CUDA_CHUNKS * HEAD_CHUNK_BYTES) / total
+        found["gpu_memory_utilization"] = round(1 - CUDA_SPARE - needed, 3)
+    given = {k: v for k, v in (config.engine_args or {}).items() if k != "unchecked"}
+    return found | given
+
+
+def own_logprobs(arguments: dict[str, Any], ids: list[int]) -> list[float]:
+    """Return the log-probabilities that vLLM itself gives of all ids but the first."""
+    from vllm import LLM, SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (output,) = LLM(**arguments).generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    entries = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [float(entry[i].logprob) for i, entry in entries]
+
+
+class VllmTeacher(Teacher):
+    """A teacher whose layers vLLM runs.
+
+    Its embedding of every token of a prompt, without pooling, is the state after the last norm:
+    what the head reads. vLLM schedules the conversations of a window as it likes.
+    """
+
+    def __init__(self, head: Any, arguments: dict[str, Any], *, vocab_size: int | None) -> None:
+        """Start vLLM, and prove that its states are those of the head and see no later token.
+
+        Args:
+            head: the language model without layers.
+            arguments: of vLLM's `LLM`.
+
+        Raises:
+            TeacherError: vLLM cannot run it, or not so that its states fit the head.
+        """
+        self.arguments = arguments
+        super().__init__(head, vocab_size=vocab_size)
+        self.max_seq_len = self.llm.llm_engine.vllm_config.model_config.max_model_len
+        text = head.config.get_text_config()
+        self.batch_tokens = min(
+            FEED_BYTES // (text.hidden_size * self.dtype.itemsize),
+            FEED_TOKENS.get(self.device.type, 8_192),
+        )
+
+    def _settle_attention(self, forced: bool) -> torch.Tensor:
+        """Choose the head; there is no attention in it."""
+        inputs = pad_rows(probe_rows(self.vocab_size)[:1], self.device, masked=False)
+        _, alone = self._choose_head(inputs)
+        if self.head != "chunked":
+            raise TeacherError(
+                "its head cannot be run apart from its body, which --engine vllm needs; use "
+                "--engine transformers"
+            )
+        self._outputs = self._hidden(inputs, torch.zeros(1, dtype=torch.long))[1]
+        return alone
+
+    def _settle_layout(self, alone: torch.Tensor) -> None:
+        """Start vLLM and check its states."""
+        self.layout, self.layout_reason = "vllm", "it schedules conversations by itself"
+        draw = np.random.default_rng(1)
+        low, count = self.vocab_size // 4, max(4, self.vocab_size // 2)
+        length = min(CHECKED_TOKENS, self.arguments["max_model_len"] or CHECKED_TOKENS)
+        ids = (low + draw.integers(0, count, length - 1)).tolist()
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout has the summary
+        with engine_errors():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+                own = apart.submit(own_logprobs, self.arguments, ids).result()  # then its memory
+            self.llm = start_vllm(self.arguments)  # is free
+        self._refuse_wrong_states(ids, torch.tensor(own))
+        self._refuse_foresight()
+
+    def _refuse_wrong_states(self, ids: list[int], own: torch.Tensor) -> None:
+        """Compare states times head with the log-probabilities that vLLM gives itself."""
+        row = torch.tensor(ids)
+        kept, self.vocab_size = self.vocab_size, self.model.get_output_embeddings().weight.shape[0]
+        logits = torch.cat(list(self._logits([row], [torch.arange(len(ids) - 1)], len(ids)))).cpu()
+        self.vocab_size = kept
+        found = logits.log_softmax(-1).gather(1, row[1:, None]).squeeze(1)
+        error = (found - own).abs() / logits.std(-1).clamp_min(1e-6)
+        off = float(error.max() if self.dtype == torch.float32 else error.median())
+        if not off <= self._rounding():
+            raise TeacherError(
+                f"vLLM's states do not fit the head: log-probabilities are off by {off:.1g} of the "
+                "logits' spread from its own prompt_logprobs; use --engine transformers"
+            )
+
+    def _refuse_foresight(self, got: list[torch.Tensor] | None = None) -> None:
+        """Refuse layers whose states depend on later tokens; rounding may, as vLLM schedules."""
+        row, _, *changed = got or self._probe(probe_rows(self.vocab_size))
+        if problem := self._problem(changed, [row[: len(part)] for part in changed]):
+            raise TeacherError(
+                f"in vLLM it is not causal: with other tokens at the end {problem}, so what is "
+                "stored would have seen the answer; use --engine transformers"
+            )
+
+    def _parts(self, lengths: list[int]) -> list[list[int]]:
+        """Split a batch into windows, whose hidden states the host holds."""
+        width = self.model.config.get_text_config().hidden_size * self.dtype.itemsize
+        parts: list[list[int]] = []
+        room = 0
+        for i, length in enumerate(lengths):
+            if not parts or length * width > room:
+                parts.append([])
+                room = FEED_BYTES
+            parts[-1].append(i)
+            room -= length * width
+        return parts
+
+    def _logits(
+        self, rows: list[torch.Tensor], wanted: list[torch.Tensor], size: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits at the wanted positions, `size` at a time; nothing runs after those."""
+        asked = [
+            (row[: int(at.max()) + 1], at) for row, at in zip(rows, wanted, strict=True) if len(at)
+        ]
+        prompts = [{"prompt_token_ids": row.tolist()} for row, _ in asked]
+        with engine_errors():
+            outputs = self.llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        states = []
+        for (row, at), output in zip(asked, outputs, strict=True):
+            found, output.outputs = output.outputs.data, None  # (S, H)
+            if len(found) != len(row):
+                raise TeacherError(f"vLLM gave {len(found)} states of {len(row)} tokens")
+            states.append(found[at])
+        for chunk in torch.cat(states).split(size):
+            yield self._head_logits(send(chunk.to(self.dtype), self.device), self._outputs)
+
+    def _describe(self) -> dict[str, Any]:
+        import vllm
+
+        described = super()._describe()
+        config = self.llm.llm_engine.vllm_config
+        quantization = {
+            "quant_method": config.model_config.quantization,
+            "kv_cache": config.cache_config.cache_dtype,
+        }
+        plain = quantization == {"quant_method": None, "kv_cache": "auto"}
+        return described | {
+            "quantization": None if plain else quantization,
+            "attention": "vllm",
+            "experts": "vllm",
+            "versions": described["versions"] | {"vllm": vllm.__version__},
+        }
+
+
+def start_vllm(arguments: dict[str, Any]) -> Any:
+    """Return vLLM as an engine that gives the state of every token after the last norm."""
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+
+    pooler = {"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": False}
+    overrides = {"head_dtype": "model"}  # else states are float32, twice as large
+    return LLM(
+        **{**arguments, "hf_overrides": overrides | arguments.get("hf_overrides", {})},
+        runner="pooling",
+        convert="embed",
+        pooler_config=PoolerConfig(**pooler),
+    )
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turn what vLLM raises into one TeacherError; the cause is in its log."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except Exception as error:  # its errors have no class in common
+        raise TeacherError(
+            f"vLLM {type(error).__name__}: {first_line(error)} (its log above says more; what it "
+            "takes is given by --engine-args)"
+        ) from error
 
 
 def join_group(config: ExtractionConfig) -> int:
@@ -4927,7 +5258,7 @@ def describe_settings(
         "format_version": FORMAT_VERSION,
         **conversation_settings(config, encoder.conversation),
         **{name: getattr(config, name) for name in kept.split()},
-        "engine": "transformers",
+        "engine": config.engine,
         "dtype": resolve_dtype(config, model_config),
         "vocab_size": vocab_size,
         "versions": {
@@ -5206,7 +5537,8 @@ class Extraction:
             self.bar = open_bar(len(job.selection) or None)
             self.find_batch_size(window)
             self.begin_step()
-        tokens = self.found_tokens or DEFAULT_BATCH_TOKENS.get(self.teacher.device.type, 1024)
+        tokens = self.found_tokens or self.teacher.batch_tokens
+        tokens = tokens or DEFAULT_BATCH_TOKENS.get(self.teacher.device.type, 1024)
         yield from token_budget_batches(config, window.rows, tokens)
 
     def find_batch_size(self, window: Window) -> None:
@@ -5214,6 +5546,7 @@ class Extraction:
         assert self.teacher is not None
         config, device = self.job.config, self.teacher.device
         limited = config.max_batch_tokens or config.max_batch_size or config.batch_thresholds
+        limited = limited or self.teacher.batch_tokens
         if device.type == "cuda" and not config.tensor_parallel and not limited:
             self.found_tokens = find_batch_tokens(
                 self.run_with_headroom,
