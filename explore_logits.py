@@ -2855,9 +2855,8 @@ class LogitDataset:
             owner = np.searchsorted(starts, offsets[mine], side="right") - 1
             for group in np.unique(owner).tolist():
                 at = mine[owner == group]
-                if self._kept is None or self._kept[0] != (shard, group):
-                    self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
-                tables.append(self._kept[1].take(pa.array(offsets[at] - starts[group])))
+                table = self._read_group(shard, group)
+                tables.append(table.take(pa.array(offsets[at] - starts[group])))
                 places.append(at)
         if not tables:
             return pa.schema([*SCHEMA, *TOKEN_FIELDS]).empty_table()
@@ -2895,6 +2894,11 @@ class LogitDataset:
         groups = range(self.file(shard).metadata.num_row_groups)
         yield from self._read(shard, groups, columns, rows=rows)
 
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        if self._kept is None or self._kept[0] != (shard, group):
+            self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
+        return self._kept[1]
+
     def _read(
         self,
         shard: int,
@@ -2923,7 +2927,7 @@ class LogitDataset:
         if version != str(FORMAT_VERSION).encode():
             raise FormatError(
                 f"{self.shards[shard]} is in format {version.decode('utf-8', 'replace'):.20}, "
-                f"{FORMAT_VERSION} can be read here: use a later logit-extraction"
+                f"formats up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
             )
         first = next(iter(self._files))
         texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
@@ -3037,11 +3041,15 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and low <= value <= high):
             raise FormatError(f"{name}: {entry} is {value!r:.40}, not a number in {low}..{high}")
-    kinds: dict[str, type] = {**dict.fromkeys((*SETTING_TEXTS, "template_date"), str)}
-    for entry, kind in (kinds | {"template_kwargs": dict}).items():
+    for entry, kind in {**dict.fromkeys(SETTING_TEXTS, str), "template_kwargs": dict}.items():
         if not isinstance(settings.get(entry), (kind, type(None))):
             what = "text" if kind is str else "an object"
             raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not {what}")
+    try:
+        datetime.fromisoformat(settings.get("template_date") or "2000-01-01")
+    except (TypeError, ValueError):
+        said = f"{settings['template_date']!r:.40}"
+        raise FormatError(f"{name}: template_date is {said}, not a date") from None
     return settings
 
 
@@ -3383,34 +3391,28 @@ class Entries:
     bits: int = 16  # resolution kept by the quantization
 
     @property
-    def counts(self) -> npt.NDArray[np.int64]:
-        """Entries of each token, (T,)."""
+    def counts(self) -> npt.NDArray[np.int64]:  # (T,)
         return np.diff(self.starts)
 
     @property
-    def owner(self) -> npt.NDArray[np.int64]:
-        """Token of each entry, (n,)."""
+    def owner(self) -> npt.NDArray[np.int64]:  # (n,) token of each entry
         return np.repeat(np.arange(self.low.size), self.counts)
 
     @cached_property
-    def logits(self) -> npt.NDArray[np.float64]:
-        """Every logit, (n,)."""
+    def logits(self) -> npt.NDArray[np.float64]:  # (n,)
         counts = self.counts
         return dequantize_logits(self.q, np.repeat(self.low, counts), np.repeat(self.high, counts))
 
     @cached_property
-    def log_probs(self) -> npt.NDArray[np.float64]:
-        """Log-probability of every entry, (n,)."""
+    def log_probs(self) -> npt.NDArray[np.float64]:  # (n,)
         return self.logits - np.repeat(self.logsumexp, self.counts)
 
     @cached_property
-    def probs(self) -> npt.NDArray[np.float64]:
-        """Probability of every entry, (n,)."""
+    def probs(self) -> npt.NDArray[np.float64]:  # (n,)
         return np.exp(self.log_probs)
 
     @cached_property
-    def mass(self) -> npt.NDArray[np.float64]:
-        """Probability of all entries of each token, (T,)."""
+    def mass(self) -> npt.NDArray[np.float64]:  # (T,) probability of all entries of a token
         return sum_runs(self.probs, self.starts)
 
     @property
@@ -3426,9 +3428,8 @@ class Entries:
 
     def of_tokens(self, first: int, last: int) -> Entries:
         """Return the entries of some consecutive tokens, as views."""
-        starts = self.starts[first : last + 1]
+        starts, tokens = self.starts[first : last + 1], slice(first, last)
         part = slice(int(starts[0]), int(starts[-1]))
-        tokens = slice(first, last)
         return replace(
             self, starts=starts - starts[0], ids=self.ids[part], q=self.q[part],
             low=self.low[tokens], high=self.high[tokens], logsumexp=self.logsumexp[tokens],
@@ -3450,18 +3451,20 @@ class TokenBlock:
     tokens: tuple[list[npt.NDArray[np.int32]], list[npt.NDArray[np.int32]]] | None = None
 
     @property
-    def num_tokens(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, (R,)."""
+    def num_tokens(self) -> npt.NDArray[np.int64]:  # (R,)
         return np.diff(self.row_starts)
 
     @property
-    def first_probs(self) -> npt.NDArray[np.float64]:
-        """Probability of each token's likeliest entry, (T,)."""
+    def first_probs(self) -> npt.NDArray[np.float64]:  # (T,) of each token's likeliest entry
         return np.exp(self.top.high.astype(np.float64) - self.logsumexp)
+
+    def row_of(self, token: int) -> int:
+        """Return the row that a token belongs to."""
+        return int(np.searchsorted(self.row_starts, token, side="right")) - 1
 
     def tokens_at(self, first: int, last: int) -> TokenBlock:
         """Return some consecutive tokens of one row, without their text, as views."""
-        row = int(np.searchsorted(self.row_starts, first, side="right")) - 1
+        row = self.row_of(first)
         return TokenBlock(
             self.index[row : row + 1],
             np.array([0, last - first]),
@@ -3473,9 +3476,8 @@ class TokenBlock:
     def row(self, row: int) -> TokenBlock:
         """Return one row as a block of its own, as views."""
         first, last = self.row_starts[row : row + 2].tolist()
-        block = replace(self.tokens_at(first, last), index=self.index[row : row + 1])
         tokens = self.tokens and ([self.tokens[0][row]], [self.tokens[1][row]])
-        return replace(block, tokens=tokens)
+        return replace(self.tokens_at(first, last), index=self.index[row : row + 1], tokens=tokens)
 
 
 class Sample(Mapping[str, Any]):
@@ -3483,29 +3485,30 @@ class Sample(Mapping[str, Any]):
 
     def __init__(self, block: TokenBlock, output: LogitDataset | None = None) -> None:
         self.block, self.output = block, output
-        names = [*SAMPLE_VIEWS, *(TOKEN_COLUMNS if block.tokens is not None else ())]
-        self._values: dict[str, Any] = dict.fromkeys(names)  # None until asked for
+        self._values: dict[str, Any] = {}  # those that were asked for
 
     def __getitem__(self, name: str) -> Any:
-        if self._values[name] is None:
-            if name in TOKEN_COLUMNS and self.block.tokens is not None:
-                self._values[name] = self.block.tokens[TOKEN_COLUMNS.index(name)][0]
-            else:
-                self._values[name] = SAMPLE_VIEWS[name](self.block)
+        if name not in self:
+            raise KeyError(name)
+        if name not in self._values:
+            self._values[name] = SAMPLE_VIEWS[name](self.block)
         return self._values[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in SAMPLE_VIEWS and (self.block.tokens is not None or name not in TOKEN_COLUMNS)
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return (name for name in SAMPLE_VIEWS if name in self)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return sum(1 for _ in self)
 
     def __repr__(self) -> str:
         tokens = plural(self["num_tokens"], "token")
         return f"<sample of conversation {self['index']}: {tokens}, {', '.join(self)}>"
 
 
-SAMPLE_VIEWS: dict[str, Callable[[TokenBlock], Any]] = {
+SAMPLE_VIEWS: dict[str, Callable[[Any], Any]] = {  # of a block of one row
     "index": lambda block: int(block.index[0]),
     "num_tokens": lambda block: int(block.row_starts[1]),
     "top_indices": lambda block: cut(block.top.ids, block.top.starts),
@@ -3518,6 +3521,8 @@ SAMPLE_VIEWS: dict[str, Callable[[TokenBlock], Any]] = {
     "sampled_min": lambda block: block.tail.low,
     "sampled_max": lambda block: block.tail.high,
     "logsumexp": lambda block: block.logsumexp,
+    "input_ids": lambda block: block.tokens[0][0],
+    "token_positions": lambda block: block.tokens[1][0],
 }
 
 
@@ -3528,8 +3533,7 @@ class Ragged(NamedTuple):
     starts: npt.NDArray[np.int64]  # (R + 1,)
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Values in each row, (R,)."""
+    def lengths(self) -> npt.NDArray[np.int64]:  # (R,)
         return np.diff(self.starts)
 
 
@@ -3582,26 +3586,24 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
     except (pa.ArrowException, TypeError) as error:
         raise FormatError(f"column {field.name!r} is not {field.type}: {error}") from error
     if pa.types.is_binary(field.type):
-        lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
-        joined = b"".join(value or b"" for value in array.to_pylist())
-        return Ragged(np.frombuffer(joined, np.uint8), to_starts(lengths))
+        pieces = [value or b"" for value in array.to_pylist()]
+        return Ragged(np.frombuffer(b"".join(pieces), np.uint8), to_starts([*map(len, pieces)]))
     if not pa.types.is_list(field.type):
         return pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    values = pc.list_flatten(array)
-    values = pc.fill_null(values, 0) if values.null_count else values
+    values = pc.fill_null(pc.list_flatten(array), 0)
     return Ragged(values.to_numpy(zero_copy_only=False), to_starts(lengths))
 
 
 def read_columns(table: pa.Table) -> tuple[dict[str, Any], list[Fault]]:
     """Return the format's columns as numpy, missing optional ones filled in, and what is wrong."""
-    rows = table.num_rows
     columns: dict[str, Any] = {}
     for kind in (*SCHEMA, *TOKEN_FIELDS):
         if kind.name in table.column_names or kind.name not in OPTIONAL_COLUMNS:
             columns[kind.name] = read_column(table, kind)
         elif kind.name in TAIL_COLUMNS:
-            columns[kind.name] = Ragged(np.zeros(0, np.uint8), np.zeros(rows + 1, np.int64))
+            none = np.zeros(table.num_rows + 1, np.int64)
+            columns[kind.name] = Ragged(np.zeros(0, np.uint8), none)
     columns.setdefault("num_tokens", columns["top_counts"].lengths)
     return columns, [*null_faults(table), *shape_faults(columns)]
 
@@ -3611,21 +3613,19 @@ def null_faults(table: pa.Table) -> list[Fault]:
     faults = []
     for name in table.column_names:
         column = table.column(name).combine_chunks()
-        missing = column.is_null().to_numpy(zero_copy_only=False).copy()
+        missing = set(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist())
         inner = pc.list_flatten(column) if pa.types.is_nested(column.type) else None
         if inner is not None and inner.null_count:
-            parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
-            missing[parents[inner.is_null().to_numpy(zero_copy_only=False)]] = True
-        message = f"{name} holds a null"
-        faults += [Fault(int(row), "null", message) for row in np.flatnonzero(missing)]
+            parents = pc.list_parent_indices(column).filter(inner.is_null())
+            missing.update(parents.to_pylist())
+        faults += [Fault(row, "null", f"{name} holds a null") for row in sorted(missing)]
     return faults
 
 
 def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
     """Find rows whose lists do not have the lengths that their counts ask for."""
     n = columns["num_tokens"].astype(np.int64)
-    counts = columns["top_counts"]
-    tail = columns["sampled_indices_low"].lengths
+    counts, tail = columns["top_counts"], columns["sampled_indices_low"].lengths
     wanted = dict.fromkeys(("top_counts", "top_min", "top_max", "logsumexp"), n)
     for name in ("top_indices_low", "top_logits_quantized"):
         wanted[name] = np.diff(to_starts(counts.values)[counts.starts])
@@ -3663,11 +3663,9 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
         raise FormatError(f"row {first_row + fault.row}: {fault.message}")
     settings = peek_settings((table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}"))
     block = build_block(columns, first_row, RunLimits.of(settings).logit_bits)
-    sums = block.logsumexp.copy()
-    for ends in (block.top.low, block.top.high, block.tail.low, block.tail.high):
-        sums += ends
-    for token in np.flatnonzero(~np.isfinite(sums))[:1]:
-        row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
+    ends = sum(part.low.astype(np.float64) + part.high for part in (block.top, block.tail))
+    for token in np.flatnonzero(~np.isfinite(block.logsumexp + ends))[:1]:
+        row = block.row_of(token)
         raise FormatError(
             f"row {first_row + row}: token {token - block.row_starts[row]} has a log-sum-exp, or a "
             "range of logits, that is not finite"
@@ -3678,22 +3676,17 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
 def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenBlock:
     """Assemble a block from columns whose lengths agree."""
     counts, per_row = columns["top_counts"], columns["top_counts"].lengths
-    sizes = {
-        "top": counts.values,
-        "sampled": np.repeat(
-            columns["sampled_indices_low"].lengths // np.maximum(per_row, 1), per_row
-        ),
-    }
-    entries = {}
-    for part, size in sizes.items():
+    drawn = columns["sampled_indices_low"].lengths // np.maximum(per_row, 1)
+
+    def entries(part: str, sizes: npt.NDArray[Any]) -> Entries:
         low, high = columns[f"{part}_indices_low"], columns[f"{part}_indices_high"]
-        ranges = np.zeros((2, counts.values.size), np.float32)
-        for ends, name in zip(ranges, (f"{part}_min", f"{part}_max"), strict=True):
-            ends[np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
         pairs = zip(cut(low.values, low.starts), cut(high.values, high.starts), strict=True)
         ids = [unpack_indices(*pair) for pair in pairs]  # each row's high bits start on a byte
-        entries[part] = Entries(
-            to_starts(size),
+        ranges = np.zeros((2, sizes.size), np.float32)
+        for ends, name in zip(ranges, (f"{part}_min", f"{part}_max"), strict=True):
+            ends[np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
+        return Entries(
+            to_starts(sizes),
             np.concatenate(ids or [np.zeros(0, np.int32)]),
             columns[f"{part}_logits_quantized"].values,
             ranges[0],
@@ -3701,16 +3694,17 @@ def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenB
             columns["logsumexp"].values,
             bits,
         )
-    numbers = np.arange(first_row, first_row + per_row.size)
+
     tokens = None
     if all(name in columns for name in TOKEN_COLUMNS):
         texts, positions = (columns[name] for name in TOKEN_COLUMNS)
         tokens = cut(texts.values, texts.starts), cut(positions.values, positions.starts)
+    numbers = np.arange(first_row, first_row + per_row.size)
     return TokenBlock(
         columns.get("index", numbers).astype(np.int64),
         counts.starts,
-        entries["top"],
-        entries["sampled"],
+        entries("top", counts.values),
+        entries("sampled", np.repeat(drawn, per_row)),
         columns["logsumexp"].values,
         tokens,
     )
@@ -3775,7 +3769,7 @@ def dequantize_top_logits(sample: Mapping[str, Any], t: int | None = None) -> Lo
     Raises:
         RowError: the sample has no token `t`.
     """
-    return _decode_entries(as_sample(sample), "top", t)
+    return _decode_entries(sample, "top", t)
 
 
 def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
@@ -3783,18 +3777,17 @@ def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -
 
     With `t` None, those of all tokens, flattened, the same number for each.
     """
-    return _decode_entries(as_sample(sample), "tail", t)
+    return _decode_entries(sample, "tail", t)
 
 
 def dequantize_all_logits(sample: Mapping[str, Any], t: int) -> LogitPair:
     """Return everything stored of token `t`: ids and logits, the nucleus first, then the tail."""
+    ids, logits = zip(*(_decode_entries(sample, part, t) for part in ("top", "tail")), strict=True)
+    return np.concatenate(ids), np.concatenate(logits)
+
+
+def _decode_entries(sample: Any, part: str, t: int | None) -> LogitPair:
     sample = as_sample(sample)
-    ids, logits = dequantize_top_logits(sample, t)
-    tail_ids, tail_logits = dequantize_sampled_logits(sample, t)
-    return np.concatenate([ids, tail_ids]), np.concatenate([logits, tail_logits])
-
-
-def _decode_entries(sample: Sample, part: str, t: int | None) -> LogitPair:
     entries: Entries = getattr(sample.block, part)
     if t is not None:
         t = check_token(sample, t)
@@ -3865,24 +3858,16 @@ def token_texts(ids: npt.ArrayLike, tokenizer: Any = None) -> list[str]:
 
 
 def _token_text(token: int, tokenizer: Any) -> str:
-    if tokenizer is None or not 0 <= token < len(tokenizer):
-        return f"#{token}"
-    text = str(tokenizer.decode([token]))
-    piece = tokenizer.convert_ids_to_tokens(token)
+    known = tokenizer is not None and 0 <= token < len(tokenizer)
+    piece = tokenizer.convert_ids_to_tokens(token) if known else None
     if piece is None:
         return f"#{token}"
+    text, piece, table = str(tokenizer.decode([token])), str(piece), byte_alphabet()
     if "\ufffd" in text:
-        data = piece_bytes(str(piece))
-        return text if data is None else show_bytes(data)
-    return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
-
-
-def piece_bytes(piece: str) -> bytes | None:
-    """Return the bytes of a byte-level or byte-fallback vocabulary entry; None for other kinds."""
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
-        return bytes([int(piece[3:5], 16)])
-    table = byte_alphabet()
-    return bytes(table[c] for c in piece) if all(c in table for c in piece) else None
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):  # a byte that a vocabulary falls back to
+            return show_bytes(bytes([int(piece[3:5], 16)]))
+        return show_bytes(bytes(table[c] for c in piece)) if table.keys() >= {*piece} else text
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
 
 
 @functools.cache
@@ -3943,15 +3928,11 @@ class TokenScores(NamedTuple):
 
 
 def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
-    """Find the probability and rank of the token that is really there, at each position.
+    """Find the probability and rank of the token (T,) that is really there, at each position.
 
     Exact for stored tokens. One that is not stored has at most the smallest nucleus logit, and at
     most the probability that nucleus and tail sample leave over: the smaller of the two is given.
     Stored tail tokens above it raise the least rank of a tail token.
-
-    Args:
-        block: T tokens.
-        actual: (T,) ids.
     """
     log_prob = unstored_bound(block)
     places = []
@@ -3964,8 +3945,7 @@ def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     tail, top = places
     in_nucleus, in_tail = top >= 0, (tail >= 0) & (top < 0)
     rank = np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts) + 1
-    owner = block.tail.owner
-    q = block.tail.q
+    owner, q = block.tail.owner, block.tail.q
     above = in_tail[owner] & (q > q[tail[owner]] if q.size else False)
     rank += np.bincount(owner[above], minlength=actual.size)
     return TokenScores(log_prob, in_nucleus | in_tail, rank, in_nucleus, in_tail)
@@ -4028,7 +4008,7 @@ class ConversationAnalysis:
     def typical_probability(self) -> str:
         """The geometric mean of the tokens' probabilities, with `≤` where some are bounds."""
         bound = "" if all(token.exact for token in self.tokens) else "≤ "
-        return f"{bound}{math.exp(self.mean_log_probability):.1%}"
+        return f"{bound}{math.exp(min(self.mean_log_probability, 0)):.1%}"
 
     def to_pandas(self) -> Any:
         """Return one row per extracted token as a `pandas.DataFrame`."""
@@ -4067,19 +4047,17 @@ def analyze_token_probabilities(
     """
     sample, tokenizer = as_sample(sample), check_tokenizer(tokenizer)
     if conversation is None:
-        ids, positions = stored_tokens(sample)
-    elif isinstance(conversation, (str, int)) or not all(
+        return align_tokens(sample, *stored_tokens(sample), tokenizer, k=k)
+    if isinstance(conversation, (str, int)) or not all(
         isinstance(message, Mapping) for message in conversation
     ):
         raise LogitsError(
             "conversation is a list of messages such as {'role': 'user', 'content': 'Hi'}, not "
             f"{conversation!r:.60}; execute_analysis finds it by row or by id"
         )
-    else:
-        messages = [dict(message) for message in conversation]
-        encoded = encode_conversation(messages, tokenizer, chat_template=chat_template, **options)
-        ids, positions = encoded.input_ids, encoded.token_positions
-    return align_tokens(sample, ids, positions, tokenizer, k=k)
+    messages = [dict(message) for message in conversation]
+    encoded = encode_conversation(messages, tokenizer, chat_template=chat_template, **options)
+    return align_tokens(sample, encoded.input_ids, encoded.token_positions, tokenizer, k=k)
 
 
 def align_tokens(
@@ -4133,31 +4111,29 @@ def analyze_tokens(
     """Describe every token of a block, given the ids (T,) that are really there."""
     scores = score_tokens(block, actual)
     where = np.where(scores.in_nucleus, "nucleus", np.where(scores.in_tail, "tail", "not stored"))
-    top, tail, lists = block.top, block.tail, []
-    kept = np.arange(top.ids.size) - np.repeat(top.starts[:-1], top.counts) < k
-    for ids, logits, counts in (
-        (top.ids[kept], top.logits[kept], np.minimum(top.counts, k)),
-        (tail.ids, tail.logits, tail.counts),
-    ):
-        flat = make_predictions(ids, logits, np.repeat(block.logsumexp, counts), tokenizer)
-        lists.append([flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())])
-    return [
-        TokenAnalysis(
-            t=t,
-            id=int(actual[t]),
-            text=text,
-            probability=float(np.exp(scores.log_probability[t])),
-            log_probability=float(scores.log_probability[t]),
-            exact=bool(scores.exact[t]),
-            rank=int(scores.rank[t]),
-            where=str(where[t]),
-            nucleus_size=int(top.counts[t]),
-            nucleus_mass=float(top.mass[t]),
-            predictions=lists[0][t],
-            tail=lists[1][t],
-        )
-        for t, text in enumerate(token_texts(actual, tokenizer))
-    ]
+
+    def predict(part: Entries, most: int) -> list[list[Prediction]]:
+        kept = np.arange(part.ids.size) - np.repeat(part.starts[:-1], part.counts) < most
+        counts = np.minimum(part.counts, most)
+        totals = np.repeat(block.logsumexp, counts)
+        flat = make_predictions(part.ids[kept], part.logits[kept], totals, tokenizer)
+        return [flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())]
+
+    columns = (
+        range(actual.size),
+        actual.tolist(),
+        token_texts(actual, tokenizer),
+        np.exp(scores.log_probability).tolist(),
+        scores.log_probability.tolist(),
+        scores.exact.tolist(),
+        scores.rank.tolist(),
+        where.tolist(),
+        block.top.counts.tolist(),
+        block.top.mass.tolist(),
+        predict(block.top, k),
+        predict(block.tail, MAX_TOKEN_ID),
+    )
+    return [TokenAnalysis(*row) for row in zip(*columns, strict=True)]
 
 
 # The text behind an output ------------------------------------------------------------------------
@@ -4173,9 +4149,7 @@ class TextSource:
     def __init__(
         self, settings: Mapping[str, Any], *, tokenizer: Any, chat_template: str | None = None
     ) -> None:
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
+        self.settings, self.tokenizer, self.chat_template = settings, tokenizer, chat_template
 
     @cached_property
     def source(self) -> Any:
@@ -4226,6 +4200,8 @@ class TextSource:
         column = self.encoder.columns.index
         if column is None:
             return range(len(self.source))
+        if column not in self.source.column_names:
+            raise SourceError(f"{self.settings['dataset']} has no column {column!r} of ids")
         return {int(value): row for row, value in enumerate(self.source[column])}
 
     def encode(self, index: int) -> EncodedConversation:
@@ -4263,12 +4239,11 @@ def find_tokenizer(
     name = model or settings.get("model")
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
-    revision = None if model else settings.get("model_revision")
-    answers = Path(str(name)).expanduser().exists() or hub_answers(str(name))
+    answers = os.path.exists(os.path.expanduser(name)) or _hub_answers(name)
     try:
         return load_tokenizer(
-            str(name),
-            revision=revision,
+            name,
+            revision=None if model else settings.get("model_revision"),
             trust_remote_code=trust_remote_code,
             local_files_only=not answers,
         )
@@ -4278,18 +4253,19 @@ def find_tokenizer(
             remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
         elif not answers:
             what = f"the Hub is out of reach and no tokenizer of {name} is in its cache here"
-        raise LogitsError(f"{what}; {remedy}") from error
+        raise LogitsError(f"{what}; {remedy}") from None
 
 
-def hub_answers(model: str) -> bool:
+def _hub_answers(model: str) -> bool:
     """Ask the Hub once; its client would ask for each file six times, and wait in between."""
-    hub = import_extra("huggingface_hub")
     try:
-        hub.HfApi().model_info(model, timeout=10)
-    except (hub.errors.HfHubHTTPError, ValueError):
-        return True  # with a refusal, which loading tells best
-    except (hub.errors.HTTPError, OSError):
+        import_hub().HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+    except transfer_errors() as error:
+        return hasattr(error, "response")  # a refusal, which loading tells best
+    except OSError:
         return False
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return True
     return True
 
 
@@ -4338,9 +4314,8 @@ def analyze_row(
         try:
             encoded = text.encode(sample["index"])
         except SourceError as error:
-            raise SourceError(
-                f"{error}; --dataset, dataset= says where the conversations are now"
-            ) from error
+            remedy = "--dataset, dataset= says where the conversations are now"
+            raise SourceError(f"{error}; {remedy}") from error
         ids, positions = encoded.input_ids, encoded.token_positions
     analysis = align_tokens(sample, ids, positions, text.tokenizer, k=k)
     return replace(analysis, model=str(text.settings.get("model") or ""))
@@ -4348,18 +4323,18 @@ def analyze_row(
 
 def analyze_missing(output: LogitDataset, text: TextSource, index: int) -> ConversationAnalysis:
     """Show a conversation of the source that the output does not hold, as not extracted."""
+    parts = (output.part(shard) for shard in range(len(output.shards)))
+    reasons = [
+        part["skipped"][str(index)] for part in parts if str(index) in part.get("skipped", {})
+    ]
     note = "this conversation is not in the output"
-    for shard in range(len(output.shards)):
-        reason = output.part(shard).get("skipped", {}).get(str(index))
-        if reason is not None:
-            note = f"this conversation gave no row: {reason}"
+    if reasons:
+        note = f"this conversation gave no row: {reasons[-1]}"
     try:
-        encoded = text.encode(index)
+        ids = text.encode(index).input_ids
     except ConversationError as error:
         return ConversationAnalysis(index, [], [], note=f"{note}: {error}")
-    pieces: list[tuple[str, int | None]] = [
-        (piece, None) for piece in token_texts(encoded.input_ids, text.tokenizer)
-    ]
+    pieces: list[tuple[str, int | None]] = [(s, None) for s in token_texts(ids, text.tokenizer)]
     return ConversationAnalysis(index, [], pieces, note=note)
 
 
@@ -4389,12 +4364,10 @@ def execute_analysis(
         output, model=model, dataset=dataset, tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    if conversation is None:
-        return analyze_row(output, check_row_number(sample_index), text, k=k)
-    row = row_numbers(output).get(conversation)
-    if row is None:
+    row: int | None = check_row_number(sample_index)
+    if conversation is not None and (row := row_numbers(output).get(conversation)) is None:
         return analyze_missing(output, text, conversation)
-    return analyze_row(output, row, text, k=k)
+    return analyze_row(output, row or 0, text, k=k)
 
 
 # --------------------------------------------------------------------------------------------------
