@@ -131,7 +131,10 @@ EXTRAS: dict[str | None, tuple[str, ...]] = {"viz": ("matplotlib", "seaborn", "t
 def import_extra(module: str, extra: str | None = None) -> Any:
     """Import a package that only some functions need; when missing, name what brings it."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        if sys.modules.get("huggingface_hub"):  # imported by now, perhaps by this one
+            limit_waiting()
+        return found
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:
@@ -164,6 +167,47 @@ def hide_tokens(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its type when it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
+COMMIT_S = 90.0  # until a commit is answered: the Hub itself ends it after 60
+ANSWER_BYTES = 64 * 2**20  # the Hub's own answers are smaller
+
+
+@lru_cache(maxsize=1)
+def limit_waiting() -> None:
+    """Bound what the Hub's client waits for and holds: it has no limits of its own."""
+    http = importlib.import_module("huggingface_hub.utils._http")
+
+    def be_patient_with_commits(request: Any) -> None:
+        if "/commit/" in request.url.path:
+            request.extensions["timeout"] = {**request.extensions["timeout"], "read": COMMIT_S}
+
+    def bound_answer(response: Any) -> None:
+        path = response.request.url.path
+        is_file = not path.startswith("/api/") or path.startswith("/api/resolve-cache/")
+        if is_file and response.status_code < 400:
+            return
+        content = bytearray()
+        for block in response.iter_bytes():
+            content += block
+            if len(content) > ANSWER_BYTES:
+                said = f"the answer to {path} is larger than {ANSWER_BYTES:,} bytes"
+                raise http.httpx2.DecodingError(said, request=response.request)
+        response._content = bytes(content)
+
+    def make_client() -> Any:
+        client = http.default_client_factory()
+        client.timeout = http.httpx2.Timeout(READ_S, connect=CONNECT_S)
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks["request"], be_patient_with_commits],
+            "response": [*hooks["response"], bound_answer],
+        }
+        return client
+
+    with contextlib.suppress(AttributeError):  # of another version: its own limits have to do
+        http.set_client_factory(make_client)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2439,26 +2483,10 @@ READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
 CONFIG_FILE = "extraction_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
-SETTING_RANGES = {
-    "top_p": (0, 1),
-    "top_p_max": (1, 255),
-    "sampled_n": (0, MAX_TOKEN_ID),
-    "logit_bits": (4, 16),
-    "vocab_size": (1, MAX_TOKEN_ID + 1),
-}
-SETTING_TEXTS = (
-    *("model", "model_revision", "dataset", "dataset_revision", "subset", "split"),
-    *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
-)
-# What all rows of an output have in common; versions and attention may differ between machines.
-RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
-MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
-MAX_GROUP_VALUES = 2**28
 _SPLITS = "train|validation|valid|dev|test|eval"
 _SPLIT_NAME = re.compile(rf"(?:^|/)({_SPLITS})(?=/|-[0-9]|\.parquet$)")
 _SHARD = re.compile(rf"(?:data/)?(?:[0-9]{{3}}/|(?:{_SPLITS})/)?[^/]+\.parquet")
-_CHECKPOINT = re.compile(r"checkpoint(-w[0-9]+)?\.json")
 
 
 def part_path(number: int) -> str:
@@ -2470,12 +2498,17 @@ def part_path(number: int) -> str:
 # Files --------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Store:
-    """Files by path, wherever fsspec reads them: in a folder, or a Hub dataset at one commit."""
+    """Files by path, wherever fsspec reads them: in a folder, or a Hub dataset at one commit.
 
-    def __init__(self, name: str, files: Any, root: str, *, inside: Sequence[str] = ()) -> None:
-        """Take the files of `root`; those that links lead out of the folders `inside` are none."""
-        self.name, self.files, self.root, self.inside = name, files, root, tuple(inside)
+    Files that links lead out of the folders `inside` are none.
+    """
+
+    name: str
+    files: Any
+    root: str
+    inside: tuple[str, ...] = ()
 
     @property
     def on_hub(self) -> bool:
@@ -2484,39 +2517,38 @@ class Store:
 
     def list_files(self, *, depth: int | None = None) -> dict[str, int]:
         """Return the size in bytes of every file, at most so many levels down, by path."""
-        with self._errors():
+        with hub_errors(self.name):
             found = self.files.find(self.root, maxdepth=depth, detail=True)
-        sizes = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+            cut_off = len(self.root) + 1
+            sizes = {path[cut_off:]: int(entry["size"]) for path, entry in found.items()}
         return {path: size for path, size in sizes.items() if self._is_inside(path)}
 
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; nothing is fetched ahead or kept."""
         if not self._is_inside(path):
             raise OpenError(f"{path} leads outside {self.name} and is not read")
-        with self._errors():
-            return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
+        return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
 
     def list_checkpoints(self) -> list[str]:
         """Return the names of the workers' checkpoints."""
-        return sorted(path for path in self.list_files(depth=1) if _CHECKPOINT.fullmatch(path))
+        names = self.list_files(depth=1)
+        return sorted(name for name in names if re.fullmatch(r"checkpoint(-w[0-9]+)?\.json", name))
 
     def read_text(self, path: str) -> str | None:
         """Return a small text file; None when there is no such file."""
-        try:
-            with self.open(path) as file:
-                data = file.read(MAX_TEXT_BYTES + 1)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with hub_errors(self.name):
+            try:
+                with self.open(path) as file:
+                    data = bytes(file.read(MAX_TEXT_BYTES + 1))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         if len(data) > MAX_TEXT_BYTES:
             raise OpenError(f"{self.name}: {path} is larger than {MAX_TEXT_BYTES >> 20} MiB")
-        return bytes(data).decode("utf-8", "replace")
+        return data.decode("utf-8", "replace")
 
     def _is_inside(self, path: str) -> bool:
-        real = os.path.realpath(f"{self.root}/{path}") if self.inside else ""
-        return not self.inside or any(Path(real).is_relative_to(f) for f in self.inside)
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return hub_errors(self.name) if self.on_hub else contextlib.nullcontext()
+        real = Path(os.path.realpath(f"{self.root}/{path}")) if self.inside else None
+        return real is None or any(real.is_relative_to(folder) for folder in self.inside)
 
 
 def open_store(name: str | Path) -> Store:
@@ -2525,34 +2557,38 @@ def open_store(name: str | Path) -> Store:
     Raises:
         OpenError: neither is there.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        root = path.resolve()
+    text = str(name)
+    if os.path.isdir(path := os.path.expanduser(text)):
+        root = Path(path).resolve()
         # The Hub's local cache keeps snapshots as links to ../../blobs.
         snapshots = next((p for p in root.parents if p.name == "snapshots"), None)
-        inside = [str(root), *([str(snapshots.parent / "blobs")] if snapshots else [])]
-        return Store(str(path), import_extra("fsspec").filesystem("file"), str(root), inside=inside)
-    text = str(name)
+        inside = (str(root), *([str(snapshots.parent / "blobs")] if snapshots else []))
+        return Store(path, import_extra("fsspec").filesystem("file"), str(root), inside)
     for prefix in ("hf://datasets/", "https://huggingface.co/datasets/"):
         text = text.removeprefix(prefix)
     repo, _, revision = text.partition("@")
-    local = text.startswith((".", "/", "~")) or text.endswith(".parquet")
-    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise OpenError(f"no such folder or file: {name}")
-    hub = import_extra("huggingface_hub")
+    if text.startswith((".", "/", "~")) or text.endswith(".parquet") or "/" not in repo:
+        raise OpenError(f"no such folder or file: {name!s:.200}")
+    hub = import_hub()
+    try:
+        hub.utils.validate_repo_id(repo)
+    except ValueError as error:
+        said = f"{repo:.200}, and no name of a dataset: {first_line(error)}"
+        raise OpenError(f"no such folder or file: {said}") from None
     with hub_errors(repo):
-        commit = hub.HfApi().dataset_info(repo, revision=revision or None).sha
+        about = hub.HfApi().dataset_info(repo, revision=revision or None, timeout=HUB_TIMEOUT_S)
+        commit = about.sha
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError("no commit")
     return Store(repo, hub.HfFileSystem(), f"datasets/{repo}@{commit}")
 
 
 def open_files(files: Sequence[str | Path]) -> tuple[Store, dict[str, int]]:
     """Return a store that holds Parquet files named one by one, and their sizes in that order."""
-    if not files:
-        raise OpenError("the list of files is empty")
-    paths = [Path(file).expanduser().absolute() for file in files]
-    for file, path in zip(files, paths, strict=True):
-        if not path.is_file():
-            raise OpenError(f"no such file: {file}")
+    paths = [Path(os.path.abspath(os.path.expanduser(file))) for file in files]
+    missing = [file for file, path in zip(files, paths, strict=True) if not os.path.isfile(path)]
+    if missing or not files:
+        raise OpenError(f"no such file: {missing[0]}" if files else "the list of files is empty")
     if len(set(paths)) < len(paths):
         raise OpenError("the list names a file twice")
     root = os.path.commonpath([path.parent for path in paths])
@@ -2561,26 +2597,50 @@ def open_files(files: Sequence[str | Path]) -> tuple[Store, dict[str, int]]:
     return Store(name, import_extra("fsspec").filesystem("file"), root), sizes
 
 
-def transfer_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what the Hub's client raises when a transfer fails, if it is loaded, and `others`."""
+@functools.cache
+def import_hub() -> Any:
+    """Import the Hub's client and give it time-outs: it has none, and a dead line would hang."""
+    hub = import_extra("huggingface_hub")
+    http = import_extra("huggingface_hub.utils._http")
+
+    def client() -> Any:
+        made = http.default_client_factory()
+        made.timeout = HUB_TIMEOUT_S
+        return made
+
+    # Another version of the client, or a program that has set time-outs of its own, keeps them.
+    own = getattr(http, "default_client_factory", None)
+    if own is not None and getattr(http, "_GLOBAL_CLIENT_FACTORY", None) is own:
+        hub.set_client_factory(client)
+    return hub
+
+
+HUB_TIMEOUT_S = 8.0  # to connect, and between two pieces of an answer
+
+
+def transfer_errors() -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises when a request fails, if it is loaded."""
     errors = sys.modules.get("huggingface_hub.errors")
-    return (errors.HTTPError, *others) if errors is not None else others
+    return (errors.HTTPError, errors.OfflineModeIsEnabled) if errors is not None else ()
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into an `OpenError`; a missing file stays what it is."""
-    errors = import_extra("huggingface_hub.errors")
+    """Turn what a disk or the Hub's client raises into an `OpenError` of one line."""
     try:
         yield
-    except errors.RepositoryNotFoundError as error:
-        raise OpenError(
-            f"no dataset {name!r} on the Hub and no such folder; a private one needs a token"
-        ) from error
-    except FileNotFoundError:
+    except LogitsError:
         raise
-    except transfer_errors(OSError) as error:
-        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
+    except transfer_errors() as error:
+        if type(error).__name__ == "RepositoryNotFoundError":
+            why = "on the Hub and no such folder; a private one needs a token"
+            raise OpenError(f"no dataset {name!r} {why}") from None
+        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
+    except OSError as error:
+        raise OpenError(f"{name} cannot be read: {error.strerror or first_line(error)}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise OpenError(f"{name}: what answers is not the Hub ({said})") from None
 
 
 @contextlib.contextmanager
@@ -2589,9 +2649,9 @@ def parquet_errors(name: str) -> Iterator[None]:
     try:
         yield
     except transfer_errors() as error:
-        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
+        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{name} cannot be read as Parquet: {error}") from error
+        raise FormatError(f"{name} cannot be read as Parquet: {error}") from None
 
 
 def load_logit_dataset(
@@ -2616,18 +2676,17 @@ def load_logit_dataset(
             "an output is a folder, a Parquet file, a list of Parquet files, or user/name on the "
             f"Hub; not {name!r:.40} ({describe_type(name)})"
         )
-    if not isinstance(name, (str, Path)):
+    if not isinstance(name, (str, Path)) or os.path.isfile(os.path.expanduser(name)):
         return LogitDataset(*open_files(files))
-    if Path(name).expanduser().is_file():
-        return LogitDataset(*open_files([name]))
     store = open_store(name)
     shards = find_shards(store, split)
     if store.on_hub and not streaming:
-        wanted = [*shards, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"]
-        commit = store.root.rpartition("@")[2]
         with hub_errors(store.name):
-            folder = import_extra("huggingface_hub").snapshot_download(
-                store.name, repo_type="dataset", revision=commit, allow_patterns=wanted
+            folder = import_hub().snapshot_download(
+                store.name,
+                repo_type="dataset",
+                revision=store.root.rpartition("@")[2],
+                allow_patterns=[*shards, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"],
             )
         store = open_store(folder)
     return LogitDataset(store, shards)
@@ -2650,7 +2709,12 @@ def find_shards(store: Store, split: str) -> dict[str, int]:
         splits.setdefault(named[1] if named else "train", []).append(path)
     if split not in splits:
         raise OpenError(f"{store.name} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return {path: files[path] for path in sorted(splits[split], key=_shard_order)}
+
+    def by_number(path: str) -> tuple[list[tuple[int, int | str]], str]:
+        runs = filter(None, re.split(r"([0-9]+)", os.path.basename(path)))
+        return [(0, int(run)) if run.isdecimal() else (1, run) for run in runs], path
+
+    return {path: files[path] for path in sorted(splits[split], key=by_number)}
 
 
 def _outputs_below(store: Store) -> str:
@@ -2664,13 +2728,12 @@ def _outputs_below(store: Store) -> str:
     return f" itself; name one of those below: {', '.join(names[:5])}{more}" if names else ""
 
 
-def _shard_order(path: str) -> tuple[list[tuple[int, int | str]], str]:
-    """Sort key that reads runs of digits in a file's name as numbers."""
-    runs = filter(None, re.split(r"([0-9]+)", os.path.basename(path)))
-    return [(0, int(run)) if run.isdigit() else (1, run) for run in runs], path
-
-
 # Rows by number -----------------------------------------------------------------------------------
+
+PACKED_COLUMNS = ("top_indices_high", "sampled_indices_high")
+MAX_GROUP_BYTES = 2 * 2**30  # a row group that decodes to more is refused, not tried
+FREE_GROUP_BYTES = 2**26  # one that decodes to less is never too much, however small its file
+MAX_EXPANSION = 100  # decoded bytes for each byte of the file; real rows need fewer than 10
 
 
 class LogitDataset:
@@ -2712,11 +2775,6 @@ class LogitDataset:
         """Settings of the run, from the first shard's metadata; empty when it holds none."""
         return parse_settings(self.metadata(0).get(METADATA_SETTINGS, b"{}"), self.shards[0])
 
-    @property
-    def column_names(self) -> list[str]:
-        """Columns of the first shard."""
-        return list(self.file(0).schema_arrow.names)
-
     @cached_property
     def words(self) -> tuple[Any, str]:
         """The teacher's tokenizer, found from the settings; or None and why it is not there."""
@@ -2729,13 +2787,18 @@ class LogitDataset:
         """Return the opened `pyarrow.parquet.ParquetFile` of a shard; only its footer is read."""
         if shard not in self._files:
             name = self.shards[shard]
+            how: dict[str, Any] = {
+                "pre_buffer": self.store.on_hub,
+                "thrift_string_size_limit": 2**26,
+                "page_checksum_verification": True,
+            }
             with parquet_errors(name):
-                file = pq.ParquetFile(
-                    self.store.open(name),
-                    pre_buffer=self.store.on_hub,
-                    thrift_string_size_limit=2**26,
-                    page_checksum_verification=True,
-                )
+                source = self.store.open(name)
+                file = pq.ParquetFile(source, **how)
+                paths = [file.schema.column(i).path for i in range(len(file.schema.names))]
+                # Bytes that many rows share stay shared until their lengths have been looked at.
+                how |= {"read_dictionary": [path for path in PACKED_COLUMNS if path in paths]}
+                file = pq.ParquetFile(source, metadata=file.metadata, **how)
                 file.schema_arrow.names  # noqa: B018 - read here, where a bad one is reported
             self._files[shard] = file
             if self._listed.get(name, file.metadata.num_rows) != file.metadata.num_rows:
@@ -2757,29 +2820,6 @@ class LogitDataset:
         """
         text = self.metadata(shard).get(METADATA_PART)
         return {} if text is None else parse_part(text, self.shards[shard])
-
-    def readable_file(self, shard: int) -> Any:
-        """Return an opened shard whose rows may be read beside those of the others.
-
-        Raises:
-            FormatError: they are of a later format, or of another run than a shard read before.
-        """
-        file, metadata = self.file(shard), self.metadata(shard)
-        version = metadata.get(METADATA_VERSION, b"")
-        if version.isdigit() and int(version) > FORMAT_VERSION:
-            raise FormatError(
-                f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
-                "can be read here: use a later logit-extraction"
-            )
-        first = next(iter(self._files))  # opened
-        texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
-        differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
-        if differ:
-            raise FormatError(
-                f"{self.shards[first]} and {self.shards[shard]} are of two runs, which differ in "
-                f"{', '.join(differ)}: open the files of each by themselves"
-            )
-        return file
 
     def count_rows(self, shard: int) -> int:
         """Return the rows of a shard, from a checkpoint or its footer."""
@@ -2805,24 +2845,23 @@ class LogitDataset:
         Raises:
             RowError: there is no such row.
         """
-        wanted = np.asarray(rows, np.int64)
-        shards, offsets = self._locate(wanted)
-        keys, places = [], []
+        shards, offsets = self._locate(np.asarray(rows, np.int64))
+        tables, places = [], []
         for shard in np.unique(shards).tolist():
             metadata = self.file(shard).metadata
-            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+            groups = range(metadata.num_row_groups)
+            starts = to_starts([metadata.row_group(group).num_rows for group in groups])
             mine = np.flatnonzero(shards == shard)
-            groups = np.searchsorted(to_starts(sizes), offsets[mine], side="right") - 1
-            for group in np.unique(groups).tolist():
-                at = mine[groups == group]
-                table = self._read_group(shard, group)
-                keys.append(table.take(pa.array(offsets[at] - to_starts(sizes)[group])))
+            owner = np.searchsorted(starts, offsets[mine], side="right") - 1
+            for group in np.unique(owner).tolist():
+                at = mine[owner == group]
+                if self._kept is None or self._kept[0] != (shard, group):
+                    self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
+                tables.append(self._kept[1].take(pa.array(offsets[at] - starts[group])))
                 places.append(at)
-        if not keys:
+        if not tables:
             return pa.schema([*SCHEMA, *TOKEN_FIELDS]).empty_table()
-        if len(keys) == 1 and places[0].size == 1:
-            return keys[0]
-        return pa.concat_tables(keys).take(pa.array(np.argsort(np.concatenate(places))))
+        return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
 
     def _locate(self, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
         """Return the shard of each row, and its number there."""
@@ -2853,42 +2892,103 @@ class LogitDataset:
         self, shard: int, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
     ) -> Iterator[pa.Table]:
         """Yield the rows of one shard in order, at most `rows` at a time."""
-        file = self.readable_file(shard)
-        known = [name for name in columns if name in file.schema_arrow.names]
-        for group in range(file.metadata.num_row_groups):
-            check_group_size(file.metadata.row_group(group), self.shards[shard])
-        with parquet_errors(self.shards[shard]):
-            for batch in file.iter_batches(rows, columns=known):
+        groups = range(self.file(shard).metadata.num_row_groups)
+        yield from self._read(shard, groups, columns, rows=rows)
+
+    def _read(
+        self,
+        shard: int,
+        groups: Sequence[int],
+        columns: Sequence[str] = READ_COLUMNS,
+        *,
+        rows: int = 2**16,
+    ) -> Iterator[pa.Table]:
+        """Yield rows of a shard whose settings, and whose sizes, allow to read them."""
+        file, name = self.file(shard), self.shards[shard]
+        self._check_run(shard)
+        for group in groups:
+            check_group_size(file.metadata.row_group(group), name, self.sizes[name])
+        known = [column for column in columns if column in file.schema_arrow.names]
+        batches = file.iter_batches(rows, row_groups=list(groups), columns=known)
+        settings = {METADATA_SETTINGS: self.metadata(shard).get(METADATA_SETTINGS, b"{}")}
+        with parquet_errors(name):
+            for batch in batches:
                 table = pa.Table.from_batches([batch])
-                yield table.replace_schema_metadata(file.schema_arrow.metadata)
+                yield unshare_bytes(table, name).replace_schema_metadata(settings)
 
-    def _read_group(self, shard: int, group: int) -> pa.Table:
-        if self._kept is None or self._kept[0] != (shard, group):
-            file = self.readable_file(shard)
-            check_group_size(file.metadata.row_group(group), self.shards[shard])
-            known = [name for name in READ_COLUMNS if name in file.schema_arrow.names]
-            with parquet_errors(self.shards[shard]):
-                self._kept = (shard, group), file.read_row_group(group, columns=known)
-        return self._kept[1]
+    def _check_run(self, shard: int) -> None:
+        """Refuse rows of a later format, or of another run than those of the shard opened first."""
+        metadata = self.metadata(shard)
+        version = metadata.get(METADATA_VERSION, b"1")
+        if version != str(FORMAT_VERSION).encode():
+            raise FormatError(
+                f"{self.shards[shard]} is in format {version.decode('utf-8', 'replace'):.20}, "
+                f"{FORMAT_VERSION} can be read here: use a later logit-extraction"
+            )
+        first = next(iter(self._files))
+        texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
+        one, two = map(peek_settings, texts)
+        differ = sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
+        if differ:
+            raise FormatError(
+                f"{self.shards[first]} and {self.shards[shard]} are of two runs, which differ in "
+                f"{', '.join(differ)}: open the files of each by themselves"
+            )
 
 
-def check_group_size(group: Any, name: str) -> None:
-    """Refuse a row group whose footer announces more than is safe to decode at once.
+def check_group_size(group: Any, name: str, file_bytes: int) -> None:
+    """Refuse a row group whose footer announces more than the bytes of its file can need.
 
     Raises:
-        OpenError: more than `MAX_GROUP_BYTES` or, in one column, `MAX_GROUP_VALUES`.
+        OpenError: more than `MAX_GROUP_BYTES`, or `MAX_EXPANSION` for each byte of the file.
     """
     columns = [group.column(i) for i in range(group.num_columns)]
-    size = max(group.total_byte_size, sum(column.total_uncompressed_size for column in columns))
-    values = max((column.num_values for column in columns), default=0)
-    if size > MAX_GROUP_BYTES or values > MAX_GROUP_VALUES:
+    # A value takes up to 8 bytes while it is decoded, whatever a dictionary makes of it on disk.
+    size = sum(max(column.total_uncompressed_size, 8 * column.num_values) for column in columns)
+    if size > min(MAX_GROUP_BYTES, max(FREE_GROUP_BYTES, MAX_EXPANSION * file_bytes)):
         raise OpenError(
-            f"{name}: a row group of {size:,} bytes and {values:,} values is not read at once; "
-            "write the file again with smaller row groups"
+            f"{name}: a row group that decodes to {size:,} bytes in a file of {file_bytes:,} is "
+            "not read; write the file again with smaller row groups"
         )
 
 
+def unshare_bytes(table: pa.Table, name: str) -> pa.Table:
+    """Give every row its own bytes of packed ids, once they are known to be few.
+
+    Raises:
+        FormatError: they are far more than a byte for each four ids.
+    """
+    for column in set(PACKED_COLUMNS).intersection(table.column_names):
+        packed, low = table.column(column), column.replace("high", "low")
+        if not pa.types.is_dictionary(packed.type):
+            continue
+        lengths = [pc.binary_length(c.dictionary).take(c.indices) for c in packed.chunks]
+        size = sum(pc.sum(part).as_py() or 0 for part in lengths)
+        there = table.column(low).chunks if low in table.column_names else []
+        ids = sum(len(lists.flatten()) for lists in there)
+        if size > ids + 2**20:
+            raise FormatError(f"{name}: {column} holds {size:,} bytes for {plural(ids, 'id')}")
+        plain = packed.cast(packed.type.value_type)
+        table = table.set_column(table.column_names.index(column), column, plain)
+    return table
+
+
 # What an output says of itself --------------------------------------------------------------------
+
+SETTING_RANGES = {
+    "top_p": (0, 1),
+    "top_p_max": (1, 255),
+    "sampled_n": (0, MAX_TOKEN_ID),
+    "logit_bits": (4, 16),
+    "vocab_size": (1, MAX_TOKEN_ID + 1),
+}
+SETTING_TEXTS = (
+    *("model", "model_revision", "dataset", "dataset_revision", "subset", "split", "text_col"),
+    *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
+)
+# What all rows of an output have in common; versions and attention may differ between machines.
+RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
+PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
 
 
 def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
@@ -2937,9 +3037,11 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and low <= value <= high):
             raise FormatError(f"{name}: {entry} is {value!r:.40}, not a number in {low}..{high}")
-    for entry in SETTING_TEXTS:
-        if not isinstance(settings.get(entry), (str, type(None))):
-            raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not text")
+    kinds: dict[str, type] = {**dict.fromkeys((*SETTING_TEXTS, "template_date"), str)}
+    for entry, kind in (kinds | {"template_kwargs": dict}).items():
+        if not isinstance(settings.get(entry), (kind, type(None))):
+            what = "text" if kind is str else "an object"
+            raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not {what}")
     return settings
 
 
@@ -2952,14 +3054,6 @@ def peek_settings(text: bytes) -> dict[str, Any]:
         return {}
 
 
-def run_differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    """Return the settings in which two shards cannot be of one output."""
-    return sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
-
-
-PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
-
-
 def parse_part(text: bytes, name: str) -> dict[str, Any]:
     """Parse what a shard says of its part: whole numbers, the hash of its ids, who gave no row.
 
@@ -2967,14 +3061,14 @@ def parse_part(text: bytes, name: str) -> dict[str, Any]:
         FormatError: an entry is missing or of another kind; names it.
     """
     part = parse_object(text, name, "the figures of the part")
-    for entry in PART_FIGURES:
-        if type(part.get(entry)) is not int or part[entry] < 0:
-            raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}")
     skipped = part.setdefault("skipped", {})
-    if not isinstance(skipped, dict) or not all(re.fullmatch("-?[0-9]{1,10}", k) for k in skipped):
-        raise FormatError(f"{name}: skipped conversations of the part are {skipped!r:.40}")
-    if not isinstance(part.get("ids"), str):
-        raise FormatError(f"{name}: ids of the part are {part.get('ids')!r:.40}")
+    right = {entry: type(part.get(entry)) is int and part[entry] >= 0 for entry in PART_FIGURES}
+    right["ids"] = isinstance(part.get("ids"), str)
+    right["skipped"] = isinstance(skipped, dict) and all(
+        re.fullmatch("-?[0-9]{1,10}", key) for key in skipped
+    )
+    for entry in (entry for entry, good in right.items() if not good):
+        raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}")
     return part
 
 
@@ -3045,22 +3139,25 @@ def as_output(name: Any) -> LogitDataset:
 
 
 def as_rows(dataset: Any) -> Any:
-    """Return an opened output, a `pyarrow.Table`, or something that gives rows as dictionaries."""
+    """Return an opened output, a `pyarrow.Table`, or an Arrow view of what is of `datasets`.
+
+    Rows at hand as dictionaries become a table.
+    """
+    if isinstance(dataset, (LogitDataset, pa.Table)):
+        return dataset
     files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
     if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
     if isinstance(dataset, Sample):
         raise LogitsError("a dataset is needed here, not a sample")
-    if isinstance(dataset, Mapping):
-        return [dataset]
-    if hasattr(dataset, "with_format"):  # of `datasets`; what was passed stays as it is
-        return dataset.with_format(None)
-    if not hasattr(dataset, "__iter__") and not isinstance(dataset, pa.Table):
+    if hasattr(dataset, "with_format"):  # which leaves what was passed as it is
+        return dataset.with_format("arrow")
+    if not isinstance(dataset, Iterable):
         raise LogitsError(
             "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
             f"{describe_type(dataset)}"
         )
-    return dataset
+    return rows_table([dataset] if isinstance(dataset, Mapping) else list(dataset))
 
 
 def check_row_number(i: Any) -> int:
@@ -3107,14 +3204,15 @@ def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> 
 
 def _row_at_hand(rows: Any, i: int) -> pa.Table:
     if not hasattr(rows, "__len__"):
-        found = list(itertools.islice(iter(rows), i, i + 1)) if i >= 0 else []
-        if not found:
+        ahead = itertools.islice(rows.iter(batch_size=1), max(i, 0), None)
+        found: pa.Table | None = next(ahead, None) if i >= 0 else None
+        if found is None:
             raise RowError(f"the stream has no row {i}; a stream cannot be read from its end")
-        return rows_table(found)
+        return found
     size = len(rows)
     if not -size <= i < size:
         raise RowError(f"the dataset has {plural(size, 'row')}, there is no row {i}")
-    return rows.slice(i % size, 1) if isinstance(rows, pa.Table) else rows_table([rows[i]])
+    return rows[i % size : i % size + 1]
 
 
 def iter_samples(dataset: Any, *, max_samples: int | None = None) -> Iterator[Sample]:
@@ -3148,14 +3246,12 @@ def iter_tables(
     if isinstance(dataset, LogitDataset):
         tables = dataset.iter_tables(columns, rows=rows)
     elif isinstance(dataset, pa.Table):
-        known = [name for name in columns if name in dataset.column_names]
-        batches = dataset.select(known).to_batches(max_chunksize=rows)
-        tables = (pa.Table.from_batches([batch]) for batch in batches)
+        starts = range(0, dataset.num_rows, rows)
+        tables = (dataset[start : start + rows] for start in starts)
     else:
-        source = iter(dataset)
-        chunks = iter(lambda: list(itertools.islice(source, rows)), [])
-        tables = (rows_table(chunk) for chunk in chunks)
+        tables = dataset.iter(batch_size=rows)
     for table in tables:
+        table = table.select([name for name in columns if name in table.column_names])
         if left is not None and table.num_rows >= left:
             yield table.slice(0, left)
             return
@@ -3165,10 +3261,11 @@ def iter_tables(
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
-    if isinstance(rows[0], Mapping) and "top_indices" in rows[0]:
+    names = rows[0] if rows else SCHEMA.names
+    if isinstance(names, Mapping) and "top_indices" in names:
         raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
-        known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in rows[0]]
+        known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
@@ -3201,32 +3298,8 @@ def read_lengths_settings(name: str) -> dict[str, Any]:
     Raises:
         SourceError: no such file.
     """
-    store, paths = open_lengths(name)
-    path = paths[-1]
-    with store.open(path) as file, parquet_errors(path):
-        return parse_lengths_settings(pq.read_schema(file), path)
-
-
-def parse_lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
-    """Return what a lengths file says that it was measured with."""
-    with contextlib.suppress(ValueError, RecursionError):
-        settings = json.loads((schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
-        if isinstance(settings, dict):
-            return settings
-    name = METADATA_LENGTHS.decode()
-    raise SourceError(f"{path}: its metadata {name} are damaged; measure the lengths again")
-
-
-def open_lengths(name: str) -> tuple[Store, list[str]]:
-    """Return where a lengths dataset is, and its files in order."""
-    if Path(name).expanduser().is_file():
-        store, sizes = open_files([name])
-        return store, list(sizes)
-    store = open_store(name)
-    files = sorted(path for path in store.list_files() if path.endswith(".parquet"))
-    if not files:
-        raise SourceError(f"lengths {name!r}: no Parquet file there; compute_lengths.py makes one")
-    return store, files
+    *_, (path, file) = _open_lengths(name)
+    return _lengths_settings(file.schema_arrow, path)
 
 
 def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
@@ -3240,33 +3313,53 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         SourceError: no such file, a column is missing or holds no integers, or an index occurs
             twice.
     """
-    store, paths = open_lengths(name)
-    wanted = ["index", length_col]
-    parts, settings = [], {}
-    for path in paths:
-        with store.open(path) as file, parquet_errors(path):
-            table = pq.read_table(file)
-        missing = [column for column in wanted if column not in table.column_names]
-        if missing:
+    wanted, tables = ["index", length_col], []
+    for path, file in _open_lengths(name):
+        names = file.schema_arrow.names
+        if missing := [column for column in wanted if column not in names]:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        settings = parse_lengths_settings(table.schema, path)
-        known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
-        for column in known:
-            if not pa.types.is_integer(kind := table.schema.field(column).type):
-                why = f"column {column!r} holds {kind}, not integers"
+        with parquet_errors(path):
+            tables.append(file.read([*wanted, *(c for c in ("num_tokens",) if c in names)]))
+        for kind in tables[-1].schema:
+            if not pa.types.is_integer(kind.type):
+                why = f"column {kind.name!r} holds {kind.type}, not integers"
                 raise SourceError(f"lengths {name!r}: {why}; compute_lengths.py makes them")
-        parts.append(table.select(known))
-    table = pa.concat_tables(parts, promote_options="default")
+    settings = _lengths_settings(tables[-1].schema, path)
+    table = pa.concat_tables(tables, promote_options="default")
     if any(column.null_count for column in table.columns):
         raise SourceError(f"lengths {name!r} hold null values")
-    columns = [table[c].to_numpy().astype(np.int64) for c in table.column_names]
-    if np.unique(columns[0]).size != columns[0].size:
-        raise SourceError(f"lengths {name!r}: an index occurs twice")
-    if any((column < 0).any() for column in columns[1:]):
-        raise SourceError(f"lengths {name!r} hold a negative number; compute_lengths.py makes them")
-    if (np.abs(columns[0].astype(np.float64)) > 2**31).any():
-        raise SourceError(f"lengths {name!r}: an index is over 32 bits")
-    return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
+    index, *figures = (column.to_numpy().astype(np.int64) for column in table.columns)
+    for wrong, why in (
+        (np.unique(index).size != index.size, ": an index occurs twice"),
+        (any((column < 0).any() for column in figures), " hold a negative number"),
+        ((np.abs(index.astype(np.float64)) > 2**31).any(), ": an index is over 32 bits"),
+    ):
+        if wrong:
+            raise SourceError(f"lengths {name!r}{why}; compute_lengths.py makes them")
+    return Lengths(index, figures[0], figures[1] if len(figures) > 1 else None, settings)
+
+
+def _open_lengths(name: str) -> Iterator[tuple[str, pq.ParquetFile]]:
+    """Yield the files of a lengths dataset by name, in order, opened."""
+    if os.path.isfile(os.path.expanduser(name)):
+        store, paths = open_files([name])
+    else:
+        store = open_store(name)
+        paths = {path: 0 for path in sorted(store.list_files()) if path.endswith(".parquet")}
+    if not paths:
+        raise SourceError(f"lengths {name!r}: no Parquet file there; compute_lengths.py makes one")
+    for path in paths:
+        with parquet_errors(path), store.open(path) as file:
+            yield path, pq.ParquetFile(file)
+
+
+def _lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
+    text = (schema.metadata or {}).get(METADATA_LENGTHS, b"{}")
+    try:
+        return parse_object(text, path, "the settings")
+    except FormatError:
+        what = f"its metadata {METADATA_LENGTHS.decode()} are damaged"
+        raise SourceError(f"{path}: {what}; measure the lengths again") from None
 
 
 # Decoding -----------------------------------------------------------------------------------------
@@ -3568,13 +3661,18 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     columns, faults = read_columns(table)
     for fault in faults[:1]:
         raise FormatError(f"row {first_row + fault.row}: {fault.message}")
-    return build_block(columns, first_row, kept_bits(table))
-
-
-def kept_bits(table: pa.Table) -> int:
-    """Return the resolution of a table's logits; all of it where the table does not say."""
-    text = (table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}")
-    return RunLimits.of(peek_settings(text)).logit_bits
+    settings = peek_settings((table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}"))
+    block = build_block(columns, first_row, RunLimits.of(settings).logit_bits)
+    sums = block.logsumexp.copy()
+    for ends in (block.top.low, block.top.high, block.tail.low, block.tail.high):
+        sums += ends
+    for token in np.flatnonzero(~np.isfinite(sums))[:1]:
+        row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
+        raise FormatError(
+            f"row {first_row + row}: token {token - block.row_starts[row]} has a log-sum-exp, or a "
+            "range of logits, that is not finite"
+        )
+    return block
 
 
 def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenBlock:
@@ -3767,7 +3865,7 @@ def token_texts(ids: npt.ArrayLike, tokenizer: Any = None) -> list[str]:
 
 
 def _token_text(token: int, tokenizer: Any) -> str:
-    if tokenizer is None or token >= len(tokenizer):
+    if tokenizer is None or not 0 <= token < len(tokenizer):
         return f"#{token}"
     text = str(tokenizer.decode([token]))
     piece = tokenizer.convert_ids_to_tokens(token)
@@ -5340,7 +5438,7 @@ def validate_footer(
     dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
 ) -> dict[str, Any]:
     """Check columns and metadata of one shard; return the settings to check its rows by."""
-    schema, metadata = dataset.file(0).schema_arrow, dataset.metadata(0)
+    schema, metadata = dataset.file(0).schema.to_arrow_schema(), dataset.metadata(0)
     add = functools.partial(report.add, dataset.shards[0])
     wanted = shard_schema(store_tokens=any(name in schema.names for name in TOKEN_COLUMNS))
     if schema.names != wanted.names:

@@ -29,12 +29,13 @@ class Output:
         self.name, self.hub = str(name), hub
 
     def files(self) -> set[str]:
-        """Return the path of every file, whatever it is."""
+        """Return the path of every file but the temporary ones of a process that was killed."""
         if self.hub is not None:
             found = self.hub.store.repos.get(("dataset", self.name))
             return set(self.hub.files(self.name)) - {".gitattributes"} if found else set()
         paths = (path for path in Path(self.name).rglob("*") if path.is_file())
-        return {path.relative_to(self.name).as_posix() for path in paths}
+        files = {path.relative_to(self.name).as_posix() for path in paths}
+        return {path for path in files if not path.endswith(".tmp")}
 
     def read(self, path: str) -> bytes:
         """Return the content of a file."""

@@ -264,6 +264,36 @@ def test_a_reader_that_stops_early_is_no_error(output: Path) -> None:
         assert process.wait(timeout=60) == 0
 
 
+WRITE_TO_BOTH = """
+import sys, explore_logits
+explore_logits.outlive_readers("stdout", "stderr")
+for _ in range(3):
+    print("log" * 5000, file=sys.stderr, flush=True)
+print("result")
+"""
+
+
+@pytest.mark.parametrize("way", ["2> /dev/full", "2>&-", "2> >(true)"])
+def test_what_nobody_can_take_is_dropped(way: str) -> None:
+    command = f"sleep 0.05; exec {sys.executable} -c '{WRITE_TO_BOTH}' {way}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "result\n")
+
+
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "explore_logits.py", write_output(tmp_path), "--validate"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "explore-logits: cannot write the result: No space left on device; make room\n"
+    )
+
+
 @pytest.mark.parametrize("option", ["--html", "--plot"])
 def test_what_cannot_be_written_is_one_line(
     option: str, output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -536,6 +536,18 @@ def test_the_lock_of_a_killed_run_holds_nobody_up(folder: Output, tmp_path: Path
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+def test_what_a_killed_process_left_in_the_output_goes_after_a_day(
+    folder: Output, tmp_path: Path
+) -> None:
+    old, new = (tmp_path / f"out/data/.part-00009.parquet.{n}.tmp" for n in (1, 2))
+    for path in (old, new):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"PAR1 half")
+    os.utime(old, (1, 1))
+    run_uploader(folder, tmp_path / "cache", 10)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 # Disks --------------------------------------------------------------------------------------------
 
 
