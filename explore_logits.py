@@ -5730,7 +5730,7 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         )
         divergence = bound_divergence(a, b)
         if not np.isfinite(divergence).all():
-            raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
+            raise FormatError("probabilities are not finite: --validate names the rows")
         total, most = total + float(divergence.sum()), max(most, float(divergence.max(initial=0)))
         firsts = [np.append(block.top.ids, -1)[block.top.starts[:-1]] for block in (a, b)]
         same += int((firsts[0] == firsts[1]).sum())
