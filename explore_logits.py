@@ -5694,7 +5694,8 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     equal = common[common["num_tokens_x"] == common["num_tokens_y"]]
     tokens, unequal = int(equal["num_tokens_x"].sum()), len(common) - len(equal)
     seen = Comparison((len(one), len(two)), len(common), unequal, tokens)
-    total, same, peak, worst = 0.0, 0, 0.0, []
+    total, most, same, peak = 0.0, 0.0, 0, 0.0
+    worst: list[tuple[float, int, int]] = []
     for _, chunk in equal.groupby(equal["num_tokens_x"].cumsum() // COMPARED_TOKENS):
         a, b = (
             decode_rows((rows.read_rows if isinstance(rows, LogitDataset) else rows.take)(numbers))
@@ -5702,24 +5703,26 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         )
         divergence = bound_divergence(a, b)
         if not np.isfinite(divergence).all():
-            raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
-        total += float(divergence.sum())
-        same += int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
+            raise FormatError("probabilities are not finite: --validate names the rows")
+        total, most = total + float(divergence.sum()), max(most, float(divergence.max(initial=0)))
+        firsts = [np.append(block.top.ids, -1)[block.top.starts[:-1]] for block in (a, b)]
+        same += int((firsts[0] == firsts[1]).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
-            row = np.searchsorted(a.row_starts, token, side="right") - 1
-            place = (int(a.index[row]), int(token - a.row_starts[row]))
-            worst.append((float(divergence[token]), *place))
+            if divergence[token] > 0:
+                row = np.searchsorted(a.row_starts, token, side="right") - 1
+                place = (int(a.index[row]), int(token - a.row_starts[row]))
+                worst.append((float(divergence[token]), *place))
         worst = sorted(worst, key=lambda item: -item[0])[:largest]
     if not tokens:
         return seen
     return replace(
         seen,
         mean_divergence=total / tokens,
-        max_divergence=worst[0][0],
+        max_divergence=most,
         same_first=same / tokens,
         max_logsumexp=peak,
-        largest=[item for item in worst if item[0] > 0],
+        largest=worst,
     )
 
 
