@@ -1070,7 +1070,7 @@ def run_ahead(
     Raises:
         LogitsError, StopRequested: what `make` or `batches` raised, after all that came before, or
             `should_stop` said so.
-        HubError: a worker process was killed.
+        RuntimeError: a worker process was killed (`explain_want`).
     """
     if not processes:
         yield from (make(batch) for batch in batches if not stop_if(should_stop))
@@ -1093,13 +1093,6 @@ def run_ahead(
                 raise made
             stop_if(should_stop)
             yield made
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise HubError(
-            f"a process that tokenizes was killed ({first_line(error)}), mostly for want of "
-            "memory: continue with --resume"
-        ) from None
     finally:  # the last reference: the workers end now, not when a traceback is collected
         del loader, results
 
@@ -4991,13 +4984,23 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
         except KeyboardInterrupt:  # a signal or the deadline: it ends all waiting
             pass
         except RuntimeError as error:
-            if "can't start new thread" not in str(error):
-                raise
-            raise HubError(
-                "the system gives no more threads: raise the limit of processes (ulimit -u), then "
-                "continue with --resume"
-            ) from None
+            raise explain_want(error) from None
         return {"output": config.output, "exit_code": interrupt.exit_code or EXIT_RUNTIME}
+
+
+def explain_want(error: RuntimeError) -> HubError:
+    """Return what helps where the system gives no thread or kills a process; else raise."""
+    if "can't start new thread" in str(error):
+        return HubError(
+            "the system gives no more threads: raise the limit of processes (ulimit -u), then "
+            "continue with --resume"
+        )
+    if "DataLoader worker" in str(error):  # torch says so wherever the run just is
+        return HubError(
+            f"a process that tokenizes was killed ({first_line(error)}), mostly for want of "
+            "memory: continue with --resume"
+        )
+    raise error
 
 
 @contextmanager
@@ -5040,6 +5043,8 @@ def run_until(
         output.flush(final=True)
     except HubError as error:
         failure = error
+    except RuntimeError as error:
+        failure = explain_want(error)
     finally:
         output.shutdown()
     stored = output.summary()
