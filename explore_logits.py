@@ -169,6 +169,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def local_path(name: str | Path) -> Path:
+    """Return the path that a name means here, `~` included; one that nobody has stays as it is."""
+    return Path(os.path.expanduser(name))  # Path.expanduser raises for a home that is not there
+
+
 CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
 COMMIT_S = 90.0  # until a commit is answered: the Hub itself ends it after 60
 ANSWER_BYTES = 64 * 2**20  # the Hub's own answers are smaller
