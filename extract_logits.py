@@ -2513,11 +2513,15 @@ class VllmTeacher(Teacher):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout has the summary
         with engine_errors():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-                own = apart.submit(own_logprobs, self.arguments, ids).result()  # then its memory
-            self.llm = start_vllm(self.arguments)  # is free
+            own = self._own_logprobs(ids)
+            self.llm = start_vllm(self.arguments)
         self._refuse_wrong_states(ids, torch.tensor(own))
         self._refuse_foresight()
+
+    def _own_logprobs(self, ids: list[int]) -> list[float]:
+        """Ask vLLM in a process of its own, so that its memory is free again."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            return apart.submit(own_logprobs, self.arguments, ids).result()
 
     def _refuse_wrong_states(self, ids: list[int], own: torch.Tensor) -> None:
         """Compare states times head with the log-probabilities that vLLM gives itself."""
