@@ -2374,8 +2374,8 @@ def check_vllm(config: ExtractionConfig, model_config: Any) -> None:
     kind, arguments = model_config.model_type, config.engine_args or {}
     if importlib.util.find_spec("vllm") is None:
         raise TeacherError(
-            "--engine vllm needs vLLM: pip install 'logit-extraction[vllm]' in an environment of "
-            "its own, since it brings its own torch and transformers"
+            "--engine vllm needs vLLM: install the extra vllm (pip install -e '.[vllm]') in an "
+            "environment of its own, since it brings its own torch and transformers"
         )
     if kind in NORM_IN_HEAD:
         raise TeacherError(
@@ -5521,16 +5521,20 @@ class Extraction:
     def forward(self, batch: Batch) -> GPUBatchResult:
         """Run one batch: the teacher's logits at the wanted positions, reduced on its device."""
         config = self.job.config
-        return gpu_process_batch(
-            self.teacher,
-            batch,
-            top_p=config.top_p,
-            top_p_max=config.top_p_max,
-            sampled_n=config.sampled_n,
-            seed=config.seed,
-            logit_bits=config.logit_bits,
-            reference=config.reference_extraction,
-        )
+        try:
+            return gpu_process_batch(
+                self.teacher,
+                batch,
+                top_p=config.top_p,
+                top_p_max=config.top_p_max,
+                sampled_n=config.sampled_n,
+                seed=config.seed,
+                logit_bits=config.logit_bits,
+                reference=config.reference_extraction,
+            )
+        except TeacherError:
+            stop_if(self.stops)  # Ctrl-C at a terminal reaches the processes of vLLM, too
+            raise
 
     def halve(self, batch: Batch) -> None:
         """Hold batches to half the size of one that did not fit."""

@@ -181,12 +181,9 @@ def test_vllm_that_is_not_there_is_named_with_its_extra(
 ) -> None:
     find = extract_logits.importlib.util.find_spec
     monkeypatch.setattr(
-        extract_logits.importlib.util, "find_spec", lambda name: name != "vllm" and find(name)
-    )
-    monkeypatch.setattr(
         extract_logits.importlib.util, "find_spec", lambda n: None if n == "vllm" else find(n)
     )
-    with pytest.raises(TeacherError, match=r"pip install 'logit-extraction\[vllm\]'"):
+    with pytest.raises(TeacherError, match=r"the extra vllm \(pip install -e '\.\[vllm\]'\)"):
         load_model_config(configure(saved))
 
 
@@ -245,3 +242,15 @@ def test_an_output_goes_on_with_the_engine_it_was_begun_with() -> None:
     there = {"rows_per_part": 5, "engine": "vllm"}
     with pytest.raises(ConfigError, match="engine"):
         compare_settings(there, {**there, "engine": "transformers"}, "o")
+
+
+def test_the_families_that_are_let_in_are_those_of_the_table() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
+    table = text.partition("\n## vLLM\n")[2].partition("\n## ")[0]
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    right = {
+        name.strip("| ").split(",")[0]
+        for name, off, *_ in lines
+        if off != "—" and float(off) < 1e-4
+    }
+    assert right == set(VLLM_FAMILIES)
