@@ -2371,8 +2371,8 @@ def check_vllm(config: ExtractionConfig, model_config: Any) -> None:
     kind, arguments = model_config.model_type, config.engine_args or {}
     if importlib.util.find_spec("vllm") is None:
         raise TeacherError(
-            "--engine vllm needs vLLM: pip install 'logit-extraction[vllm]' in an environment of "
-            "its own, since it brings its own torch and transformers"
+            "--engine vllm needs vLLM: install the extra vllm (pip install -e '.[vllm]') in an "
+            "environment of its own, since it brings its own torch and transformers"
         )
     if kind in NORM_IN_HEAD:
         raise TeacherError(
@@ -2510,11 +2510,15 @@ class VllmTeacher(Teacher):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout has the summary
         with engine_errors():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-                own = apart.submit(own_logprobs, self.arguments, ids).result()  # then its memory
-            self.llm = start_vllm(self.arguments)  # is free
+            own = self._own_logprobs(ids)
+            self.llm = start_vllm(self.arguments)
         self._refuse_wrong_states(ids, torch.tensor(own))
         self._refuse_foresight()
+
+    def _own_logprobs(self, ids: list[int]) -> list[float]:
+        """Ask vLLM in a process of its own, so that its memory is free again."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            return apart.submit(own_logprobs, self.arguments, ids).result()
 
     def _refuse_wrong_states(self, ids: list[int], own: torch.Tensor) -> None:
         """Compare states times head with the log-probabilities that vLLM gives itself."""
@@ -5594,16 +5598,20 @@ class Extraction:
     def forward(self, batch: Batch) -> GPUBatchResult:
         """Run one batch: the teacher's logits at the wanted positions, reduced on its device."""
         config = self.job.config
-        return gpu_process_batch(
-            self.teacher,
-            batch,
-            top_p=config.top_p,
-            top_p_max=config.top_p_max,
-            sampled_n=config.sampled_n,
-            seed=config.seed,
-            logit_bits=config.logit_bits,
-            reference=config.reference_extraction,
-        )
+        try:
+            return gpu_process_batch(
+                self.teacher,
+                batch,
+                top_p=config.top_p,
+                top_p_max=config.top_p_max,
+                sampled_n=config.sampled_n,
+                seed=config.seed,
+                logit_bits=config.logit_bits,
+                reference=config.reference_extraction,
+            )
+        except TeacherError:
+            stop_if(self.stops)  # Ctrl-C at a terminal reaches the processes of vLLM, too
+            raise
 
     def halve(self, batch: Batch) -> None:
         """Hold batches to half the size of one that did not fit."""
