@@ -171,7 +171,7 @@ def first_line(error: BaseException) -> str:
 # 1 Format
 # --------------------------------------------------------------------------------------------------
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of compact rows; version 1 is the same without them, and still written
 MAX_TOKEN_ID = 2**18 - 1  # 16 bits in *_indices_low, 2 in *_indices_high
 METADATA_VERSION = b"logits.format_version"
 METADATA_SETTINGS = b"logits.extraction"  # JSON object: the settings of the run
@@ -201,28 +201,39 @@ SCHEMA = pa.schema(
     ]
 )
 TOKEN_FIELDS = (pa.field("input_ids", _I32_LIST), pa.field("token_positions", _I32_LIST))
+POINTS_FIELD = pa.field("sampled_counts", pa.list_(pa.uint8()))  # the last column of compact rows
 LENGTHS_SCHEMA = pa.schema(
     [("index", pa.int32()), ("length", pa.int32()), ("num_tokens", pa.int32())]
 )
 
 
 def shard_schema(
-    *, store_tokens: bool = False, settings: Mapping[str, Any] | None = None
+    *,
+    store_tokens: bool = False,
+    compact: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> pa.Schema:
     """Return the schema of a shard, with the settings of the run in its key-value metadata.
 
-    `store_tokens` appends `input_ids` and `token_positions` (`TOKEN_FIELDS`). `settings` is stored
-    as JSON with sorted keys, so equal settings give equal bytes.
+    `store_tokens` appends `input_ids` and `token_positions` (`TOKEN_FIELDS`), `compact`, for rows
+    of `--min-p`, `sampled_counts` after them. `settings` is stored as JSON with sorted keys, so
+    equal settings give equal bytes.
     """
-    schema = pa.schema([*SCHEMA, *TOKEN_FIELDS]) if store_tokens else SCHEMA
+    further = [*(TOKEN_FIELDS if store_tokens else ()), *([POINTS_FIELD] if compact else ())]
+    schema = pa.schema([*SCHEMA, *further])
     if settings is None:
         return schema
     return schema.with_metadata(
         {
-            METADATA_VERSION: str(FORMAT_VERSION).encode(),
+            METADATA_VERSION: str(format_version(compact=compact)).encode(),
             METADATA_SETTINGS: json.dumps(dict(settings), sort_keys=True).encode(),
         }
     )
+
+
+def format_version(*, compact: bool) -> int:
+    """Return the lowest version whose readers understand such rows."""
+    return FORMAT_VERSION if compact else 1
 
 
 def pack_indices(ids: npt.ArrayLike) -> tuple[npt.NDArray[np.uint16], bytes]:
