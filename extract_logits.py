@@ -3428,6 +3428,7 @@ def choose_encodings(schema: pa.Schema) -> dict[str, str]:
         "top_indices_low": "DICTIONARY",
         "top_logits_quantized": "DICTIONARY" if few_levels else "DELTA_BINARY_PACKED",
         "top_counts": "DICTIONARY",
+        "sampled_counts": "DICTIONARY",
         "sampled_indices_low": "DICTIONARY" if small_vocab else "PLAIN",
         "sampled_logits_quantized": "DICTIONARY" if few_levels else "DELTA_BINARY_PACKED",
     }
