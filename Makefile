@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest bench bench-io chaos oracle scale storage lint clean
+.PHONY: help notebook dist images demo test oldest bench bench-io attacks chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -85,6 +85,10 @@ storage: .venv/.done
 # make chaos   200 runs, killed and disturbed at random (3 minutes)
 chaos: .venv/.done
 	$(PY) tests/tools/chaos.py --runs 200 --seed 1
+
+# make attacks  hostile worlds: how each ends, in what time and memory (30 minutes)
+attacks: .venv/.done
+	$(PY) tests/tools/attacks.py --jobs 2
 
 # make distill students of the embedded teacher, from stored logits and without (30 minutes)
 distill: .venv/.done

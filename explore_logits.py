@@ -44,7 +44,6 @@ import math
 import re
 import shutil
 import tempfile
-import textwrap
 import unicodedata
 import zlib
 from collections import Counter
@@ -53,7 +52,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +131,10 @@ EXTRAS: dict[str | None, tuple[str, ...]] = {"viz": ("matplotlib", "seaborn", "t
 def import_extra(module: str, extra: str | None = None) -> Any:
     """Import a package that only some functions need; when missing, name what brings it."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        if sys.modules.get("huggingface_hub"):  # imported by now, perhaps by this one
+            limit_waiting()
+        return found
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:
@@ -165,6 +167,47 @@ def hide_tokens(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its type when it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
+COMMIT_S = 90.0  # until a commit is answered: the Hub itself ends it after 60
+ANSWER_BYTES = 64 * 2**20  # the Hub's own answers are smaller
+
+
+@lru_cache(maxsize=1)
+def limit_waiting() -> None:
+    """Bound what the Hub's client waits for and holds: it has no limits of its own."""
+    http = importlib.import_module("huggingface_hub.utils._http")
+
+    def be_patient_with_commits(request: Any) -> None:
+        if "/commit/" in request.url.path:
+            request.extensions["timeout"] = {**request.extensions["timeout"], "read": COMMIT_S}
+
+    def bound_answer(response: Any) -> None:
+        path = response.request.url.path
+        is_file = not path.startswith("/api/") or path.startswith("/api/resolve-cache/")
+        if is_file and response.status_code < 400:
+            return
+        content = bytearray()
+        for block in response.iter_bytes():
+            content += block
+            if len(content) > ANSWER_BYTES:
+                said = f"the answer to {path} is larger than {ANSWER_BYTES:,} bytes"
+                raise http.httpx2.DecodingError(said, request=response.request)
+        response._content = bytes(content)
+
+    def make_client() -> Any:
+        client = http.default_client_factory()
+        client.timeout = http.httpx2.Timeout(READ_S, connect=CONNECT_S)
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks["request"], be_patient_with_commits],
+            "response": [*hooks["response"], bound_answer],
+        }
+        return client
+
+    with contextlib.suppress(AttributeError):  # of another version: its own limits have to do
+        http.set_client_factory(make_client)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2451,26 +2494,10 @@ READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
 CONFIG_FILE = "extraction_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
-SETTING_RANGES = {
-    "top_p": (0, 1),
-    "top_p_max": (1, 255),
-    "sampled_n": (0, MAX_TOKEN_ID),
-    "logit_bits": (4, 16),
-    "vocab_size": (1, MAX_TOKEN_ID + 1),
-}
-SETTING_TEXTS = (
-    *("model", "model_revision", "dataset", "dataset_revision", "subset", "split"),
-    *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
-)
-# What all rows of an output have in common; versions and attention may differ between machines.
-RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
-MAX_GROUP_BYTES = 2 * 2**30  # a row group that says it decodes to more is refused, not tried
-MAX_GROUP_VALUES = 2**28
 _SPLITS = "train|validation|valid|dev|test|eval"
 _SPLIT_NAME = re.compile(rf"(?:^|/)({_SPLITS})(?=/|-[0-9]|\.parquet$)")
 _SHARD = re.compile(rf"(?:data/)?(?:[0-9]{{3}}/|(?:{_SPLITS})/)?[^/]+\.parquet")
-_CHECKPOINT = re.compile(r"checkpoint(-w[0-9]+)?\.json")
 
 
 def part_path(number: int) -> str:
@@ -2482,12 +2509,17 @@ def part_path(number: int) -> str:
 # Files --------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Store:
-    """Files by path, wherever fsspec reads them: in a folder, or a Hub dataset at one commit."""
+    """Files by path, wherever fsspec reads them: in a folder, or a Hub dataset at one commit.
 
-    def __init__(self, name: str, files: Any, root: str, *, inside: Sequence[str] = ()) -> None:
-        """Take the files of `root`; those that links lead out of the folders `inside` are none."""
-        self.name, self.files, self.root, self.inside = name, files, root, tuple(inside)
+    Files that links lead out of the folders `inside` are none.
+    """
+
+    name: str
+    files: Any
+    root: str
+    inside: tuple[str, ...] = ()
 
     @property
     def on_hub(self) -> bool:
@@ -2496,39 +2528,38 @@ class Store:
 
     def list_files(self, *, depth: int | None = None) -> dict[str, int]:
         """Return the size in bytes of every file, at most so many levels down, by path."""
-        with self._errors():
+        with hub_errors(self.name):
             found = self.files.find(self.root, maxdepth=depth, detail=True)
-        sizes = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+            cut_off = len(self.root) + 1
+            sizes = {path[cut_off:]: int(entry["size"]) for path, entry in found.items()}
         return {path: size for path, size in sizes.items() if self._is_inside(path)}
 
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; nothing is fetched ahead or kept."""
         if not self._is_inside(path):
             raise OpenError(f"{path} leads outside {self.name} and is not read")
-        with self._errors():
-            return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
+        return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
 
     def list_checkpoints(self) -> list[str]:
         """Return the names of the workers' checkpoints."""
-        return sorted(path for path in self.list_files(depth=1) if _CHECKPOINT.fullmatch(path))
+        names = self.list_files(depth=1)
+        return sorted(name for name in names if re.fullmatch(r"checkpoint(-w[0-9]+)?\.json", name))
 
     def read_text(self, path: str) -> str | None:
         """Return a small text file; None when there is no such file."""
-        try:
-            with self.open(path) as file:
-                data = file.read(MAX_TEXT_BYTES + 1)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with hub_errors(self.name):
+            try:
+                with self.open(path) as file:
+                    data = bytes(file.read(MAX_TEXT_BYTES + 1))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         if len(data) > MAX_TEXT_BYTES:
             raise OpenError(f"{self.name}: {path} is larger than {MAX_TEXT_BYTES >> 20} MiB")
-        return bytes(data).decode("utf-8", "replace")
+        return data.decode("utf-8", "replace")
 
     def _is_inside(self, path: str) -> bool:
-        real = os.path.realpath(f"{self.root}/{path}") if self.inside else ""
-        return not self.inside or any(Path(real).is_relative_to(f) for f in self.inside)
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return hub_errors(self.name) if self.on_hub else contextlib.nullcontext()
+        real = Path(os.path.realpath(f"{self.root}/{path}")) if self.inside else None
+        return real is None or any(real.is_relative_to(folder) for folder in self.inside)
 
 
 def open_store(name: str | Path) -> Store:
@@ -2537,34 +2568,38 @@ def open_store(name: str | Path) -> Store:
     Raises:
         OpenError: neither is there.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        root = path.resolve()
+    text = str(name)
+    if os.path.isdir(path := os.path.expanduser(text)):
+        root = Path(path).resolve()
         # The Hub's local cache keeps snapshots as links to ../../blobs.
         snapshots = next((p for p in root.parents if p.name == "snapshots"), None)
-        inside = [str(root), *([str(snapshots.parent / "blobs")] if snapshots else [])]
-        return Store(str(path), import_extra("fsspec").filesystem("file"), str(root), inside=inside)
-    text = str(name)
+        inside = (str(root), *([str(snapshots.parent / "blobs")] if snapshots else []))
+        return Store(path, import_extra("fsspec").filesystem("file"), str(root), inside)
     for prefix in ("hf://datasets/", "https://huggingface.co/datasets/"):
         text = text.removeprefix(prefix)
     repo, _, revision = text.partition("@")
-    local = text.startswith((".", "/", "~")) or text.endswith(".parquet")
-    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise OpenError(f"no such folder or file: {name}")
-    hub = import_extra("huggingface_hub")
+    if text.startswith((".", "/", "~")) or text.endswith(".parquet") or "/" not in repo:
+        raise OpenError(f"no such folder or file: {name!s:.200}")
+    hub = import_hub()
+    try:
+        hub.utils.validate_repo_id(repo)
+    except ValueError as error:
+        said = f"{repo:.200}, and no name of a dataset: {first_line(error)}"
+        raise OpenError(f"no such folder or file: {said}") from None
     with hub_errors(repo):
-        commit = hub.HfApi().dataset_info(repo, revision=revision or None).sha
+        about = hub.HfApi().dataset_info(repo, revision=revision or None, timeout=HUB_TIMEOUT_S)
+        commit = about.sha
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError("no commit")
     return Store(repo, hub.HfFileSystem(), f"datasets/{repo}@{commit}")
 
 
 def open_files(files: Sequence[str | Path]) -> tuple[Store, dict[str, int]]:
     """Return a store that holds Parquet files named one by one, and their sizes in that order."""
-    if not files:
-        raise OpenError("the list of files is empty")
-    paths = [Path(file).expanduser().absolute() for file in files]
-    for file, path in zip(files, paths, strict=True):
-        if not path.is_file():
-            raise OpenError(f"no such file: {file}")
+    paths = [Path(os.path.abspath(os.path.expanduser(file))) for file in files]
+    missing = [file for file, path in zip(files, paths, strict=True) if not os.path.isfile(path)]
+    if missing or not files:
+        raise OpenError(f"no such file: {missing[0]}" if files else "the list of files is empty")
     if len(set(paths)) < len(paths):
         raise OpenError("the list names a file twice")
     root = os.path.commonpath([path.parent for path in paths])
@@ -2573,26 +2608,50 @@ def open_files(files: Sequence[str | Path]) -> tuple[Store, dict[str, int]]:
     return Store(name, import_extra("fsspec").filesystem("file"), root), sizes
 
 
-def transfer_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what the Hub's client raises when a transfer fails, if it is loaded, and `others`."""
+@functools.cache
+def import_hub() -> Any:
+    """Import the Hub's client and give it time-outs: it has none, and a dead line would hang."""
+    hub = import_extra("huggingface_hub")
+    http = import_extra("huggingface_hub.utils._http")
+
+    def client() -> Any:
+        made = http.default_client_factory()
+        made.timeout = HUB_TIMEOUT_S
+        return made
+
+    # Another version of the client, or a program that has set time-outs of its own, keeps them.
+    own = getattr(http, "default_client_factory", None)
+    if own is not None and getattr(http, "_GLOBAL_CLIENT_FACTORY", None) is own:
+        hub.set_client_factory(client)
+    return hub
+
+
+HUB_TIMEOUT_S = 8.0  # to connect, and between two pieces of an answer
+
+
+def transfer_errors() -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises when a request fails, if it is loaded."""
     errors = sys.modules.get("huggingface_hub.errors")
-    return (errors.HTTPError, *others) if errors is not None else others
+    return (errors.HTTPError, errors.OfflineModeIsEnabled) if errors is not None else ()
 
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into an `OpenError`; a missing file stays what it is."""
-    errors = import_extra("huggingface_hub.errors")
+    """Turn what a disk or the Hub's client raises into an `OpenError` of one line."""
     try:
         yield
-    except errors.RepositoryNotFoundError as error:
-        raise OpenError(
-            f"no dataset {name!r} on the Hub and no such folder; a private one needs a token"
-        ) from error
-    except FileNotFoundError:
+    except LogitsError:
         raise
-    except transfer_errors(OSError) as error:
-        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
+    except transfer_errors() as error:
+        if type(error).__name__ == "RepositoryNotFoundError":
+            why = "on the Hub and no such folder; a private one needs a token"
+            raise OpenError(f"no dataset {name!r} {why}") from None
+        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
+    except OSError as error:
+        raise OpenError(f"{name} cannot be read: {error.strerror or first_line(error)}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise OpenError(f"{name}: what answers is not the Hub ({said})") from None
 
 
 @contextlib.contextmanager
@@ -2601,9 +2660,9 @@ def parquet_errors(name: str) -> Iterator[None]:
     try:
         yield
     except transfer_errors() as error:
-        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from error
+        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{name} cannot be read as Parquet: {error}") from error
+        raise FormatError(f"{name} cannot be read as Parquet: {error}") from None
 
 
 def load_logit_dataset(
@@ -2628,18 +2687,17 @@ def load_logit_dataset(
             "an output is a folder, a Parquet file, a list of Parquet files, or user/name on the "
             f"Hub; not {name!r:.40} ({describe_type(name)})"
         )
-    if not isinstance(name, (str, Path)):
+    if not isinstance(name, (str, Path)) or os.path.isfile(os.path.expanduser(name)):
         return LogitDataset(*open_files(files))
-    if Path(name).expanduser().is_file():
-        return LogitDataset(*open_files([name]))
     store = open_store(name)
     shards = find_shards(store, split)
     if store.on_hub and not streaming:
-        wanted = [*shards, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"]
-        commit = store.root.rpartition("@")[2]
         with hub_errors(store.name):
-            folder = import_extra("huggingface_hub").snapshot_download(
-                store.name, repo_type="dataset", revision=commit, allow_patterns=wanted
+            folder = import_hub().snapshot_download(
+                store.name,
+                repo_type="dataset",
+                revision=store.root.rpartition("@")[2],
+                allow_patterns=[*shards, CONFIG_FILE, TEMPLATE_FILE, "checkpoint*.json"],
             )
         store = open_store(folder)
     return LogitDataset(store, shards)
@@ -2662,7 +2720,12 @@ def find_shards(store: Store, split: str) -> dict[str, int]:
         splits.setdefault(named[1] if named else "train", []).append(path)
     if split not in splits:
         raise OpenError(f"{store.name} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return {path: files[path] for path in sorted(splits[split], key=_shard_order)}
+
+    def by_number(path: str) -> tuple[list[tuple[int, int | str]], str]:
+        runs = filter(None, re.split(r"([0-9]+)", os.path.basename(path)))
+        return [(0, int(run)) if run.isdecimal() else (1, run) for run in runs], path
+
+    return {path: files[path] for path in sorted(splits[split], key=by_number)}
 
 
 def _outputs_below(store: Store) -> str:
@@ -2676,13 +2739,12 @@ def _outputs_below(store: Store) -> str:
     return f" itself; name one of those below: {', '.join(names[:5])}{more}" if names else ""
 
 
-def _shard_order(path: str) -> tuple[list[tuple[int, int | str]], str]:
-    """Sort key that reads runs of digits in a file's name as numbers."""
-    runs = filter(None, re.split(r"([0-9]+)", os.path.basename(path)))
-    return [(0, int(run)) if run.isdigit() else (1, run) for run in runs], path
-
-
 # Rows by number -----------------------------------------------------------------------------------
+
+PACKED_COLUMNS = ("top_indices_high", "sampled_indices_high")
+MAX_GROUP_BYTES = 2 * 2**30  # a row group that decodes to more is refused, not tried
+FREE_GROUP_BYTES = 2**26  # one that decodes to less is never too much, however small its file
+MAX_EXPANSION = 100  # decoded bytes for each byte of the file; real rows need fewer than 10
 
 
 class LogitDataset:
@@ -2724,11 +2786,6 @@ class LogitDataset:
         """Settings of the run, from the first shard's metadata; empty when it holds none."""
         return parse_settings(self.metadata(0).get(METADATA_SETTINGS, b"{}"), self.shards[0])
 
-    @property
-    def column_names(self) -> list[str]:
-        """Columns of the first shard."""
-        return list(self.file(0).schema_arrow.names)
-
     @cached_property
     def words(self) -> tuple[Any, str]:
         """The teacher's tokenizer, found from the settings; or None and why it is not there."""
@@ -2741,13 +2798,18 @@ class LogitDataset:
         """Return the opened `pyarrow.parquet.ParquetFile` of a shard; only its footer is read."""
         if shard not in self._files:
             name = self.shards[shard]
+            how: dict[str, Any] = {
+                "pre_buffer": self.store.on_hub,
+                "thrift_string_size_limit": 2**26,
+                "page_checksum_verification": True,
+            }
             with parquet_errors(name):
-                file = pq.ParquetFile(
-                    self.store.open(name),
-                    pre_buffer=self.store.on_hub,
-                    thrift_string_size_limit=2**26,
-                    page_checksum_verification=True,
-                )
+                source = self.store.open(name)
+                file = pq.ParquetFile(source, **how)
+                paths = [file.schema.column(i).path for i in range(len(file.schema.names))]
+                # Bytes that many rows share stay shared until their lengths have been looked at.
+                how |= {"read_dictionary": [path for path in PACKED_COLUMNS if path in paths]}
+                file = pq.ParquetFile(source, metadata=file.metadata, **how)
                 file.schema_arrow.names  # noqa: B018 - read here, where a bad one is reported
             self._files[shard] = file
             if self._listed.get(name, file.metadata.num_rows) != file.metadata.num_rows:
@@ -2769,29 +2831,6 @@ class LogitDataset:
         """
         text = self.metadata(shard).get(METADATA_PART)
         return {} if text is None else parse_part(text, self.shards[shard])
-
-    def readable_file(self, shard: int) -> Any:
-        """Return an opened shard whose rows may be read beside those of the others.
-
-        Raises:
-            FormatError: they are of a later format, or of another run than a shard read before.
-        """
-        file, metadata = self.file(shard), self.metadata(shard)
-        version = metadata.get(METADATA_VERSION, b"")
-        if version.isdigit() and int(version) > FORMAT_VERSION:
-            raise FormatError(
-                f"{self.shards[shard]} is in format {int(version)}, formats up to {FORMAT_VERSION} "
-                "can be read here: use a later logit-extraction"
-            )
-        first = next(iter(self._files))  # opened
-        texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
-        differ = texts[0] != texts[1] and run_differences(*map(peek_settings, texts))
-        if differ:
-            raise FormatError(
-                f"{self.shards[first]} and {self.shards[shard]} are of two runs, which differ in "
-                f"{', '.join(differ)}: open the files of each by themselves"
-            )
-        return file
 
     def count_rows(self, shard: int) -> int:
         """Return the rows of a shard, from a checkpoint or its footer."""
@@ -2817,24 +2856,23 @@ class LogitDataset:
         Raises:
             RowError: there is no such row.
         """
-        wanted = np.asarray(rows, np.int64)
-        shards, offsets = self._locate(wanted)
-        keys, places = [], []
+        shards, offsets = self._locate(np.asarray(rows, np.int64))
+        tables, places = [], []
         for shard in np.unique(shards).tolist():
             metadata = self.file(shard).metadata
-            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+            groups = range(metadata.num_row_groups)
+            starts = to_starts([metadata.row_group(group).num_rows for group in groups])
             mine = np.flatnonzero(shards == shard)
-            groups = np.searchsorted(to_starts(sizes), offsets[mine], side="right") - 1
-            for group in np.unique(groups).tolist():
-                at = mine[groups == group]
-                table = self._read_group(shard, group)
-                keys.append(table.take(pa.array(offsets[at] - to_starts(sizes)[group])))
+            owner = np.searchsorted(starts, offsets[mine], side="right") - 1
+            for group in np.unique(owner).tolist():
+                at = mine[owner == group]
+                if self._kept is None or self._kept[0] != (shard, group):
+                    self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
+                tables.append(self._kept[1].take(pa.array(offsets[at] - starts[group])))
                 places.append(at)
-        if not keys:
+        if not tables:
             return pa.schema([*SCHEMA, *TOKEN_FIELDS]).empty_table()
-        if len(keys) == 1 and places[0].size == 1:
-            return keys[0]
-        return pa.concat_tables(keys).take(pa.array(np.argsort(np.concatenate(places))))
+        return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
 
     def _locate(self, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
         """Return the shard of each row, and its number there."""
@@ -2865,42 +2903,103 @@ class LogitDataset:
         self, shard: int, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
     ) -> Iterator[pa.Table]:
         """Yield the rows of one shard in order, at most `rows` at a time."""
-        file = self.readable_file(shard)
-        known = [name for name in columns if name in file.schema_arrow.names]
-        for group in range(file.metadata.num_row_groups):
-            check_group_size(file.metadata.row_group(group), self.shards[shard])
-        with parquet_errors(self.shards[shard]):
-            for batch in file.iter_batches(rows, columns=known):
+        groups = range(self.file(shard).metadata.num_row_groups)
+        yield from self._read(shard, groups, columns, rows=rows)
+
+    def _read(
+        self,
+        shard: int,
+        groups: Sequence[int],
+        columns: Sequence[str] = READ_COLUMNS,
+        *,
+        rows: int = 2**16,
+    ) -> Iterator[pa.Table]:
+        """Yield rows of a shard whose settings, and whose sizes, allow to read them."""
+        file, name = self.file(shard), self.shards[shard]
+        self._check_run(shard)
+        for group in groups:
+            check_group_size(file.metadata.row_group(group), name, self.sizes[name])
+        known = [column for column in columns if column in file.schema_arrow.names]
+        batches = file.iter_batches(rows, row_groups=list(groups), columns=known)
+        settings = {METADATA_SETTINGS: self.metadata(shard).get(METADATA_SETTINGS, b"{}")}
+        with parquet_errors(name):
+            for batch in batches:
                 table = pa.Table.from_batches([batch])
-                yield table.replace_schema_metadata(file.schema_arrow.metadata)
+                yield unshare_bytes(table, name).replace_schema_metadata(settings)
 
-    def _read_group(self, shard: int, group: int) -> pa.Table:
-        if self._kept is None or self._kept[0] != (shard, group):
-            file = self.readable_file(shard)
-            check_group_size(file.metadata.row_group(group), self.shards[shard])
-            known = [name for name in READ_COLUMNS if name in file.schema_arrow.names]
-            with parquet_errors(self.shards[shard]):
-                self._kept = (shard, group), file.read_row_group(group, columns=known)
-        return self._kept[1]
+    def _check_run(self, shard: int) -> None:
+        """Refuse rows of a later format, or of another run than those of the shard opened first."""
+        metadata = self.metadata(shard)
+        version = metadata.get(METADATA_VERSION, b"1")
+        if version != str(FORMAT_VERSION).encode():
+            raise FormatError(
+                f"{self.shards[shard]} is in format {version.decode('utf-8', 'replace'):.20}, "
+                f"{FORMAT_VERSION} can be read here: use a later logit-extraction"
+            )
+        first = next(iter(self._files))
+        texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
+        one, two = map(peek_settings, texts)
+        differ = sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
+        if differ:
+            raise FormatError(
+                f"{self.shards[first]} and {self.shards[shard]} are of two runs, which differ in "
+                f"{', '.join(differ)}: open the files of each by themselves"
+            )
 
 
-def check_group_size(group: Any, name: str) -> None:
-    """Refuse a row group whose footer announces more than is safe to decode at once.
+def check_group_size(group: Any, name: str, file_bytes: int) -> None:
+    """Refuse a row group whose footer announces more than the bytes of its file can need.
 
     Raises:
-        OpenError: more than `MAX_GROUP_BYTES` or, in one column, `MAX_GROUP_VALUES`.
+        OpenError: more than `MAX_GROUP_BYTES`, or `MAX_EXPANSION` for each byte of the file.
     """
     columns = [group.column(i) for i in range(group.num_columns)]
-    size = max(group.total_byte_size, sum(column.total_uncompressed_size for column in columns))
-    values = max((column.num_values for column in columns), default=0)
-    if size > MAX_GROUP_BYTES or values > MAX_GROUP_VALUES:
+    # A value takes up to 8 bytes while it is decoded, whatever a dictionary makes of it on disk.
+    size = sum(max(column.total_uncompressed_size, 8 * column.num_values) for column in columns)
+    if size > min(MAX_GROUP_BYTES, max(FREE_GROUP_BYTES, MAX_EXPANSION * file_bytes)):
         raise OpenError(
-            f"{name}: a row group of {size:,} bytes and {values:,} values is not read at once; "
-            "write the file again with smaller row groups"
+            f"{name}: a row group that decodes to {size:,} bytes in a file of {file_bytes:,} is "
+            "not read; write the file again with smaller row groups"
         )
 
 
+def unshare_bytes(table: pa.Table, name: str) -> pa.Table:
+    """Give every row its own bytes of packed ids, once they are known to be few.
+
+    Raises:
+        FormatError: they are far more than a byte for each four ids.
+    """
+    for column in set(PACKED_COLUMNS).intersection(table.column_names):
+        packed, low = table.column(column), column.replace("high", "low")
+        if not pa.types.is_dictionary(packed.type):
+            continue
+        lengths = [pc.binary_length(c.dictionary).take(c.indices) for c in packed.chunks]
+        size = sum(pc.sum(part).as_py() or 0 for part in lengths)
+        there = table.column(low).chunks if low in table.column_names else []
+        ids = sum(len(lists.flatten()) for lists in there)
+        if size > ids + 2**20:
+            raise FormatError(f"{name}: {column} holds {size:,} bytes for {plural(ids, 'id')}")
+        plain = packed.cast(packed.type.value_type)
+        table = table.set_column(table.column_names.index(column), column, plain)
+    return table
+
+
 # What an output says of itself --------------------------------------------------------------------
+
+SETTING_RANGES = {
+    "top_p": (0, 1),
+    "top_p_max": (1, 255),
+    "sampled_n": (0, MAX_TOKEN_ID),
+    "logit_bits": (4, 16),
+    "vocab_size": (1, MAX_TOKEN_ID + 1),
+}
+SETTING_TEXTS = (
+    *("model", "model_revision", "dataset", "dataset_revision", "subset", "split", "text_col"),
+    *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
+)
+# What all rows of an output have in common; versions and attention may differ between machines.
+RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
+PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
 
 
 def load_extraction_config(name: str | Path | LogitDataset) -> dict[str, Any]:
@@ -2949,9 +3048,11 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and low <= value <= high):
             raise FormatError(f"{name}: {entry} is {value!r:.40}, not a number in {low}..{high}")
-    for entry in SETTING_TEXTS:
-        if not isinstance(settings.get(entry), (str, type(None))):
-            raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not text")
+    kinds: dict[str, type] = {**dict.fromkeys((*SETTING_TEXTS, "template_date"), str)}
+    for entry, kind in (kinds | {"template_kwargs": dict}).items():
+        if not isinstance(settings.get(entry), (kind, type(None))):
+            what = "text" if kind is str else "an object"
+            raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not {what}")
     return settings
 
 
@@ -2964,14 +3065,6 @@ def peek_settings(text: bytes) -> dict[str, Any]:
         return {}
 
 
-def run_differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    """Return the settings in which two shards cannot be of one output."""
-    return sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
-
-
-PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
-
-
 def parse_part(text: bytes, name: str) -> dict[str, Any]:
     """Parse what a shard says of its part: whole numbers, the hash of its ids, who gave no row.
 
@@ -2979,14 +3072,14 @@ def parse_part(text: bytes, name: str) -> dict[str, Any]:
         FormatError: an entry is missing or of another kind; names it.
     """
     part = parse_object(text, name, "the figures of the part")
-    for entry in PART_FIGURES:
-        if type(part.get(entry)) is not int or part[entry] < 0:
-            raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}")
     skipped = part.setdefault("skipped", {})
-    if not isinstance(skipped, dict) or not all(re.fullmatch("-?[0-9]{1,10}", k) for k in skipped):
-        raise FormatError(f"{name}: skipped conversations of the part are {skipped!r:.40}")
-    if not isinstance(part.get("ids"), str):
-        raise FormatError(f"{name}: ids of the part are {part.get('ids')!r:.40}")
+    right = {entry: type(part.get(entry)) is int and part[entry] >= 0 for entry in PART_FIGURES}
+    right["ids"] = isinstance(part.get("ids"), str)
+    right["skipped"] = isinstance(skipped, dict) and all(
+        re.fullmatch("-?[0-9]{1,10}", key) for key in skipped
+    )
+    for entry in (entry for entry, good in right.items() if not good):
+        raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}")
     return part
 
 
@@ -3057,22 +3150,25 @@ def as_output(name: Any) -> LogitDataset:
 
 
 def as_rows(dataset: Any) -> Any:
-    """Return an opened output, a `pyarrow.Table`, or something that gives rows as dictionaries."""
+    """Return an opened output, a `pyarrow.Table`, or an Arrow view of what is of `datasets`.
+
+    Rows at hand as dictionaries become a table.
+    """
+    if isinstance(dataset, (LogitDataset, pa.Table)):
+        return dataset
     files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
     if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
     if isinstance(dataset, Sample):
         raise LogitsError("a dataset is needed here, not a sample")
-    if isinstance(dataset, Mapping):
-        return [dataset]
-    if hasattr(dataset, "with_format"):  # of `datasets`; what was passed stays as it is
-        return dataset.with_format(None)
-    if not hasattr(dataset, "__iter__") and not isinstance(dataset, pa.Table):
+    if hasattr(dataset, "with_format"):  # which leaves what was passed as it is
+        return dataset.with_format("arrow")
+    if not isinstance(dataset, Iterable):
         raise LogitsError(
             "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
             f"{describe_type(dataset)}"
         )
-    return dataset
+    return rows_table([dataset] if isinstance(dataset, Mapping) else list(dataset))
 
 
 def check_row_number(i: Any) -> int:
@@ -3119,14 +3215,15 @@ def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> 
 
 def _row_at_hand(rows: Any, i: int) -> pa.Table:
     if not hasattr(rows, "__len__"):
-        found = list(itertools.islice(iter(rows), i, i + 1)) if i >= 0 else []
-        if not found:
+        ahead = itertools.islice(rows.iter(batch_size=1), max(i, 0), None)
+        found: pa.Table | None = next(ahead, None) if i >= 0 else None
+        if found is None:
             raise RowError(f"the stream has no row {i}; a stream cannot be read from its end")
-        return rows_table(found)
+        return found
     size = len(rows)
     if not -size <= i < size:
         raise RowError(f"the dataset has {plural(size, 'row')}, there is no row {i}")
-    return rows.slice(i % size, 1) if isinstance(rows, pa.Table) else rows_table([rows[i]])
+    return rows[i % size : i % size + 1]
 
 
 def iter_samples(dataset: Any, *, max_samples: int | None = None) -> Iterator[Sample]:
@@ -3160,14 +3257,12 @@ def iter_tables(
     if isinstance(dataset, LogitDataset):
         tables = dataset.iter_tables(columns, rows=rows)
     elif isinstance(dataset, pa.Table):
-        known = [name for name in columns if name in dataset.column_names]
-        batches = dataset.select(known).to_batches(max_chunksize=rows)
-        tables = (pa.Table.from_batches([batch]) for batch in batches)
+        starts = range(0, dataset.num_rows, rows)
+        tables = (dataset[start : start + rows] for start in starts)
     else:
-        source = iter(dataset)
-        chunks = iter(lambda: list(itertools.islice(source, rows)), [])
-        tables = (rows_table(chunk) for chunk in chunks)
+        tables = dataset.iter(batch_size=rows)
     for table in tables:
+        table = table.select([name for name in columns if name in table.column_names])
         if left is not None and table.num_rows >= left:
             yield table.slice(0, left)
             return
@@ -3177,10 +3272,11 @@ def iter_tables(
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Turn rows as dictionaries by column into a table with the format's types."""
-    if isinstance(rows[0], Mapping) and "top_indices" in rows[0]:
+    names = rows[0] if rows else SCHEMA.names
+    if isinstance(names, Mapping) and "top_indices" in names:
         raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
-        known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in rows[0]]
+        known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
@@ -3213,32 +3309,8 @@ def read_lengths_settings(name: str) -> dict[str, Any]:
     Raises:
         SourceError: no such file.
     """
-    store, paths = open_lengths(name)
-    path = paths[-1]
-    with store.open(path) as file, parquet_errors(path):
-        return parse_lengths_settings(pq.read_schema(file), path)
-
-
-def parse_lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
-    """Return what a lengths file says that it was measured with."""
-    with contextlib.suppress(ValueError, RecursionError):
-        settings = json.loads((schema.metadata or {}).get(METADATA_LENGTHS, b"{}"))
-        if isinstance(settings, dict):
-            return settings
-    name = METADATA_LENGTHS.decode()
-    raise SourceError(f"{path}: its metadata {name} are damaged; measure the lengths again")
-
-
-def open_lengths(name: str) -> tuple[Store, list[str]]:
-    """Return where a lengths dataset is, and its files in order."""
-    if Path(name).expanduser().is_file():
-        store, sizes = open_files([name])
-        return store, list(sizes)
-    store = open_store(name)
-    files = sorted(path for path in store.list_files() if path.endswith(".parquet"))
-    if not files:
-        raise SourceError(f"lengths {name!r}: no Parquet file there; compute_lengths.py makes one")
-    return store, files
+    *_, (path, file) = _open_lengths(name)
+    return _lengths_settings(file.schema_arrow, path)
 
 
 def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
@@ -3252,33 +3324,53 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         SourceError: no such file, a column is missing or holds no integers, or an index occurs
             twice.
     """
-    store, paths = open_lengths(name)
-    wanted = ["index", length_col]
-    parts, settings = [], {}
-    for path in paths:
-        with store.open(path) as file, parquet_errors(path):
-            table = pq.read_table(file)
-        missing = [column for column in wanted if column not in table.column_names]
-        if missing:
+    wanted, tables = ["index", length_col], []
+    for path, file in _open_lengths(name):
+        names = file.schema_arrow.names
+        if missing := [column for column in wanted if column not in names]:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        settings = parse_lengths_settings(table.schema, path)
-        known = wanted + [c for c in ("num_tokens",) if c in table.column_names]
-        for column in known:
-            if not pa.types.is_integer(kind := table.schema.field(column).type):
-                why = f"column {column!r} holds {kind}, not integers"
+        with parquet_errors(path):
+            tables.append(file.read([*wanted, *(c for c in ("num_tokens",) if c in names)]))
+        for kind in tables[-1].schema:
+            if not pa.types.is_integer(kind.type):
+                why = f"column {kind.name!r} holds {kind.type}, not integers"
                 raise SourceError(f"lengths {name!r}: {why}; compute_lengths.py makes them")
-        parts.append(table.select(known))
-    table = pa.concat_tables(parts, promote_options="default")
+    settings = _lengths_settings(tables[-1].schema, path)
+    table = pa.concat_tables(tables, promote_options="default")
     if any(column.null_count for column in table.columns):
         raise SourceError(f"lengths {name!r} hold null values")
-    columns = [table[c].to_numpy().astype(np.int64) for c in table.column_names]
-    if np.unique(columns[0]).size != columns[0].size:
-        raise SourceError(f"lengths {name!r}: an index occurs twice")
-    if any((column < 0).any() for column in columns[1:]):
-        raise SourceError(f"lengths {name!r} hold a negative number; compute_lengths.py makes them")
-    if (np.abs(columns[0].astype(np.float64)) > 2**31).any():
-        raise SourceError(f"lengths {name!r}: an index is over 32 bits")
-    return Lengths(columns[0], columns[1], columns[2] if len(columns) > 2 else None, settings)
+    index, *figures = (column.to_numpy().astype(np.int64) for column in table.columns)
+    for wrong, why in (
+        (np.unique(index).size != index.size, ": an index occurs twice"),
+        (any((column < 0).any() for column in figures), " hold a negative number"),
+        ((np.abs(index.astype(np.float64)) > 2**31).any(), ": an index is over 32 bits"),
+    ):
+        if wrong:
+            raise SourceError(f"lengths {name!r}{why}; compute_lengths.py makes them")
+    return Lengths(index, figures[0], figures[1] if len(figures) > 1 else None, settings)
+
+
+def _open_lengths(name: str) -> Iterator[tuple[str, pq.ParquetFile]]:
+    """Yield the files of a lengths dataset by name, in order, opened."""
+    if os.path.isfile(os.path.expanduser(name)):
+        store, paths = open_files([name])
+    else:
+        store = open_store(name)
+        paths = {path: 0 for path in sorted(store.list_files()) if path.endswith(".parquet")}
+    if not paths:
+        raise SourceError(f"lengths {name!r}: no Parquet file there; compute_lengths.py makes one")
+    for path in paths:
+        with parquet_errors(path), store.open(path) as file:
+            yield path, pq.ParquetFile(file)
+
+
+def _lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
+    text = (schema.metadata or {}).get(METADATA_LENGTHS, b"{}")
+    try:
+        return parse_object(text, path, "the settings")
+    except FormatError:
+        what = f"its metadata {METADATA_LENGTHS.decode()} are damaged"
+        raise SourceError(f"{path}: {what}; measure the lengths again") from None
 
 
 # Decoding -----------------------------------------------------------------------------------------
@@ -3580,13 +3672,18 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     columns, faults = read_columns(table)
     for fault in faults[:1]:
         raise FormatError(f"row {first_row + fault.row}: {fault.message}")
-    return build_block(columns, first_row, kept_bits(table))
-
-
-def kept_bits(table: pa.Table) -> int:
-    """Return the resolution of a table's logits; all of it where the table does not say."""
-    text = (table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}")
-    return RunLimits.of(peek_settings(text)).logit_bits
+    settings = peek_settings((table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}"))
+    block = build_block(columns, first_row, RunLimits.of(settings).logit_bits)
+    sums = block.logsumexp.copy()
+    for ends in (block.top.low, block.top.high, block.tail.low, block.tail.high):
+        sums += ends
+    for token in np.flatnonzero(~np.isfinite(sums))[:1]:
+        row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
+        raise FormatError(
+            f"row {first_row + row}: token {token - block.row_starts[row]} has a log-sum-exp, or a "
+            "range of logits, that is not finite"
+        )
+    return block
 
 
 def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenBlock:
@@ -3779,7 +3876,7 @@ def token_texts(ids: npt.ArrayLike, tokenizer: Any = None) -> list[str]:
 
 
 def _token_text(token: int, tokenizer: Any) -> str:
-    if tokenizer is None or token >= len(tokenizer):
+    if tokenizer is None or not 0 <= token < len(tokenizer):
         return f"#{token}"
     text = str(tokenizer.decode([token]))
     piece = tokenizer.convert_ids_to_tokens(token)
@@ -4315,8 +4412,11 @@ def execute_analysis(
 # 7 Show
 # --------------------------------------------------------------------------------------------------
 
-
 SURPRISE_LEVELS = (0.9, 0.5, 0.2, 0.05, 0.01, 0.001)  # level i: at least this probable; then 6
+PAINT: list[list[str]] = [  # of each level in the terminal: a colour and its attributes
+    [], [], ["cyan"], ["yellow"], ["yellow", "bold"], ["magenta", "bold"],
+    ["magenta", "bold", "reverse"],
+]  # fmt: skip
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
@@ -4332,16 +4432,15 @@ def show_text(text: str) -> str:
 
     def picture(found: re.Match[str]) -> str:
         code = ord(found[0])
-        if code < 0x20:
-            return chr(0x2400 + code)
-        return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+        return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
     return _UNSEEN.sub(picture, text)
 
 
-def show_token(text: str) -> str:
-    """Write a token on one line, with its spaces and line breaks visible."""
-    return show_text(text).replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+def show_token(text: str, most: int | None = None) -> str:
+    """Write a token on one line, its spaces and line breaks visible, at most so many characters."""
+    text = show_text(text).replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+    return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 
 def surprise_level(probability: float) -> int:
@@ -4349,9 +4448,29 @@ def surprise_level(probability: float) -> int:
     return sum(probability < bound for bound in SURPRISE_LEVELS)
 
 
-def show_probability(probability: float, exact: bool) -> str:
+def show_probability(probability: float, exact: bool = True) -> str:
     """Write a probability in percent, with `≤` where it is a bound."""
-    return f"{'' if exact else '≤'}{probability:.{1 if probability >= 0.01 else 2}%}"
+    text = f"{probability:.1%}" if probability >= 0.01 else f"{100 * probability:.2g}%"
+    return text if exact else f"≤{text}"
+
+
+def show_standing(token: TokenAnalysis) -> str:
+    """Write the probability and the rank of the token that is there."""
+    rank = token.rank if token.where == "nucleus" else f"≥ {token.rank}"
+    return f"{show_probability(token.probability, token.exact)}, rank {rank}"
+
+
+def list_predictions(
+    predictions: Sequence[Prediction], actual: int | None = None, *, bar: int
+) -> list[str]:
+    """Write predictions as lines: number, probability, a bar, the token; `▸` marks the actual."""
+    lines = []
+    for number, (token, text, _, probability) in enumerate(predictions, 1):
+        whole, eighth = divmod(round(min(max(0, probability), 1) * bar * 8), 8)
+        drawn = ("█" * whole + " ▏▎▍▌▋▊▉"[eighth])[:bar]
+        mark, chance = "▸" if token == actual else " ", show_probability(probability)
+        lines.append(f"{mark}{number:2} {chance:>8} {drawn:{bar}} {show_token(text, 24)}")
+    return lines
 
 
 # Terminal -----------------------------------------------------------------------------------------
@@ -4364,80 +4483,57 @@ def colours_wanted() -> bool:
     return importlib.util.find_spec("termcolor") is not None
 
 
-def screen_width() -> int | None:
-    """Return at how many columns lines are broken; None in pipes, whose text stays as it is."""
-    if os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty():
-        return max(shutil.get_terminal_size().columns, 40)
-    return None
-
-
 def count_columns(text: str) -> int:
     """Return how many columns of a terminal a text takes: two for wide characters."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
 
 
-def break_lines(text: str, width: int | None) -> set[int]:
-    """Return the places in a text before which a line has to be broken, never inside of a word.
+def break_lines(text: str) -> str:
+    """Turn the spaces at which the terminal's lines end into line breaks, never inside of a word.
 
-    A space at such a place goes; scripts that write without spaces may be broken anywhere.
+    In pipes the text stays as it is. So does a word that is longer than a line.
     """
-    places: set[int] = set()
-    column = 0
-    for word in re.finditer(r"\n|[ \t]*[^\s]+|[ \t]+", text) if width else ():
-        size = count_columns(word[0])
-        if word[0] == "\n":
-            column = 0
-        elif column and column + size > (width or 0) and word[0].strip():
-            places.add(word.start())
-            column = count_columns(word[0].lstrip())
+    if not (os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty()):
+        return text
+    width, column, parts = max(shutil.get_terminal_size().columns, 40), 0, []
+    for word in re.findall(r"\n| ?[^ \n]*", text):
+        size = count_columns(word)
+        if word[:1] == " " and word != " " and column + size > width:
+            word, column = f"\n{word[1:]}", size - 1
         else:
-            column += size
-    return places
+            column = 0 if word == "\n" else column + size
+        parts.append(word)
+    return "".join(parts)
 
 
-def wrap_text(text: str) -> str:
-    """Break the lines of a text for the terminal, further ones indented."""
-    width = screen_width()
-    if width is None:
-        return text
-    how: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "    "}
-    return "\n".join(textwrap.fill(line, width, **how) for line in text.split("\n"))
-
-
-def paint(text: str, colour: str, *attributes: str) -> str:
+def paint(text: str, style: Sequence[str]) -> str:
     """Colour text for the terminal, line by line, where colours are wanted."""
-    if not colour or not colours_wanted():
+    if not style or not colours_wanted():
         return text
-    termcolor = import_extra("termcolor", "viz")
-    return "\n".join(
-        termcolor.colored(line, colour, attrs=list(attributes), force_color=True) if line else line
-        for line in text.split("\n")
-    )
-
-
-def draw_bar(share: float, width: int = 30) -> str:
-    """Draw a share of 1 as a bar of block characters, in eighths."""
-    eighths = round(min(max(share, 0), 1) * width * 8)
-    return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
+    colored, (colour, *attributes) = import_extra("termcolor", "viz").colored, style
+    lines = text.split("\n")
+    return "\n".join(line and colored(line, colour, None, attributes, force_color=True)
+                     for line in lines)  # fmt: skip
 
 
 def print_sample_info(sample: Mapping[str, Any]) -> None:
     """Print what a sample holds: tokens, nucleus sizes and the probability they cover."""
     sample = as_sample(sample)
-    block = sample.block
-    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}")
-    if not sample["num_tokens"]:
-        return
-    counts, mass, first = block.top.counts, block.top.mass, block.first_probs
-    sizes = f"{counts.min()} to {plural(counts.max(), 'token')}, median {np.median(counts):g}"
-    drawn = plural(block.tail.counts.max(), "token")
-    print(f"  nucleus     {sizes}, mean {counts.mean():.1f}")
-    print(f"  it covers   {mass.min():.1%} to {mass.max():.1%}, mean {mass.mean():.1%}")
-    print(f"  likeliest   {first.min():.1%} to {first.max():.1%}, mean {first.mean():.1%}")
-    print(f"  tail        {drawn}, worth {block.tail.mass.mean():.2%} on average")
+    block, stored = sample.block, ""
     if "input_ids" in sample:
-        print(f"  text        {plural(sample['input_ids'].size, 'token')} stored with it")
+        stored = f", and the {plural(sample['input_ids'].size, 'token')} of its text"
+    print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}{stored}")
+    drawn = plural(block.tail.counts.max(initial=0), "token")
+    for label, values, how in (
+        ("nucleus size", block.top.counts, "{:.3g}"),
+        ("covered by it", block.top.mass, "{:.1%}"),
+        ("likeliest token", block.first_probs, "{:.1%}"),
+        (f"tail of {drawn}", block.tail.mass, "{:.2%}"),
+    ):
+        if values.size:
+            low, mean, high = map(how.format, (values.min(), values.mean(), values.max()))
+            print(f"  {label:18} {low} to {high}, mean {mean}")
 
 
 def print_top_tokens(
@@ -4452,64 +4548,40 @@ def print_top_tokens(
         k: how many.
     """
     sample = as_sample(sample)
-    if check_tokenizer(tokenizer) is None:
-        tokenizer = show_missing_words(sample)
-    show_token_table(sample, t, tokenizer, k=k)
+    print_token(sample, t, find_words(sample, tokenizer), k=k)
 
 
-def show_missing_words(sample: Sample) -> Any:
-    """Return the tokenizer of the output that a sample is of, or None and print why."""
-    if sample.output is None:
-        return None
+def find_words(sample: Sample, tokenizer: Any) -> Any:
+    """Return the tokenizer, None for that of a sample's output; print why there is none."""
+    if check_tokenizer(tokenizer) is not None or sample.output is None:
+        return tokenizer
     tokenizer, why = sample.output.words
     if why:
-        print(wrap_text(f"ids only: {why}"))
+        print(break_lines(f"ids only: {why}"))
     return tokenizer
 
 
-def show_token_table(
+def print_token(
     sample: Sample, t: int, tokenizer: Any, *, k: int, actual: TokenAnalysis | None = None
 ) -> None:
     """Print what `print_top_tokens` does; a row that stores its text tells the actual token."""
     t = check_token(sample, t)
-    predictions = decode_top_tokens(sample, t, tokenizer, k=k)
     if actual is None and sample.block.tokens is not None:
         ids, positions = stored_tokens(sample)
-        (actual,) = analyze_tokens(sample.block.tokens_at(t, t + 1), ids[positions[t : t + 1]],
-                                   tokenizer, k=1)  # fmt: skip
-    there = ""
-    if actual is not None:
-        rank = f"rank {'' if actual.where == 'nucleus' else '≥ '}{actual.rank}"
-        chance = show_probability(actual.probability, actual.exact)
-        there = f"; it is {show_token(actual.text)}, {chance}, {rank}"
+        there = ids[positions[t : t + 1]]
+        (actual,) = analyze_tokens(sample.block.tokens_at(t, t + 1), there, tokenizer, k=1)
     size, mass = sample["top_counts"][t], get_nucleus_probability_mass(sample, t)
-    print(wrap_text(f"token {t}: nucleus of {size} covering {mass:.1%}{there}"))
-    texts = [shorten(show_token(prediction.text)) for prediction in predictions]
-    widest = max(map(count_columns, texts))
-    room = min(30, (screen_width() or 80) - widest - 19)
-    for rank_here, (text, prediction) in enumerate(zip(texts, predictions, strict=True), 1):
-        bar = paint(draw_bar(prediction.probability, max(room, 1)), "cyan")
-        text += " " * (widest - count_columns(text))
-        print(f"  {rank_here:3}  {text}  {prediction.probability:7.2%}  {bar}".rstrip())
-
-
-def shorten(text: str, most: int = 24) -> str:
-    """Cut a text for a table."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+    line = f"token {t}: nucleus of {size} covering {mass:.1%}"
+    if actual is not None:
+        line += f"; it is {show_token(actual.text)}, {show_standing(actual)}"
+    predictions = decode_top_tokens(sample, t, tokenizer, k=k)
+    print(break_lines(line))
+    print(*list_predictions(predictions, actual.id if actual else None, bar=16), sep="\n")
 
 
 def print_dataset_stats(dataset: Any) -> None:
     """Print the figures of a dataset: `DatasetStats`, or what `compute_dataset_stats` takes."""
-    stats = dataset if isinstance(dataset, DatasetStats) else compute_dataset_stats(dataset)
-    print(f"{stats}\nnuclei by size in tokens")
-    counts = np.add.reduceat(stats.nucleus.histogram, SIZE_CLASSES)
-    for low, high, count in zip(SIZE_CLASSES, (*SIZE_CLASSES[1:], 256), counts, strict=True):
-        label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
-        if count:
-            print(f"  {label:>10} {count:>12,}  {paint(draw_bar(count / counts.max()), 'cyan')}")
-
-
-SIZE_CLASSES = (1, 2, 3, 5, 9, 17, 33, 65, 129)
+    print(dataset if isinstance(dataset, DatasetStats) else compute_dataset_stats(dataset))
 
 
 def quick_explore(
@@ -4528,41 +4600,27 @@ def quick_explore(
         tokens: how many of the row's tokens to show.
     """
     dataset = as_output(name)
-    print(wrap_text(describe_run(dataset)))
+    print(break_lines(describe_run(dataset)))
     sample = get_sample(dataset, sample_index)
     print_sample_info(sample)
-    if check_tokenizer(tokenizer) is None:
-        tokenizer = show_missing_words(sample)
+    tokenizer = find_words(sample, tokenizer)
     count = min(tokens, sample["num_tokens"])
     print(f"its first {plural(count, 'token')}:")
     for t in range(count):
-        show_token_table(sample, t, tokenizer, k=5)
+        print_token(sample, t, tokenizer, k=5)
     return sample
 
 
 def describe_run(dataset: LogitDataset) -> str:
     """Say in one line how large an output is and how it was made."""
-    settings = dataset.settings
-    size = f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"
-    skipped = count_skipped(dataset)
-    if skipped:
+    parts = [f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"]
+    if skipped := count_skipped(dataset):
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
-        size += f", {plural(skipped.total(), 'conversation')} without a row ({reasons})"
-    known = [name for name in ABOUT_RUN if settings.get(name) is not None]
-    parts = [f"{name} {settings[name]!s:.100}" for name in known]
-    return show_text(", ".join([f"{dataset.name}: {size}", *parts]))
-
-
-ABOUT_RUN = ("model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype")
-PAINT: tuple[tuple[str, ...], ...] = (  # by surprise level
-    ("",),
-    ("",),
-    ("cyan",),
-    ("yellow",),
-    ("yellow", "bold"),
-    ("magenta", "bold"),
-    ("magenta", "bold", "reverse"),
-)
+        parts.append(f"{plural(skipped.total(), 'conversation')} without a row ({reasons})")
+    names = ["model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype"]
+    known = [name for name in names if dataset.settings.get(name) is not None]
+    parts += [f"{name} {dataset.settings[name]!s:.100}" for name in known]
+    return show_text(f"{dataset.name}: {', '.join(parts)}")
 
 
 def visualize_conversation_probabilities(
@@ -4573,121 +4631,61 @@ def visualize_conversation_probabilities(
     Coloured terminal text, or with `return_html` a self-contained page that loads nothing. Where
     the terminal has no colours, tokens below 50% carry their probability in braces.
     """
-    check_analysis(analysis)
+    check_analyses([analysis])
     if return_html:
         return render_page([analysis])
-    count = plural(len(analysis.tokens), "token")
-    likely = f"typical probability of a token {analysis.typical_probability}"
-    facts = [f"conversation {analysis.index}: {count} by the teacher"]
-    facts += [likely if analysis.tokens else "not extracted", *filter(None, [analysis.note])]
-    return f"{wrap_text(show_text(', '.join(facts)))}\n{paint_legend()}\n\n{paint_text(analysis)}"
+    facts = ", ".join(conversation_facts(analysis))
+    head = break_lines(show_text(f"conversation {analysis.index}: {facts}"))
+    return f"{head}\n{paint_legend()}\n\n{paint_text(analysis)}"
 
 
-def check_analysis(analysis: Any) -> None:
-    """Refuse what is no analysis, and say what to pass."""
-    if not isinstance(analysis, ConversationAnalysis):
-        raise LogitsError(
-            "an analysis is needed, what analyze_token_probabilities returns, not "
-            f"{type(analysis).__name__}"
-        )
+def check_analyses(analyses: Any) -> list[ConversationAnalysis]:
+    """Return analyses, or one, as a list; refuse what are none, and say what to pass."""
+    analyses = [*analyses] if isinstance(analyses, (list, tuple)) else [analyses]
+    for analysis in analyses:
+        if not isinstance(analysis, ConversationAnalysis):
+            raise LogitsError(
+                "an analysis is needed, what analyze_token_probabilities returns, not "
+                f"{describe_type(analysis)}"
+            )
+    return analyses
 
 
 def paint_text(analysis: ConversationAnalysis) -> str:
     """Colour the text of a conversation for the terminal, its lines broken between words."""
-    coloured = colours_wanted()
-    shown, styles = [], []
+    coloured, shown, styles = colours_wanted(), [], []
     texts = join_characters([text for text, _ in analysis.pieces])
-    before: list[TokenAnalysis] = []  # that the character which comes takes, too
-    for text, (_, t) in zip(texts, analysis.pieces, strict=True):
+    before: list[TokenAnalysis] = []  # of the character that comes, which several tokens write
+    for text, (_, t) in zip(map(show_text, texts), analysis.pieces, strict=True):
         tokens = [*before, *([analysis.tokens[t]] if t is not None else [])]
         before = [] if text else tokens
         probability = math.prod(token.probability for token in tokens)
         level = surprise_level(probability)
-        text = show_text(text)
         if text and not coloured and level > 1:
             body = text.rstrip("\n")
             mark = show_probability(probability, all(token.exact for token in tokens))
             text = f"{body}{{{mark}}}{text[len(body) :]}"
         shown.append(text)
-        styles.append(PAINT[level] if tokens else ("dark_grey",))
-    places, at, parts = break_lines("".join(shown), screen_width()), 0, []
-    for text, style in zip(shown, styles, strict=True):
-        inside = [place - at for place in sorted(places) if at <= place < at + len(text)]
-        for place in reversed(inside):
-            text = f"{text[:place]}\n{text[place:].removeprefix(' ')}"
-        parts.append(paint(text, *style))
-        at += len(shown[len(parts) - 1])
-    return "".join(parts)
+        styles.append(PAINT[level] if tokens else ["dark_grey"])
+    whole, ends = break_lines("".join(shown)), itertools.accumulate(map(len, shown))
+    return "".join(
+        paint(whole[end - len(text) : end], style)
+        for text, end, style in zip(shown, ends, styles, strict=True)
+    )
 
 
 def paint_legend() -> str:
     """Say what the colours, or the braces, mean."""
     if not colours_wanted():
         return "{3.1%}: what the teacher gave the token before it, where below 50%"
-    words = [paint(f"{100 * b:g}%+", *PAINT[i]) for i, b in enumerate(SURPRISE_LEVELS) if i]
-    least = paint(f"less than {100 * SURPRISE_LEVELS[-1]:g}%", *PAINT[-1])
-    boxes = "  ".join([*words, least, paint("not extracted", "dark_grey")])
+    bounds = [f"{100 * bound:g}%" for bound in SURPRISE_LEVELS]
+    words = [f"{bound}+" for bound in bounds] + [f"less than {bounds[-1]}"]
+    painted = [paint(word, style) for word, style in zip(words, PAINT, strict=True)][1:]
+    boxes = "  ".join([*painted, paint("not extracted", ["dark_grey"])])
     return f"probability that the teacher gave the token that is there:\n{boxes}"
 
 
-# Markup -------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def page_templates() -> Any:
-    """Return the environment whose templates escape, and make visible, everything from the data."""
-    jinja2 = import_extra("jinja2")
-    parts = {"page": PAGE, "facts": FACTS, "histogram": HISTOGRAM, "stats": STATS}
-    return jinja2.Environment(
-        loader=jinja2.DictLoader(parts),
-        autoescape=True,
-        finalize=lambda value: show_text(value) if type(value) is str else value,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-
-
-def render(template: str, **values: Any) -> Any:
-    """Fill in a template; what comes out is markup, which other templates take as it is."""
-    markup = import_extra("markupsafe").Markup
-    return markup(page_templates().get_template(template).render(**values))
-
-
-def step_path(shares: Iterable[float], height: int) -> str:
-    """Return shares of 1 as the SVG path of bars that are one unit wide."""
-    steps = "".join(f"V{round(height - height * float(share), 2)}h1" for share in shares)
-    return f"M0 {height}{steps}V{height}Z"
-
-
-FACTS = """\
-<table><caption>{{ title }}</caption>
-{%- for label, value in facts %}<tr><th style='text-align:left'>{{ label }}</th>\
-<td style='text-align:right'>{{ value }}</td></tr>{% endfor %}</table>"""
-
-HISTOGRAM = """\
-<figure style="margin:.75rem 0;max-width:60rem"><svg viewBox="0 0 {{ last }} 60" \
-preserveAspectRatio="none" style="width:100%;height:5rem" role="img" \
-aria-label="histogram of nucleus sizes"><path d="{{ path }}" fill="#3b82c4"/></svg>\
-<figcaption style="display:flex;justify-content:space-between;gap:1rem"><span>1</span>\
-<span>number of tokens by nucleus size (log scale, {{ "{:,}".format(highest) }} at the highest)\
-</span><span>{{ last }}</span></figcaption></figure>"""
-
-STATS = """\
-<section><h2>The whole data set</h2>
-<dl>{% for label, value in facts %}<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>\
-{% endfor %}</dl>
-{{ histogram }}</section>"""
-
-
-def histogram_svg(histogram: npt.NDArray[np.int64]) -> Any:
-    """Draw the histogram of nucleus sizes, its heights by logarithm, as inline SVG."""
-    used = np.flatnonzero(histogram)
-    if not used.size:
-        return ""
-    last, highest = int(used[-1]), int(histogram.max())
-    heights = np.log1p(histogram[1 : last + 1]) / np.log1p(highest)
-    return render("histogram", last=last, highest=highest, path=step_path(heights, 60))
-
+# The page -----------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -4697,47 +4695,44 @@ PAGE = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <title>{{ title }}</title>
-<style>{{ css }}</style>
+<style>{{ css|safe }}</style>
 </head>
 <body>
 <main>
 <h1>{{ title }}</h1>
-{% if about %}<p class="dim">{{ about }}</p>{% endif %}
-{% if sections|length > 1 %}
-<nav>{% for part in sections %}<a href="#s{{ loop.index0 }}">conversation {{ part.index }}</a>\
+<p class="dim">{{ about }}</p>
+{% if analyses|length > 1 %}
+<nav>{% for seen in analyses %}<a href="#s{{ loop.index0 }}">conversation {{ seen.index }}</a>
 {% endfor %}</nav>
 {% endif %}
-{% if sections %}
-<div class="legend"><span class="of">Probability that the teacher gave the token that is there\
-</span>{% for bound in bounds %}<span class="b{{ loop.index0 }}">≥ {{ bound }}</span>{% endfor %}\
-<span class="b{{ bounds|length }}">&lt; {{ bounds[-1] }}</span>\
-<span class="bound">not stored: at most this</span><span class="out">not extracted</span></div>
-<p class="dim">Point at, tap or focus a token for its predictions; arrow keys move, Esc closes.</p>
+{% if analyses %}
+<p class="legend"><span class="of">Probability that the teacher gave the token that is there</span>
+{% for bound in bounds %}<span class="b{{ loop.index0 }}">≥ {{ bound }}</span>
+{% endfor %}<span class="b{{ bounds|length }}">&lt; {{ bounds[-1] }}</span>
+<span class="bound">not stored: at most this</span> <span class="dim">not extracted</span></p>
+<p class="dim">Point at or tap a token for its predictions; arrow keys move, Esc closes.</p>
 {% endif %}
-{{ stats }}
-{% for part in sections %}
-<section id="s{{ loop.index0 }}" data-s="{{ loop.index0 }}">
-<h2>Conversation {{ part.index }}</h2>
-<p class="dim">{{ part.facts|join(" · ") }}</p>
-{% if part.path %}
-<figure><svg class="spark" data-n="{{ part.count }}" viewBox="0 0 {{ part.count }} 40" \
-preserveAspectRatio="none" role="img" aria-label="nucleus size along the conversation">\
-<path class="area" d="{{ part.path }}"/><line class="now" x1="0" x2="0" y1="0" y2="40" \
-visibility="hidden"/></svg><div class="axis"><span>token 0</span>\
-<span>nucleus size, 1 to {{ part.peak }}</span><span>token {{ part.count - 1 }}</span>\
-</div></figure>
+{% if stats %}
+<section><h2>The whole data set</h2>
+<dl>{% for label, value in stats.facts().items() %}\
+<div><dt>{{ label }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+</section>
 {% endif %}
+{% for seen in analyses %}
+{% set s = loop.index0 %}
+<section id="s{{ s }}">
+<h2>Conversation {{ seen.index }}</h2>
+<p class="dim">{{ facts(seen)|join(", ") }}{{ ", " if seen.model }}{{ seen.model }}</p>
 <div class="text" dir="auto">\
-{% for piece in part.pieces %}{% if piece.kind == "out" %}<span class="out">{{ piece.text }}</span>\
-{% else %}{{ piece.before }}<span class="{{ piece.kind }}" data-t="{{ piece.t }}" tabindex=\
-"{{ 0 if piece.t == 0 else -1 }}">{{ piece.text }}</span>{{ piece.after }}{% endif %}{% endfor %}\
+{% for t, kind, before, box, after in pieces(seen) %}{{ before }}{% if kind %}<span \
+class="{{ kind }}" id="s{{ s }}-t{{ t }}" data-is="{{ tell(seen.tokens[t]) }}">{{ box }}</span>\
+{% endif %}{{ after }}{% endfor %}\
 </div>
 </section>
 {% endfor %}
 </main>
-<div id="pop" role="tooltip" hidden></div>
-<script type="application/json" id="data">{{ data }}</script>
-<script>{{ script }}</script>
+<div id="box" role="status" hidden></div>
+<script>{{ script|safe }}</script>
 </body>
 </html>
 """
@@ -4745,226 +4740,99 @@ visibility="hidden"/></svg><div class="axis"><span>token 0</span>\
 PAGE_CSS = """
 :root {
   --bg: #ffffff; --fg: #1b1f24; --dim: #5f6a75; --line: #d5dbe1; --card: #f5f7f9;
-  --bar: #0b62a8; --mark: #b3261e; --focus: #0b62a8;
+  --bar: #0b62a8; --t5: #ffffff; --t6: #ffffff;
   --b1: #fff3e2; --b2: #fee0b8; --b3: #fdc27e; --b4: #fb9a42; --b5: #c04c00; --b6: #7a2503;
-  --t5: #ffffff; --t6: #ffffff;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --bg: #14171b; --fg: #e4e8ec; --dim: #98a3ae; --line: #363d45; --card: #1d2126;
-    --bar: #5aa9e6; --mark: #ff9a8f; --focus: #8cc8ff;
+    --bar: #5aa9e6; --t5: #14171b; --t6: #14171b;
     --b1: #2b2417; --b2: #463417; --b3: #6b4a14; --b4: #86570c; --b5: #f0a03c; --b6: #ffdf9e;
-    --t5: #14171b; --t6: #14171b;
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--fg);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 16rem; }
+body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; }
-p { margin: .25rem 0 .75rem; }
+p, dl { margin: .25rem 0 .75rem; }
 a { color: var(--bar); }
-.dim, figcaption { color: var(--dim); font-size: .875rem; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem .9rem; margin: .75rem 0; font-size: .9rem; }
-.legend { display: flex; flex-wrap: wrap; gap: .35rem .5rem; align-items: center;
-  margin: .75rem 0; font-size: .85rem; }
-.legend span.of { border: 0; padding: 0; }
-.legend span { padding: .1rem .45rem; border-radius: 3px; border: 1px solid var(--line); }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; line-height: 1.85;
-  border: 1px solid var(--line); border-radius: 6px; padding: .75rem 1rem; margin: .5rem 0;
-  font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-size: .92rem; }
-.out { color: var(--dim); }
-.tok { border-radius: 2px; cursor: pointer; padding: .12em 0; box-shadow: inset -1px 0 var(--bg); }
+.dim, dt { color: var(--dim); font-size: .875rem; overflow-wrap: anywhere; }
+nav, .legend { display: flex; flex-wrap: wrap; gap: .35rem .6rem; font-size: .875rem; }
+.legend span { padding: 0 .45rem; border-radius: 3px; border: 1px solid var(--line); }
+.legend .of { border: 0; padding: 0; }
+.text, #box { font: .92rem/1.85 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; padding: .75rem 1rem; border-radius: 6px;
+  border: 1px solid var(--line); }
+.text { color: var(--dim); unicode-bidi: isolate; }
+.tok { color: var(--fg); border-radius: 2px; cursor: pointer; padding: .12em 0;
+  box-shadow: inset -1px 0 var(--bg); scroll-margin: 2rem; }
 .b1 { background: var(--b1); } .b2 { background: var(--b2); } .b3 { background: var(--b3); }
 .b4 { background: var(--b4); }
 .b5 { background: var(--b5); color: var(--t5); } .b6 { background: var(--b6); color: var(--t6); }
 .bound { text-decoration: underline dotted 2px; text-underline-offset: .2em; }
-.tok:hover, .tok:focus, .tok.on { outline: 2px solid var(--focus); outline-offset: 0; }
-figure { margin: .75rem 0; }
-svg { display: block; width: 100%; overflow: visible; }
-.spark { height: 3.5rem; cursor: pointer; border-bottom: 1px solid var(--line); }
-.area { fill: var(--bar); opacity: .85; }
-.now { stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
-.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .8rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .5rem;
-  margin: .75rem 0; }
-dl div { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  padding: .4rem .7rem; }
-dt { color: var(--dim); font-size: .8rem; } dd { margin: 0; font-size: 1.1rem; }
-#pop { position: absolute; z-index: 5; overflow-y: auto; width: min(38rem, calc(100% - 1rem));
-  background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .6rem .8rem; font-size: .85rem;
-  box-shadow: 0 4px 18px #0005; }
-#pop code { font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; }
-#pop .both { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
-  gap: 0 1.5rem; }
-#pop .row { display: grid; grid-template-columns: minmax(3rem, 7rem) 1fr 3.8rem; gap: .5rem;
-  align-items: center; }
-#pop .row bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: left;
-  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-#pop .row.real bdi { color: var(--mark); font-weight: 600; }
-#pop .bar { height: .65rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
-#pop .num { text-align: right; font-variant-numeric: tabular-nums; }
-#pop h3 { font-size: .8rem; margin: .5rem 0 .1rem; color: var(--dim); font-weight: 600; }
+.tok.on { outline: 2px solid var(--bar); }
+dl { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+dl div { background: var(--card); border-radius: 6px; padding: .4rem .7rem; }
+dd { margin: 0; font-size: 1.1rem; }
+#box { position: fixed; left: .5rem; right: .5rem; bottom: .5rem; max-height: var(--room);
+  overflow: auto; background: var(--card); line-height: 1.35; font-size: .8rem;
+  direction: ltr; box-shadow: 0 2px 12px #0004; }
+#box::first-line { font-size: 1rem; font-weight: 700; }
+#box.above { top: .5rem; bottom: auto; }
+@media (min-width: 85rem) {  /* there is room beside the text */
+  main { margin-right: 26rem; margin-left: max(0rem, calc(100vw - 88rem) / 2); }
+  #box, #box.above { top: 1.5rem; bottom: auto; left: auto; width: 24.5rem; max-height: 92vh;
+    right: max(.5rem, calc(100vw - 88rem) / 2); }
+}
 """
 
 PAGE_SCRIPT = """
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const pop = document.getElementById("pop");
-let pinned = null, shown = null;
+const box = document.getElementById("box"), all = [...document.querySelectorAll(".tok")];
+let shown = null, pinned = null;
 
-function make(parent, tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined) node.textContent = text;
-  parent.append(node);
-  return node;
-}
-function percent(p) {
-  if (p > 0 && p < 1e-5) return (100 * p).toExponential(1) + "%";
-  return (p >= 0.01 ? (100 * p).toFixed(1) : (100 * p).toPrecision(2)) + "%";
-}
-function rows(parent, title, list, real) {
-  const part = make(parent, "div");
-  if (list.length) make(part, "h3", "", title);
-  for (const [text, id, p] of list) {
-    const row = make(part, "div", id === real ? "row real" : "row");
-    make(row, "bdi", "", text).title = "id " + id;
-    make(make(row, "div"), "div", "bar").style.width = 100 * Math.min(1, p) + "%";
-    make(row, "span", "num", percent(p));
-  }
-  return part;
-}
-function token(node) {
-  return data[+node.closest("section").dataset.s][+node.dataset.t];
-}
-function fill(node) {
-  const it = token(node), most = it.e ? "" : "\\u2264 ";
-  const least = it.w === "nucleus" ? "" : "\\u2265 ";
-  pop.replaceChildren();
-  const head = make(pop, "div");
-  make(make(head, "code"), "bdi", "", it.x);
-  make(head, "span", "dim", "  id " + it.i + ", token " + node.dataset.t);
-  make(pop, "div", "facts", "p " + most + percent(it.p) + ", log p " + most + it.l.toFixed(3) +
-    ", rank " + least + it.r + (it.w === "nucleus" ? "" : ", " + (it.w === "tail" ?
-    "in the tail sample" : "not stored")));
-  make(pop, "div", "dim", "nucleus of " + it.n + (it.n === 1 ? " token" : " tokens") +
-    " covering " + percent(it.m));
-  const both = make(pop, "div", "both");
-  rows(both, "Likeliest", it.top, it.i);
-  const tail = rows(both, "Tail sample, in the order drawn", it.tail, it.i);
-  if (it.s > it.tail.length) make(tail, "div", "dim", "and " + (it.s - it.tail.length) + " more");
-}
-function place(node) {
-  const boxes = [...node.getClientRects()].filter(box => box.height);
-  const first = boxes[0] || node.getBoundingClientRect(), last = boxes[boxes.length - 1] || first;
-  const wide = document.documentElement.clientWidth, high = document.documentElement.clientHeight;
-  pop.style.maxHeight = "";
-  const above = first.top - 14, below = high - last.bottom - 14, wanted = pop.offsetHeight;
-  const under = wanted <= below || below >= above;
-  pop.style.maxHeight = Math.max(96, under ? below : above) + "px";
-  const left = Math.max(8, Math.min(first.left, wide - pop.offsetWidth - 8));
-  pop.style.left = left + scrollX + "px";
-  const top = under ? last.bottom + 6 : first.top - pop.offsetHeight - 6;
-  pop.style.top = scrollY + top + "px";
-}
 function show(node) {
-  if (shown) { shown.classList.remove("on"); shown.removeAttribute("aria-describedby"); }
+  if (shown) shown.classList.remove("on");
   shown = node;
-  if (!node) { pop.hidden = true; return; }
-  fill(node);
-  pop.hidden = false;
-  place(node);
-  node.classList.add("on");
-  node.setAttribute("aria-describedby", "pop");
-  const line = node.closest("section").querySelector(".now");
-  if (line) {
-    for (const x of ["x1", "x2"]) line.setAttribute(x, +node.dataset.t + 0.5);
-    line.removeAttribute("visibility");
-  }
-}
-function move(node, key) {
-  const all = [...node.closest(".text").querySelectorAll(".tok")], at = all.indexOf(node);
-  if (key === "ArrowRight") return all[at + 1];
-  if (key === "ArrowLeft") return all[at - 1];
-  if (key === "Home") return all[0];
-  if (key === "End") return all[all.length - 1];
-  const step = key === "ArrowDown" ? 1 : -1, from = node.getClientRects()[0];
-  let best = null, score = Infinity, line = 0;
-  for (let i = at + step; all[i]; i += step) {
-    const box = all[i].getClientRects()[0], down = step * (box.top - from.top);
-    if (down < 4) continue;
-    if (best && down > line + 4) break;
-    const aside = Math.abs(box.left - from.left);
-    if (aside < score) { best = all[i]; score = aside; }
-    line = down;
-  }
-  return best;
-}
-function focus(node) {
+  box.hidden = !node;
   if (!node) return;
-  for (const old of node.closest(".text").querySelectorAll('.tok[tabindex="0"]')) old.tabIndex = -1;
-  node.tabIndex = 0;
-  node.focus();
+  node.classList.add("on");
+  box.textContent = node.dataset.is;
+  place();
+}
+function place() {  // on the side of the token that leaves more room
+  const {top, bottom} = shown.getBoundingClientRect(), below = innerHeight - bottom;
+  box.classList.toggle("above", top > below);
+  box.style.setProperty("--room", Math.max(top, below, 120) - 20 + "px");
+}
+function pin(node) {
+  pinned = node;
+  if (node) node.scrollIntoView({block: "nearest"});
+  show(node);
 }
 document.addEventListener("mouseover", event => {
-  const node = event.target.closest(".tok");
-  if (node && !pinned) show(node);
+  if (!pinned) show(event.target.closest(".tok"));
 });
-document.addEventListener("mouseout", event => {
-  if (!pinned && event.target.closest(".tok")) show(document.activeElement.closest(".tok"));
-});
-document.addEventListener("focusin", event => {
-  const node = event.target.closest(".tok");
-  if (node) { pinned = null; show(node); }
-});
-document.addEventListener("focusout", () => { if (!pinned) show(null); });
 document.addEventListener("click", event => {
-  const node = event.target.closest(".tok"), spark = event.target.closest(".spark");
-  if (spark) {
-    const box = spark.getBoundingClientRect(), n = +spark.dataset.n;
-    const at = Math.min(n - 1, Math.floor(n * (event.clientX - box.left) / box.width));
-    const wanted = spark.closest("section").querySelector('.tok[data-t="' + at + '"]');
-    if (wanted) { wanted.scrollIntoView({block: "center"}); focus(wanted); }
-  } else if (node) {
-    const again = pinned === node;
-    focus(node);
-    pinned = again ? null : node;
-    show(again ? null : node);
-  } else if (!event.target.closest("#pop")) {
-    pinned = null;
-    show(null);
-  }
+  const node = event.target.closest(".tok");
+  if (!event.target.closest("#box")) pin(node === pinned ? null : node);
 });
 document.addEventListener("keydown", event => {
-  const node = event.target.closest(".tok");
-  if (event.key === "Escape") { pinned = null; show(null); }
-  if (!node || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
-    event.preventDefault();
-    focus(move(node, event.key));
-  }
+  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+  if (event.key === "Escape") pin(null);
+  if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  pin(all[Math.max(0, Math.min(all.length - 1, shown ? all.indexOf(shown) + step : 0))] || null);
 });
 function follow() {
-  const at = /^#s([0-9]+)-t([0-9]+)$/.exec(location.hash);
-  const node = at && document.querySelector("#s" + at[1] + ' .tok[data-t="' + at[2] + '"]');
-  if (node) { node.scrollIntoView({block: "center"}); focus(node); }
+  const node = document.getElementById(location.hash.slice(1));
+  if (node && node.matches(".tok")) pin(node);
 }
+addEventListener("scroll", () => { if (shown) place(); });
 addEventListener("hashchange", follow);
 follow();
 """
-
-
-# The page -----------------------------------------------------------------------------------------
-
-
-def escape_json(value: Any) -> str:
-    """Write JSON that may stand in a script element whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text)
 
 
 def render_page(
@@ -4976,7 +4844,8 @@ def render_page(
 ) -> str:
     """Return a self-contained page of several conversations: one file, no network, both themes.
 
-    `page.html#s1-t40` opens it at token 40 of the second conversation.
+    `page.html#s1-t40` opens it at token 40 of the second conversation. Everything from the data is
+    escaped, and made visible.
 
     Args:
         analyses: the conversations, in the order shown.
@@ -4984,114 +4853,86 @@ def render_page(
         about: a line under the heading.
         stats: figures put before the conversations.
     """
-    for analysis in analyses if isinstance(analyses, (list, tuple)) else [analyses]:
-        check_analysis(analysis)
-    markup = import_extra("markupsafe").Markup
+    analyses = check_analyses(analyses)
+    jinja2 = import_extra("jinja2")
+    templates = jinja2.Environment(
+        autoescape=True,
+        finalize=lambda value: show_text(value) if type(value) is str else value,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
-    page = render(
-        "page",
+    page = templates.from_string(PAGE).render(
         # Even a mistake in escaping could not run: only this very script may.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         title=title,
         about=about,
         bounds=[f"{100 * bound:g}%" for bound in SURPRISE_LEVELS],
-        stats=stats.to_html() if stats is not None else "",
-        sections=[page_section(analysis) for analysis in analyses],
-        css=markup(PAGE_CSS),
-        data=markup(escape_json([[token_data(token) for token in a.tokens] for a in analyses])),
-        script=markup(PAGE_SCRIPT),
+        stats=stats,
+        analyses=analyses,
+        facts=conversation_facts,
+        pieces=page_pieces,
+        tell=describe_token,
+        css=PAGE_CSS,
+        script=PAGE_SCRIPT,
     )
     return str(page)
 
 
-TAIL_SHOWN = 6  # tail tokens listed in the page; how many more there are is said
+def conversation_facts(analysis: ConversationAnalysis) -> list[str]:
+    """Say how many of a conversation's tokens there are, and how well the teacher foresaw them."""
+    facts = ["not extracted"]
+    if analysis.tokens:
+        first = sum(token.rank == 1 for token in analysis.tokens) / len(analysis.tokens)
+        facts = [
+            plural(len(analysis.tokens), "token"),
+            f"typical probability of a token {analysis.typical_probability}",
+            f"{first:.0%} are the teacher's first choice",
+        ]
+    return [*facts, analysis.note] if analysis.note else facts
 
 
-def token_data(token: TokenAnalysis) -> dict[str, Any]:
-    """Return what the page shows when a token is chosen, under short names."""
-    entries = {
-        name: [[show_token(p.text), p.id, round_to(p.probability)] for p in predictions]
-        for name, predictions in (("top", token.predictions), ("tail", token.tail[:TAIL_SHOWN]))
-    }
-    return {
-        "x": show_token(token.text),
-        "i": token.id,
-        "p": round_to(token.probability),
-        "l": round_to(token.log_probability, 6),
-        "e": int(token.exact),
-        "r": token.rank,
-        "w": token.where,
-        "n": token.nucleus_size,
-        "m": round_to(token.nucleus_mass),
-        "s": len(token.tail),
-        **entries,
-    }
+def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
+    """Write what the teacher thought of a token as lines, the first of its tail sample included."""
+    more = f", {tail} of {len(token.tail)}" if len(token.tail) > tail else ""
+    where = "" if token.where == "nucleus" else f", {token.where.replace('tail', 'in the tail')}"
+    size = plural(token.nucleus_size, "token")
+    lines = [
+        show_token(token.text),
+        f"id {token.id}, token {token.t}: {show_standing(token)}{where}",
+        f"log p {'' if token.exact else '≤ '}{token.log_probability:.3f}; nucleus of {size}"
+        f" covering {token.nucleus_mass:.1%}\n",
+        "likeliest",
+        *list_predictions(token.predictions, token.id, bar=8),
+    ]
+    if token.tail:
+        lines += [f"\ntail sample, in the order drawn{more}"]
+    return "\n".join([*lines, *list_predictions(token.tail[:tail], token.id, bar=8)])
 
 
-def round_to(value: float, digits: int = 4) -> float:
-    """Round to significant digits; what is not finite becomes the nearest number JSON has."""
-    if not math.isfinite(value):
-        return 0.0 if math.isnan(value) else math.copysign(sys.float_info.max, value)
-    return float(f"{value:.{digits}g}")
-
-
-def page_section(analysis: ConversationAnalysis) -> dict[str, Any]:
-    """Return what the page shows of one conversation: its figures, its sparkline, its text."""
-    tokens = analysis.tokens
-    facts = [plural(len(tokens), "token") if tokens else "not extracted"]
-    sizes, peak = [token.nucleus_size for token in tokens], 0
-    if tokens:
-        peak = max(sizes)
-        first = sum(token.rank == 1 for token in tokens) / len(tokens)
-        facts.append(f"typical probability {analysis.typical_probability}")
-        facts.append(f"{first:.0%} are the teacher's first choice")
-    return {
-        "index": analysis.index,
-        "facts": [*facts, *filter(None, (analysis.model, analysis.note))],
-        "count": len(tokens),
-        "peak": peak,
-        "path": step_path((size / peak for size in sizes), 40) if tokens else "",
-        "pieces": list(page_pieces(analysis)),
-    }
-
-
-def page_pieces(analysis: ConversationAnalysis) -> Iterator[dict[str, Any]]:
-    """Yield the text of a conversation; neighbours that were not extracted share a piece.
+def page_pieces(analysis: ConversationAnalysis) -> Iterator[tuple[int | None, str, str, str, str]]:
+    """Yield each piece of the text: token, CSS class, and what stands before, in and after its box.
 
     Spaces before a token and the line break after it are left out of its box: where a line wraps
     they would hang there as a coloured stub.
     """
-    for extracted, run in itertools.groupby(
-        analysis.pieces, key=lambda piece: piece[1] is not None
-    ):
-        if not extracted:
-            yield {"kind": "out", "text": "".join(text for text, _ in run)}
+    for text, t in analysis.pieces:
+        if t is None:
+            yield None, "", text, "", ""
             continue
-        for text, t in run:
-            token = analysis.tokens[t or 0]
-            before = re.match(r" *(?=[^ \n])", text)
-            body = text[before.end() if before else 0 :]
-            after = "\n" if body.endswith("\n") else ""
-            body = body.replace("\n", "↵\n").removesuffix(after)
-            body = body.replace(" ", "\u00a0") if not body.strip(" ") else body
-            kind = f"tok b{surprise_level(token.probability)}" + ("" if token.exact else " bound")
-            yield {"kind": kind, "t": t, "before": before[0] if before else "",
-                   "text": body or "∅", "after": after}  # fmt: skip
+        token = analysis.tokens[t]
+        before = re.match(r" *(?=[^ \n])|", text)[0]  # type: ignore[index]  # it always matches
+        box = text.removeprefix(before).replace("\n", "↵\n")
+        after = "\n" if box.endswith("\n") else ""
+        box = box.removesuffix(after)
+        kind = f"tok b{surprise_level(token.probability)}{'' if token.exact else ' bound'}"
+        yield t, kind, before, (box if box.strip(" ") else box.replace(" ", "\u00a0")) or "∅", after
 
 
 def write_page(path: str | Path, page: str) -> None:
-    """Write a page under a temporary name and rename it.
-
-    Raises:
-        LogitsError: it cannot be written there.
-    """
+    """Write a page as UTF-8; one that cannot be written is a `LogitsError`."""
     with writing(path) as target:
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            temporary.write_text(page, encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        target.write_text(page, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -5109,20 +4950,18 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def plot_style() -> Iterator[tuple[Any, Any]]:
-    """Yield pyplot and the colour-blind-safe palette, with the house style while it lasts."""
-    pyplot = import_extra("matplotlib.pyplot", "viz")
-    seaborn = import_extra("seaborn", "viz")
+def drawing(rows: int = 1, columns: int = 1, **how: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield a figure in the house style, its axes and colours that the colour-blind tell apart.
+
+    In the end it is out of pyplot's hands, so that a notebook shows it once, as a result.
+    """
+    pyplot, seaborn = import_extra("matplotlib.pyplot", "viz"), import_extra("seaborn", "viz")
     style = {"axes.titlesize": 11, "axes.labelsize": 10, "figure.dpi": 110, "font.size": 10}
     with pyplot.rc_context(), seaborn.axes_style("whitegrid"), pyplot.rc_context(style):
-        yield pyplot, seaborn.color_palette("colorblind")
-
-
-def finish_figure(pyplot: Any, figure: Any) -> Any:
-    """Take a figure out of pyplot's hands, so that a notebook shows it once, as a result."""
-    figure.tight_layout()
-    pyplot.close(figure)
-    return figure
+        figure, axes = pyplot.subplots(rows, columns, **{"figsize": (7, 4), **how})
+        pyplot.close(figure)
+        yield figure, axes, seaborn.color_palette("colorblind")
+        figure.tight_layout()
 
 
 def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer: Any = None) -> Any:
@@ -5138,48 +4977,26 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
         tokenizer, _ = sample.output.words
     ids, logits = dequantize_top_logits(sample, t)
     _, tail = dequantize_sampled_logits(sample, t)
-    total = float(sample["logsumexp"][t])
-    with plot_style() as (pyplot, colours):
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        ranks = np.arange(1, ids.size + 1)
-        axes.plot(
-            ranks,
-            logits,
-            "o-",
-            ms=4,
-            color=colours[0],
-            label=f"nucleus, {plural(ids.size, 'token')}",
-        )
+    best = decode_top_tokens(sample, t, tokenizer, k=5)
+    names = [f"{p.probability:6.1%}  {show_token(p.text, 20)}".replace("$", r"\$") for p in best]
+    with drawing() as (figure, axes, colours):
+        label = f"nucleus, {plural(ids.size, 'token')}"
+        axes.plot(np.arange(ids.size) + 1, logits, "o-", ms=4, color=colours[0], label=label)
         if tail.size:
-            behind = ids.size + np.arange(1, tail.size + 1)
+            behind = ids.size + np.arange(tail.size) + 1
             label = f"tail sample, {plural(tail.size, 'token')} (ranks unknown)"
             axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
+        total = float(sample["logsumexp"][t])
         axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
-        likeliest = decode_top_tokens(sample, t, tokenizer, k=5)
-        names = [f"{100 * p.probability:5.1f}%  {plain_label(p.text)}" for p in likeliest]
         frame = {"facecolor": "white", "edgecolor": "0.8", "boxstyle": "round"}
-        axes.text(
-            0.98,
-            0.86,
-            "\n".join(names),
-            va="top",
-            ha="right",
-            ma="left",
-            bbox=frame,
-            transform=axes.transAxes,
-            family=["monospace", "sans-serif"],
-        )
+        place: Any = {"transform": axes.transAxes, "va": "top", "ha": "right", "ma": "left"}
+        place |= {"family": ["monospace", "sans-serif"], "bbox": frame}
+        axes.text(0.98, 0.86, "\n".join(names), **place)
         axes.set(xlabel="rank in the nucleus, then the tail sample", ylabel="logit (nats)")
         axes.margins(y=0.12)
         axes.set_title(f"Token {t}: {get_nucleus_probability_mass(sample, t):.1%} in the nucleus")
         axes.legend()
-        return finish_figure(pyplot, figure)
-
-
-def plain_label(text: str) -> str:
-    """Return a token as a label that matplotlib takes literally, at most 20 characters long."""
-    shown = show_token(text).replace("$", r"\$")
-    return shown if len(shown) <= 20 else shown[:19] + "…"
+    return figure
 
 
 def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> Any:
@@ -5188,53 +5005,34 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
     Those of token `t`, or of all tokens of the sample.
     """
     sample = as_sample(sample)
-    which = plural(sample["num_tokens"], "token") if t is None else f"token {t}"
-    parts = []
-    for name, decode, group in (
-        ("nucleus", dequantize_top_logits, "top_indices"),
-        ("tail sample", dequantize_sampled_logits, "sampled_indices"),
-    ):
-        _, logits = decode(sample, t)
-        sizes = [ids.size for ids in sample[group]]
-        totals = np.repeat(sample["logsumexp"], sizes) if t is None else sample["logsumexp"][t]
-        parts.append((name, logits - totals))
-    low = min((values.min() for _, values in parts if values.size), default=-1.0)
-    edges = np.linspace(min(low, -1.0), 0, 61)
-    with plot_style() as (pyplot, colours):
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        for (name, values), colour, hatch in zip(parts, colours, ("", "//"), strict=False):
-            axes.hist(
-                values,
-                edges,
-                color=colour,
-                alpha=0.6,
-                hatch=hatch,
-                edgecolor=colour,
-                label=f"{name}, {values.size:,} entries",
-            )
+    block, which = sample.block, plural(sample["num_tokens"], "token")
+    if t is not None:
+        t = check_token(sample, t)
+        block, which = block.tokens_at(t, t + 1), f"token {t}"
+    parts = {"nucleus": block.top.log_probs, "tail sample": block.tail.log_probs}
+    edges = np.linspace(min([-1.0, *(part.min(initial=0) for part in parts.values())]), 0, 61)
+    with drawing() as (figure, axes, colours):
+        for (name, values), colour, hatch in zip(parts.items(), colours, ("", "//"), strict=False):
+            look = {"color": colour, "edgecolor": colour, "alpha": 0.6, "hatch": hatch}
+            axes.hist(values, edges, label=f"{name}, {values.size:,} entries", **look)
         axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
         axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
         axes.legend(loc="upper left")
-        return finish_figure(pyplot, figure)
+    return figure
 
 
 def plot_nucleus_sizes(sample: Mapping[str, Any]) -> Any:
     """Plot nucleus size, and the probability that the nucleus covers, along a sample."""
-    block = as_sample(sample).block
-    tokens = np.arange(block.top.counts.size)
-    with plot_style() as (pyplot, colours):
-        figure, (upper, lower) = pyplot.subplots(
-            2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(3, 2)
-        )
-        edges = np.arange(tokens.size + 1) - 0.5
-        heights = np.append(block.top.counts, block.top.counts[-1:])
-        upper.fill_between(edges, heights, step="post", color=colours[0], linewidth=0)
+    sample = as_sample(sample)
+    counts, mass = sample.block.top.counts, sample.block.top.mass
+    shape: Any = {"figsize": (8, 4.6), "sharex": True, "height_ratios": (3, 2)}
+    with drawing(2, 1, **shape) as (figure, (upper, lower), colours):
+        upper.stairs(counts, np.arange(counts.size + 1) - 0.5, fill=True, color=colours[0])
         upper.set(ylabel="nucleus size (tokens)", ylim=(0, None))
         upper.set_title(f"Conversation {sample['index']}: nucleus along the text")
-        mass = block.top.mass
-        lower.plot(tokens, 100 * mass, ".", ms=4, color=colours[1])
+        lower.plot(100 * mass, ".", ms=4, color=colours[1])
         lower.set(ylabel="covered (%)", xlabel="token of the row", ylim=(0, 104))
-        return finish_figure(pyplot, figure)
+    return figure
 
 
 def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) -> Any:
@@ -5246,28 +5044,26 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
     """
     if not isinstance(stats, NucleusSizeStats):
         stats = analyze_nucleus_sizes(stats, max_samples)
-    sizes = np.arange(1, max(stats.max, 1) + 1)
-    counts = stats.histogram[1 : sizes.size + 1]
-    with plot_style() as (pyplot, colours):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
-        left.bar(sizes, counts, width=1.0, color=colours[0], linewidth=0)
+    counts = stats.histogram[1 : max(stats.max, 1) + 1]
+    edges = np.arange(counts.size + 1) + 0.5
+    with drawing(1, 2, figsize=(10, 3.8)) as (figure, (left, right), colours):
+        left.stairs(counts, edges, fill=True, color=colours[0])
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
         left.set_title(f"{plural(stats.tokens, 'token')} of {plural(stats.rows, 'row')}")
-        share = 100 * to_starts(counts) / max(stats.tokens, 1)
-        right.step(np.arange(share.size), share, where="post", color=colours[0])
+        shares = 100 * np.cumsum(counts) / max(stats.tokens, 1)
+        right.stairs(shares, edges, baseline=None, color=colours[0])
         for q, colour, marker in ((50, colours[1], "o"), (95, colours[3], "^")):
             size = stats.percentile(q)
-            right.plot([size], [q], marker, ms=9, color=colour, label=f"{q}% within {size:g}")
+            right.plot(size, q, marker, ms=9, color=colour, label=f"{q}% within {size}")
         right.set(xlabel="nucleus size (tokens)", ylabel="nuclei up to it (%)", ylim=(0, 101))
         right.set_title(f"mean {stats.mean:.1f}, standard deviation {stats.std:.1f}")
         right.legend(loc="lower right")
-        return finish_figure(pyplot, figure)
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------
 # 8 Check
 # --------------------------------------------------------------------------------------------------
-
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -5275,80 +5071,48 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 class Figures:
     """Figures by label; `str` and, in a notebook, the value itself show them as a table."""
 
-    title: ClassVar[str]
-
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text."""
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, by label."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join(f"{label:26} {value:>14}" for label, value in self.facts())
+        return "\n".join(f"{label:26} {value:>14}" for label, value in self.facts().items())
 
     def _repr_html_(self) -> str:
-        return str(render("facts", title=self.title, facts=self.facts()))
+        facts = import_extra("pandas").Series(self.facts(), name=type(self).__name__)
+        return str(facts.to_frame().to_html())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NucleusSizeStats(Figures):
-    """How many tokens the nuclei hold; everything follows exactly from the histogram."""
+    """How many tokens the nuclei hold; everything follows exactly from the histogram.
 
-    title = "Nucleus size"
+    `std` is that of all tokens, not of a sample.
+    """
 
     histogram: npt.NDArray[np.int64]  # (256,) tokens by nucleus size
     rows: int
 
-    @property
-    def tokens(self) -> int:
-        """Tokens counted."""
-        return int(self.histogram.sum())
-
-    @property
-    def min(self) -> int:
-        """Smallest size."""
-        return int(np.flatnonzero(self.histogram)[0]) if self.tokens else 0
-
-    @property
-    def max(self) -> int:
-        """Largest size."""
-        return int(np.flatnonzero(self.histogram)[-1]) if self.tokens else 0
-
-    @property
-    def mean(self) -> float:
-        """Mean size, from exact integer sums."""
-        return int(self.histogram @ np.arange(256)) / max(self.tokens, 1)
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over all tokens (not a sample's), from exact integer sums."""
-        n, sizes = max(self.tokens, 1), np.arange(256)
+    def __post_init__(self) -> None:
+        sizes, used = np.arange(256), np.flatnonzero(self.histogram)
+        self.tokens = int(self.histogram.sum())
+        self.min, self.max = (int(used[0]), int(used[-1])) if used.size else (0, 0)
+        n = max(self.tokens, 1)
         total, squares = int(self.histogram @ sizes), int(self.histogram @ sizes**2)
-        return math.sqrt(n * squares - total * total) / n
-
-    @property
-    def percentiles(self) -> dict[int, int]:
-        """The usual percentiles, by number."""
-        return {q: self.percentile(q) for q in PERCENTILES}
+        self.mean, self.std = total / n, math.sqrt(n * squares - total * total) / n
+        self.percentiles = {q: self.percentile(q) for q in PERCENTILES}
 
     def percentile(self, q: float) -> int:
         """Return percentile `q`: the smallest size that so many percent do not exceed."""
         place = max(math.ceil(q / 100 * self.tokens), 1)
         return int(np.searchsorted(np.cumsum(self.histogram), place)) if self.tokens else 0
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text."""
-        named = [(f"percentile {q}", f"{value:g}") for q, value in self.percentiles.items()]
-        return [
-            ("rows", f"{self.rows:,}"),
-            ("tokens", f"{self.tokens:,}"),
-            ("smallest", str(self.min)),
-            ("largest", str(self.max)),
-            ("mean", f"{self.mean:.2f}"),
-            ("standard deviation", f"{self.std:.2f}"),
-            *named,
-        ]
-
-    def _repr_html_(self) -> str:
-        return super()._repr_html_() + str(histogram_svg(self.histogram))
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, by label."""
+        facts = {"rows": f"{self.rows:,}", "tokens": f"{self.tokens:,}"}
+        facts |= {"smallest": str(self.min), "largest": str(self.max)}
+        facts |= {"mean": f"{self.mean:.2f}", "standard deviation": f"{self.std:.2f}"}
+        return facts | {f"percentile {q}": str(size) for q, size in self.percentiles.items()}
 
 
 def analyze_nucleus_sizes(
@@ -5374,7 +5138,7 @@ def analyze_nucleus_sizes(
             continue
         torch = import_extra("torch")
         try:
-            moved = torch.from_numpy(sizes).to(device).int()
+            moved = torch.tensor(sizes, dtype=torch.int64, device=device)
         except (RuntimeError, AssertionError) as error:
             raise LogitsError(f"cannot count on device {device!r}: {first_line(error)}") from error
         histogram += torch.bincount(moved, minlength=256).cpu().numpy()
@@ -5386,65 +5150,52 @@ def analyze_nucleus_sizes(
 
 @dataclass(frozen=True)
 class BytesPerTokenStats(Figures):
-    """What a stored token costs, column by column."""
-
-    title = "Bytes per token"
+    """What a stored token costs, column by column, footers included."""
 
     tokens: int
     total_bytes: int
     column_bytes: dict[str, int]
-    in_memory: bool = False  # True: of tables without files, so not compressed
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of everything, footers included, by token."""
+        """Bytes of the files by token."""
         return self.total_bytes / max(self.tokens, 1)
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text, dearest column first."""
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, dearest column first."""
         dearest = sorted(self.column_bytes.items(), key=lambda item: -item[1])
-        rows = [(name, f"{size / max(self.tokens, 1):.1f} B") for name, size in dearest]
-        return [("bytes per token", f"{self.bytes_per_token:.1f} B"), *rows]
+        columns = {name: f"{size / max(self.tokens, 1):.1f} B" for name, size in dearest}
+        return {"bytes per token": f"{self.bytes_per_token:.1f} B", **columns}
 
 
 def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
-    """Measure what a token costs, from file sizes and footers and the column `top_counts`."""
+    """Measure what a token of an output costs, from file sizes, footers and `top_counts`.
+
+    Raises:
+        LogitsError: the rows are at hand and in no files.
+    """
     dataset = as_rows(dataset)
-    kind = SCHEMA.field("top_counts")
-    in_files = isinstance(dataset, LogitDataset)
+    if not isinstance(dataset, LogitDataset):
+        raise LogitsError("bytes are those of files: pass an output, by name or opened")
     columns: Counter[str] = Counter()
-    tokens = 0
-    for table in iter_tables(dataset, [kind.name] if in_files else READ_COLUMNS, rows=1024):
-        tokens += read_column(table, kind).values.size
-        if not in_files:
-            columns.update({name: table.column(name).nbytes for name in table.column_names})
-    if not in_files:
-        return BytesPerTokenStats(tokens, columns.total(), dict(columns), in_memory=True)
     for shard, name in enumerate(dataset.shards):
         with parquet_errors(name):
-            columns.update(stored_bytes(dataset.file(shard).metadata))
+            footer = dataset.file(shard).metadata
+            for group in map(footer.row_group, range(footer.num_row_groups)):
+                for column in map(group.column, range(footer.num_columns)):
+                    stored = column.path_in_schema.split(".")[0]
+                    columns[stored] += column.total_compressed_size
+    tokens = analyze_nucleus_sizes(dataset).tokens
     return BytesPerTokenStats(tokens, sum(dataset.sizes.values()), dict(columns))
 
 
-def stored_bytes(metadata: Any) -> dict[str, int]:
-    """Return the compressed bytes of each column of a Parquet file, from its footer."""
-    sizes: Counter[str] = Counter()
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            sizes[column.path_in_schema.split(".")[0]] += column.total_compressed_size
-    return dict(sizes)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DatasetStats(Figures):
     """What an output holds, over all tokens that were read.
 
     Shares are of all tokens, means over tokens. What concerns the actual token (the one that the
     conversation goes on with) is of the `known` tokens, None when the rows do not say which it is.
     """
-
-    title = "Logits"
 
     rows: int
     tokens: int
@@ -5462,42 +5213,30 @@ class DatasetStats(Figures):
     mean_log_probability: float | None = None  # of the actual token; bounds taken as they are
     bytes_per_token: float | None = None
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return the figures as pairs of label and text."""
-        sizes = self.nucleus.percentiles
-        facts = [
-            ("rows", f"{self.rows:,}"),
-            ("tokens", f"{self.tokens:,}"),
-            ("nucleus size, mean", f"{self.nucleus.mean:.1f}"),
-            ("nucleus size, median", f"{sizes[50]:g}"),
-            ("nucleus size, 99%", f"{sizes[99]:g}"),
-            ("covered by nucleus", f"{self.mean_mass:.2%}"),
-            ("covered at least", f"{self.min_mass:.2%}"),
-            ("covered by tail", f"{self.mean_tail_mass:.2%}"),
-            ("likeliest token", f"{self.mean_first:.1%}"),
-        ]
-        shares = (
-            ("cut by the cap", self.capped),
-            ("actual is likeliest", self.agreement),
-            ("actual in nucleus", self.in_nucleus),
-            ("actual in tail", self.in_tail),
-        )
-        facts += [(label, f"{share:.2%}") for label, share in shares if share is not None]
+    def facts(self) -> dict[str, str]:
+        """Return the figures as text, by label; what is not known is left out."""
+        perplexity = None
         if self.mean_log_probability is not None:
-            least = "≥ " if self.bounded else ""
-            perplexity = f"{least}{math.exp(-self.mean_log_probability):.3f}"
-            facts.append(("perplexity of the text", perplexity))
-        if self.bytes_per_token is not None:
-            facts.append(("bytes per token", f"{self.bytes_per_token:.1f}"))
-        return facts
-
-    def to_html(self) -> Any:
-        """Return the figures and the histogram of nucleus sizes as markup for `render_page`."""
-        histogram = histogram_svg(self.nucleus.histogram)
-        return render("stats", facts=self.facts(), histogram=histogram)
-
-    def _repr_html_(self) -> str:
-        return super()._repr_html_() + str(histogram_svg(self.nucleus.histogram))
+            perplexity = float(np.exp(np.minimum(-self.mean_log_probability, 700)))
+        least = "≥ " if self.bounded else ""
+        figures = (
+            ("rows", self.rows, "{:,}"),
+            ("tokens", self.tokens, "{:,}"),
+            ("nucleus size, mean", self.nucleus.mean, "{:.1f}"),
+            ("nucleus size, median", self.nucleus.percentiles[50], "{}"),
+            ("nucleus size, 99%", self.nucleus.percentiles[99], "{}"),
+            ("covered by nucleus", self.mean_mass, "{:.2%}"),
+            ("covered at least", self.min_mass, "{:.2%}"),
+            ("covered by tail", self.mean_tail_mass, "{:.2%}"),
+            ("likeliest token", self.mean_first, "{:.1%}"),
+            ("cut by the cap", self.capped, "{:.2%}"),
+            ("actual is likeliest", self.agreement, "{:.2%}"),
+            ("actual in nucleus", self.in_nucleus, "{:.2%}"),
+            ("actual in tail", self.in_tail, "{:.2%}"),
+            ("perplexity of the text", perplexity, f"{least}{{:.3f}}"),
+            ("bytes per token", self.bytes_per_token, "{:.1f}"),
+        )
+        return {label: how.format(value) for label, value, how in figures if value is not None}
 
 
 def compute_dataset_stats(
@@ -5518,54 +5257,59 @@ def compute_dataset_stats(
         FormatError: a row is not in the shard format.
     """
     dataset = as_rows(dataset)
-    limits = RunLimits.of(dataset.settings if isinstance(dataset, LogitDataset) else {})
+    in_files = isinstance(dataset, LogitDataset)
+    limits = RunLimits.of(dataset.settings if in_files else {})
     sums: Counter[str] = Counter()
     histogram, least = np.zeros(256, np.int64), 1.0
     for block in iter_blocks(dataset, max_samples=max_samples):
         histogram += np.bincount(block.top.counts, minlength=256)
-        mass = block.top.mass
-        least = min(least, float(mass.min(initial=1.0)))
-        sums.update(sum_block(block, limits))
-        rows = (actual_tokens or stored_actual_tokens)(block)
-        sums.update(sum_agreement(block, rows))
-    tokens, known = max(int(histogram.sum()), 1), sums["known"]
-    about_text = {name: sums[name] / known if known else None for name in AGREEMENT}
-    cost = None
-    if isinstance(dataset, LogitDataset) and max_samples is None:
-        cost = compute_bytes_per_token_stats(dataset).bytes_per_token
+        least = min(least, float(block.top.mass.min(initial=1.0)))
+        sums.update(sum_block(block, limits, (actual_tokens or stored_actual_tokens)(block)))
+    nucleus, known = NucleusSizeStats(histogram, int(sums["rows"])), int(sums["known"])
+    whole = in_files and max_samples is None
+    names = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
+    means: dict[str, Any] = {name: sums[name] / known if known else None for name in names}
+    for name in ("mean_mass", "mean_tail_mass", "mean_first"):
+        means[name] = sums[name] / max(nucleus.tokens, 1)
     return DatasetStats(
-        rows=int(sums["rows"]),
-        tokens=int(histogram.sum()),
-        nucleus=NucleusSizeStats(histogram, int(sums["rows"])),
-        mean_mass=sums["mass"] / tokens,
+        rows=nucleus.rows,
+        tokens=nucleus.tokens,
+        nucleus=nucleus,
         min_mass=least,
-        mean_tail_mass=sums["tail"] / tokens,
-        mean_first=sums["first"] / tokens,
-        capped=sums["capped"] / tokens if limits.top_p else None,
-        known=int(known),
+        known=known,
         bounded=int(sums["bounded"]),
-        bytes_per_token=cost,
-        **about_text,
+        bytes_per_token=compute_bytes_per_token_stats(dataset).bytes_per_token if whole else None,
+        capped=sums["capped"] / max(nucleus.tokens, 1) if limits.top_p else None,
+        **means,
     )
 
 
-AGREEMENT = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
-
-
-def sum_block(block: TokenBlock, limits: RunLimits) -> dict[str, Any]:
-    """Sum over a block what `DatasetStats` averages.
+def sum_block(
+    block: TokenBlock, limits: RunLimits, rows: Sequence[npt.NDArray[Any] | None]
+) -> dict[str, float]:
+    """Sum over a block what `DatasetStats` averages, given the ids of each row's actual tokens.
 
     A nucleus of K ids counts as cut unless it surely reached top_p: few end there by themselves.
     """
-    mass = block.top.mass
-    covered = mass >= limits.top_p + mass_tolerance(block)
-    return {
+    pairs = zip(block.num_tokens, rows, strict=True)
+    ids = [np.full(n, -1) if row is None else np.asarray(row, np.int64) for n, row in pairs]
+    actual = np.concatenate([np.zeros(0, np.int64), *ids])
+    known, scores = actual >= 0, score_tokens(block, actual)
+    covered = block.top.mass >= limits.top_p + mass_tolerance(block)
+    sums = {
         "rows": block.index.size,
-        "mass": float(mass.sum()),
-        "tail": float(block.tail.probs.sum()),
-        "first": float(block.first_probs.sum()),
-        "capped": int((~covered & (block.top.counts >= limits.top_p_max)).sum()),
+        "mean_mass": block.top.mass.sum(),
+        "mean_tail_mass": block.tail.mass.sum(),
+        "mean_first": block.first_probs.sum(),
+        "capped": (~covered & (block.top.counts >= limits.top_p_max)).sum(),
+        "known": known.sum(),
+        "agreement": (scores.in_nucleus & (scores.rank == 1)).sum(),
+        "in_nucleus": scores.in_nucleus.sum(),
+        "in_tail": scores.in_tail.sum(),
+        "bounded": (known & ~scores.exact).sum(),
+        "mean_log_probability": scores.log_probability[known].sum(),
     }
+    return {name: float(total) for name, total in sums.items()}
 
 
 def mass_tolerance(block: TokenBlock) -> npt.NDArray[np.float64]:
@@ -5575,32 +5319,10 @@ def mass_tolerance(block: TokenBlock) -> npt.NDArray[np.float64]:
 
 def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
     """Return the ids of each row's extracted tokens where the rows store their text."""
-    if block.tokens is None:
-        return [None] * block.index.size
-    pairs = zip(*block.tokens, strict=True)
     return [
         ids[positions] if positions.size and positions.max() < ids.size else None
-        for ids, positions in pairs
-    ]
-
-
-def sum_agreement(block: TokenBlock, rows: Sequence[npt.NDArray[Any] | None]) -> dict[str, Any]:
-    """Sum what is said about the actual tokens of a block, over the tokens that are known."""
-    pairs = zip(block.num_tokens, rows, strict=True)
-    ids = [np.full(n, -1) if row is None else row for n, row in pairs]
-    actual = np.concatenate(ids or [np.zeros(0, np.int64)])
-    known = actual >= 0
-    if not known.any():
-        return {"known": 0}
-    scores = score_tokens(block, actual)
-    return {
-        "known": int(known.sum()),
-        "agreement": int((known & scores.in_nucleus & (scores.rank == 1)).sum()),
-        "in_nucleus": int(scores.in_nucleus.sum()),
-        "in_tail": int(scores.in_tail.sum()),
-        "bounded": int((known & ~scores.exact).sum()),
-        "mean_log_probability": float(scores.log_probability[known].sum()),
-    }
+        for ids, positions in zip(*(block.tokens or ([], [])), strict=True)
+    ] or [None] * block.index.size
 
 
 # Validation ---------------------------------------------------------------------------------------
@@ -5616,12 +5338,9 @@ class Violation(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        place = "".join(
-            f", {name} {number}"
-            for name, number in (("row", self.row), ("token", self.token))
-            if number is not None
-        )
-        return f"{self.shard}{place}: {self.rule}: {show_text(self.message)}"
+        row = f", row {self.row}" if self.row is not None else ""
+        token = f", token {self.token}" if self.token is not None else ""
+        return f"{self.shard}{row}{token}: {self.rule}: {show_text(self.message)}"
 
 
 @dataclass
@@ -5634,7 +5353,6 @@ class ValidationReport:
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # violations by rule, all of them
     violations: list[Violation] = field(default_factory=list)
-    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # what shards say they are
     _alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -5643,31 +5361,22 @@ class ValidationReport:
         return not self.counts
 
     def add(
-        self,
-        shard: str,
-        rule: str,
-        message: str,
-        *,
-        row: int | None = None,
-        token: int | None = None,
+        self, shard: str, rule: str, message: str, row: int | None = None, token: int | None = None
     ) -> None:
         """Count a violation and keep it unless its rule has many in this shard already."""
-        violation = Violation(shard, row, token, rule, message)
         self.counts[rule] += 1
         self._alike[shard, rule] += 1
         if self._alike[shard, rule] <= MAX_REPORTED:
-            self.violations.append(violation)
+            self.violations.append(Violation(shard, row, token, rule, message))
 
     def __str__(self) -> str:
-        counts = ((self.shards, "shard"), (self.rows, "row"), (self.tokens, "token"))
-        seen = ", ".join(plural(*count) for count in counts)
+        seen = [plural(self.shards, "shard"), plural(self.rows, "row"),
+                plural(self.tokens, "token")]  # fmt: skip
         if self.ok:
-            return f"{self.name}: valid: {seen}"
-        total = self.counts.total()
+            return f"{self.name}: valid: {', '.join(seen)}"
         kinds = ", ".join(f"{rule} {n:,}" for rule, n in self.counts.most_common())
-        lines = [str(violation) for violation in self.violations]
-        found = plural(total, "violation")
-        return "\n".join([*lines, f"{self.name}: {found} ({kinds}) in {seen}"])
+        found = f"{plural(self.counts.total(), 'violation')} ({kinds}) in {', '.join(seen)}"
+        return "\n".join([*map(str, self.violations), f"{self.name}: {found}"])
 
 
 MACHINE_SETTINGS = {"attn", "versions"}  # may differ between the machines of one run
@@ -5688,54 +5397,67 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     """
     dataset = as_output(name)
     report = ValidationReport(dataset.name, shards=len(dataset.shards))
-    config = validate_config(dataset, report)
-    places: list[tuple[str, npt.NDArray[np.int64], int]] = []
+    config: dict[str, Any] = {}
+    try:
+        if (text := dataset.store.read_text(CONFIG_FILE)) is not None:
+            config = parse_settings(text.encode(), CONFIG_FILE)
+    except LogitsError as error:
+        report.add(CONFIG_FILE, "settings", str(error))
+    indices, parts = {}, {}
     for shard in dataset.shards:
         alone = LogitDataset(dataset.store, {shard: dataset.sizes[shard]})
         alone._listed = {}  # its footer counts
-        found: list[npt.NDArray[np.int64]] = []
-        sums: Counter[str] = Counter(tokens=0, nucleus=0, capped=0)
-        skipped = np.zeros(0, np.int64)
-        try:
-            settings = validate_footer(alone, config, report)
-            config = config or settings
-            validate_shard(alone, RunLimits.of(settings), report, found, sums)
-            index = np.concatenate(found or [np.zeros(0, np.int64)])
-            skipped = validate_part(alone, settings, index, sums, report)
-        except LogitsError as error:
-            row = sum(part.size for part in found)
-            report.add(shard, "unreadable", str(error), row=row or None)
-        places.append((shard, np.concatenate([*found, skipped]), sum(p.size for p in found)))
-    validate_unique(places, report)
-    validate_checkpoints(dataset, report)
+        settings, indices[shard], parts[shard] = validate_shard(alone, config, report)
+        config = config or settings
+    validate_unique(indices, parts, report)
+    validate_checkpoints(dataset, parts, report)
     return report
 
 
-def validate_config(dataset: LogitDataset, report: ValidationReport) -> dict[str, Any]:
-    """Read the output's own settings file, if it has one."""
+def validate_shard(
+    dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
+) -> tuple[dict[str, Any], npt.NDArray[np.int64], dict[str, Any]]:
+    """Check a dataset of one shard; return its settings, the `index` of its rows, and its part."""
+    shard, index = dataset.shards[0], np.zeros(0, np.int64)
+    settings: dict[str, Any] = {}
+    part: dict[str, Any] = {}
+    sums = Counter({"rows": 0, "tokens": 0, "nucleus": 0, "capped": 0})
     try:
-        text = dataset.store.read_text(CONFIG_FILE)
-        return parse_settings(text.encode(), CONFIG_FILE) if text is not None else {}
+        settings = validate_footer(dataset, config, report)
+        limits = RunLimits.of(settings)
+        for table in dataset.iter_tables():
+            first, (columns, faults) = sums["rows"], read_columns(table)
+            for fault in faults:
+                report.add(shard, fault.rule, fault.message, row=first + fault.row)
+            good = np.setdiff1d(np.arange(table.num_rows), [fault.row for fault in faults])
+            sound = read_columns(table.take(good))[0] if faults else columns
+            block = build_block(sound, first, limits.logit_bits)
+            validate_block(block, limits, functools.partial(report.add, shard), first + good)
+            index = np.append(index, columns.get("index", index[:0]))
+            counts = columns["top_counts"].values.astype(np.int64)
+            sums.update(rows=table.num_rows, tokens=counts.size, nucleus=int(counts.sum()),
+                        capped=int((counts == limits.top_p_max).sum()))  # fmt: skip
+        part = validate_part(dataset, settings, index, sums, report)
     except LogitsError as error:
-        report.add(CONFIG_FILE, "settings", str(error))
-        return {}
+        report.add(shard, "unreadable", str(error), row=sums["rows"] or None)
+    report.rows += sums["rows"]
+    report.tokens += sums["tokens"]
+    return settings, index, part
 
 
 def validate_footer(
     dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
 ) -> dict[str, Any]:
     """Check columns and metadata of one shard; return the settings to check its rows by."""
-    shard, schema = dataset.shards[0], dataset.file(0).schema_arrow
-
-    add = functools.partial(report.add, shard)
-    stores = any(name in schema.names for name in TOKEN_COLUMNS)
-    wanted = shard_schema(store_tokens=stores)
+    schema, metadata = dataset.file(0).schema.to_arrow_schema(), dataset.metadata(0)
+    add = functools.partial(report.add, dataset.shards[0])
+    wanted = shard_schema(store_tokens=any(name in schema.names for name in TOKEN_COLUMNS))
     if schema.names != wanted.names:
         add("columns", f"has {', '.join(schema.names)}; wanted {', '.join(wanted.names)}")
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
-    version = dataset.metadata(0).get(METADATA_VERSION)
+    version = metadata.get(METADATA_VERSION)
     if version != str(FORMAT_VERSION).encode():
         add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
     settings: dict[str, Any] = {}
@@ -5746,76 +5468,30 @@ def validate_footer(
     except FormatError as error:
         add("settings", str(error))
     names = (settings.keys() & config.keys()) - MACHINE_SETTINGS
-    differ = [name for name in names if settings[name] != config[name]]
-    if differ:
-        add("settings", f"differs from the rest of the output in {', '.join(sorted(differ))}")
-    if not len(dataset) and METADATA_PART not in dataset.metadata(0):
+    if differ := sorted(name for name in names if settings[name] != config[name]):
+        add("settings", f"differs from the rest of the output in {', '.join(differ)}")
+    if not len(dataset) and METADATA_PART not in metadata:
         add("empty", "holds no rows")
     return settings
 
 
-def validate_shard(
-    dataset: LogitDataset,
-    limits: RunLimits,
-    report: ValidationReport,
-    found: list[npt.NDArray[np.int64]],
-    sums: Counter[str],
-) -> None:
-    """Check the rows of one shard, append their indices to `found` and add up their figures."""
-    shard, first = dataset.shards[0], 0
-    for table in dataset.iter_tables():
-        columns, faults = read_columns(table)
-        for fault in faults:
-            report.add(shard, fault.rule, fault.message, row=first + fault.row)
-        bad = {fault.row for fault in faults}
-        good = np.array([row for row in range(table.num_rows) if row not in bad], np.int64)
-        sound = read_columns(table.take(good))[0] if bad else columns
-        block = build_block(sound, first, limits.logit_bits)
-        validate_block(block, limits, report, shard=shard, rows=first + good)
-        found.append(np.asarray(columns.get("index", np.zeros(0)), np.int64))
-        first += table.num_rows
-        report.rows += table.num_rows
-        report.tokens += int(block.num_tokens.sum())
-        counts = columns["top_counts"].values.astype(np.int64)
-        capped = int((counts == limits.top_p_max).sum())
-        sums.update(tokens=counts.size, nucleus=int(counts.sum()), capped=capped)
-
-
 def validate_block(
-    block: TokenBlock,
-    limits: RunLimits,
-    report: ValidationReport,
-    *,
-    shard: str,
-    rows: npt.NDArray[np.int64],
+    block: TokenBlock, limits: RunLimits, add: Callable[..., None], rows: npt.NDArray[np.int64]
 ) -> None:
-    """Check decoded rows; `rows` are their numbers in the shard."""
+    """Check decoded rows, `rows` by number in the shard; `add` takes what is wrong."""
     for number in np.flatnonzero(block.num_tokens == 0):
-        report.add(shard, "length", "the row holds no tokens", row=int(rows[number]))
+        add("length", "the row holds no tokens", row=int(rows[number]))
     with np.errstate(all="ignore"):  # whatever a damaged file holds
         groups = (entry_rules, range_rules, mass_rules, text_rules)
         rules = [rule for group in groups for rule in group(block, limits)]
-    for rule in rules:
-        tokens = np.flatnonzero(rule.broken)
-        for token in tokens[:MAX_REPORTED]:
+    for name, broken, message, *values in rules:
+        for token in np.flatnonzero(broken):
             row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
-            message = rule.message.format(*(values[token] for values in rule.values))
-            at = int(token - block.row_starts[row])
-            report.add(shard, rule.name, message, row=int(rows[row]), token=at)
-        if tokens.size > MAX_REPORTED:
-            report.counts[rule.name] += tokens.size - MAX_REPORTED
+            told = message.format(*(value[token] for value in values))
+            add(name, told, row=int(rows[row]), token=int(token - block.row_starts[row]))
 
 
-# The rules of a token -----------------------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """A rule checked on every token of a block; `message` is filled in with `values[i][token]`."""
-
-    name: str
-    broken: npt.NDArray[np.bool_]  # (T,)
-    message: str
-    values: tuple[npt.NDArray[Any], ...] = ()
+# The rules of a token: name, where it is broken (T,), message, and what is filled in there (T,) ---
 
 
 def any_in_run(
@@ -5825,142 +5501,98 @@ def any_in_run(
     return np.diff(to_starts(flags)[starts]) > 0
 
 
-def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on counts, ids and their order."""
-    counts, cap = block.top.counts, limits.top_p_max
-    bad = (counts < 1) | (counts > cap)
-    yield Rule("count", bad, f"nucleus of {{}} tokens, allowed are 1 to {cap}", (counts,))
-    tail, drawn = block.tail.counts, limits.sampled_n
-    if drawn is not None:
-        yield Rule("tail count", tail != drawn, f"{{}} tail tokens instead of {drawn}", (tail,))
-    vocab = limits.vocab_size
-    high = any_in_run(block.top.ids >= vocab, block.top.starts)
-    high |= any_in_run(block.tail.ids >= vocab, block.tail.starts)
-    yield Rule("id", high, f"a token id beyond the vocabulary of {vocab}")
-    yield Rule("duplicate", repeated_ids(block), "a token id occurs twice")
-    if not block.top.q.size:
-        return
-    same = np.diff(np.repeat(np.arange(counts.size), counts)) == 0
-    rising = np.append(same & (np.diff(block.top.q.astype(np.int32)) > 0), False)
-    yield Rule("order", any_in_run(rising, block.top.starts), "nucleus logits ascend")
-    level = np.repeat(block.top.low == block.top.high, counts)
-    ties = np.append(same & (np.diff(block.top.ids) < 0), False) & level
-    yield Rule("ties", any_in_run(ties, block.top.starts), "equal logits, but ids do not ascend")
+    top, tail, vocab = block.top, block.tail, limits.vocab_size
+    bad = (top.counts < 1) | (top.counts > limits.top_p_max)
+    message = f"nucleus of {{}} tokens, allowed are 1 to {limits.top_p_max}"
+    yield "count", bad, message, top.counts
+    if limits.sampled_n is not None:
+        message = f"{{}} tail tokens instead of {limits.sampled_n}"
+        yield "tail count", tail.counts != limits.sampled_n, message, tail.counts
+    high = any_in_run(top.ids >= vocab, top.starts) | any_in_run(tail.ids >= vocab, tail.starts)
+    yield "id", high, f"a token id beyond the vocabulary of {vocab}"
+    keys, twice = known_entries(block)[0], np.zeros(high.size, bool)
+    twice[keys[1:][np.diff(keys) == 0] >> 18] = True
+    yield "duplicate", twice, "a token id occurs twice"
+    if top.q.size:
+        same = np.diff(top.owner) == 0
+        rising = np.append(same & (np.diff(top.q.astype(np.int32)) > 0), False)
+        yield "order", any_in_run(rising, top.starts), "nucleus logits ascend"
+        ties = np.append(same & (np.diff(top.ids) < 0), False) & (top.low == top.high)[top.owner]
+        yield "ties", any_in_run(ties, top.starts), "equal logits, but ids do not ascend"
 
 
-def repeated_ids(block: TokenBlock) -> npt.NDArray[np.bool_]:
-    """Say of each token whether an id occurs twice in its nucleus and tail sample."""
-    keys, _, _ = known_entries(block)
-    broken = np.zeros(block.logsumexp.size, bool)
-    broken[keys[1:][np.diff(keys) == 0] >> 18] = True
-    return broken
-
-
-def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on quantization ranges and levels, for nucleus and tail."""
     steps = 2**limits.logit_bits - 1
-    for part, q, starts, low, high in (
-        ("nucleus", block.top.q, block.top.starts, block.top.low, block.top.high),
-        ("tail", block.tail.q, block.tail.starts, block.tail.low, block.tail.high),
-    ):
-        some = np.diff(starts) > 0
-        finite = np.isfinite(low) & np.isfinite(high)
-        message = f"{part} range is {{:g}} to {{:g}}"
-        yield Rule("range", some & ~(finite & (low <= high)), message, (low, high))
-        ends = any_in_run(q == 0, starts) & any_in_run(q == 65535, starts)
-        unspanned = some & finite & (low < high) & ~ends
-        flat = some & (low == high) & any_in_run(q != 0, starts)
-        message = f"{part} levels do not span the range {{:g}} to {{:g}}"
-        yield Rule("quantization", unspanned | flat, message, (low, high))
-        grid = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
-        fine = any_in_run(grid != q, starts)
-        yield Rule("resolution", fine, f"{part} levels are finer than logit_bits")
+    for name, part in (("nucleus", block.top), ("tail", block.tail)):
+        q, starts, ends = part.q, part.starts, (part.low, part.high)
+        some, finite = part.counts > 0, np.isfinite(part.low) & np.isfinite(part.high)
+        bad = some & ~(finite & (part.low <= part.high))
+        yield "range", bad, f"{name} range is {{:g}} to {{:g}}", *ends
+        spans = any_in_run(q == 0, starts) & any_in_run(q == 65535, starts)
+        bad = some & finite & (part.low < part.high) & ~spans
+        bad |= some & (part.low == part.high) & any_in_run(q != 0, starts)
+        yield "quantization", bad, f"{name} levels do not span the range {{:g}} to {{:g}}", *ends
+        kept = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
+        message = f"{name} levels are finer than logit_bits"
+        yield "resolution", any_in_run(kept != q, starts), message
     above = (block.tail.counts > 0) & (block.tail.high > block.top.low)
     message = "a tail logit of {:g} above the nucleus, which ends at {:g}"
-    yield Rule("tail", above, message, (block.tail.high, block.top.low))
+    yield "tail", above, message, block.tail.high, block.top.low
 
 
-def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on the log-sum-exp and on probabilities."""
-    lse, top_p, counts = block.logsumexp, limits.top_p, block.top.counts
-    least = block.top.high - 1e-4 * np.maximum(1, np.abs(block.top.high))
-    message = "log-sum-exp {:g} beside a logit of {:g}"
-    sound = np.isfinite(lse) & (lse >= least)
-    yield Rule("logsumexp", ~sound, message, (lse, block.top.high))
-    probs, mass = block.top.probs, block.top.mass
-    tolerance = mass_tolerance(block)
-    tail = block.tail.mass
-    tail_off = np.expm1(block.tail.error)
-    slack = 2 * tolerance + tail * tail_off
-    yield Rule("sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", (mass + tail,))
-    short = (mass < top_p - tolerance) & (counts < limits.top_p_max)
+    top, lse, top_p = block.top, block.logsumexp, limits.top_p
+    sound = np.isfinite(lse) & (lse >= top.high - 1e-4 * np.maximum(1, np.abs(top.high)))
+    yield "logsumexp", ~sound, "log-sum-exp {:g} beside a logit of {:g}", lse, top.high
+    mass, tail, tolerance = top.mass, block.tail.mass, mass_tolerance(block)
+    slack = 2 * tolerance + tail * np.expm1(block.tail.error)
+    yield "sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", mass + tail
+    short = (mass < top_p - tolerance) & (top.counts < min(limits.top_p_max, limits.vocab_size))
     message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
-    yield Rule("mass", short & (counts < limits.vocab_size), message, (counts, mass))
-    rest = mass.copy()
-    rest[counts > 0] -= probs[block.top.starts[1:][counts > 0] - 1]
-    needless = (rest > top_p + tolerance) & (counts > 1) & (top_p > 0)
-    yield Rule("minimal", needless, "covers {:.6f} even without its last token", (rest,))
+    yield "mass", short, message, top.counts, mass
+    rest, some = mass.copy(), top.counts > 0
+    rest[some] -= top.probs[top.starts[1:][some] - 1]
+    needless = (rest > top_p + tolerance) & (top.counts > 1) & (top_p > 0)
+    yield "minimal", needless, "covers {:.6f} even without its last token", rest
 
 
-def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[Rule]:
+def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on stored text; a broken row is named by its first token."""
     lost, foreign, unsorted = np.zeros((3, block.logsumexp.size), bool)
     firsts = block.row_starts[:-1]
     if block.tokens is None:
         lost[firsts[block.num_tokens > 0]] = limits.store_tokens
-    else:
-        for first, ids, positions in zip(firsts, *block.tokens, strict=True):
-            if positions.size:
-                foreign[first] = ((ids < 0) | (ids >= limits.vocab_size)).any()
-                inside = (positions >= 1) & (positions < ids.size)
-                unsorted[first] = not inside.all() or (np.diff(positions) <= 0).any()
-    yield Rule("text", lost, "input_ids and token_positions are missing")
-    yield Rule("text", foreign, "input_ids leave the vocabulary")
-    yield Rule("positions", unsorted, "token_positions do not ascend inside input_ids")
+    for first, ids, positions in zip(firsts, *block.tokens, strict=True) if block.tokens else ():
+        if positions.size:
+            foreign[first] = ((ids < 0) | (ids >= limits.vocab_size)).any()
+            inside = (positions >= 1) & (positions < ids.size)
+            unsorted[first] = not inside.all() or (np.diff(positions) <= 0).any()
+    yield "text", lost, "input_ids and token_positions are missing"
+    yield "text", foreign, "input_ids leave the vocabulary"
+    yield "positions", unsorted, "token_positions do not ascend inside input_ids"
+
+
+# What shards say of each other and of themselves --------------------------------------------------
 
 
 def validate_unique(
-    places: Sequence[tuple[str, npt.NDArray[np.int64], int]], report: ValidationReport
+    indices: Mapping[str, npt.NDArray[np.int64]],
+    parts: Mapping[str, Mapping[str, Any]],
+    report: ValidationReport,
 ) -> None:
-    """Report conversations that occur twice, naming the second place.
-
-    Args:
-        places: shard, its conversations, and how many of them have rows, which come first.
-        report: gets what is wrong.
-    """
-    indices = np.concatenate([found for _, found, _ in places] or [np.zeros(0, np.int64)])
-    order = np.argsort(indices, kind="stable")
-    again = np.sort(order[1:][np.diff(indices[order]) == 0])
-    starts = to_starts([found.size for _, found, _ in places])
-    for place in again:
-        number = int(np.searchsorted(starts, place, side="right")) - 1
-        shard, _, rows = places[number]
-        row = int(place - starts[number])
-        message = f"conversation {indices[place]} is there already"
-        report.add(shard, "twice", message, row=row if row < rows else None)
-
-
-def validate_checkpoints(dataset: LogitDataset, report: ValidationReport) -> None:
-    """Report shards that the output's checkpoints list otherwise than they are."""
-    if not dataset.store.list_checkpoints():
-        return
-    try:
-        records = read_checkpoints(dataset.store)
-    except LogitsError as error:
-        report.add(str(error).split()[0], "checkpoint", str(error))
-        return
-    for path in sorted(records.keys() | dataset.sizes.keys()):
-        there, size = dataset.sizes.get(path), records.get(path, {}).get("bytes")
-        if there != size:
-            message = f"{there or 'no'} bytes, but the checkpoint lists {size or 'none'}"
-            report.add(path, "checkpoint", message)
-        elif path in report.parts:
-            part, record = report.parts[path], records[path]
-            names = ("number", "ids", "conversations", "rows", "tokens", "nucleus", "capped")
-            differ = [n for n in names if n in record and record[n] != part[n]]
-            if differ:
-                found = ", ".join(f"{name} {record[name]!s:.20}" for name in differ)
-                report.add(path, "checkpoint", f"the checkpoint lists {found}; it says otherwise")
+    """Report conversations that occur twice, with a row or without, naming the second place."""
+    skipped = [np.array([*map(int, part.get("skipped", ()))], np.int64) for part in parts.values()]
+    found = [np.append(*pair) for pair in zip(indices.values(), skipped, strict=True)]
+    ids, starts, shards = np.concatenate(found), to_starts([*map(len, found)]), list(indices)
+    again = np.setdiff1d(np.arange(ids.size), np.unique(ids, return_index=True)[1])
+    for place, number in zip(again, np.searchsorted(starts, again, side="right") - 1, strict=True):
+        row, shard = int(place - starts[number]), shards[number]
+        told = f"conversation {ids[place]} is there already"
+        report.add(shard, "twice", told, row=row if row < indices[shard].size else None)
 
 
 def validate_part(
@@ -5969,8 +5601,8 @@ def validate_part(
     index: npt.NDArray[np.int64],
     sums: Mapping[str, int],
     report: ValidationReport,
-) -> npt.NDArray[np.int64]:
-    """Check what a shard says of the part that it is; return who it says gave no row.
+) -> dict[str, Any]:
+    """Check what a shard says of the part that it is, against the rows that it holds; return it.
 
     The hash of the ids tells whether these conversations, in this order, were selected. Where some
     gave no row their places are known only if ids ascend: in the order of a source whose rows are
@@ -5980,7 +5612,7 @@ def validate_part(
         dataset: the shard alone.
         settings: of its run.
         index: conversations of its rows.
-        sums: `tokens`, `nucleus` and `capped`, counted from its rows.
+        sums: `rows`, `tokens`, `nucleus` and `capped`, counted from its rows.
         report: gets what is wrong.
     """
     shard = dataset.shards[0]
@@ -5989,21 +5621,21 @@ def validate_part(
         part = dataset.part(0)
     except FormatError as error:
         add(str(error))
-        return np.zeros(0, np.int64)
+        return {}
     if not part:
         if settings.get("rows_per_part") is not None:
             report.add(shard, "metadata", "does not say which part it is")
-        return np.zeros(0, np.int64)
-    report.parts[shard] = part
-    if part_path(part["number"]) != shard and part_path(part["number"]) != f"data/{shard}":
-        add(f"is part {part['number']}, whose file is {part_path(part['number'])}")
-    for name, count in {"rows": index.size, **sums}.items():
+        return {}
+    path = part_path(part["number"])
+    if shard not in (path, path.removeprefix("data/")):
+        add(f"is part {part['number']}, whose file is {path}")
+    for name, count in sums.items():
         if part[name] != count:
             add(f"says {part[name]:,} of {name}, holds {count:,}")
-    skipped = np.array([int(i) for i in part["skipped"]], np.int64)
+    skipped = np.array([*map(int, part["skipped"])], np.int64)
     if index.size + skipped.size != part["conversations"]:
-        parts = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
-        add(f"{parts} are not the {plural(part['conversations'], 'conversation')} selected")
+        both = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
+        add(f"{both} are not the {plural(part['conversations'], 'conversation')} selected")
     ascending = settings.get("index_col") is None and not settings.get("random_sample")
     if not skipped.size or ascending:
         selected = np.sort(np.append(index, skipped)) if skipped.size else index
@@ -6011,7 +5643,31 @@ def validate_part(
             add("rows are not in the order of their selection")
         elif hash_ids(selected) != part["ids"]:
             add("the conversations, or their order, are not those that were selected")
-    return skipped
+    return part
+
+
+def validate_checkpoints(
+    dataset: LogitDataset, parts: Mapping[str, Mapping[str, Any]], report: ValidationReport
+) -> None:
+    """Report shards that the output's checkpoints list otherwise than they are."""
+    if not dataset.store.list_checkpoints():
+        return
+    try:
+        records = read_checkpoints(dataset.store)
+    except LogitsError as error:
+        report.add(str(error).split()[0], "checkpoint", str(error))
+        return
+    for path in sorted(records.keys() | dataset.sizes.keys()):
+        there, record = dataset.sizes.get(path), records.get(path, {})
+        if there != record.get("bytes"):
+            message = f"{there or 'no'} bytes, but the checkpoint lists {record.get('bytes')}"
+            report.add(path, "checkpoint", message)
+        elif part := parts.get(path):
+            names = ("number", "ids", "conversations", "rows", "tokens", "nucleus", "capped")
+            differ = [n for n in names if n in record and record[n] != part[n]]
+            if differ:
+                found = ", ".join(f"{name} {record[name]!s:.20}" for name in differ)
+                report.add(path, "checkpoint", f"the checkpoint lists {found}; it says otherwise")
 
 
 # Comparison ---------------------------------------------------------------------------------------
@@ -6030,11 +5686,11 @@ class Comparison:
     common_rows: int
     unequal_rows: int  # in common, but with another number of tokens
     tokens: int
-    mean_divergence: float | None
-    max_divergence: float | None
-    same_first: float | None  # share of tokens with the same likeliest token
-    max_logsumexp: float | None  # largest difference
-    largest: list[tuple[float, int, int]]  # divergence, conversation, token; largest first
+    mean_divergence: float | None = None
+    max_divergence: float | None = None
+    same_first: float | None = None  # share of tokens with the same likeliest token
+    max_logsumexp: float | None = None  # largest difference
+    largest: Sequence[tuple[float, int, int]] = ()  # divergence, conversation, token
 
     def __str__(self) -> str:
         lines = [
@@ -6048,96 +5704,72 @@ class Comparison:
             f"KL, mean and max    {self.mean_divergence:.3g} and {self.max_divergence:.3g} nats",
             f"same likeliest      {self.same_first:.3%}",
             f"log-sum-exp differs by {self.max_logsumexp:.3g} at most",
+            *(["largest differences"] if self.largest else []),
         ]
         worst = [f"  {kl:.4g} nats: conversation {i}, token {t}" for kl, i, t in self.largest]
-        return "\n".join([*lines, "largest differences", *worst] if worst else lines)
+        return "\n".join([*lines, *worst])
 
 
-COMPARED_TOKENS = 2**17  # of the first output, held at once beside those of the second
+COMPARED_TOKENS = 2**17  # held at once of each output
 
 
 def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison:
     """Compare the distributions of two outputs over the conversations that both hold.
 
+    Many rows are read together, so that row groups are read seldom in whatever order they are.
+
     Args:
         first, second: outputs by name or opened by `load_logit_dataset`, or rows at hand.
         largest: how many of the most different tokens to name.
     """
-    one, two = as_rows(first), as_rows(second)
-    known = row_numbers(two)
-    sums: Counter[str] = Counter()
-    worst: list[tuple[float, int, int]] = []
-    peak = 0.0
-    for a, b in iter_common(one, two, known, sums):
+    pair = [as_rows(first), as_rows(second)]
+    for i, rows in enumerate(pair):
+        if not isinstance(rows, LogitDataset):
+            tables = [SCHEMA.empty_table(), *iter_tables(rows)]
+            pair[i] = pa.concat_tables(tables, promote_options="default")
+    one, two = map(row_frame, pair)
+    common = one.merge(two, on="index")
+    equal = common[common["num_tokens_x"] == common["num_tokens_y"]]
+    tokens, unequal = int(equal["num_tokens_x"].sum()), len(common) - len(equal)
+    seen = Comparison((len(one), len(two)), len(common), unequal, tokens)
+    total, same, peak, worst = 0.0, 0, 0.0, []
+    for _, chunk in equal.groupby(equal["num_tokens_x"].cumsum() // COMPARED_TOKENS):
+        a, b = (
+            decode_rows((rows.read_rows if isinstance(rows, LogitDataset) else rows.take)(numbers))
+            for rows, numbers in zip(pair, chunk[["row_x", "row_y"]].to_numpy().T, strict=True)
+        )
         divergence = bound_divergence(a, b)
-        same = int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
-        sums.update({"tokens": divergence.size, "kl": float(divergence.sum()), "same": same})
+        if not np.isfinite(divergence).all():
+            raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
+        total += float(divergence.sum())
+        same += int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
-        chosen = np.argsort(-divergence, kind="stable")[:largest]
-        rows = np.searchsorted(a.row_starts, chosen, side="right") - 1
-        tokens = chosen - a.row_starts[rows]
-        here = zip(divergence[chosen], a.index[rows], tokens, strict=True)
-        worst += [(float(kl), int(i), int(t)) for kl, i, t in here if kl > 0]
+        for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
+            row = np.searchsorted(a.row_starts, token, side="right") - 1
+            place = (int(a.index[row]), int(token - a.row_starts[row]))
+            worst.append((float(divergence[token]), *place))
         worst = sorted(worst, key=lambda item: -item[0])[:largest]
-    count = sums["tokens"]
-    return Comparison(
-        rows=(sums["rows"], len(known)),
-        common_rows=sums["common"],
-        unequal_rows=sums["unequal"],
-        tokens=count,
-        mean_divergence=sums["kl"] / count if count else None,
-        max_divergence=(worst[0][0] if worst else 0.0) if count else None,
-        same_first=sums["same"] / count if count else None,
-        max_logsumexp=peak if count else None,
-        largest=worst,
+    if not tokens:
+        return seen
+    return replace(
+        seen,
+        mean_divergence=total / tokens,
+        max_divergence=worst[0][0],
+        same_first=same / tokens,
+        max_logsumexp=peak,
+        largest=[item for item in worst if item[0] > 0],
     )
 
 
-def iter_common(
-    one: Any, two: Any, known: Mapping[int, int], sums: Counter[str]
-) -> Iterator[tuple[TokenBlock, TokenBlock]]:
-    """Yield the rows of two outputs that can be compared, as blocks of the same rows.
-
-    Many rows of the second are read together, so that its row groups are read seldom in whatever
-    order they are.
-
-    Args:
-        one, two: the outputs.
-        known: row number in `two` by conversation.
-        sums: `rows` of `one`, those in `common` and those of them that are `unequal` are added.
-    """
-
-    def pair(tables: list[pa.Table]) -> Iterator[tuple[TokenBlock, TokenBlock]]:
-        table = pa.concat_tables(tables)
-        index = read_column(table, SCHEMA.field("index")).tolist()
-        sums["rows"] += len(index)
-        common = [row for row, conversation in enumerate(index) if conversation in known]
-        sums["common"] += len(common)
-        if not common:
-            return
-        wanted = [known[index[row]] for row in common]
-        if isinstance(two, LogitDataset):
-            other = two.read_rows(wanted)
-        else:
-            other = pa.concat_tables([_row_at_hand(two, row) for row in wanted])
-        a, b = decode_rows(table.take(common)), decode_rows(other)
-        equal = np.flatnonzero(a.num_tokens == b.num_tokens)
-        sums["unequal"] += len(common) - equal.size
-        if equal.size < len(common):
-            a = decode_rows(table.take(np.array(common)[equal]))
-            b = decode_rows(other.take(equal))
-        yield a, b
-
-    waiting: list[pa.Table] = []
-    tokens = 0
-    for table in iter_tables(one):
-        waiting.append(table)
-        tokens += read_column(table, SCHEMA.field("top_counts")).values.size
-        if tokens >= COMPARED_TOKENS:
-            yield from pair(waiting)
-            waiting, tokens = [], 0
-    if waiting:
-        yield from pair(waiting)
+def row_frame(dataset: Any) -> Any:
+    """Return the columns `row` (its number), `index` and `num_tokens` of every row."""
+    kinds = [SCHEMA.field(name) for name in ("index", "num_tokens")]
+    parts: dict[str, list[Any]] = {kind.name: [np.zeros(0, np.int32)] for kind in kinds}
+    for table in iter_tables(dataset, list(parts), rows=4096):
+        for kind in kinds:
+            parts[kind.name].append(read_column(table, kind))
+    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return import_extra("pandas").DataFrame(columns).reset_index(names="row")
 
 
 def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
@@ -6157,8 +5789,7 @@ def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
     p = probs_a[cells]
     most = np.exp(unstored_bound(b))[owner]
     q = np.where(shared[cells], probs_b[place[cells]], most)
-    n = a.logsumexp.size
-    tiny = np.finfo(np.float64).tiny
+    n, tiny = a.logsumexp.size, np.finfo(np.float64).tiny
     terms = p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))
     rest_p = np.maximum(1 - np.bincount(owner, p, n), 0)
     known_q = np.bincount(owner, q * shared[cells], n)
@@ -6172,13 +5803,11 @@ def known_entries(
     block: TokenBlock,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Return all stored entries sorted by `token << 18 | id`: key, probability, in the nucleus."""
-    tokens = np.arange(block.logsumexp.size, dtype=np.int64)
-    top = np.repeat(tokens, block.top.counts) << 18 | block.top.ids
-    tail = np.repeat(tokens, block.tail.counts) << 18 | block.tail.ids
-    keys = np.concatenate([top, tail])
+    parts = (block.top, block.tail)
+    keys = np.concatenate([part.owner.astype(np.int64) << 18 | part.ids for part in parts])
     order = np.argsort(keys)
-    probs = np.concatenate([block.top.probs, block.tail.probs])[order]
-    return keys[order], probs, np.arange(keys.size)[order] < top.size
+    probs = np.concatenate([part.probs for part in parts])[order]
+    return keys[order], probs, order < block.top.ids.size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7135,23 +6764,14 @@ def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
 # --------------------------------------------------------------------------------------------------
 
 
-EXIT_CODES = (
-    "exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that cannot be "
-    "opened; 3 --validate found violations, or --compare nothing to compare"
-)
-CHECK_FAILED = 3
-
-
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose refusals are one line, like every other error."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an option that is none is named first, with the one that looks like it."""
-        for word in sys.argv[1:] if args is None else args:
+        known = self._option_string_actions
+        for word in itertools.takewhile("--".__ne__, sys.argv[1:] if args is None else args):
             flag = word.partition("=")[0]
-            known = self._option_string_actions
-            if flag == "--":
-                break
             if re.match(r"--\w", flag) and not any(name.startswith(flag) for name in known):
                 like = "".join(difflib.get_close_matches(flag, known, 1))
                 self.error(f"there is no option {flag}" + (f": is it {like}?" if like else ""))
@@ -7184,27 +6804,19 @@ def outlive_readers(*names: str) -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed by who started us; no other file may get its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__") and _raw_file(stream) is io.FileIO:
+        elif stream is getattr(sys, f"__{name}__") and (
+            type(getattr(stream.buffer, "raw", stream.buffer)) is io.FileIO
+        ):
             stream.flush()
-            file = LenientFile(stream.fileno(), "w", closefd=False)
-            text = io.TextIOWrapper(
-                io.BufferedWriter(file),
-                encoding=stream.encoding,
-                errors=stream.errors,
-                line_buffering=True,
-            )
-            setattr(sys, name, text)
+            file = io.BufferedWriter(LenientFile(stream.fileno(), "w", closefd=False))
+            how = {"encoding": stream.encoding, "errors": stream.errors}
+            setattr(sys, name, io.TextIOWrapper(file, line_buffering=True, **how))
 
 
 def log_hub_once() -> None:
     """Keep huggingface_hub from writing every line of its log twice: itself, and through ours."""
     import_extra("huggingface_hub.utils.logging")
     logging.getLogger("huggingface_hub").handlers.clear()
-
-
-def _raw_file(stream: Any) -> type:
-    """Return the kind of file below a text stream."""
-    return type(getattr(stream.buffer, "raw", stream.buffer))
 
 
 def row_list(text: str) -> list[int]:
@@ -7234,24 +6846,22 @@ def build_parser() -> argparse.ArgumentParser:
         prog="explore-logits",
         usage="%(prog)s OUTPUT [options]",
         description="Look at an output of extract-logits: a folder, or a dataset on the Hub.",
-        epilog=EXIT_CODES,
+        epilog="exit codes: 0 all went well; 1 a bug (traceback); 2 bad usage or an output that "
+        "cannot be opened; 3 --validate found violations, or --compare nothing to compare",
     )
     add = parser.add_argument
     add("output", metavar="OUTPUT", help="folder, Parquet file or Hub dataset")
     add("--split", default="train", help="split of OUTPUT (default: %(default)s)")
-    what = parser.add_argument_group("what to show (default: --sample 0)")
-    add = what.add_argument
+    add = parser.add_argument_group("what to show (default: --sample 0)").add_argument
     add("--sample", type=row_list, metavar="ROWS", help="rows, such as 3 or 0,5 or 0-4")
     add("--conversation", type=int, metavar="ID", help="the row of this index in the source")
     add("--token", type=int, metavar="T", help="predictions at this token of the row")
     add("--html", metavar="FILE", help="write the rows, and with --stats those, as one page")
     add("--plot", metavar="FILE", help="write a picture of the nucleus sizes (extra viz)")
-    add("--plots", metavar="DIR", help="write every plot, of the first row shown, as PNG")
     add("--stats", action="store_true", help="sizes, covered probability, bytes per token")
     add("--validate", action="store_true", help="check every row against the format")
     add("--compare", metavar="OTHER", help="compare the distributions with another output's")
-    how = parser.add_argument_group("how")
-    add = how.add_argument
+    add = parser.add_argument_group("how").add_argument
     add("--top", type=positive_int, default=5, metavar="K", help="predictions a token (default: 5)")
     add("--max-samples", type=positive_int, metavar="N", help="rows read by --stats at most")
     add("--text", action="store_true", help="--stats: read the source too, for the agreement")
@@ -7298,147 +6908,101 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Do what the command line asks for; return what goes into the last line and the exit code."""
     dataset = load_logit_dataset(args.output, args.split)
     summary: dict[str, Any] = {"output": args.output, "shards": len(dataset.shards)}
-    code = 0
+    failed = False
     if args.validate:
         report = validate_output(dataset)
-        print(wrap_text(str(report)))
-        summary |= {"rows": report.rows, "tokens": report.tokens}
-        summary["violations"] = dict(report.counts)
-        code = code if report.ok else CHECK_FAILED
+        print(break_lines(str(report)))
+        summary |= {"rows": report.rows, "tokens": report.tokens, "violations": report.counts}
+        failed = not report.ok
     if args.compare:
         comparison = compare_outputs(dataset, args.compare)
-        print(wrap_text(str(comparison)))
+        print(break_lines(str(comparison)))
         summary |= asdict(comparison)
-        code = code if comparison.tokens else CHECK_FAILED
-    if not (args.validate or args.compare):
-        summary["rows"] = len(dataset)
-    if code and args.validate and not report.ok:
-        return summary, code  # what breaks the rules is not summed up
-    return summary | show_output(dataset, args), code
+        failed |= not comparison.tokens
+    if failed and args.validate and not report.ok:
+        return summary, 3  # what breaks the rules is not summed up
+    summary.setdefault("rows", len(dataset))
+    return summary | show_output(dataset, args), 3 if failed else 0
 
 
 def show_output(dataset: LogitDataset, args: argparse.Namespace) -> dict[str, Any]:
     """Show figures, rows and pictures that were asked for; return what they add to the summary."""
     summary: dict[str, Any] = {}
-    stats = show_stats(dataset, args) if args.stats else None
-    if stats is not None:
+    text = functools.cache(lambda: open_text(
+        dataset, model=args.model, dataset=args.dataset, trust_remote_code=args.trust_remote_code
+    ))  # fmt: skip
+    stats, analyses = None, []
+    if args.stats:
+        actual = text().actual_tokens if args.text else None
+        stats = compute_dataset_stats(dataset, max_samples=args.max_samples, actual_tokens=actual)
+        print_dataset_stats(stats)
         summary |= {"tokens": stats.tokens, "bytes_per_token": stats.bytes_per_token}
-    rows = chosen_rows(dataset, args)
+    rows = args.sample or []
+    if args.conversation is not None:
+        rows = [row for row in [row_numbers(dataset).get(args.conversation)] if row is not None]
+    elif args.token is not None or not (args.stats or args.plot or args.validate or args.compare):
+        rows = rows or [0]
     if rows or args.conversation is not None:
-        summary |= show_rows(dataset, rows, args, stats)
-    elif args.html:
-        write_rows_page(args.html, dataset, [], stats)
+        analyses = show_rows(dataset, rows, text, args)
+        summary["sample"] = rows
+    if args.html:
+        write_page(args.html, render_page(analyses, about=describe_run(dataset), stats=stats))
         summary["html"] = args.html
     if args.plot:
         figure = plot_nucleus_size_analysis(dataset, max_samples=args.max_samples)
         summary["plot"] = save_figure(figure, args.plot)
-    if args.plots:
-        summary["plots"] = write_plots(dataset, rows[0] if rows else 0, Path(args.plots))
     return summary
 
 
-def chosen_rows(dataset: LogitDataset, args: argparse.Namespace) -> list[int]:
-    """Return the rows to show: those asked for, and row 0 when nothing else is."""
-    if args.conversation is not None:
-        row = row_numbers(dataset).get(args.conversation)
-        return [row] if row is not None else []
-    other = any((args.stats, args.plot, args.plots, args.validate, args.compare))
-    if args.sample is None and other and args.token is None:
-        return []
-    return args.sample if args.sample is not None else [0]
-
-
-def show_stats(dataset: LogitDataset, args: argparse.Namespace) -> DatasetStats:
-    """Print the figures of an output."""
-    text = open_asked_text(dataset, args) if args.text else None
-    stats = compute_dataset_stats(
-        dataset,
-        max_samples=args.max_samples,
-        actual_tokens=text.actual_tokens if text else None,
-    )
-    print_dataset_stats(stats)
-    return stats
-
-
 def show_rows(
-    dataset: LogitDataset, rows: list[int], args: argparse.Namespace, stats: DatasetStats | None
-) -> dict[str, Any]:
-    """Print rows beside their text, or by token ids where there is none, and write their page."""
-    text, why = find_text(dataset, args)
-    if text is None and (args.html or not rows):
-        raise LogitsError(f"the text is needed for this: {why}")
-    samples = [get_sample(dataset, row) for row in rows]  # one that is not there is refused first
-    analyses = []
-    if text is not None:
-        analyses = [analyze_row(dataset, row, text, k=args.top) for row in rows]
-        if not rows:
-            analyses = [analyze_missing(dataset, text, args.conversation)]
-    else:
-        log.warning("explore-logits: showing ids only: %s", show_text(str(why)))
-    if args.html:
-        write_rows_page(args.html, dataset, analyses, stats)
-        return {"sample": rows, "html": args.html}
-    for seen in analyses:
-        print(visualize_conversation_probabilities(seen), end="\n\n")
-    for number, sample in enumerate(samples):
-        show_tokens(sample, args, text, analyses[number] if analyses else None)
-    return {"sample": rows}
-
-
-def write_rows_page(
-    path: str,
     dataset: LogitDataset,
-    analyses: Sequence[ConversationAnalysis],
-    stats: DatasetStats | None,
-) -> None:
-    """Write the page of chosen rows, with the figures of the output where there are any."""
-    about = describe_run(dataset)
-    write_page(path, render_page(analyses, about=about, stats=stats))
-
-
-def open_asked_text(dataset: LogitDataset, args: argparse.Namespace) -> TextSource:
-    """Open the text behind an output, where the command line says it is now."""
-    return open_text(
-        dataset,
-        model=args.model,
-        dataset=args.dataset,
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
-def find_text(
-    dataset: LogitDataset, args: argparse.Namespace
-) -> tuple[TextSource | None, LogitsError | None]:
-    """Open the text behind an output if it can be found, and say why not."""
+    rows: Sequence[int],
+    text: Callable[[], TextSource],
+    args: argparse.Namespace,
+) -> list[ConversationAnalysis]:
+    """Print rows beside their text, or as ids where there is none; those of a page are returned."""
+    samples = [get_sample(dataset, row) for row in rows]  # what is not there is refused first
+    for sample in samples if args.token is not None else ():
+        check_token(sample, args.token)
+    tokenizer, analyses = None, []
     try:
-        return open_asked_text(dataset, args), None
+        tokenizer = text().tokenizer
     except LogitsError as error:
-        return None, error
+        if args.html or not rows:
+            raise LogitsError(f"the text is needed for this: {error}") from error
+        log.warning("explore-logits: showing ids only: %s", error)
+    else:
+        analyses = [analyze_row(dataset, row, text(), k=args.top) for row in rows]
+        if not rows:
+            analyses = [analyze_missing(dataset, text(), args.conversation)]
+    if args.html:
+        return analyses
+    for analysis in analyses:
+        print(visualize_conversation_probabilities(analysis), end="\n\n")
+    for sample, analysis in itertools.zip_longest(samples, analyses[: len(samples)]):
+        print_sample_info(sample)
+        show_tokens(sample, analysis, tokenizer, args)
+    return analyses
 
 
 def show_tokens(
-    sample: Sample,
-    args: argparse.Namespace,
-    text: TextSource | None,
-    analysis: ConversationAnalysis | None,
+    sample: Sample, analysis: ConversationAnalysis | None, tokenizer: Any, args: argparse.Namespace
 ) -> None:
-    """Print what a sample holds and its most surprising tokens, or the one asked for."""
-    print_sample_info(sample)
-    if analysis is not None:
-        surprise = np.array([token.log_probability for token in analysis.tokens])
-        why = "that the teacher expected least"
+    """Print the token that was asked for, or the most surprising ones of a row."""
+    if args.token is not None:
+        chosen = [args.token % sample["num_tokens"]]
     else:
-        surprise = sample.block.first_probs
-        why = "of which the teacher was least sure"
-    chosen = [args.token] if args.token is not None else sorted(np.argsort(surprise)[:3].tolist())
-    if args.token is None and chosen:
+        least, why = sample.block.first_probs, "of which the teacher was least sure"
+        if analysis is not None:
+            least = np.array([token.log_probability for token in analysis.tokens])
+            why = "that the teacher expected least"
+        chosen = sorted(np.argsort(least)[:3].tolist())
         print(f"the {plural(len(chosen), 'token')} {why}:")
     for t in chosen:
-        t = check_token(sample, t)
         print()
-        actual = analysis.tokens[t] if analysis is not None else None
-        tokenizer = text.tokenizer if text else None
-        show_token_table(sample, t, tokenizer, k=args.top, actual=actual)
+        print_token(
+            sample, t, tokenizer, k=args.top, actual=analysis.tokens[t] if analysis else None
+        )
 
 
 def save_figure(figure: Any, path: str | Path) -> str:
@@ -7451,22 +7015,9 @@ def save_figure(figure: Any, path: str | Path) -> str:
     with writing(path) as target:
         try:
             figure.savefig(target)
-            return str(path)
         except ValueError as error:  # a format that matplotlib does not know
             raise LogitsError(f"cannot write {path}: {first_line(error)}") from error
-
-
-def write_plots(dataset: LogitDataset, row: int, folder: Path) -> list[str]:
-    """Write every plot as PNG into a folder; return the files."""
-    sample = get_sample(dataset, row)
-    widest = int(np.argmax(sample["top_counts"])) if sample["num_tokens"] else 0
-    figures = {
-        "logit_distribution": plot_logit_distribution(sample, widest),
-        "nucleus_vs_sampled": plot_nucleus_vs_sampled(sample),
-        "nucleus_sizes": plot_nucleus_sizes(sample),
-        "nucleus_size_analysis": plot_nucleus_size_analysis(dataset),
-    }
-    return [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    return str(path)
 
 
 if __name__ == "__main__":

@@ -56,13 +56,23 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +101,7 @@ from explore_logits import (
     format_version,
     hash_ids,
     hide_tokens,
+    limit_waiting,
     load_tokenizer,
     log_hub_once,
     open_conversations,
@@ -214,6 +225,17 @@ def option(default: Any, help_text: str, *, group: str, **checks: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+ENGINE_OWN = {  # arguments of vLLM that follow from other options
+    **{name: "it is --" + name.replace("_", "-") for name in ("model", "revision", "dtype")},
+    "trust_remote_code": "it is --trust-remote-code",
+    "max_model_len": "it is --max-seq-len",
+    **dict.fromkeys(
+        ("runner", "convert", "pooler_config", "enable_prefix_caching", "tokenizer"),
+        "the extraction sets it, drop it",
+    ),
+}
+
+
 @dataclass(kw_only=True)
 class ExtractionConfig:
     """Every option of a run; field names are option names with underscores, "off" is None.
@@ -233,6 +255,18 @@ class ExtractionConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     attn: str = option("auto", "eager, sdpa, flash_attention_2, …", group="teacher")
+    engine: str = option(
+        "transformers",
+        "what runs the teacher's layers (extra vllm, in an environment of its own)",
+        group="teacher",
+        choices=("transformers", "vllm"),
+    )
+    engine_args: dict[str, Any] | None = option(
+        None,
+        'for vLLM, JSON: {"tensor_parallel_size": 8}, "unchecked": true for families not compared',
+        group="teacher",
+        parse=parse_object,
+    )
     tensor_parallel: bool = option(
         False,
         "split the teacher over all processes of a torchrun, which work as one",
@@ -437,10 +471,26 @@ class ExtractionConfig:
             )
         self._check_full_dataset()
         self._check_executor()
+        self._check_engine()
         default = {entry.name: entry.default for entry in fields(self)}
         for name in NOT_BESIDE_MIN_P:
             if self.min_p is not None and getattr(self, name) != default[name]:
                 refuse_beside_min_p(name)
+
+    def _check_engine(self) -> None:
+        if self.engine != "vllm":
+            if self.engine_args is not None:
+                raise ConfigError("--engine-args are vLLM's: give --engine vllm with them")
+            return
+        if self.tensor_parallel:
+            raise ConfigError(
+                "--tensor-parallel is of --engine transformers: give --engine-args "
+                "'{\"tensor_parallel_size\": N}' and start one process"
+            )
+        if self.attn != "auto":
+            raise ConfigError(f"--attn {self.attn} is of --engine transformers: drop it")
+        for name in sorted(set(self.engine_args or {}) & ENGINE_OWN.keys()):
+            raise ConfigError(f"--engine-args {name}: {ENGINE_OWN[name]}")
 
     def _check_executor(self) -> None:
         if (self.executor is None) != (self.tasks is None):
@@ -1385,15 +1435,8 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
     """
     device = resolve_device(config.device)
     model_config = load_model_config(config)
-    limit = max_positions(model_config)
-    if limit is not None and config.max_seq_len is not None and config.max_seq_len > limit:
-        raise TeacherError(
-            f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
-            f"{config.model}; give at most {limit}"
-        )
     try:
-        model = load_model(config, model_config, device)
-        teacher = Teacher(model, vocab_size=vocab_size, forced_attention=config.attn != "auto")
+        teacher = make_teacher(config, model_config, device, vocab_size)
     except torch.OutOfMemoryError as error:
         raise TeacherError(
             f"--model {config.model} leaves no room on {device} for even one short conversation; "
@@ -1408,6 +1451,19 @@ def load_teacher(config: ExtractionConfig, *, vocab_size: int | None = None) -> 
     layout = (teacher.layout, teacher.layout_reason)
     logger.info(text, config.model, teacher.device, *runs, *layout)
     return teacher
+
+
+def make_teacher(
+    config: ExtractionConfig, model_config: Any, device: torch.device, vocab_size: int | None
+) -> Teacher:
+    """Return the teacher by the engine that is asked for."""
+    if config.engine == "vllm":
+        head = load_head(config, model_config, device)
+        return VllmTeacher(
+            head, engine_arguments(config, model_config, head), vocab_size=vocab_size
+        )
+    model = load_model(config, model_config, device)
+    return Teacher(model, vocab_size=vocab_size, forced_attention=config.attn != "auto")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -1502,9 +1558,17 @@ def load_model_config(config: ExtractionConfig) -> Any:
         found = AutoConfig.from_pretrained(**options)
         choose_class(config, found)
         quantization = quantization_of(found)
-        if quantization is not None:
+        if quantization is not None and config.engine == "transformers":
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
             quantizer.validate_environment(device_map=None, weights_only=True)
+    limit = max_positions(found)
+    if limit is not None and config.max_seq_len is not None and config.max_seq_len > limit:
+        raise TeacherError(
+            f"--max-seq-len {config.max_seq_len} is beyond the {limit} positions of "
+            f"{config.model}; give at most {limit}"
+        )
+    if config.engine == "vllm":
+        check_vllm(config, found)
     return found
 
 
@@ -1575,7 +1639,10 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
             if config.attn != "auto" or attention is None:
                 raise
             model, info = place_weights(config, device, load)  # the family has no such attention
-        check_weights(model, info, read_headers(options), quantization_of(model_config))
+        stored = read_headers(options)
+        check_weights(model, info, quantization=quantization_of(model_config), stored=stored)
+        check_precision(stored, quantization_of(model_config))
+        check_head(model, stored)
         return model if adapter is None else merge_adapter(model, adapter, config.revision)
 
 
@@ -1665,7 +1732,7 @@ def read_headers(options: Mapping[str, Any]) -> Stored:
 
 
 def check_weights(
-    model: Any, info: Mapping[str, Any], stored: Stored, quantization: Any = None
+    model: Any, info: Mapping[str, Any], *, stored: Stored, quantization: Any
 ) -> None:
     """Refuse a model whose weights are not all those of its checkpoint.
 
@@ -1673,8 +1740,8 @@ def check_weights(
         quantization: what transformers applied while it loaded.
 
     Raises:
-        TeacherError: the checkpoint lacks weights, holds some that belong to the model and are not
-            used, stores them in a precision that nothing scales, or has another head.
+        TeacherError: the checkpoint lacks weights, or holds some that belong to the model and are
+            not used.
     """
     kind, version = type(model).__name__, importlib.metadata.version("transformers")
     wrong = {name for name, *_ in info["mismatched_keys"]}  # where transformers only warns
@@ -1693,6 +1760,11 @@ def check_weights(
             f"checkpoint ({unused[0]}, …), so its logits would be wrong; give a checkpoint that it "
             "reads whole, such as one in bfloat16"
         )
+
+
+def check_precision(stored: Stored, quantization: Any) -> None:
+    """Refuse a checkpoint that stores weights in a precision that nothing scales."""
+    version = importlib.metadata.version("transformers")
     scaled = {name.rpartition(".")[0] for name in stored if "scale" in name.rpartition(".")[2]}
     for name, (_, shape, dtype) in stored.items():
         packed = dtype[0] in "IU" and name.endswith("weight") and len(shape) == 2
@@ -1703,7 +1775,6 @@ def check_weights(
                 f"{version} knows, or beside it, says how to scale that; give a checkpoint in "
                 "bfloat16"
             )
-    check_head(model, stored)
 
 
 def belongs(model: Any, name: str, stored: Stored) -> bool:
@@ -1896,6 +1967,7 @@ class Teacher:
                 module.warn_if_padding_and_no_attention_mask = lambda *ids_and_mask: None
         self.body: Any = None
         self.head = self.layout = self.layout_reason = ""
+        self.batch_tokens: int | None = None  # where the engine knows it
         alone = self._settle_attention(forced_attention)
         self._settle_layout(alone)
         self.numerics = self._describe()
@@ -2312,6 +2384,276 @@ def rope_edge(config: Any) -> float:
         if part.get("rope_type") == "longrope":
             return float(part.get("original_max_position_embeddings") or math.inf)
     return math.inf
+
+
+# vLLM as the engine: it runs the layers, and `Teacher` all that follows.
+
+VLLM_FAMILIES = (  # model types of which docs/architectures.md has a line
+    "llama", "qwen2",
+)  # fmt: skip
+NORM_IN_HEAD = ("mimo", "step3p5")  # vLLM norms these where it multiplies by the head
+FEED_BYTES = 512 * 2**20  # hidden states that one call of vLLM brings to the host
+FEED_TOKENS = {"cuda": 65_536}  # and tokens, so that a stop need not wait for long
+CUDA_SPARE = 0.05  # of a GPU's memory, for what no one counts
+CHECKED_TOKENS = 64  # of the text that vLLM gives its own log-probabilities of
+PLAIN_FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors calls what needs no scale
+
+
+def check_vllm(config: ExtractionConfig, model_config: Any) -> None:
+    """Refuse, before anything is loaded, a teacher whose layers vLLM cannot run as they are.
+
+    Raises:
+        TeacherError: vLLM is not installed, or the family is not one that was compared.
+    """
+    kind, arguments = model_config.model_type, config.engine_args or {}
+    if importlib.util.find_spec("vllm") is None:
+        raise TeacherError(
+            "--engine vllm needs vLLM: pip install 'logit-extraction[vllm]' in an environment of "
+            "its own, since it brings its own torch and transformers"
+        )
+    if kind in NORM_IN_HEAD:
+        raise TeacherError(
+            f"--engine vllm: {kind} has its last norm in the head there, so its states are not "
+            "what the head reads; use --engine transformers"
+        )
+    if kind not in VLLM_FAMILIES and arguments.get("unchecked") is not True:
+        raise TeacherError(
+            f"--engine vllm was not compared with transformers on {kind}, only on "
+            f"{', '.join(VLLM_FAMILIES)}; use --engine transformers, or --engine-args "
+            "'{\"unchecked\": true}' to rely on the check at the start"
+        )
+    if locate_model(config)[1] is not None:
+        raise TeacherError(
+            f"--model {config.model} is an adapter, which --engine vllm does not add: give a "
+            "folder with the merged weights (merge_and_unload of peft)"
+        )
+    edge, longest = rope_edge(model_config), config.max_seq_len or max_positions(model_config)
+    if math.isfinite(edge) and (longest is None or longest > edge):
+        raise TeacherError(
+            f"--engine vllm turns all conversations as the longest, beyond {edge:.0f} tokens: give "
+            f"--max-seq-len {edge:.0f} at most, or --engine transformers"
+        )
+
+
+def load_head(config: ExtractionConfig, model_config: Any, device: torch.device) -> Any:
+    """Return the language model without its layers: embedding, last norm and head.
+
+    Raises:
+        TeacherError: the checkpoint has no such head in plain numbers.
+    """
+    options, _ = locate_model(config)
+    dtype, bare = resolve_dtype(config, model_config), copy.deepcopy(model_config)
+    text = bare.get_text_config()
+    text.num_hidden_layers = 0
+    if "layer_types" in vars(text):  # in some families it is a property
+        text.layer_types = []
+    for part in (bare, text):
+        part.__dict__.pop("quantization_config", None)  # that of the layers
+    load = choose_class(config, model_config).from_pretrained
+    with loading_errors(config):
+        model, info = load(**options, config=bare, dtype=dtype, output_loading_info=True)
+        stored = read_headers(options)
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = {name.split(".")[-1] for name, module in model.named_modules() if module in ends}
+    for key, (_, _, kind) in stored.items():
+        *_, module, leaf = ["", *key.split(".")]
+        if module in names and not (leaf in ("weight", "bias") and kind in PLAIN_FLOATS):
+            raise TeacherError(
+                f"the head is quantized ({key}, {kind}), which --engine vllm does not read; give a "
+                "checkpoint with a head in bfloat16, or --engine transformers"
+            )
+    check_weights(model, info, stored=stored, quantization=quantization_of(model_config))
+    check_head(model, stored)
+    return model.to(device)
+
+
+def engine_arguments(config: ExtractionConfig, model_config: Any, head: Any) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM`, those that the user gave last."""
+    options, _ = locate_model(config)
+    found = {
+        "model": options["pretrained_model_name_or_path"],
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": str(head.dtype).removeprefix("torch."),
+        "max_model_len": config.max_seq_len or max_positions(model_config),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
+    if not is_local(config.model):
+        found["revision"] = found["tokenizer_revision"] = config.revision
+    if head.device.type == "cuda":  # the head and its chunks of logits are beside vLLM's share
+        weights = sum(weight.nbytes for weight in head.parameters())
+        total = torch.cuda.get_device_properties(head.device).total_memory
+        needed = (weights + 2 * CUDA_CHUNKS * HEAD_CHUNK_BYTES) / total
+        found["gpu_memory_utilization"] = round(1 - CUDA_SPARE - needed, 3)
+    given = {k: v for k, v in (config.engine_args or {}).items() if k != "unchecked"}
+    return found | given
+
+
+def own_logprobs(arguments: dict[str, Any], ids: list[int]) -> list[float]:
+    """Return the log-probabilities that vLLM itself gives of all ids but the first."""
+    from vllm import LLM, SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (output,) = LLM(**arguments).generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    entries = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [float(entry[i].logprob) for i, entry in entries]
+
+
+class VllmTeacher(Teacher):
+    """A teacher whose layers vLLM runs.
+
+    Its embedding of every token of a prompt, without pooling, is the state after the last norm:
+    what the head reads. vLLM schedules the conversations of a window as it likes.
+    """
+
+    def __init__(self, head: Any, arguments: dict[str, Any], *, vocab_size: int | None) -> None:
+        """Start vLLM, and prove that its states are those of the head and see no later token.
+
+        Args:
+            head: the language model without layers.
+            arguments: of vLLM's `LLM`.
+
+        Raises:
+            TeacherError: vLLM cannot run it, or not so that its states fit the head.
+        """
+        self.arguments = arguments
+        super().__init__(head, vocab_size=vocab_size)
+        self.max_seq_len = self.llm.llm_engine.vllm_config.model_config.max_model_len
+        text = head.config.get_text_config()
+        self.batch_tokens = min(
+            FEED_BYTES // (text.hidden_size * self.dtype.itemsize),
+            FEED_TOKENS.get(self.device.type, 8_192),
+        )
+
+    def _settle_attention(self, forced: bool) -> torch.Tensor:
+        """Choose the head; there is no attention in it."""
+        inputs = pad_rows(probe_rows(self.vocab_size)[:1], self.device, masked=False)
+        _, alone = self._choose_head(inputs)
+        if self.head != "chunked":
+            raise TeacherError(
+                "its head cannot be run apart from its body, which --engine vllm needs; use "
+                "--engine transformers"
+            )
+        self._outputs = self._hidden(inputs, torch.zeros(1, dtype=torch.long))[1]
+        return alone
+
+    def _settle_layout(self, alone: torch.Tensor) -> None:
+        """Start vLLM and check its states."""
+        self.layout, self.layout_reason = "vllm", "it schedules conversations by itself"
+        draw = np.random.default_rng(1)
+        low, count = self.vocab_size // 4, max(4, self.vocab_size // 2)
+        length = min(CHECKED_TOKENS, self.arguments["max_model_len"] or CHECKED_TOKENS)
+        ids = (low + draw.integers(0, count, length - 1)).tolist()
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout has the summary
+        with engine_errors():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+                own = apart.submit(own_logprobs, self.arguments, ids).result()  # then its memory
+            self.llm = start_vllm(self.arguments)  # is free
+        self._refuse_wrong_states(ids, torch.tensor(own))
+        self._refuse_foresight()
+
+    def _refuse_wrong_states(self, ids: list[int], own: torch.Tensor) -> None:
+        """Compare states times head with the log-probabilities that vLLM gives itself."""
+        row = torch.tensor(ids)
+        kept, self.vocab_size = self.vocab_size, self.model.get_output_embeddings().weight.shape[0]
+        logits = torch.cat(list(self._logits([row], [torch.arange(len(ids) - 1)], len(ids)))).cpu()
+        self.vocab_size = kept
+        found = logits.log_softmax(-1).gather(1, row[1:, None]).squeeze(1)
+        error = (found - own).abs() / logits.std(-1).clamp_min(1e-6)
+        off = float(error.max() if self.dtype == torch.float32 else error.median())
+        if not off <= self._rounding():
+            raise TeacherError(
+                f"vLLM's states do not fit the head: log-probabilities are off by {off:.1g} of the "
+                "logits' spread from its own prompt_logprobs; use --engine transformers"
+            )
+
+    def _refuse_foresight(self, got: list[torch.Tensor] | None = None) -> None:
+        """Refuse layers whose states depend on later tokens; rounding may, as vLLM schedules."""
+        row, _, *changed = got or self._probe(probe_rows(self.vocab_size))
+        if problem := self._problem(changed, [row[: len(part)] for part in changed]):
+            raise TeacherError(
+                f"in vLLM it is not causal: with other tokens at the end {problem}, so what is "
+                "stored would have seen the answer; use --engine transformers"
+            )
+
+    def _parts(self, lengths: list[int]) -> list[list[int]]:
+        """Split a batch into windows, whose hidden states the host holds."""
+        width = self.model.config.get_text_config().hidden_size * self.dtype.itemsize
+        parts: list[list[int]] = []
+        room = 0
+        for i, length in enumerate(lengths):
+            if not parts or length * width > room:
+                parts.append([])
+                room = FEED_BYTES
+            parts[-1].append(i)
+            room -= length * width
+        return parts
+
+    def _logits(
+        self, rows: list[torch.Tensor], wanted: list[torch.Tensor], size: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits at the wanted positions, `size` at a time; nothing runs after those."""
+        asked = [
+            (row[: int(at.max()) + 1], at) for row, at in zip(rows, wanted, strict=True) if len(at)
+        ]
+        prompts = [{"prompt_token_ids": row.tolist()} for row, _ in asked]
+        with engine_errors():
+            outputs = self.llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        states = []
+        for (row, at), output in zip(asked, outputs, strict=True):
+            found, output.outputs = output.outputs.data, None  # (S, H)
+            if len(found) != len(row):
+                raise TeacherError(f"vLLM gave {len(found)} states of {len(row)} tokens")
+            states.append(found[at])
+        for chunk in torch.cat(states).split(size):
+            yield self._head_logits(send(chunk.to(self.dtype), self.device), self._outputs)
+
+    def _describe(self) -> dict[str, Any]:
+        import vllm
+
+        described = super()._describe()
+        config = self.llm.llm_engine.vllm_config
+        quantization = {
+            "quant_method": config.model_config.quantization,
+            "kv_cache": config.cache_config.cache_dtype,
+        }
+        plain = quantization == {"quant_method": None, "kv_cache": "auto"}
+        return described | {
+            "quantization": None if plain else quantization,
+            "attention": "vllm",
+            "experts": "vllm",
+            "versions": described["versions"] | {"vllm": vllm.__version__},
+        }
+
+
+def start_vllm(arguments: dict[str, Any]) -> Any:
+    """Return vLLM as an engine that gives the state of every token after the last norm."""
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+
+    pooler = {"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": False}
+    overrides = {"head_dtype": "model"}  # else states are float32, twice as large
+    return LLM(
+        **{**arguments, "hf_overrides": overrides | arguments.get("hf_overrides", {})},
+        runner="pooling",
+        convert="embed",
+        pooler_config=PoolerConfig(**pooler),
+    )
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turn what vLLM raises into one TeacherError; the cause is in its log."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except Exception as error:  # its errors have no class in common
+        raise TeacherError(
+            f"vLLM {type(error).__name__}: {first_line(error)} (its log above says more; what it "
+            "takes is given by --engine-args)"
+        ) from error
 
 
 def join_group(config: ExtractionConfig) -> int:
@@ -3258,6 +3600,10 @@ CACHED_NAME = re.compile(r"(?:(?:backup_)?part|pending)-\d{5,9}\.parquet")
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
 ROW_GROUP_ROWS = 64
+NO_PART = (  # what reading something else as a part raises
+    *(pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError),
+    RecursionError,
+)
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -3328,13 +3674,15 @@ def read_record(description: Any, size: int = 0) -> PartRecord:
         TypeError, ValueError: it describes none.
     """
     described = dict(description)
-    values = {name: described[name] for name in COLUMNS_OF_RECORDS if name != "bytes"}
+    values = {**described, "bytes": size}
+    values = {name: values[name] for name in COLUMNS_OF_RECORDS}
     for name, value in values.items():
         wanted = {"ids": (str,), "mass": (int, float), "actual": (int, float)}.get(name, (int,))
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        fits = isinstance(value, wanted) and not isinstance(value, bool)
+        if not fits or not (isinstance(value, str) or 0 <= value < 2**63):  # nor is NaN
             raise ValueError(f"{name} is {value!r:.40}")
     reasons = Counter(str(reason) for reason in dict(described.get("skipped", {})).values())
-    return PartRecord(**values, bytes=size, skipped=dict(reasons))
+    return PartRecord(**values, skipped=dict(reasons))
 
 
 def write_part(path: Path, rows: pa.Table, schema: pa.Schema) -> int:
@@ -3383,7 +3731,7 @@ def read_metadata(source: Path | pa.BufferReader) -> tuple[dict[str, Any], dict[
     """Return what a part's footer says of it, and the settings of its run.
 
     Raises:
-        OSError, ArrowException, LookupError, ValueError, TypeError: it is no part.
+        NO_PART: it is none.
     """
     metadata = pq.read_metadata(source).metadata or {}
     described, settings = (
@@ -3500,23 +3848,21 @@ def encode_checkpoint(job: str, records: Iterable[PartRecord]) -> bytes:
     return (head + ",\n".join(lines) + f'\n }},\n "skipped": {json.dumps(skipped)}\n}}\n').encode()
 
 
-def decode_checkpoint(data: bytes, job: str) -> dict[int, PartRecord]:
-    """Undo `encode_checkpoint`; what is not understood, or of another job, tells nothing."""
+def decode_checkpoint(data: bytes) -> tuple[str, dict[int, PartRecord]]:
+    """Undo `encode_checkpoint`; what is not understood tells nothing."""
     try:
         content = json.loads(data)
-        if content.get("job") != job:
-            return {}
         columns = [content["parts"][name] for name in COLUMNS_OF_RECORDS]
         skipped = {int(number): reasons for number, reasons in content["skipped"].items()}
         records = {}
         for values in zip(*columns, strict=True):
             described = dict(zip(COLUMNS_OF_RECORDS, values, strict=True))
-            record = read_record(described, int(described["bytes"]))
+            record = read_record(described, described["bytes"])
             reasons = {str(r): int(n) for r, n in skipped.get(record.number, {}).items()}
             records[record.number] = replace(record, skipped=reasons)
-        return records
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
+        return str(content["job"]), records
+    except NO_PART:
+        return "", {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3526,12 +3872,11 @@ def decode_checkpoint(data: bytes, job: str) -> dict[int, PartRecord]:
 RETRY_WAITS_S = (1, 2, 4, 8, 16, 32, 60)  # with jitter; a Retry-After that is longer wins
 LONGEST_WAIT_S = 900.0  # whatever an answer asks for
 PASSING_STATUS = {408, 409, 412, 425, 429}  # and every 5xx
-CONNECT_S, READ_S = 20.0, 90.0  # time-outs of a request; the Hub itself ends a commit after 60
 REQUEST_S = 300.0  # of a whole request with its redirects and the client's own tries
 LEFTOVER_S = 86_400.0  # age of a temporary file that nobody writes any more
 GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
-SMALL_FILE_BYTES = 64 * 2**20  # checkpoints, settings and cards are smaller
+SMALL_FILE_BYTES = 32 * 2**20  # checkpoints, settings and cards are smaller
 MOST_WAITING = 8  # parts on the disk that wait for delivery before the run has to wait
 CLOSING_AT_ONCE = 6  # parts in memory that are encoded or wait for it
 ENCODE_THREADS = 4  # each about 190,000 tokens a second
@@ -3677,7 +4022,7 @@ class Hub:
 
         with hub_errors(self.name):
             try:
-                info = self.api.repo_info(self.name, repo_type="dataset", timeout=READ_S)
+                info = self.api.repo_info(self.name, repo_type="dataset")
             except RepositoryNotFoundError:
                 if get_token() is None:
                     raise HubError(explain_status(401, self.name)) from None
@@ -3731,8 +4076,8 @@ class Hub:
             for block in answer.iter_bytes():
                 content += block
                 if len(content) > size:
-                    raise HubError(f"{path} in {self.name} is larger than {size:,} bytes")
-        return bytes(content)
+                    break
+        return bytes(content[:size])
 
     def commit(
         self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
@@ -3747,20 +4092,6 @@ class Hub:
             self.api.create_commit(
                 self.name, operations, commit_message=message, repo_type="dataset"
             )
-
-
-@functools.cache
-def limit_waiting() -> None:
-    """Give the Hub's client time-outs: it has none of its own, and a dead line would hang."""
-    import huggingface_hub.utils._http as http
-
-    def client() -> Any:
-        made = http.default_client_factory()
-        made.timeout = http.httpx2.Timeout(READ_S, connect=CONNECT_S)
-        return made
-
-    with contextlib.suppress(AttributeError):  # of another version: `bounded` still ends waiting
-        http.set_client_factory(client)
 
 
 class HideTokens(logging.Filter):
@@ -3942,14 +4273,25 @@ def read_settings(
         return {}
     try:
         settings = json.loads(retry(lambda: destination.read(CONFIG_FILE), should_stop))
-        if isinstance(settings, dict):
-            return settings
-    except (ValueError, RecursionError):
-        pass
-    raise ConfigError(
-        f"{CONFIG_FILE} in {destination.name} is damaged: remove it (the parts hold the settings, "
-        "too) and continue with --resume"
-    )
+        for name, kind in KINDS_OF_SETTINGS.items():
+            if type(settings.get(name)) not in (kind, type(None)):
+                raise ValueError(f"{name} is {settings[name]!r:.40}")
+        if (rows := settings.get("rows_per_part")) is not None and not 0 < rows < 2**31:
+            raise ValueError(f"rows_per_part is {rows}")
+        return dict(settings)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{CONFIG_FILE} in {destination.name} is damaged ({first_line(error)}): remove it (the "
+            "parts hold the settings, too) and continue with --resume"
+        ) from None
+
+
+KINDS_OF_SETTINGS = {  # of what a resumed run takes from there
+    **dict.fromkeys(("rows_per_part", "limit"), int),
+    **dict.fromkeys(("model", "model_revision", "dataset", "dataset_revision"), str),
+    "template_date": str,
+    **dict.fromkeys(("numerics", "options"), dict),
+}
 
 
 def cache_key(output: str) -> str:
@@ -4258,7 +4600,7 @@ class StreamingHFUploader:
             undo.callback(self.file_lock.release)
             listed = retry(self.destination.list, self._no_more_tries)
             self.removals = self._begin(listed, resume=resume, force_restart=force_restart)
-            self._learn(listed - self.removals)
+            self._learn(listed - self.removals, strict=not force_restart)
             undo.pop_all()
 
     # -- start
@@ -4331,22 +4673,35 @@ class StreamingHFUploader:
         """The path of this worker's checkpoint in the output."""
         return "checkpoint.json" if self.world_size == 1 else f"checkpoint-w{self.rank:02d}.json"
 
-    def _learn(self, listed: set[str]) -> None:
-        """Read the checkpoints of the output."""
+    def _learn(self, listed: set[str], *, strict: bool) -> None:
+        """Read the checkpoints of the output.
+
+        Raises:
+            ConfigError: they are all of another job, whatever the settings beside them say.
+        """
         self.listed = {number_of(path): path for path in listed if PART_NAME.fullmatch(path)}
         self.known: dict[int, PartRecord] = {}
         self.mine: dict[int, PartRecord] = {}  # what this worker's checkpoint says
+        jobs: set[str] = set()
         for path in sorted(filter(CHECKPOINT_NAME.fullmatch, listed)):
             content = retry(functools.partial(self.destination.read, path), self._no_more_tries)
-            self._note_all(content, own=path == self.checkpoint_name)
+            jobs.add(self._note_all(content, own=path == self.checkpoint_name))
+        if strict and self.listed and jobs and not jobs & {self.job, ""}:
+            raise ConfigError(
+                f"the checkpoints in {self.destination.name} are of another job than {CONFIG_FILE} "
+                "and the options say: remove that file, and continue with the options that the job "
+                "was begun with"
+            )
 
-    def _note_all(self, checkpoint: bytes, *, own: bool = False) -> None:
-        """Remember the parts of a checkpoint that the output lists."""
-        for number, record in decode_checkpoint(checkpoint, self.job).items():
-            if number in self.listed:
+    def _note_all(self, checkpoint: bytes, *, own: bool = False) -> str:
+        """Remember the parts of a checkpoint that the output lists; return its job."""
+        job, records = decode_checkpoint(checkpoint)
+        for number, record in records.items():
+            if number in self.listed and job == self.job:
                 self._note(record)
                 if own:
                     self.mine[number] = record
+        return job
 
     def _note(self, record: PartRecord) -> None:
         """Remember a part of the output; of two records the later selection counts."""
@@ -4374,7 +4729,7 @@ class StreamingHFUploader:
                 tail = retry(lambda: self.destination.read(path, -size, size), self._no_more_tries)
             described, settings = read_metadata(pa.BufferReader(tail))
             record, of_job = read_record(described), job_digest(settings) == self.job
-        except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+        except NO_PART as error:
             logger.warning("%s is not whole, it is made again: %s", path, first_line(error))
             return
         if of_job and record.number == number:
@@ -4449,7 +4804,7 @@ class StreamingHFUploader:
             if digest_path(path).read_text() != digest_file(path):
                 raise ValueError("its digest is another")
             return pq.read_table(path) if rows else None, described
-        except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+        except NO_PART as error:
             logger.warning("set aside %s, its rows come again: %s", path, first_line(error))
         with storage_errors(str(self.folder)):
             path.rename(path.with_name(f"unreadable_{path.name}"))
@@ -4462,9 +4817,7 @@ class StreamingHFUploader:
             ConfigError: lists what differs.
         """
         for path in paths:
-            with contextlib.suppress(
-                pa.ArrowException, OSError, LookupError, ValueError, TypeError
-            ):
+            with contextlib.suppress(*NO_PART):
                 settings = read_metadata(path)[1]
                 if job_digest(settings) != self.job:
                     compare_settings(settings, self.settings, str(path))
@@ -4732,18 +5085,25 @@ class StreamingHFUploader:
         if self.chat_template:
             content[TEMPLATE_FILE] = self.chat_template.encode()
         records = self.mine | {number: part.record for number, part in parts.items()}
-        if last or (self.world_size == 1 and not self.has_card):
-            content["README.md"] = self._card(records)
+        wanted = last or (self.world_size == 1 and not self.has_card)
+        if wanted and (card := self._card(records)) is not None:
+            content["README.md"] = card
         return content | {self.checkpoint_name: encode_checkpoint(self.job, records.values())}
 
-    def _card(self, own: Mapping[int, PartRecord]) -> bytes:
-        """Return the card with the figures of all workers, above what a person wrote into it."""
+    def _card(self, own: Mapping[int, PartRecord]) -> bytes | None:
+        """Return the card with the figures of all workers, above what a person wrote into it.
+
+        None where what is there cannot be kept.
+        """
         files = self.destination.list()
         if self.world_size > 1:
             self.listed |= {number_of(path): path for path in files if PART_NAME.fullmatch(path)}
             for path in sorted(filter(CHECKPOINT_NAME.fullmatch, files)):
                 self._note_all(self.destination.read(path))
         previous = self.destination.read("README.md") if "README.md" in files else b""
+        if len(previous) == SMALL_FILE_BYTES:
+            logger.warning("the card of %s is too large to be updated", self.destination.name)
+            return None
         records = {**self.known, **own}.values()
         return make_card(
             self.destination.name, self.settings, records, previous.decode(errors="replace")
@@ -4809,6 +5169,7 @@ def number_of(path: str | Path) -> int:
 # --------------------------------------------------------------------------------------------------
 
 HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # None on Windows
+ALARM: signal.Signals | None = getattr(signal, "SIGALRM", None)
 
 
 class GracefulInterrupt:
@@ -4816,13 +5177,14 @@ class GracefulInterrupt:
 
     SIGHUP, of a terminal that is gone, asks to stop too, where `nohup` does not have it ignored; it
     often comes twice. Leaving at once is safe: every file is complete or has a temporary name.
-    While `at_once` is true, the first signal interrupts whatever is waited for.
+    While there is nothing to save (`leaving_at_once`), the first signal interrupts whatever is
+    waited for, and so does the deadline.
     Outside the main thread, where Python allows no signal handlers, nothing is installed.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.at_once = False  # whether there is nothing to save yet
+        self._at_once = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -4835,9 +5197,25 @@ class GracefulInterrupt:
         """128 + the signal: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; 0 when none has come."""
         return 0 if self.signal is None else 128 + self.signal
 
+    @contextmanager
+    def leaving_at_once(self, end_s: float = math.inf) -> Iterator[None]:
+        """Raise KeyboardInterrupt here at a first signal, or at a time of `time.monotonic`."""
+        handled = bool(self._previous)
+        if handled and self.stopping:
+            raise KeyboardInterrupt
+        if timed := handled and ALARM is not None and math.isfinite(end_s):
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
+        self._at_once = handled
+        try:
+            yield
+        finally:
+            self._at_once = False
+            if timed:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+
     def __enter__(self) -> GracefulInterrupt:
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM]
+            numbers = [signal.SIGINT, signal.SIGTERM, *([ALARM] if ALARM else [])]
             if HANG_UP is not None and signal.getsignal(HANG_UP) != signal.SIG_IGN:
                 numbers.append(HANG_UP)
             for number in numbers:
@@ -4850,12 +5228,16 @@ class GracefulInterrupt:
         self._previous = {}
 
     def _receive(self, number: int, _: object) -> None:
+        if number == ALARM:
+            if self._at_once:
+                raise KeyboardInterrupt
+            return
         if self.signal is not None and number != HANG_UP:
             os._exit(128 + number)
         if self.signal is not None:
             return
         self.signal = number
-        if self.at_once:
+        if self._at_once:
             raise KeyboardInterrupt
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a `tee`
             os.write(2, b"\nstopping after this batch; once more to leave at once\n")
@@ -4902,6 +5284,7 @@ HOPELESS_ROWS = 3  # first conversations that may be NaN, each by itself, before
 SAMPLED_ROWS = 256  # whose lengths decide the conversations per part under --upload-size-mb
 # Options of a machine or of one run, which a resumed one does not take from the record.
 LOCAL_OPTIONS = {
+    "trust_remote_code",  # nobody's code runs because a file of an output says so
     *("cache_dir", "device", "force_restart", "max_runtime_minutes", "output", "private", "rank"),
     *("executor", "executor_options", "plan", "plan_rate", "plan_tokens", "resume", "tasks"),
     *("tensor_parallel", "verify_mask", "workers", "world_size"),
@@ -4970,7 +5353,7 @@ def find_recorded_settings(
     for path in sorted(
         (Path(config.cache_dir).expanduser() / cache_key(config.output)).rglob("*.parquet")
     ):
-        with contextlib.suppress(OSError, pa.ArrowException, LookupError, ValueError):
+        with contextlib.suppress(*NO_PART):
             return dict(json.loads(pq.read_metadata(path).metadata[METADATA_SETTINGS]))
     return {}
 
@@ -5023,7 +5406,7 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
 
     def ask() -> str | None:
         with hub_errors(repo):
-            return HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=30).sha
+            return HfApi().repo_info(repo, repo_type=kind, revision=revision).sha
 
     limit_waiting()
     with contextlib.suppress(HubError, PassingError, ValueError):
@@ -5066,7 +5449,7 @@ def describe_settings(
         **conversation_settings(config, encoder.conversation),
         **{name: getattr(config, name) for name in kept.split()},
         **describe_sizes(config),
-        "engine": "transformers",
+        "engine": config.engine,
         "dtype": resolve_dtype(config, model_config),
         "vocab_size": vocab_size,
         "versions": {
@@ -5137,10 +5520,19 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     with GracefulInterrupt() as interrupt, process_group(config) as leads:
         try:
             return run_until(config, interrupt, leads=leads)
-        except (OutOfReachError, StopRequested, KeyboardInterrupt):  # a signal ends all waiting
+        except (OutOfReachError, StopRequested) as error:
             if not interrupt.stopping:
+                raise error
+        except KeyboardInterrupt:  # a signal or the deadline: it ends all waiting
+            pass
+        except RuntimeError as error:
+            if "can't start new thread" not in str(error):
                 raise
-            return {"output": config.output, "exit_code": interrupt.exit_code}
+            raise HubError(
+                "the system gives no more threads: raise the limit of processes (ulimit -u), then "
+                "continue with --resume"
+            ) from None
+        return {"output": config.output, "exit_code": interrupt.exit_code or EXIT_RUNTIME}
 
 
 @contextmanager
@@ -5158,19 +5550,24 @@ def run_until(
     config: ExtractionConfig, interrupt: GracefulInterrupt, *, leads: bool = True
 ) -> dict[str, Any]:
     """Extract until all is done, the time is over or a signal comes; return the summary."""
-    interrupt.at_once = threading.current_thread() is threading.main_thread()
     started = time.monotonic()
     deadline = TimedShutdown(config.max_runtime_minutes)
-    job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
-    if config.verify_mask and not confirm_masks(job):
-        raise ConfigError("stopped at --verify-mask: nothing was extracted")
-    if config.plan:
-        with log_beside_bar():
-            return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
-    interrupt.at_once = False
+    with interrupt.leaving_at_once(deadline.end_s):
+        job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
+        if config.verify_mask and not confirm_masks(job):
+            raise ConfigError("stopped at --verify-mask: nothing was extracted")
+        if config.plan:
+            with log_beside_bar():
+                return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
     output = open_output(job, interrupt, deadline) if leads else Follower()
     deadline.upload_s = output.expected_upload_s
-    run = Extraction(job, output, lambda: interrupt.stopping or deadline.due(), deadline.begin_step)
+    run = Extraction(
+        job,
+        output,
+        lambda: interrupt.stopping or deadline.due(),
+        deadline.begin_step,
+        lambda: interrupt.leaving_at_once(deadline.end_s),
+    )
     complete, failure = False, None
     try:
         output.load_pending_into_buffer()
@@ -5275,11 +5672,13 @@ class Extraction:
         output: StreamingHFUploader | Follower,
         should_stop: Callable[[], bool] = never,
         begin_step: Callable[[], None] = lambda: None,
+        nothing_to_save: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.job = job
         self.output = output
         self.should_stop = should_stop
         self.begin_step = begin_step
+        self.nothing_to_save = nothing_to_save  # while within: a signal ends whatever is waited for
         self.post = AsyncPostProcessor(
             functools.partial(fetch_and_pack, schema=job.schema), self.deliver
         )
@@ -5330,13 +5729,15 @@ class Extraction:
         config, job = self.job.config, self.job
         if self.teacher is None:
             self.output.create_output()  # not before the conversations are known to be usable
-            self.teacher = load_teacher(config, vocab_size=job.vocab_size)
+            with self.nothing_to_save():
+                self.teacher = load_teacher(config, vocab_size=job.vocab_size)
             self.output.settle(self.teacher.numerics)
             warn_of_slow_bfloat16(self.teacher)
             self.bar = open_bar(len(job.selection) or None)
             self.find_batch_size(window)
             self.begin_step()
-        tokens = self.found_tokens or DEFAULT_BATCH_TOKENS.get(self.teacher.device.type, 1024)
+        tokens = self.found_tokens or self.teacher.batch_tokens
+        tokens = tokens or DEFAULT_BATCH_TOKENS.get(self.teacher.device.type, 1024)
         yield from token_budget_batches(config, window.rows, tokens)
 
     def find_batch_size(self, window: Window) -> None:
@@ -5344,6 +5745,7 @@ class Extraction:
         assert self.teacher is not None
         config, device = self.job.config, self.teacher.device
         limited = config.max_batch_tokens or config.max_batch_size or config.batch_thresholds
+        limited = limited or self.teacher.batch_tokens
         if device.type == "cuda" and not config.tensor_parallel and not limited:
             self.found_tokens = find_batch_tokens(
                 self.run_with_headroom,
@@ -5688,7 +6090,8 @@ def read_all_records(destination: Destination) -> list[PartRecord]:
     job = job_digest(read_settings(destination, listed))
     known: dict[int, PartRecord] = {}
     for path in filter(CHECKPOINT_NAME.fullmatch, listed):
-        known |= decode_checkpoint(retry(functools.partial(destination.read, path)), job)
+        of_job, records = decode_checkpoint(retry(functools.partial(destination.read, path)))
+        known |= records if of_job == job else {}
     return [record for number, record in known.items() if number in numbers]
 
 
@@ -6149,10 +6552,14 @@ def recorded_options(output: str) -> dict[str, Any]:
             f"{output} records no job that --resume could continue by itself: give --model and "
             "--dataset"
         )
-    hints = {entry.name: entry for entry in fields(ExtractionConfig)}
-    kept = {name: value for name, value in options.items() if name in hints}
-    if isinstance(kept.get("batch_thresholds"), dict):  # JSON keys are strings
+    hints = get_type_hints(ExtractionConfig)
+    kept = {k: value for k, value in options.items() if k in hints and k not in LOCAL_OPTIONS}
+    with contextlib.suppress(LookupError, AttributeError, ValueError):  # JSON keys are strings
         kept["batch_thresholds"] = {int(k): n for k, n in kept["batch_thresholds"].items()}
+    for name, value in kept.items():
+        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or (hints[name],)]
+        if type(value) not in (*kinds, *([int] if float in kinds else [])):
+            raise ConfigError(f"{output} records {name} as {value!r:.40}: give all options anew")
     return kept
 
 

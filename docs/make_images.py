@@ -40,7 +40,7 @@ IMAGES = Path(__file__).resolve().parent / "images"
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars", "--window-size=1000,1900",
+    "--hide-scrollbars", "--window-size=1400,1900",
 )  # fmt: skip
 THEMES = {"light": 1, "dark": 0}  # as chromium numbers preferred colour schemes
 

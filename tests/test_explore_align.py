@@ -376,7 +376,7 @@ def test_figures_that_rest_on_bounds_say_so(
     assert not all(token.exact for token in analysis.tokens)
     shown = explore.visualize_conversation_probabilities(analysis)
     assert "typical probability of a token ≤ " in " ".join(shown.split())
-    assert "typical probability ≤ " in explore.render_page([analysis])
+    assert "typical probability of a token ≤ " in explore.render_page([analysis])
     stats = compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
     assert stats.bounded > 0
     assert dict(stats.facts())["perplexity of the text"].startswith("≥ ")
@@ -488,14 +488,6 @@ def test_no_word_is_broken_inside(
             assert explore.count_columns(line) <= width or " " not in line.strip()
     explore.quick_explore(output, 0)
     assert all(len(line) <= width for line in capsys.readouterr().out.splitlines())
-
-
-def test_lines_are_broken_between_words_and_wide_characters_count_twice() -> None:
-    text = "one two three\nfour 日本語 five"
-    places = explore.break_lines(text, 9)
-    assert [text[place : place + 4] for place in sorted(places)] == [" thr", " 日本語", " fiv"]
-    assert explore.break_lines(text, None) == set()
-    assert explore.break_lines("a" * 30, 9) == set()
 
 
 def test_characters_made_of_several_tokens_are_written_whole() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def test_nothing_is_printed_outside_of_what_prints() -> None:
         and isinstance(call.func, ast.Name)
         and call.func.id == "print"
     }
-    shows = ("print_", "show_", "run_commands", "quick_explore", "main")
+    shows = ("print_", "show_", "find_words", "run_commands", "quick_explore", "main")
     assert all(name.startswith(shows) for name in printing), printing
 
 
@@ -170,6 +171,22 @@ def test_the_help_fits_80_columns_and_names_the_exit_codes(
         assert flag in text
 
 
+def test_lines_are_broken_between_words_and_wide_characters_count_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = f"{'one ' * 9}two three\nfour {'日本語 ' * 5}五 {'a' * 50}"
+    assert explore_logits.break_lines(text).split("\n") == [
+        "one one one one one one one one one two",
+        "three",
+        "four 日本語 日本語 日本語 日本語 日本語",
+        "五",
+        "a" * 50,
+    ]
+    monkeypatch.delenv("COLUMNS")
+    assert explore_logits.break_lines(text) == text
+
+
 # Runs ---------------------------------------------------------------------------------------------
 
 
@@ -193,20 +210,19 @@ def test_what_is_not_there_exits_2_with_one_line(
     assert main([part.format(output=output) for part in arguments]) == 2
     assert len(caplog.messages) == 1
     assert message in caplog.messages[0]
-    assert "{" not in capsys.readouterr().out.splitlines()[-1:]
+    assert not capsys.readouterr().out
 
 
 def test_the_last_line_is_one_json_object_whatever_was_asked(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, picture = tmp_path / "page.html", tmp_path / "plot.png"
+    page, picture = tmp_path / "new" / "page.html", tmp_path / "plot.png"
     for arguments in (
         ["--sample", "1,-1"],
         ["--stats"],
         ["--validate"],
         ["--compare", str(output)],
         ["--sample", "0-3", "--stats", "--html", str(page), "--plot", str(picture)],
-        ["--plots", str(tmp_path / "plots")],
         ["--conversation", "4", "--token", "0"],
     ):
         assert main([str(output), *arguments]) == 0
@@ -217,7 +233,6 @@ def test_the_last_line_is_one_json_object_whatever_was_asked(
     assert text.count("<section id=") == 4
     assert "bytes per token" in text
     assert picture.stat().st_size > 5000
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 4
 
 
 def test_a_row_is_shown_with_its_predictions(
@@ -228,7 +243,7 @@ def test_a_row_is_shown_with_its_predictions(
     assert "conversation 3:" in shown
     assert "typical probability" in shown
     assert set(shown) & set("█▏▎▍▌▋▊▉")
-    assert shown.count("\n    4  ") >= 1
+    assert len(re.findall("^. 4 ", shown, re.M)) == 3
 
 
 def test_the_script_runs_where_the_terminal_knows_ascii_only(output: Path) -> None:
@@ -249,9 +264,34 @@ def test_a_reader_that_stops_early_is_no_error(output: Path) -> None:
         assert process.wait(timeout=60) == 0
 
 
-def test_a_page_is_written_where_no_folder_is_yet(output: Path, tmp_path: Path) -> None:
-    assert main([str(output), "--html", str(tmp_path / "new" / "page.html")]) == 0
-    assert (tmp_path / "new" / "page.html").is_file()
+WRITE_TO_BOTH = """
+import sys, explore_logits
+explore_logits.outlive_readers("stdout", "stderr")
+for _ in range(3):
+    print("log" * 5000, file=sys.stderr, flush=True)
+print("result")
+"""
+
+
+@pytest.mark.parametrize("way", ["2> /dev/full", "2>&-", "2> >(true)"])
+def test_what_nobody_can_take_is_dropped(way: str) -> None:
+    command = f"sleep 0.05; exec {sys.executable} -c '{WRITE_TO_BOTH}' {way}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "result\n")
+
+
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "explore_logits.py", write_output(tmp_path), "--validate"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "explore-logits: cannot write the result: No space left on device; make room\n"
+    )
 
 
 @pytest.mark.parametrize("option", ["--html", "--plot"])

@@ -25,6 +25,7 @@ from explore_logits import (
     LogitsError,
     OpenError,
     RowError,
+    as_output,
     get_sample,
     iter_samples,
     load_extraction_config,
@@ -370,6 +371,16 @@ def test_what_is_no_dataset_or_sample_is_refused_with_what_to_pass(output: Path)
         ("not a name", "no such folder or file"),
         ([], "empty"),
         (["./nowhere.parquet"], "no such file"),
+        ("", "no such folder or file"),
+        ("~nobody/out", "no such folder or file"),
+        ("a" * 5000, "no such folder or file: a{200}$"),
+        ("user/" + "a" * 120, "no name of a dataset: Repo id must"),
+        ("user/..", "no name of a dataset"),
+        ("user/x--y", "no name of a dataset"),
+        ("user/x.git", "no name of a dataset"),
+        ("üser/näme", "no name of a dataset"),
+        ("user/\udcff", "no such folder or file: user/⟨U\\+DCFF⟩"),
+        ("user/na\nme\x00", "no such folder or file"),
     ],
 )
 def test_an_output_that_is_not_there_is_refused(name: Any, message: str) -> None:
@@ -449,18 +460,72 @@ def test_a_row_group_that_announces_too_much_is_refused_before_it_is_read(
         get_sample(load_logit_dataset(output), 0)
 
 
-def test_a_bomb_of_few_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explore, "MAX_GROUP_VALUES", 2**20)
-    name = "top_logits_quantized"
-    table = rows_to_table([{**ROWS[0], "num_tokens": 1}])
-    zeros = pa.array(np.zeros(2**20 + 1, np.uint16))
-    big = pa.ListArray.from_arrays([0, len(zeros)], zeros)
-    bomb = table.set_column(table.column_names.index(name), name, big)
-    pq.write_table(bomb, tmp_path / "bomb.parquet", compression="zstd")
-    assert (tmp_path / "bomb.parquet").stat().st_size < 20_000
-    for read in (lambda: get_sample(tmp_path, 0), lambda: list(iter_samples(tmp_path))):
-        with pytest.raises(OpenError, match="smaller row groups"):
-            read()
+def bomb(table: pa.Table, column: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(column), column, values)
+
+
+def test_a_bomb_of_few_bytes_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    zeros = pa.array(np.zeros(2**24, np.uint16))
+    long = bomb(
+        rows_to_table(ROWS[:1]),
+        "top_logits_quantized",
+        pa.ListArray.from_arrays([0, len(zeros)], zeros),
+    )
+    packed = pa.array([bytes(2**22)], pa.binary())  # 4 MiB, which each of 64 rows points at
+    shared = pa.DictionaryArray.from_arrays(pa.array(np.zeros(64, np.int32)), packed)
+    wide = bomb(rows_to_table([ROWS[0]] * 64), "top_indices_high", shared)
+    for table, message in ((long, "smaller row groups"), (wide, "268,435,456 bytes for")):
+        path = tmp_path / f"{len(table)}.parquet"
+        pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=2**23)
+        assert path.stat().st_size < 20_000
+        reads = (get_sample, lambda p: list(iter_samples(p)), lambda p: next(iter(as_output(p))))
+        for read in reads:
+            before = pa.total_allocated_bytes()
+            with pytest.raises(LogitsError, match=rf"{path.name}: .*{message}") as caught:
+                read(path)
+            del caught
+            assert pa.total_allocated_bytes() - before < 2**24
+
+
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("column", ["logsumexp", "top_min", "top_max", "sampled_min"])
+def test_what_is_not_finite_is_refused_by_row_and_token(column: str) -> None:
+    row = next(row for row in ROWS[4:] if row["num_tokens"] > 2)
+    for value in NOT_FINITE:
+        broken = {**row, column: [*row[column][:2], value, *row[column][3:]]}
+        with pytest.raises(FormatError, match="row 1: token 2 has a log-sum-exp, or"):
+            list(iter_samples([ROWS[0], broken]))
+
+
+@pytest.mark.parametrize("version", [b"2", b"9" * 5000, b"\xff", b"1.5", b""])
+def test_a_later_format_is_refused_whatever_it_says(tmp_path: Path, version: bytes) -> None:
+    table = rows_to_table(ROWS[:1])
+    named = {**table.schema.metadata, explore.METADATA_VERSION: version}
+    pq.write_table(table.replace_schema_metadata(named), tmp_path / "a.parquet")
+    with pytest.raises(FormatError, match=r"a\.parquet is in format .{,20}, 1 can be read here"):
+        get_sample(tmp_path)
+
+
+STRANGE = ["[" * 200_000, '{"top_p": NaN}', '{"top_p": ' + "9" * 5000 + "}", "null", "[1, 2]",
+           '{"text_col": [1]}', '{"template_kwargs": 3}', '{"model": 1}', "\x00"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_settings_that_are_none_are_refused_in_one_line_by_file(tmp_path: Path, text: str) -> None:
+    write_output(tmp_path, ROWS[:1])
+    (tmp_path / "extraction_config.json").write_text(text)
+    with pytest.raises(FormatError, match=r"^extraction_config\.json: ") as caught:
+        load_extraction_config(tmp_path)
+    assert "\n" not in str(caught.value)
+    shard = tmp_path / "data/part-00000.parquet"
+    table = rows_to_table(ROWS[:1])
+    named = {**table.schema.metadata, explore.METADATA_SETTINGS: text.encode()}
+    pq.write_table(table.replace_schema_metadata(named), shard)
+    assert get_sample(tmp_path)["index"] == 0  # the rows need none of it
+    with pytest.raises(FormatError, match=r"part-00000\.parquet: "):
+        _ = load_logit_dataset(tmp_path).settings
 
 
 def test_counts_that_promise_more_than_there_is_are_refused_without_memory() -> None:
@@ -496,7 +561,7 @@ def test_a_damaged_file_is_a_format_error_that_names_it(tmp_path: Path, damage: 
 # The Hub ------------------------------------------------------------------------------------------
 
 HUB_READER = """
-import json, sys, urllib.request, os
+import json, sys, urllib.request, os, explore_logits, huggingface_hub
 from explore_logits import get_sample, load_logit_dataset, load_extraction_config, LogitsError
 
 def log():
@@ -534,10 +599,17 @@ def post(path, **body):
     urllib.request.urlopen(os.environ["HF_ENDPOINT"] + path, data=data)
 
 result["missing"] = failing(lambda: load_logit_dataset("user/nothing"))
+explore_logits.HUB_TIMEOUT_S = 0.5
 for name, fault in {
     "refused": {"match": "parquet", "status": 403},
-    "silent": {"match": "api/datasets", "drop": "before"},
+    "echo": {"match": "parquet", "status": 403, "message": "Bearer " + os.environ["HF_TOKEN"]},
+    "closed": {"match": "api/datasets", "drop": "before"},
+    "silent": {"match": "api/datasets", "latency": 60},
+    **{f"answers {text} {place}": {"match": place, "text": text}
+       for text in ("[1,2]", "{}", "null", "no") for place in ("datasets/user/logits$", "tree")},
 }.items():
+    huggingface_hub.close_session()
+    huggingface_hub.HfFileSystem.clear_instance_cache()
     post("/_ctl/fault", count=99, **fault)
     result[name] = failing(lambda: get_sample(load_logit_dataset("user/logits"), 3))
     post("/_ctl/clear")
@@ -590,5 +662,11 @@ def test_over_the_hub_one_row_costs_a_footer_and_a_row_group(tmp_path: Path) -> 
     assert result["model"] == result["model local"] == SETTINGS["model"]
     assert result["local"] == [False, 17]
     assert "no dataset 'user/nothing'" in result["missing"]
-    for name in ("refused", "silent"):
-        assert "cannot be read from the Hub" in result[name], name
+    for name in ("refused", "echo", "closed", "silent"):
+        assert "user/logits cannot be read from the Hub" in result[name] or (
+            "parquet cannot be read from the Hub" in result[name]
+        ), name
+    answers = [said for name, said in result.items() if name.startswith("answers")]
+    assert len(answers) == 8
+    assert all(said.startswith("user/logits") for said in answers)
+    assert "hf_loopback" not in done.stdout + done.stderr

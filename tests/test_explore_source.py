@@ -122,6 +122,55 @@ def test_every_kind_of_file_gives_its_rows(name: str, streaming: bool, tmp_path:
     assert list(source) == PLAIN_ROWS
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.json", "chats.csv"])
+def test_a_byte_order_mark_is_no_part_of_the_data(
+    name: str, streaming: bool, tmp_path: Path
+) -> None:
+    row = {"question": "a", "answer": "b"}
+    text = {
+        ".jsonl": json.dumps(row) + "\r\n",
+        ".json": json.dumps([row]),
+        ".csv": "question,answer\r\na,b\r\n",
+    }[Path(name).suffix]
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(open_source(str(path), streaming=streaming)) == [row]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_words_in_a_csv_are_words(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "chats.csv"
+    path.write_text("question,answer\nsodium?,NA\nany?,None\nempty?,\n", encoding="utf-8")
+    rows = list(open_source(str(path), streaming=streaming))
+    assert [row["answer"] for row in rows] == ["NA", "None", None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_in_a_csv_keep_their_spelling(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "chats.csv"
+    rows = [(10, "007", "1"), (11, "1.50", ""), (12, "7", "2"), (13, "True", "03")]
+    lines = ["id,answer,question", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = list(open_source(str(path), streaming=streaming, integers=["id"]))
+    assert [(row["id"], row["answer"], row["question"] or "") for row in found] == rows
+
+
+@pytest.mark.parametrize(("name", "text"), [("e.json", "[]"), ("h.csv", "question,answer\n")])
+def test_a_source_without_rows_is_said_to_have_none(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SourceError, match="has no rows"):
+        open_source(str(path))
+
+
+def test_parquet_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "none.parquet"
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
+    with pytest.raises(SourceError, match="has no rows"):
+        open_source(str(path))
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_that_differ_in_type_give_the_same_conversations(
     streaming: bool, tmp_path: Path

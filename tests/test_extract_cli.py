@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +69,16 @@ def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: dict[str
         ({"--model": "./teecher"}, ["no such folder"]),
         ({"--index-col": "messages"}, ["not an integer", "--index-col"]),
         ({"--tokenized-dataset": "data/none.parquet"}, ["no such folder or file"]),
+        ({"--model": " "}, ["--model is empty"]),
+        ({"--dataset": " "}, ["--dataset is empty"]),
+        ({"--output": " "}, ["--output is empty"]),
+        ({"--model": "weights.gguf"}, ["is GGUF, which is not read"]),
+        ({"--model": "m.safetensors"}, ["is a file: give the folder"]),
+        ({"--output": "./taken/below"}, ["--output: ", "/taken/below is a file"]),
+        ({"--output": "taken/below"}, ["/taken/below is a file"]),
+        ({"--output": "./taken/below/it"}, ["--output: ", "/taken/below is a file"]),
+        ({"--cache-dir": "m.safetensors"}, ["--cache-dir: ", "/m.safetensors is a file"]),
+        ({"--cache-dir": "m.safetensors/x"}, ["--cache-dir: ", "/m.safetensors is a file"]),
     ],
 )
 def test_a_bad_option_is_one_line_that_names_it(
@@ -78,6 +89,10 @@ def test_a_bad_option_is_one_line_that_names_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    for name in ("weights.gguf", "m.safetensors", "taken/below"):
+        (tmp_path / name).write_bytes(b"GGUF")
     message = refuse(capsys, tmp_path, options)
     for word in words:
         assert word in message
@@ -180,3 +195,15 @@ def test_the_process_writes_one_json_line_and_keeps_the_rest_on_stderr(tmp_path:
     assert "tokens/s" in done.stderr
     assert "buffer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_does_not_end_because_its_log_is_full(tmp_path: Path) -> None:
+    words = ["--model", TEACHER, "--dataset", CHATS, "--limit", "2", "--output", tmp_path / "out"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "extract_logits.py", *words, "--cache-dir", tmp_path / "cache"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stderr=full, stdout=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["rows"] == 2

@@ -242,6 +242,59 @@ def test_settings_that_cannot_be_read_are_refused_by_name(tmp_path: Path, conten
     assert "\n" not in str(refusal.value)
 
 
+def test_settings_that_are_not_those_of_the_parts_double_nothing(
+    place: Output, tmp_path: Path
+) -> None:
+    run_uploader(place, tmp_path / "cache", 20)
+    before = place.hashes()
+    changed = {**place.json("extraction_config.json"), "rows_per_part": 20}
+    place.write("extraction_config.json", json.dumps(changed).encode())
+    with pytest.raises(ConfigError, match="are of another job than extraction_config"):
+        open_uploader(place, tmp_path / "cache", settings={"rows_per_part": 20})
+    place.delete("extraction_config.json")
+    run_uploader(place, tmp_path / "cache", 20)
+    assert place.hashes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rows_per_part", 0), ("rows_per_part", True), ("rows_per_part", 10**30), ("limit", "all"),
+     ("template_date", 5), ("numerics", [1]), ("model", 7)],
+)  # fmt: skip
+def test_settings_of_wrong_types_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
+    place = Output(tmp_path / "out")
+    run_uploader(place, tmp_path / "cache", 10)
+    settings = {**place.json("extraction_config.json"), name: value}
+    place.write("extraction_config.json", json.dumps(settings).encode())
+    with pytest.raises(ConfigError, match=f"damaged .{name} is .*remove it"):
+        open_uploader(place, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"limit": "4"}, "limit as '4'"), ({"model": 5}, "model as 5"),
+     ({"batch_thresholds": "x"}, "batch_thresholds as 'x'"), ({"top_p": None}, "top_p as None")],
+)  # fmt: skip
+def test_recorded_options_of_wrong_types_are_refused_by_name(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    place = Output(tmp_path / "out")
+    run_uploader(place, tmp_path / "cache", 10)
+    recorded = {"options": {"model": "m", "dataset": "d", **options}}
+    settings = {**place.json("extraction_config.json"), **recorded}
+    place.write("extraction_config.json", json.dumps(settings).encode())
+    with pytest.raises(ConfigError, match=message):
+        extract_logits.parse_args(["--output", place.name, "--resume"])
+
+
+def test_no_code_of_strangers_runs_because_an_output_says_so(tmp_path: Path) -> None:
+    place = Output(tmp_path / "out")
+    options = {"model": "m", "dataset": "d", "trust_remote_code": True, "cache_dir": "/x"}
+    run_uploader(place, tmp_path / "cache", 10, settings={"options": options})
+    config = extract_logits.parse_args(["--output", place.name, "--resume"])
+    assert (config.trust_remote_code, config.cache_dir) == (False, ".logit_extraction_cache")
+
+
 def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
     repo: Output, tmp_path: Path
 ) -> None:

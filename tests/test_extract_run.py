@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CHATS, ROOT, TEACHER
+from huggingface_hub import HfApi
+from loopback_hub import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import compute_lengths
+import explore_logits
 import extract_logits
-from explore_logits import METADATA_SETTINGS, SCHEMA, dequantize_logits, unpack_indices
+from explore_logits import (
+    METADATA_SETTINGS,
+    SCHEMA,
+    dequantize_logits,
+    encode_row,
+    load_logit_dataset,
+    load_tokenizer,
+    resolve_columns,
+    unpack_indices,
+)
 
 Extract = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -33,6 +48,7 @@ def extract(
 ) -> Extract:
     """Run `main` with a model, a source and an output; returns code, summary and stderr."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
 
     def run(
         *args: object, source: Path = CHATS, model: Path = TEACHER, output: str = "out"
@@ -472,3 +488,231 @@ def test_a_terminal_that_knows_no_width_shows_the_bar(monkeypatch: pytest.Monkey
             assert b"\n" not in shown
             shown += os.read(reader, 4096)
     os.close(reader)
+
+
+def validate(output: str) -> dict[str, int]:
+    """Return the violations that `--validate` counts in an output."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        explore_logits.main([output, "--validate"])
+    result: dict[str, int] = json.loads(said.getvalue().splitlines()[-1])["violations"]
+    return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--sampled-n", 0),
+        ("--top-p", "1.0"),
+        ("--top-p-max", 1),
+        ("--logit-bits", 4),
+        ("--top-p-max", 1, "--sampled-n", 1, "--logit-bits", 4),
+        ("--sampled-n", 0, "--top-p", "1e-9", "--store-tokens", "--include-end"),
+    ],
+)
+def test_runs_at_the_edge_of_the_settings_are_valid(
+    options: tuple[object, ...], extract: Extract
+) -> None:
+    assert extract("--limit", 12, *options)[0] == 0
+    assert validate("out") == {}
+
+
+def test_any_int32_is_an_id_and_valid(
+    extract: Extract, write_chats: Callable[[list[Any]], Path], chats: list[dict[str, Any]]
+) -> None:
+    ids = [-(2**31), -5, 0, 2**31 - 1]
+    rows = [{**chat, "id": i} for chat, i in zip(chats, ids, strict=False)]
+    assert extract("--index-col", "id", source=write_chats(rows))[0] == 0
+    assert validate("out") == {}
+    table = next(load_logit_dataset("out").iter_tables(["index"]))
+    assert sorted(table["index"].to_pylist()) == ids
+
+
+HALF_PAIR = (
+    '{"messages": [{"role": "user", "content": "hi \\ud800"}, '
+    '{"role": "assistant", "content": "yo \\udc00"}]}'
+)
+
+
+@pytest.mark.parametrize("way", ["stream", "table", "text"])
+def test_half_a_surrogate_pair_is_skipped_or_named(
+    way: str,
+    extract: Extract,
+    write_chats: Callable[[list[Any]], Path],
+    chats: list[dict[str, Any]],
+) -> None:
+    row: Any = HALF_PAIR
+    if way == "text":
+        row = {"messages": json.dumps(json.loads(HALF_PAIR)["messages"])}
+    usable = chats[0]["messages"]
+    source = write_chats([{"messages": json.dumps(usable) if way == "text" else usable}, row])
+    code, summary, err = extract(*["--streaming"] * (way == "stream"), source=source)
+    if way == "table":
+        assert code == 2
+        assert "row 2: half a surrogate pair" in err.splitlines()[-1]
+    else:
+        assert (code, summary["skipped"]) == (0, {"malformed": 1}), err
+
+
+# Imports once, then runs each line of arguments in a fork of its own.
+RUNNER = """
+import json, os, sys
+import datasets, transformers, extract_logits
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        code = extract_logits.main(json.loads(line))
+        sys.stdout.flush()
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    print("code", os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def runner(**env: str) -> Iterator[Callable[..., int]]:
+    """Start a process that runs `extract_logits.main` again and again, each time afresh."""
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    ) as process:  # fmt: skip
+
+        def run(*args: object) -> int:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(json.dumps([str(arg) for arg in args]) + "\n")
+            process.stdin.flush()
+            return next(int(said[5:]) for said in process.stdout if said.startswith("code "))
+
+        yield run
+        assert process.stdin
+        process.stdin.close()
+
+
+def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> None:
+    lines = CHATS.read_text(encoding="utf-8").splitlines()[:6]
+    with LoopbackHub() as hub, contextlib.ExitStack() as stack:
+        run = stack.enter_context(
+            runner(
+                HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token, HF_HUB_OFFLINE="0",
+                HF_HOME=str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "data"),
+            )
+        )  # fmt: skip
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        api.create_repo("tester/model")
+        api.create_repo("tester/chats", repo_type="dataset")
+        api.upload_folder(repo_id="tester/model", folder_path=TEACHER)
+
+        def upload_chats(rows: list[str]) -> None:
+            api.upload_file(
+                repo_id="tester/chats",
+                repo_type="dataset",
+                path_in_repo="chats.jsonl",
+                path_or_fileobj="\n".join(rows).encode(),
+            )
+
+        def extract(*args: object) -> int:
+            return run(
+                *("--model", "tester/model", "--dataset", "tester/chats", "--store-tokens"),
+                *("--output", "tester/logits", "--cache-dir", tmp_path / "cache", *args),
+            )
+
+        upload_chats(lines)
+        assert extract("--limit", 3) == 0
+        settings = json.loads(hub.content("tester/logits", "extraction_config.json"))
+        assert settings["model_revision"] == api.model_info("tester/model").sha
+        assert settings["dataset_revision"] == api.dataset_info("tester/chats").sha
+
+        upload_chats(lines[::-1])
+        api.upload_file(
+            repo_id="tester/model", path_in_repo="chat_template.jinja", path_or_fileobj=b"{{ 1 }}"
+        )
+        assert extract("--resume") == 0
+        resumed = json.loads(hub.content("tester/logits", "extraction_config.json"))
+        for name in ("limit", "options"):  # which a resumed run may raise
+            del settings[name], resumed[name]
+        assert resumed == settings
+        whole = read_outputs(hub, tmp_path)
+    tokenizer, columns = load_tokenizer(str(TEACHER)), resolve_columns(["messages"])
+    alone = [encode_row(json.loads(line), columns, tokenizer).input_ids for line in lines]
+    assert whole == {number: ids.tolist() for number, ids in enumerate(alone)}
+
+
+def read_outputs(hub: LoopbackHub, folder: Path) -> dict[int, list[int]]:
+    """Return the token ids that the Hub output holds for each conversation."""
+    found: dict[int, list[int]] = {}
+    for name in hub.files("tester/logits"):
+        if name.endswith(".parquet"):
+            path = folder / Path(name).name
+            path.write_bytes(hub.content("tester/logits", name))
+            for row in pq.read_table(path, columns=["index", "input_ids"]).to_pylist():
+                assert row["index"] not in found
+                found[row["index"]] = row["input_ids"]
+    return found
+
+
+@pytest.fixture
+def dated(tmp_path: Path) -> Path:
+    """Write the teacher's template with the date in front of it."""
+    own = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
+    path = tmp_path / "dated.jinja"
+    path.write_text("{{ strftime_now('%d %B %Y') }}" + own, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("stored", ["shards", "pending rows"])
+def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: Path, stored: str
+) -> None:
+    options = ("--chat-template", dated, "--store-tokens", "--resume", "--index-col", "id")
+    monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-05-09")
+    if stored == "pending rows":
+        uploader = extract_logits.StreamingHFUploader
+        monkeypatch.setattr(uploader, "flush", lambda self, **_: self.save_pending_locally())
+    argv = ("--model", TEACHER, "--dataset", CHATS, "--output", "./out", "--cache-dir", "cache")
+    extract_logits.main([str(arg) for arg in (*argv, "--limit", 2, *options)])
+    assert (tmp_path / "out" / "data").exists() == (stored == "shards")
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-05-10")
+    code, summary, err = extract("--limit", 4, *options)
+    assert (code, summary["rows"]) == (0, 4), err
+    tokenizer = load_tokenizer(str(TEACHER))
+    rows = next(load_logit_dataset("out").iter_tables(["input_ids"]))["input_ids"].to_pylist()
+    assert {tokenizer.decode(ids)[:11] for ids in rows} == {"09 May 2030"}
+    assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
+    assert explore_logits.main(["out", "--sample", "0-3"]) == 0
+
+
+def test_lengths_measured_on_another_day_are_those_of_the_run(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: Path
+) -> None:
+    monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-05-09")
+    options = ("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--num-proc", 1)
+    options += ("--chat-template", dated, "--output-dir", tmp_path)
+    assert compute_lengths.main([str(option) for option in options]) == 0
+    lengths = explore_logits.read_lengths(str(tmp_path / "lengths.parquet"))
+    monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-09-30")
+    args = ("--chat-template", dated, "--index-col", "id", "--store-tokens", "--limit", 4)
+    code, _, err = extract(*args, "--tokenized-dataset", tmp_path / "lengths.parquet")
+    assert code == 0, err
+    assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
+    rows = next(load_logit_dataset("out").iter_tables(["index", "input_ids"])).to_pylist()
+    by_index = dict(zip(lengths.index.tolist(), lengths.length.tolist(), strict=True))
+    assert all(len(row["input_ids"]) == by_index[row["index"]] for row in rows)
+
+
+def test_a_job_begun_on_another_day_than_its_lengths_says_so(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: Path
+) -> None:
+    args = ("--chat-template", dated, "--limit", 2)
+    assert extract(*args)[0] == 0
+    monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-05-09")
+    options = ("--model", TEACHER, "--dataset", CHATS, "--chat-template", dated, "--num-proc", 1)
+    compute_lengths.main([str(option) for option in (*options, "--output-dir", tmp_path)])
+    args = ("--chat-template", dated, "--limit", 4, "--resume")
+    code, _, err = extract(*args, "--tokenized-dataset", tmp_path / "lengths.parquet")
+    assert code == 2
+    assert "template_date: '2030-05-09' there" in err.splitlines()[-1]
+    assert extract(*args)[0] == 0

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import pytest
+from conftest import ROOT
 from forked import Child
 
 import extract_logits
 from extract_logits import GracefulInterrupt, TimedShutdown
+
+
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """Run as in a terminal, also where nohup has started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
@@ -104,3 +117,42 @@ def test_without_a_limit_the_deadline_never_comes() -> None:
     deadline = TimedShutdown(None)
     assert not deadline.due()
     assert not deadline.due()
+
+
+def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() -> None:
+    with GracefulInterrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once(time.monotonic() + 0.05):
+            time.sleep(60)
+        assert interrupt.exit_code == 0
+        with interrupt.leaving_at_once(time.monotonic() + 0.05):
+            pass
+        time.sleep(0.1)  # the alarm was of that place alone
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
+            time.sleep(60)
+        assert interrupt.exit_code == 143
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
+            time.sleep(60)  # a signal that came before
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
+def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
+    script: str, installed: bool, tmp_path: Path
+) -> None:
+    path = ROOT / f"{script}.py"
+    if installed:
+        path = tmp_path / script.replace("_", "-")
+        path.write_text(f"from {script} import main\nraise SystemExit(main())\n")
+    slow = "import pathlib, time\npathlib.Path(__file__).with_name('loading').touch()\n"
+    (tmp_path / "numpy.py").write_text(slow + "time.sleep(60)\n", encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(path), "--help"], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    ) as process:  # fmt: skip
+        while not (tmp_path / "loading").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
