@@ -52,7 +52,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -245,6 +245,7 @@ SCHEMA = pa.schema(
 )
 TOKEN_FIELDS = (pa.field("input_ids", _I32_LIST), pa.field("token_positions", _I32_LIST))
 POINTS_FIELD = pa.field("sampled_counts", pa.list_(pa.uint8()))  # the last column of compact rows
+ALL_FIELDS = (*SCHEMA, *TOKEN_FIELDS, POINTS_FIELD)
 LENGTHS_SCHEMA = pa.schema(
     [("index", pa.int32()), ("length", pa.int32()), ("num_tokens", pa.int32())]
 )
@@ -2489,8 +2490,8 @@ class RowError(OpenError, IndexError):
 
 TAIL_COLUMNS = tuple(name for name in SCHEMA.names if name.startswith("sampled_"))
 TOKEN_COLUMNS = tuple(field.name for field in TOKEN_FIELDS)
-OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS)
-READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
+OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS, POINTS_FIELD.name)
+READ_COLUMNS = tuple(field.name for field in ALL_FIELDS)
 CONFIG_FILE = "extraction_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
@@ -2871,7 +2872,7 @@ class LogitDataset:
                 tables.append(self._kept[1].take(pa.array(offsets[at] - starts[group])))
                 places.append(at)
         if not tables:
-            return pa.schema([*SCHEMA, *TOKEN_FIELDS]).empty_table()
+            return pa.schema(ALL_FIELDS).empty_table()
         return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
 
     def _locate(self, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
@@ -2931,10 +2932,10 @@ class LogitDataset:
         """Refuse rows of a later format, or of another run than those of the shard opened first."""
         metadata = self.metadata(shard)
         version = metadata.get(METADATA_VERSION, b"1")
-        if version != str(FORMAT_VERSION).encode():
+        if version not in {str(known).encode() for known in range(1, FORMAT_VERSION + 1)}:
             raise FormatError(
                 f"{self.shards[shard]} is in format {version.decode('utf-8', 'replace'):.20}, "
-                f"{FORMAT_VERSION} can be read here: use a later logit-extraction"
+                f"up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
             )
         first = next(iter(self._files))
         texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
@@ -2990,6 +2991,7 @@ SETTING_RANGES = {
     "top_p": (0, 1),
     "top_p_max": (1, 255),
     "sampled_n": (0, MAX_TOKEN_ID),
+    "min_p": (0, 0.5),
     "logit_bits": (4, 16),
     "vocab_size": (1, MAX_TOKEN_ID + 1),
 }
@@ -2998,7 +3000,7 @@ SETTING_TEXTS = (
     *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
 )
 # What all rows of an output have in common; versions and attention may differ between machines.
-RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
+RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end")
 PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
 
 
@@ -3125,6 +3127,7 @@ class RunLimits:
     top_p: float = 0.0
     top_p_max: int = 255
     sampled_n: int | None = None
+    min_p: float | None = None  # of compact rows
     logit_bits: int = 16
     vocab_size: int = MAX_TOKEN_ID + 1
     store_tokens: bool = False
@@ -3276,7 +3279,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     if isinstance(names, Mapping) and "top_indices" in names:
         raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
-        known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
+        known = [field for field in ALL_FIELDS if field.name in names]
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
@@ -3446,6 +3449,28 @@ class Entries:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Points(Entries):
+    """The sample of compact rows: ids without logits, each for an equal share of the rest.
+
+    A logit of it is the one whose probability is that share; an id may occur several times.
+    """
+
+    rest: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # (T,)
+    min_p: float = 1.0  # every token of the rest has less
+
+    @cached_property
+    def logits(self) -> npt.NDArray[np.float64]:
+        """The logit that each entry stands for, (n,)."""
+        least = np.finfo(np.float64).tiny
+        shares = np.maximum(self.rest, least) / np.maximum(self.counts, 1)
+        return np.repeat(np.log(shares) + self.logsumexp, self.counts)
+
+    def of_tokens(self, first: int, last: int) -> Points:
+        """Return the entries of some consecutive tokens, as views."""
+        return replace(cast("Points", super().of_tokens(first, last)), rest=self.rest[first:last])
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBlock:
     """Some whole rows, decoded at once: R rows of T tokens in all, everything flattened.
@@ -3467,8 +3492,16 @@ class TokenBlock:
 
     @property
     def first_probs(self) -> npt.NDArray[np.float64]:
-        """Probability of each token's likeliest entry, (T,)."""
-        return np.exp(self.top.high.astype(np.float64) - self.logsumexp)
+        """Probability of each token's likeliest entry, (T,); 0 where none is stored."""
+        probs = np.exp(self.top.high.astype(np.float64) - self.logsumexp)
+        return np.where(self.top.counts > 0, probs, 0.0)
+
+    @property
+    def first_ids(self) -> npt.NDArray[np.int32]:
+        """Id of each token's likeliest entry, (T,); -1 where none is stored."""
+        ids, some = np.full(self.top.counts.size, -1, np.int32), self.top.counts > 0
+        ids[some] = self.top.ids[self.top.starts[:-1][some]]
+        return ids
 
     def tokens_at(self, first: int, last: int) -> TokenBlock:
         """Return some consecutive tokens of one row, without their text, as views."""
@@ -3495,6 +3528,8 @@ class Sample(Mapping[str, Any]):
     def __init__(self, block: TokenBlock, output: LogitDataset | None = None) -> None:
         self.block, self.output = block, output
         names = [*SAMPLE_VIEWS, *(TOKEN_COLUMNS if block.tokens is not None else ())]
+        if not isinstance(block.tail, Points):
+            names.remove(POINTS_FIELD.name)
         self._values: dict[str, Any] = dict.fromkeys(names)  # None until asked for
 
     def __getitem__(self, name: str) -> Any:
@@ -3528,6 +3563,7 @@ SAMPLE_VIEWS: dict[str, Callable[[TokenBlock], Any]] = {
     "sampled_logits_quantized": lambda block: cut(block.tail.q, block.tail.starts),
     "sampled_min": lambda block: block.tail.low,
     "sampled_max": lambda block: block.tail.high,
+    "sampled_counts": lambda block: block.tail.counts.astype(np.int32),
     "logsumexp": lambda block: block.logsumexp,
 }
 
@@ -3608,7 +3644,7 @@ def read_columns(table: pa.Table) -> tuple[dict[str, Any], list[Fault]]:
     """Return the format's columns as numpy, missing optional ones filled in, and what is wrong."""
     rows = table.num_rows
     columns: dict[str, Any] = {}
-    for kind in (*SCHEMA, *TOKEN_FIELDS):
+    for kind in ALL_FIELDS:
         if kind.name in table.column_names or kind.name not in OPTIONAL_COLUMNS:
             columns[kind.name] = read_column(table, kind)
         elif kind.name in TAIL_COLUMNS:
@@ -3645,6 +3681,12 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
     wanted["sampled_indices_high"] = -(-tail // 4)
     for name in ("sampled_min", "sampled_max"):
         wanted[name] = np.where((tail == 0) & (columns[name].lengths == 0), 0, n)
+    uneven = np.flatnonzero(tail % np.maximum(n, 1) != 0)
+    if (points := columns.get(POINTS_FIELD.name)) is not None:
+        wanted[POINTS_FIELD.name], uneven = n, uneven[:0]
+        wanted["sampled_indices_low"] = np.diff(to_starts(points.values)[points.starts])
+        nothing = ("sampled_logits_quantized", "sampled_min", "sampled_max")
+        wanted |= dict.fromkeys(nothing, np.zeros_like(n))
     if "token_positions" in columns:
         wanted["token_positions"] = n
     faults = [
@@ -3653,7 +3695,6 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
         for lengths in [columns[name].lengths]
         for row in np.flatnonzero(lengths != asked)
     ]
-    uneven = np.flatnonzero(tail % np.maximum(n, 1) != 0)
     message = "{} tail entries do not divide evenly among {} tokens"
     return faults + [Fault(int(row), "length", message.format(tail[row], n[row])) for row in uneven]
 
@@ -3673,7 +3714,7 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     for fault in faults[:1]:
         raise FormatError(f"row {first_row + fault.row}: {fault.message}")
     settings = peek_settings((table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}"))
-    block = build_block(columns, first_row, RunLimits.of(settings).logit_bits)
+    block = build_block(columns, first_row, RunLimits.of(settings))
     sums = block.logsumexp.copy()
     for ends in (block.top.low, block.top.high, block.tail.low, block.tail.high):
         sums += ends
@@ -3686,16 +3727,13 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     return block
 
 
-def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenBlock:
+def build_block(columns: Mapping[str, Any], first_row: int, limits: RunLimits) -> TokenBlock:
     """Assemble a block from columns whose lengths agree."""
     counts, per_row = columns["top_counts"], columns["top_counts"].lengths
-    sizes = {
-        "top": counts.values,
-        "sampled": np.repeat(
-            columns["sampled_indices_low"].lengths // np.maximum(per_row, 1), per_row
-        ),
-    }
-    entries = {}
+    points = columns.get(POINTS_FIELD.name)
+    drawn = np.repeat(columns["sampled_indices_low"].lengths // np.maximum(per_row, 1), per_row)
+    sizes = {"top": counts.values, "sampled": drawn if points is None else points.values}
+    entries: dict[str, Entries] = {}
     for part, size in sizes.items():
         low, high = columns[f"{part}_indices_low"], columns[f"{part}_indices_high"]
         ranges = np.zeros((2, counts.values.size), np.float32)
@@ -3703,14 +3741,18 @@ def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenB
             ends[np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
         pairs = zip(cut(low.values, low.starts), cut(high.values, high.starts), strict=True)
         ids = [unpack_indices(*pair) for pair in pairs]  # each row's high bits start on a byte
-        entries[part] = Entries(
+        kind: Callable[..., Entries] = Entries
+        if part == "sampled" and points is not None:
+            rest = np.maximum(1 - entries["top"].mass, 0)
+            kind = functools.partial(Points, rest=rest, min_p=limits.min_p or 1.0)
+        entries[part] = kind(
             to_starts(size),
             np.concatenate(ids or [np.zeros(0, np.int32)]),
             columns[f"{part}_logits_quantized"].values,
             ranges[0],
             ranges[1],
             columns["logsumexp"].values,
-            bits,
+            limits.logit_bits,
         )
     numbers = np.arange(first_row, first_row + per_row.size)
     tokens = None
@@ -3792,7 +3834,9 @@ def dequantize_top_logits(sample: Mapping[str, Any], t: int | None = None) -> Lo
 def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
     """Return the tail sample of token `t`: ids and logits, in the order drawn.
 
-    With `t` None, those of all tokens, flattened, the same number for each.
+    With `t` None, those of all tokens, flattened, the same number for each. Of compact rows
+    (`--min-p`) ids ascend, one may occur several times, and token t owns `sampled_counts[t]`; their
+    logits are not known, each is the one of the share of probability that the entry stands for.
     """
     return _decode_entries(as_sample(sample), "tail", t)
 
@@ -3956,7 +4000,7 @@ class TokenScores(NamedTuple):
 def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     """Find the probability and rank of the token that is really there, at each position.
 
-    Exact for stored tokens. One that is not stored has at most the smallest nucleus logit, and at
+    Exact for tokens stored with a logit. Another one has at most the smallest nucleus logit, and at
     most the probability that nucleus and tail sample leave over: the smaller of the two is given.
     Stored tail tokens above it raise the least rank of a tail token.
 
@@ -3966,11 +4010,14 @@ def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     """
     log_prob = unstored_bound(block)
     places = []
+    known = np.zeros(actual.size, bool)
     for entries in (block.tail, block.top):  # the nucleus has the last word
         hits = np.flatnonzero(entries.ids == actual[entries.owner])
         place = np.full(actual.size, -1, np.int64)
         place[entries.owner[hits]] = hits
-        log_prob[place >= 0] = entries.log_probs[place[place >= 0]]
+        if not isinstance(entries, Points):
+            known |= place >= 0
+            log_prob[place >= 0] = entries.log_probs[place[place >= 0]]
         places.append(place)
     tail, top = places
     in_nucleus, in_tail = top >= 0, (tail >= 0) & (top < 0)
@@ -3979,14 +4026,21 @@ def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     q = block.tail.q
     above = in_tail[owner] & (q > q[tail[owner]] if q.size else False)
     rank += np.bincount(owner[above], minlength=actual.size)
-    return TokenScores(log_prob, in_nucleus | in_tail, rank, in_nucleus, in_tail)
+    return TokenScores(log_prob, known, rank, in_nucleus, in_tail)
 
 
 def unstored_bound(block: TokenBlock) -> npt.NDArray[np.float64]:
-    """Return the largest log-probability that a token stored nowhere can have, (T,)."""
-    stored = sum(part.mass * np.exp(-part.error) for part in (block.top, block.tail))
+    """Return the largest log-probability that a token stored without a logit can have, (T,)."""
+    stored = sum(part.mass * np.exp(-part.error) for part in known_parts(block))
     left = np.log(np.maximum(1 - stored, np.finfo(np.float64).tiny))
-    return np.minimum(left, block.top.low - block.logsumexp)
+    if isinstance(block.tail, Points):
+        left = np.minimum(left, math.log(block.tail.min_p))
+    return np.where(block.top.counts > 0, np.minimum(left, block.top.low - block.logsumexp), left)
+
+
+def known_parts(block: TokenBlock) -> list[Entries]:
+    """Return the entries that are stored with their logits: nucleus and, of plain rows, tail."""
+    return [part for part in (block.top, block.tail) if not isinstance(part, Points)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4014,6 +4068,7 @@ class TokenAnalysis:
     nucleus_mass: float
     predictions: list[Prediction]
     tail: list[Prediction]
+    tail_below: float | None = None  # more than any tail token has, where they have no logits
 
 
 @dataclass(frozen=True)
@@ -4166,6 +4221,7 @@ def analyze_tokens(
             nucleus_mass=float(top.mass[t]),
             predictions=lists[0][t],
             tail=lists[1][t],
+            tail_below=tail.min_p if isinstance(tail, Points) else None,
         )
         for t, text in enumerate(token_texts(actual, tokenizer))
     ]
@@ -4461,14 +4517,23 @@ def show_standing(token: TokenAnalysis) -> str:
 
 
 def list_predictions(
-    predictions: Sequence[Prediction], actual: int | None = None, *, bar: int
+    predictions: Iterable[Prediction],
+    actual: int | None = None,
+    *,
+    bar: int,
+    below: float | None = None,
 ) -> list[str]:
-    """Write predictions as lines: number, probability, a bar, the token; `▸` marks the actual."""
+    """Write predictions as lines: number, probability, a bar, the token; `▸` marks the actual.
+
+    Of those whose probability is not known, only that it is `below` something, this is written.
+    """
     lines = []
     for number, (token, text, _, probability) in enumerate(predictions, 1):
         whole, eighth = divmod(round(min(max(0, probability), 1) * bar * 8), 8)
         drawn = ("█" * whole + " ▏▎▍▌▋▊▉"[eighth])[:bar]
         mark, chance = "▸" if token == actual else " ", show_probability(probability)
+        if below is not None:
+            chance, drawn = f"<{show_probability(below)}", ""
         lines.append(f"{mark}{number:2} {chance:>8} {drawn:{bar}} {show_token(text, 24)}")
     return lines
 
@@ -4617,7 +4682,8 @@ def describe_run(dataset: LogitDataset) -> str:
     if skipped := count_skipped(dataset):
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
         parts.append(f"{plural(skipped.total(), 'conversation')} without a row ({reasons})")
-    names = ["model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype"]
+    names = ["model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "min_p", "seed"]
+    names += ["dtype"]
     known = [name for name in names if dataset.settings.get(name) is not None]
     parts += [f"{name} {dataset.settings[name]!s:.100}" for name in known]
     return show_text(f"{dataset.name}: {', '.join(parts)}")
@@ -4894,7 +4960,9 @@ def conversation_facts(analysis: ConversationAnalysis) -> list[str]:
 
 def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
     """Write what the teacher thought of a token as lines, the first of its tail sample included."""
-    more = f", {tail} of {len(token.tail)}" if len(token.tail) > tail else ""
+    drawn = list(dict.fromkeys(token.tail))  # points may hit one twice
+    order = "by id" if token.tail_below else "in the order drawn"
+    more = f", {tail} of {len(drawn)}" if len(drawn) > tail else ""
     where = "" if token.where == "nucleus" else f", {token.where.replace('tail', 'in the tail')}"
     size = plural(token.nucleus_size, "token")
     lines = [
@@ -4906,8 +4974,9 @@ def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
         *list_predictions(token.predictions, token.id, bar=8),
     ]
     if token.tail:
-        lines += [f"\ntail sample, in the order drawn{more}"]
-    return "\n".join([*lines, *list_predictions(token.tail[:tail], token.id, bar=8)])
+        lines += [f"\ntail sample, {order}{more}"]
+    told = list_predictions(drawn[:tail], token.id, bar=8, below=token.tail_below)
+    return "\n".join([*lines, *told])
 
 
 def page_pieces(analysis: ConversationAnalysis) -> Iterator[tuple[int | None, str, str, str, str]]:
@@ -5431,7 +5500,7 @@ def validate_shard(
                 report.add(shard, fault.rule, fault.message, row=first + fault.row)
             good = np.setdiff1d(np.arange(table.num_rows), [fault.row for fault in faults])
             sound = read_columns(table.take(good))[0] if faults else columns
-            block = build_block(sound, first, limits.logit_bits)
+            block = build_block(sound, first, limits)
             validate_block(block, limits, functools.partial(report.add, shard), first + good)
             index = np.append(index, columns.get("index", index[:0]))
             counts = columns["top_counts"].values.astype(np.int64)
@@ -5451,15 +5520,17 @@ def validate_footer(
     """Check columns and metadata of one shard; return the settings to check its rows by."""
     schema, metadata = dataset.file(0).schema.to_arrow_schema(), dataset.metadata(0)
     add = functools.partial(report.add, dataset.shards[0])
-    wanted = shard_schema(store_tokens=any(name in schema.names for name in TOKEN_COLUMNS))
+    compact = POINTS_FIELD.name in schema.names
+    stores = any(name in schema.names for name in TOKEN_COLUMNS)
+    wanted = shard_schema(store_tokens=stores, compact=compact)
     if schema.names != wanted.names:
         add("columns", f"has {', '.join(schema.names)}; wanted {', '.join(wanted.names)}")
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
     version = metadata.get(METADATA_VERSION)
-    if version != str(FORMAT_VERSION).encode():
-        add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
+    if version != (right := str(format_version(compact=compact)).encode()):
+        add("metadata", f"format version is {version!r}, not {right!r}")
     settings: dict[str, Any] = {}
     try:
         settings = dataset.settings
@@ -5504,9 +5575,12 @@ def any_in_run(
 def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on counts, ids and their order."""
     top, tail, vocab = block.top, block.tail, limits.vocab_size
-    bad = (top.counts < 1) | (top.counts > limits.top_p_max)
-    message = f"nucleus of {{}} tokens, allowed are 1 to {limits.top_p_max}"
+    least = 0 if isinstance(tail, Points) else 1
+    bad = (top.counts < least) | (top.counts > limits.top_p_max)
+    message = f"nucleus of {{}} tokens, allowed are {least} to {limits.top_p_max}"
     yield "count", bad, message, top.counts
+    if isinstance(tail, Points):
+        yield from point_rules(block, tail)
     if limits.sampled_n is not None:
         message = f"{{}} tail tokens instead of {limits.sampled_n}"
         yield "tail count", tail.counts != limits.sampled_n, message, tail.counts
@@ -5523,10 +5597,29 @@ def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...
         yield "ties", any_in_run(ties, top.starts), "equal logits, but ids do not ascend"
 
 
+def point_rules(block: TokenBlock, points: Points) -> Iterator[tuple[Any, ...]]:
+    """Yield the rules on the sample of compact rows, as exact as quantized logits allow."""
+    top, min_p, least = block.top, points.min_p, np.full(block.logsumexp.size, np.inf)
+    some = top.counts > 0
+    least[some] = np.exp((top.low - block.logsumexp)[some])
+    message = f"a nucleus token of probability {{:.6f}}, below min_p {min_p:g}"
+    yield "threshold", least < min_p * (1 - 1e-5), message, least
+    off = mass_tolerance(block)
+    few, many = (np.ceil((points.rest + side) / min_p - 1e-6) for side in (-off, off))
+    bad = (points.counts < few) | (points.counts > np.maximum(many, 1))
+    yield "tail count", bad, "{} points for a rest of {:.6f}", points.counts, points.rest
+    falling = (np.diff(points.ids) < 0) & (np.diff(points.owner) == 0)
+    message = "the ids of points do not ascend"
+    yield "order", any_in_run(np.append(falling, False)[: points.ids.size], points.starts), message
+    keys = [part.owner.astype(np.int64) << 18 | part.ids for part in (top, points)]
+    twice = any_in_run(np.isin(keys[1], keys[0]), points.starts)
+    yield "duplicate", twice, "a point hits a token of the nucleus"
+
+
 def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on quantization ranges and levels, for nucleus and tail."""
     steps = 2**limits.logit_bits - 1
-    for name, part in (("nucleus", block.top), ("tail", block.tail)):
+    for name, part in zip(("nucleus", "tail"), known_parts(block), strict=False):
         q, starts, ends = part.q, part.starts, (part.low, part.high)
         some, finite = part.counts > 0, np.isfinite(part.low) & np.isfinite(part.high)
         bad = some & ~(finite & (part.low <= part.high))
@@ -5538,6 +5631,8 @@ def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...
         kept = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
         message = f"{name} levels are finer than logit_bits"
         yield "resolution", any_in_run(kept != q, starts), message
+    if isinstance(block.tail, Points):
+        return
     above = (block.tail.counts > 0) & (block.tail.high > block.top.low)
     message = "a tail logit of {:g} above the nucleus, which ends at {:g}"
     yield "tail", above, message, block.tail.high, block.top.low
@@ -5742,7 +5837,7 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         if not np.isfinite(divergence).all():
             raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
         total += float(divergence.sum())
-        same += int((a.top.ids[a.top.starts[:-1]] == b.top.ids[b.top.starts[:-1]]).sum())
+        same += int((a.first_ids == b.first_ids).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
             row = np.searchsorted(a.row_starts, token, side="right") - 1
@@ -5803,7 +5898,7 @@ def known_entries(
     block: TokenBlock,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Return all stored entries sorted by `token << 18 | id`: key, probability, in the nucleus."""
-    parts = (block.top, block.tail)
+    parts = known_parts(block)
     keys = np.concatenate([part.owner.astype(np.int64) << 18 | part.ids for part in parts])
     order = np.argsort(keys)
     probs = np.concatenate([part.probs for part in parts])[order]
