@@ -5113,8 +5113,9 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
     """
     if not isinstance(stats, NucleusSizeStats):
         stats = analyze_nucleus_sizes(stats, max_samples)
-    counts = stats.histogram[1 : max(stats.max, 1) + 1]
-    edges = np.arange(counts.size + 1) + 0.5
+    least = min(1, stats.min)  # compact rows may have nuclei without a token
+    counts = stats.histogram[least : max(stats.max, 1) + 1]
+    edges = np.arange(counts.size + 1) + least - 0.5
     with drawing(1, 2, figsize=(10, 3.8)) as (figure, (left, right), colours):
         left.stairs(counts, edges, fill=True, color=colours[0])
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
