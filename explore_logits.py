@@ -77,6 +77,7 @@ __all__ = [
     "dequantize_sampled_logits",
     "dequantize_top_logits",
     "distillation_loss",
+    "distillation_loss_from_hidden",
     "execute_analysis",
     "export_axolotl",
     "export_distillkit",
@@ -167,6 +168,11 @@ def hide_tokens(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its type when it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def local_path(name: str | Path) -> Path:
+    """Return the path that a name means here, `~` included; one that nobody has stays as it is."""
+    return Path(os.path.expanduser(name))  # Path.expanduser raises for a home that is not there
 
 
 CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
@@ -2867,9 +2873,8 @@ class LogitDataset:
             owner = np.searchsorted(starts, offsets[mine], side="right") - 1
             for group in np.unique(owner).tolist():
                 at = mine[owner == group]
-                if self._kept is None or self._kept[0] != (shard, group):
-                    self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
-                tables.append(self._kept[1].take(pa.array(offsets[at] - starts[group])))
+                table = self._read_group(shard, group)
+                tables.append(table.take(pa.array(offsets[at] - starts[group])))
                 places.append(at)
         if not tables:
             return pa.schema(ALL_FIELDS).empty_table()
@@ -2907,6 +2912,11 @@ class LogitDataset:
         groups = range(self.file(shard).metadata.num_row_groups)
         yield from self._read(shard, groups, columns, rows=rows)
 
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        if self._kept is None or self._kept[0] != (shard, group):
+            self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
+        return self._kept[1]
+
     def _read(
         self,
         shard: int,
@@ -2935,7 +2945,7 @@ class LogitDataset:
         if version not in {str(known).encode() for known in range(1, FORMAT_VERSION + 1)}:
             raise FormatError(
                 f"{self.shards[shard]} is in format {version.decode('utf-8', 'replace'):.20}, "
-                f"up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
+                f"formats up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
             )
         first = next(iter(self._files))
         texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
@@ -3050,11 +3060,15 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and low <= value <= high):
             raise FormatError(f"{name}: {entry} is {value!r:.40}, not a number in {low}..{high}")
-    kinds: dict[str, type] = {**dict.fromkeys((*SETTING_TEXTS, "template_date"), str)}
-    for entry, kind in (kinds | {"template_kwargs": dict}).items():
+    for entry, kind in {**dict.fromkeys(SETTING_TEXTS, str), "template_kwargs": dict}.items():
         if not isinstance(settings.get(entry), (kind, type(None))):
             what = "text" if kind is str else "an object"
             raise FormatError(f"{name}: {entry} is {settings[entry]!r:.40}, not {what}")
+    try:
+        datetime.fromisoformat(settings.get("template_date") or "2000-01-01")
+    except (TypeError, ValueError):
+        said = f"{settings['template_date']!r:.40}"
+        raise FormatError(f"{name}: template_date is {said}, not a date") from None
     return settings
 
 
@@ -3397,34 +3411,28 @@ class Entries:
     bits: int = 16  # resolution kept by the quantization
 
     @property
-    def counts(self) -> npt.NDArray[np.int64]:
-        """Entries of each token, (T,)."""
+    def counts(self) -> npt.NDArray[np.int64]:  # (T,)
         return np.diff(self.starts)
 
     @property
-    def owner(self) -> npt.NDArray[np.int64]:
-        """Token of each entry, (n,)."""
+    def owner(self) -> npt.NDArray[np.int64]:  # (n,) token of each entry
         return np.repeat(np.arange(self.low.size), self.counts)
 
     @cached_property
-    def logits(self) -> npt.NDArray[np.float64]:
-        """Every logit, (n,)."""
+    def logits(self) -> npt.NDArray[np.float64]:  # (n,)
         counts = self.counts
         return dequantize_logits(self.q, np.repeat(self.low, counts), np.repeat(self.high, counts))
 
     @cached_property
-    def log_probs(self) -> npt.NDArray[np.float64]:
-        """Log-probability of every entry, (n,)."""
+    def log_probs(self) -> npt.NDArray[np.float64]:  # (n,)
         return self.logits - np.repeat(self.logsumexp, self.counts)
 
     @cached_property
-    def probs(self) -> npt.NDArray[np.float64]:
-        """Probability of every entry, (n,)."""
+    def probs(self) -> npt.NDArray[np.float64]:  # (n,)
         return np.exp(self.log_probs)
 
     @cached_property
-    def mass(self) -> npt.NDArray[np.float64]:
-        """Probability of all entries of each token, (T,)."""
+    def mass(self) -> npt.NDArray[np.float64]:  # (T,) probability of all entries of a token
         return sum_runs(self.probs, self.starts)
 
     @property
@@ -3440,9 +3448,8 @@ class Entries:
 
     def of_tokens(self, first: int, last: int) -> Entries:
         """Return the entries of some consecutive tokens, as views."""
-        starts = self.starts[first : last + 1]
+        starts, tokens = self.starts[first : last + 1], slice(first, last)
         part = slice(int(starts[0]), int(starts[-1]))
-        tokens = slice(first, last)
         return replace(
             self, starts=starts - starts[0], ids=self.ids[part], q=self.q[part],
             low=self.low[tokens], high=self.high[tokens], logsumexp=self.logsumexp[tokens],
@@ -3486,26 +3493,26 @@ class TokenBlock:
     tokens: tuple[list[npt.NDArray[np.int32]], list[npt.NDArray[np.int32]]] | None = None
 
     @property
-    def num_tokens(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, (R,)."""
+    def num_tokens(self) -> npt.NDArray[np.int64]:  # (R,)
         return np.diff(self.row_starts)
 
     @property
-    def first_probs(self) -> npt.NDArray[np.float64]:
-        """Probability of each token's likeliest entry, (T,); 0 where none is stored."""
+    def first_probs(self) -> npt.NDArray[np.float64]:  # (T,) of each token's likeliest entry, or 0
         probs = np.exp(self.top.high.astype(np.float64) - self.logsumexp)
         return np.where(self.top.counts > 0, probs, 0.0)
 
     @property
-    def first_ids(self) -> npt.NDArray[np.int32]:
-        """Id of each token's likeliest entry, (T,); -1 where none is stored."""
-        ids, some = np.full(self.top.counts.size, -1, np.int32), self.top.counts > 0
-        ids[some] = self.top.ids[self.top.starts[:-1][some]]
-        return ids
+    def first_ids(self) -> npt.NDArray[np.int32]:  # (T,) of each token's likeliest entry, or -1
+        firsts = np.append(self.top.ids, -1)[self.top.starts[:-1]]
+        return np.where(self.top.counts > 0, firsts, -1)
+
+    def row_of(self, token: int) -> int:
+        """Return the row that a token belongs to."""
+        return int(np.searchsorted(self.row_starts, token, side="right")) - 1
 
     def tokens_at(self, first: int, last: int) -> TokenBlock:
         """Return some consecutive tokens of one row, without their text, as views."""
-        row = int(np.searchsorted(self.row_starts, first, side="right")) - 1
+        row = self.row_of(first)
         return TokenBlock(
             self.index[row : row + 1],
             np.array([0, last - first]),
@@ -3517,9 +3524,8 @@ class TokenBlock:
     def row(self, row: int) -> TokenBlock:
         """Return one row as a block of its own, as views."""
         first, last = self.row_starts[row : row + 2].tolist()
-        block = replace(self.tokens_at(first, last), index=self.index[row : row + 1])
         tokens = self.tokens and ([self.tokens[0][row]], [self.tokens[1][row]])
-        return replace(block, tokens=tokens)
+        return replace(self.tokens_at(first, last), index=self.index[row : row + 1], tokens=tokens)
 
 
 class Sample(Mapping[str, Any]):
@@ -3527,31 +3533,33 @@ class Sample(Mapping[str, Any]):
 
     def __init__(self, block: TokenBlock, output: LogitDataset | None = None) -> None:
         self.block, self.output = block, output
-        names = [*SAMPLE_VIEWS, *(TOKEN_COLUMNS if block.tokens is not None else ())]
-        if not isinstance(block.tail, Points):
-            names.remove(POINTS_FIELD.name)
-        self._values: dict[str, Any] = dict.fromkeys(names)  # None until asked for
+        self._values: dict[str, Any] = {}  # those that were asked for
 
     def __getitem__(self, name: str) -> Any:
-        if self._values[name] is None:
-            if name in TOKEN_COLUMNS and self.block.tokens is not None:
-                self._values[name] = self.block.tokens[TOKEN_COLUMNS.index(name)][0]
-            else:
-                self._values[name] = SAMPLE_VIEWS[name](self.block)
+        if name not in self:
+            raise KeyError(name)
+        if name not in self._values:
+            self._values[name] = SAMPLE_VIEWS[name](self.block)
         return self._values[name]
 
+    def __contains__(self, name: object) -> bool:
+        lacking = TOKEN_COLUMNS if self.block.tokens is None else ()
+        if not isinstance(self.block.tail, Points):
+            lacking = (*lacking, POINTS_FIELD.name)
+        return name in SAMPLE_VIEWS and name not in lacking
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return (name for name in SAMPLE_VIEWS if name in self)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return sum(1 for _ in self)
 
     def __repr__(self) -> str:
         tokens = plural(self["num_tokens"], "token")
         return f"<sample of conversation {self['index']}: {tokens}, {', '.join(self)}>"
 
 
-SAMPLE_VIEWS: dict[str, Callable[[TokenBlock], Any]] = {
+SAMPLE_VIEWS: dict[str, Callable[[Any], Any]] = {  # of a block of one row
     "index": lambda block: int(block.index[0]),
     "num_tokens": lambda block: int(block.row_starts[1]),
     "top_indices": lambda block: cut(block.top.ids, block.top.starts),
@@ -3565,6 +3573,8 @@ SAMPLE_VIEWS: dict[str, Callable[[TokenBlock], Any]] = {
     "sampled_max": lambda block: block.tail.high,
     "sampled_counts": lambda block: block.tail.counts.astype(np.int32),
     "logsumexp": lambda block: block.logsumexp,
+    "input_ids": lambda block: block.tokens[0][0],
+    "token_positions": lambda block: block.tokens[1][0],
 }
 
 
@@ -3575,8 +3585,7 @@ class Ragged(NamedTuple):
     starts: npt.NDArray[np.int64]  # (R + 1,)
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Values in each row, (R,)."""
+    def lengths(self) -> npt.NDArray[np.int64]:  # (R,)
         return np.diff(self.starts)
 
 
@@ -3629,26 +3638,24 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
     except (pa.ArrowException, TypeError) as error:
         raise FormatError(f"column {field.name!r} is not {field.type}: {error}") from error
     if pa.types.is_binary(field.type):
-        lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
-        joined = b"".join(value or b"" for value in array.to_pylist())
-        return Ragged(np.frombuffer(joined, np.uint8), to_starts(lengths))
+        pieces = [value or b"" for value in array.to_pylist()]
+        return Ragged(np.frombuffer(b"".join(pieces), np.uint8), to_starts([*map(len, pieces)]))
     if not pa.types.is_list(field.type):
         return pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    values = pc.list_flatten(array)
-    values = pc.fill_null(values, 0) if values.null_count else values
+    values = pc.fill_null(pc.list_flatten(array), 0)
     return Ragged(values.to_numpy(zero_copy_only=False), to_starts(lengths))
 
 
 def read_columns(table: pa.Table) -> tuple[dict[str, Any], list[Fault]]:
     """Return the format's columns as numpy, missing optional ones filled in, and what is wrong."""
-    rows = table.num_rows
     columns: dict[str, Any] = {}
     for kind in ALL_FIELDS:
         if kind.name in table.column_names or kind.name not in OPTIONAL_COLUMNS:
             columns[kind.name] = read_column(table, kind)
         elif kind.name in TAIL_COLUMNS:
-            columns[kind.name] = Ragged(np.zeros(0, np.uint8), np.zeros(rows + 1, np.int64))
+            none = np.zeros(table.num_rows + 1, np.int64)
+            columns[kind.name] = Ragged(np.zeros(0, np.uint8), none)
     columns.setdefault("num_tokens", columns["top_counts"].lengths)
     return columns, [*null_faults(table), *shape_faults(columns)]
 
@@ -3658,21 +3665,19 @@ def null_faults(table: pa.Table) -> list[Fault]:
     faults = []
     for name in table.column_names:
         column = table.column(name).combine_chunks()
-        missing = column.is_null().to_numpy(zero_copy_only=False).copy()
+        missing = set(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist())
         inner = pc.list_flatten(column) if pa.types.is_nested(column.type) else None
         if inner is not None and inner.null_count:
-            parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
-            missing[parents[inner.is_null().to_numpy(zero_copy_only=False)]] = True
-        message = f"{name} holds a null"
-        faults += [Fault(int(row), "null", message) for row in np.flatnonzero(missing)]
+            parents = pc.list_parent_indices(column).filter(inner.is_null())
+            missing.update(parents.to_pylist())
+        faults += [Fault(row, "null", f"{name} holds a null") for row in sorted(missing)]
     return faults
 
 
 def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
     """Find rows whose lists do not have the lengths that their counts ask for."""
     n = columns["num_tokens"].astype(np.int64)
-    counts = columns["top_counts"]
-    tail = columns["sampled_indices_low"].lengths
+    counts, tail = columns["top_counts"], columns["sampled_indices_low"].lengths
     wanted = dict.fromkeys(("top_counts", "top_min", "top_max", "logsumexp"), n)
     for name in ("top_indices_low", "top_logits_quantized"):
         wanted[name] = np.diff(to_starts(counts.values)[counts.starts])
@@ -3715,11 +3720,9 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
         raise FormatError(f"row {first_row + fault.row}: {fault.message}")
     settings = peek_settings((table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}"))
     block = build_block(columns, first_row, RunLimits.of(settings))
-    sums = block.logsumexp.copy()
-    for ends in (block.top.low, block.top.high, block.tail.low, block.tail.high):
-        sums += ends
-    for token in np.flatnonzero(~np.isfinite(sums))[:1]:
-        row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
+    ends = sum(part.low.astype(np.float64) + part.high for part in (block.top, block.tail))
+    for token in np.flatnonzero(~np.isfinite(block.logsumexp + ends))[:1]:
+        row = block.row_of(token)
         raise FormatError(
             f"row {first_row + row}: token {token - block.row_starts[row]} has a log-sum-exp, or a "
             "range of logits, that is not finite"
@@ -3730,23 +3733,17 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
 def build_block(columns: Mapping[str, Any], first_row: int, limits: RunLimits) -> TokenBlock:
     """Assemble a block from columns whose lengths agree."""
     counts, per_row = columns["top_counts"], columns["top_counts"].lengths
-    points = columns.get(POINTS_FIELD.name)
     drawn = np.repeat(columns["sampled_indices_low"].lengths // np.maximum(per_row, 1), per_row)
-    sizes = {"top": counts.values, "sampled": drawn if points is None else points.values}
-    entries: dict[str, Entries] = {}
-    for part, size in sizes.items():
+
+    def entries(part: str, sizes: npt.NDArray[Any]) -> Entries:
         low, high = columns[f"{part}_indices_low"], columns[f"{part}_indices_high"]
-        ranges = np.zeros((2, counts.values.size), np.float32)
-        for ends, name in zip(ranges, (f"{part}_min", f"{part}_max"), strict=True):
-            ends[np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
         pairs = zip(cut(low.values, low.starts), cut(high.values, high.starts), strict=True)
         ids = [unpack_indices(*pair) for pair in pairs]  # each row's high bits start on a byte
-        kind: Callable[..., Entries] = Entries
-        if part == "sampled" and points is not None:
-            rest = np.maximum(1 - entries["top"].mass, 0)
-            kind = functools.partial(Points, rest=rest, min_p=limits.min_p or 1.0)
-        entries[part] = kind(
-            to_starts(size),
+        ranges = np.zeros((2, sizes.size), np.float32)
+        for ends, name in zip(ranges, (f"{part}_min", f"{part}_max"), strict=True):
+            ends[np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
+        return Entries(
+            to_starts(sizes),
             np.concatenate(ids or [np.zeros(0, np.int32)]),
             columns[f"{part}_logits_quantized"].values,
             ranges[0],
@@ -3754,16 +3751,22 @@ def build_block(columns: Mapping[str, Any], first_row: int, limits: RunLimits) -
             columns["logsumexp"].values,
             limits.logit_bits,
         )
-    numbers = np.arange(first_row, first_row + per_row.size)
+
     tokens = None
     if all(name in columns for name in TOKEN_COLUMNS):
         texts, positions = (columns[name] for name in TOKEN_COLUMNS)
         tokens = cut(texts.values, texts.starts), cut(positions.values, positions.starts)
+    numbers = np.arange(first_row, first_row + per_row.size)
+    top, points = entries("top", counts.values), columns.get(POINTS_FIELD.name)
+    tail = entries("sampled", drawn if points is None else points.values)
+    if points is not None:
+        rest, min_p = np.maximum(1 - top.mass, 0), limits.min_p or 1.0
+        tail = Points(**vars(tail), rest=rest, min_p=min_p)
     return TokenBlock(
         columns.get("index", numbers).astype(np.int64),
         counts.starts,
-        entries["top"],
-        entries["sampled"],
+        top,
+        tail,
         columns["logsumexp"].values,
         tokens,
     )
@@ -3828,7 +3831,7 @@ def dequantize_top_logits(sample: Mapping[str, Any], t: int | None = None) -> Lo
     Raises:
         RowError: the sample has no token `t`.
     """
-    return _decode_entries(as_sample(sample), "top", t)
+    return _decode_entries(sample, "top", t)
 
 
 def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
@@ -3838,18 +3841,17 @@ def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -
     (`--min-p`) ids ascend, one may occur several times, and token t owns `sampled_counts[t]`; their
     logits are not known, each is the one of the share of probability that the entry stands for.
     """
-    return _decode_entries(as_sample(sample), "tail", t)
+    return _decode_entries(sample, "tail", t)
 
 
 def dequantize_all_logits(sample: Mapping[str, Any], t: int) -> LogitPair:
     """Return everything stored of token `t`: ids and logits, the nucleus first, then the tail."""
+    ids, logits = zip(*(_decode_entries(sample, part, t) for part in ("top", "tail")), strict=True)
+    return np.concatenate(ids), np.concatenate(logits)
+
+
+def _decode_entries(sample: Any, part: str, t: int | None) -> LogitPair:
     sample = as_sample(sample)
-    ids, logits = dequantize_top_logits(sample, t)
-    tail_ids, tail_logits = dequantize_sampled_logits(sample, t)
-    return np.concatenate([ids, tail_ids]), np.concatenate([logits, tail_logits])
-
-
-def _decode_entries(sample: Sample, part: str, t: int | None) -> LogitPair:
     entries: Entries = getattr(sample.block, part)
     if t is not None:
         t = check_token(sample, t)
@@ -3920,24 +3922,16 @@ def token_texts(ids: npt.ArrayLike, tokenizer: Any = None) -> list[str]:
 
 
 def _token_text(token: int, tokenizer: Any) -> str:
-    if tokenizer is None or not 0 <= token < len(tokenizer):
-        return f"#{token}"
-    text = str(tokenizer.decode([token]))
-    piece = tokenizer.convert_ids_to_tokens(token)
+    known = tokenizer is not None and 0 <= token < len(tokenizer)
+    piece = tokenizer.convert_ids_to_tokens(token) if known else None
     if piece is None:
         return f"#{token}"
+    text, piece, table = str(tokenizer.decode([token])), str(piece), byte_alphabet()
     if "\ufffd" in text:
-        data = piece_bytes(str(piece))
-        return text if data is None else show_bytes(data)
-    return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
-
-
-def piece_bytes(piece: str) -> bytes | None:
-    """Return the bytes of a byte-level or byte-fallback vocabulary entry; None for other kinds."""
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
-        return bytes([int(piece[3:5], 16)])
-    table = byte_alphabet()
-    return bytes(table[c] for c in piece) if all(c in table for c in piece) else None
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):  # a byte that a vocabulary falls back to
+            return show_bytes(bytes([int(piece[3:5], 16)]))
+        return show_bytes(bytes(table[c] for c in piece)) if table.keys() >= {*piece} else text
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
 
 
 @functools.cache
@@ -3998,15 +3992,11 @@ class TokenScores(NamedTuple):
 
 
 def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
-    """Find the probability and rank of the token that is really there, at each position.
+    """Find the probability and rank of the token (T,) that is really there, at each position.
 
     Exact for tokens stored with a logit. Another one has at most the smallest nucleus logit, and at
     most the probability that nucleus and tail sample leave over: the smaller of the two is given.
     Stored tail tokens above it raise the least rank of a tail token.
-
-    Args:
-        block: T tokens.
-        actual: (T,) ids.
     """
     log_prob = unstored_bound(block)
     places = []
@@ -4022,8 +4012,7 @@ def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     tail, top = places
     in_nucleus, in_tail = top >= 0, (tail >= 0) & (top < 0)
     rank = np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts) + 1
-    owner = block.tail.owner
-    q = block.tail.q
+    owner, q = block.tail.owner, block.tail.q
     above = in_tail[owner] & (q > q[tail[owner]] if q.size else False)
     rank += np.bincount(owner[above], minlength=actual.size)
     return TokenScores(log_prob, known, rank, in_nucleus, in_tail)
@@ -4094,7 +4083,7 @@ class ConversationAnalysis:
     def typical_probability(self) -> str:
         """The geometric mean of the tokens' probabilities, with `≤` where some are bounds."""
         bound = "" if all(token.exact for token in self.tokens) else "≤ "
-        return f"{bound}{math.exp(self.mean_log_probability):.1%}"
+        return f"{bound}{math.exp(min(self.mean_log_probability, 0)):.1%}"
 
     def to_pandas(self) -> Any:
         """Return one row per extracted token as a `pandas.DataFrame`."""
@@ -4133,19 +4122,17 @@ def analyze_token_probabilities(
     """
     sample, tokenizer = as_sample(sample), check_tokenizer(tokenizer)
     if conversation is None:
-        ids, positions = stored_tokens(sample)
-    elif isinstance(conversation, (str, int)) or not all(
+        return align_tokens(sample, *stored_tokens(sample), tokenizer, k=k)
+    if isinstance(conversation, (str, int)) or not all(
         isinstance(message, Mapping) for message in conversation
     ):
         raise LogitsError(
             "conversation is a list of messages such as {'role': 'user', 'content': 'Hi'}, not "
             f"{conversation!r:.60}; execute_analysis finds it by row or by id"
         )
-    else:
-        messages = [dict(message) for message in conversation]
-        encoded = encode_conversation(messages, tokenizer, chat_template=chat_template, **options)
-        ids, positions = encoded.input_ids, encoded.token_positions
-    return align_tokens(sample, ids, positions, tokenizer, k=k)
+    messages = [dict(message) for message in conversation]
+    encoded = encode_conversation(messages, tokenizer, chat_template=chat_template, **options)
+    return align_tokens(sample, encoded.input_ids, encoded.token_positions, tokenizer, k=k)
 
 
 def align_tokens(
@@ -4199,32 +4186,30 @@ def analyze_tokens(
     """Describe every token of a block, given the ids (T,) that are really there."""
     scores = score_tokens(block, actual)
     where = np.where(scores.in_nucleus, "nucleus", np.where(scores.in_tail, "tail", "not stored"))
-    top, tail, lists = block.top, block.tail, []
-    kept = np.arange(top.ids.size) - np.repeat(top.starts[:-1], top.counts) < k
-    for ids, logits, counts in (
-        (top.ids[kept], top.logits[kept], np.minimum(top.counts, k)),
-        (tail.ids, tail.logits, tail.counts),
-    ):
-        flat = make_predictions(ids, logits, np.repeat(block.logsumexp, counts), tokenizer)
-        lists.append([flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())])
-    return [
-        TokenAnalysis(
-            t=t,
-            id=int(actual[t]),
-            text=text,
-            probability=float(np.exp(scores.log_probability[t])),
-            log_probability=float(scores.log_probability[t]),
-            exact=bool(scores.exact[t]),
-            rank=int(scores.rank[t]),
-            where=str(where[t]),
-            nucleus_size=int(top.counts[t]),
-            nucleus_mass=float(top.mass[t]),
-            predictions=lists[0][t],
-            tail=lists[1][t],
-            tail_below=tail.min_p if isinstance(tail, Points) else None,
-        )
-        for t, text in enumerate(token_texts(actual, tokenizer))
-    ]
+
+    def predict(part: Entries, most: int) -> list[list[Prediction]]:
+        kept = np.arange(part.ids.size) - np.repeat(part.starts[:-1], part.counts) < most
+        counts = np.minimum(part.counts, most)
+        totals = np.repeat(block.logsumexp, counts)
+        flat = make_predictions(part.ids[kept], part.logits[kept], totals, tokenizer)
+        return [flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())]
+
+    columns = (
+        range(actual.size),
+        actual.tolist(),
+        token_texts(actual, tokenizer),
+        np.exp(scores.log_probability).tolist(),
+        scores.log_probability.tolist(),
+        scores.exact.tolist(),
+        scores.rank.tolist(),
+        where.tolist(),
+        block.top.counts.tolist(),
+        block.top.mass.tolist(),
+        predict(block.top, k),
+        predict(block.tail, MAX_TOKEN_ID),
+        [block.tail.min_p if isinstance(block.tail, Points) else None] * actual.size,
+    )
+    return [TokenAnalysis(*row) for row in zip(*columns, strict=True)]
 
 
 # The text behind an output ------------------------------------------------------------------------
@@ -4240,9 +4225,7 @@ class TextSource:
     def __init__(
         self, settings: Mapping[str, Any], *, tokenizer: Any, chat_template: str | None = None
     ) -> None:
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
+        self.settings, self.tokenizer, self.chat_template = settings, tokenizer, chat_template
 
     @cached_property
     def source(self) -> Any:
@@ -4293,6 +4276,8 @@ class TextSource:
         column = self.encoder.columns.index
         if column is None:
             return range(len(self.source))
+        if column not in self.source.column_names:
+            raise SourceError(f"{self.settings['dataset']} has no column {column!r} of ids")
         return {int(value): row for row, value in enumerate(self.source[column])}
 
     def encode(self, index: int) -> EncodedConversation:
@@ -4330,12 +4315,11 @@ def find_tokenizer(
     name = model or settings.get("model")
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
-    revision = None if model else settings.get("model_revision")
-    answers = Path(str(name)).expanduser().exists() or hub_answers(str(name))
+    answers = os.path.exists(os.path.expanduser(name)) or _hub_answers(name)
     try:
         return load_tokenizer(
-            str(name),
-            revision=revision,
+            name,
+            revision=None if model else settings.get("model_revision"),
             trust_remote_code=trust_remote_code,
             local_files_only=not answers,
         )
@@ -4345,18 +4329,19 @@ def find_tokenizer(
             remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
         elif not answers:
             what = f"the Hub is out of reach and no tokenizer of {name} is in its cache here"
-        raise LogitsError(f"{what}; {remedy}") from error
+        raise LogitsError(f"{what}; {remedy}") from None
 
 
-def hub_answers(model: str) -> bool:
+def _hub_answers(model: str) -> bool:
     """Ask the Hub once; its client would ask for each file six times, and wait in between."""
-    hub = import_extra("huggingface_hub")
     try:
-        hub.HfApi().model_info(model, timeout=10)
-    except (hub.errors.HfHubHTTPError, ValueError):
-        return True  # with a refusal, which loading tells best
-    except (hub.errors.HTTPError, OSError):
+        import_hub().HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+    except transfer_errors() as error:
+        return hasattr(error, "response")  # a refusal, which loading tells best
+    except OSError:
         return False
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return True
     return True
 
 
@@ -4405,9 +4390,8 @@ def analyze_row(
         try:
             encoded = text.encode(sample["index"])
         except SourceError as error:
-            raise SourceError(
-                f"{error}; --dataset, dataset= says where the conversations are now"
-            ) from error
+            remedy = "--dataset, dataset= says where the conversations are now"
+            raise SourceError(f"{error}; {remedy}") from error
         ids, positions = encoded.input_ids, encoded.token_positions
     analysis = align_tokens(sample, ids, positions, text.tokenizer, k=k)
     return replace(analysis, model=str(text.settings.get("model") or ""))
@@ -4415,18 +4399,18 @@ def analyze_row(
 
 def analyze_missing(output: LogitDataset, text: TextSource, index: int) -> ConversationAnalysis:
     """Show a conversation of the source that the output does not hold, as not extracted."""
+    parts = (output.part(shard) for shard in range(len(output.shards)))
+    reasons = [
+        part["skipped"][str(index)] for part in parts if str(index) in part.get("skipped", {})
+    ]
     note = "this conversation is not in the output"
-    for shard in range(len(output.shards)):
-        reason = output.part(shard).get("skipped", {}).get(str(index))
-        if reason is not None:
-            note = f"this conversation gave no row: {reason}"
+    if reasons:
+        note = f"this conversation gave no row: {reasons[-1]}"
     try:
-        encoded = text.encode(index)
+        ids = text.encode(index).input_ids
     except ConversationError as error:
         return ConversationAnalysis(index, [], [], note=f"{note}: {error}")
-    pieces: list[tuple[str, int | None]] = [
-        (piece, None) for piece in token_texts(encoded.input_ids, text.tokenizer)
-    ]
+    pieces: list[tuple[str, int | None]] = [(s, None) for s in token_texts(ids, text.tokenizer)]
     return ConversationAnalysis(index, [], pieces, note=note)
 
 
@@ -4456,12 +4440,10 @@ def execute_analysis(
         output, model=model, dataset=dataset, tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    if conversation is None:
-        return analyze_row(output, check_row_number(sample_index), text, k=k)
-    row = row_numbers(output).get(conversation)
-    if row is None:
+    row: int | None = check_row_number(sample_index)
+    if conversation is not None and (row := row_numbers(output).get(conversation)) is None:
         return analyze_missing(output, text, conversation)
-    return analyze_row(output, row, text, k=k)
+    return analyze_row(output, row or 0, text, k=k)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5828,7 +5810,8 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     equal = common[common["num_tokens_x"] == common["num_tokens_y"]]
     tokens, unequal = int(equal["num_tokens_x"].sum()), len(common) - len(equal)
     seen = Comparison((len(one), len(two)), len(common), unequal, tokens)
-    total, same, peak, worst = 0.0, 0, 0.0, []
+    total, most, same, peak = 0.0, 0.0, 0, 0.0
+    worst: list[tuple[float, int, int]] = []
     for _, chunk in equal.groupby(equal["num_tokens_x"].cumsum() // COMPARED_TOKENS):
         a, b = (
             decode_rows((rows.read_rows if isinstance(rows, LogitDataset) else rows.take)(numbers))
@@ -5836,24 +5819,25 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         )
         divergence = bound_divergence(a, b)
         if not np.isfinite(divergence).all():
-            raise FormatError("logits or a log-sum-exp are no numbers: --validate names the rows")
-        total += float(divergence.sum())
+            raise FormatError("probabilities are not finite: --validate names the rows")
+        total, most = total + float(divergence.sum()), max(most, float(divergence.max(initial=0)))
         same += int((a.first_ids == b.first_ids).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
-            row = np.searchsorted(a.row_starts, token, side="right") - 1
-            place = (int(a.index[row]), int(token - a.row_starts[row]))
-            worst.append((float(divergence[token]), *place))
+            if divergence[token] > 0:
+                row = np.searchsorted(a.row_starts, token, side="right") - 1
+                place = (int(a.index[row]), int(token - a.row_starts[row]))
+                worst.append((float(divergence[token]), *place))
         worst = sorted(worst, key=lambda item: -item[0])[:largest]
     if not tokens:
         return seen
     return replace(
         seen,
         mean_divergence=total / tokens,
-        max_divergence=worst[0][0],
+        max_divergence=most,
         same_first=same / tokens,
         max_logsumexp=peak,
-        largest=[item for item in worst if item[0] > 0],
+        largest=worst,
     )
 
 
@@ -5910,38 +5894,395 @@ def known_entries(
 # 9 Train
 # --------------------------------------------------------------------------------------------------
 #
-#     shards ──LogitIterableDataset──► rows ──collate_logits──► batch ──student──► logits
-#                  └─ weigh_tail: how many tokens                       └─► distillation_loss
-#                     each tail token stands for
+#     shards ──LogitIterableDataset──► rows ──collate_logits──► batch ──student──► logits, or states
+#                                       └─export_axolotl, export_distillkit              and a head
+#                                                                          └─► distillation_loss
 #
-# Everything here rests on one identity. For any function g of a token, the sum of g over the
-# vocabulary is expected to be the sum over the nucleus plus the weighted sum over the tail sample.
+# The loss rests on one identity: for any function g of a token, the sum of g over the vocabulary is
+# expected to be the sum over the nucleus plus the sum over the tail sample, each of its tokens
+# counted as often as `weigh_tail` says.
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAILS = ("unbiased", "renormalized", "ghost", "ignore")
 LEAST_LOG_REST = -100.0  # of the mass outside the nucleus, which rounding may bring below 0
-TEACHER_COLUMNS = {  # of a row: dtype, and what fills the batch where a token has fewer entries
+TEACHER_COLUMNS: dict[str, tuple[Any, Any]] = {  # of a row: dtype, and what fills a batch
     "teacher_ids": (np.int64, 0),
     "teacher_log_probs": (np.float32, LEAST_LOG_REST),
-    "teacher_log_weights": (np.float32, 0.0),
-    "teacher_mask": (np.bool_, False),  # entries there are
+    "teacher_mask": (np.bool_, False),  # entries that are there
     "teacher_tail_mask": (np.bool_, False),  # those of them that were sampled
+    "teacher_log_rest": (np.float32, LEAST_LOG_REST),  # outside the nucleus; one a token
+    "teacher_points": (np.bool_, False),  # the sample is that of a compact row; one a token
 }
 IGNORED_LABEL = -100  # what PyTorch's cross-entropy leaves out
-MAX_LOG_TERM = 60.0  # of a reverse KL's weighted term, which might overflow float32
 
 
-# Weights of the tail ------------------------------------------------------------------------------
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def sparse_teacher(block: TokenBlock) -> dict[str, npt.NDArray[Any]]:
+    """Return what is stored of T tokens as `TEACHER_COLUMNS` (T, E): the nucleus, then the tail.
+
+    Raises:
+        FormatError: the tokens have tails of different sizes, as those of compact rows may.
+    """
+    points, tail = isinstance(block.tail, Points), block.tail.counts
+    if not points and (tail != tail[:1]).any():
+        raise FormatError("the tail samples of one output differ in size")
+    rest = np.maximum(1 - block.top.mass, block.tail.mass)
+    parts = [fill_entries(part) for part in (block.top, block.tail)]
+    ids, log_probs, there = zip(*parts, strict=True)
+    return {
+        "teacher_ids": np.concatenate(ids, axis=1),
+        "teacher_log_probs": np.concatenate(log_probs, axis=1, dtype=np.float32),
+        "teacher_mask": np.concatenate(there, axis=1),
+        "teacher_tail_mask": np.concatenate([np.zeros_like(there[0]), there[1]], axis=1),
+        "teacher_log_rest": np.log(np.maximum(rest, np.exp(LEAST_LOG_REST))).astype(np.float32),
+        "teacher_points": np.full(tail.size, points),
+    }
+
+
+def fill_entries(part: Entries) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Return ids and log-probabilities as (T, E), and which of them are there."""
+    counts = part.counts
+    there = np.arange(int(counts.max(initial=0))) < counts[:, None]
+    if there.all():
+        return part.ids.reshape(there.shape), part.log_probs.reshape(there.shape), there
+    ids, log_probs = np.zeros(there.shape, np.int32), np.full(there.shape, LEAST_LOG_REST)
+    ids[there], log_probs[there] = part.ids, part.log_probs
+    return ids, log_probs, there
+
+
+class LogitIterableDataset:
+    """Rows of an output to train on; to torch it is an `IterableDataset`.
+
+    Each item is one conversation as a dictionary of numpy arrays: `index`, `input_ids` (S,) int32,
+    `labels` (S,) int64 with -100 where nothing was extracted, `teacher_positions` (N,) of the
+    extracted tokens in `input_ids`, and of each of them `TEACHER_COLUMNS`, (N, E) or (N,).
+    `collate_logits` makes batches.
+
+    With a seed, the shards are put in random order, and the rows inside each shard; another epoch
+    (`set_epoch`) gives another order. The rows are then divided into equal runs, first over ranks
+    and then over the workers of a data loader, so that one worker reads only the shards of its
+    run, and holds one at a time as it is stored. Rows that do not divide among the ranks are left
+    out of that epoch, so that all ranks take equally many steps. As the dataset divides itself,
+    nothing else must: accelerate and transformers' `Trainer` do, unless the loader is kept from
+    them (docs/distillation.md). `as_datasets` is for trainers that divide.
+
+    `state_dict` and `load_state_dict` go on where an epoch was left. They are of the process that
+    gives rows out: this one, or under `torchdata.stateful_dataloader` each worker.
+    """
+
+    def __init__(
+        self,
+        dataset: str | Path | Sequence[str | Path] | LogitDataset,
+        *,
+        seed: int | None = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        max_seq_len: int | None = None,
+        text: TextSource | None = None,
+    ) -> None:
+        """Open an output; nothing is read yet.
+
+        Args:
+            dataset: a folder, files, or a dataset on the Hub.
+            seed: of the order; None keeps the order of the output.
+            rank, world_size: this process's part; from the environment (RANK, WORLD_SIZE) if None.
+            max_seq_len: cut longer conversations at this many tokens; one that has nothing
+                extracted before that stays, with N = 0, so that ranks keep in step.
+            text: where the conversations come from when the output does not store their tokens;
+                None finds tokenizer, template and source from the output's settings.
+
+        Raises:
+            LogitsError: the rank is not below the world size, or torch is missing.
+            OpenError: there is no such output.
+        """
+        torch = import_extra("torch")
+        self.output = as_output(dataset)
+        self.seed, self.max_seq_len, self.text = seed, max_seq_len, text
+        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+        self._from_environment = world_size is None and self.world_size > 1
+        if not 0 <= self.rank < self.world_size:
+            raise LogitsError(f"rank {self.rank} is not in 0..{self.world_size - 1}")
+        torch.utils.data.IterableDataset.register(type(self))  # so that no import needs torch
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on
+        self._skip = 0  # rows that the next pass leaves out, since they were given before
+        self._rows: int | None = None  # given in this pass; None where other processes give them
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_second_division()
+        return self.__dict__
+
+    def __len__(self) -> int:
+        """Return the rows that this rank has in an epoch."""
+        return len(self.output) // self.world_size
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from 0; it only changes the order."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of another epoch, from its start; workers that are running see it."""
+        if epoch != self.epoch:
+            self._skip, self._rows = 0, None if self._rows is None else 0
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._refuse_second_division()
+        worker = import_extra("torch.utils.data").get_worker_info()
+        if worker is not None:  # files that the main process has open are not for two
+            self.output = LogitDataset(self.output.store, self.output.sizes)
+        runs = self.iter_runs(*((worker.id, worker.num_workers) if worker else ()), skip=self._skip)
+        self._rows, self._skip = self._skip, 0  # the pass after this one is whole again
+        return self._give(runs)
+
+    def _give(self, runs: Iterable[tuple[int, npt.NDArray[np.int64]]]) -> Iterator[dict[str, Any]]:
+        for shard, rows in runs:
+            for item in self.read_rows(shard, rows):
+                self._rows = (self._rows or 0) + 1
+                yield item
+
+    def _refuse_second_division(self) -> None:
+        """Refuse to divide rows by the environment's ranks where accelerate may divide again."""
+        state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+        if self._from_environment and getattr(state, "_shared_state", None):
+            raise LogitsError(
+                f"accelerate runs {self.world_size} processes and divides the rows of a loader "
+                "that it prepares, as this dataset does: give rank=0, world_size=1 for such a "
+                "loader, or this process's rank and world_size for one that is kept from it"
+            )
+
+    def iter_runs(
+        self, worker: int = 0, workers: int = 1, *, skip: int = 0
+    ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Yield the shards, and the rows in them, that a worker of this rank has in this epoch.
+
+        The runs of the ranks are equally long, those of a rank's workers up to one row.
+        """
+        share = len(self)
+        first = self.rank * share + share * worker // workers + skip
+        last = self.rank * share + share * (worker + 1) // workers
+        shards, begin = self.shuffle(len(self.output.shards)), 0
+        for shard in shards.tolist():
+            end = begin + self.output.count_rows(shard)
+            if begin < last and end > first:
+                rows = self.shuffle(end - begin, shard)
+                yield shard, rows[max(first - begin, 0) : last - begin]
+            begin = end
+
+    def shuffle(self, count: int, *of: int) -> npt.NDArray[np.int64]:
+        """Return the order of this epoch's shards, or of the rows of one of them."""
+        order = np.arange(count)
+        if self.seed is not None:
+            np.random.default_rng([self.seed, self.epoch, *of]).shuffle(order)
+        return order
+
+    def read_rows(
+        self, shard: int, rows: npt.NDArray[np.int64], *, at_once: int = 16
+    ) -> Iterator[dict[str, Any]]:
+        """Yield rows of a shard to train on."""
+        tables = self.output.iter_shard(shard, rows=256)
+        table = pa.concat_tables(tables).combine_chunks()  # taking rows joins chunks every time
+        for first in range(0, rows.size, at_once):
+            block = decode_rows(table.take(pa.array(rows[first : first + at_once])))
+            teacher = sparse_teacher(block)
+            for row in range(block.index.size):
+                yield self.training_row(block, row, teacher)
+
+    def training_row(
+        self, block: TokenBlock, row: int, teacher: Mapping[str, npt.NDArray[Any]]
+    ) -> dict[str, Any]:
+        """Put one row's tokens, stored or rendered again, beside its part of the block's teacher.
+
+        Raises:
+            AlignmentError: the conversation has another number of extracted tokens.
+        """
+        first, last = block.row_starts[row : row + 2].tolist()
+        sample: dict[str, Any] = {"index": int(block.index[row]), "num_tokens": last - first}
+        if block.tokens is not None:
+            sample |= {name: block.tokens[i][row] for i, name in enumerate(TOKEN_COLUMNS)}
+            ids, positions = stored_tokens(sample)
+        else:
+            self.text = self.text or open_text(self.output)
+            encoded = self.text.encode(sample["index"])
+            ids, positions = encoded.input_ids, encoded.token_positions
+        check_alignment(sample, ids, positions)
+        labels = np.full(ids.size, IGNORED_LABEL, np.int64)
+        labels[positions] = ids[positions]
+        told = {name: values[first:last] for name, values in teacher.items()}
+        whole = {"input_ids": ids, "labels": labels, "teacher_positions": positions, **told}
+        return {"index": sample["index"], **cut_row(whole, self.max_seq_len)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this epoch stands, as plain numbers.
+
+        Raises:
+            LogitsError: no row was given out in this process; workers may have given some.
+        """
+        if self._rows is None:
+            raise LogitsError(
+                "no row was given out in this process: with workers, take torchdata's "
+                "StatefulDataLoader and its own state_dict, which asks them"
+            )
+        return {**self._identity(), "epoch": self.epoch, "rows": self._rows}
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same for a state to fit."""
+        names = ("seed", "rank", "world_size")
+        return {**{name: getattr(self, name) for name in names}, "dataset_rows": len(self.output)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken, once: the pass after the next is whole again.
+
+        Raises:
+            LogitsError: the state is of another seed, rank, world size or output.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise LogitsError(f"the state is of {name} {state[name]}, this is {value}")
+        self._epoch.fill_(state["epoch"])
+        self._skip = self._rows = state["rows"]
+
+    def as_datasets(self) -> Any:
+        """Return the whole output as a `datasets.IterableDataset`, which TRL's trainers ask for.
+
+        Its shards are those of the output, so that `datasets` divides them among workers and
+        ranks, shuffles them (`.shuffle`) and keeps their state, as it does with any other. Without
+        a shuffle of its own, every epoch has the order that this dataset has now.
+        """
+        datasets = import_extra("datasets")
+        shards = self.shuffle(len(self.output.shards)).tolist()
+        return datasets.IterableDataset.from_generator(
+            self._read_shards, gen_kwargs={"shards": shards}
+        )
+
+    def _read_shards(self, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            yield from self.read_rows(shard, self.shuffle(self.output.count_rows(shard), shard))
+
+
+def cut_row(row: Mapping[str, Any], length: int | None) -> dict[str, Any]:
+    """Return a row without the tokens from `length` on, and without their teacher."""
+    if length is None or row["input_ids"].size <= length:
+        return dict(row)
+    kept = int(np.searchsorted(row["teacher_positions"], length))
+    ends = {"input_ids": length, "labels": length, "teacher_positions": kept}
+    ends |= dict.fromkeys(TEACHER_COLUMNS, kept)
+    return {name: value[: ends[name]] if name in ends else value for name, value in row.items()}
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def collate_logits(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_id: int = 0,
+    max_length: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    pack: bool = False,
+) -> dict[str, Any]:
+    """Make a batch of torch tensors from rows of `LogitIterableDataset`.
+
+    The first dimension of every tensor is the sequence, so that a batch may be cut along it, as
+    accelerate does; the second is the token, padded on the right.
+
+    Args:
+        rows: conversations, one a sequence if they are not packed.
+        pad_id: fills `input_ids`.
+        max_length: cut longer conversations at this many tokens; of packed sequences the most.
+        pad_to_multiple_of: make sequences longer, up to a multiple of it.
+        pack: put conversations one after the other into as few sequences as they fit in (first
+            fit), all into one if there is no `max_length`. The batch then has no `attention_mask`,
+            as what keeps conversations apart are `position_ids`: call the model without a cache
+            (`use_cache=False`), and check that it keeps them apart.
+
+    Returns:
+        `input_ids`, `attention_mask`, `labels` (B, S) int64; `index` (B,); `teacher_positions`
+        (B, T), the position whose output predicts each extracted token, -1 for padding;
+        `TEACHER_COLUMNS` (B, T, E) or (B, T). Packed: `position_ids` and `segment_ids` (B, S), the
+        number of the conversation in its sequence, -1 for padding; `index` (B, C), -1 for padding.
+    """
+    torch = import_extra("torch")
+    cut = [cut_row(row, max_length) for row in rows]
+    groups = pack_rows(cut, max_length) if pack else [[row] for row in cut]
+    names = ("input_ids", "teacher_positions")
+    sizes = [[sum_sizes(group, name) for name in names] for group in groups]
+    longest, tokens = np.max(sizes, axis=0).tolist()
+    longest += -longest % (pad_to_multiple_of or 1)
+    text, told = (len(groups), longest), (len(groups), tokens)
+    batch: dict[str, npt.NDArray[Any]] = {
+        "input_ids": np.full(text, pad_id, np.int64),
+        "labels": np.full(text, IGNORED_LABEL, np.int64),
+        "position_ids": np.zeros(text, np.int64),
+        "segment_ids": np.full(text, -1, np.int64),
+        "index": np.full((len(groups), max(map(len, groups))), -1, np.int64),
+        "teacher_positions": np.full(told, -1, np.int64),
+    }
+    for name, (kind, fill) in TEACHER_COLUMNS.items():
+        entries = np.max([row[name].shape[1:] for row in cut], axis=0).astype(np.int64)
+        batch[name] = np.full((*told, *entries), fill, kind)
+    for i, group in enumerate(groups):
+        s = n = 0
+        for j, row in enumerate(group):
+            here = (i, slice(s, s + row["input_ids"].size))
+            batch["input_ids"][here], batch["labels"][here] = row["input_ids"], row["labels"]
+            batch["segment_ids"][here], batch["index"][i, j] = j, row["index"]
+            batch["position_ids"][here] = np.arange(row["input_ids"].size)
+            last = n + row["teacher_positions"].size
+            batch["teacher_positions"][i, n:last] = row["teacher_positions"] + (s - 1)
+            for name in TEACHER_COLUMNS:
+                batch[name][i, n:last][..., : row[name].shape[-1]] = row[name]
+            s, n = here[1].stop, last
+        batch["position_ids"][i, s:] = np.arange(longest - s)  # padding is one more segment
+    if not pack:
+        batch["attention_mask"] = (batch.pop("segment_ids") >= 0).astype(np.int64)
+        batch["index"] = batch["index"][:, 0]
+        del batch["position_ids"]
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def sum_sizes(rows: Iterable[Mapping[str, Any]], name: str) -> int:
+    """Return how many values a column has in some rows together."""
+    return sum(row[name].size for row in rows)
+
+
+def pack_rows(rows: Iterable[dict[str, Any]], length: int | None) -> list[list[dict[str, Any]]]:
+    """Divide rows into sequences of at most `length` tokens, each the first that has room."""
+    groups: list[list[dict[str, Any]]] = []
+    for row in rows:
+        for group in groups:
+            if length is None or sum_sizes([*group, row], "input_ids") <= length:
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def flat_positions(batch: Mapping[str, Any]) -> Any:
+    """Return which of the B * S flattened positions predict the batch's extracted tokens, (N,).
+
+    For models that can compute logits at chosen positions only: `distillation_loss` takes the
+    logits (N, V) of just these, in this order.
+    """
+    positions = batch["teacher_positions"]
+    rows, length = batch["input_ids"].shape
+    starts = import_extra("torch").arange(rows, device=positions.device)[:, None] * length
+    return (positions + starts)[positions >= 0]
+
+
+# What a tail token stands for ---------------------------------------------------------------------
 
 QUADRATURE_DROP = 20.0  # the integrand is followed until it has fallen by this factor's logarithm
 LEAST_UNDRAWN = 1e-12  # share of the tail below which the sample is taken to hold all of it
 LEAST_LOG_SHARE = -600.0  # below it a weight is inversely proportional to the probability
 
 
-def weigh_tail(
-    log_probs: npt.ArrayLike, rest: npt.ArrayLike, *, nodes: int | None = None
-) -> npt.NDArray[np.float64]:
+def weigh_tail(log_probs: Any, rest: Any, *, nodes: int | None = None) -> Any:
     """Return the logarithm of how many tokens of the vocabulary each tail token stands for.
 
     With these weights w, and 1 for each nucleus token, the weighted sum of any function over what
@@ -5959,51 +6300,46 @@ def weigh_tail(
         nodes: of the quadrature; None takes as many as each density needs for an error of 1e-6.
 
     Returns:
-        (T, M) float64, each at least 0.
+        A tensor (T, M), each at least 0.
 
     Source: Murthy (1957), Ordered and unordered estimators in sampling without replacement;
     Kool, van Hoof and Welling (2020), Estimating gradients for discrete random variables by
     sampling without replacement, ICLR, section 3.2 and appendix B.
     """
-    probs = np.asarray(log_probs, np.float64)
-    weights = np.zeros(probs.shape)
-    if probs.size == 0:
-        return weights
-    shares = probs.T - np.log(np.asarray(rest, np.float64))  # (M, T)
-    undrawn = 1 - np.exp(shares).sum(axis=0)
-    open_ = np.flatnonzero(undrawn >= LEAST_UNDRAWN)
-    shares, undrawn = shares[:, open_], undrawn[open_]
-    held = np.exp(np.maximum(shares, LEAST_LOG_SHARE))
+    torch = import_extra("torch")
+    log_probs = torch.as_tensor(log_probs)
+    place = "cpu" if log_probs.device.type == "mps" else log_probs.device  # it has no float64
+    log_rest = torch.as_tensor(rest).to(place).double().log()
+    shares = log_probs.to(place).double().T - log_rest
+    weights = torch.zeros_like(shares)  # (M, T)
+    undrawn = 1 - shares.exp().sum(0)
+    undecided = ((undrawn >= LEAST_UNDRAWN) & (shares.shape[0] > 0)).nonzero()[:, 0]
+    if not undecided.numel():
+        return torch.zeros_like(log_probs)
+    shares, undrawn = shares[:, undecided], undrawn[undecided]
+    held = shares.clamp(min=LEAST_LOG_SHARE).exp()
     first, last, needed = bracket_race(held, undrawn)
-    order = np.argsort(needed)
-    for start in range(0, order.size, 64):  # 64 tokens' integrands stay in the cache
-        part = order[start : start + 64]
+    order = needed.argsort()
+    # On a processor, the integrands of 64 tokens stay in its cache.
+    for part in order.split(64 if shares.device.type == "cpu" else 4096):
         count = nodes or int(needed[part].max())
-        steps = np.arange(count)[:, None] / (count - 1)
+        steps = torch.linspace(0, 1, count, dtype=shares.dtype, device=shares.device)[:, None]
         log_times = first[part] + (last - first)[part] * steps  # (n, t)
         found = integrate_weights(held[:, part], undrawn[part], log_times)
-        found += np.maximum(LEAST_LOG_SHARE - shares[:, part], 0)
-        weights[open_[part]] = np.maximum(found, 0.0).T
-    return weights
+        found += (LEAST_LOG_SHARE - shares[:, part]).clamp(min=0)
+        weights[:, undecided[part]] = found.clamp(min=0)
+    return weights.T.to(log_probs)
 
 
-def integrate_weights(
-    probs: npt.NDArray[np.float64],
-    undrawn: npt.NDArray[np.float64],
-    log_times: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
+def integrate_weights(probs: Any, undrawn: Any, log_times: Any) -> Any:
     """Return log-weights (M, t), given shares of the tail (M, t) and equidistant nodes (n, t)."""
-    times = np.exp(log_times)
-    arrived = -np.expm1(-probs[:, None, :] * times)  # (M, n, t)
-    density = log_times - undrawn * times + np.log(arrived).sum(axis=0)
-    density = np.exp(density - density.max(axis=0))
-    density /= density.sum(axis=0)
-    return np.log((density / arrived).sum(axis=1))
+    times = log_times.exp()
+    arrived = (-probs[:, None, :] * times).expm1().neg()  # (M, n, t)
+    density = (log_times - undrawn * times + arrived.log().sum(0)).softmax(0)
+    return (density / arrived).sum(1).log()
 
 
-def bracket_race(
-    probs: npt.NDArray[np.float64], undrawn: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+def bracket_race(probs: Any, undrawn: Any) -> tuple[Any, Any, Any]:
     """Return between which log-times (T,) the integrand is worth summing, and at how many nodes.
 
     Its slope in log t is 1 + Σ φ(p_j t) - c t with φ(x) = x / (e^x - 1) in (0, 1]; so the mode has
@@ -6011,348 +6347,43 @@ def bracket_race(
     that side by the slope at the mode (less the factor that a weight takes out); rightwards the
     fall is at least that of a gamma density. The curvature at the mode gives the spacing.
     """
-    low = -np.log(undrawn)
-    high = low + np.log1p(probs.shape[0])
+    low = -undrawn.log()
+    high = low + math.log1p(probs.shape[0])
     for _ in range(6):
         middle = (low + high) / 2
-        waiting = probs * np.exp(middle)
-        slope = (waiting / np.expm1(np.minimum(waiting, 700))).sum(axis=0)
-        rising = 1 + slope > undrawn * np.exp(middle)
-        low, high = np.where(rising, middle, low), np.where(rising, high, middle)
-    waiting = probs * np.exp(high)
-    slopes = waiting / np.expm1(np.minimum(waiting, 700))
-    at_mode = 1 + slopes.sum(axis=0)
-    least = np.maximum(at_mode - slopes.max(axis=0), 1)
+        waiting = probs * middle.exp()
+        rising = 1 + (waiting / waiting.clamp(max=700).expm1()).sum(0) > undrawn * middle.exp()
+        low, high = low.where(~rising, middle), high.where(rising, middle)
+    waiting = probs * high.exp()
+    slopes = waiting / waiting.clamp(max=700).expm1()
+    at_mode = 1 + slopes.sum(0)
+    least = (at_mode - slopes.amax(0)).clamp(min=1)
     fall = QUADRATURE_DROP / least
-    first = low - fall - np.minimum(1, np.sqrt(2 * fall)) - np.log(at_mode / least)
-    last = high + np.log1p((QUADRATURE_DROP + np.sqrt(2 * at_mode * QUADRATURE_DROP)) / at_mode)
-    curvature = at_mode + (slopes * (slopes + waiting - 1)).sum(axis=0)
-    spacing = np.minimum(0.36, 0.8 / np.sqrt(curvature))
-    return first, last, np.ceil((last - first) / spacing).astype(np.int64) + 1
-
-
-# Rows to train on ---------------------------------------------------------------------------------
-
-
-def sparse_teacher(block: TokenBlock, *, weigh: bool = True) -> dict[str, npt.NDArray[Any]]:
-    """Return what is stored of each token as padded arrays, nucleus first and tail last.
-
-    Args:
-        block: T tokens.
-        weigh: compute the weights of the tail, about half of the work; False leaves the column
-            `teacher_log_weights` out, and `distillation_loss` then refuses `tail="unbiased"`.
-
-    Returns:
-        `TEACHER_COLUMNS`, (T, E) each, and `teacher_log_rest` (T,) float32, the logarithm of the
-        probability outside the nucleus.
-
-    Raises:
-        FormatError: the tokens have tails of different sizes.
-    """
-    size = int(block.tail.counts.max(initial=0))
-    if (block.tail.counts != size).any():
-        raise FormatError("the tail samples of one output differ in size")
-    shape = (block.tail.counts.size, size)
-    tail = block.tail.logits.reshape(shape) - block.logsumexp[:, None]
-    rest = 1 - block.top.mass
-    rest = np.maximum(np.maximum(rest, np.exp(tail).sum(axis=1)), np.exp(LEAST_LOG_REST))
-    counts = block.top.counts
-    there = np.arange(int(counts.max(initial=0))) < counts[:, None]  # (T, K)
-    ids, probs = np.zeros(there.shape, np.int32), np.full(there.shape, LEAST_LOG_REST, np.float32)
-    ids[there] = block.top.ids
-    probs[there] = block.top.logits - np.repeat(block.logsumexp, counts)
-    teacher = {
-        "teacher_ids": np.concatenate([ids, block.tail.ids.reshape(shape)], axis=1),
-        "teacher_log_probs": np.concatenate([probs, tail], axis=1, dtype=np.float32),
-        "teacher_mask": np.concatenate([there, np.ones(shape, np.bool_)], axis=1),
-        "teacher_tail_mask": np.zeros((shape[0], there.shape[1] + size), np.bool_),
-        "teacher_log_rest": np.log(rest).astype(np.float32),
-    }
-    teacher["teacher_tail_mask"][:, there.shape[1] :] = True
-    if weigh:
-        weights = np.zeros(teacher["teacher_ids"].shape, np.float32)
-        weights[:, there.shape[1] :] = weigh_tail(tail, rest)
-        teacher["teacher_log_weights"] = weights
-    return teacher
-
-
-class LogitIterableDataset:
-    """Rows of an output to train on; to torch it is an `IterableDataset`.
-
-    Each item is one conversation as a dictionary of numpy arrays: `index`, `input_ids` (S,) int32,
-    `labels` (S,) int64 with -100 where nothing was extracted, `teacher_positions` (N,) of the
-    extracted tokens in `input_ids`, and of each of them `TEACHER_COLUMNS` (N, E) and
-    `teacher_log_rest` (N,). `collate_logits` makes batches.
-
-    With a seed, the shards are put in random order, and the rows inside each shard; another epoch
-    (`set_epoch`) gives another order. The rows are then divided into equal runs, first over ranks
-    and then over the workers of a data loader, so that one worker reads only the shards of its
-    run, and holds one at a time as it is stored. Rows that do not divide among the ranks are left
-    out of that epoch, so that all ranks take equally many steps. As the dataset divides itself,
-    nothing else must: accelerate and transformers' `Trainer` do, unless the loader is kept from
-    them (docs/distillation.md).
-
-    `state_dict` and `load_state_dict` go on where an epoch was left. They are of the one process
-    that gives rows out: of this one under a `DataLoader` without workers; of each worker under
-    `torchdata.stateful_dataloader`, which calls them there by itself.
-    """
-
-    def __init__(
-        self,
-        dataset: str | Path | Sequence[str | Path] | LogitDataset,
-        *,
-        seed: int | None = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-        max_seq_len: int | None = None,
-        weigh: bool = True,
-        text: TextSource | None = None,
-    ) -> None:
-        """Open an output; nothing is read yet.
-
-        Args:
-            dataset: a folder, files, or a dataset on the Hub.
-            seed: of the order; None keeps the order of the output.
-            rank, world_size: this process's part; from the environment (RANK, WORLD_SIZE) if None.
-            max_seq_len: cut longer conversations at this many tokens; one that has nothing
-                extracted before that stays, with N = 0, so that ranks keep in step.
-            weigh: compute the weights that `tail="unbiased"` needs; see `sparse_teacher`.
-            text: where the conversations come from when the output does not store their tokens;
-                None finds tokenizer, template and source from the output's settings.
-
-        Raises:
-            LogitsError: the rank is not below the world size, or torch is missing.
-            OpenError: there is no such output.
-        """
-        torch = import_extra("torch")
-        self.output = as_output(dataset)
-        self.seed, self.max_seq_len, self.weigh, self.text = seed, max_seq_len, weigh, text
-        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-        self._from_environment = world_size is None and self.world_size > 1
-        if not 0 <= self.rank < self.world_size:
-            raise LogitsError(f"rank {self.rank} is not in 0..{self.world_size - 1}")
-        torch.utils.data.IterableDataset.register(type(self))  # so that no import needs torch
-        # Shared memory, for workers that live on: the epoch, and whether there are workers.
-        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
-        self._rows = 0  # given out in this pass by this very object, or to be passed over
-        self._workers: int | None = None  # of the state that the next pass goes on from
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_second_division()
-        return self.__dict__
-
-    def __len__(self) -> int:
-        """Return the rows that this rank has in an epoch."""
-        return len(self.output) // self.world_size
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch, from 0; it only changes the order."""
-        return int(self._shared[0])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of another epoch, from its start; workers that are running see it."""
-        if epoch != self.epoch:
-            self._rows, self._workers, self._shared[1] = 0, None, 0
-        self._shared[0] = epoch
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._refuse_second_division()
-        worker = import_extra("torch.utils.data").get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 0)
-        if self._workers not in (None, workers):
-            raise LogitsError(
-                f"the state is of {plural(self._workers or 0, 'worker')}, there are {workers}: "
-                "rows are divided among workers, so go on with as many"
-            )
-        self._rows = 0 if self._workers is None else self._rows
-        self._workers = None  # the pass after this one is whole again
-        if worker is not None:  # files that the main process has open are not for two
-            self._shared[1] = 1
-            self.output = LogitDataset(self.output.store, self.output.sizes)
-        first, last = self.row_range(number, max(workers, 1))
-        for shard, rows in self.iter_runs(first + self._rows, last, epoch=self.epoch):
-            for item in self.read_rows(shard, rows):
-                self._rows += 1
-                yield item
-
-    def _refuse_second_division(self) -> None:
-        """Refuse to divide rows by the environment's ranks where accelerate may divide again."""
-        state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
-        if self._from_environment and getattr(state, "_shared_state", None):
-            raise LogitsError(
-                f"accelerate runs {self.world_size} processes and divides the rows of a loader "
-                "that it prepares, as this dataset does: give rank=0, world_size=1 for such a "
-                "loader, or this process's rank and world_size for one that is kept from it"
-            )
-
-    def row_range(self, worker: int = 0, workers: int = 1) -> tuple[int, int]:
-        """Return which run of an epoch's order, first and past the last, a worker of this rank has.
-
-        The runs of the ranks are equally long, those of a rank's workers up to one row.
-        """
-        share = len(self)
-        start = self.rank * share
-        return start + share * worker // workers, start + share * (worker + 1) // workers
-
-    def iter_runs(
-        self, first: int, last: int, *, epoch: int
-    ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Yield the shards, and the rows in them, from `first` to `last` of an epoch's order."""
-        shards = np.arange(len(self.output.shards))
-        if self.seed is not None:
-            np.random.default_rng([self.seed, epoch]).shuffle(shards)
-        begin = 0
-        for shard in shards.tolist():
-            end = begin + self.output.count_rows(shard)
-            if begin < last and end > first:
-                rows = np.arange(end - begin)
-                if self.seed is not None:
-                    np.random.default_rng([self.seed, epoch, shard]).shuffle(rows)
-                yield shard, rows[max(first - begin, 0) : last - begin]
-            begin = end
-
-    def read_rows(
-        self, shard: int, rows: npt.NDArray[np.int64], *, at_once: int = 16
-    ) -> Iterator[dict[str, Any]]:
-        """Yield rows of a shard to train on."""
-        tables = self.output.iter_shard(shard, rows=256)
-        table = pa.concat_tables(tables).combine_chunks()  # taking rows joins chunks every time
-        for first in range(0, rows.size, at_once):
-            block = decode_rows(table.take(pa.array(rows[first : first + at_once])))
-            teacher = sparse_teacher(block, weigh=self.weigh)
-            for row in range(block.index.size):
-                yield self.training_row(block, row, teacher)
-
-    def training_row(
-        self, block: TokenBlock, row: int, teacher: Mapping[str, npt.NDArray[Any]]
-    ) -> dict[str, Any]:
-        """Put one row's tokens beside its part of the block's teacher.
-
-        Raises:
-            AlignmentError: the conversation has another number of extracted tokens.
-        """
-        first, last = block.row_starts[row : row + 2].tolist()
-        sample = {"index": int(block.index[row]), "num_tokens": last - first}
-        if block.tokens is not None:
-            sample |= {name: block.tokens[i][row] for i, name in enumerate(TOKEN_COLUMNS)}
-        ids, positions = self.row_tokens(sample)
-        check_alignment(sample, ids, positions)
-        kept = int(np.searchsorted(positions, self.max_seq_len or ids.size))
-        ids, positions = ids[: self.max_seq_len], positions[:kept]
-        labels = np.full(ids.size, IGNORED_LABEL, np.int64)
-        labels[positions] = ids[positions]
-        return {
-            "index": sample["index"],
-            "input_ids": ids,
-            "labels": labels,
-            "teacher_positions": positions,
-            **{name: values[first : first + kept] for name, values in teacher.items()},
-        }
-
-    def row_tokens(
-        self, sample: Mapping[str, Any]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Return a row's tokens and extracted positions: stored, or rendered again."""
-        if all(name in sample for name in TOKEN_COLUMNS):
-            return stored_tokens(sample)
-        if self.text is None:
-            self.text = open_text(self.output)
-        encoded = self.text.encode(sample["index"])
-        return encoded.input_ids, encoded.token_positions
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where this epoch stands, as plain numbers.
-
-        Raises:
-            LogitsError: workers of a plain `DataLoader` give the rows out, which do not tell.
-        """
-        worker = import_extra("torch.utils.data").get_worker_info()
-        if worker is None and self._shared[1]:
-            raise LogitsError(
-                "workers have given out the rows: use torchdata's StatefulDataLoader, whose own "
-                "state_dict asks them, or a DataLoader with num_workers=0"
-            )
-        workers = worker.num_workers if worker else 0
-        return {**self._identity(), "epoch": self.epoch, "workers": workers, "rows": self._rows}
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what must be the same for a state to fit."""
-        return {
-            "seed": self.seed,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "dataset_rows": len(self.output),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was taken, once: the pass after the next is whole again.
-
-        Raises:
-            LogitsError: the state is of another seed, rank, world size or output; one of another
-                number of workers is refused when the next pass starts.
-        """
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise LogitsError(f"the state is of {name} {state[name]}, this is {value}")
-        self._shared[0], self._shared[1] = state["epoch"], 0
-        self._rows, self._workers = state["rows"], state["workers"]
-
-
-def collate_logits(rows: Sequence[Mapping[str, Any]], *, pad_id: int = 0) -> dict[str, Any]:
-    """Make a batch of torch tensors from rows of `LogitIterableDataset`.
-
-    The first dimension of every tensor is the conversation, so that a batch may be cut along it,
-    as accelerate does; the second is the token, padded on the right.
-
-    Args:
-        rows: B of them.
-        pad_id: fills `input_ids`.
-
-    Returns:
-        `input_ids`, `attention_mask`, `labels` (B, S) int64; `index` (B,); `teacher_positions`
-        (B, T), the position whose output predicts each extracted token, -1 for padding;
-        `TEACHER_COLUMNS` (B, T, E); `teacher_log_rest` (B, T).
-    """
-    torch = import_extra("torch")
-    sizes = [(row["input_ids"].size, *row["teacher_ids"].shape) for row in rows]
-    longest, tokens, entries = np.max(sizes, axis=0).tolist()
-    flat, deep = (len(rows), tokens), (len(rows), tokens, entries)
-    batch = {
-        "input_ids": np.full((len(rows), longest), pad_id, np.int64),
-        "attention_mask": np.zeros((len(rows), longest), np.int64),
-        "labels": np.full((len(rows), longest), IGNORED_LABEL, np.int64),
-        "index": np.array([row["index"] for row in rows], np.int64),
-        "teacher_positions": np.full(flat, -1, np.int64),
-        "teacher_log_rest": np.full(flat, LEAST_LOG_REST, np.float32),
-    }
-    for name, (kind, fill) in TEACHER_COLUMNS.items():
-        if name in rows[0]:
-            batch[name] = np.full(deep, fill, kind)
-    for i, (row, (s, n, e)) in enumerate(zip(rows, sizes, strict=True)):
-        batch["input_ids"][i, :s], batch["attention_mask"][i, :s] = row["input_ids"], 1
-        batch["labels"][i, :s] = row["labels"]
-        batch["teacher_positions"][i, :n] = row["teacher_positions"] - 1
-        batch["teacher_log_rest"][i, :n] = row["teacher_log_rest"]
-        for name in TEACHER_COLUMNS.keys() & batch.keys():
-            batch[name][i, :n, :e] = row[name]
-    return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-def flat_positions(batch: Mapping[str, Any]) -> Any:
-    """Return which of the B * S flattened positions predict the batch's extracted tokens, (N,).
-
-    For models that can compute logits at chosen positions only: `distillation_loss` takes the
-    logits (N, V) of just these, in this order.
-    """
-    positions = batch["teacher_positions"]
-    rows, length = batch["input_ids"].shape
-    starts = import_extra("torch").arange(rows, device=positions.device)[:, None] * length
-    return (positions + starts)[positions >= 0]
+    first = low - fall - (2 * fall).sqrt().clamp(max=1) - (at_mode / least).log()
+    last = high + ((QUADRATURE_DROP + (2 * at_mode * QUADRATURE_DROP).sqrt()) / at_mode).log1p()
+    curvature = at_mode + (slopes * (slopes + waiting - 1)).sum(0)
+    spacing = (0.8 / curvature.sqrt()).clamp(max=0.36)
+    return first, last, ((last - first) / spacing).ceil().long() + 1
 
 
 # The loss -----------------------------------------------------------------------------------------
+
+CHUNK_VALUES = 1 << 24  # logits at once, 64 MB; the loss needs about five times that for a while
+MAX_LOG_TERM = 60.0  # of a reverse KL's weighted term, which might overflow float32
+
+
+class Student(NamedTuple):
+    """Where a student's logits come from."""
+
+    states: Any  # the logits themselves, (B, S, V) or (N, V); with a head, hidden states
+    head: Any = None  # (V, H)
+    bias: Any = None  # (V,)
+    transform: Callable[[Any], Any] | None = None  # what the model does to logits after its head
+
+    @property
+    def vocab(self) -> int:
+        """Entries of the student's distribution."""
+        return int(self.states.shape[-1] if self.head is None else self.head.shape[0])
 
 
 def distillation_loss(
@@ -6362,8 +6393,12 @@ def distillation_loss(
     divergence: str = "forward_kl",
     temperature: float = 1.0,
     tail: str = "unbiased",
+    tail_weight: float = 1.0,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    weights: Any = None,
     reduction: str = "mean",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
 ) -> Any:
     """Return the divergence of the student from the stored teacher, in nats, times temperature².
 
@@ -6374,15 +6409,19 @@ def distillation_loss(
 
     How the tail is counted:
 
-    - `unbiased`: every sampled token counts as `teacher_log_weights` says. At temperature 1 the
-      value and its gradient are unbiased for all three divergences (no other `tail` is); sums that
-      are known exactly (Σ q log q, the part of the JSD where p is 0) are taken exactly. At another
+    - `unbiased`: every sampled token counts as `weigh_tail` says. At temperature 1 the value and
+      its gradient are unbiased for all three divergences (no other `tail` is); sums that are known
+      exactly (Σ q log q, the part of the JSD where p is 0) are taken exactly. At another
       temperature the normaliser Σ p^(1/T) is itself estimated, and a logarithm or quotient of an
       estimate is biased: there is no unbiased form, and what is computed is consistent in M.
     - `renormalized`: the sampled tokens are scaled to the mass outside the nucleus. Biased.
     - `ghost`: all tokens outside the nucleus are one; no tail sample is used at temperature 1.
       Exact for that coarser vocabulary, so never more than the true divergence.
     - `ignore`: only nucleus terms; the sum is left as it is, not scaled to 1. Biased.
+
+    Compact rows (`--min-p`) have a sample without logits, of which each entry counts as the share
+    that it stands for: the forward KL at temperature 1, whose gradient has no bias (its value is
+    off by what depends on the teacher alone), and `ghost` and `ignore` at temperature 1.
 
     The reverse KL needs log p where nothing is stored. There p is taken to be the tail's mean, and
     sampled tokens correct it, without bias under `unbiased` but with a deviation that is large
@@ -6397,54 +6436,99 @@ def distillation_loss(
         divergence: `forward_kl`, `reverse_kl` or `jsd`.
         temperature: of both distributions.
         tail: `unbiased`, `renormalized`, `ghost` or `ignore`.
+        tail_weight: of what the divergence inside the tail adds to the one whose tail is a single
+            token (`ghost`); 1 is the divergence itself, more makes the tail heavier.
+        alpha: share of the teacher in the loss; the rest, 1 - alpha, is the cross-entropy on the
+            text's own tokens, at temperature 1.
+        label_smoothing: of that cross-entropy, as PyTorch's.
+        weights: of the tokens, (B, T) or (N,); `mean` divides by their sum.
         reduction: `mean` over the N tokens, `sum`, or `none` for (N,).
-        chunk_tokens: tokens at once; (chunk_tokens, V) float32 is what the loss needs beside one
-            gradient as large as the logits at those N positions.
+        chunk_tokens: tokens at once. None takes 16 million logits; memory for about five times
+            that is needed for a while, beside the gradient.
 
     Raises:
         LogitsError: an option is none of the choices; logits and batch do not fit together; the
-            batch lacks what `tail` needs; the teacher has ids of V or more.
+            batch lacks what `tail`, the divergence or the temperature needs; the teacher has ids of
+            V or more.
 
     Source: Kool, van Hoof and Welling (2020) for the weights; Hinton, Vinyals and Dean (2015) for
     the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens
-    and for the rival that samples with replacement.
+    and for the rival that samples with replacement; Dasgupta, Cohn and Baldwin (2026), arXiv
+    2602.20816, for weighing the tail apart.
     """
+    torch = import_extra("torch")
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("tail", tail, TAILS)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     if not 0 < temperature < math.inf:
         raise LogitsError(f"temperature {temperature} is not positive")
-    flat, where = flatten_student(student_logits, batch)
-    there = batch["teacher_positions"] >= 0
-    names = [*TEACHER_COLUMNS, "teacher_log_rest"]
-    stored = {name: batch[name][there] for name in names if name in batch}
-    teacher = temper_teacher(stored, temperature, tail, vocab=flat.shape[-1])
-    losses = rowwise_loss().apply(
-        flat, where, teacher, divergence, temperature, max(chunk_tokens, 1)
-    )
+    student = student_logits
+    student = student if isinstance(student, Student) else Student(student)
+    samples = tail in ("unbiased", "renormalized") and bool(batch["teacher_points"].any())
+    if samples and divergence != "forward_kl":
+        raise LogitsError(
+            f"{divergence} needs the tail's logits, which compact rows (--min-p) leave out: take "
+            "forward_kl, or tail='ghost', or rows made without --min-p"
+        )
+    teacher = read_teacher(batch, student.vocab, tail=tail, temperature=temperature)
+    flat, where = flatten_states(student.states, batch)
+
+    def losses_of(logits: Any, part: slice) -> Any:
+        told = Teacher(*(values[part] for values in teacher))
+        logits = logits if student.transform is None else student.transform(logits)
+        hot = logits / temperature if temperature != 1 else logits
+        found = 0.0
+        if tail_weight != 0 and tail != "ghost":
+            found = tail_weight * sparse_divergence(hot, told, divergence)
+        if tail_weight != 1 or tail == "ghost":
+            share = 1.0 if tail == "ghost" else 1 - tail_weight
+            found = found + share * ghost_divergence(hot, told, divergence)
+        found = found * (alpha * temperature**2)
+        if alpha != 1:
+            entropy = torch.nn.functional.cross_entropy(
+                logits, told.labels, label_smoothing=label_smoothing, reduction="none"
+            )
+            found = found + (1 - alpha) * entropy
+        return found
+
+    size = chunk_tokens or max(CHUNK_VALUES // student.vocab, 1)
+    losses = chunked_losses().apply(flat, student.head, student.bias, where, losses_of, size)
+    total = float(max(losses.numel(), 1))
+    if weights is not None:
+        weights = weights[batch["teacher_positions"] >= 0] if weights.dim() == 2 else weights
+        losses, total = losses * weights, weights.sum()
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.numel(), 1)
+    return losses.sum() if reduction == "sum" else losses.sum() / total
 
 
-def flatten_student(logits: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return logits as (n, V), and which rows of them (N,) are the extracted tokens'.
+def distillation_loss_from_hidden(
+    hidden: Any,
+    head_weight: Any,
+    batch: Mapping[str, Any],
+    *,
+    head_bias: Any = None,
+    transform: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Return `distillation_loss` of the logits `hidden @ head_weight.T`, which never exist at once.
 
-    Raises:
-        LogitsError: the shape is not that of the batch.
+    Chunks of tokens go through head and loss, and once more for the gradient, which is that of
+    hidden states, head and bias; nothing is kept in between. The head is multiplied in the hidden
+    states' dtype, its gradient is summed over chunks in float32.
+
+    Args:
+        hidden: (B, S, H), or (N, H) for only the positions of `flat_positions(batch)`: what the
+            student's head is given, so after its last norm.
+        head_weight: (V, H).
+        batch: from `collate_logits`, on the same device.
+        head_bias: (V,).
+        transform: what the model does to the logits after its head, such as a scale or a soft-cap.
+        options: of `distillation_loss`.
     """
-    torch = import_extra("torch")
-    if logits.dim() == 2:
-        count = int((batch["teacher_positions"] >= 0).sum())
-        if logits.shape[0] != count:
-            raise LogitsError(f"{logits.shape[0]} rows of student logits for {count} tokens")
-        return logits, torch.arange(count, device=logits.device)
-    if logits.shape[:2] != batch["input_ids"].shape:
-        raise LogitsError(
-            f"student logits of shape {tuple(logits.shape)} are not at the positions of "
-            f"input_ids {tuple(batch['input_ids'].shape)}"
-        )
-    return logits.reshape(-1, logits.shape[-1]), flat_positions(batch)
+    head = head_weight.to(hidden.dtype)  # what autocast would do
+    bias = None if head_bias is None else head_bias.to(hidden.dtype)
+    return distillation_loss(Student(hidden, head, bias, transform), batch, **options)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -6453,65 +6537,82 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise LogitsError(f"{name} {value!r} is none of {', '.join(choices)}")
 
 
-def temper_teacher(
-    stored: Mapping[str, Any], temperature: float, tail: str, *, vocab: int
-) -> dict[str, Any]:
-    """Return the teacher at a temperature and the weight of each entry, as `token_losses` reads it.
+def flatten_states(states: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return states as (n, H), and which rows of them (N,) are the extracted tokens'.
 
-    Args:
-        stored: `TEACHER_COLUMNS` (N, E) and `teacher_log_rest` (N,).
-        temperature: divides the log-probabilities, which are normalised again.
-        tail: see `distillation_loss`.
-        vocab: entries of the student.
+    Raises:
+        LogitsError: the shape is not that of the batch.
+    """
+    where = flat_positions(batch)
+    if states.dim() == 2:
+        if states.shape[0] != where.numel():
+            count = where.numel()
+            raise LogitsError(f"{states.shape[0]} rows of student logits for {count} tokens")
+        return states, import_extra("torch").arange(where.numel(), device=states.device)
+    if states.shape[:2] != batch["input_ids"].shape:
+        raise LogitsError(
+            f"student logits of shape {tuple(states.shape)} are not at the positions of "
+            f"input_ids {tuple(batch['input_ids'].shape)}"
+        )
+    return states.reshape(-1, states.shape[-1]), where
 
-    Returns:
-        `ids`, `log_probs`, `log_weights` (N, E), -inf weights for what does not count, `nucleus`
-        (N, E), `log_rest` (N,), `log_mean` (N,) the mean of log p that stands for what is not
-        stored, and `ghost`, whether the tail is one token.
+
+class Teacher(NamedTuple):
+    """What the loss reads of N tokens, at its temperature."""
+
+    ids: Any  # (N, E)
+    log_probs: Any  # (N, E)
+    log_weights: Any  # (N, E), -inf for what does not count
+    nucleus: Any  # (N, E) bool
+    log_rest: Any  # (N,), of the mass outside the nucleus
+    log_mean: Any  # (N,), the mean of log p that stands for what is not stored
+    labels: Any  # (N,), the text's own tokens
+
+
+def read_teacher(
+    batch: Mapping[str, Any], vocab: int, *, tail: str, temperature: float = 1.0
+) -> Teacher:
+    """Return the teacher of a batch, at a temperature, for a student of `vocab` entries.
+
+    Raises:
+        LogitsError: the batch lacks what `tail` needs, or has ids that the student does not.
     """
     torch = import_extra("torch")
-    check_entries(stored, tail, vocab)
-    sampled = stored["teacher_mask"] & stored["teacher_tail_mask"]
-    nucleus = stored["teacher_mask"] & ~sampled
-    log_rest = stored["teacher_log_rest"].float()
-    log_probs = stored["teacher_log_probs"].float()
-    weights = stored.get("teacher_log_weights")
-    if tail == "renormalized" or weights is None:  # scaled to what is outside the nucleus
+    there = batch["teacher_positions"] >= 0
+    told = (batch[name][there] for name in TEACHER_COLUMNS)
+    ids, log_probs, stored, sampled, log_rest, points = told
+    sampled, nucleus = stored & sampled, stored & ~sampled
+    sizes, compact = sampled.sum(-1), bool(points.any())
+    if compact and temperature != 1:
+        raise LogitsError(
+            f"temperature {temperature:g} needs the tail's logits, which compact rows (--min-p) "
+            "leave out: train at temperature 1, or on rows made without --min-p"
+        )
+    if tail in ("unbiased", "renormalized") and not (compact or sizes.all()):
+        raise LogitsError(f"tail={tail!r} needs a tail sample (--sampled-n); take ghost or ignore")
+    if ids.numel() and int(ids.max()) >= vocab:
+        raise LogitsError(f"the teacher has ids beyond the student's {vocab} logits")
+    log_weights = torch.zeros_like(log_probs)
+    if tail == "renormalized":
         scale = log_rest - masked_logsumexp(log_probs, sampled)
-        weights = scale[:, None].expand_as(log_probs).masked_fill(~sampled, 0)
-    log_weights = weights.float()
+        log_weights = torch.where(sampled, scale[:, None], 0.0)
+    elif sizes.any() and not compact and (tail == "unbiased" or temperature != 1):
+        if (sizes != sizes[0]).any():
+            raise LogitsError("the tail samples of one batch differ in size")
+        found = weigh_tail(log_probs[sampled].view(sizes.numel(), -1), log_rest.double().exp())
+        log_weights[sampled] = found.to(log_weights.dtype).reshape(-1)
     outside = (vocab - nucleus.sum(-1)).clamp(min=1).log()  # (N,)
     if temperature != 1:
         log_probs = log_probs / temperature
-        spread = outside + (log_rest - outside) / temperature  # as if the tail were all equal
+        alike = outside + (log_rest - outside) / temperature  # as if the tail were all equal
         in_tail = masked_logsumexp(log_probs + log_weights, sampled)
-        in_tail = torch.where(sampled.any(-1), in_tail, spread)
+        in_tail = torch.where(sizes > 0, in_tail, alike)
         total = torch.logaddexp(masked_logsumexp(log_probs, nucleus), in_tail)
         log_probs, log_rest = log_probs - total[:, None], in_tail - total
-    counted = nucleus if tail in ("ghost", "ignore") else nucleus | sampled
-    return {
-        "ids": stored["teacher_ids"],
-        "log_probs": log_probs,
-        "log_weights": log_weights.masked_fill(~counted, -math.inf),
-        "nucleus": nucleus,
-        "log_rest": log_rest,
-        "log_mean": log_rest - outside,
-        "ghost": tail == "ghost",
-    }
-
-
-def check_entries(stored: Mapping[str, Any], tail: str, vocab: int) -> None:
-    """Refuse a batch that lacks what a `tail` needs, or has ids that the student does not."""
-    if tail == "unbiased" and "teacher_log_weights" not in stored:
-        raise LogitsError("tail='unbiased' needs the weights that weigh=False has left out")
-    there = stored["teacher_mask"]
-    if (
-        tail in ("unbiased", "renormalized")
-        and not (there & stored["teacher_tail_mask"]).any(-1).all()
-    ):
-        raise LogitsError(f"tail={tail!r} needs a tail sample (--sampled-n); take ghost or ignore")
-    if there.numel() and int(stored["teacher_ids"].max()) >= vocab:
-        raise LogitsError(f"the teacher has ids beyond the student's {vocab} logits")
+    counted = nucleus if tail in ("ghost", "ignore") else stored
+    log_weights = log_weights.masked_fill(~counted, -math.inf)
+    labels = batch["labels"].reshape(-1)[flat_positions(batch) + 1]
+    return Teacher(ids, log_probs, log_weights, nucleus, log_rest, log_rest - outside, labels)
 
 
 def masked_logsumexp(values: Any, mask: Any) -> Any:
@@ -6520,79 +6621,83 @@ def masked_logsumexp(values: Any, mask: Any) -> Any:
 
 
 @functools.cache
-def rowwise_loss() -> Any:
-    """Return the autograd function behind `distillation_loss`, made when torch is first needed.
+def chunked_losses() -> Any:
+    """Return the autograd function behind the loss, made when torch is first needed.
 
-    Its forward pass computes the gradient too, chunk by chunk: nothing of size (N, V) is kept but
-    that gradient, in the student's own dtype (float32 for a float16 student, whose gradient may
-    underflow before the scaler of its optimizer has seen it).
+    It goes through chunks of tokens, forward and again backward, and keeps nothing of either.
     """
     torch = import_extra("torch")
     function: Any = torch.autograd.Function
 
-    class RowwiseLoss(function):
+    def make_logits(flat: Any, head: Any, bias: Any, where: Any) -> tuple[Any, Any]:
+        states = flat[where]
+        with torch.autocast(flat.device.type, enabled=False):
+            logits = torch.nn.functional.linear(states, head, bias) if head is not None else states
+        return states, logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    class ChunkedLosses(function):
         @staticmethod
-        def forward(  # type: ignore[no-untyped-def]
-            ctx, flat, where, teacher, divergence, temperature, chunk_tokens
-        ) -> Any:
-            wide = torch.promote_types(flat.dtype, torch.float32)  # float64 stays, for gradcheck
-            losses = torch.zeros(where.numel(), dtype=wide, device=flat.device)
-            wanted = ctx.needs_input_grad[0]
-            kept = torch.float32 if flat.dtype == torch.float16 else flat.dtype
-            gradient = flat.new_empty((where.numel() if wanted else 0, flat.shape[-1]), dtype=kept)
-            for first in range(0, where.numel(), chunk_tokens):
-                part = slice(first, first + chunk_tokens)
-                with torch.enable_grad():
-                    logits = flat[where[part]].detach().to(wide).requires_grad_(wanted)
-                    chunk = {
-                        name: value[part] if torch.is_tensor(value) else value
-                        for name, value in teacher.items()
-                    }
-                    values = token_losses(logits / temperature, chunk, divergence)
-                    values = values * temperature**2
-                    if wanted:
-                        gradient[part] = torch.autograd.grad(values.sum(), logits)[0].to(kept)
-                losses[part] = values.detach()
-            ctx.save_for_backward(gradient, where)
-            ctx.like, ctx.chunk_tokens = flat.new_empty(0), chunk_tokens
-            ctx.rows = flat.shape[0]
-            return losses
+        def forward(ctx, flat, head, bias, where, losses_of, size) -> Any:  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(flat, head, bias, where)
+            ctx.losses_of, ctx.size = losses_of, size
+            parts = [slice(i, i + size) for i in range(0, max(where.numel(), 1), size)]
+            return torch.cat(
+                [losses_of(make_logits(flat, head, bias, where[part])[1], part) for part in parts]
+            )
 
         @staticmethod
         def backward(ctx, outer) -> Any:  # type: ignore[no-untyped-def]
-            gradient, where = ctx.saved_tensors
-            full = ctx.like.new_zeros((ctx.rows, gradient.shape[-1]))
-            for first in range(0, where.numel(), ctx.chunk_tokens):
-                part = slice(first, first + ctx.chunk_tokens)
-                scaled = gradient[part] * outer[part, None].to(gradient.dtype)
-                full[where[part]] = scaled.to(full.dtype)
-            return full, None, None, None, None, None
+            flat, head, bias, where = ctx.saved_tensors
+            slopes = torch.zeros_like(flat)
+            of_head, of_bias = (
+                torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+                if needed else None
+                for values, needed in zip((head, bias), ctx.needs_input_grad[1:3], strict=True)
+            )  # fmt: skip
+            for first in range(0, where.numel(), ctx.size):
+                part = slice(first, first + ctx.size)
+                states, logits = make_logits(flat, head, bias, where[part])
+                with torch.enable_grad():
+                    losses = ctx.losses_of(logits.requires_grad_(), part)
+                    (slope,) = torch.autograd.grad(losses, logits, outer[part])
+                if of_bias is not None:
+                    of_bias += slope.sum(0)
+                if head is not None:
+                    slope = slope.to(head.dtype)
+                if of_head is not None and of_head.dtype == head.dtype:
+                    of_head.addmm_(slope.T, states)
+                elif of_head is not None:
+                    of_head += slope.T @ states
+                slopes[where[part]] = (slope if head is None else slope @ head).to(flat.dtype)
+            of_head = of_head if of_head is None else of_head.to(head.dtype)
+            return slopes, of_head, of_bias, None, None, None
 
-    return RowwiseLoss
+    return ChunkedLosses
 
 
-def token_losses(logits: Any, teacher: Mapping[str, Any], divergence: str) -> Any:
+def sparse_divergence(logits: Any, teacher: Teacher, divergence: str) -> Any:
     """Return the divergence (n,) at each of some tokens from float logits (n, V)."""
     functional = import_extra("torch.nn.functional")
-    total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-    log_q = logits.gather(1, teacher["ids"]) - total  # (n, E)
-    counted = teacher["log_weights"] > -math.inf
-    log_w = teacher["log_weights"].masked_fill(~counted, 0).to(log_q.dtype)
-    log_p = teacher["log_probs"].masked_fill(~counted, 0).to(log_q.dtype)
-    log_q = log_q.masked_fill(~counted, 0)
-    if teacher["ghost"]:
-        return ghost_losses(logits, log_p, log_q, teacher, divergence)
+    counted = teacher.log_weights > -math.inf
+    log_w, log_p, log_q = (
+        values.masked_fill(~counted, 0).to(logits.dtype)
+        for values in (teacher.log_weights, teacher.log_probs, gather_log_probs(logits, teacher))
+    )
     if divergence == "forward_kl":
-        terms = (log_w + log_p).exp() * (log_p - log_q)
-        return terms.masked_fill(~counted, 0).sum(-1)
-    if divergence == "jsd":
-        terms = (log_w + log_p).exp() * jsd_above_none(log_p - log_q)
-        return terms.masked_fill(~counted, 0).sum(-1) + math.log(2) / 2
-    log_mean = teacher["log_mean"].to(log_q.dtype)[:, None]
-    bounded = functional.log_softmax(logits, -1).clamp(min=-1e4)  # a student's -inf: 0 log 0 is 0
-    entropy = (functional.softmax(logits, -1) * bounded).sum(-1)
-    terms = (log_w + log_q).clamp(max=MAX_LOG_TERM).exp() * (log_mean - log_p)
-    return entropy - log_mean[:, 0] + terms.masked_fill(~counted, 0).sum(-1)
+        constant, terms = 0.0, (log_w + log_p).exp() * (log_p - log_q)
+    elif divergence == "jsd":
+        constant, terms = math.log(2) / 2, (log_w + log_p).exp() * jsd_above_none(log_p - log_q)
+    else:
+        log_mean = teacher.log_mean.to(log_q.dtype)
+        bounded = functional.log_softmax(logits, -1).clamp(min=-1e4)  # a -inf: 0 log 0 is 0
+        constant = (functional.softmax(logits, -1) * bounded).sum(-1) - log_mean
+        terms = (log_w + log_q).clamp(max=MAX_LOG_TERM).exp() * (log_mean[:, None] - log_p)
+    return constant + terms.masked_fill(~counted, 0).sum(-1)
+
+
+def gather_log_probs(logits: Any, teacher: Teacher) -> Any:
+    """Return the student's log-probabilities (n, E) of what is stored."""
+    return logits.gather(1, teacher.ids) - logits.logsumexp(-1, keepdim=True)
 
 
 def jsd_above_none(log_ratio: Any) -> Any:
@@ -6612,39 +6717,45 @@ def jsd_above_none(log_ratio: Any) -> Any:
     return (math.log(2) - softplus(-log_ratio) - student) / 2
 
 
-def ghost_losses(
-    logits: Any, log_p: Any, log_q: Any, teacher: Mapping[str, Any], divergence: str
-) -> Any:
+def ghost_divergence(logits: Any, teacher: Teacher, divergence: str) -> Any:
     """Return the divergence (n,) between two distributions over the nucleus and one token more."""
     torch = import_extra("torch")
-    nucleus = teacher["nucleus"]
-    columns = teacher["ids"].masked_fill(~nucleus, logits.shape[-1])  # what is not there goes last
-    left = append_column(logits).scatter(1, columns, -math.inf)[:, : logits.shape[-1]]
-    ghost_q = left.logsumexp(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)
-    ghost_q = ghost_q.clamp(
-        min=LEAST_LOG_REST
-    )  # nothing is left where the nucleus is the vocabulary
-    ghost_p = teacher["log_rest"].to(ghost_q.dtype)[:, None]
-    log_p = torch.cat([log_p, ghost_p], 1)
-    log_q = torch.cat([log_q, ghost_q], 1)
-    there = torch.cat([nucleus, torch.ones_like(ghost_p, dtype=torch.bool)], 1)
+    row, entry = teacher.nucleus.nonzero(as_tuple=True)
+    nothing = logits.new_tensor(-math.inf)
+    left = logits.index_put((row, teacher.ids[row, entry]), nothing).logsumexp(-1)
+    # Nothing is left where the nucleus is the vocabulary.
+    ghost_q = (left - logits.logsumexp(-1)).clamp(min=LEAST_LOG_REST)[:, None]
+    ghost_p = teacher.log_rest.to(ghost_q.dtype)[:, None]
+    log_p = torch.cat([teacher.log_probs.to(ghost_q.dtype), ghost_p], 1)
+    log_q = torch.cat([gather_log_probs(logits, teacher), ghost_q], 1)
+    outside = torch.cat([~teacher.nucleus, torch.zeros_like(ghost_p, dtype=torch.bool)], 1)
+    log_p, log_q = log_p.masked_fill(outside, 0), log_q.masked_fill(outside, 0)
     if divergence == "forward_kl":
         terms = log_p.exp() * (log_p - log_q)
     elif divergence == "reverse_kl":
         terms = log_q.exp() * (log_q - log_p)
     else:
         terms = log_p.exp() * jsd_above_none(log_p - log_q) + log_q.exp() * (math.log(2) / 2)
-    return terms.masked_fill(~there, 0).sum(-1)
-
-
-def append_column(logits: Any) -> Any:
-    """Append a column of zeros, where indices that mean nothing can point."""
-    return import_extra("torch.nn.functional").pad(logits, (0, 1))
+    return terms.masked_fill(outside, 0).sum(-1)
 
 
 # Other trainers' formats --------------------------------------------------------------------------
 #
 # Both hold a fixed number of entries a token and no weights, so only the nucleus goes into them.
+
+FILLER_LOG_PROB = -1e-6  # DistillKit takes the logarithm of what is missing, which must be there
+DISTILLKIT_CONFIG = """\
+d: {vocab}
+k: {k}
+exact_k: {k}
+exact_dtype: float32
+polynomial_terms: null
+term_dtype: float32
+residual_bins: []
+delta_encoding: false
+error_diffusion: false
+normalize_t: false
+"""
 
 
 def export_axolotl(
@@ -6653,21 +6764,27 @@ def export_axolotl(
     *,
     k: int = 64,
     at: str = "predicting",
+    temperature: float = 1.0,
+    normalize: bool = False,
     text: TextSource | None = None,
 ) -> int:
     """Write an output as the tokenized dataset that axolotl's knowledge distillation trains on.
 
     Columns: `input_ids`, `attention_mask`, `labels`, and at each of the S positions
     `target_token_ids`, `target_logprobs` and `target_mask`, k values each; -1e9 and mask 0 where
-    there is nothing. Log-probabilities are the teacher's own over the whole vocabulary.
+    there is nothing. `datasets.load_from_disk` reads the folder, as axolotl does.
 
     Args:
         dataset: the output.
-        folder: a new one for the Parquet files, one for each 256 rows.
+        folder: a new one.
         k: nucleus entries kept of each token.
         at: `predicting` puts a distribution at the position that predicts, as the trainer since
             its Liger kernel (2025) expects; `predicted` at the token itself, as the one before,
             which shifted.
+        temperature: `kd_temperature` of the training: its kernel divides the student's logits by
+            it and takes the targets as they are.
+        normalize: scale the k probabilities of a token to the sum 1. Else they are the teacher's
+            own, over the whole vocabulary (at another temperature estimated, as in the loss).
         text: see `LogitIterableDataset`.
 
     Returns:
@@ -6681,28 +6798,24 @@ def export_axolotl(
     """
     check_choice("at", at, ("predicting", "predicted"))
     target = check_export(folder, k)
-    back = int(at == "predicting")
-    rows = (axolotl_row(row, k, back=back) for row in export_rows(dataset, text))
-    return write_export(rows, target)
 
+    def convert(row: Mapping[str, Any], top: TopEntries) -> dict[str, npt.NDArray[Any]]:
+        size, where = row["input_ids"].size, row["teacher_positions"] - (at == "predicting")
+        return {
+            "input_ids": row["input_ids"],
+            "attention_mask": np.ones(size, np.int8),
+            "labels": row["labels"],
+            "target_token_ids": spread(top.ids, where, np.zeros((size, k), np.int32)),
+            "target_logprobs": spread(
+                np.where(top.there, top.log_probs, np.float32(-1e9)),
+                where,
+                np.full((size, k), -1e9, np.float32),
+            ),
+            "target_mask": spread(top.there, where, np.zeros((size, k), np.int8)),
+        }
 
-def axolotl_row(row: Mapping[str, Any], k: int, *, back: int) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of one row, distributions `back` positions before their token."""
-    size = row["input_ids"].size
-    targets: dict[str, Any] = {
-        "target_token_ids": np.zeros((size, k), np.int32),
-        "target_logprobs": np.full((size, k), -1e9, np.float32),
-        "target_mask": np.zeros((size, k), np.int8),
-    }
-    entries = top_entries(row, k, empty=-1e9)
-    for name, values in zip(targets, entries, strict=True):
-        targets[name][row["teacher_positions"] - back] = values
-    return {
-        "input_ids": row["input_ids"],
-        "attention_mask": np.ones(size, np.int8),
-        "labels": row["labels"],
-        **targets,
-    }
+    rows = export_rows(dataset, text, k, temperature=temperature, normalize=normalize)
+    return write_export(itertools.starmap(convert, rows), target)
 
 
 def export_distillkit(
@@ -6710,21 +6823,30 @@ def export_distillkit(
     folder: str | Path,
     *,
     k: int = 64,
+    max_length: int | None = None,
+    labels_at: str = "predicted",
     text: TextSource | None = None,
 ) -> int:
     """Write an output as the offline teacher dataset of DistillKit (`teacher.kind: dataset`).
 
-    Columns: `input_ids` and `labels` (S,); at each of the S - 1 positions that predict something
+    Columns: `input_ids` and `labels`, and at each position that predicts something
     `compressed_logprobs`, k float32 by descending value as bytes, and `bytepacked_indices`, the ids
     at ceil(log2 V) bits each, the highest bit first. `compression_config.yaml` beside them is what
     `teacher.logprob_compressor` has to say (k = exact_k: nothing is approximated). Where nothing
     was extracted the distribution is the text's next token alone; entries beyond the nucleus have
-    log-probability -100.
+    log-probability -100; a token's probabilities sum to less than 1 by 1e-6 at least, as its
+    `symmetric_uniform` is NaN without. `datasets.load_from_disk` reads the folder.
 
     Args:
         dataset: the output.
-        folder: a new one for the Parquet files, one for each 256 rows, and the configuration.
+        folder: a new one.
         k: nucleus entries kept of each token.
+        max_length: cut or fill every row to this many tokens, with an `attention_mask`, as
+            `prepacked: true` needs. Without it rows are as long as they are, for `pack_logits`.
+        labels_at: where labels stand. DistillKit trains on a distribution where the label at its
+            own position is set. `predicted`, at the tokens, suits cross-entropy: the first
+            distribution of each turn is then left out, and one filler after it is trained on.
+            `predicting`, at the position before, suits a divergence alone, and no cross-entropy.
         text: see `LogitIterableDataset`.
 
     Returns:
@@ -6733,66 +6855,104 @@ def export_distillkit(
     Raises:
         LogitsError: `k` is below 1, or something is in the folder.
 
-    Source: arcee-ai/DistillKit, distillkit/sample_common.py (schema), compression/config.py, and
-    compression/bitpack.py and monotonic_logprobs.py for the bytes.
+    Source: arcee-ai/DistillKit, distillkit/sample_common.py (schema), compression/config.py,
+    compression/bitpack.py and monotonic_logprobs.py for the bytes, trainer.py for the mask.
     """
+    check_choice("labels_at", labels_at, ("predicted", "predicting"))
     output = as_output(dataset)
     vocab = int(load_extraction_config(output).get("vocab_size") or MAX_TOKEN_ID + 1)
     bits = max((vocab - 1).bit_length(), 1)
     target = check_export(folder, k)
-    lines = (f"d: {vocab}", f"k: {k}", f"exact_k: {k}", "exact_dtype: float32", *DISTILLKIT_PLAIN)
-    rows = (distillkit_row(row, k, bits=bits) for row in export_rows(output, text))
-    return write_export(rows, target, texts={"compression_config.yaml": "\n".join(lines) + "\n"})
+
+    def convert(row: Mapping[str, Any], top: TopEntries) -> dict[str, npt.NDArray[Any]]:
+        size = row["input_ids"].size
+        ids, log_probs = np.zeros((size - 1, k), np.int32), np.full((size - 1, k), LEAST_LOG_REST)
+        ids[:, 0], log_probs[:, 0] = row["input_ids"][1:], FILLER_LOG_PROB
+        found = np.where(top.there, top.log_probs, LEAST_LOG_REST)
+        found += np.minimum(FILLER_LOG_PROB - np.log(np.exp(found).sum(1, keepdims=True)), 0)
+        ids = spread(top.ids, row["teacher_positions"] - 1, ids)
+        log_probs = spread(found, row["teacher_positions"] - 1, log_probs)
+        moved = np.append(row["labels"][1:], IGNORED_LABEL)
+        columns = {
+            "input_ids": row["input_ids"].astype(np.uint64),
+            "labels": moved if labels_at == "predicting" else row["labels"],
+            "compressed_logprobs": log_probs.astype("<f4").view(np.uint8),
+            "bytepacked_indices": pack_bits(ids, bits),
+        }
+        return columns if max_length is None else fit_length(columns, max_length)
+
+    rows = export_rows(output, text, k)
+    config = DISTILLKIT_CONFIG.format(vocab=vocab, k=k)
+    converted = itertools.starmap(convert, rows)
+    return write_export(converted, target, texts={"compression_config.yaml": config})
 
 
-def distillkit_row(row: Mapping[str, Any], k: int, *, bits: int) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of one row."""
-    ids = np.zeros((row["input_ids"].size - 1, k), np.int32)
-    log_probs = np.full(ids.shape, LEAST_LOG_REST, np.float32)
-    ids[:, 0], log_probs[:, 0] = row["input_ids"][1:], 0
-    where = row["teacher_positions"] - 1
-    ids[where], log_probs[where], _ = top_entries(row, k, empty=LEAST_LOG_REST)
-    return {
-        "input_ids": row["input_ids"].astype(np.uint64),
-        "labels": row["labels"],
-        "compressed_logprobs": log_probs.astype("<f4").view(np.uint8),
-        "bytepacked_indices": pack_bits(ids, bits),
+def fit_length(columns: Mapping[str, npt.NDArray[Any]], length: int) -> dict[str, npt.NDArray[Any]]:
+    """Cut columns at a length, or fill them up to it, and say in a mask what is no filling."""
+    size = len(columns["bytepacked_indices"])  # the last token predicts nothing
+    fitted = {
+        name: np.concatenate(
+            [
+                values[: min(size, length)],
+                np.broadcast_to(
+                    np.array(IGNORED_LABEL, values.dtype) if name == "labels" else values[-1],
+                    (max(length - size, 0), *values.shape[1:]),
+                ),
+            ]
+        )
+        for name, values in columns.items()
     }
+    return {**fitted, "attention_mask": (np.arange(length) < size).astype(np.int64)}
 
 
-DISTILLKIT_PLAIN = (
-    "polynomial_terms: null",
-    "term_dtype: float32",
-    "residual_bins: []",
-    "delta_encoding: false",
-    "error_diffusion: false",
-    "normalize_t: false",
-)
+class TopEntries(NamedTuple):
+    """The k likeliest entries of the nuclei of N tokens."""
+
+    ids: npt.NDArray[np.int32]  # (N, k); where there is nothing, the least likely that is stored
+    log_probs: npt.NDArray[np.float32]  # (N, k)
+    there: npt.NDArray[np.bool_]  # (N, k)
 
 
 def export_rows(
-    dataset: str | Path | LogitDataset, text: TextSource | None
-) -> Iterator[dict[str, Any]]:
-    """Yield every row of an output in its order, without weights."""
-    rows: Any = LogitIterableDataset(
-        dataset, seed=None, rank=0, world_size=1, weigh=False, text=text
-    )
-    yield from rows
+    dataset: str | Path | LogitDataset,
+    text: TextSource | None,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    normalize: bool = False,
+) -> Iterator[tuple[dict[str, Any], TopEntries]]:
+    """Yield every row of an output in its order, and what k entries a token keep of its teacher."""
+    rows: Any = LogitIterableDataset(dataset, seed=None, rank=0, world_size=1, text=text)
+    for row in rows:
+        told = read_teacher(
+            collate_logits([row]), MAX_TOKEN_ID + 1, tail="ignore", temperature=temperature
+        )
+        ids, log_probs, _, nucleus = (values.numpy() for values in told[:4])
+        width = min(k, ids.shape[1])
+        beyond = ((0, 0), (0, k - width))
+        # An id that stands where nothing is may be counted by who ignores the mask.
+        least = np.where(row["teacher_mask"], log_probs, np.inf).argmin(1)
+        there = np.pad(nucleus[:, :width], beyond)
+        kept = np.pad(log_probs[:, :width], beyond)
+        if normalize:
+            kept -= np.log((np.exp(kept) * there).sum(1, keepdims=True))
+        filler = np.take_along_axis(ids, least[:, None], 1)
+        yield (
+            row,
+            TopEntries(
+                np.where(there, np.pad(ids[:, :width], beyond), filler).astype(np.int32),
+                kept,
+                there,
+            ),
+        )
 
 
-def top_entries(
-    row: Mapping[str, Any], k: int, *, empty: float
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int8]]:
-    """Return ids, log-probabilities and mask (N, k) of each token's k likeliest nucleus entries."""
-    there = (row["teacher_mask"] & ~row["teacher_tail_mask"])[:, :k]
-    width = there.shape[1]
-    ids = np.zeros((there.shape[0], k), np.int32)
-    log_probs = np.full(ids.shape, empty, np.float32)
-    mask = np.zeros(ids.shape, np.int8)
-    ids[:, :width] = np.where(there, row["teacher_ids"][:, :width], 0)
-    log_probs[:, :width] = np.where(there, row["teacher_log_probs"][:, :width], empty)
-    mask[:, :width] = there
-    return ids, log_probs, mask
+def spread(
+    values: npt.NDArray[Any], where: npt.NDArray[Any], empty: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Put values (N, k) at N of the rows (S, k) of an array."""
+    empty[where] = values
+    return empty
 
 
 def pack_bits(ids: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:
@@ -6822,22 +6982,23 @@ def write_export(
     texts: Mapping[str, str] | None = None,
     at_once: int = 256,
 ) -> int:
-    """Write rows of one- and two-dimensional arrays as Parquet files of (nested) lists.
+    """Write rows of one- and two-dimensional arrays as `datasets` saves (nested) lists to disk.
 
     The folder appears when everything is in it, with `texts` by name of file.
     """
-    source, count = iter(rows), 0
+    datasets = import_extra("datasets")
+    source, count, writer = iter(rows), 0, None
     with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as made:
-        new = Path(made) / "export"
-        new.mkdir()
-        for number in itertools.count():
-            chunk = list(itertools.islice(source, at_once))
-            if not chunk:
-                break
-            columns = {name: nested_lists([row[name] for row in chunk]) for name in chunk[0]}
-            path = new / f"data_{number}.parquet"
-            pq.write_table(pa.table(columns), path, compression="zstd")
+        new, stream = Path(made) / "export", Path(made) / "rows.arrow"
+        while chunk := list(itertools.islice(source, at_once)):
+            table = pa.table({name: nested_lists([r[name] for r in chunk]) for name in chunk[0]})
+            writer = writer or pa.ipc.new_stream(stream, table.schema)
+            writer.write_table(table)
             count += len(chunk)
+        if writer is None:
+            raise LogitsError("the output holds no row to export")
+        writer.close()
+        datasets.Dataset.from_file(str(stream)).save_to_disk(new)
         for name, text in (texts or {}).items():
             (new / name).write_text(text, encoding="utf-8")
         new.replace(folder)

@@ -103,6 +103,7 @@ from explore_logits import (
     hide_tokens,
     limit_waiting,
     load_tokenizer,
+    local_path,
     log_hub_once,
     open_conversations,
     outlive_readers,
@@ -400,7 +401,7 @@ class ExtractionConfig:
     )
     upload_size_mb: float | None = option(
         None, "about this size per shard instead, in MB: conversations per part are computed once",
-        group="output", above=0,
+        group="output", above=0, high=1e6,
     )  # fmt: skip
     cache_dir: str = option(
         ".logit_extraction_cache", "local state: shards under way, pending rows", group="output"
@@ -411,7 +412,7 @@ class ExtractionConfig:
     )
     plan_tokens: float | None = option(
         None, "plan for so many stored tokens, such as 1e12, of which the dataset is a sample",
-        group="run", above=0,
+        group="run", above=0, high=1e18,
     )  # fmt: skip
     plan_rate: float | None = option(
         None, "plan with so many stored tokens a second of one worker, not the probe's",
@@ -539,6 +540,8 @@ def check_option(name: str, value: Any, checks: Mapping[str, Any]) -> None:
     if choices and value not in choices:
         raise ConfigError(f"{flag} {value}: choose one of {', '.join(choices)}")
     low, high, above = checks.get("low"), checks.get("high"), checks.get("above")
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"{flag} {value}: must be a finite number")
     if low is not None and value < low:
         raise ConfigError(f"{flag} {value}: must be at least {low}")
     if above is not None and not value > above:
@@ -1139,7 +1142,7 @@ def run_ahead(
     Raises:
         LogitsError, StopRequested: what `make` or `batches` raised, after all that came before, or
             `should_stop` said so.
-        HubError: a worker process was killed.
+        RuntimeError: a worker process was killed (`explain_want`).
     """
     if not processes:
         yield from (make(batch) for batch in batches if not stop_if(should_stop))
@@ -1162,13 +1165,6 @@ def run_ahead(
                 raise made
             stop_if(should_stop)
             yield made
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise HubError(
-            f"a process that tokenizes was killed ({first_line(error)}), mostly for want of "
-            "memory: continue with --resume"
-        ) from None
     finally:  # the last reference: the workers end now, not when a traceback is collected
         del loader, results
 
@@ -1491,7 +1487,7 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
         TeacherError: it is a folder that is not there, GGUF, or an adapter without `peft`.
     """
     source, revision, adapter = config.model, config.revision or "main", None
-    path = Path(source).expanduser()
+    path = local_path(source)
     local = source.startswith((".", "/", "~")) or path.exists()
     whole = any((path / name).exists() for name in WEIGHT_FILES)
     if source.endswith(".gguf") or (local and not whole and any(path.glob("*.gguf"))):
@@ -2408,8 +2404,8 @@ def check_vllm(config: ExtractionConfig, model_config: Any) -> None:
     kind, arguments = model_config.model_type, config.engine_args or {}
     if importlib.util.find_spec("vllm") is None:
         raise TeacherError(
-            "--engine vllm needs vLLM: pip install 'logit-extraction[vllm]' in an environment of "
-            "its own, since it brings its own torch and transformers"
+            "--engine vllm needs vLLM: install the extra vllm (pip install -e '.[vllm]') in an "
+            "environment of its own, since it brings its own torch and transformers"
         )
     if kind in NORM_IN_HEAD:
         raise TeacherError(
@@ -2547,11 +2543,15 @@ class VllmTeacher(Teacher):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout has the summary
         with engine_errors():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-                own = apart.submit(own_logprobs, self.arguments, ids).result()  # then its memory
-            self.llm = start_vllm(self.arguments)  # is free
+            own = self._own_logprobs(ids)
+            self.llm = start_vllm(self.arguments)
         self._refuse_wrong_states(ids, torch.tensor(own))
         self._refuse_foresight()
+
+    def _own_logprobs(self, ids: list[int]) -> list[float]:
+        """Ask vLLM in a process of its own, so that its memory is free again."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            return apart.submit(own_logprobs, self.arguments, ids).result()
 
     def _refuse_wrong_states(self, ids: list[int], own: torch.Tensor) -> None:
         """Compare states times head with the log-probabilities that vLLM gives itself."""
@@ -3925,7 +3925,7 @@ class Folder:
     """A local folder: a commit is a row of renames, the checkpoint last."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder, self.name = Path(folder).expanduser(), str(folder)
+        self.folder, self.name = local_path(folder), str(folder)
 
     def open(self) -> None:
         """Refuse a folder that cannot be made or written; it is made with the first commit."""
@@ -3988,7 +3988,7 @@ def nearest_folder(path: Path, *, flag: str) -> Path:
     Raises:
         ConfigError: it is a file.
     """
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # Path.resolve raises where links lead in a ring
     nearest = next(part for part in (place, *place.parents) if part.exists())
     if not nearest.is_dir():
         raise ConfigError(f"{flag}: {nearest} is a file; name a folder, or remove the file")
@@ -4298,7 +4298,7 @@ def cache_key(output: str) -> str:
     """Return the folder name of the local state of one output."""
     local = is_local_output(output)
     hub = os.environ.get("HF_ENDPOINT", "")
-    place = str(Path(output).expanduser().resolve()) if local else f"{hub} {output}"
+    place = os.path.realpath(local_path(output)) if local else f"{hub} {output}"
     label = re.sub(r"[^\w.-]+", "-", place)[-40:].strip("-.")
     return f"{label}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
 
@@ -4578,7 +4578,7 @@ class StreamingHFUploader:
         self.chat_template = chat_template
         self.rank, self.world_size = rank, world_size
         self.stopping, self.deadline = stopping, deadline
-        self.folder = Path(cache_dir).expanduser() / cache_key(output)
+        self.folder = local_path(cache_dir) / cache_key(output)
         self.parts: dict[int, Part] = {}  # under way
         self.part_of: dict[int, Part] = {}  # by conversation that is still to come
         self.closing: dict[int, Future[ClosedPart]] = {}  # being encoded
@@ -5311,6 +5311,7 @@ class Job:
 
 def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) -> Job:
     """Open tokenizer, template and source, and refuse what cannot work before it costs time."""
+    open_destination(config.output)  # refuses what is no name of one
     recorded = find_recorded_settings(config, should_stop)
     config, dataset_revision = pin_revisions(config, recorded)
     resolve_device(config.device)
@@ -5351,7 +5352,7 @@ def find_recorded_settings(
     if recorded := read_settings(destination, listed, should_stop):
         return recorded
     for path in sorted(
-        (Path(config.cache_dir).expanduser() / cache_key(config.output)).rglob("*.parquet")
+        (local_path(config.cache_dir) / cache_key(config.output)).rglob("*.parquet")
     ):
         with contextlib.suppress(*NO_PART):
             return dict(json.loads(pq.read_metadata(path).metadata[METADATA_SETTINGS]))
@@ -5392,7 +5393,7 @@ def pin_revisions(
 
 def is_local(name: str) -> bool:
     """Tell whether a model or dataset is a file or folder here."""
-    return name.startswith((".", "/", "~")) or Path(name).expanduser().exists()
+    return name.startswith((".", "/", "~")) or local_path(name).exists()
 
 
 def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
@@ -5526,13 +5527,23 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
         except KeyboardInterrupt:  # a signal or the deadline: it ends all waiting
             pass
         except RuntimeError as error:
-            if "can't start new thread" not in str(error):
-                raise
-            raise HubError(
-                "the system gives no more threads: raise the limit of processes (ulimit -u), then "
-                "continue with --resume"
-            ) from None
+            raise explain_want(error) from None
         return {"output": config.output, "exit_code": interrupt.exit_code or EXIT_RUNTIME}
+
+
+def explain_want(error: RuntimeError) -> HubError:
+    """Return what helps where the system gives no thread or kills a process; else raise."""
+    if "can't start new thread" in str(error):
+        return HubError(
+            "the system gives no more threads: raise the limit of processes (ulimit -u), then "
+            "continue with --resume"
+        )
+    if "DataLoader worker" in str(error):  # torch says so wherever the run just is
+        return HubError(
+            f"a process that tokenizes was killed ({first_line(error)}), mostly for want of "
+            "memory: continue with --resume"
+        )
+    raise error
 
 
 @contextmanager
@@ -5575,6 +5586,8 @@ def run_until(
         output.flush(final=True)
     except HubError as error:
         failure = error
+    except RuntimeError as error:
+        failure = explain_want(error)
     finally:
         output.shutdown()
     stored = output.summary()
@@ -5784,17 +5797,21 @@ class Extraction:
     def forward(self, batch: Batch) -> GPUBatchResult:
         """Run one batch: the teacher's logits at the wanted positions, reduced on its device."""
         config = self.job.config
-        return gpu_process_batch(
-            self.teacher,
-            batch,
-            top_p=config.top_p,
-            top_p_max=config.top_p_max,
-            sampled_n=config.sampled_n,
-            seed=config.seed,
-            min_p=config.min_p,
-            logit_bits=config.logit_bits,
-            reference=config.reference_extraction,
-        )
+        try:
+            return gpu_process_batch(
+                self.teacher,
+                batch,
+                top_p=config.top_p,
+                top_p_max=config.top_p_max,
+                sampled_n=config.sampled_n,
+                seed=config.seed,
+                min_p=config.min_p,
+                logit_bits=config.logit_bits,
+                reference=config.reference_extraction,
+            )
+        except TeacherError:
+            stop_if(self.stops)  # Ctrl-C at a terminal reaches the processes of vLLM, too
+            raise
 
     def halve(self, batch: Batch) -> None:
         """Hold batches to half the size of one that did not fit."""
@@ -6051,7 +6068,7 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
     destination = open_destination(config.output, private=config.private)
     retry(destination.open)
     listed = retry(destination.list)
-    logs = Path(config.cache_dir).expanduser().absolute() / "tasks" / cache_key(config.output)
+    logs = local_path(config.cache_dir).absolute() / "tasks" / cache_key(config.output)
     if any(map(PART_NAME.fullmatch, listed)) and not config.resume and not logs.is_dir():
         raise ConfigError(
             f"{config.output} already holds shards: continue with --resume, or give another "

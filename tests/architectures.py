@@ -4,6 +4,7 @@
     python tests/architectures.py qwen3 gpt_oss   some rows of it
     python tests/architectures.py --json          the same as one JSON line
     python tests/architectures.py --start         what the checks at the start cost a 270M teacher
+    python tests/architectures.py --engine vllm   the table of families that vLLM runs
 
 Every family is a tiny model with random weights made in memory, so nothing is downloaded. The
 weights are drawn wide enough that attention and recurrent state matter.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -308,13 +310,144 @@ def time_start() -> dict[str, float]:
     return {"checks": checked - started, "four rows": time.process_time() - checked}
 
 
+# What vLLM's attention and experts on a CPU need to be larger than in SMALL.
+WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+WIDE |= {"num_key_value_heads": 1, "head_dim": 32}
+VLLM: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, tied": {},
+    "mistral": {},
+    "mixtral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"moe_intermediate_size": 32},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 32},
+    "granite": {},
+    "phi3": {},
+    "olmo2": {},
+    "starcoder2": {},
+    "glm4": {},
+    "smollm3": {},
+    "gpt_oss": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "cohere": {},
+    "cohere2": {},
+    "exaone4": {},
+}
+CHUNKS = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "enforce_eager": True}
+CHUNKS |= {"distributed_executor_backend": "uni"}
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """A family run by vLLM against the plain forward of transformers, in float32."""
+
+    architecture: str
+    difference: float | None  # the largest of any logit in float32; None: it does not run
+    divergence: float | None  # mean KL(float32 || bfloat16) of a token, by vLLM
+    plain_divergence: float | None  # the same of transformers in bfloat16
+    problem: str = ""
+
+
+def measure_engine(family: str) -> EngineRow:
+    """Return the line of one family; in a process of its own, as vLLM leaves much behind."""
+    import tempfile
+
+    from tiny_teachers import tiny_tokenizer
+
+    plain = tiny_model(family, **WIDE, **VLLM[family])
+    sequences, positions = conversations((250, *LENGTHS), WIDE["vocab_size"])
+    rows = list(zip(sequences, positions, strict=True))
+    want = torch.cat([plain_logits(plain, *row) for row in rows])
+
+    class Compared(extract_logits.VllmTeacher):
+        """Asks transformers instead of another vLLM, which would take twice as long."""
+
+        def _own_logprobs(self, ids: list[int]) -> list[float]:
+            at = np.arange(1, len(ids))
+            logits = plain_logits(plain, np.asarray(ids), at).log_softmax(-1)
+            return logits.gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()
+
+    def by_vllm(folder: str, dtype: str) -> torch.Tensor:
+        config = extract_logits.ExtractionConfig(
+            model=folder, dataset="d", output="./o", device="cpu", dtype=dtype, engine="vllm",
+            engine_args={**CHUNKS, "unchecked": True},
+        )  # fmt: skip
+        own = extract_logits.load_model_config(config)
+        head = extract_logits.load_head(config, own, torch.device("cpu"))
+        arguments = extract_logits.engine_arguments(config, own, head)
+        teacher = Compared(head, arguments, vocab_size=None)
+        got = torch.cat(list(teacher.iter_logits(sequences, positions)))
+        teacher.llm.llm_engine.engine_core.shutdown()
+        return got
+
+    def divergence(logits: torch.Tensor) -> float:
+        log_p, log_q = want.double().log_softmax(-1), logits.double().log_softmax(-1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder)
+        tiny_tokenizer(WIDE["vocab_size"]).save_pretrained(folder)
+        difference = None
+        try:
+            difference = float((by_vllm(folder, "float32") - want).abs().max())
+            low = divergence(by_vllm(folder, "bfloat16"))
+        except extract_logits.LogitsError as error:
+            return EngineRow(family, difference, None, None, extract_logits.first_line(error))
+    plain.to(torch.bfloat16)
+    own = torch.cat([plain_logits(plain, *row) for row in rows])
+    return EngineRow(family, difference, low, divergence(own))
+
+
+def engine_table(rows: list[EngineRow]) -> str:
+    """Return the rows in Markdown."""
+
+    def show(value: float | None) -> str:
+        return "—" if value is None else f"{value:.0e}"
+
+    lines = [
+        "| architecture | max difference, float32 | KL, bfloat16 | KL of transformers, bfloat16 |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        numbers = map(show, (row.difference, row.divergence, row.plain_divergence))
+        lines.append(f"| {row.architecture} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def measure_engines(families: list[str]) -> list[EngineRow]:
+    """Return the lines of families, each measured by a process of its own."""
+    rows = []
+    for family in families:
+        command = [sys.executable, __file__, "--engine", "vllm", "--alone", "--json", family]
+        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            (found,) = json.loads(done.stdout.splitlines()[-1])
+            row = EngineRow(**found)
+        except (IndexError, ValueError):
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            row = EngineRow(family, None, None, None, f"exit {done.returncode}: {last}")
+        print(row.architecture, row.problem or "ran", file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
+
+
 def main() -> int:
     """Print the table; exit 1 when a difference is above 1e-4."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("families", nargs="*", help="rows; default all")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of Markdown")
     parser.add_argument("--start", action="store_true", help="time the checks at the start")
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--alone", action="store_true", help="vLLM in this process")
     args = parser.parse_args()
+    if args.engine == "vllm":
+        run = [measure_engine(family) for family in args.families] if args.alone else None
+        found = run or measure_engines(args.families or list(VLLM))
+        print(json.dumps([asdict(row) for row in found]) if args.json else engine_table(found))
+        return int(any(row.difference is None or row.difference > 1e-4 for row in found))
     if args.start:
         print(json.dumps(time_start()))
         return 0

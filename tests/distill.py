@@ -101,7 +101,7 @@ def teacher_bytes(folder: Path) -> float:
 
 def mean_entries(folder: Path) -> float:
     """Return how many entries a token has on average, nucleus and tail."""
-    rows = (row["teacher_mask"] for row in LogitIterableDataset(folder, seed=None, weigh=False))
+    rows = (row["teacher_mask"] for row in LogitIterableDataset(folder, seed=None))
     counts = np.concatenate([mask.sum(axis=1) for mask in rows])
     return float(counts.mean())
 
@@ -208,7 +208,7 @@ def draw_frequencies(probs: Tensor, draws: int, generator: torch.Generator) -> R
 def store_draws(teacher: LlamaForCausalLM, folder: Path, draws: int) -> dict[int, Row]:
     """Return by conversation what sampling its teacher with replacement would have stored."""
     stored = {}
-    for row in LogitIterableDataset(folder, seed=None, weigh=False):
+    for row in LogitIterableDataset(folder, seed=None):
         probs = wanted_logits(teacher, collate_logits([row])).softmax(-1)
         generator = torch.Generator().manual_seed(row["index"])
         stored[row["index"]] = draw_frequencies(probs, draws, generator)
@@ -218,9 +218,7 @@ def store_draws(teacher: LlamaForCausalLM, folder: Path, draws: int) -> dict[int
 @torch.no_grad()
 def count_draws(teacher: LlamaForCausalLM, folder: Path) -> int:
     """Return how many draws of 64 conversations' teachers fill as many bytes as an output's."""
-    rows = [
-        row for row, _ in zip(LogitIterableDataset(folder, weigh=False), range(64), strict=False)
-    ]
+    rows = [row for row, _ in zip(LogitIterableDataset(folder), range(64), strict=False)]
     probs = wanted_logits(teacher, collate_logits(rows)).double().softmax(-1)
     return draws_for_bytes(probs, teacher_bytes(folder))
 
@@ -255,14 +253,14 @@ def arm_loss(arm: str, logits: Tensor, batch: Batch, dense: Tensor | None = None
 
 
 def iter_batches(
-    folder: Path, setup: Setup, seed: int, *, weigh: bool, stored: Mapping[int, Row] | None = None
+    folder: Path, setup: Setup, seed: int, *, stored: Mapping[int, Row] | None = None
 ) -> Iterator[Batch]:
     """Yield the batches of as many epochs as the steps take; `stored` replaces their teacher."""
 
     def collate(rows: list[Row]) -> Batch:
         return collate_logits([{**row, **(stored or {}).get(row["index"], {})} for row in rows])
 
-    dataset: Any = LogitIterableDataset(folder, seed=seed, weigh=weigh)
+    dataset: Any = LogitIterableDataset(folder, seed=seed)
     loader = torch.utils.data.DataLoader(dataset, setup.batch_size, collate_fn=collate)
     step = 0
     for epoch in range(setup.steps):
@@ -303,7 +301,7 @@ def train(
 @torch.no_grad()
 def held_out_logits(teacher: LlamaForCausalLM, folder: Path) -> list[tuple[Batch, Tensor]]:
     """Return batches of held-out conversations with the dense teacher's log-probabilities."""
-    rows = list(LogitIterableDataset(folder, seed=None, weigh=False))
+    rows = list(LogitIterableDataset(folder, seed=None))
     batches = [collate_logits(rows[i : i + 16]) for i in range(0, len(rows), 16)]
     return [(batch, wanted_logits(teacher, batch).log_softmax(-1)) for batch in batches]
 
@@ -365,7 +363,7 @@ def run_arm(work: Path, setup: Setup, arm: str, seed: int) -> dict[str, float]:
     made = open_work(work, setup)
     folder = made["folders"]["top_k" if arm.startswith("top-k") else "ours"]
     stored = stored_draws(work, setup) if arm == "with replacement" else None
-    batches = iter_batches(folder, setup, seed, weigh=arm == "unbiased", stored=stored)
+    batches = iter_batches(folder, setup, seed, stored=stored)
     student = make_student(made["teacher"], seed)
     step_s = train(arm, student, batches, setup, made["teacher"])
     return {**evaluate(student, made["held_out"]), "step_s": step_s}

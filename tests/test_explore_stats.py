@@ -275,6 +275,8 @@ def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> Non
     assert (seen.rows, seen.common_rows, seen.unequal_rows) == ((8, 7), 7, 1)
     assert seen.largest[0][1:] == (4, 3)
     assert "conversation 4, token 3" in str(seen)
+    none = compare_outputs(rows_of(logits, seed=1), other, largest=0)
+    assert (list(none.largest), none.max_divergence) == ([], seen.max_divergence)
 
 
 def test_without_a_common_token_there_is_no_figure(tmp_path: Path) -> None:
@@ -289,9 +291,10 @@ def test_without_a_common_token_there_is_no_figure(tmp_path: Path) -> None:
         assert done.summary[figure] is None
 
 
-def test_what_is_no_number_is_refused() -> None:
-    damaged = {**ROWS[0], "logsumexp": [float("nan")] * ROWS[0]["num_tokens"]}
-    with np.errstate(all="ignore"), pytest.raises(LogitsError, match="no numbers"):
+@pytest.mark.parametrize("logsumexp", [float("nan"), -1e308])
+def test_what_is_no_probability_is_refused(logsumexp: float) -> None:
+    damaged = {**ROWS[0], "logsumexp": [logsumexp] * ROWS[0]["num_tokens"]}
+    with np.errstate(all="ignore"), pytest.raises(LogitsError, match="not finite"):
         compare_outputs([damaged], [ROWS[0]])
 
 

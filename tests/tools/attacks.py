@@ -525,13 +525,13 @@ def check_card(world: World) -> str:
 # Names and numbers on the command line
 
 NAMES = ["user/..", "user/x--y", "user/x.git", "üser/näme", "user/" + "x" * 120, "user/\udcff",
-         "user/a\nb", f"user/{ESCAPES}", "-/-", "user/" + SECRETS[1]]  # fmt: skip
+         "user/a\nb", f"user/{ESCAPES}"]  # fmt: skip
 for name in NAMES:
     shown = name.encode("ascii", "backslashreplace").decode()[:24]
     shown = CONTROL.sub("?", shown.replace("\n", "\\n"))
     add(f"--output {shown}", EXTRACT,
         lambda world, name=name: world.hub and world.extract(output=name),
-        exits=(2, 4) if name.endswith(SECRETS[1]) else (2,), short=name == "user/..")  # fmt: skip
+        short=name == "user/..")  # fmt: skip
     add(
         f"--model {shown}",
         EXTRACT,
@@ -899,13 +899,21 @@ for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*"), ("cache"
         exits=(0, 2, 4), during=remove_during(name, sign))  # fmt: skip
 
 for option_name in ("output", "cache_dir"):
-    for place in ("/proc/here", "/dev/null/here", "/dev/full", "ring/here", "a" * 300, "./\udcff"):
+    for place in (
+        "/proc/here",
+        "/dev/null/here",
+        "/dev/full",
+        "ring/here",
+        "a" * 300,
+        "./\udcff",
+        "~nobody-has-this/x",
+    ):
         shown = place.encode("ascii", "backslashreplace").decode()[:16]
         add(f"--{option_name} {shown}", EXTRACT,
             lambda world, o=option_name, place=place: (
                 (world.folder / "ring").symlink_to("ring") or world.extract(
-                    **{o: place if o == "cache_dir" or place[0] in "/." else f"./{place}"})),
-            exits=(2, 4) if place != "./\udcff" else (0, 2, 4))  # fmt: skip
+                    **{o: place if o == "cache_dir" or place[0] in "/.~" else f"./{place}"})),
+            exits=(0, 2, 4) if place[0] in ".~" else (2, 4))  # fmt: skip
 
 
 @attack("files may have 20 kB (the disk is full)", EXTRACT, exits=(4,), says="make room",
@@ -1168,7 +1176,7 @@ def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
         wrong.append(f"a raw {found[0]!r} on the terminal")
     if found := find_secret(world, said):
         wrong.append(f"the token in {found}")
-    if (ended.code or 0) > 0 and not ended.last_line:
+    if (ended.code or 0) > 0 and not said.strip():
         wrong.append("says nothing")
     if attack.says and not re.search(attack.says, ended.last_line):
         wrong.append(f"does not say {attack.says!r}")

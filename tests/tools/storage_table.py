@@ -272,7 +272,7 @@ class StoredTokens:
         if not self.tail.size:
             return np.asarray(total)
         rest = np.maximum(1 - self.top.sum(1), self.tail.sum(1))
-        weights = np.exp(weigh_tail(np.log(self.tail), rest))
+        weights = weigh_tail(np.log(self.tail), rest).exp().numpy()
         return np.asarray(total - (weights * self.tail * np.log(self.tail)).sum(1))
 
 

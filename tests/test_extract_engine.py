@@ -1,0 +1,256 @@
+"""Section 4 of extract_logits: vLLM as the engine, without vLLM; with it: test_extract_vllm.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import FAMILIES, conversations, plain_logits, tiny_model
+from safetensors.torch import load_file, save_file
+
+import extract_logits
+from extract_logits import (
+    VLLM_FAMILIES,
+    ConfigError,
+    ExtractionConfig,
+    Teacher,
+    TeacherError,
+    VllmTeacher,
+    compare_settings,
+    load_head,
+    load_model_config,
+    load_teacher,
+)
+
+CPU = torch.device("cpu")
+
+
+def configure(model: Any, **options: Any) -> ExtractionConfig:
+    options = {"engine": "vllm", **options}
+    return ExtractionConfig(model=str(model), dataset="d", output="./o", device="cpu", **options)
+
+
+class StandIn:
+    """Gives the states that a model of transformers has, as vLLM does."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.calls = model, []
+        sizes = SimpleNamespace(max_model_len=256, quantization=None)
+        config = SimpleNamespace(
+            model_config=sizes, cache_config=SimpleNamespace(cache_dtype="auto")
+        )
+        self.llm_engine = SimpleNamespace(vllm_config=config)
+
+    @torch.no_grad()
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.model(input_ids=ids[None]).last_hidden_state[0]
+
+    def encode(self, prompts: list[Any], *, pooling_task: str, use_tqdm: bool) -> list[Any]:
+        rows = [torch.tensor(prompt["prompt_token_ids"]) for prompt in prompts]
+        self.calls.append([len(row) for row in rows])
+        return [SimpleNamespace(outputs=SimpleNamespace(data=self.states(row))) for row in rows]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def engine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Let a model of transformers stand for vLLM, installed and asked for its log-probabilities."""
+    model = tiny_model("llama")
+    stand_in = StandIn(model)
+
+    def own(teacher: VllmTeacher, ids: list[int]) -> list[float]:
+        logits = plain_logits(model, np.asarray(ids), np.arange(1, len(ids))).log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()
+
+    vllm = ModuleType("vllm")
+    vllm.__spec__ = SimpleNamespace(name="vllm")  # type: ignore[assignment]
+    vllm.__version__ = "0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(VllmTeacher, "_own_logprobs", own)
+    monkeypatch.setattr(extract_logits, "start_vllm", lambda arguments: stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_apart_is_that_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    whole = Teacher(tiny_model(family))
+    if whole.head != "chunked":
+        pytest.skip("its head cannot be run apart")
+    config = configure(tmp_path, engine="transformers")
+    head = load_head(config, load_model_config(config), CPU)
+    apart = VllmTeacher.__new__(VllmTeacher)
+    with pytest.raises(AttributeError, match="arguments"):  # where vLLM would start
+        Teacher.__init__(apart, head)
+    inputs = {"input_ids": torch.arange(20, 50)[None], "attention_mask": None}
+    states, outputs, _ = whole._hidden(inputs, torch.arange(30))
+    apart.layout = ""
+    same = apart._head_logits(states, apart._outputs)
+    assert torch.equal(same, whole._head_logits(states, outputs))
+    assert sum(p.numel() for p in head.parameters()) < sum(
+        p.numel() for p in whole.model.parameters()
+    )
+
+
+def test_conversations_go_in_windows_and_nothing_after_the_last_wanted_token(
+    engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = load_teacher(configure(saved))
+    assert teacher.numerics["versions"]["vllm"] == "0"
+    assert json.loads(json.dumps(teacher.numerics))["layout"] == "vllm"
+    sequences, positions = conversations()
+    positions = [at[: len(at) // 2 + 1] for at in positions]
+    positions[1] = positions[1][:0]
+    monkeypatch.setattr(extract_logits, "FEED_BYTES", 75 * 32 * 4)
+    engine.calls.clear()
+    got = torch.cat(list(teacher.iter_logits(sequences, positions, chunk_tokens=7)))
+    rows = [row for row in zip(sequences, positions, strict=True) if len(row[1])]
+    want = torch.cat([plain_logits(engine.model, *row) for row in rows])
+    assert engine.calls == [[20], [16, 1, 19]], "windows of 40 + 23 and 31 + 2 + 37 tokens"
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        (lambda s: s * 1.5, "do not fit the head"),
+        (lambda s: s[:-1], "states of"),
+        (lambda s: torch.cat([s, s])[: len(s)].roll(1, 0), "do not fit the head"),
+    ],
+)
+def test_states_that_do_not_fit_the_head_are_refused(
+    states: Any, message: str, engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = engine.states
+    monkeypatch.setattr(engine, "states", lambda ids: states(right(ids)))
+    with pytest.raises(TeacherError, match=message):
+        load_teacher(configure(saved))
+
+
+def test_layers_that_see_later_tokens_are_refused(
+    engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = engine.states
+    monkeypatch.setattr(VllmTeacher, "_refuse_wrong_states", lambda *_: None)
+    monkeypatch.setattr(engine, "states", lambda ids: right(ids) + right(ids.flip(0)))
+    with pytest.raises(TeacherError, match="in vLLM it is not causal"):
+        load_teacher(configure(saved))
+
+
+def test_what_vllm_raises_is_one_line(
+    engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(arguments: dict[str, Any]) -> None:
+        raise RuntimeError("no room\nfor it")
+
+    monkeypatch.setattr(extract_logits, "start_vllm", fail)
+    with pytest.raises(TeacherError, match=r"^--model .*vLLM RuntimeError: no room .*$"):
+        load_teacher(configure(saved))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "transformers", "engine_args": {}}, "give --engine vllm"),
+        ({"tensor_parallel": True}, "tensor_parallel_size"),
+        ({"attn": "sdpa"}, "--attn sdpa is of --engine transformers"),
+        ({"engine_args": {"max_model_len": 9}}, "it is --max-seq-len"),
+        ({"engine_args": {"runner": "draft"}}, "the extraction sets it"),
+    ],
+)
+def test_options_that_contradict_the_engine_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configure("m", **options)
+
+
+def test_vllm_that_is_not_there_is_named_with_its_extra(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = extract_logits.importlib.util.find_spec
+    monkeypatch.setattr(
+        extract_logits.importlib.util, "find_spec", lambda n: None if n == "vllm" else find(n)
+    )
+    with pytest.raises(TeacherError, match=r"the extra vllm \(pip install -e '\.\[vllm\]'\)"):
+        load_model_config(configure(saved))
+
+
+def test_a_family_that_was_not_compared_needs_a_word(engine: StandIn, tmp_path: Path) -> None:
+    tiny_model("gptj").save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=f"on gptj, only on {', '.join(VLLM_FAMILIES)}"):
+        load_model_config(configure(tmp_path))
+    load_model_config(configure(tmp_path, engine_args={"unchecked": True}))
+
+
+def test_angles_that_depend_on_the_longest_row_are_refused(engine: StandIn, tmp_path: Path) -> None:
+    tiny_model("phi3, longrope").save_pretrained(tmp_path)
+    word: dict[str, Any] = {"engine_args": {"unchecked": True}}
+    with pytest.raises(TeacherError, match="--max-seq-len 32 at most"):
+        load_model_config(configure(tmp_path, **word))
+    load_model_config(configure(tmp_path, max_seq_len=32, **word))
+
+
+def test_a_length_beyond_the_positions_is_refused_before_vllm_starts(
+    engine: StandIn, saved: Path
+) -> None:
+    with pytest.raises(TeacherError, match="--max-seq-len 257 is beyond the 256"):
+        load_model_config(configure(saved, max_seq_len=257))
+
+
+@pytest.mark.parametrize("leaf", ["qweight", "weight_scale", "weight"])
+def test_a_quantized_head_is_refused(leaf: str, engine: StandIn, saved: Path) -> None:
+    path = saved / "model.safetensors"
+    weights = load_file(path)
+    if leaf == "weight":
+        weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.float8_e4m3fn)
+    else:
+        weights[f"lm_head.{leaf}"] = torch.ones(96, 1)
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(TeacherError, match="the head is quantized"):
+        load_teacher(configure(saved))
+
+
+def test_quantized_layers_are_vllms_and_leave_the_head_as_it_is(
+    engine: StandIn, saved: Path
+) -> None:
+    path = saved / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(1, 1)
+    key = "model.layers.0.mlp.up_proj.weight"
+    weights[key] = weights[key].to(torch.float8_e4m3fn)
+    save_file(weights, path, {"format": "pt"})
+    described = json.loads((saved / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (saved / "config.json").write_text(json.dumps(described))
+    config = configure(saved)
+    load_head(config, load_model_config(config), CPU)
+
+
+def test_an_output_goes_on_with_the_engine_it_was_begun_with() -> None:
+    there = {"rows_per_part": 5, "engine": "vllm"}
+    with pytest.raises(ConfigError, match="engine"):
+        compare_settings(there, {**there, "engine": "transformers"}, "o")
+
+
+def test_the_families_that_are_let_in_are_those_of_the_table() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
+    table = text.partition("\n## vLLM\n")[2].partition("\n## ")[0]
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    right = {
+        name.strip("| ").split(",")[0]
+        for name, off, *_ in lines
+        if off != "—" and float(off) < 1e-4
+    }
+    assert right == set(VLLM_FAMILIES)
