@@ -52,7 +52,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -220,7 +220,7 @@ def limit_waiting() -> None:
 # 1 Format
 # --------------------------------------------------------------------------------------------------
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of compact rows; version 1 is the same without them, and still written
 MAX_TOKEN_ID = 2**18 - 1  # 16 bits in *_indices_low, 2 in *_indices_high
 METADATA_VERSION = b"logits.format_version"
 METADATA_SETTINGS = b"logits.extraction"  # JSON object: the settings of the run
@@ -250,28 +250,40 @@ SCHEMA = pa.schema(
     ]
 )
 TOKEN_FIELDS = (pa.field("input_ids", _I32_LIST), pa.field("token_positions", _I32_LIST))
+POINTS_FIELD = pa.field("sampled_counts", pa.list_(pa.uint8()))  # the last column of compact rows
+ALL_FIELDS = (*SCHEMA, *TOKEN_FIELDS, POINTS_FIELD)
 LENGTHS_SCHEMA = pa.schema(
     [("index", pa.int32()), ("length", pa.int32()), ("num_tokens", pa.int32())]
 )
 
 
 def shard_schema(
-    *, store_tokens: bool = False, settings: Mapping[str, Any] | None = None
+    *,
+    store_tokens: bool = False,
+    compact: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> pa.Schema:
     """Return the schema of a shard, with the settings of the run in its key-value metadata.
 
-    `store_tokens` appends `input_ids` and `token_positions` (`TOKEN_FIELDS`). `settings` is stored
-    as JSON with sorted keys, so equal settings give equal bytes.
+    `store_tokens` appends `input_ids` and `token_positions` (`TOKEN_FIELDS`), `compact`, for rows
+    of `--min-p`, `sampled_counts` after them. `settings` is stored as JSON with sorted keys, so
+    equal settings give equal bytes.
     """
-    schema = pa.schema([*SCHEMA, *TOKEN_FIELDS]) if store_tokens else SCHEMA
+    further = [*(TOKEN_FIELDS if store_tokens else ()), *([POINTS_FIELD] if compact else ())]
+    schema = pa.schema([*SCHEMA, *further])
     if settings is None:
         return schema
     return schema.with_metadata(
         {
-            METADATA_VERSION: str(FORMAT_VERSION).encode(),
+            METADATA_VERSION: str(format_version(compact=compact)).encode(),
             METADATA_SETTINGS: json.dumps(dict(settings), sort_keys=True).encode(),
         }
     )
+
+
+def format_version(*, compact: bool) -> int:
+    """Return the lowest version whose readers understand such rows."""
+    return FORMAT_VERSION if compact else 1
 
 
 def pack_indices(ids: npt.ArrayLike) -> tuple[npt.NDArray[np.uint16], bytes]:
@@ -2484,8 +2496,8 @@ class RowError(OpenError, IndexError):
 
 TAIL_COLUMNS = tuple(name for name in SCHEMA.names if name.startswith("sampled_"))
 TOKEN_COLUMNS = tuple(field.name for field in TOKEN_FIELDS)
-OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS)
-READ_COLUMNS = (*SCHEMA.names, *TOKEN_COLUMNS)
+OPTIONAL_COLUMNS = ("index", "num_tokens", *TAIL_COLUMNS, *TOKEN_COLUMNS, POINTS_FIELD.name)
+READ_COLUMNS = tuple(field.name for field in ALL_FIELDS)
 CONFIG_FILE = "extraction_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
@@ -2865,7 +2877,7 @@ class LogitDataset:
                 tables.append(table.take(pa.array(offsets[at] - starts[group])))
                 places.append(at)
         if not tables:
-            return pa.schema([*SCHEMA, *TOKEN_FIELDS]).empty_table()
+            return pa.schema(ALL_FIELDS).empty_table()
         return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
 
     def _locate(self, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
@@ -2930,7 +2942,7 @@ class LogitDataset:
         """Refuse rows of a later format, or of another run than those of the shard opened first."""
         metadata = self.metadata(shard)
         version = metadata.get(METADATA_VERSION, b"1")
-        if version != str(FORMAT_VERSION).encode():
+        if version not in {str(known).encode() for known in range(1, FORMAT_VERSION + 1)}:
             raise FormatError(
                 f"{self.shards[shard]} is in format {version.decode('utf-8', 'replace'):.20}, "
                 f"formats up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
@@ -2989,6 +3001,7 @@ SETTING_RANGES = {
     "top_p": (0, 1),
     "top_p_max": (1, 255),
     "sampled_n": (0, MAX_TOKEN_ID),
+    "min_p": (0, 0.5),
     "logit_bits": (4, 16),
     "vocab_size": (1, MAX_TOKEN_ID + 1),
 }
@@ -2997,7 +3010,7 @@ SETTING_TEXTS = (
     *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
 )
 # What all rows of an output have in common; versions and attention may differ between machines.
-RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end", "min_p")
+RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end")
 PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
 
 
@@ -3128,6 +3141,7 @@ class RunLimits:
     top_p: float = 0.0
     top_p_max: int = 255
     sampled_n: int | None = None
+    min_p: float | None = None  # of compact rows
     logit_bits: int = 16
     vocab_size: int = MAX_TOKEN_ID + 1
     store_tokens: bool = False
@@ -3279,7 +3293,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     if isinstance(names, Mapping) and "top_indices" in names:
         raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
-        known = [field for field in (*SCHEMA, *TOKEN_FIELDS) if field.name in names]
+        known = [field for field in ALL_FIELDS if field.name in names]
         return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
@@ -3442,6 +3456,28 @@ class Entries:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Points(Entries):
+    """The sample of compact rows: ids without logits, each for an equal share of the rest.
+
+    A logit of it is the one whose probability is that share; an id may occur several times.
+    """
+
+    rest: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # (T,)
+    min_p: float = 1.0  # every token of the rest has less
+
+    @cached_property
+    def logits(self) -> npt.NDArray[np.float64]:
+        """The logit that each entry stands for, (n,)."""
+        least = np.finfo(np.float64).tiny
+        shares = np.maximum(self.rest, least) / np.maximum(self.counts, 1)
+        return np.repeat(np.log(shares) + self.logsumexp, self.counts)
+
+    def of_tokens(self, first: int, last: int) -> Points:
+        """Return the entries of some consecutive tokens, as views."""
+        return replace(cast("Points", super().of_tokens(first, last)), rest=self.rest[first:last])
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBlock:
     """Some whole rows, decoded at once: R rows of T tokens in all, everything flattened.
@@ -3461,8 +3497,14 @@ class TokenBlock:
         return np.diff(self.row_starts)
 
     @property
-    def first_probs(self) -> npt.NDArray[np.float64]:  # (T,) of each token's likeliest entry
-        return np.exp(self.top.high.astype(np.float64) - self.logsumexp)
+    def first_probs(self) -> npt.NDArray[np.float64]:  # (T,) of each token's likeliest entry, or 0
+        probs = np.exp(self.top.high.astype(np.float64) - self.logsumexp)
+        return np.where(self.top.counts > 0, probs, 0.0)
+
+    @property
+    def first_ids(self) -> npt.NDArray[np.int32]:  # (T,) of each token's likeliest entry, or -1
+        firsts = np.append(self.top.ids, -1)[self.top.starts[:-1]]
+        return np.where(self.top.counts > 0, firsts, -1)
 
     def row_of(self, token: int) -> int:
         """Return the row that a token belongs to."""
@@ -3501,7 +3543,10 @@ class Sample(Mapping[str, Any]):
         return self._values[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in SAMPLE_VIEWS and (self.block.tokens is not None or name not in TOKEN_COLUMNS)
+        lacking = TOKEN_COLUMNS if self.block.tokens is None else ()
+        if not isinstance(self.block.tail, Points):
+            lacking = (*lacking, POINTS_FIELD.name)
+        return name in SAMPLE_VIEWS and name not in lacking
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in SAMPLE_VIEWS if name in self)
@@ -3526,6 +3571,7 @@ SAMPLE_VIEWS: dict[str, Callable[[Any], Any]] = {  # of a block of one row
     "sampled_logits_quantized": lambda block: cut(block.tail.q, block.tail.starts),
     "sampled_min": lambda block: block.tail.low,
     "sampled_max": lambda block: block.tail.high,
+    "sampled_counts": lambda block: block.tail.counts.astype(np.int32),
     "logsumexp": lambda block: block.logsumexp,
     "input_ids": lambda block: block.tokens[0][0],
     "token_positions": lambda block: block.tokens[1][0],
@@ -3604,7 +3650,7 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
 def read_columns(table: pa.Table) -> tuple[dict[str, Any], list[Fault]]:
     """Return the format's columns as numpy, missing optional ones filled in, and what is wrong."""
     columns: dict[str, Any] = {}
-    for kind in (*SCHEMA, *TOKEN_FIELDS):
+    for kind in ALL_FIELDS:
         if kind.name in table.column_names or kind.name not in OPTIONAL_COLUMNS:
             columns[kind.name] = read_column(table, kind)
         elif kind.name in TAIL_COLUMNS:
@@ -3640,6 +3686,12 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
     wanted["sampled_indices_high"] = -(-tail // 4)
     for name in ("sampled_min", "sampled_max"):
         wanted[name] = np.where((tail == 0) & (columns[name].lengths == 0), 0, n)
+    uneven = np.flatnonzero(tail % np.maximum(n, 1) != 0)
+    if (points := columns.get(POINTS_FIELD.name)) is not None:
+        wanted[POINTS_FIELD.name], uneven = n, uneven[:0]
+        wanted["sampled_indices_low"] = np.diff(to_starts(points.values)[points.starts])
+        nothing = ("sampled_logits_quantized", "sampled_min", "sampled_max")
+        wanted |= dict.fromkeys(nothing, np.zeros_like(n))
     if "token_positions" in columns:
         wanted["token_positions"] = n
     faults = [
@@ -3648,7 +3700,6 @@ def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
         for lengths in [columns[name].lengths]
         for row in np.flatnonzero(lengths != asked)
     ]
-    uneven = np.flatnonzero(tail % np.maximum(n, 1) != 0)
     message = "{} tail entries do not divide evenly among {} tokens"
     return faults + [Fault(int(row), "length", message.format(tail[row], n[row])) for row in uneven]
 
@@ -3668,7 +3719,7 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     for fault in faults[:1]:
         raise FormatError(f"row {first_row + fault.row}: {fault.message}")
     settings = peek_settings((table.schema.metadata or {}).get(METADATA_SETTINGS, b"{}"))
-    block = build_block(columns, first_row, RunLimits.of(settings).logit_bits)
+    block = build_block(columns, first_row, RunLimits.of(settings))
     ends = sum(part.low.astype(np.float64) + part.high for part in (block.top, block.tail))
     for token in np.flatnonzero(~np.isfinite(block.logsumexp + ends))[:1]:
         row = block.row_of(token)
@@ -3679,10 +3730,10 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     return block
 
 
-def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenBlock:
+def build_block(columns: Mapping[str, Any], first_row: int, limits: RunLimits) -> TokenBlock:
     """Assemble a block from columns whose lengths agree."""
     counts, per_row = columns["top_counts"], columns["top_counts"].lengths
-    drawn = columns["sampled_indices_low"].lengths // np.maximum(per_row, 1)
+    drawn = np.repeat(columns["sampled_indices_low"].lengths // np.maximum(per_row, 1), per_row)
 
     def entries(part: str, sizes: npt.NDArray[Any]) -> Entries:
         low, high = columns[f"{part}_indices_low"], columns[f"{part}_indices_high"]
@@ -3698,7 +3749,7 @@ def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenB
             ranges[0],
             ranges[1],
             columns["logsumexp"].values,
-            bits,
+            limits.logit_bits,
         )
 
     tokens = None
@@ -3706,11 +3757,16 @@ def build_block(columns: Mapping[str, Any], first_row: int, bits: int) -> TokenB
         texts, positions = (columns[name] for name in TOKEN_COLUMNS)
         tokens = cut(texts.values, texts.starts), cut(positions.values, positions.starts)
     numbers = np.arange(first_row, first_row + per_row.size)
+    top, points = entries("top", counts.values), columns.get(POINTS_FIELD.name)
+    tail = entries("sampled", drawn if points is None else points.values)
+    if points is not None:
+        rest, min_p = np.maximum(1 - top.mass, 0), limits.min_p or 1.0
+        tail = Points(**vars(tail), rest=rest, min_p=min_p)
     return TokenBlock(
         columns.get("index", numbers).astype(np.int64),
         counts.starts,
-        entries("top", counts.values),
-        entries("sampled", np.repeat(drawn, per_row)),
+        top,
+        tail,
         columns["logsumexp"].values,
         tokens,
     )
@@ -3781,7 +3837,9 @@ def dequantize_top_logits(sample: Mapping[str, Any], t: int | None = None) -> Lo
 def dequantize_sampled_logits(sample: Mapping[str, Any], t: int | None = None) -> LogitPair:
     """Return the tail sample of token `t`: ids and logits, in the order drawn.
 
-    With `t` None, those of all tokens, flattened, the same number for each.
+    With `t` None, those of all tokens, flattened, the same number for each. Of compact rows
+    (`--min-p`) ids ascend, one may occur several times, and token t owns `sampled_counts[t]`; their
+    logits are not known, each is the one of the share of probability that the entry stands for.
     """
     return _decode_entries(sample, "tail", t)
 
@@ -3936,17 +3994,20 @@ class TokenScores(NamedTuple):
 def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     """Find the probability and rank of the token (T,) that is really there, at each position.
 
-    Exact for stored tokens. One that is not stored has at most the smallest nucleus logit, and at
+    Exact for tokens stored with a logit. Another one has at most the smallest nucleus logit, and at
     most the probability that nucleus and tail sample leave over: the smaller of the two is given.
     Stored tail tokens above it raise the least rank of a tail token.
     """
     log_prob = unstored_bound(block)
     places = []
+    known = np.zeros(actual.size, bool)
     for entries in (block.tail, block.top):  # the nucleus has the last word
         hits = np.flatnonzero(entries.ids == actual[entries.owner])
         place = np.full(actual.size, -1, np.int64)
         place[entries.owner[hits]] = hits
-        log_prob[place >= 0] = entries.log_probs[place[place >= 0]]
+        if not isinstance(entries, Points):
+            known |= place >= 0
+            log_prob[place >= 0] = entries.log_probs[place[place >= 0]]
         places.append(place)
     tail, top = places
     in_nucleus, in_tail = top >= 0, (tail >= 0) & (top < 0)
@@ -3954,14 +4015,21 @@ def score_tokens(block: TokenBlock, actual: npt.NDArray[Any]) -> TokenScores:
     owner, q = block.tail.owner, block.tail.q
     above = in_tail[owner] & (q > q[tail[owner]] if q.size else False)
     rank += np.bincount(owner[above], minlength=actual.size)
-    return TokenScores(log_prob, in_nucleus | in_tail, rank, in_nucleus, in_tail)
+    return TokenScores(log_prob, known, rank, in_nucleus, in_tail)
 
 
 def unstored_bound(block: TokenBlock) -> npt.NDArray[np.float64]:
-    """Return the largest log-probability that a token stored nowhere can have, (T,)."""
-    stored = sum(part.mass * np.exp(-part.error) for part in (block.top, block.tail))
+    """Return the largest log-probability that a token stored without a logit can have, (T,)."""
+    stored = sum(part.mass * np.exp(-part.error) for part in known_parts(block))
     left = np.log(np.maximum(1 - stored, np.finfo(np.float64).tiny))
-    return np.minimum(left, block.top.low - block.logsumexp)
+    if isinstance(block.tail, Points):
+        left = np.minimum(left, math.log(block.tail.min_p))
+    return np.where(block.top.counts > 0, np.minimum(left, block.top.low - block.logsumexp), left)
+
+
+def known_parts(block: TokenBlock) -> list[Entries]:
+    """Return the entries that are stored with their logits: nucleus and, of plain rows, tail."""
+    return [part for part in (block.top, block.tail) if not isinstance(part, Points)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3989,6 +4057,7 @@ class TokenAnalysis:
     nucleus_mass: float
     predictions: list[Prediction]
     tail: list[Prediction]
+    tail_below: float | None = None  # more than any tail token has, where they have no logits
 
 
 @dataclass(frozen=True)
@@ -4138,6 +4207,7 @@ def analyze_tokens(
         block.top.mass.tolist(),
         predict(block.top, k),
         predict(block.tail, MAX_TOKEN_ID),
+        [block.tail.min_p if isinstance(block.tail, Points) else None] * actual.size,
     )
     return [TokenAnalysis(*row) for row in zip(*columns, strict=True)]
 
@@ -4429,14 +4499,23 @@ def show_standing(token: TokenAnalysis) -> str:
 
 
 def list_predictions(
-    predictions: Sequence[Prediction], actual: int | None = None, *, bar: int
+    predictions: Iterable[Prediction],
+    actual: int | None = None,
+    *,
+    bar: int,
+    below: float | None = None,
 ) -> list[str]:
-    """Write predictions as lines: number, probability, a bar, the token; `▸` marks the actual."""
+    """Write predictions as lines: number, probability, a bar, the token; `▸` marks the actual.
+
+    Of those whose probability is not known, only that it is `below` something, this is written.
+    """
     lines = []
     for number, (token, text, _, probability) in enumerate(predictions, 1):
         whole, eighth = divmod(round(min(max(0, probability), 1) * bar * 8), 8)
         drawn = ("█" * whole + " ▏▎▍▌▋▊▉"[eighth])[:bar]
         mark, chance = "▸" if token == actual else " ", show_probability(probability)
+        if below is not None:
+            chance, drawn = f"<{show_probability(below)}", ""
         lines.append(f"{mark}{number:2} {chance:>8} {drawn:{bar}} {show_token(text, 24)}")
     return lines
 
@@ -4585,7 +4664,8 @@ def describe_run(dataset: LogitDataset) -> str:
     if skipped := count_skipped(dataset):
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
         parts.append(f"{plural(skipped.total(), 'conversation')} without a row ({reasons})")
-    names = ["model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "seed", "dtype"]
+    names = ["model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "min_p", "seed"]
+    names += ["dtype"]
     known = [name for name in names if dataset.settings.get(name) is not None]
     parts += [f"{name} {dataset.settings[name]!s:.100}" for name in known]
     return show_text(f"{dataset.name}: {', '.join(parts)}")
@@ -4862,7 +4942,9 @@ def conversation_facts(analysis: ConversationAnalysis) -> list[str]:
 
 def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
     """Write what the teacher thought of a token as lines, the first of its tail sample included."""
-    more = f", {tail} of {len(token.tail)}" if len(token.tail) > tail else ""
+    drawn = list(dict.fromkeys(token.tail))  # points may hit one twice
+    order = "by id" if token.tail_below else "in the order drawn"
+    more = f", {tail} of {len(drawn)}" if len(drawn) > tail else ""
     where = "" if token.where == "nucleus" else f", {token.where.replace('tail', 'in the tail')}"
     size = plural(token.nucleus_size, "token")
     lines = [
@@ -4874,8 +4956,9 @@ def describe_token(token: TokenAnalysis, *, tail: int = 6) -> str:
         *list_predictions(token.predictions, token.id, bar=8),
     ]
     if token.tail:
-        lines += [f"\ntail sample, in the order drawn{more}"]
-    return "\n".join([*lines, *list_predictions(token.tail[:tail], token.id, bar=8)])
+        lines += [f"\ntail sample, {order}{more}"]
+    told = list_predictions(drawn[:tail], token.id, bar=8, below=token.tail_below)
+    return "\n".join([*lines, *told])
 
 
 def page_pieces(analysis: ConversationAnalysis) -> Iterator[tuple[int | None, str, str, str, str]]:
@@ -5012,8 +5095,9 @@ def plot_nucleus_size_analysis(stats: Any, *, max_samples: int | None = None) ->
     """
     if not isinstance(stats, NucleusSizeStats):
         stats = analyze_nucleus_sizes(stats, max_samples)
-    counts = stats.histogram[1 : max(stats.max, 1) + 1]
-    edges = np.arange(counts.size + 1) + 0.5
+    least = min(1, stats.min)  # compact rows may have nuclei without a token
+    counts = stats.histogram[least : max(stats.max, 1) + 1]
+    edges = np.arange(counts.size + 1) + least - 0.5
     with drawing(1, 2, figsize=(10, 3.8)) as (figure, (left, right), colours):
         left.stairs(counts, edges, fill=True, color=colours[0])
         left.set(xlabel="nucleus size (tokens)", ylabel="tokens", yscale="log")
@@ -5399,7 +5483,7 @@ def validate_shard(
                 report.add(shard, fault.rule, fault.message, row=first + fault.row)
             good = np.setdiff1d(np.arange(table.num_rows), [fault.row for fault in faults])
             sound = read_columns(table.take(good))[0] if faults else columns
-            block = build_block(sound, first, limits.logit_bits)
+            block = build_block(sound, first, limits)
             validate_block(block, limits, functools.partial(report.add, shard), first + good)
             index = np.append(index, columns.get("index", index[:0]))
             counts = columns["top_counts"].values.astype(np.int64)
@@ -5419,15 +5503,17 @@ def validate_footer(
     """Check columns and metadata of one shard; return the settings to check its rows by."""
     schema, metadata = dataset.file(0).schema.to_arrow_schema(), dataset.metadata(0)
     add = functools.partial(report.add, dataset.shards[0])
-    wanted = shard_schema(store_tokens=any(name in schema.names for name in TOKEN_COLUMNS))
+    compact = POINTS_FIELD.name in schema.names
+    stores = any(name in schema.names for name in TOKEN_COLUMNS)
+    wanted = shard_schema(store_tokens=stores, compact=compact)
     if schema.names != wanted.names:
         add("columns", f"has {', '.join(schema.names)}; wanted {', '.join(wanted.names)}")
     for kind in wanted:
         if kind.name in schema.names and not schema.field(kind.name).type.equals(kind.type):
             add("type", f"{kind.name} is {schema.field(kind.name).type}, not {kind.type}")
     version = metadata.get(METADATA_VERSION)
-    if version != str(FORMAT_VERSION).encode():
-        add("metadata", f"format version is {version!r}, not {FORMAT_VERSION}")
+    if version != (right := str(format_version(compact=compact)).encode()):
+        add("metadata", f"format version is {version!r}, not {right!r}")
     settings: dict[str, Any] = {}
     try:
         settings = dataset.settings
@@ -5472,9 +5558,12 @@ def any_in_run(
 def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on counts, ids and their order."""
     top, tail, vocab = block.top, block.tail, limits.vocab_size
-    bad = (top.counts < 1) | (top.counts > limits.top_p_max)
-    message = f"nucleus of {{}} tokens, allowed are 1 to {limits.top_p_max}"
+    least = 0 if isinstance(tail, Points) else 1
+    bad = (top.counts < least) | (top.counts > limits.top_p_max)
+    message = f"nucleus of {{}} tokens, allowed are {least} to {limits.top_p_max}"
     yield "count", bad, message, top.counts
+    if isinstance(tail, Points):
+        yield from point_rules(block, tail)
     if limits.sampled_n is not None:
         message = f"{{}} tail tokens instead of {limits.sampled_n}"
         yield "tail count", tail.counts != limits.sampled_n, message, tail.counts
@@ -5491,10 +5580,29 @@ def entry_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...
         yield "ties", any_in_run(ties, top.starts), "equal logits, but ids do not ascend"
 
 
+def point_rules(block: TokenBlock, points: Points) -> Iterator[tuple[Any, ...]]:
+    """Yield the rules on the sample of compact rows, as exact as quantized logits allow."""
+    top, min_p, least = block.top, points.min_p, np.full(block.logsumexp.size, np.inf)
+    some = top.counts > 0
+    least[some] = np.exp((top.low - block.logsumexp)[some])
+    message = f"a nucleus token of probability {{:.6f}}, below min_p {min_p:g}"
+    yield "threshold", least < min_p * (1 - 1e-5), message, least
+    off = mass_tolerance(block)
+    few, many = (np.ceil((points.rest + side) / min_p - 1e-6) for side in (-off, off))
+    bad = (points.counts < few) | (points.counts > np.maximum(many, 1))
+    yield "tail count", bad, "{} points for a rest of {:.6f}", points.counts, points.rest
+    falling = (np.diff(points.ids) < 0) & (np.diff(points.owner) == 0)
+    message = "the ids of points do not ascend"
+    yield "order", any_in_run(np.append(falling, False)[: points.ids.size], points.starts), message
+    keys = [part.owner.astype(np.int64) << 18 | part.ids for part in (top, points)]
+    twice = any_in_run(np.isin(keys[1], keys[0]), points.starts)
+    yield "duplicate", twice, "a point hits a token of the nucleus"
+
+
 def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]]:
     """Yield the rules on quantization ranges and levels, for nucleus and tail."""
     steps = 2**limits.logit_bits - 1
-    for name, part in (("nucleus", block.top), ("tail", block.tail)):
+    for name, part in zip(("nucleus", "tail"), known_parts(block), strict=False):
         q, starts, ends = part.q, part.starts, (part.low, part.high)
         some, finite = part.counts > 0, np.isfinite(part.low) & np.isfinite(part.high)
         bad = some & ~(finite & (part.low <= part.high))
@@ -5506,6 +5614,8 @@ def range_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...
         kept = np.rint(np.rint(q * (steps / 65535)) * (65535 / steps))
         message = f"{name} levels are finer than logit_bits"
         yield "resolution", any_in_run(kept != q, starts), message
+    if isinstance(block.tail, Points):
+        return
     above = (block.tail.counts > 0) & (block.tail.high > block.top.low)
     message = "a tail logit of {:g} above the nucleus, which ends at {:g}"
     yield "tail", above, message, block.tail.high, block.top.low
@@ -5711,8 +5821,7 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         if not np.isfinite(divergence).all():
             raise FormatError("probabilities are not finite: --validate names the rows")
         total, most = total + float(divergence.sum()), max(most, float(divergence.max(initial=0)))
-        firsts = [np.append(block.top.ids, -1)[block.top.starts[:-1]] for block in (a, b)]
-        same += int((firsts[0] == firsts[1]).sum())
+        same += int((a.first_ids == b.first_ids).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
             if divergence[token] > 0:
@@ -5774,7 +5883,7 @@ def known_entries(
     block: TokenBlock,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Return all stored entries sorted by `token << 18 | id`: key, probability, in the nucleus."""
-    parts = (block.top, block.tail)
+    parts = known_parts(block)
     keys = np.concatenate([part.owner.astype(np.int64) << 18 | part.ids for part in parts])
     order = np.argsort(keys)
     probs = np.concatenate([part.probs for part in parts])[order]
@@ -5803,6 +5912,7 @@ TEACHER_COLUMNS: dict[str, tuple[Any, Any]] = {  # of a row: dtype, and what fil
     "teacher_mask": (np.bool_, False),  # entries that are there
     "teacher_tail_mask": (np.bool_, False),  # those of them that were sampled
     "teacher_log_rest": (np.float32, LEAST_LOG_REST),  # outside the nucleus; one a token
+    "teacher_points": (np.bool_, False),  # the sample is that of a compact row; one a token
 }
 IGNORED_LABEL = -100  # what PyTorch's cross-entropy leaves out
 
@@ -5814,26 +5924,33 @@ def sparse_teacher(block: TokenBlock) -> dict[str, npt.NDArray[Any]]:
     """Return what is stored of T tokens as `TEACHER_COLUMNS` (T, E): the nucleus, then the tail.
 
     Raises:
-        FormatError: the tokens have tails of different sizes.
+        FormatError: the tokens have tails of different sizes, as those of compact rows may.
     """
-    size = int(block.tail.counts.max(initial=0))
-    if (block.tail.counts != size).any():
+    points, tail = isinstance(block.tail, Points), block.tail.counts
+    if not points and (tail != tail[:1]).any():
         raise FormatError("the tail samples of one output differ in size")
-    shape = (block.tail.counts.size, size)
-    tail = block.tail.log_probs.reshape(shape)
-    rest = np.maximum(1 - block.top.mass, np.exp(tail).sum(axis=1))
-    counts = block.top.counts
-    there = np.arange(int(counts.max(initial=0))) < counts[:, None]  # (T, K)
-    ids, log_probs = np.zeros(there.shape, np.int32), np.full(there.shape, LEAST_LOG_REST)
-    ids[there], log_probs[there] = block.top.ids, block.top.log_probs
-    sampled = np.ones(shape, np.bool_)
+    rest = np.maximum(1 - block.top.mass, block.tail.mass)
+    parts = [fill_entries(part) for part in (block.top, block.tail)]
+    ids, log_probs, there = zip(*parts, strict=True)
     return {
-        "teacher_ids": np.concatenate([ids, block.tail.ids.reshape(shape)], axis=1),
-        "teacher_log_probs": np.concatenate([log_probs, tail], axis=1, dtype=np.float32),
-        "teacher_mask": np.concatenate([there, sampled], axis=1),
-        "teacher_tail_mask": np.concatenate([np.zeros_like(there), sampled], axis=1),
+        "teacher_ids": np.concatenate(ids, axis=1),
+        "teacher_log_probs": np.concatenate(log_probs, axis=1, dtype=np.float32),
+        "teacher_mask": np.concatenate(there, axis=1),
+        "teacher_tail_mask": np.concatenate([np.zeros_like(there[0]), there[1]], axis=1),
         "teacher_log_rest": np.log(np.maximum(rest, np.exp(LEAST_LOG_REST))).astype(np.float32),
+        "teacher_points": np.full(tail.size, points),
     }
+
+
+def fill_entries(part: Entries) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Return ids and log-probabilities as (T, E), and which of them are there."""
+    counts = part.counts
+    there = np.arange(int(counts.max(initial=0))) < counts[:, None]
+    if there.all():
+        return part.ids.reshape(there.shape), part.log_probs.reshape(there.shape), there
+    ids, log_probs = np.zeros(there.shape, np.int32), np.full(there.shape, LEAST_LOG_REST)
+    ids[there], log_probs[there] = part.ids, part.log_probs
+    return ids, log_probs, there
 
 
 class LogitIterableDataset:
@@ -6302,6 +6419,10 @@ def distillation_loss(
       Exact for that coarser vocabulary, so never more than the true divergence.
     - `ignore`: only nucleus terms; the sum is left as it is, not scaled to 1. Biased.
 
+    Compact rows (`--min-p`) have a sample without logits, of which each entry counts as the share
+    that it stands for: the forward KL at temperature 1, whose gradient has no bias (its value is
+    off by what depends on the teacher alone), and `ghost` and `ignore` at temperature 1.
+
     The reverse KL needs log p where nothing is stored. There p is taken to be the tail's mean, and
     sampled tokens correct it, without bias under `unbiased` but with a deviation that is large
     where q exceeds p by far; tokens that the teacher excludes count as that mean.
@@ -6327,7 +6448,8 @@ def distillation_loss(
 
     Raises:
         LogitsError: an option is none of the choices; logits and batch do not fit together; the
-            batch lacks what `tail` needs; the teacher has ids of V or more.
+            batch lacks what `tail`, the divergence or the temperature needs; the teacher has ids of
+            V or more.
 
     Source: Kool, van Hoof and Welling (2020) for the weights; Hinton, Vinyals and Dean (2015) for
     the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens
@@ -6342,6 +6464,12 @@ def distillation_loss(
         raise LogitsError(f"temperature {temperature} is not positive")
     student = student_logits
     student = student if isinstance(student, Student) else Student(student)
+    samples = tail in ("unbiased", "renormalized") and bool(batch["teacher_points"].any())
+    if samples and divergence != "forward_kl":
+        raise LogitsError(
+            f"{divergence} needs the tail's logits, which compact rows (--min-p) leave out: take "
+            "forward_kl, or tail='ghost', or rows made without --min-p"
+        )
     teacher = read_teacher(batch, student.vocab, tail=tail, temperature=temperature)
     flat, where = flatten_states(student.states, batch)
 
@@ -6451,10 +6579,16 @@ def read_teacher(
     """
     torch = import_extra("torch")
     there = batch["teacher_positions"] >= 0
-    ids, log_probs, stored, sampled, log_rest = (batch[name][there] for name in TEACHER_COLUMNS)
+    told = (batch[name][there] for name in TEACHER_COLUMNS)
+    ids, log_probs, stored, sampled, log_rest, points = told
     sampled, nucleus = stored & sampled, stored & ~sampled
-    sizes = sampled.sum(-1)
-    if tail in ("unbiased", "renormalized") and not sizes.all():
+    sizes, compact = sampled.sum(-1), bool(points.any())
+    if compact and temperature != 1:
+        raise LogitsError(
+            f"temperature {temperature:g} needs the tail's logits, which compact rows (--min-p) "
+            "leave out: train at temperature 1, or on rows made without --min-p"
+        )
+    if tail in ("unbiased", "renormalized") and not (compact or sizes.all()):
         raise LogitsError(f"tail={tail!r} needs a tail sample (--sampled-n); take ghost or ignore")
     if ids.numel() and int(ids.max()) >= vocab:
         raise LogitsError(f"the teacher has ids beyond the student's {vocab} logits")
@@ -6462,7 +6596,7 @@ def read_teacher(
     if tail == "renormalized":
         scale = log_rest - masked_logsumexp(log_probs, sampled)
         log_weights = torch.where(sampled, scale[:, None], 0.0)
-    elif sizes.any() and (tail == "unbiased" or temperature != 1):
+    elif sizes.any() and not compact and (tail == "unbiased" or temperature != 1):
         if (sizes != sizes[0]).any():
             raise LogitsError("the tail samples of one batch differ in size")
         found = weigh_tail(log_probs[sampled].view(sizes.numel(), -1), log_rest.double().exp())

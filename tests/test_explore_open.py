@@ -499,12 +499,12 @@ def test_what_is_not_finite_is_refused_by_row_and_token(column: str) -> None:
             list(iter_samples([ROWS[0], broken]))
 
 
-@pytest.mark.parametrize("version", [b"2", b"9" * 5000, b"\xff", b"1.5", b""])
+@pytest.mark.parametrize("version", [b"3", b"9" * 5000, b"\xff", b"1.5", b""])
 def test_a_later_format_is_refused_whatever_it_says(tmp_path: Path, version: bytes) -> None:
     table = rows_to_table(ROWS[:1])
     named = {**table.schema.metadata, explore.METADATA_VERSION: version}
     pq.write_table(table.replace_schema_metadata(named), tmp_path / "a.parquet")
-    with pytest.raises(FormatError, match=r"a\.parquet is in format .{,20}, formats up to 1 can"):
+    with pytest.raises(FormatError, match=r"a\.parquet is in format .{,20}, formats up to 2 can"):
         get_sample(tmp_path)
 
 

@@ -54,7 +54,7 @@ def random_result(rng: np.random.Generator, n: int, k: int, m: int) -> GPUBatchR
         logsumexp=logsumexp, nucleus_mass=rng.uniform(0.9, 1, n), top_ids=ids(k),
         top_q=quantized(k), top_counts=rng.integers(1, k + 1, n).astype(np.int32),
         top_min=floats(), top_max=floats(), sampled_ids=ids(m), sampled_q=quantized(m),
-        sampled_min=floats(), sampled_max=floats(),
+        sampled_min=floats(), sampled_max=floats(), sampled_counts=np.full(n, m, np.int32),
         actual_logits=(logsumexp - rng.exponential(3, n)).astype(np.float32),
         usable=np.ones(n, bool),
     )  # fmt: skip
