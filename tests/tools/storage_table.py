@@ -1,33 +1,30 @@
-"""What a stored token costs and is worth: bytes, covered probability, KL of what comes back.
+"""What a stored token costs and what it is worth in training, by what is kept of it.
 
-    python tests/storage_table.py             # a minute on one core; ends in one JSON line
+    python tests/tools/storage_table.py       # two minutes of one core; ends in one JSON line
 
-The rows are those of the embedded teacher on some of its conversations, where the whole
-distribution is at hand to compare with, and rows of a vocabulary of 151,936 made up to look like a
-trained model's. Every file is written by the extractor's own `ShardWriter`, read back and compared
-before a figure is printed. The figures:
+The rows are those of the embedded teacher on some of its conversations, and rows of a vocabulary of
+151,936 made up to look like a trained model's; the whole distribution p is at hand for both. Every
+line is extracted, written and read back by the project's own code. From what comes back the loss
+makes an estimate p' of p, and the gradient of the forward KL in the student's logits is q - p', so
+that p' - p is what storage adds to it, whatever the student:
 
-- bytes: size of the shard by its tokens, footer included;
-- nucleus, tail: mean probability that they cover;
-- KL: mean KL(teacher || reconstruction) in nats. The reconstruction gives nucleus and tail tokens
-  their stored probabilities and spreads what is left of 1 evenly over all other tokens;
-- bias ± deviation: error, over the tokens, of the teacher's entropy estimated from what is stored:
-  the nucleus' part plus the tail's weighed by the unordered-set estimator (Murthy 1957; Kool, van
-  Hoof and Welling 2020). It needs a tail.
+- noise: the root of the mean, over tokens and seeds of the extraction, of |p' - E p'|²;
+- bias: the root of the mean over tokens of |E p' - p|², from pairs of seeds, 0 where the pairs
+  cannot tell it from none.
+
+A student that gives every token the teacher's mean distribution has gradients of the size printed
+above each table, by which both columns are divided.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import itertools
 import json
-import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,32 +32,63 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.sparse
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import extract_logits as el  # noqa: E402 - run as a script, from anywhere
 from explore_logits import (  # noqa: E402
-    LogitDataset,
     TokenBlock,
     decode_rows,
-    encode_row,
-    iter_blocks,
-    load_logit_dataset,
-    load_tokenizer,
-    resolve_columns,
     shard_schema,
+    sparse_teacher,
     weigh_tail,
 )
 
-TEACHER = ROOT / "tests" / "teacher" / "model"
-CHATS = ROOT / "tests" / "teacher" / "conversations.jsonl"
-TOP_P, SEED = 0.98, 42
-CAPS, DRAWS, BITS = (32, 100, 255), (0, 8, 24, 48), (16, 12, 8, 4)
+TEACHER, CHATS = ROOT / "tests/teacher/model", ROOT / "tests/teacher/conversations.jsonl"
 LARGE_VOCAB = 151_936
 ASKED_SAVING = 0.15  # of the bytes of a plain writer, at equal content
-LEAST_REST = 1e-9  # probability that the reconstruction leaves to what is not stored
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is kept of a token."""
+
+    top_p: float = 0.98
+    top_p_max: int = 100
+    sampled_n: int = 24
+    bits: int = 16
+    min_p: float | None = None
+
+    def __str__(self) -> str:
+        if self.min_p is not None:
+            return f"`--min-p {self.min_p:g}`, {self.bits} bits"
+        return f"{self.top_p:g}: {self.top_p_max} + {self.sampled_n}, {self.bits} bits"
+
+
+SCHEMES = (
+    *(Scheme(bits=bits) for bits in (16, 8, 4)),
+    *(Scheme(top_p_max=k, sampled_n=m) for k, m in ((32, 24), (255, 24), (100, 8), (100, 48))),
+    Scheme(sampled_n=0),
+    Scheme(top_p=0.9, bits=8),
+    *(Scheme(min_p=t, bits=8) for t in (0.004, 0.005, 0.01, 0.02, 0.05)),
+    Scheme(min_p=0.01),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    scheme: str
+    bytes_per_token: float
+    nucleus: float  # tokens, mean
+    covers: float
+    sampled: float  # tail tokens, mean
+    noise: float  # by the size of a gradient
+    bias: float
 
 
 @dataclass(frozen=True)
@@ -71,57 +99,29 @@ class Rows:
     rows: list[el.EncodedRow]
     logits: torch.Tensor  # (N, V) float32
 
-    @functools.cached_property
-    def logsumexp(self) -> np.ndarray:
-        """(N,) float64."""
-        return np.concatenate([x.double().logsumexp(1).numpy() for x in self.logits.split(256)])
+    def probabilities(self, tokens: slice) -> np.ndarray:
+        """Return whole distributions, float64."""
+        return self.logits[tokens].double().softmax(-1).numpy()
 
-    @functools.cached_property
-    def entropy(self) -> np.ndarray:
-        """(N,) float64, of each distribution, in nats."""
-        parts = [x.double().log_softmax(1) for x in self.logits.split(256)]
-        return np.concatenate([-(x.exp() * x).sum(1).numpy() for x in parts])
-
-    def log_probs(self, tokens: slice, ids: np.ndarray) -> np.ndarray:
-        """Return the log-probabilities (n, k) of some ids (n, k) of n tokens, float64."""
-        found = self.logits[tokens].gather(1, torch.from_numpy(ids))
-        return np.asarray(found.double().numpy() - self.logsumexp[tokens, None])
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table."""
-
-    top_p_max: int
-    sampled_n: int
-    logit_bits: int
-    bytes_per_token: float
-    mean_nucleus: float
-    nucleus: float  # covered probability
-    tail: float
-    kl: float  # nats
-    bias: float | None  # of the estimated entropy, nats
-    deviation: float | None
-
-
-# Rows ---------------------------------------------------------------------------------------------
+    def slices(self) -> list[slice]:
+        """Cut the tokens into runs whose distributions may be held at once."""
+        return el.row_slices(len(self.logits), max(1, 2**24 // self.logits.shape[1]))
 
 
 def teacher_rows(count: int) -> Rows:
     """Run the embedded teacher over conversations drawn at random."""
-    chats = [json.loads(line) for line in CHATS.read_text(encoding="utf-8").splitlines()]
-    chosen = np.random.default_rng(SEED).permutation(len(chats))[:count]
-    tokenizer = load_tokenizer(str(TEACHER))
-    columns = resolve_columns(list(chats[0]), index_col="id")
-    rows = []
-    for number in sorted(chosen.tolist()):
-        chat = encode_row(chats[number], columns, tokenizer)
-        rows.append(el.EncodedRow(number, chat.input_ids, chat.token_positions))
-    config = el.ExtractionConfig(model=str(TEACHER), dataset=str(CHATS), output="./unused")
-    teacher = el.load_teacher(config, vocab_size=len(tokenizer))
+    config = el.ExtractionConfig(
+        model=str(TEACHER), dataset=str(CHATS), output="./unused", index_col="id", limit=count,
+        random_sample=True,
+    )  # fmt: skip
+    job = el.open_job(config)
+    part = next(job.selection.parts(count))
+    pairs = zip(part.ids.tolist(), part.read(range(part.ids.size)), strict=True)
+    encoded = [job.encoder.encode(row, index) for index, row in pairs]
+    rows = [row for row in encoded if isinstance(row, el.EncodedRow)]
+    teacher = el.load_teacher(config, vocab_size=job.vocab_size)
     ids, positions = [row.input_ids for row in rows], [row.token_positions for row in rows]
-    chunks = list(teacher.iter_logits(ids, positions))
-    return Rows("embedded teacher", rows, torch.cat(chunks).float())
+    return Rows("embedded teacher", rows, torch.cat(list(teacher.iter_logits(ids, positions))))
 
 
 def natural_rows(tokens: int, *, vocab: int = LARGE_VOCAB, row_tokens: int = 64) -> Rows:
@@ -129,7 +129,7 @@ def natural_rows(tokens: int, *, vocab: int = LARGE_VOCAB, row_tokens: int = 64)
 
     A third of them are nearly sure, a fifth are torn between more than 100 tokens.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(42)
     common = -torch.log(torch.arange(vocab) + 3.0) + 0.7 * torch.randn(vocab, generator=generator)
     frequency = common.softmax(0)
     logits = torch.empty(tokens, vocab)
@@ -149,142 +149,102 @@ def natural_rows(tokens: int, *, vocab: int = LARGE_VOCAB, row_tokens: int = 64)
 # Store and read back ------------------------------------------------------------------------------
 
 
-def extract(source: Rows, *, top_p_max: int, sampled_n: int) -> el.ExtractedTokens:
-    """Run the project's extraction over all rows."""
+def store(source: Rows, scheme: Scheme, seed: int) -> tuple[pa.Table, int]:
+    """Extract, write as a run does and read back; returns the rows and the size of the file."""
     sizes = [row.token_positions.size for row in source.rows]
-    index = torch.from_numpy(np.repeat([row.index for row in source.rows], sizes).astype(np.int64))
+    index = np.repeat([row.index for row in source.rows], sizes).astype(np.int64)
     position = np.concatenate([row.token_positions for row in source.rows]).astype(np.int64)
-    return el.extract_tokens(
-        source.logits,
-        index,
-        torch.from_numpy(position),
-        top_p=TOP_P,
-        top_p_max=top_p_max,
-        sampled_n=sampled_n,
-        seed=SEED,
-    )
+    kept = {"top_p": scheme.top_p, "top_p_max": scheme.top_p_max, "sampled_n": scheme.sampled_n}
+    tokens = el.extract_tokens(
+        source.logits, torch.from_numpy(index), torch.from_numpy(position), seed=seed,
+        min_p=scheme.min_p, **kept,
+    )  # fmt: skip
+    settings = {"vocab_size": source.logits.shape[1], "logit_bits": scheme.bits}
+    settings |= kept if scheme.min_p is None else {"min_p": scheme.min_p}
+    schema = shard_schema(compact=scheme.min_p is not None, settings=settings)
+    result = el.quantize_tokens(tokens, source.logits[:, 0].float(), bits=scheme.bits).to_host()
+    rows = el.cpu_postprocess_batch(result, el.Batch(source.rows), schema=schema).table
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part-00000.parquet"
+        size = el.write_part(path, rows, schema)
+        table = pq.read_table(path)
+    assert table.equals(rows.select(schema.names)), "a shard does not hold what was written"
+    return table, size
 
 
-def write_output(folder: Path, source: Rows, tokens: el.ExtractedTokens, *, bits: int) -> pa.Table:
-    """Write a shard as a run does; returns what went into it."""
-    settings = {
-        "top_p": TOP_P,
-        "top_p_max": tokens.top_ids.shape[1],
-        "sampled_n": tokens.sampled_ids.shape[1],
-        "logit_bits": bits,
-        "vocab_size": source.logits.shape[1],
-    }
-    schema = shard_schema(settings=settings)
-    result = el.quantize_tokens(tokens, tokens.top_logits[:, 0], bits=bits).to_host()
-    table = el.cpu_postprocess_batch(result, el.Batch(source.rows), schema=schema).table
-    (folder / "data").mkdir(parents=True)
-    writer = el.ShardWriter(folder, schema, nucleus_cap=settings["top_p_max"])
-    for number in range(table.num_rows):
-        writer.add(table.slice(number, 1))
-    writer.close(folder / "data" / "part-00000.parquet")
-    (folder / "extraction_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return table.select(schema.names)
+def estimate(block: TokenBlock, vocab: int) -> scipy.sparse.csr_array:
+    """Return what the loss takes for the teacher's distributions, (N, V)."""
+    teacher = sparse_teacher(block)
+    weights = np.zeros(teacher["teacher_mask"].shape)
+    tail = teacher["teacher_tail_mask"]
+    if tail.any() and not teacher["teacher_points"].any():
+        shape = (len(tail), -1)
+        rest = np.exp(teacher["teacher_log_rest"].astype(np.float64))
+        log_probs = torch.from_numpy(teacher["teacher_log_probs"][tail].reshape(shape)).double()
+        weights[tail] = weigh_tail(log_probs, torch.from_numpy(rest)).numpy().reshape(-1)
+    there = teacher["teacher_mask"]
+    values = np.exp(teacher["teacher_log_probs"].astype(np.float64) + weights)[there]
+    place = (there.nonzero()[0], teacher["teacher_ids"][there])
+    return scipy.sparse.coo_array((values, place), shape=(len(there), vocab)).tocsr()
 
 
-def check_equal(folder: Path, table: pa.Table) -> LogitDataset:
-    """Open what was written once it is known to hold the same."""
-    back = pq.read_table(folder / "data" / "part-00000.parquet")
-    assert back.equals(table), "a shard does not hold what was written"
-    return load_logit_dataset(str(folder))
-
-
-# What it is worth ---------------------------------------------------------------------------------
-
-
-def measure(source: Rows, tokens: el.ExtractedTokens, *, bits: int) -> Line:
-    """Store rows, read them back, compare them with the whole distributions."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "out"
-        dataset = check_equal(folder, write_output(folder, source, tokens, bits=bits))
-        size = sum(dataset.sizes.values())
-        parts = list(compare_blocks(dataset, source, bits=bits))
-    kl, errors = (np.concatenate(part) for part in zip(*[part[:2] for part in parts], strict=True))
-    nucleus, tail, entries = np.sum([part[2] for part in parts], axis=0) / kl.size
-    sampled_n = tokens.sampled_ids.shape[1]
+def measure(source: Rows, scheme: Scheme, seeds: int, gradient: float) -> Line:
+    """Store rows by several seeds and compare what comes back with the whole distributions."""
+    vocab, count = source.logits.shape[1], len(source.logits)
+    stored = [store(source, scheme, seed) for seed in range(seeds)]
+    blocks = [decode_rows(table) for table, _ in stored]
+    guesses = [estimate(block, vocab) for block in blocks]
+    squares = products = 0.0
+    for tokens in source.slices():
+        p = source.probabilities(tokens)
+        norm, parts = float((p * p).sum()), [guess[tokens] for guess in guesses]
+        along = [float(part.multiply(p).sum()) for part in parts]
+        for (i, one), (j, two) in itertools.product(enumerate(parts), repeat=2):
+            inner = float(one.multiply(two).sum()) - along[i] - along[j] + norm
+            if i == j:
+                squares += inner / seeds
+            else:
+                products += inner / (seeds * (seeds - 1))
+    squares, bias = squares / count, max(products / count, 0.0)
+    top, tail = blocks[0].top, blocks[0].tail
     return Line(
-        tokens.top_ids.shape[1], sampled_n, bits, size / kl.size, entries, nucleus, tail,
-        float(kl.mean()),
-        float(errors.mean()) if sampled_n else None,
-        float(errors.std()) if sampled_n else None,
+        str(scheme), stored[0][1] / count, float(top.counts.mean()), float(top.mass.mean()),
+        float(tail.counts.mean()), max(squares - bias, 0) ** 0.5 / gradient,
+        bias**0.5 / gradient,
     )  # fmt: skip
 
 
-def compare_blocks(
-    dataset: LogitDataset, source: Rows, *, bits: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield KL and error of the entropy of some tokens, and sums: nucleus, tail, entries."""
-    start = 0
-    for block in iter_blocks(dataset):
-        tokens = slice(start, start + len(block.logsumexp))
-        stored = StoredTokens.of(block, source, tokens)
-        stored.check(bits=bits)
-        covered = np.array([stored.top.sum(), stored.tail.sum(), (stored.top > 0).sum()])
-        exact = source.entropy[tokens]
-        yield stored.kl(exact), stored.entropy() - exact, covered
-        start = tokens.stop
+def print_lines(source: Rows, schemes: tuple[Scheme, ...], seeds: int) -> list[Line]:
+    """Measure and print every scheme."""
+    whole = [source.probabilities(tokens) for tokens in source.slices()]
+    mean = sum(p.sum(0) for p in whole) / len(source.logits)
+    gradient = (sum(((p - mean) ** 2).sum() for p in whole) / len(source.logits)) ** 0.5
+    del whole
+    print(f"\n{source.name}: {len(source.logits):,} tokens, {seeds} seeds, a gradient is "
+          f"{gradient:.3f}\n")  # fmt: skip
+    print("| top-p: K + M, bits | bytes a token | nucleus | covers | sampled | noise | bias |")
+    print("|---|---|---|---|---|---|---|")
+    lines = []
+    for scheme in schemes:
+        line = measure(source, scheme, seeds, gradient)
+        lines.append(line)
+        print(
+            f"| {line.scheme} | {line.bytes_per_token:.1f} | {line.nucleus:.1f} "
+            f"| {line.covers:.2%} | {line.sampled:.1f} | {line.noise:.2%} | {line.bias:.2%} |",
+            flush=True,
+        )
+    return lines
 
 
-@dataclass(frozen=True)
-class StoredTokens:
-    """Some tokens as they come back, padded; probability 0 where there is no entry."""
-
-    top: np.ndarray  # (n, K) probabilities
-    top_exact: np.ndarray  # (n, K) the teacher's log-probabilities of the same ids
-    tail: np.ndarray  # (n, M)
-    tail_exact: np.ndarray  # (n, M)
-    vocab: int
-
-    @classmethod
-    def of(cls, block: TokenBlock, source: Rows, tokens: slice) -> StoredTokens:
-        """Pad the tokens of a block and look up what they were in the source."""
-        top_ids, top = pad(block.top.starts, block.top.ids, block.top.probs)
-        tail_ids, tail = pad(block.tail.starts, block.tail.ids, block.tail.probs)
-        top_exact, tail_exact = (source.log_probs(tokens, ids) for ids in (top_ids, tail_ids))
-        return cls(top, top_exact, tail, tail_exact, source.logits.shape[1])
-
-    def check(self, *, bits: int) -> None:
-        """Compare every stored entry with the teacher's probability of its id."""
-        for stored, want in ((self.top, self.top_exact), (self.tail, self.tail_exact)):
-            if stored.size:
-                there = stored > 0
-                span = np.where(there, want, -np.inf).max(1) - np.where(there, want, np.inf).min(1)
-                error = np.where(there, np.abs(np.log(np.where(there, stored, 1)) - want), 0)
-                assert (error.max(1) <= span * (0.5 / (2**bits - 1) + 2.0**-16) + 2e-5).all()
-
-    def kl(self, entropy: np.ndarray) -> np.ndarray:
-        """Return KL(teacher || reconstruction) of each token, in nats."""
-        back = np.concatenate([self.top, self.tail], axis=1)
-        p = np.where(back > 0, np.exp(np.concatenate([self.top_exact, self.tail_exact], 1)), 0)
-        others = np.maximum(self.vocab - (back > 0).sum(1), 1)
-        rest = np.maximum(1 - back.sum(1), LEAST_REST)
-        cross = -(p * np.log(np.where(back > 0, back, 1))).sum(1)
-        cross -= np.maximum(1 - p.sum(1), 0) * np.log(rest / others)
-        return np.asarray(cross + np.log(back.sum(1) + rest) - entropy)
-
-    def entropy(self) -> np.ndarray:
-        """Estimate the entropy of each token from nucleus and weighed tail, in nats."""
-        total = -(self.top * np.log(np.where(self.top > 0, self.top, 1))).sum(1)
-        if not self.tail.size:
-            return np.asarray(total)
-        rest = np.maximum(1 - self.top.sum(1), self.tail.sum(1))
-        weights = weigh_tail(np.log(self.tail), rest).exp().numpy()
-        return np.asarray(total - (weights * self.tail * np.log(self.tail)).sum(1))
-
-
-def pad(
-    starts: np.ndarray, ids: np.ndarray, probabilities: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (n, widest) ids and probabilities of the tokens; padding: id 0, probability 0."""
-    counts = np.diff(starts)
-    there = np.arange(int(counts.max(initial=0))) < counts[:, None]
-    wide, probs = np.zeros(there.shape, np.int64), np.zeros(there.shape)
-    wide[there], probs[there] = ids, probabilities
-    return wide, probs
+def check_lines(lines: list[Line]) -> None:
+    """Refuse figures that contradict what the schemes are."""
+    found = {line.scheme: line for line in lines}
+    points = [found[str(s)] for s in SCHEMES if s.min_p is not None and s.bits == 8]
+    for finer, coarser in itertools.pairwise(points):
+        assert finer.bytes_per_token > coarser.bytes_per_token
+        assert finer.noise < coarser.noise
+    alone = found[str(Scheme(sampled_n=0))]
+    assert alone.bias > 2 * max(line.bias for line in points if line.noise < 0.02), "no tail?"
 
 
 # Encodings ----------------------------------------------------------------------------------------
@@ -292,14 +252,11 @@ def pad(
 
 def encoded_sizes(source: Rows) -> dict[str, float]:
     """Return bytes per token of the defaults, by the ways to write them; all are read back."""
-    tokens = extract(source, top_p_max=100, sampled_n=24)
-    with tempfile.TemporaryDirectory() as name:
-        table = write_output(Path(name) / "out", source, tokens, bits=16)
-        shard = Path(name) / "out" / "data" / "part-00000.parquet"
-        chosen = el.choose_encodings(table.schema)
-        sizes = {"these columns, as written": shard.stat().st_size}
+    table, size = store(source, Scheme(), 0)
+    chosen = el.choose_encodings(table.schema)
     lists = {leaf for leaf in chosen if leaf.endswith(".list.element")}
-    split = {"column_encoding": dict.fromkeys(lists - {"top_counts"}, "BYTE_STREAM_SPLIT")}
+    split = {"column_encoding": dict.fromkeys(lists, "BYTE_STREAM_SPLIT")}
+    sizes = {"these columns, as written": size}
     ways: dict[str, dict[str, Any]] = {
         "these columns, bytes of all split": {**split, "use_dictionary": False},
         "these columns, zstd and dictionaries": {"use_dictionary": True},
@@ -307,8 +264,9 @@ def encoded_sizes(source: Rows) -> dict[str, float]:
     }
     for label, options in ways.items():
         sizes[label] = plain_size(table, **{"compression": "zstd", **options})
-    plain = widen(table)
-    sizes["float32 and int32, snappy and dictionaries"] = plain_size(plain, compression="snappy")
+    sizes["float32 and int32, snappy and dictionaries"] = plain_size(
+        widen(table), compression="snappy"
+    )
     return {label: size / len(source.logits) for label, size in sizes.items()}
 
 
@@ -322,94 +280,34 @@ def plain_size(table: pa.Table, **options: Any) -> int:
 
 def widen(table: pa.Table) -> pa.Table:
     """Return the same content as a plain writer would keep it: int32 ids, float32 logits."""
-    block = decode_rows(table, first_row=0)
-    columns = {
-        "index": table["index"],
-        "top_counts": table["top_counts"],
-        "top_ids": regroup(block.top.ids, block.top.starts, block.row_starts),
-        "top_logits": regroup(block.top.logits, block.top.starts, block.row_starts, np.float32),
-        "sampled_ids": regroup(block.tail.ids, block.tail.starts, block.row_starts),
-        "sampled_logits": regroup(
-            block.tail.logits, block.tail.starts, block.row_starts, np.float32
-        ),
-        "logsumexp": table["logsumexp"],
-    }
+    block = decode_rows(table)
+    columns = {name: table[name] for name in ("index", "top_counts", "logsumexp")}
+    for name, part in (("top", block.top), ("sampled", block.tail)):
+        offsets = pa.array(part.starts[block.row_starts].astype(np.int32))
+        for kind, values in (("ids", part.ids), ("logits", part.logits.astype(np.float32))):
+            columns[f"{name}_{kind}"] = pa.ListArray.from_arrays(offsets, pa.array(values))
     return pa.table(columns)
-
-
-def regroup(
-    values: np.ndarray, starts: np.ndarray, rows: np.ndarray, dtype: Any = np.int32
-) -> pa.Array:
-    """Return flat values as one list a row."""
-    offsets = pa.array(starts[rows].astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(dtype)))
-
-
-# Print --------------------------------------------------------------------------------------------
-
-
-def format_line(line: Line) -> str:
-    """Return one row of the Markdown table."""
-    estimate = "" if line.bias is None else f"{line.bias:+.4f} ± {line.deviation:.4f}"
-    return (
-        f"| {line.top_p_max} | {line.sampled_n} | {line.logit_bits} | {line.bytes_per_token:.1f} "
-        f"| {line.mean_nucleus:.1f} | {line.nucleus:.2%} | {line.tail:.2%} | {line.kl:.5f} "
-        f"| {estimate} |"
-    )
-
-
-def print_lines(source: Rows, caps: tuple[int, ...], draws: tuple[int, ...]) -> list[Line]:
-    """Measure and print every combination."""
-    print(f"\n{source.name}: {len(source.logits):,} tokens, top_p {TOP_P}\n")
-    print("| K | M | bits | bytes a token | nucleus | covers | tail covers | KL | entropy |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    lines = []
-    for top_p_max, sampled_n in itertools.product(caps, draws):
-        tokens = extract(source, top_p_max=top_p_max, sampled_n=sampled_n)
-        for bits in BITS:
-            lines.append(measure(source, tokens, bits=bits))
-            print(format_line(lines[-1]), flush=True)
-    return lines
-
-
-def check_lines(lines: list[Line], tokens: int) -> None:
-    """Refuse figures that contradict each other: more that is kept costs more and loses less."""
-    found = {(x.top_p_max, x.sampled_n, x.logit_bits): x for x in lines}
-    for (cap, drawn, bits), line in found.items():
-        finer = found.get((cap, drawn, min((b for b in BITS if b > bits), default=0)))
-        assert finer is None or finer.bytes_per_token > line.bytes_per_token
-        assert finer is None or finer.kl < line.kl + 1e-6
-        wider = found.get((min((k for k in CAPS if k > cap), default=0), drawn, bits))
-        assert wider is None or wider.nucleus > line.nucleus
-        assert wider is None or wider.kl < line.kl or bits < 8  # coarse over a wider range
-        if line.deviation is not None and bits >= 8:
-            assert abs(line.bias or 0) < 5 * line.deviation / math.sqrt(tokens), line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--conversations", type=int, default=150)
-    parser.add_argument("--tokens", type=int, default=2048, help="made-up tokens")
+    parser.add_argument("--tokens", type=int, default=1024, help="made-up tokens")
+    parser.add_argument("--seeds", type=int, default=4, help="of the extraction, at least 2")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     figures: dict[str, Any] = {"benchmark": "storage", "versions": [np.__version__, pa.__version__]}
-    teacher, natural = teacher_rows(args.conversations), natural_rows(args.tokens)
-    lines = print_lines(teacher, CAPS, DRAWS)
-    check_lines(lines, len(teacher.logits))
-    figures["lines"] = [asdict(line) for line in lines]
-    lines = print_lines(natural, (100,), (24,))
-    figures["made_up"] = [asdict(line) for line in lines]
-    for source in (teacher, natural):
+    for source in (teacher_rows(args.conversations), natural_rows(args.tokens)):
+        lines = print_lines(source, SCHEMES, args.seeds)
+        check_lines(lines)
         sizes = encoded_sizes(source)
         print(f"\n{source.name}, K 100, M 24, 16 bits\n\n| written as | bytes a token |\n|---|---|")
         print("\n".join(f"| {label} | {size:.1f} |" for label, size in sizes.items()))
-        ours, *_ = sizes.values()
-        for label in list(sizes)[2:]:
-            assert ours < sizes[label], label
-        for label in list(sizes)[3:]:
-            assert ours <= (1 - ASKED_SAVING) * sizes[label], label
-        figures[f"encodings, {source.name}"] = sizes
+        ours, _, *others = sizes.values()
+        assert all(ours < other for other in others), sizes
+        assert all(ours <= (1 - ASKED_SAVING) * other for other in others[1:]), sizes
+        figures[source.name] = {"lines": [asdict(line) for line in lines], "encodings": sizes}
     figures["seconds"] = round(time.perf_counter() - started, 1)
     print()
     print(json.dumps(figures))
