@@ -300,6 +300,13 @@ def test_a_source_or_template_that_changed_since_the_run_is_refused(tmp_path: Pa
     with pytest.raises(explore.SourceError, match=r"changed since the run.*\(--dataset\)"):
         open_text(made).encode(index)
     assert open_text(made, dataset=str(CHATS)).encode(index).input_ids.tolist() == expected
+    with pytest.raises(explore.SourceError, match="changed since the run"):
+        next(iter(explore.LogitIterableDataset(made)))
+    stored = settings | {"store_tokens": True}
+    rows = random_rows(1, settings=stored)
+    kept = write_output(tmp_path / "kept", rows, settings=stored, chat_template="changed")
+    trained = next(iter(explore.LogitIterableDataset(kept)))
+    assert trained["input_ids"].tolist() == rows[0]["input_ids"], "what the rows store wins"
     (made / "chat_template.jinja").write_text(template + " ")
     with pytest.raises(explore.TemplateError, match=r"bring back chat_template\.jinja"):
         open_text(made, dataset=str(CHATS)).encode(index)
