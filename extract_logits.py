@@ -3735,6 +3735,8 @@ def open_destination(output: str, *, private: bool = False) -> Folder | Hub:
     """
     if not output.isprintable() or not (output.isascii() or is_local_output(output)):
         raise ConfigError(f"--output {output!r} is no name for a Hub dataset or a folder")
+    if output.startswith("~") and str(local_path(output)).startswith("~"):
+        raise ConfigError(f"--output {output}: nobody of that name has a home here")
     if is_local_output(output):
         return Folder(output)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", output):
