@@ -917,7 +917,7 @@ for option_name in ("output", "cache_dir"):
             lambda world, o=option_name, place=place: (
                 (world.folder / "ring").symlink_to("ring") or world.extract(
                     **{o: place if o == "cache_dir" or place[0] in "/.~" else f"./{place}"})),
-            exits=(0, 2, 4) if place[0] in ".~" and option_name == "cache_dir" else (2, 4))  # fmt: skip
+            exits=(0, 2, 4) if option_name == "cache_dir" else (2, 4))  # fmt: skip
 
 
 @attack("files may have 20 kB (the disk is full)", EXTRACT, exits=(4,), says="make room",
