@@ -1008,7 +1008,7 @@ def _(world: World) -> Words:
 for kind, text in NONSENSE.items():
     add(f"the Hub answers {kind} to every question", EXPLORE,
         lambda world, text=text: world.fault("GET /api/", text=text) or [REPO],
-        exits=(2,), short=kind == "a list")  # fmt: skip
+        exits=(2,))  # fmt: skip
     add(f"the Hub answers {kind} to every question", EXTRACT,
         lambda world, text=text: (
             world.publish(world.output()) or world.fault("GET", text=text) or
