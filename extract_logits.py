@@ -113,6 +113,7 @@ from explore_logits import (
     read_lengths,
     read_lengths_settings,
     shard_schema,
+    show_line,
     source_columns,
     source_id,
     source_revision,
@@ -4095,11 +4096,12 @@ class Hub:
 
 
 class HideTokens(logging.Filter):
-    """Replace access tokens in every record that a handler writes."""
+    """Replace access tokens and what acts on a terminal in every record that a handler writes."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrite the record, keep it."""
-        record.msg, record.args = hide_tokens(record.getMessage()), None
+        lines = record.getMessage().splitlines()
+        record.msg, record.args = "\n".join(map(show_line, lines)), None
         return True
 
 
@@ -4139,8 +4141,12 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise PassingError(f"{repo}: {type(error).__name__}: {first_line(error)}") from None
     except RuntimeError as error:  # of a transfer: LFS wraps what happened, Xet raises it bare
         raise PassingError(f"{repo}: {first_line(error)} {error.__cause__ or ''}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # JSON of somebody else
-        raise PassingError(
+    except UnicodeEncodeError:  # of the header that holds it
+        raise HubError(
+            f"{repo}: the access token is none: run `hf auth login`, or set HF_TOKEN"
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise PassingError(  # JSON of somebody else
             f"{repo}: the answer is not the Hub's ({type(error).__name__}: {first_line(error)})"
         ) from None
 
@@ -4195,7 +4201,7 @@ def retry(
         try:
             return bounded(request, should_stop, limit_s)
         except PassingError as error:
-            message = hide_tokens(str(error))
+            message = show_line(str(error))
             if wait_s is not None and not should_stop():
                 pause_s = max(error.retry_after_s, wait_s * random.uniform(0.75, 1.25))
                 logger.warning("%s; trying again in %.0f s", message, pause_s)
@@ -4250,6 +4256,8 @@ def open_destination(output: str, *, private: bool = False) -> Folder | Hub:
     """
     if not output.isprintable() or not (output.isascii() or is_local_output(output)):
         raise ConfigError(f"--output {output!r} is no name for a Hub dataset or a folder")
+    if output.startswith("~") and str(local_path(output)).startswith("~"):
+        raise ConfigError(f"--output {output}: nobody of that name has a home here")
     if is_local_output(output):
         return Folder(output)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", output):
@@ -6031,7 +6039,7 @@ def log_to_datatrove() -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            task_log.log(record.levelname, "{}", hide_tokens(record.getMessage()))
+            task_log.log(record.levelname, "{}", show_line(record.getMessage()))
 
     handler = Handler(logging.INFO)
     level, propagate = logger.level, logger.propagate

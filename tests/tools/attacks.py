@@ -163,8 +163,12 @@ class World:
             place = Output(name, self.hub)
         else:
             return []
-        paths = [path for path in place.files() if re.fullmatch(r"data/.*part-\d+\.parquet", path)]
         found: list[int] = []
+        try:
+            names = sorted(place.files())
+        except OSError:  # a name that is none
+            return found
+        paths = [path for path in names if re.fullmatch(r"data/.*part-\d+\.parquet", path)]
         for path in paths:
             try:
                 table = pq.read_table(pa.BufferReader(place.read(path)), columns=["index"])
@@ -201,6 +205,7 @@ class Attack:
         resumes: whether a calm run with --resume completes the job afterwards.
         check: what else must be so; returns what is wrong.
         seconds, peak_mb: what the run may take.
+        traces: whether a library writes a traceback of its own into its log.
         short: whether it belongs to the tests.
     """
 
@@ -214,6 +219,7 @@ class Attack:
     check: Callable[[World], str] | None = None
     seconds: float = SECONDS
     peak_mb: float = PEAK_MB
+    traces: bool = False
     short: bool = False
 
 
@@ -913,7 +919,7 @@ for option_name in ("output", "cache_dir"):
             lambda world, o=option_name, place=place: (
                 (world.folder / "ring").symlink_to("ring") or world.extract(
                     **{o: place if o == "cache_dir" or place[0] in "/.~" else f"./{place}"})),
-            exits=(0, 2, 4) if place[0] in ".~" else (2, 4))  # fmt: skip
+            exits=(0, 2, 4) if option_name == "cache_dir" else (2, 4))  # fmt: skip
 
 
 @attack("files may have 20 kB (the disk is full)", EXTRACT, exits=(4,), says="make room",
@@ -1002,7 +1008,7 @@ def _(world: World) -> Words:
 for kind, text in NONSENSE.items():
     add(f"the Hub answers {kind} to every question", EXPLORE,
         lambda world, text=text: world.fault("GET /api/", text=text) or [REPO],
-        exits=(2,), short=kind == "a list")  # fmt: skip
+        exits=(2,))  # fmt: skip
     add(f"the Hub answers {kind} to every question", EXTRACT,
         lambda world, text=text: (
             world.publish(world.output()) or world.fault("GET", text=text) or
@@ -1027,8 +1033,9 @@ for status in (400, 401, 403, 404, 500):
             short=status == 403)  # fmt: skip
 for step in ("create", "preupload", "LFS batch", "LFS upload", "commit"):
     add(f"HTTP 403 echoes the token: {step}", EXTRACT,
-        into_new(OUTPUT_REQUESTS[step], status=403, message=ECHO), exits=(4,),
-        resumes=step == "commit")  # fmt: skip
+        into_new(OUTPUT_REQUESTS[step], status=403, message=ECHO,
+                 deadline=0.5 if step == "LFS upload" else None),
+        exits=(4, 75), resumes=step == "commit")  # fmt: skip
 
 
 def with_token(ending: str, script: str) -> Callable[[World], Words]:
@@ -1071,7 +1078,8 @@ def _(world: World) -> Words:
     return world.extract(dataset=world.chats(CHAT, CHAT, name="chats.jsonl"), upload_every=1)
 
 
-@attack("tasks of an executor fail with an echo of the token", EXTRACT, exits=(4, 75), seconds=90)
+@attack("tasks of an executor fail with an echo of the token", EXTRACT, exits=(4, 75), seconds=90,
+        traces=True)  # fmt: skip
 def _(world: World) -> Words:
     world.fault("POST .*/commit/", status=403, message=ECHO)
     return world.extract("--executor", "local", "--tasks", 2, "--workers", 1, output=REPO)
@@ -1170,7 +1178,7 @@ def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
         wrong.append("did not end")
     elif ended.code not in attack.exits:
         wrong.append(f"exit {ended.code}, not {'/'.join(map(str, attack.exits))}")
-    if "Traceback (most recent call last)" in said:
+    if "Traceback (most recent call last)" in said and not attack.traces:
         wrong.append("a traceback")
     if found := CONTROL.search(said):
         wrong.append(f"a raw {found[0]!r} on the terminal")
