@@ -17,7 +17,8 @@ ARGV = ["--model", "m", "--dataset", "d", "--output", "./o"]
 # Names and defaults that people script against; a change here is a change of what users type.
 DEFAULTS: dict[str, Any] = {
     "revision": None, "trust_remote_code": False, "device": "auto", "dtype": "auto",
-    "attn": "auto", "engine": "transformers", "subset": None, "split": "train", "streaming": False, "messages_col": None,
+    "attn": "auto", "engine": "transformers", "engine_args": None, "subset": None,
+    "split": "train", "streaming": False, "messages_col": None,
     "user_col": "question", "assistant_col": "answer", "system_col": None, "index_col": None,
     "limit": None, "start_offset": 0, "random_sample": False, "subject_col": None,
     "sample_subject": None, "full_dataset": False, "seed": 42, "length_col": None,
