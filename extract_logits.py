@@ -2386,8 +2386,22 @@ def rope_edge(config: Any) -> float:
 # vLLM as the engine: it runs the layers, and `Teacher` all that follows.
 
 VLLM_FAMILIES = (  # model types of which docs/architectures.md has a line
-    "llama", "qwen2",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "phi3",
+    "glm4",
+    "gpt_oss",
+    "gpt2",
+    "cohere",
+    "exaone4",
+)
 NORM_IN_HEAD = ("mimo", "step3p5")  # vLLM norms these where it multiplies by the head
 FEED_BYTES = 512 * 2**20  # hidden states that one call of vLLM brings to the host
 FEED_TOKENS = {"cuda": 65_536}  # and tokens, so that a stop need not wait for long

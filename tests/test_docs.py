@@ -26,6 +26,8 @@ SCRIPTS = ["explore_logits.py", "compute_lengths.py", "extract_logits.py"]
 
 # Commands of the documents that no test below runs, and why.
 NOT_RUN = {
+    r"(make vllm|python tests/architectures.py --engine vllm)": "needs an environment of its own",
+    r"pip install -e '\.\[vllm\]'": "the same",
     r"make \w+": "targets: see the test on the Makefile; CI",
     r"uv sync.*|pip install .*": "needs a package registry",
     r"python \w+\.py .*(Qwen/Qwen3-8B|user/chats).*": "needs a model of 8 billion parameters",

@@ -17,7 +17,8 @@ ARGV = ["--model", "m", "--dataset", "d", "--output", "./o"]
 # Names and defaults that people script against; a change here is a change of what users type.
 DEFAULTS: dict[str, Any] = {
     "revision": None, "trust_remote_code": False, "device": "auto", "dtype": "auto",
-    "attn": "auto", "subset": None, "split": "train", "streaming": False, "messages_col": None,
+    "attn": "auto", "engine": "transformers", "engine_args": None, "subset": None,
+    "split": "train", "streaming": False, "messages_col": None,
     "user_col": "question", "assistant_col": "answer", "system_col": None, "index_col": None,
     "limit": None, "start_offset": 0, "random_sample": False, "subject_col": None,
     "sample_subject": None, "full_dataset": False, "seed": 42, "length_col": None,
@@ -37,6 +38,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "batch_thresholds": ('{"512": 8, "1024": 4}', {512: 8, 1024: 4}),
     "sample_subject": ('{"math": 20, "": 3, "*": 0}', {"math": 20, "": 3, "*": 0}),
     "dtype": ("bfloat16", "bfloat16"),
+    "engine": ("vllm", "vllm"),
+    "engine_args": ('{"seed": 1}', {"seed": 1}),
     "turns": ("last", "last"),
     "template_kwargs": ('{"a": 1}', {"a": 1}),
     "rank": ("0", 0),
@@ -46,6 +49,7 @@ PARTNERS = {
     "tasks": ["--executor", "local"],
     "sample_subject": ["--subject-col", "s"],
     "subject_col": ["--sample-subject", "{}"],
+    "engine_args": ["--engine", "vllm"],
     "rank": ["--world-size", "8"],
     "world_size": ["--rank", "1"],
     "full_dataset": [],

@@ -22,7 +22,7 @@ from explore_logits import iter_samples, load_logit_dataset
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests" / "teacher"
 IN_PROCESS = '{"enforce_eager": true, "distributed_executor_backend": "uni"}'
-ROWS = 40
+ROWS = 400
 COLUMNS = ("input_ids", "logsumexp", "top_counts", "sampled_indices")
 
 
@@ -61,7 +61,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )  # fmt: skip
     assert stopped.stderr is not None
     seen = b""
-    while not re.search(rb" [1-9]\d*/40 ", seen):  # the bar counts rows
+    while not re.search(rb" [1-9]\d*/400 ", seen):  # the bar counts rows
         seen += stopped.stderr.read1()  # type: ignore[attr-defined]
         assert stopped.poll() is None, seen[-3000:]
     stopped.terminate()
