@@ -1,4 +1,7 @@
-"""Exports for other trainers, decoded here by what those trainers publish about their layouts."""
+"""Exports for other trainers, decoded here by what those trainers publish about their layouts.
+
+The trainers themselves are run by `make clients`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from small_output import SETTINGS, random_rows, write_output
@@ -32,56 +34,87 @@ def output(tmp_path: Path) -> Path:
     return write_output(tmp_path / "out", random_rows(20, settings=STORED), settings=STORED)
 
 
-def decode_bits(data: list[int], bits: int, count: int) -> list[int]:
-    """Read a stream of ids, the highest bit first, as DistillKit's bitpack.py does."""
-    stream = "".join(f"{byte:08b}" for byte in data)
-    return [int(stream[i * bits : (i + 1) * bits], 2) for i in range(count)]
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of an export as both trainers load it."""
+    return list(datasets.load_from_disk(str(folder)))
+
+
+def wanted_entries(output: Path, row: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Return by predicting position the ids and log-probabilities of a row's k likeliest."""
+    sample = get_sample(load_logit_dataset(output), row)
+    found = {}
+    for t, position in enumerate(sample["token_positions"].tolist()):
+        ids, logits = dequantize_top_logits(sample, t)
+        found[position - 1] = ids[:K], (logits - sample["logsumexp"][t])[:K]
+    return found
 
 
 def test_axolotl_columns_hold_the_nucleus_at_the_position_that_predicts(
     output: Path, tmp_path: Path
 ) -> None:
     assert export_axolotl(output, tmp_path / "axolotl", k=K) == 20
-    rows = pq.read_table(tmp_path / "axolotl").to_pylist()
-    dataset = load_logit_dataset(output)
-    for i, row in enumerate(rows):
-        sample = get_sample(dataset, i)
+    for i, row in enumerate(load(tmp_path / "axolotl")):
         assert list(row) == [
             *("input_ids", "attention_mask", "labels"),
             *("target_token_ids", "target_logprobs", "target_mask"),
         ]
-        size = len(row["input_ids"])
-        assert all(len(values) == size for values in row.values())
-        predicting = set((sample["token_positions"] - 1).tolist())
-        for position in range(size):
-            mask = np.array(row["target_mask"][position])
-            assert mask.size == K
-            if position not in predicting:
-                assert not mask.any()
-                continue
-            t = int(np.flatnonzero(sample["token_positions"] - 1 == position)[0])
-            ids, logits = dequantize_top_logits(sample, t)
-            kept = min(ids.size, K)
-            assert mask.sum() == kept
-            assert row["target_token_ids"][position][:kept] == ids[:kept].tolist()
-            np.testing.assert_allclose(
-                row["target_logprobs"][position][:kept],
-                (logits - sample["logsumexp"][t])[:kept],
-                atol=1e-5,
-            )
-            assert row["labels"][position + 1] == row["input_ids"][position + 1]
+        assert len({len(values) for values in row.values()}) == 1
+        wanted = wanted_entries(output, i)
+        for position, mask in enumerate(row["target_mask"]):
+            ids, log_probs = wanted.get(position, (np.zeros(0), np.zeros(0)))
+            assert mask == [1] * ids.size + [0] * (K - ids.size)
+            assert row["target_token_ids"][position][: ids.size] == ids.tolist()
+            found = row["target_logprobs"][position]
+            np.testing.assert_allclose(found[: ids.size], log_probs, atol=1e-5)
+            assert set(found[ids.size :]) <= {-1e9}
+            if ids.size:
+                assert row["labels"][position + 1] == row["input_ids"][position + 1]
 
 
 def test_axolotls_older_trainer_gets_them_one_position_later(output: Path, tmp_path: Path) -> None:
     for at in ("predicting", "predicted"):
         export_axolotl(output, tmp_path / at, k=K, at=at)
-    early, late = (
-        pq.read_table(tmp_path / at)["target_token_ids"].to_pylist()
-        for at in ("predicting", "predicted")
-    )
-    assert all(a[:-1] == b[1:] for a, b in zip(early, late, strict=True))
+    pairs = zip(load(tmp_path / "predicting"), load(tmp_path / "predicted"), strict=True)
+    assert all(a["target_token_ids"][:-1] == b["target_token_ids"][1:] for a, b in pairs)
     with pytest.raises(LogitsError, match="predicting, predicted"):
         export_axolotl(output, tmp_path, at="here")
+
+
+def dense_batch() -> tuple[torch.Tensor, Any]:
+    """Return dense teachers of 40 tokens and a row that stores all of each in the nucleus."""
+    from sparse_batches import exact_block, make_row  # needs torch and extract_logits
+
+    teacher = 3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    return teacher, make_row(exact_block(teacher, top_p=1.0, top_p_max=16, sampled_n=24))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_axolotls_targets_are_tempered_and_normalised_as_its_kernel_takes_them(
+    temperature: float, normalize: bool, output: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    teacher, row = dense_batch()
+    monkeypatch.setattr("explore_logits.LogitIterableDataset", lambda *_, **__: [row])
+    export_axolotl(output, tmp_path / "a", k=8, temperature=temperature, normalize=normalize)
+    found = load(tmp_path / "a")[0]
+    ids = torch.tensor(found["target_token_ids"])[:-1]
+    log_p = (teacher / temperature).log_softmax(-1).gather(1, ids)
+    log_p = log_p.log_softmax(-1) if normalize else log_p
+    torch.testing.assert_close(
+        torch.tensor(found["target_logprobs"])[:-1], log_p, atol=2e-5, rtol=0
+    )
+
+
+def test_ids_where_nothing_is_are_the_least_likely_ones(output: Path, tmp_path: Path) -> None:
+    # axolotl's kd_normalize_topk sums the student over all k ids, whatever the mask says
+    export_axolotl(output, tmp_path / "a", k=255)
+    sample = get_sample(load_logit_dataset(output), 0)
+    row = load(tmp_path / "a")[0]
+    for t, position in enumerate(sample["token_positions"].tolist()):
+        ids = np.array(row["target_token_ids"][position - 1])
+        count = sample["top_counts"][t]
+        least = sample["sampled_indices"][t][sample["sampled_logits_quantized"][t].argmin()]
+        assert set(ids[count:].tolist()) == {least}
 
 
 @pytest.mark.parametrize("export", [export_axolotl, export_distillkit])
@@ -106,56 +139,56 @@ def test_an_export_is_whole_in_a_new_folder_or_not_there(
     assert sorted(folder.iterdir()) == files
 
 
-def test_axolotls_published_loss_reads_the_export(output: Path, tmp_path: Path) -> None:
-    # Σ p (log p - log q) over the masked entries of each position, as its forward_kl.py says
-    export_axolotl(output, tmp_path / "axolotl", k=255)
-    row = pq.read_table(tmp_path / "axolotl").to_pylist()[0]
-    ids, log_p, mask = (
-        torch.tensor(row[name]) for name in ("target_token_ids", "target_logprobs", "target_mask")
-    )
-    log_q = torch.zeros(len(row["input_ids"]), STORED["vocab_size"]).log_softmax(-1)
-    chosen = mask.bool()
-    terms = log_p.exp() * (log_p - log_q.gather(1, ids.long()))
-    entropy = 0.0
-    sample = get_sample(load_logit_dataset(output), 0)
-    for t in range(sample["num_tokens"]):
-        _, logits = dequantize_top_logits(sample, t)
-        log_probs = logits - sample["logsumexp"][t]
-        entropy += float((np.exp(log_probs) * (log_probs + math.log(STORED["vocab_size"]))).sum())
-    assert float(terms[chosen].sum()) == pytest.approx(entropy, abs=1e-3)
+def decode_distillkit(row: dict[str, Any], position: int) -> tuple[list[int], np.ndarray]:
+    """Return ids and log-probabilities at a position, as bitpack.py reads them: high bits first."""
+    bits = math.ceil(math.log2(STORED["vocab_size"]))
+    packed = row["bytepacked_indices"][position]
+    assert len(packed) == -(-K * bits // 8)
+    stream = "".join(f"{byte:08b}" for byte in packed)
+    ids = [int(stream[i * bits : (i + 1) * bits], 2) for i in range(K)]
+    values = torch.tensor(row["compressed_logprobs"][position], dtype=torch.uint8)
+    return ids, values.view(torch.float32).numpy()
 
 
 def test_distillkit_rows_decode_by_its_own_rules(output: Path, tmp_path: Path) -> None:
     assert export_distillkit(output, tmp_path / "kit", k=K) == 20
-    table = pq.read_table(tmp_path / "kit" / "data_0.parquet")
-    bytes_type = pa.list_(pa.list_(pa.uint8()))
-    assert table.schema.field("input_ids").type == pa.list_(pa.uint64())
-    assert table.schema.field("compressed_logprobs").type == bytes_type
-    assert table.schema.field("bytepacked_indices").type == bytes_type
-    bits = math.ceil(math.log2(STORED["vocab_size"]))
-    dataset = load_logit_dataset(output)
-    for i, row in enumerate(table.to_pylist()):
-        sample = get_sample(dataset, i)
+    features = datasets.load_from_disk(str(tmp_path / "kit")).features
+    assert features["input_ids"] == datasets.List(datasets.Value("uint64"))
+    nested = datasets.List(datasets.List(datasets.Value("uint8")))
+    assert features["compressed_logprobs"] == features["bytepacked_indices"] == nested
+    for i, row in enumerate(load(tmp_path / "kit")):
+        wanted = wanted_entries(output, i)
         size = len(row["input_ids"]) - 1
         assert len(row["compressed_logprobs"]) == len(row["bytepacked_indices"]) == size
-        owner = {int(p) - 1: t for t, p in enumerate(sample["token_positions"])}
         for position in range(size):
-            packed = row["bytepacked_indices"][position]
-            assert len(packed) == -(-K * bits // 8)
-            ids = decode_bits(packed, bits, K)
-            values = torch.tensor(row["compressed_logprobs"][position], dtype=torch.uint8)
-            log_probs = values.view(torch.float32).numpy()
-            assert log_probs.size == K
+            ids, log_probs = decode_distillkit(row, position)
             assert (np.diff(log_probs) <= 0).all(), "by descending log-probability"
-            if position in owner:
-                wanted, logits = dequantize_top_logits(sample, owner[position])
-                kept = min(wanted.size, K)
-                assert ids[:kept] == wanted[:kept].tolist()
-                expected = (logits - sample["logsumexp"][owner[position]])[:kept]
-                np.testing.assert_allclose(log_probs[:kept], expected, atol=1e-5)
-                assert (log_probs[kept:] == -100).all()
+            assert np.exp(log_probs).sum(dtype=np.float32) < 1, "log(1 - sum) must be finite"
+            if position in wanted:
+                kept = wanted[position][0].size
+                assert ids[:kept] == wanted[position][0].tolist()
+                np.testing.assert_allclose(log_probs[:kept], wanted[position][1], atol=1e-5)
+                assert (log_probs[kept:] < -99).all()
             else:
-                assert (ids[0], log_probs[0]) == (row["input_ids"][position + 1], 0)
+                assert ids[0] == row["input_ids"][position + 1]
+                assert log_probs[0] == np.float32(-1e-6)
+
+
+def test_distillkits_mask_and_length_can_be_had_as_its_trainer_wants_them(
+    output: Path, tmp_path: Path
+) -> None:
+    export_distillkit(output, tmp_path / "plain", k=K)
+    export_distillkit(output, tmp_path / "ready", k=K, labels_at="predicting", max_length=7)
+    for i, (plain, row) in enumerate(
+        zip(load(tmp_path / "plain"), load(tmp_path / "ready"), strict=True)
+    ):
+        assert {len(values) for values in row.values()} == {7}, "prepacked: true stacks them"
+        size = min(len(plain["input_ids"]) - 1, 7)
+        assert row["attention_mask"] == [1] * size + [0] * (7 - size)
+        for name in ("input_ids", "compressed_logprobs", "bytepacked_indices"):
+            assert row[name][:size] == plain[name][:size]
+        masked = {position for position in range(7) if row["labels"][position] >= 0}
+        assert masked == {position for position in wanted_entries(output, i) if position < size}
 
 
 def test_distillkits_configuration_says_how_the_bytes_were_made(

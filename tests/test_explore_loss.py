@@ -31,6 +31,7 @@ from explore_logits import (
     LogitsError,
     collate_logits,
     distillation_loss,
+    distillation_loss_from_hidden,
     read_teacher,
     sparse_teacher,
     weigh_tail,
@@ -396,3 +397,106 @@ def test_the_weighted_sample_holds_exactly_the_mass_outside_the_nucleus() -> Non
         teacher = read_teacher(batch, 500, tail="unbiased")
         mass = (teacher.log_probs + teacher.log_weights).double().exp()
         np.testing.assert_allclose(mass.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("options", [{}, {"tail": "ghost", "temperature": 2.0, "alpha": 0.5}])
+def test_from_hidden_states_the_loss_and_every_gradient_are_those_of_the_logits(
+    divergence: str, options: dict[str, Any]
+) -> None:
+    batch = make_batch(torch.stack([teacher_row("natural", 200, seed=i) for i in range(7)]))
+    generator = torch.Generator().manual_seed(3)
+    parts = [torch.randn(*shape, generator=generator) for shape in ((1, 8, 16), (200, 16), (200,))]
+    leaves = [part.requires_grad_() for part in parts]
+    hidden, head, bias = leaves
+    weights = torch.linspace(0.1, 2, 7)
+    logits = torch.tanh(torch.nn.functional.linear(hidden, head, bias) / 5) * 5
+    wanted = distillation_loss(
+        logits, batch, divergence=divergence, reduction="none", weights=weights, **options
+    )
+    found = distillation_loss_from_hidden(
+        hidden, head, batch, head_bias=bias, transform=lambda x: torch.tanh(x / 5) * 5,
+        divergence=divergence, reduction="none", weights=weights, chunk_tokens=3, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(found, wanted)
+    outer = torch.randn(7, generator=generator)
+    for a, b in zip(
+        torch.autograd.grad(found, leaves, outer),
+        torch.autograd.grad(wanted, leaves, outer),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_states_give_the_gradient_of_their_own_logits() -> None:
+    batch = make_batch(torch.stack([teacher_row("natural", 200, seed=i) for i in range(7)]))
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(7, 16, generator=generator).bfloat16().requires_grad_()
+    head = torch.randn(200, 16, generator=generator).requires_grad_()
+    loss = distillation_loss_from_hidden(hidden, head, batch, chunk_tokens=2)
+    wanted = distillation_loss(hidden @ head.bfloat16().T, batch)
+    torch.testing.assert_close(loss, wanted, atol=1e-4, rtol=1e-4)
+    for a, b in zip(
+        torch.autograd.grad(loss, (hidden, head)),
+        torch.autograd.grad(wanted, (hidden, head)),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.float(), b.float(), atol=3e-3, rtol=3e-2)
+
+
+def test_the_texts_own_cross_entropy_is_pytorchs_and_mixes_by_alpha() -> None:
+    teacher = torch.stack([teacher_row("natural", 200, seed=i) for i in range(6)])
+    batch = make_batch(teacher)
+    batch["labels"] = torch.randint(0, 200, (1, 7), generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(1, 7, 200, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    actual = batch["labels"][0, 1:]
+    entropy = torch.nn.functional.cross_entropy(logits[0, :6], actual, label_smoothing=0.1)
+    only_text = distillation_loss(logits, batch, alpha=0.0, label_smoothing=0.1, temperature=2.0)
+    torch.testing.assert_close(only_text, entropy)
+    mixed = distillation_loss(logits, batch, alpha=0.7, label_smoothing=0.1)
+    wanted = 0.7 * distillation_loss(logits, batch) + 0.3 * entropy
+    torch.testing.assert_close(mixed, wanted)
+    for a, b in zip(
+        torch.autograd.grad(mixed, logits), torch.autograd.grad(wanted, logits), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_of_tokens_weigh_sum_and_mean() -> None:
+    batch = make_batch(torch.stack([teacher_row("flat", 200, seed=i) for i in range(5)]))
+    logits = torch.randn(5, 200, generator=torch.Generator().manual_seed(2))
+    each = distillation_loss(logits, batch, reduction="none")
+    weights = torch.tensor([[0.0, 1.0, 2.0, 0.5, 0.0]])
+    summed = (each * weights[0]).sum()
+    for given in (weights, weights[0]):
+        found = distillation_loss(logits, batch, weights=given)
+        torch.testing.assert_close(found, summed / 3.5)
+        torch.testing.assert_close(
+            distillation_loss(logits, batch, weights=given, reduction="sum"), summed
+        )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_tail_can_be_weighed_apart_from_what_a_ghost_sees(divergence: str) -> None:
+    teacher = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
+    batch = make_batch(teacher, top_p=1.0, top_p_max=16, sampled_n=24)
+    student = torch.randn(4, 40, generator=torch.Generator().manual_seed(2))
+    whole = distillation_loss(student, batch, divergence=divergence)
+    ghost = distillation_loss(student, batch, divergence=divergence, tail="ghost")
+    for weight in (0.0, 1.0, 3.0):
+        found = distillation_loss(student, batch, divergence=divergence, tail_weight=weight)
+        torch.testing.assert_close(found, ghost + weight * (whole - ghost))
+    assert float(whole - ghost) > 0.01, "this teacher's tail could not be seen"
+
+
+def test_a_head_padded_to_64_entries_learns_as_the_dense_one_does() -> None:
+    teacher = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
+    batch = make_batch(teacher, top_p=1.0, top_p_max=16, sampled_n=24)
+    student = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    padded = torch.nn.functional.pad(teacher, (0, 24), value=-1e4)
+    wanted = dense_loss(student, padded, "forward_kl").mean()
+    found = distillation_loss(student, batch)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(found, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, student)[0], atol=1e-5, rtol=0)

@@ -141,6 +141,66 @@ def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(
     assert each.numel() == sum(row["teacher_positions"].size for row in rows)
 
 
+def test_a_batch_is_cut_and_filled_to_the_length_that_is_wanted(output: Path) -> None:
+    rows = list(LogitIterableDataset(output, seed=None))[:6]
+    short = list(LogitIterableDataset(output, seed=None, max_seq_len=6))[:6]
+    found = collate_logits(rows, max_length=6, pad_to_multiple_of=8)
+    wanted = collate_logits(short)
+    assert found["input_ids"].shape == (6, 8)
+    for name in ("teacher_ids", "teacher_positions", "teacher_log_rest"):
+        torch.testing.assert_close(found[name], wanted[name])
+    assert (found["input_ids"][:, :6] == wanted["input_ids"]).all()
+    assert not found["attention_mask"][:, 6:].any()
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_packed_conversations_give_a_student_what_each_gives_alone(
+    output: Path, max_length: int | None
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=STORED["vocab_size"], hidden_size=16, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    student: Any = LlamaForCausalLM(shape).eval()
+    rows = list(LogitIterableDataset(output, seed=None))
+    packed = collate_logits(rows, pack=True, max_length=max_length, pad_to_multiple_of=8)
+    plain = collate_logits(rows, max_length=max_length)
+    count, length = packed["input_ids"].shape
+    assert count < 20
+    assert length % 8 == 0
+    assert "attention_mask" not in packed
+    ends = packed["position_ids"][:, 1:] == 0
+    assert (packed["segment_ids"].diff() != 0).eq(ends).all(), "a boundary restarts the positions"
+    assert sorted(packed["index"][packed["index"] >= 0].tolist()) == list(range(20))
+    with torch.no_grad():
+        one = student(
+            input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False
+        ).logits
+        other = student(input_ids=plain["input_ids"], attention_mask=plain["attention_mask"]).logits
+    found = distillation_loss(one, packed, reduction="none").sort().values
+    wanted = distillation_loss(other, plain, reduction="none").sort().values
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output: Path, workers: int) -> None:
+    import datasets
+
+    made = LogitIterableDataset(output, seed=3).as_datasets()
+    assert isinstance(made, datasets.IterableDataset)
+    loader: Any = DataLoader(made, batch_size=3, num_workers=workers, collate_fn=collate_logits)
+    assert sorted(loader_indices(loader)) == list(range(20))
+    whole = indices(made)
+    rows = iter(made)
+    given = [next(rows)["index"] for _ in range(11)]
+    again = LogitIterableDataset(output, seed=3).as_datasets()
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert given + indices(again) == whole
+
+
 def test_without_a_seed_rows_come_in_the_order_of_the_output(output: Path) -> None:
     assert indices(LogitIterableDataset(output, seed=None)) == list(range(20))
 

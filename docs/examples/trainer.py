@@ -26,6 +26,8 @@ from explore_logits import (
 class DistillationTrainer(Trainer):
     """A Trainer whose loss is the divergence from the stored teacher."""
 
+    alpha = 1.0
+
     def __init__(self, *args: Any, **options: Any) -> None:
         # As a loss function of the Trainer's own, it leaves to it what accumulation and several
         # devices need: the loss is a sum over tokens, divided by those of the whole step.
@@ -38,8 +40,8 @@ class DistillationTrainer(Trainer):
         return super().compute_loss(model, text, *args, **options)
 
     def distill(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Return the divergence; add a share of cross-entropy on `labels` here if you like."""
-        loss = distillation_loss(outputs.logits, self.batch, reduction="sum")
+        """Return the divergence, mixed with 1 - alpha of the cross-entropy on the text."""
+        loss = distillation_loss(outputs.logits, self.batch, alpha=self.alpha, reduction="sum")
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         return loss / count
 
@@ -68,7 +70,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--save", type=Path, help="folder for the student")
+    parser.add_argument("--save", type=Path, help="folder for the student and its checkpoints")
+    parser.add_argument("--save-steps", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--alpha", type=float, default=1.0, help="share of the teacher in the loss")
     args = parser.parse_args()
 
     arguments = TrainingArguments(
@@ -81,7 +86,8 @@ def main() -> None:
         remove_unused_columns=False,  # the teacher's are no arguments of the model
         logging_steps=1,
         report_to="none",
-        save_strategy="no",
+        save_strategy="steps" if args.save else "no",
+        save_steps=args.save_steps,
         use_cpu=not torch.cuda.is_available(),
     )
     dataset: Any = LogitIterableDataset(
@@ -104,7 +110,8 @@ def main() -> None:
     trainer = DistillationTrainer(
         LlamaForCausalLM(shape), arguments, train_dataset=dataset, data_collator=collate_logits
     )
-    trainer.train()
+    trainer.alpha = args.alpha
+    trainer.train(resume_from_checkpoint=args.resume)
     if args.save:
         trainer.save_model()
 
