@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import CHATS, ROOT, TEACHER, run_script
 
-from explore_logits import SCHEMA, TOKEN_FIELDS, dequantize_logits, pack_indices, quantize_logits
+from explore_logits import ALL_FIELDS, dequantize_logits, pack_indices, quantize_logits
 
 sys.path.append(str(ROOT / "docs"))
 from option_table import make_option_table, replace_table
@@ -167,7 +167,7 @@ def test_the_format_page_lists_every_column_with_its_type() -> None:
     columns = [(name, kind) for names, kind in rows for name in re.findall(r"\w+", names)]
     written = [
         (field.name, re.sub(r"(item|element): ", "", str(field.type)).replace("float>", "float32>"))
-        for field in (*SCHEMA, *TOKEN_FIELDS)
+        for field in ALL_FIELDS
     ]
     assert columns == written
 
@@ -188,7 +188,7 @@ def unknown_names(text: str) -> list[str]:
     files = [ROOT / script for script in SCRIPTS]
     files += itertools.chain((ROOT / "tests").glob("*.py"), (ROOT / "docs").glob("*.py"))
     known = {name for path in files for name in defined_names(path)}
-    known |= {field.name for field in (*SCHEMA, *TOKEN_FIELDS)} | {path.stem for path in files}
+    known |= {field.name for field in ALL_FIELDS} | {path.stem for path in files}
     metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     known |= set(re.findall(r"^(\w+) = \[", metadata, re.M))  # extras
     known |= set(re.findall(r'"(\w+): ', metadata)) | {"True", "False", "None"}  # markers
