@@ -3548,7 +3548,8 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
     if not pa.types.is_list(field.type):
         return pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    values = pc.fill_null(pc.list_flatten(array), 0)
+    values = pc.list_flatten(array)
+    values = pc.fill_null(values, 0) if values.null_count else values  # a copy only where needed
     return Ragged(values.to_numpy(zero_copy_only=False), to_starts(lengths))
 
 
