@@ -2926,7 +2926,7 @@ def unshare_bytes(table: pa.Table, name: str) -> pa.Table:
         lengths = [pc.binary_length(c.dictionary).take(c.indices) for c in packed.chunks]
         size = sum(pc.sum(part).as_py() or 0 for part in lengths)
         there = table.column(low).chunks if low in table.column_names else []
-        ids = sum(len(lists.flatten()) for lists in there)
+        ids = sum(pc.sum(pc.list_value_length(lists)).as_py() or 0 for lists in there)
         if size > ids + 2**20:
             raise FormatError(f"{name}: {column} holds {size:,} bytes for {plural(ids, 'id')}")
         plain = packed.cast(packed.type.value_type)
