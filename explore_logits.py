@@ -2853,7 +2853,10 @@ class LogitDataset:
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         if self._kept is None or self._kept[0] != (shard, group):
-            self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
+            self._kept = (
+                (shard, group),
+                pa.concat_tables(self._read(shard, [group])).combine_chunks(),
+            )
         return self._kept[1]
 
     def _read(
@@ -2873,9 +2876,15 @@ class LogitDataset:
         batches = file.iter_batches(rows, row_groups=list(groups), columns=known)
         settings = {METADATA_SETTINGS: self.metadata(shard).get(METADATA_SETTINGS, b"{}")}
         with parquet_errors(name):
+            held: list[pa.Table] = []  # a batch of shared bytes ends with its row group: join them
             for batch in batches:
-                table = pa.Table.from_batches([batch])
-                yield unshare_bytes(table, name).replace_schema_metadata(settings)
+                if sum(map(len, held)) + batch.num_rows > rows:
+                    yield pa.concat_tables(held)
+                    held = []
+                table = unshare_bytes(pa.Table.from_batches([batch]), name)
+                held.append(table.replace_schema_metadata(settings))
+            if held:
+                yield pa.concat_tables(held)
 
     def _check_run(self, shard: int) -> None:
         """Refuse rows of a later format, or of another run than those of the shard opened first."""
