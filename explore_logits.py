@@ -2914,7 +2914,10 @@ class LogitDataset:
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         if self._kept is None or self._kept[0] != (shard, group):
-            self._kept = (shard, group), pa.concat_tables(self._read(shard, [group]))
+            self._kept = (
+                (shard, group),
+                pa.concat_tables(self._read(shard, [group])).combine_chunks(),
+            )
         return self._kept[1]
 
     def _read(
@@ -2934,9 +2937,15 @@ class LogitDataset:
         batches = file.iter_batches(rows, row_groups=list(groups), columns=known)
         settings = {METADATA_SETTINGS: self.metadata(shard).get(METADATA_SETTINGS, b"{}")}
         with parquet_errors(name):
+            held: list[pa.Table] = []  # a batch of shared bytes ends with its row group: join them
             for batch in batches:
-                table = pa.Table.from_batches([batch])
-                yield unshare_bytes(table, name).replace_schema_metadata(settings)
+                if sum(map(len, held)) + batch.num_rows > rows:
+                    yield pa.concat_tables(held)
+                    held = []
+                table = unshare_bytes(pa.Table.from_batches([batch]), name)
+                held.append(table.replace_schema_metadata(settings))
+            if held:
+                yield pa.concat_tables(held)
 
     def _check_run(self, shard: int) -> None:
         """Refuse rows of a later format, or of another run than those of the shard opened first."""
@@ -2987,7 +2996,7 @@ def unshare_bytes(table: pa.Table, name: str) -> pa.Table:
         lengths = [pc.binary_length(c.dictionary).take(c.indices) for c in packed.chunks]
         size = sum(pc.sum(part).as_py() or 0 for part in lengths)
         there = table.column(low).chunks if low in table.column_names else []
-        ids = sum(len(lists.flatten()) for lists in there)
+        ids = sum(pc.sum(pc.list_value_length(lists)).as_py() or 0 for lists in there)
         if size > ids + 2**20:
             raise FormatError(f"{name}: {column} holds {size:,} bytes for {plural(ids, 'id')}")
         plain = packed.cast(packed.type.value_type)
@@ -3643,7 +3652,8 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
     if not pa.types.is_list(field.type):
         return pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    values = pc.fill_null(pc.list_flatten(array), 0)
+    values = pc.list_flatten(array)
+    values = pc.fill_null(values, 0) if values.null_count else values  # a copy only where needed
     return Ragged(values.to_numpy(zero_copy_only=False), to_starts(lengths))
 
 
