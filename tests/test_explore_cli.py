@@ -321,11 +321,11 @@ def test_a_later_format_is_refused_and_not_misread(
 ) -> None:
     (shard,) = (write_output(tmp_path, rows_per_shard=100) / "data").iterdir()
     table = pq.read_table(shard)
-    metadata = {**table.schema.metadata, METADATA_VERSION: b"2"}
+    metadata = {**table.schema.metadata, METADATA_VERSION: b"3"}
     pq.write_table(table.replace_schema_metadata(metadata), shard)
     for arguments in (["--sample", "0"], ["--stats"]):
         assert main([str(tmp_path), *arguments]) == 2
-        assert "is in format 2, 1 can be read here" in caplog.messages[-1]
+        assert "is in format 3, formats up to 2 can be read here" in caplog.messages[-1]
     assert main([str(tmp_path), "--validate"]) == 3
 
 

@@ -229,7 +229,11 @@ def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
     config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
     job = SimpleNamespace(config=config, schema=None, vocab_size=50, selection=[])
     teacher = SimpleNamespace(
-        device=torch.device(device), vocab_size=50, numerics={}, dtype=torch.float32
+        device=torch.device(device),
+        vocab_size=50,
+        numerics={},
+        dtype=torch.float32,
+        batch_tokens=None,
     )
     monkeypatch.setattr(extract_logits, "load_teacher", lambda *_, **__: teacher)
     run = extract_logits.Extraction(job, extract_logits.Follower())
