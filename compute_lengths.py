@@ -10,7 +10,7 @@ with both counts 0, so that a join on `index` finds every row of the source.
     python compute_lengths.py --model Qwen/Qwen3-8B --dataset user/chats
     python compute_lengths.py --model ./teacher --dataset chats.jsonl --output ./lengths
 
-Exit codes: 0 measured and stored; 1 a bug; 2 bad usage or input; 130 interrupted.
+Exit codes: 0 measured and stored; 1 a bug; 2 bad usage or input; 130, 143 interrupted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,8 @@ from explore_logits import (
     conversation_settings,
     first_line,
     import_extra,
-    log_hub_once,
+    local_path,
+    log_safely,
     open_conversations,
     outlive_readers,
     source_id,
@@ -304,6 +305,7 @@ def _start_worker(
     global _transform, _source
     if ignore_signals:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _transform, _source = get_transform_fn(encoder), source
 
@@ -540,7 +542,7 @@ def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
     batches = measure_source(source, encoder, batch_size=config.batch_size, workers=config.num_proc)
     measured = collect(batches, total=total)
     settings = describe_measure(config, encoder)
-    path = Path(config.output_dir).expanduser() / config.filename
+    path = local_path(config.output_dir) / config.filename
     write_lengths(measured, settings, path)
     log.info("wrote %s", path)
     if config.push_to_hub:
@@ -600,27 +602,33 @@ def _add_option(group: Any, entry: Any) -> None:
         group.add_argument(flag, default=entry.default, help=help_text + shown, **how)
 
 
+def interrupt(number: int, _: object) -> NoReturn:
+    """End whatever is waited for."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
     outlive_readers("stdout", "stderr")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    log_safely()
     began = time.monotonic()
     try:
         config = parse_args(argv)
-        log_hub_once()
         measured, path = compute_lengths(config)
     except LogitsError as error:
         log.error("%s", error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         log.error("interrupted, nothing written")
-        return 130
+        return 128 + next(iter(signalled.args), signal.SIGINT)
     summary = {**summarize(config, measured, path), "seconds": round(time.monotonic() - began, 2)}
     sys.stdout.write(f"{format_report(measured)}\n{json.dumps(summary)}\n")
     return 0
 
 
 if __name__ == "__main__" or sys.argv[0].endswith("compute-lengths"):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # main says what became of it
+    for number in (signal.SIGINT, signal.SIGTERM):  # main says what became of it
+        signal.signal(number, interrupt)
 if __name__ == "__main__":
     sys.exit(main())

@@ -171,8 +171,15 @@ def first_line(error: BaseException) -> str:
 
 
 def local_path(name: str | Path) -> Path:
-    """Return the path that a name means here, `~` included; one that nobody has stays as it is."""
-    return Path(os.path.expanduser(name))  # Path.expanduser raises for a home that is not there
+    """Return the path that a name means here, `~` included.
+
+    Raises:
+        LogitsError: it is the home of nobody.
+    """
+    path = os.path.expanduser(name)
+    if path.startswith("~"):
+        raise LogitsError(f"{name!s}: nobody of that name has a home here")
+    return Path(path)
 
 
 CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
@@ -191,14 +198,16 @@ def limit_waiting() -> None:
 
     def bound_answer(response: Any) -> None:
         path = response.request.url.path
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request.headers.get("Range", ""))
         is_file = not path.startswith("/api/") or path.startswith("/api/resolve-cache/")
-        if is_file and response.status_code < 400:
-            return
+        if is_file and response.status_code < 400 and not asked:
+            return  # it is read piece by piece
+        most = max(ANSWER_BYTES, int(asked[2]) - int(asked[1]) + 1 if asked else 0)
         content = bytearray()
         for block in response.iter_bytes():
             content += block
-            if len(content) > ANSWER_BYTES:
-                said = f"the answer to {path} is larger than {ANSWER_BYTES:,} bytes"
+            if len(content) > most:
+                said = f"the answer to {path} is larger than {most:,} bytes"
                 raise http.httpx2.DecodingError(said, request=response.request)
         response._content = bytes(content)
 
@@ -213,7 +222,8 @@ def limit_waiting() -> None:
         return client
 
     with contextlib.suppress(AttributeError):  # of another version: its own limits have to do
-        http.set_client_factory(make_client)
+        if http._GLOBAL_CLIENT_FACTORY is http.default_client_factory:  # else somebody set limits
+            http.set_client_factory(make_client)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1276,9 +1286,12 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
 def _read_template(path: Path, name: str) -> Any:
     """Read a template file; JSON is unwrapped as transformers writes it."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_TEXT_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise TemplateError(f"{name} cannot be read: {first_line(error)}") from error
+    if len(text) > MAX_TEXT_BYTES:
+        raise TemplateError(f"{name} is no template: it is larger than {MAX_TEXT_BYTES >> 20} MiB")
     if path.suffix != ".json":
         return text
     with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -2587,7 +2600,7 @@ def open_store(name: str | Path) -> Store:
     repo, _, revision = text.partition("@")
     if text.startswith((".", "/", "~")) or text.endswith(".parquet") or "/" not in repo:
         raise OpenError(f"no such folder or file: {name!s:.200}")
-    hub = import_hub()
+    hub = import_extra("huggingface_hub")
     try:
         hub.utils.validate_repo_id(repo)
     except ValueError as error:
@@ -2615,24 +2628,6 @@ def open_files(files: Sequence[str | Path]) -> tuple[Store, dict[str, int]]:
     return Store(name, import_extra("fsspec").filesystem("file"), root), sizes
 
 
-@functools.cache
-def import_hub() -> Any:
-    """Import the Hub's client and give it time-outs: it has none, and a dead line would hang."""
-    hub = import_extra("huggingface_hub")
-    http = import_extra("huggingface_hub.utils._http")
-
-    def client() -> Any:
-        made = http.default_client_factory()
-        made.timeout = HUB_TIMEOUT_S
-        return made
-
-    # Another version of the client, or a program that has set time-outs of its own, keeps them.
-    own = getattr(http, "default_client_factory", None)
-    if own is not None and getattr(http, "_GLOBAL_CLIENT_FACTORY", None) is own:
-        hub.set_client_factory(client)
-    return hub
-
-
 HUB_TIMEOUT_S = 8.0  # to connect, and between two pieces of an answer
 
 
@@ -2656,7 +2651,13 @@ def hub_errors(name: str) -> Iterator[None]:
         raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
     except OSError as error:
         raise OpenError(f"{name} cannot be read: {error.strerror or first_line(error)}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except UnicodeEncodeError:  # of the header that holds it
+        remedy = "run `hf auth login`, or set HF_TOKEN"
+        raise OpenError(f"{name}: the access token is none: {remedy}") from None
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
+        RecursionError,  # of a million brackets
+    ) as error:
         said = f"{type(error).__name__}: {first_line(error)}"
         raise OpenError(f"{name}: what answers is not the Hub ({said})") from None
 
@@ -2700,7 +2701,7 @@ def load_logit_dataset(
     shards = find_shards(store, split)
     if store.on_hub and not streaming:
         with hub_errors(store.name):
-            folder = import_hub().snapshot_download(
+            folder = import_extra("huggingface_hub").snapshot_download(
                 store.name,
                 repo_type="dataset",
                 revision=store.root.rpartition("@")[2],
@@ -4345,7 +4346,7 @@ def find_tokenizer(
 def _hub_answers(model: str) -> bool:
     """Ask the Hub once; its client would ask for each file six times, and wait in between."""
     try:
-        import_hub().HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+        import_extra("huggingface_hub").HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
     except transfer_errors() as error:
         return hasattr(error, "response")  # a refusal, which loading tells best
     except OSError:
@@ -4999,7 +5000,7 @@ def write_page(path: str | Path, page: str) -> None:
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """Make the folder of a file that is written for the user; say in one line where that fails."""
-    target = Path(path).expanduser()
+    target = local_path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield target
@@ -6979,7 +6980,7 @@ def check_export(folder: str | Path, k: int) -> Path:
     """
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise LogitsError(f"k={k!r}: an export keeps at least 1 entry of each token")
-    path = Path(folder).expanduser()
+    path = local_path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise LogitsError(f"{folder} is not empty: name a new folder for the export")
     return path
@@ -7080,10 +7081,26 @@ def outlive_readers(*names: str) -> None:
             setattr(sys, name, io.TextIOWrapper(file, line_buffering=True, **how))
 
 
-def log_hub_once() -> None:
-    """Keep huggingface_hub from writing every line of its log twice: itself, and through ours."""
-    import_extra("huggingface_hub.utils.logging")
-    logging.getLogger("huggingface_hub").handlers.clear()
+class HideTokens(logging.Filter):
+    """Replace access tokens and what acts on a terminal in every record that a handler writes."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite the record, keep it."""
+        lines = record.getMessage().splitlines()
+        record.msg, record.args = "\n".join(map(show_line, lines)), None
+        return True
+
+
+def log_safely() -> None:
+    """Let all log lines go through the handlers of the program, once, and without tokens."""
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(kept, HideTokens) for kept in handler.filters):
+            handler.addFilter(HideTokens())
+    with contextlib.suppress(ImportError):  # its own handler would write every line again
+        importlib.import_module("huggingface_hub.utils.logging")
+        logging.getLogger("huggingface_hub").handlers.clear()
+    for name in ("httpx", "httpx2"):  # a line for every request
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def row_list(text: str) -> list[int]:
@@ -7147,7 +7164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: what was asked for on stdout, a JSON object as its last line."""
     outlive_readers("stderr")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("huggingface_hub").propagate = False  # it writes its lines by itself
+    log_safely()
     args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         if not sys.stdout.isatty() and not os.environ.get("PYTHONIOENCODING"):
@@ -7158,7 +7175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(summary))
         sys.stdout.flush()
     except LogitsError as error:
-        log.error("explore-logits: %s", show_text(str(error)))
+        log.error("explore-logits: %s", error)
         return 2
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):

@@ -104,7 +104,7 @@ from explore_logits import (
     limit_waiting,
     load_tokenizer,
     local_path,
-    log_hub_once,
+    log_safely,
     open_conversations,
     outlive_readers,
     pack_indices,
@@ -4109,23 +4109,11 @@ class Hub:
             )
 
 
-class HideTokens(logging.Filter):
-    """Replace access tokens and what acts on a terminal in every record that a handler writes."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite the record, keep it."""
-        lines = record.getMessage().splitlines()
-        record.msg, record.args = "\n".join(map(show_line, lines)), None
-        return True
-
-
 @contextmanager
 def log_beside_bar() -> Iterator[None]:
     """Let log lines pass by a progress bar, without tokens."""
     with logging_redirect_tqdm():
-        for handler in logging.getLogger().handlers:  # the bar's own have no filter
-            if not any(isinstance(kept, HideTokens) for kept in handler.filters):
-                handler.addFilter(HideTokens())
+        log_safely()  # the bar's own handlers have no filter
         yield
 
 
@@ -4270,8 +4258,6 @@ def open_destination(output: str, *, private: bool = False) -> Folder | Hub:
     """
     if not output.isprintable() or not (output.isascii() or is_local_output(output)):
         raise ConfigError(f"--output {output!r} is no name for a Hub dataset or a folder")
-    if output.startswith("~") and str(local_path(output)).startswith("~"):
-        raise ConfigError(f"--output {output}: nobody of that name has a home here")
     if is_local_output(output):
         return Folder(output)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", output):
@@ -5550,7 +5536,14 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
             pass
         except RuntimeError as error:
             raise explain_want(error) from None
-        return {"output": config.output, "exit_code": interrupt.exit_code or EXIT_RUNTIME}
+        return nothing_done(config.output, interrupt.exit_code or EXIT_RUNTIME)
+
+
+def nothing_done(output: str, code: int) -> dict[str, Any]:
+    """Return the summary of a run that ended before it knew what the output holds."""
+    unknown = dict.fromkeys(("rows", "tokens", "shards", "bytes"))
+    done = {"skipped": {}, "new_rows": 0, "new_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0}
+    return {**unknown, **done, "output": output, "exit_code": code}
 
 
 def explain_want(error: RuntimeError) -> HubError:
@@ -6640,8 +6633,6 @@ def launched_as(environment: Mapping[str, str]) -> tuple[int | None, int | None]
 
 
 TALKATIVE = {  # loggers of libraries, and what is worth a line of theirs
-    "httpx": logging.WARNING,  # a line for every request
-    "httpx2": logging.WARNING,
     "filelock": logging.WARNING,
     "torchao": logging.ERROR,  # kernels for other devices that could not be loaded
     "torch.utils._pytree": logging.ERROR,  # what torchao does that torch will not like one day
@@ -6660,20 +6651,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name, level in TALKATIVE.items():
         logging.getLogger(name).setLevel(level)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(HideTokens())
+    log_safely()
     try:
         config = parse_args(argv)
         if "SLURM_LOCALID" in os.environ:  # a GPU of its own for each task of a node
             os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
-        log_hub_once()
         summary = run_extraction(config)
     except HubError as error:
-        summary = {
-            "output": build_parser_of_given().parse_args(argv).output,
-            "error": hide_tokens(str(error)),
-            "exit_code": EXIT_UNDELIVERED,
-        }
+        output = build_parser_of_given().parse_args(argv).output
+        summary = {**nothing_done(output, EXIT_UNDELIVERED), "error": hide_tokens(str(error))}
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
         return EXIT_BAD_INPUT
@@ -6699,12 +6685,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe_end(summary: Mapping[str, Any]) -> str:
     """Say in one line how a run ended: rows, tokens, bytes, place, and what to type next."""
     code, output = summary["exit_code"], summary.get("output", "")
+    known = summary.get("rows") is not None
     if "error" in summary:
         kept = summary.get("undelivered")
         further = f"; {plural(len(kept), 'file')} kept in {Path(kept[0]).parent}" if kept else ""
-        further += "; next: the same command with --resume" if "rows" in summary else ""
+        further += "; next: the same command with --resume" if known else ""
         return f"extract_logits.py: {summary['error']}{further}"
-    if "plan" in summary or "rows" not in summary:
+    if "plan" in summary or not known:
         return "stopped before anything was extracted" if code else "planned; nothing was written"
     there = (
         f"{summary['rows']:,} rows, {summary['tokens']:,} tokens, {summary['bytes'] / 1e6:,.1f} MB "

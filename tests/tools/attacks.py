@@ -76,6 +76,7 @@ class World:
         self.random = random.Random(seed)
         self.env: dict[str, str] = {}
         self.held: set[int] = set()  # ids that the output holds before
+        self.before: list[int] | None = None  # all ids, where nothing may change
         self.rows: set[int] | None = {0, 1}  # ids that a complete run stores; None: of no interest
         self.argv: Words = ()
         folder.mkdir()
@@ -333,7 +334,7 @@ for name, repo_type in {"model": "models", "dataset": "datasets"}.items():
     add(f"the Hub of the {name} never answers; SIGTERM", LENGTHS,
         lambda world, option=option: (
             world.fault("", latency=600.0) or world.lengths(**option)),
-        exits=(143, -signal.SIGTERM), during=stop_when_met)  # fmt: skip
+        exits=(143,), during=stop_when_met)  # fmt: skip
 
 
 @attack("the Hub of the model never answers; deadline", EXTRACT, exits=(2, 4, 75), seconds=40)
@@ -784,12 +785,11 @@ def bomb(world: World, rows: int = 64, size: int = 64 * 2**20) -> Words:
     """Write rows that point at one large value of a dictionary."""
     write_parts(world.folder / "out")
     path = world.folder / "out" / "data" / "part-00000.parquet"
-    table = pq.read_table(path).slice(0, 1)
-    column = pa.array([b"\0" * size] * rows, pa.binary())
-    wide = pa.concat_tables([table] * rows)
-    at = wide.schema.get_field_index("top_indices_high")
-    wide = wide.set_column(at, "top_indices_high", column)
-    pq.write_table(wide, path, use_dictionary=["top_indices_high"], compression="zstd",
+    table = pa.concat_tables([pq.read_table(path).slice(0, 1)] * rows)
+    at, name = table.schema.get_field_index("top_indices_high"), "top_indices_high"
+    large = pa.array([b"\0" * size], pa.binary())
+    table = table.set_column(at, name, pa.DictionaryArray.from_arrays([0] * rows, large))
+    pq.write_table(table, path, use_dictionary=[name], compression="zstd", store_schema=False,
                    dictionary_pagesize_limit=2**30)  # fmt: skip
     return ["out"]
 
@@ -1197,7 +1197,10 @@ def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
 
 def judge_rows(world: World, code: int | None) -> list[str]:
     """Return what is wrong with the rows of the output."""
-    counts = Counter(world.stored())
+    stored = world.stored()
+    if world.before is not None:
+        return [] if stored == world.before else ["another script changed the rows"]
+    counts = Counter(stored)
     wrong = []
     if lost := world.held - counts.keys():
         wrong.append(f"rows lost: {sorted(lost)}")
@@ -1235,6 +1238,7 @@ def run_attack(attack: Attack, folder: Path, ready: Path, seed: int, slack: floa
     world = World(folder, ready, seed)
     try:
         world.argv = attack.prepare(world)
+        world.before = None if attack.script == EXTRACT else world.stored()
         limit_s = max(KILLED_AFTER_S, attack.seconds) * slack
         ended = run(world, attack.script, world.argv, limit_s, attack.during)
         verdict = Verdict(attack, ended)
