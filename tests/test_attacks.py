@@ -28,7 +28,7 @@ import explore_logits
 import extract_logits
 from explore_logits import (
     SourceError,
-    encode_row,
+    load_chat_template,
     load_logit_dataset,
     load_tokenizer,
     open_source,
@@ -264,7 +264,12 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> Non
         assert resumed == settings
         whole = read_outputs(hub, tmp_path)
     tokenizer, columns = load_tokenizer(str(TEACHER)), resolve_columns(["messages"])
-    alone = [encode_row(json.loads(line), columns, tokenizer).input_ids for line in lines]
+    alone = [
+        ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns)
+        .encode(json.loads(line))
+        .input_ids
+        for line in lines
+    ]
     assert whole == {number: ids.tolist() for number, ids in enumerate(alone)}
 
 

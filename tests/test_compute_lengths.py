@@ -40,7 +40,6 @@ from explore_logits import (
     ConversationColumns,
     ConversationEncoder,
     SourceError,
-    encode_row,
     hash_template,
     load_chat_template,
     load_tokenizer,
@@ -67,7 +66,9 @@ def expected() -> dict[int, tuple[int, int]]:
     found = {}
     for line in CHATS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        encoded = encode_row(row, COLUMNS, tokenizer)
+        encoded = ConversationEncoder(
+            tokenizer, load_chat_template(None, tokenizer), COLUMNS
+        ).encode(row)
         found[row["id"]] = (encoded.input_ids.size, encoded.token_positions.size)
     return found
 
@@ -331,7 +332,11 @@ def test_measuring_keeps_every_row_and_says_why_some_cannot_be_used() -> None:
         {"id": 71, "messages": None},
         {"id": 72, "messages": [question]},
     ]
-    encoded = encode_row(rows[0], COLUMNS, load_tokenizer(str(TEACHER)))
+    encoded = ConversationEncoder(
+        load_tokenizer(str(TEACHER)),
+        load_chat_template(None, load_tokenizer(str(TEACHER))),
+        COLUMNS,
+    ).encode(rows[0])
     batch = {name: [row[name] for row in rows] for name in rows[0]}
     measured = get_transform_fn(make_encoder())(batch, [500, 501, 502])
     assert measured["index"] == [70, 71, 72]

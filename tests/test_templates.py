@@ -135,7 +135,10 @@ HIDDEN: list[tuple[str, list[dict[str, Any]], Any, str]] = [
         (name, [{"role": "developer", "content": "Heath."}, *ASKED, SAID], None, "developer")
         for name in ("qwen3", "glm4moe")
     ),
-    *((name, [*ASKED, calls("")], None, "tool calls") for name in ("phi3_5", "lfm2")),
+    *(
+        (name, [*ASKED, calls(text)], None, "tool calls")
+        for name, text in product(("phi3_5", "lfm2"), ("", None))
+    ),
 ]
 
 

@@ -45,8 +45,8 @@ from explore_logits import (  # noqa: E402
     LogitDataset,
     TokenBlock,
     decode_rows,
-    encode_row,
     iter_blocks,
+    load_chat_template,
     load_logit_dataset,
     load_tokenizer,
     resolve_columns,
@@ -115,7 +115,9 @@ def teacher_rows(count: int) -> Rows:
     columns = resolve_columns(list(chats[0]), index_col="id")
     rows = []
     for number in sorted(chosen.tolist()):
-        chat = encode_row(chats[number], columns, tokenizer)
+        chat = ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns).encode(
+            chats[number]
+        )
         rows.append(el.EncodedRow(number, chat.input_ids, chat.token_positions))
     config = el.ExtractionConfig(model=str(TEACHER), dataset=str(CHATS), output="./unused")
     teacher = el.load_teacher(config, vocab_size=len(tokenizer))
