@@ -669,6 +669,7 @@ def read_json(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         SourceError: a line is not a JSON object or no text, a file is cut, or begins with other
             columns than the first one; names file and line.
     """
+    faults: tuple[type[Exception], ...] = (*_read_faults(), RecursionError)
     first: list[str] | None = None
     for file in files:
         number, what = 0, f"dataset {file!r}"
@@ -691,7 +692,7 @@ def read_json(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
                         first = first or list(row)
                         _check_columns(files[0], first, file, row)
                     yield f"{what}, {'row' if is_array else 'line'} {number}", row
-        except (*_read_faults(), RecursionError) as error:
+        except faults as error:
             cut = not isinstance(error, (ValueError, RecursionError))
             number += cut or isinstance(error, UnicodeDecodeError)
             where = (
@@ -776,8 +777,10 @@ def _load_errors(name: str, *, split: str = "", subset: str | None = None) -> It
     noisy = logging.getLogger("datasets.packaged_modules")  # tells by a traceback what is raised
     level = noisy.level
     noisy.setLevel(logging.CRITICAL)
-    faults = (datasets.exceptions.DatasetsError, *_read_faults(), RuntimeError, TypeError, KeyError,
-              ImportError)  # fmt: skip
+    faults: tuple[type[Exception], ...] = (
+        *(datasets.exceptions.DatasetsError, RuntimeError, TypeError, KeyError, ImportError),
+        *_read_faults(),
+    )
     try:
         yield
     except faults as error:
@@ -1372,8 +1375,8 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
     jinja2 = import_extra("jinja2")
     nodes, count = jinja2.nodes, itertools.count()
 
-    class AddMarks(jinja2.visitor.NodeTransformer):  # type: ignore[name-defined, misc]
-        loops: ClassVar[list[tuple[str, list[str]]]] = []
+    class AddMarks(jinja2.visitor.NodeTransformer):  # type: ignore[name-defined]
+        loops: tuple[tuple[str, list[str]], ...] = ()
         captured = found_inside = False
 
         def mark(self, kind: str, *names: str) -> Any:
@@ -1385,7 +1388,7 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
             kind = "" if self.captured else str(next(count))
             names = [name.name for name in node.target.find_all(nodes.Name)] or [node.target.name]
             outer = self.loops
-            self.loops = [*outer, (kind, names)]
+            self.loops = (*outer, (kind, names))
             node.body = [self.mark(kind, *names), *self.visit_all(node.body)]
             self.loops = outer
             node.else_ = self.visit_all(node.else_)
@@ -1428,7 +1431,7 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
     return environment.from_string(tree), marker.found_inside
 
 
-def _bound_work(environment: Any) -> Any:
+def _bound_work(environment: Any) -> Any:  # noqa: C901 - one small function for each way
     """Have the sandbox count what can take long or much memory: loops, products, widths."""
     filters, call = import_extra("jinja2").pass_context, environment.call
 

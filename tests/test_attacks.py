@@ -27,6 +27,7 @@ import compute_lengths
 import explore_logits
 import extract_logits
 from explore_logits import (
+    ConversationEncoder,
     SourceError,
     load_chat_template,
     load_logit_dataset,
@@ -264,12 +265,8 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> Non
         assert resumed == settings
         whole = read_outputs(hub, tmp_path)
     tokenizer, columns = load_tokenizer(str(TEACHER)), resolve_columns(["messages"])
-    alone = [
-        ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns)
-        .encode(json.loads(line))
-        .input_ids
-        for line in lines
-    ]
+    encoder = ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns)
+    alone = [encoder.encode(json.loads(line)).input_ids for line in lines]
     assert whole == {number: ids.tolist() for number, ids in enumerate(alone)}
 
 

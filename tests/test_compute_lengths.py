@@ -62,13 +62,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def expected() -> dict[int, tuple[int, int]]:
     """Lengths and tokens of the embedded conversations by id, counted one by one."""
-    tokenizer = load_tokenizer(str(TEACHER))
-    found = {}
+    encoder, found = make_encoder(), {}
     for line in CHATS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        encoded = ConversationEncoder(
-            tokenizer, load_chat_template(None, tokenizer), COLUMNS
-        ).encode(row)
+        encoded = encoder.encode(row)
         found[row["id"]] = (encoded.input_ids.size, encoded.token_positions.size)
     return found
 

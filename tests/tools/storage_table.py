@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 import extract_logits as el  # noqa: E402 - run as a script, from anywhere
 from explore_logits import (  # noqa: E402
+    ConversationEncoder,
     LogitDataset,
     TokenBlock,
     decode_rows,
@@ -114,10 +115,9 @@ def teacher_rows(count: int) -> Rows:
     tokenizer = load_tokenizer(str(TEACHER))
     columns = resolve_columns(list(chats[0]), index_col="id")
     rows = []
+    encoder = ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns)
     for number in sorted(chosen.tolist()):
-        chat = ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns).encode(
-            chats[number]
-        )
+        chat = encoder.encode(chats[number])
         rows.append(el.EncodedRow(number, chat.input_ids, chat.token_positions))
     config = el.ExtractionConfig(model=str(TEACHER), dataset=str(CHATS), output="./unused")
     teacher = el.load_teacher(config, vocab_size=len(tokenizer))
