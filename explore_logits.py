@@ -46,6 +46,7 @@ import shutil
 import tempfile
 import unicodedata
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -553,10 +554,13 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
 
 
 # Opening ------------------------------------------------------------------------------------------
+#
+# JSON is read here, line by line, whether streamed or not: nulls stay what they were written as,
+# and a bad line is named when it is met. Everything else is read by `datasets`.
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-NOT_UTF8 = "the text is not UTF-8 (is it UTF-16? write it as UTF-8)"
+_ROWS_LOOKED_AT = 5000  # for the columns of JSON, which names none beforehand
 
 
 def open_source(
@@ -583,212 +587,209 @@ def open_source(
         SourceError: nothing there, no such split (names those there are), an unreadable file
             (names file and line or column), the Hub out of reach.
     """
-    path = Path(dataset).expanduser()
+    datasets, path = import_extra("datasets"), Path(dataset).expanduser()
     how: dict[str, Any] = {"split": split, "streaming": streaming}
     if not path.exists():
-        if dataset.startswith((".", "/", "~")) or _builder_of(path) is not None:
+        if dataset.startswith((".", "/", "~")) or _kind_of(path) is not None:
             raise SourceError(f"dataset {dataset!r}: no such file or folder")
-        return _load(dataset, [], dataset, name=subset, revision=revision, **how)
+        with _load_errors(dataset, split=split, subset=subset):
+            loaded = datasets.load_dataset(dataset, name=subset, revision=revision, **how)
+        return Stream(loaded, dataset) if streaming else loaded
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _open_saved(path, split=split, streaming=streaming)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    files = [file for file in files if _builder_of(file)]
-    if not files:
+        loaded = datasets.load_from_disk(str(path))
+        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+        chosen = _choose_split(str(path), split, splits)
+        return Stream(chosen.to_iterable_dataset(), str(path)) if streaming else chosen
+    files = _choose_split(str(path), split, _find_files(path, subset))
+    kind = _kind_of(Path(files[0]))
+    if kind == "json":
+        return _open_json(files, str(path), **how)
+    columns = _table_columns(files, str(kind))
+    if kind == "csv":  # cells as they are written: 007, 1.50 and NA are text, an empty one is null
+        kinds = {name: "int64" if name in integers else "string" for name in columns}
+        features = datasets.Features({n: datasets.Value(of_n) for n, of_n in kinds.items()})
+        how |= {"keep_default_na": False, "na_values": [""], "features": features}
+    with _load_errors(str(path)):
+        name = re.split(r"[\[+]", split)[0]
+        loaded = datasets.load_dataset(kind, data_files={name: files}, **how)
+    return Stream(loaded, str(path)) if streaming else loaded
+
+
+def _kind_of(path: Path) -> str | None:
+    """Return the kind of a file by its name, None when it is no known one."""
+    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
+    return _KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _find_files(path: Path, subset: str | None) -> Mapping[str, Sequence[str]]:
+    """Return the files of a local dataset by split."""
+    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    found = [file for file in found if _kind_of(file)]
+    if not found:
         what = "unknown kind of file, expected" if path.is_file() else "no file in this folder is"
-        raise SourceError(f"dataset {str(path)!r}: {what} {', '.join(_BUILDERS)}")
-    if ".zst" in {file.suffix for file in files} and not importlib.util.find_spec("zstandard"):
+        raise SourceError(f"dataset {str(path)!r}: {what} {', '.join(_KINDS)}")
+    if ".zst" in {file.suffix for file in found} and not importlib.util.find_spec("zstandard"):
         raise SourceError(f"dataset {str(path)!r}: pip install zstandard to read it")
     if path.is_file() and path.stat().st_size == 0:
         raise SourceError(f"dataset {str(path)!r}: the file is empty")
-    if {_builder_of(file) for file in files} == {"csv"}:
-        how |= _csv_options(files, integers)
-    if path.is_dir():
-        return _load(str(path), files, str(path), name=subset, **how)
-    if streaming and ".jsonl" in path.suffixes:
-        if split != "train":
-            raise SourceError(_no_split(str(path), split, ["train"]))
-        lines = import_extra("datasets").IterableDataset.from_generator(
-            read_json_lines, gen_kwargs={"path": str(path)}
+    if path.is_file():
+        return {"train": [str(path)]}
+    with _load_errors(str(path), subset=subset):
+        builder = import_extra("datasets").load_dataset_builder(str(path), name=subset)
+    return {str(name): list(files) for name, files in builder.config.data_files.items()}
+
+
+def _choose_split(dataset: str, split: str, splits: Mapping[str, Any]) -> Any:
+    """Return what is under the name of a split, which may go on with a slice."""
+    name = re.split(r"[\[+]", split)[0]
+    if name not in splits:
+        names = ", ".join(splits)
+        raise SourceError(f"dataset {dataset!r} has no split {split!r}; it has {names} (--split)")
+    return splits[name]
+
+
+def _table_columns(files: Sequence[str], kind: str) -> list[str]:
+    """Return the columns of tables, which all of them must have."""
+    columns: list[list[str]] = []
+    for file in files:
+        try:
+            columns += [
+                pq.read_schema(file).names if kind == "parquet"
+                else list(import_extra("pandas").read_csv(file, nrows=0, dtype=str).columns)
+            ]  # fmt: skip
+        except (*_read_faults(), pa.ArrowException) as error:
+            raise SourceError(f"dataset {file!r} cannot be read: {_why(error)}") from error
+        _check_columns(files[0], columns[0], file, columns[-1])
+    return columns[0]
+
+
+def _check_columns(first: str, columns: Iterable[str], file: str, others: Iterable[str]) -> None:
+    """Refuse a file that has other columns than the first one."""
+    if other := ", ".join(sorted(set(columns) ^ set(others))):
+        raise SourceError(
+            f"dataset {file!r} and {Path(first).name} have different columns ({other}); give one "
+            "of the files, or a folder of like ones"
         )
-        return Stream(lines, str(path), files, features={})
-    return _load(str(path), files, str(_builder_of(path)), data_files=str(path), **how)
 
 
-def _builder_of(path: Path) -> str | None:
-    """Return the name of the loader for a file name, None when it is no known kind."""
-    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
-    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+def _open_json(files: Sequence[str], name: str, *, split: str, streaming: bool) -> Any:
+    """Open JSON files; in a map-style source what is no plain column is of type Json."""
+    datasets, given = import_extra("datasets"), {"files": tuple(files)}  # a list means shards
+    if streaming:
+        rows = datasets.IterableDataset.from_generator(_json_objects, gen_kwargs=given)
+        return Stream(rows, name, {})
+    kinds: dict[str, str] = {}
+    for _, row in itertools.islice(read_json(files), _ROWS_LOOKED_AT):
+        for column, value in row.items():
+            known = kinds.setdefault(column, "null")
+            if not _fits(value, known):
+                fitting = (kind for kind in ("int64", "string", "json") if _fits(value, kind))
+                kinds[column] = next(fitting) if known == "null" else "json"
+    if not kinds:
+        raise SourceError(f"dataset {name!r} has no rows")
+    kinds = {column: "json" if kind == "null" else kind for column, kind in kinds.items()}
+    types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
+    stats = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
+    key = hashlib.sha256(json.dumps([stats, kinds]).encode()).hexdigest()
+    with _load_errors(name):
+        rows = datasets.Dataset.from_generator(
+            _json_cells, datasets.Features({c: types[kind] for c, kind in kinds.items()}),
+            fingerprint=key[:32], gen_kwargs={**given, "kinds": kinds},
+        )  # fmt: skip
+    if "[" not in split:
+        return rows
+    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute(
+        {split.split("[")[0]: len(rows)}
+    )
+    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 
 
-def _csv_options(files: Sequence[Path], integers: Sequence[str | None]) -> dict[str, Any]:
-    """Have the cells of CSV files read as they are written: 007, 1.50 and NA are text.
-
-    Only an empty cell is null, and only the columns `integers` are none of text.
-    """
-    datasets, pandas = import_extra("datasets"), import_extra("pandas")
-    faults: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, *_decompression_faults())
-    try:
-        header = list(pandas.read_csv(files[0], nrows=0, dtype=str).columns)
-    except faults as error:
-        why = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else first_line(error)
-        raise SourceError(f"dataset {str(files[0])!r} cannot be read: {why}") from error
-    kinds = {column: "int64" if column in integers else "string" for column in header}
-    features = datasets.Features({column: datasets.Value(kinds[column]) for column in kinds})
-    return {"keep_default_na": False, "na_values": [""], "features": features}
+def _json_objects(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    return (row for _, row in read_json(files))
 
 
-def _open_saved(path: Path, *, split: str, streaming: bool) -> Any:
-    """Open what `save_to_disk` wrote: one split, or several by name."""
-    loaded = import_extra("datasets").load_from_disk(str(path))
-    splits = list(loaded) if isinstance(loaded, dict) else ["train"]
-    if split not in splits:
-        raise SourceError(_no_split(str(path), split, splits))
-    chosen = loaded[split] if isinstance(loaded, dict) else loaded
-    return Stream(chosen.to_iterable_dataset(), str(path), []) if streaming else chosen
+def _json_cells(files: Sequence[str], kinds: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of JSON files for columns of these kinds; "json" takes text that holds it."""
+    for place, row in read_json(files):
+        for column, value in row.items():
+            kind = kinds.get(column, "null")
+            if kind == "json":
+                row[column] = None if value is None else json.dumps(value)
+            elif not _fits(value, kind):
+                why = f"column {column!r} is {value!r:.60}, which does not fit the first rows"
+                raise SourceError(f"{place}: {why}; --streaming reads it")
+        yield {column: row.get(column) for column in kinds}
 
 
-def _no_split(dataset: str, split: str, splits: Iterable[str]) -> str:
-    return f"dataset {dataset!r} has no split {split!r}; it has {', '.join(splits)} (--split)"
+def _fits(value: Any, kind: str) -> bool:
+    """Tell whether a column of a kind can hold a value; text is none with half a surrogate pair."""
+    if value is None or kind == "json":
+        return True
+    if kind == "string":
+        return isinstance(value, str) and is_unicode(value)
+    return kind == "int64" and type(value) is int and -(2**63) <= value < 2**63
 
 
-def read_json_lines(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file, compressed or not; blank lines are passed over.
+def read_json(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place ("dataset 'a.jsonl', line 3") and the object of each row of JSON files.
+
+    They hold an object a line, blank lines are passed over, or (.json) an array of objects, and may
+    be compressed.
 
     Raises:
-        SourceError: a line is not a JSON object or no text, or the file is cut; names its number.
+        SourceError: a line is not a JSON object or no text, a file is cut, or begins with other
+            columns than the first one; names file and line.
     """
-    number = 0
-    faults: tuple[type[Exception], ...] = (OSError, EOFError, *_decompression_faults())
-    try:
-        with import_extra("fsspec").open(
-            path, "rt", encoding="utf-8-sig", compression="infer"
-        ) as f:
-            for number, line in enumerate(f, 1):  # noqa: B007 - the handlers name it
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-                yield row
-    except UnicodeDecodeError:
-        why = NOT_UTF8
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"dataset {path!r}, line {number}: not JSON ({error})") from None
-    except faults as error:
-        why = f"{first_line(error)}: the file is damaged"
-    else:
-        return
-    raise SourceError(f"dataset {path!r}, line {number + 1}: {why}")
+    faults: tuple[type[Exception], ...] = (*_read_faults(), RecursionError)
+    first: list[str] | None = None
+    for file in files:
+        number, what = 0, f"dataset {file!r}"
+        try:
+            with import_extra("fsspec").open(
+                file, "rt", encoding="utf-8-sig", compression="infer"
+            ) as lines:
+                is_array, rows = False, lines
+                if ".json" in Path(file).suffixes:
+                    whole = lines.read()
+                    is_array = whole.lstrip().startswith("[")
+                    rows = json.loads(whole) if is_array else whole.splitlines()
+                for number, row in enumerate(rows, 1):
+                    if not is_array and not row.strip():
+                        continue
+                    row = row if is_array else json.loads(row)
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                    if first is None or number == 1:
+                        first = first or list(row)
+                        _check_columns(files[0], first, file, row)
+                    yield f"{what}, {'row' if is_array else 'line'} {number}", row
+        except faults as error:
+            cut = not isinstance(error, (ValueError, RecursionError))
+            number += cut or isinstance(error, UnicodeDecodeError)
+            where = (
+                f", line {number}:"
+                if number and ".json" not in Path(file).suffixes
+                else " cannot be read:"
+            )
+            why = f"{_why(error)}: the file is damaged" if cut else _why(error)
+            raise SourceError(f"{what}{where} {why}") from None
 
 
-def _decompression_faults() -> tuple[type[Exception], ...]:
-    """Return what decompressors raise on damaged files beside OSError and EOFError."""
-    found: list[type[Exception]] = [zlib.error, lzma.LZMAError]
+def _read_faults() -> tuple[type[Exception], ...]:
+    """Return what reading damaged files raises, decompression included."""
+    found: list[type[Exception]] = [OSError, EOFError, ValueError, zlib.error, lzma.LZMAError]
     with contextlib.suppress(ImportError):
         found.append(importlib.import_module("zstandard").ZstdError)
     return tuple(found)
 
 
-class Stream:
-    """Rows of a source one after the other; what goes wrong on the way is a `SourceError`.
-
-    Has of a `datasets.IterableDataset` what the scripts use.
-
-    Attributes:
-        column_names: None where no schema says.
-        features: kinds of values by column, as `padding_of` reads them; None where no schema says,
-            {} where the rows are as they were written.
-    """
-
-    def __init__(self, rows: Any, name: str, files: Sequence[Path], features: Any = None) -> None:
-        self.rows, self.name, self.files = rows, name, files
-        self.column_names: list[str] | None = rows.column_names
-        self.features = rows.features if features is None else features
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _load_errors(self.name, self.files, {}):
-            yield from self.rows
-
-    def take(self, count: int) -> Stream:
-        """Return the first rows."""
-        return Stream(self.rows.take(count), self.name, self.files, self.features)
-
-    def skip(self, count: int) -> Stream:
-        """Leave the first rows out."""
-        return Stream(self.rows.skip(count), self.name, self.files, self.features)
-
-    def select_columns(self, names: Sequence[str]) -> Stream:
-        """Return only these columns of each row."""
-        return Stream(self.rows.select_columns(list(names)), self.name, self.files, self.features)
-
-
-def _load(dataset: str, files: Sequence[Path], builder: str, **options: Any) -> Any:
-    """Call `datasets.load_dataset`; a stream comes as a `Stream`."""
-    datasets = import_extra("datasets")
-    with _load_errors(dataset, files, options):
-        loaded = datasets.load_dataset(builder, **options)
-    return Stream(loaded, dataset, files) if options.get("streaming") else loaded
-
-
-@contextlib.contextmanager
-def _load_errors(name: str, files: Sequence[Path], options: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what `datasets` raises into one line that says what to do, with file and place."""
-    datasets = import_extra("datasets")
-    noisy = logging.getLogger("datasets.packaged_modules")  # tells by a traceback what is raised
-    level = noisy.level
-    noisy.setLevel(logging.CRITICAL)
-    faults = (datasets.exceptions.DatasetsError, OSError, EOFError, ValueError, RuntimeError,
-              TypeError, KeyError, ImportError, *_decompression_faults())  # fmt: skip
-    try:
-        yield
-    except faults as error:
-        _name_bad_file(files)
-        raise SourceError(_describe_load_error(name, options, error)) from error
-    finally:
-        noisy.setLevel(level)
-
-
-def _name_bad_file(files: Sequence[Path]) -> None:
-    """Read local files that the loader refused, to say which line or column is at fault.
-
-    Raises:
-        SourceError: a line is not a JSON object or cannot be written as UTF-8, or a file has other
-            columns than the first one.
-    """
-    first: list[str] | None = None
-    for file in files:
-        columns: list[str] | None = None
-        if ".jsonl" in file.suffixes:
-            for number, row in enumerate(read_json_lines(str(file)), 1):
-                columns = columns or list(row)
-                if not is_unicode(json.dumps(row, ensure_ascii=False)):
-                    raise SourceError(
-                        f"dataset {str(file)!r}, row {number}: half a surrogate pair (\\ud800 to "
-                        "\\udfff) is no text; mend the row, or have it skipped by --streaming"
-                    )
-        elif file.suffix == ".json":
-            try:
-                json.loads(file.read_text(encoding="utf-8-sig"))
-            except ValueError as error:
-                why = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else str(error)
-                if "Extra data" not in why:  # else one object a line, which is read, too
-                    raise SourceError(f"dataset {str(file)!r} cannot be read: {why}") from error
-        elif file.suffix == ".parquet":
-            try:
-                columns = pq.read_schema(file).names
-            except (pa.ArrowException, OSError) as error:
-                why = f"cannot be read: {first_line(error)}"
-                raise SourceError(f"dataset {str(file)!r} {why}") from error
-        elif _builder_of(file) == "csv":
-            with contextlib.suppress(ValueError, OSError, EOFError):
-                columns = list(import_extra("pandas").read_csv(file, nrows=0, dtype=str).columns)
-        first = first or columns
-        if columns and first and set(columns) != set(first):
-            other = ", ".join(sorted(set(columns) ^ set(first)))
-            raise SourceError(
-                f"dataset {str(file)!r} and {files[0].name} have different columns ({other}); give "
-                "one of the files, or a folder of like ones"
-            )
+def _why(error: BaseException) -> str:
+    """Say in a line why a file cannot be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return "the text is not UTF-8 (is it UTF-16? write it as UTF-8)"
+    if isinstance(error, RecursionError):
+        return "not JSON that can be read: it is nested too deeply"
+    return f"not JSON ({error})" if isinstance(error, ValueError) else first_line(error)
 
 
 def is_unicode(text: str) -> bool:
@@ -800,34 +801,86 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _root_cause(error: BaseException) -> str:
-    """Return the first line of the innermost error of a chain."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return first_line(error)
+@dataclass(frozen=True)
+class Stream:
+    """Rows of a source one after the other; what goes wrong on the way is a `SourceError`.
+
+    Has of a `datasets.IterableDataset` what the scripts use.
+
+    Attributes:
+        rows: the dataset.
+        name: of the source, for messages.
+        written: {} where the rows are as they were written, so that no null is Arrow's.
+    """
+
+    rows: Any
+    name: str
+    written: Mapping[str, Any] | None = None
+
+    @property
+    def column_names(self) -> list[str] | None:
+        """The columns, None where no schema says."""
+        names: list[str] | None = self.rows.column_names
+        return names
+
+    @property
+    def features(self) -> Any:
+        """The type of each column by `datasets`, None where nobody knows."""
+        return self.rows.features if self.written is None else self.written
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with _load_errors(self.name):
+            yield from self.rows
+
+    def take(self, count: int) -> Stream:
+        """Return the first rows."""
+        return replace(self, rows=self.rows.take(count))
+
+    def select_columns(self, names: Sequence[str]) -> Stream:
+        """Return only these columns of each row."""
+        return replace(self, rows=self.rows.select_columns(list(names)))
 
 
-def _describe_load_error(dataset: str, options: Mapping[str, Any], error: Exception) -> str:
+@contextlib.contextmanager
+def _load_errors(name: str, *, split: str = "", subset: str | None = None) -> Iterator[None]:
+    """Turn what `datasets` raises into one line that says what to do."""
+    datasets = import_extra("datasets")
+    noisy = logging.getLogger("datasets.packaged_modules")  # tells by a traceback what is raised
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)
+    faults: tuple[type[Exception], ...] = (
+        *(datasets.exceptions.DatasetsError, RuntimeError, TypeError, KeyError, ImportError),
+        *_read_faults(),
+    )
+    try:
+        yield
+    except faults as error:
+        raise _explain_load(name, split, subset, error) from error
+    finally:
+        noisy.setLevel(level)
+
+
+def _explain_load(name: str, split: str, subset: str | None, error: BaseException) -> SourceError:
     """Say in one line why a dataset could not be opened and what to change."""
-    found = re.search(r"Should be one of \[(.*?)\]|Available splits: \[(.*?)\]", str(error))
-    if found:
-        names = re.findall(r"'([^']+)'", found.group(1) or found.group(2))
-        return _no_split(dataset, str(options.get("split")), names)
-    kind, cause = type(error).__name__, _root_cause(error)
-    why = " ".join(str(error).split()) or kind
-    # Parquet without a row, other files without one
-    if "BatchSize must be greater than 0" in cause or "corresponds to no data" in why:
-        return f"dataset {dataset!r} has no rows"
+    kind, why = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
+    cause = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+        if isinstance(cause, SourceError):  # of our own reader, inside a builder
+            return cause
+    if found := re.search(r"Should be one of \[(.*?)\]|Available splits: \[(.*?)\]", str(error)):
+        names = ", ".join(re.findall(r"'([^']+)'", found.group(1) or found.group(2)))
+        return SourceError(f"dataset {name!r} has no split {split!r}; it has {names} (--split)")
+    if "BatchSize must be greater than 0" in str(cause) or "corresponds to no data" in why:
+        return SourceError(f"dataset {name!r} has no rows")
     if "BuilderConfig" in why or "Config name is missing" in why:
-        return f"dataset {dataset!r}, --subset {options.get('name')}: {why}"
-    if Path(dataset).expanduser().exists():
-        if "column names don't match" in why or "Schema at index" in cause:
-            cause = "its files have different columns; give one of them, or a folder of like ones"
-        return f"dataset {dataset!r} cannot be read: {cause}"
+        return SourceError(f"dataset {name!r}, --subset {subset}: {why}")
+    if Path(name).expanduser().exists():
+        return SourceError(f"dataset {name!r} cannot be read: {first_line(cause)}")
     if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
         why += " (is the name right, and are you logged in? hf auth login)"
-    return (
-        f"dataset {dataset!r} cannot be opened: {why}; no file or folder here has this name either"
+    return SourceError(
+        f"dataset {name!r} cannot be opened: {why}; no file or folder here has this name either"
     )
 
 
@@ -883,9 +936,7 @@ def source_columns(dataset: Any) -> list[str]:
     Raises:
         SourceError: the source has no rows.
     """
-    if dataset.column_names:
-        return list(dataset.column_names)
-    names = dict.fromkeys(name for row in dataset.take(16) for name in row)
+    names = dataset.column_names or dict.fromkeys(name for row in dataset.take(16) for name in row)
     if not names:
         raise SourceError("the dataset has no rows")
     return list(names)
@@ -911,43 +962,36 @@ _ROLES = {
     **{role: role for role in ("user", "assistant", "system", "tool", "developer")},
 }  # fmt: skip
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_ANY_OBJECT = object()  # stands for a feature that nobody knows
 
 
-def padding_of(feature: Any) -> Any:
-    """Return where values of a feature of `datasets` hold nulls that Arrow put there.
+def without_padding(value: Any, feature: Any) -> Any:
+    """Return a value of a row as JSON would hold it, without the nulls that Arrow put there.
 
-    A struct has all its keys in every row. Nested as the feature: a dict for a struct, a list of
-    one for a list, None for what holds no struct, such as text or JSON.
+    A struct of Arrow has all its keys in every row; the `feature` of `datasets` says what is one.
+    `_ANY_OBJECT`: nobody knows, so every null of an object is taken for padding.
     """
-    if isinstance(feature, dict):
-        return {name: padding_of(inner) for name, inner in feature.items()}
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    inner = None if inner is None else padding_of(inner)
-    return None if inner is None else [inner]
-
-
-def _plain(value: Any, padding: Any) -> Any:
-    """Return a value of a row as JSON would hold it, without the nulls of `padding_of`.
-
-    `padding` is True where nobody knows: then every null of an object is taken for one.
-    """
+    unknown = feature is _ANY_OBJECT
     if isinstance(value, Mapping):
-        if isinstance(padding, list) and isinstance(padding[0], dict):  # a struct of lists
-            padding = {key: [item] for key, item in padding[0].items()}
-        if padding is True:
-            padding = dict.fromkeys(value, True)
-        padded = padding if isinstance(padding, dict) else {}
-        kept = {key: item for key, item in value.items() if item is not None or key not in padded}
-        return {key: _plain(item, padded.get(key)) for key, item in kept.items()}
+        struct = feature if isinstance(feature, Mapping) else {}
+        return {
+            key: without_padding(item, feature if unknown else struct.get(key))
+            for key, item in value.items()
+            if item is not None or not (unknown or key in struct)
+        }
     if isinstance(value, (list, tuple, np.ndarray)):
-        inner = padding[0] if isinstance(padding, list) else True if padding is True else None
-        return [_plain(item, inner) for item in value]
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [without_padding(item, feature if unknown else inner) for item in value]
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _cell(row: Mapping[str, Any], name: str, padding: Mapping[str, Any] | None) -> Any:
-    return _plain(row.get(name), True if padding is None else padding.get(name))
+def read_cell(row: Mapping[str, Any], name: str, features: Mapping[str, Any] | None) -> Any:
+    """Return what a column of a row holds, without Arrow's nulls."""
+    try:
+        feature = _ANY_OBJECT if features is None else features.get(name)
+        return without_padding(row.get(name), feature)
+    except RecursionError:
+        raise ConversationError("malformed", f"column {name!r} is nested too deeply") from None
 
 
 def _parsed_json(value: Any) -> Any:
@@ -961,25 +1005,31 @@ def _parsed_json(value: Any) -> Any:
 def read_conversation(
     row: Mapping[str, Any],
     columns: ConversationColumns,
-    padding: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
+    features: Mapping[str, Any] | None = None,
+) -> Messages:
     """Return the chat messages of a row: dicts with `role`, `content` and what else the row gives.
 
     Both dialects are understood (`role`/`content` and `from`/`value`), messages stored as a JSON
     string too, a question and an answer as text or as messages. Content given as a list of parts is
-    joined, parts of reasoning become `reasoning_content`. `padding` tells by column where Arrow put
-    nulls (`padding_of`); without it every null of an object is taken for one of those.
+    joined, parts of reasoning become `reasoning_content`. `features` are the source's, see
+    `without_padding`; without them every null of an object is taken for Arrow's.
 
     Raises:
         ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
     """
-    cells = {name: _cell(row, name, padding) for name in columns.needed()}
+    cells = {name: read_cell(row, name, features) for name in columns.needed()}
     if columns.messages is not None:
         messages = _read_messages(cells[columns.messages], columns.messages)
     else:
-        messages = _single_turn(cells, columns)
-    if columns.system is not None:
-        messages = _with_system(messages, cells[columns.system], columns.system)
+        messages = _read_pair(cells, columns)
+    system = cells.get(columns.system or "")
+    if columns.system and system is not None and system == system and str(system).strip():
+        text = _cell_text(system, columns.system)
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": text}, *messages]
+        elif messages[0].get("content") != text:
+            why = f"column {columns.system!r} and a system message of its own differ (--system-col)"
+            raise ConversationError("malformed", f"the conversation has {why}")
     answers = [m for m in messages if m["role"] == "assistant"]
     said = [m.get(key) for m in answers for key in ("content", "tool_calls", *_REASONING_KEYS)]
     if answers and not any(s.strip() if isinstance(s, str) else s for s in said):
@@ -1005,42 +1055,23 @@ def _read_messages(value: Any, column: str) -> Messages:
     return [_read_message(message) for message in value]
 
 
-def _single_turn(cells: Mapping[str, Any], columns: ConversationColumns) -> Messages:
+def _read_pair(cells: Mapping[str, Any], columns: ConversationColumns) -> Messages:
     """Build the messages of a row with a question and an answer, each text or messages."""
-    user, assistant = str(columns.user), str(columns.assistant)
-    answer = _parsed_messages(cells[assistant])
-    if answer is not None and answer[0]["role"] != "assistant":
-        return answer  # the whole conversation, as preference data has it in `chosen`
-    question = _parsed_messages(cells[user])
-    if question is None:
-        text = _cell_text(cells[user], user)
-        context = cells.get(columns.context) if columns.context else None
-        if context is not None and str(context).strip():
-            text += f"\n\n{_cell_text(context, str(columns.context))}"
-        question = [{"role": "user", "content": text}]
-    if answer is None:
-        text = _cell_text(cells[assistant], assistant)
-        answer = [{"role": "assistant", "content": text}]
-    return [*question, *answer]
-
-
-def _parsed_messages(value: Any) -> Messages | None:
-    """Read a cell of a pair as messages, None where it holds something else."""
-    is_list = isinstance(value, list) and value and isinstance(value[0], dict)
-    return [_read_message(message) for message in value] if is_list else None
-
-
-def _with_system(messages: Messages, value: Any, column: str) -> Messages:
-    """Put the text of the system column before a conversation that has no other one."""
-    if value is None or value != value or not str(value).strip():
-        return messages
-    text = _cell_text(value, column)
-    if messages[0]["role"] != "system":
-        return [{"role": "system", "content": text}, *messages]
-    if messages[0].get("content") != text:
-        why = f"column {column!r} and a system message of its own differ (--system-col)"
-        raise ConversationError("malformed", f"the conversation has {why}")
-    return messages
+    found: list[Messages] = []
+    for role, column in (("assistant", columns.assistant), ("user", columns.user)):
+        value = cells[str(column)]
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            messages = [_read_message(message) for message in value]
+            if role == "assistant" and messages[0]["role"] != "assistant":
+                return messages  # the whole conversation, as preference data has it in `chosen`
+        else:
+            text = _cell_text(value, str(column))
+            context = cells.get(columns.context or "") if role == "user" else None
+            if context is not None and str(context).strip():
+                text += f"\n\n{_cell_text(context, str(columns.context))}"
+            messages = [{"role": role, "content": text}]
+        found.insert(0, messages)
+    return [*found[0], *found[1]]
 
 
 def _cell_text(value: Any, column: str) -> str:
@@ -1095,28 +1126,25 @@ def _content_text(content: Any, role: str) -> tuple[Any, str]:
         raise ConversationError("malformed", f"the content of a {role} message is {content!r:.60}")
     said, reasons = [], []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part if isinstance(part, str) else None
-        if isinstance(part, dict) and kind in _TEXT_PARTS:
-            text = part.get("text")
-        if isinstance(text, str):
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else ""
+        text = part.get("text", part.get(kind)) if isinstance(part, dict) else None
+        if kind in ("text", "input_text", "output_text") and isinstance(text, str):
             said.append(text)
-            continue
-        reason = next((part[k] for k in (kind, "text") if isinstance(part.get(k), str)), None) if (
-            kind in ("reasoning", "thinking")) else None  # fmt: skip
-        if not isinstance(reason, str) or role != "assistant":
-            if role == "tool":
-                return content, ""
+        elif kind in ("reasoning", "thinking") and role == "assistant" and isinstance(text, str):
+            reasons.append(text)
+        elif role == "tool":
+            return content, ""
+        else:
             raise ConversationError("not_text", f"a {role} message holds more than text")
-        reasons.append(reason)
     return "".join(said) if said or not reasons else None, "".join(reasons)
 
 
 def read_tools(
-    row: Mapping[str, Any], padding: Mapping[str, Any] | None = None
+    row: Mapping[str, Any], features: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]] | None:
     """Return the tool schemas of a row's `tools` column (a list or a JSON string), None without."""
-    tools = _parsed_json(_cell(row, "tools", padding))
+    tools = _parsed_json(read_cell(row, "tools", features))
     if not tools or isinstance(tools, str):
         return None
     if isinstance(tools, list):
@@ -1127,20 +1155,14 @@ def read_tools(
 
 
 def read_template_kwargs(
-    row: Mapping[str, Any], padding: Mapping[str, Any] | None = None
+    row: Mapping[str, Any], features: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return a row's own arguments of the template (an object or JSON), {} without.
-
-    Raises:
-        ConversationError: "malformed".
-    """
+    """Return a row's own arguments of the template (an object or JSON), {} without."""
     name = "chat_template_kwargs"
-    given = _parsed_json(_cell(row, name, padding))
-    if given in (None, "", [], {}):
-        return {}
-    if not isinstance(given, dict):
-        raise ConversationError("malformed", f"column {name!r} is no object: {given!r:.60}")
+    given = _parsed_json(read_cell(row, name, features)) or {}
     try:
+        if not isinstance(given, dict):
+            raise TemplateError(f"no object: {given!r:.60}")
         return check_template_kwargs(given)
     except TemplateError as error:
         raise ConversationError("malformed", f"column {name!r}: {error}") from None
@@ -1152,7 +1174,7 @@ def check_template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TemplateError: one has the name of something that the template is given anyway.
     """
-    taken = {"messages", "tools", "documents", "add_generation_prompt", "_mark"} & given.keys()
+    taken = {"messages", "tools", "documents", "add_generation_prompt"} & given.keys()
     if taken:
         raise TemplateError(f"{min(taken)!r} is no argument to give: every template gets it anyway")
     return dict(given)
@@ -1171,8 +1193,6 @@ def check_template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
 # A template that writes nothing while it passes over the messages is read by replacing what a turn
 # says: what both renderings share before and after delimits the turn.
 
-# What Python raises inside a template that meets data it was not written for.
-_TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _THINK = r"(?:seed:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
 _OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel>thought\n)"
 _CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
@@ -1206,22 +1226,14 @@ def load_tokenizer(
     if model.startswith((".", "/", "~")) and not folder.exists():
         raise LogitsError(f"model {model!r}: no such folder")
     where = str(folder) if folder.is_dir() else model
+    how = {"revision": revision, "local_files_only": local_files_only}
     transformers = import_extra("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, revision=revision, trust_remote_code=trust_remote_code,
-            local_files_only=local_files_only,
-        )  # fmt: skip
-    except ImportError as error:
-        said = str(error).replace("`", " ")
-        found = re.search(
-            r"pip install (?:-U )?([\w.-]+)|'([\w.-]+)'|requires the (\w+) library", said
+            where, trust_remote_code=trust_remote_code, **how
         )
-        package = next(filter(None, found.groups()), said).lower() if found else said
-        why = f"needs the package {package}: pip install {package}"
-        raise LogitsError(f"the tokenizer of model {model!r} {why}") from error
     except (
-        *(OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError),
+        *(ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError),
         *(SyntaxError, AssertionError),  # of code that comes with a model
     ) as error:
         raise LogitsError(_explain_tokenizer(model, folder, error)) from error
@@ -1232,30 +1244,38 @@ def load_tokenizer(
         )
     if not getattr(tokenizer, "chat_template", None):
         beside = importlib.import_module("transformers.utils").cached_file(
-            where, "chat_template.json", revision=revision, local_files_only=local_files_only,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+            where, "chat_template.json", _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, **how,
         )  # fmt: skip
         if beside is not None:
             tokenizer.chat_template = _read_template(Path(beside), "chat_template.json")
     return tokenizer
 
 
-def _explain_tokenizer(model: str, folder: Path, error: Exception) -> str:
+def _explain_tokenizer(model: str, folder: Path, error: BaseException) -> str:
     """Say why a tokenizer cannot be loaded and what to do."""
-    said = _root_cause(error)
+    if isinstance(error, ImportError):
+        said = str(error).replace("`", " ")
+        found = re.search(
+            r"pip install (?:-U )?([\w.-]+)|'([\w.-]+)'|requires the (\w+) library", said
+        )
+        package = next(filter(None, found.groups()), said).lower() if found else said
+        why = f"needs the package {package}: pip install {package}"
+        return f"the tokenizer of model {model!r} {why}"
     if "trust_remote_code" in str(error):
         return f"the tokenizer of model {model!r} runs code of its own: --trust-remote-code"
-    if not folder.is_dir():
-        return (
-            f"no tokenizer for model {model!r}: {said} (is the name right, and are you logged in? "
-            "hf auth login); no folder here has this name either"
-        )
     if (folder / "tekken.json").is_file() and importlib.util.find_spec("mistral_common") is None:
         return f"model {model!r}: its tekken.json needs mistral-common: pip install mistral-common"
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if folder.is_dir():
+        return (
+            f"no tokenizer for model {model!r}: the folder holds none that can be read "
+            f"({first_line(error)}); copy the files of the tokenizer into it"
+        )
     return (
-        f"no tokenizer for model {model!r}: the folder holds none that can be read ({said}); copy "
-        "the files of the tokenizer into it"
+        f"no tokenizer for model {model!r}: {first_line(error)} (is the name right, and are you "
+        "logged in? hf auth login); no folder here has this name either"
     )
 
 
@@ -1271,14 +1291,18 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
         source = _own_template(tokenizer)
     else:
         source = _one_template(_read_template(Path(path).expanduser(), f"--chat-template {path!r}"))
-    jinja2 = import_extra("jinja2")
+    jinja2, where = import_extra("jinja2"), repr(path) if path else "of the tokenizer"
     try:
-        _chat_template_utils()._compile_jinja_template(source)
+        _compile_marked(source)
     except jinja2.TemplateSyntaxError as error:
-        where = repr(path) if path else "of the tokenizer"
         raise TemplateError(
             f"chat template {where}, line {error.lineno}: {error.message}; "
             "give a corrected one with --chat-template"
+        ) from error
+    except (RecursionError, MemoryError, SyntaxError) as error:
+        raise TemplateError(
+            f"chat template {where} is nested too deeply to be compiled; give another one with "
+            "--chat-template"
         ) from error
     return source
 
@@ -1294,7 +1318,7 @@ def _read_template(path: Path, name: str) -> Any:
         raise TemplateError(f"{name} is no template: it is larger than {MAX_TEXT_BYTES >> 20} MiB")
     if path.suffix != ".json":
         return text
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(text)["chat_template"]
         if isinstance(found, list):
             return {each["name"]: each["template"] for each in found}
@@ -1334,16 +1358,6 @@ def hash_template(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def _chat_template_utils() -> Any:
-    import_extra("transformers")
-    return importlib.import_module("transformers.utils.chat_template_utils")
-
-
-def prints_time(template: str) -> bool:
-    """Tell whether a template can ask for the time, as those that print today's date do."""
-    return "strftime_now" in template
-
-
 def date_of_today() -> str:
     """Return the date here and now as YYYY-MM-DD."""
     return datetime.now().astimezone().date().isoformat()
@@ -1357,86 +1371,199 @@ class Rendering(NamedTuple):
 
     text: str
     runs: list[tuple[int, int, int | None]]  # start, end, number of the message
-    marked: list[Span]  # inside {% generation %} … {% endgeneration %}
+    marked: list[Span]  # inside {% generation %} … {% endgeneration %}, ascending
 
 
-@lru_cache(maxsize=32)
-def _compile_marked(source: str) -> Any:
-    """Compile a template that calls `_mark` where it comes to an item of a loop, and after it."""
-    environment = _chat_template_utils()._compile_jinja_template(source).environment
-    tree = environment.parse(source)
-    tree.body = _add_marks(tree.body, [], itertools.count())
-    return environment.from_string(tree)
+class _Marks:
+    """What a marked template calls while it renders one conversation.
 
-
-def _add_marks(body: list[Any], loops: list[tuple[str, list[str]]], count: Iterator[int]) -> Any:
-    """Add marks to the statements of a template, but where it captures what it writes.
-
-    In macros, blocks of `set` and filters nothing is added: a mark there could change the text.
+    It also bounds the work of a template, which comes from strangers: in steps and characters, not
+    in seconds, so that every machine refuses the same conversations.
     """
-    nodes = import_extra("jinja2").nodes
 
-    def mark(kind: str, *names: str) -> Any:
-        arguments = [nodes.Const(kind), *(nodes.Name(name, "load") for name in names)]
-        return nodes.Output([nodes.Call(nodes.Name("_mark", "load"), arguments, [], None, None)])
+    def __init__(self, chat: Messages, used: str) -> None:
+        self.number_of = {id(message): number for number, message in enumerate(chat)}
+        self.edge = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
+        self.under_way: set[str] = set()
+        self.work_left = 10**8 + 10**4 * len(chat)  # a million steps, some 100 more a message
 
-    marked: list[Any] = []
-    for node in body:
-        marked.append(node)
-        if isinstance(node, nodes.For):
-            kind = str(next(count))
+    def spend(self, work: int) -> None:
+        """Count work.
+
+        Raises:
+            SecurityError: it is too much.
+        """
+        self.work_left -= work
+        if self.work_left < 0:
+            raise import_extra("jinja2").exceptions.SecurityError(
+                "it loops for too long or writes too much"
+            )
+
+    def mark(self, kind: str, *values: Any) -> str:
+        """Return the mark of a loop that is at one of `values`; of no values, that it is over."""
+        self.spend(100)
+        at = next((self.number_of[id(v)] for v in values if id(v) in self.number_of), "")
+        if at == "" and kind not in self.under_way | {"+", "-"}:
+            return ""  # a loop over something else
+        (self.under_way.discard if at == "" else self.under_way.add)(kind)
+        return f"{self.edge}{kind}:{at}{self.edge}"
+
+    def split(self, out: str) -> Rendering:
+        """Cut the marks out of what a template wrote."""
+        text: list[str] = []
+        runs: list[tuple[int, int, int | None]] = []
+        marked: list[Span] = []
+        loops: list[tuple[str, int]] = []  # those under way, and the message that each is at
+        place = 0
+        for number, piece in enumerate(out.split(self.edge)):
+            if number % 2 == 0:
+                owner = loops[-1][1] if loops else None
+                if piece and runs and runs[-1][2] == owner:
+                    runs[-1] = (runs[-1][0], place + len(piece), owner)
+                elif piece:
+                    runs.append((place, place + len(piece), owner))
+                text.append(piece)
+                place += len(piece)
+                continue
+            kind, _, at = piece.partition(":")
+            if kind == "+":
+                marked.append((place, place))
+            elif kind == "-":
+                marked[-1:] = [(a, place) for a, _ in marked[-1:]]
+            else:
+                depth = next((n for n, (loop, _) in enumerate(loops) if loop == kind), len(loops))
+                loops[depth:] = [(kind, int(at))] if at else []
+        return Rendering("".join(text), runs, marked)
+
+
+@lru_cache(maxsize=64)
+def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
+    """Compile a template that calls `_Marks.mark` where it comes to an item of a loop, and after.
+
+    No loop is marked where the template captures what it writes (macros, blocks of `set`, filters):
+    there a mark could change the text. `{% generation %}` is, with `inside`; the second value tells
+    whether there is such a place.
+    """
+    import_extra("transformers")
+    utils = importlib.import_module("transformers.utils.chat_template_utils")
+    jinja2 = import_extra("jinja2")
+    nodes, count = jinja2.nodes, itertools.count()
+
+    class AddMarks(jinja2.visitor.NodeTransformer):  # type: ignore[name-defined]
+        loops: tuple[tuple[str, list[str]], ...] = ()
+        captured = found_inside = False
+
+        def mark(self, kind: str, *names: str) -> Any:
+            given = [nodes.Const(kind), *(nodes.Name(name, "load") for name in names)]
+            call = nodes.EnvironmentAttribute("mark"), [nodes.ContextReference(), *given]
+            return nodes.Output([nodes.Call(*call, [], None, None)])
+
+        def visit_For(self, node: Any) -> Any:
+            kind = "" if self.captured else str(next(count))
             names = [name.name for name in node.target.find_all(nodes.Name)] or [node.target.name]
-            inner = _add_marks(node.body, [*loops, (kind, names)], count)
-            node.body = [mark(kind, *names), *inner]
-            node.else_ = _add_marks(node.else_, loops, count)
-            marked.append(mark(kind))
-        elif isinstance(node, nodes.If):
-            for branch in (node, *node.elif_):
-                branch.body = _add_marks(branch.body, loops, count)
-            node.else_ = _add_marks(node.else_, loops, count)
-        elif isinstance(node, (nodes.Scope, nodes.With)):
-            node.body = _add_marks(node.body, loops, count)
-        elif isinstance(node, nodes.CallBlock):
-            if getattr(node.call.node, "name", "") == "_generation_support":
-                inner = nodes.Scope(_add_marks(node.body, loops, count))
-                marked[-1:] = [mark("+"), inner, mark("-")]
-        elif isinstance(node, nodes.Assign) and loops and isinstance(node.node, nodes.Getitem):
-            kind, names = loops[-1]  # {% set message = messages[i] %}
+            outer = self.loops
+            self.loops = (*outer, (kind, names))
+            node.body = [self.mark(kind, *names), *self.visit_all(node.body)]
+            self.loops = outer
+            node.else_ = self.visit_all(node.else_)
+            return node if self.captured else [node, self.mark(kind)]
+
+        def visit_all(self, body: list[Any]) -> list[Any]:
+            return self.generic_visit(nodes.Scope(body)).body
+
+        def capture(self, node: Any) -> Any:
+            before, self.captured = self.captured, True
+            node = self.generic_visit(node)
+            self.captured = before
+            return node
+
+        visit_Macro = visit_FilterBlock = visit_AssignBlock = capture
+
+        def visit_CallBlock(self, node: Any) -> Any:
+            if getattr(node.call.node, "name", "") != "_generation_support":
+                return self.capture(node)
+            self.found_inside |= self.captured
+            body = nodes.Scope(self.visit_all(node.body))
+            return [self.mark("+"), body, self.mark("-")] if inside or not self.captured else body
+
+        def visit_Assign(self, node: Any) -> Any:
+            if self.captured or not self.loops or not isinstance(node.node, nodes.Getitem):
+                return node
+            kind, names = self.loops[-1]  # {% set message = messages[i] %}
             number = node.node.arg
             if isinstance(number, nodes.Getattr):  # messages[loop.index0]
                 number = number.node if number.attr == "index0" else None
             known = isinstance(number, nodes.Name) and number.name in (*names, "loop")
-            if known and isinstance(node.target, nodes.Name):
-                marked.append(mark(kind, node.target.name))
-    return marked
+            if not known or not isinstance(node.target, nodes.Name):
+                return node
+            return [node, self.mark(kind, node.target.name)]
+
+    # of an empty template: to compile this one unbound would compute its constants, however large
+    environment = _bound_work(utils._compile_jinja_template("").environment.overlay())
+    marker = AddMarks()
+    tree = marker.visit(environment.parse(source))
+    return environment.from_string(tree), marker.found_inside
 
 
-def _split_at_marks(out: str, edge: str) -> Rendering:
-    """Cut the marks out of what a marked template wrote."""
-    text: list[str] = []
-    runs: list[tuple[int, int, int | None]] = []
-    marked: list[Span] = []
-    loops: list[tuple[str, int]] = []  # those under way, and the message that each is at
-    place = 0
-    for number, piece in enumerate(out.split(edge)):
-        if number % 2 == 0:
-            owner = loops[-1][1] if loops else None
-            if piece and runs and runs[-1][2] == owner:
-                runs[-1] = (runs[-1][0], place + len(piece), owner)
-            elif piece:
-                runs.append((place, place + len(piece), owner))
-            text.append(piece)
-            place += len(piece)
-            continue
-        kind, _, at = piece.partition(":")
-        if kind == "+":
-            marked.append((place, place))
-        elif kind == "-":
-            marked[-1] = (marked[-1][0], place)
-        else:
-            depth = next((n for n, (loop, _) in enumerate(loops) if loop == kind), len(loops))
-            loops[depth:] = [(kind, int(at))] if at else []
-    return Rendering("".join(text), runs, marked)
+def _bound_work(environment: Any) -> Any:  # noqa: C901 - one small function for each way
+    """Have the sandbox count what can take long or much memory: loops, products, widths."""
+    filters, call = import_extra("jinja2").pass_context, environment.call
+
+    def spend(context: Any, work: int) -> None:
+        context.parent["_marks"].spend(work)
+
+    def mark(context: Any, *given: Any) -> str:
+        return str(context.parent["_marks"].mark(*given))
+
+    def width(text: str, given: Iterable[Any]) -> int:
+        """Return what the widths in a format, or those given where it asks for them, come to."""
+        found = [
+            int(n) for spec in re.findall(r"[%:][^%:{}]*", text) for n in re.findall(r"\d+", spec)
+        ]
+        asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", text)
+        return sum(found) + sum(abs(n) for n in given if asks and isinstance(n, int))
+
+    def binop(context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, str):
+            spend(context, len(left) // 100 if len(left) < 10**6 else len(left))
+        elif operator == "%" and isinstance(left, str):
+            spend(context, width(left, right if isinstance(right, tuple) else (right,)))
+        elif operator == "*":
+            sizes = [len(v) for v in (left, right) if hasattr(v, "__len__")]
+            times = [abs(int(v)) for v in (left, right) if not hasattr(v, "__len__")]
+            spend(context, math.prod(sizes + times) if sizes else 0)
+        elif operator == "**":
+            spend(context, int(abs(left)).bit_length() * int(abs(right)))
+        return environment.binop_table[operator](left, right)
+
+    def bounded_call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if function is mark:
+            return mark(*args)
+        bound = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+        text, name = getattr(bound, "__self__", None), getattr(bound, "__name__", "")
+        if isinstance(text, str) and name in ("format", "format_map"):
+            spend(context, width(text, (*args, *kwargs.values())))
+        elif isinstance(text, str) and name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
+            spend(context, sum(abs(n) for n in args if isinstance(n, int)))
+        return call(context, function, *args, **kwargs)
+
+    def bounded_filter(name: str) -> Any:
+        plain = environment.filters[name]
+
+        def bounded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            widths = (n for n in given if isinstance(n, int))
+            spend(context, width(str(value), given) if name == "format" else sum(map(abs, widths)))
+            return plain(value, *args, **kwargs)
+
+        return filters(bounded)
+
+    environment.mark = mark
+    environment.intercepted_binops = frozenset(("+", "%", "*", "**"))
+    environment.call_binop, environment.call = binop, bounded_call
+    own = {name: bounded_filter(name) for name in ("format", "center", "indent")}
+    environment.filters = {**environment.filters, **own}
+    return environment
 
 
 @dataclass(frozen=True)
@@ -1498,48 +1625,44 @@ class ChatTemplate:
         Raises:
             ConversationError: "refused_by_template".
         """
-        chat = [_with_reasoning(message) for message in messages]
-        if self.parts:
-            chat = [_as_parts(message) for message in chat]
-        number_of = {id(message): number for number, message in enumerate(chat)}
+        chat = [_as_given(message, parts=self.parts) for message in messages]
         used = json.dumps([chat, tools, self.given], ensure_ascii=False, default=str) + self.source
-        edge = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
-        under_way: set[str] = set()
+        jinja2, moment = import_extra("jinja2"), moment or self.moment()
 
-        def mark(kind: str, *values: Any) -> str:
-            at = next((number_of[id(value)] for value in values if id(value) in number_of), "")
-            if at == "" and kind not in under_way | {"+", "-"}:
-                return ""  # a loop over something else
-            (under_way.discard if at == "" else under_way.add)(kind)
-            return f"{edge}{kind}:{at}{edge}"
-
-        moment = moment or self.moment()
-        jinja2 = import_extra("jinja2")
-        try:
-            out = _compile_marked(self.source).render(
-                **{"strftime_now": moment.strftime, "documents": None, **self.given},
-                messages=chat, tools=tools, add_generation_prompt=prompt, _mark=mark,
+        def write(*, inside: bool) -> Rendering:
+            marks = _Marks(chat, used)
+            return marks.split(
+                _compile_marked(self.source, inside=inside)[0].render(
+                    **{"strftime_now": moment.strftime, "documents": None, **self.given},
+                    messages=chat, tools=tools, add_generation_prompt=prompt, _marks=marks,
+                )
             )  # fmt: skip
-        except (jinja2.TemplateError, RecursionError, *_TEMPLATE_FAULTS) as error:
-            why = f"the template says: {first_line(error)}"
+
+        try:
+            rendering = write(inside=True)
+            if _compile_marked(self.source)[1]:  # marks where they might change what is written
+                plain = write(inside=False)
+                rendering = rendering if rendering.text == plain.text else plain
+            return rendering
+        except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, TypeError,
+                ValueError, LookupError, AttributeError, ArithmeticError) as error:  # fmt: skip
+            sandbox = isinstance(error, jinja2.exceptions.SecurityError)
+            who = "the sandbox of templates refuses" if sandbox else "the template says"
+            why = f"{who}: {first_line(error)}"
             raise ConversationError("refused_by_template", why) from error
-        return _split_at_marks(out, edge)
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a message, its reasoning under each of the names that templates read."""
+def _as_given(message: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
+    """Copy a message, its reasoning under each of the names that templates read.
+
+    `parts`: wrap string content the way templates of vision models want it.
+    """
     said = next((message[key] for key in _REASONING_KEYS if message.get(key) is not None), None)
-    return dict(message) if said is None else {
-        "thinking": said, **message, "reasoning_content": said
-    }  # fmt: skip
-
-
-def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """Wrap string content the way templates of vision models want it."""
-    content = message.get("content")
-    if not isinstance(content, str):
-        return message
-    return {**message, "content": [{"type": "text", "text": content}]}
+    reasoning = {} if said is None else {"reasoning_content": said}
+    given = {**({} if said is None else {"thinking": said}), **message, **reasoning}
+    if parts and isinstance(content := message.get("content"), str):
+        given["content"] = [{"type": "text", "text": content}]
+    return given
 
 
 # What a plain conversation shows of a template ----------------------------------------------------
@@ -1571,16 +1694,23 @@ def _probe_template(
     added = {token for token in added if token.strip("\u2581 \t\n\r")}  # Gemma adds line breaks
     longest_first = tuple(sorted(added, key=lambda token: (-len(token), token)))
     plain = ChatTemplate(source, json.loads(given), longest_first, date)
-    for loops in (True, False):
-        for parts in (False, True):
-            for opening in ((), ("system",)):
-                template = replace(plain, parts=parts, loops=loops)
-                facts = _probe_turns(template, opening)
-                if facts is not None:
-                    return replace(template, **facts)
+    why = ""
+    try:
+        plain.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    except ConversationError as error:
+        why = f" ({error})"
+        if isinstance(error.__cause__, import_extra("jinja2").exceptions.SecurityError):
+            raise TemplateError(
+                f"the chat template cannot be used{why}; see --chat-template"
+            ) from error
+    for loops, parts, opening in itertools.product((True, False), (False, True), ((), ("system",))):
+        template = replace(plain, parts=parts, loops=loops)
+        facts = _probe_turns(template, opening)
+        if facts is not None:
+            return replace(template, **facts)
     raise TemplateError(
         "the chat template does not show what the assistant says in a plain conversation of two "
-        "messages, so its tokens cannot be found; give another one with --chat-template FILE"
+        f"messages, so its tokens cannot be found{why}; give another one with --chat-template FILE"
     )
 
 
@@ -1620,9 +1750,8 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
         ]
     if not prompt.strip() and turns[0][0].strip():
         prompt = turns[0][0]
-    heads = {
-        head.removeprefix(_bare(prompt)) for head, _ in turns if head.startswith(_bare(prompt))
-    }
+    bare = _bare(prompt)
+    heads = {head.removeprefix(bare) for head, _ in turns if head.startswith(bare)}
     text, _, marked = shown[0]
     return {
         "prompt": prompt,
@@ -1688,13 +1817,15 @@ def render_conversation(
     include_think: bool = False,
     include_end: bool = False,
     turns: str = "all",
+    check: Callable[[str], None] | None = None,
 ) -> RenderedConversation:
     """Render a conversation and find what the assistant itself would have to write.
 
     That is: from the end of the generation prompt through the end-of-turn token of every assistant
     turn (`turns="last"`: of the last one) whose `weight` is not 0, tool calls and shown reasoning
     included. Think tags that the template inserts on its own come with `include_think`, what
-    follows the end of the turn with `include_end`.
+    follows the end of the turn with `include_end`. `check` may refuse the text before turns are
+    looked for.
 
     Raises:
         ConversationError: "no_assistant", "refused_by_template".
@@ -1707,45 +1838,44 @@ def render_conversation(
               if messages[n].get("weight", 1) != 0}  # fmt: skip
     moment = template.moment()
     chat, rendering = _render_dialects(messages, template, tools, moment)
+    if check is not None:
+        check(rendering.text)
     reader = _TurnReader(template, chat, tools, rendering, moment, include_think, include_end)
     text, way = rendering.text, "generation" if template.marked else "loop"
     found = reader.turns(wanted) if template.loops else []
     if not template.loops or reader.doubts(wanted, found):
         found, way = reader.replaced_turns(wanted), "replacing"
-    end = next((e for e in template.ends for a, b in found if e in text[a:b]), None)
-    return RenderedConversation(text, _merged(found), way, end, reader.notes())
+    spans = _merged(span for _, span in found)
+    end = next((e for e in template.ends for a, b in spans if e in text[a:b]), None)
+    return RenderedConversation(text, spans, way, end, reader.notes())
 
 
 def _render_dialects(
     messages: Messages, template: ChatTemplate, tools: Any, moment: Any
 ) -> tuple[Messages, Rendering]:
-    """Render the conversation in the first way of writing tool calls that the template takes."""
+    """Render the conversation in the first way of writing it that the template takes.
+
+    Templates differ in these: arguments of tool calls as an object, or as JSON text; content that a
+    message lacks left out, null where the template asks for that (others would print "None"), or
+    empty.
+    """
+    contents: list[dict[str, Any]] = [{}]
+    if any("content" not in message for message in messages):
+        asks = re.search(r"content['\"]?\]? is (?:not )?none", template.source)
+        contents += [{"content": None}, {"content": ""}] if asks else [{"content": ""}]
+    calls = any(message.get("tool_calls") for message in messages)
     refusals = []
-    for dialect in _dialects(messages, template.source):
+    for content, as_text in itertools.product(contents, (False, True) if calls else (False,)):
+        chat = [_with_arguments({**content, **message}, as_text=as_text) for message in messages]
         try:
-            return dialect, template.render(dialect, tools, moment=moment)
+            return chat, template.render(chat, tools, moment=moment)
         except ConversationError as error:
             refusals.append(error)
     raise refusals[0]
 
 
-def _dialects(messages: Messages, source: str) -> Iterator[Messages]:
-    """Yield the ways of writing the same conversation that templates differ in.
-
-    Arguments of tool calls as an object, then as JSON text; content that a message lacks left out,
-    then null where the template asks for that (others would print "None").
-    """
-    calls = any(message.get("tool_calls") for message in messages)
-    lacking = any("content" not in message for message in messages)
-    asks = re.search(r"content['\"]?\]? is (?:not )?none", source)
-    for null in (False, True) if lacking and asks else (False,):
-        chat = [{"content": None, **message} for message in messages] if null else messages
-        for as_text in (False, True) if calls else (False,):
-            yield [_with_arguments(m, as_text=as_text) for m in chat] if calls else chat
-
-
-def _with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
-    """Copy a message with the arguments of its tool calls as JSON text or as an object."""
+def _with_arguments(message: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
+    """Return a message with the arguments of its tool calls as JSON text or as an object."""
 
     def convert(call: Any) -> Any:
         if not isinstance(call, Mapping):
@@ -1758,7 +1888,7 @@ def _with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, A
         return {**call, "arguments": _parsed_json(arguments)} if "arguments" in call else dict(call)
 
     if not message.get("tool_calls"):
-        return dict(message)
+        return message
     return {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
 
 
@@ -1775,7 +1905,10 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
 
 @dataclass(frozen=True)
 class _TurnReader:
-    """Cuts the turns of a rendered conversation to what the assistant writes of them."""
+    """Cuts the turns of a rendered conversation to what the assistant writes of them.
+
+    What takes a rendering to find out is alike for all turns of a kind, and found for one of them.
+    """
 
     template: ChatTemplate
     chat: Messages
@@ -1784,52 +1917,59 @@ class _TurnReader:
     moment: Any
     include_think: bool
     include_end: bool
-    closings: dict[tuple[str, ...], str] = field(default_factory=dict)
+    found: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
-    def turns(self, wanted: set[int]) -> list[Span]:
-        """Cut the runs of text that the assistant's messages wrote."""
+    def turns(self, wanted: set[int]) -> list[tuple[int, Span]]:
+        """Cut the runs of text that the assistant's messages wrote; number of message and span."""
         text, runs, marked = self.rendering
         template, spans = self.template, []
         begun: set[int] = set()
         for a, b, number in runs:
             if number not in wanted or not text[a:b].strip():
                 continue
-            start, end, inside = a, b, [s for s in marked if a <= s[0] and s[1] <= b]
+            first = bisect_left(marked, (a, 0))
+            inside = [s for s in marked[first : bisect_left(marked, (b + 1, 0))] if s[1] <= b]
             if template.marked and not inside:
                 continue
-            first = number not in begun
-            if first:
-                prompt = _bare(template.prompt) if template.marked else template.prompt
-                start += self.header_length(number, text[a:b], prompt)
+            start, end, is_first = a, b, number not in begun
+            if is_first:
+                start += self.header_length(number, text[a:b])
                 begun.add(number)
             if template.marked:
                 start, end = max(start, inside[0][0]), inside[-1][1]
                 end += self.closing_after(start, end, b)
             elif self.chat[number].get("tool_calls"):
-                end += self.closing_of_calls(number, a, b, first=first)
-            spans.append(self.cut(number, start, end, a))
-        if template.marked and self.include_end and max(begun, default=-1) == self.last:
-            spans += [s for s in marked if s[0] >= max(b for _, b, who in runs if who is not None)]
+                end += self.closing_of_calls(number, a, b, first=is_first)
+            spans.append((number, self.cut(number, start, end, a)))
+        last = max(n for n, message in enumerate(self.chat) if message["role"] == "assistant")
+        if template.marked and self.include_end and last in begun:
+            after = max(b for _, b, who in runs if who is not None)
+            spans += [(last, span) for span in marked if span[0] >= after]
         return spans
 
-    @property
-    def last(self) -> int:
-        """The number of the last message that is the assistant's."""
-        return max(n for n, message in enumerate(self.chat) if message["role"] == "assistant")
-
-    def header_length(self, number: int, said: str, prompt: str) -> int:
+    def header_length(self, number: int, said: str) -> int:
         """Return how much of a turn's text the generation prompt gives."""
-        for given in (prompt, _bare(prompt)):
+        bare = _bare(self.template.prompt)
+        prompt = bare if self.template.marked else self.template.prompt
+        for given in (prompt, bare):
             if given and said.startswith(given):
                 return len(given)
         if not prompt:
             return 0
-        how = {"tools": self.tools, "moment": self.moment, "prompt": True}
-        asked = _try_render(self.template, self.chat[:number], **how)
-        before = asked.text if asked else ""
-        longest = range(min(len(before), len(said), len(prompt) + 256), 0, -1)  # headers are short
-        given_length = next((n for n in longest if before.endswith(said[:n])), 0)
-        return given_length if said[:given_length].strip() else 0
+        before = self.chat[number - 1] if number else {}
+        told = (
+            tuple(key for key, value in m.items() if value) for m in (before, self.chat[number])
+        )
+        kind = ("header", *told, before.get("role"), said[:40])
+        if kind not in self.found:
+            how = {"tools": self.tools, "moment": self.moment, "prompt": True}
+            asked = _try_render(self.template, self.chat[:number], **how)
+            text = asked.text if asked else ""
+            longest = range(min(len(text), len(said), len(prompt) + 256), 0, -1)  # short, headers
+            shared = next((n for n in longest if text.endswith(said[:n])), 0)
+            self.found[kind] = said[:shared]
+        header = self.found[kind]
+        return len(header) if header.strip() and said.startswith(header) else 0
 
     def closing_after(self, start: int, end: int, limit: int) -> int:
         """Return the length of the end-of-turn token right after a template's own markers."""
@@ -1837,12 +1977,10 @@ class _TurnReader:
         written = start + len(text[start:end].rstrip())
         if self.include_end or text.endswith(added, start, written):
             return 0
-        found = self.template.tokens.match(text[end:limit])
-        first = re.match(r"\s*", text[end:limit])
-        if found is None or first is None:
-            return 0
-        token = next(t for t in added if text.startswith(t, end + first.end()))
-        return first.end() + len(token)
+        after = text[end:limit]
+        blanks = len(after) - len(after.lstrip())
+        token = next((t for t in added if after.startswith(t, blanks)), "")
+        return blanks + len(token) if token else 0
 
     def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:
         """Return how much of what closes a turn with calls stands in the text of the next one.
@@ -1850,16 +1988,16 @@ class _TurnReader:
         That is what also follows the calls where the conversation stops there.
         """
         message, said = self.chat[number], self.rendering.text[a:b][-40:]
-        kind = (str(first), *sorted(key for key, value in message.items() if value))
-        if kind not in self.closings:  # alike for all turns of a kind: rendered for one of them
+        kind = ("closing", first, *sorted(key for key, value in message.items() if value))
+        if kind not in self.found:
             silent = {"content": ""} if message.get("content") else {}
             how = {"tools": self.tools, "moment": self.moment}
             chat = [*self.chat[:number], {**message, **silent}]
             stopped = _try_render(self.template, chat, **how) or Rendering("", [], [])
             own = [stopped.text[x:y] for x, y, who in stopped.runs if who == number]
-            self.closings[kind] = own[-1].rpartition(said)[2] if own and said in own[-1] else ""
-        more = self.closings[kind]
-        return _shared_prefix(more, self.rendering.text[b:]) if more.strip() else 0
+            self.found[kind] = own[-1].rpartition(said)[2] if own and said in own[-1] else ""
+        more = self.found[kind]
+        return _shared_prefix(more, self.rendering.text[b : b + len(more)]) if more.strip() else 0
 
     def cut(self, number: int, start: int, end: int, base: int) -> Span:
         """Leave out what follows the end of the turn, and inserted think tags at its start."""
@@ -1868,7 +2006,7 @@ class _TurnReader:
             end = self.turn_end(start, end)
         if not self.include_think:
             header = _bare(template.prompt)
-            if not text.startswith(header, base) or template.marked:
+            if template.marked or not text.startswith(header, base):
                 base = start
             base = min(start, base + len(header)) if base < start else start
             inserted = self.inserted_think(text[base:end], self.chat[number])
@@ -1898,12 +2036,10 @@ class _TurnReader:
             if found := _EMPTY_THINK.match(said):
                 return len(found.group().rstrip())
         reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
-        if reasons or _THINK_TAG.search(content):
-            return 0
-        found = _OPEN_THINK.match(said)
+        found = None if reasons or _THINK_TAG.search(content) else _OPEN_THINK.match(said)
         return found.end() if found else 0
 
-    def doubts(self, wanted: set[int], spans: Iterable[Span]) -> bool:
+    def doubts(self, wanted: set[int], spans: Iterable[tuple[int, Span]]) -> bool:
         """Tell whether the loops do not say who wrote what in this conversation.
 
         A template may write the next message while it is at this one, or copies of messages: then
@@ -1915,23 +2051,18 @@ class _TurnReader:
             content = self.chat[number].get("content")
             if isinstance(content, str) and content.strip() and content.strip() in text:
                 return True
-        turns = [(number, a, b) for a, b, number in runs if number in wanted]
-        for start, end in spans:
-            number = next((n for n, a, b in turns if a <= start < b), len(self.chat))
-            own = repr(self.chat[number : number + 1])
-            for message in self.chat[number + 1 :]:
-                if message.get("role") == "assistant":
-                    break
+        for number, (start, end) in spans:
+            own = repr(self.chat[number])
+            for message in itertools.takewhile(
+                lambda m: m.get("role") != "assistant",
+                itertools.islice(self.chat, number + 1, None),
+            ):
                 said = str(message.get("content") or "").strip()
-                if (
-                    len(said) > 2
-                    and text.find(said, start, end) >= 0
-                    and repr(said)[1:-1] not in own
-                ):
+                if len(said) > 2 and said in text[start:end] and repr(said)[1:-1] not in own:
                     return True
         return False
 
-    def replaced_turns(self, wanted: set[int]) -> list[Span]:
+    def replaced_turns(self, wanted: set[int]) -> list[tuple[int, Span]]:
         """Find turns where loops do not show them: by what changes with what a turn says."""
         text, template, spans = self.rendering.text, self.template, []
         mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text) * 3
@@ -1955,28 +2086,36 @@ class _TurnReader:
             tail = next((t for t in template.tails if t and text.startswith(t, end)), "")
             floor = end + len(tail)
             if number in wanted:
-                spans.append(self.cut(number, start, floor, start))
+                spans.append((number, self.cut(number, start, floor, start)))
         return spans
 
     def notes(self) -> tuple[str, ...]:
-        """Say what was given and does not show: messages, calls."""
-        found = []
-        if self.template.loops:
-            said: dict[int | None, str] = {}
-            for a, b, number in self.rendering.runs:
-                said[number] = said.get(number, "") + self.rendering.text[a:b]
-            for number, message in enumerate(self.chat):
-                shown = said.get(number, "")
-                names = [_call_name(call) for call in message.get("tool_calls") or ()]
-                if any(name and name not in self.rendering.text for name in names):
-                    found.append("the tool calls of an assistant message")
-                elif not shown.strip() and str(message.get("content") or "").strip():
-                    content = str(message["content"]).strip()
-                    if content not in self.rendering.text:
-                        found.append(f"a {message.get('role')} message")
-        if self.tools and _hides_tools(self.template):
+        """Say what was given and does not show: messages, calls, tools."""
+        text, found = self.rendering.text, []
+        shown = {number for a, b, number in self.rendering.runs if text[a:b].strip()}
+        for number, message in enumerate(self.chat if self.template.loops else []):
+            functions = (_function_of(call) for call in message.get("tool_calls") or ())
+            names = [str(function.get("name") or "") for function in functions]
+            said = str(message.get("content") or "").strip()
+            if any(name and name not in text for name in names):
+                note = "the tool calls of an assistant message"
+            elif said and number not in shown:
+                note = f"a {message.get('role')} message"
+            else:
+                continue
+            if note not in found and (names or said not in text):
+                found.append(note)
+        if self.tools and not _shows_tools(
+            self.template.source, json.dumps(self.template.given), self.template.parts
+        ):
             found.append("the tools")
-        return tuple(dict.fromkeys(found))
+        return tuple(found)
+
+
+def _function_of(call: Any) -> Mapping[str, Any]:
+    """Return name and arguments of a tool call, which may be wrapped as a `function`."""
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    return function if isinstance(function, Mapping) else {}
 
 
 def _replaced(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
@@ -1987,17 +2126,13 @@ def _replaced(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
         return {**message, "content": mark, **said}
     marked = []
     for call in calls:
-        function = dict(call.get("function") or call)
+        function = dict(_function_of(call))
         given = function.get("arguments")
-        names = list(given) if isinstance(given, Mapping) else []
-        function["arguments"] = dict.fromkeys(names or [mark], mark) if names else mark
+        function["arguments"] = (
+            dict.fromkeys(given, mark) if given and isinstance(given, Mapping) else mark
+        )
         marked.append({**call, "function": function} if "function" in call else function)
     return {**message, **said, "tool_calls": marked}
-
-
-def _call_name(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    return str(function.get("name") or "") if isinstance(function, Mapping) else ""
 
 
 @lru_cache(maxsize=64)
@@ -2011,16 +2146,12 @@ def _shows_tools(source: str, given: str, parts: bool) -> bool:
     return shown is None or name in shown.text or "\\ue200" in shown.text
 
 
-def _hides_tools(template: ChatTemplate) -> bool:
-    return not _shows_tools(template.source, json.dumps(template.given), template.parts)
-
-
 @lru_cache(maxsize=64)
 def warn_once(note: str) -> None:
     """Log what a chat template does not show of what it is given, once a process."""
     log.warning(
         "the chat template does not show %s: it is no part of what the teacher reads "
-        "(--chat-template)", note
+        "(--chat-template)", show_line(note)
     )  # fmt: skip
 
 
@@ -2077,7 +2208,7 @@ def encode_conversation(
         turns: "all" turns of the assistant, or the "last" one.
         template_kwargs: arguments of the template.
         date: YYYY-MM-DD, for a template that prints the date; None: the real time.
-        max_tokens: refuse text that surely has more, without tokenizing it; what may have as many
+        max_tokens: refuse text of which a first piece has more than twice as many; what is nearer
             is returned, however long it turns out.
 
     Raises:
@@ -2090,9 +2221,8 @@ def encode_conversation(
     )
     rendered = render_conversation(
         messages, template, tools=tools, include_think=include_think, include_end=include_end,
-        turns=turns,
+        turns=turns, check=lambda text: _check_text(text, tokenizer, max_tokens),
     )  # fmt: skip
-    _check_text(rendered.text, tokenizer, max_tokens)
     ids, starts, ends = tokenize_with_offsets(rendered.text, tokenizer)
     positions = token_positions_of(rendered.spans, starts, ends)
     if positions.size == 0:
@@ -2117,15 +2247,19 @@ def encode_text(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> 
 
 
 def _check_text(text: str, tokenizer: Any, max_tokens: int | None) -> None:
-    """Refuse what is no text, and what surely has more than `max_tokens` tokens."""
+    """Refuse what is no text, and what is far too long, by a first piece of it.
+
+    A piece may have other tokens at its end than the whole has there, but never twice as many.
+    """
     if not is_unicode(text):
-        raise ConversationError(
-            "malformed", "half a surrogate pair (\\ud800 to \\udfff) is no text"
-        )
-    if max_tokens is not None and (widest := widest_token(tokenizer)) is not None:
-        least = -(-len(text) // widest)
-        if least > max_tokens:
-            raise ConversationError("too_long", f"{least} tokens or more, at most {max_tokens} fit")
+        why = "half a surrogate pair (\\ud800 to \\udfff) is no text"
+        raise ConversationError("malformed", why)
+    if max_tokens is None or len(text) <= 32 * max_tokens:
+        return
+    piece = tokenizer(text[: 32 * max_tokens], add_special_tokens=False, verbose=False)
+    if (found := len(piece["input_ids"])) > 2 * max_tokens:
+        first = f"{found:,} tokens in the first {32 * max_tokens:,} characters"
+        raise ConversationError("too_long", f"{first}, at most {max_tokens} fit")
 
 
 @dataclass(frozen=True)
@@ -2138,7 +2272,7 @@ class ConversationEncoder:
         columns: from `resolve_columns`.
         include_think, include_end, turns, template_kwargs, date: see `encode_conversation`; a row's
             own `chat_template_kwargs` go over `template_kwargs`.
-        padding: by column, where Arrow put nulls, see `padding_of`; None where nobody knows.
+        features: of the source's columns, see `without_padding`; None where nobody knows.
     """
 
     tokenizer: Any
@@ -2149,7 +2283,7 @@ class ConversationEncoder:
     turns: str = "all"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
-    padding: Mapping[str, Any] | None = None
+    features: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -2169,18 +2303,17 @@ class ConversationEncoder:
 
     def for_source(self, source: Any) -> ConversationEncoder:
         """Return an encoder that knows where the rows of an open source hold Arrow's nulls."""
-        features = source.features
-        if features is None:
+        if source.features is None:
             return self
-        needed = self.columns.needed() & features.keys()
-        return replace(self, padding={name: padding_of(features[name]) for name in needed})
+        needed = self.columns.needed() & source.features.keys()
+        return replace(self, features={name: source.features[name] for name in needed})
 
     def encode(
         self, row: Mapping[str, Any], *, max_tokens: int | None = None
     ) -> EncodedConversation:
         """Return the row's tokens and those to extract, however long it is.
 
-        Only text that surely has more than `max_tokens` tokens is refused.
+        Only what is far beyond `max_tokens` is refused.
 
         Raises:
             ConversationError: it cannot be used.
@@ -2188,10 +2321,10 @@ class ConversationEncoder:
         if self.columns.text is not None:
             text = _cell_text(row.get(self.columns.text), self.columns.text)
             return encode_text(text, self.tokenizer, max_tokens=max_tokens)
-        own = read_template_kwargs(row, self.padding)
+        own = read_template_kwargs(row, self.features)
         return encode_conversation(
-            read_conversation(row, self.columns, self.padding), self.tokenizer,
-            chat_template=self.chat_template, tools=read_tools(row, self.padding),
+            read_conversation(row, self.columns, self.features), self.tokenizer,
+            chat_template=self.chat_template, tools=read_tools(row, self.features),
             include_think=self.include_think, include_end=self.include_end, turns=self.turns,
             template_kwargs={**self.template_kwargs, **own}, date=self.date, max_tokens=max_tokens,
         )  # fmt: skip
@@ -2250,15 +2383,12 @@ def open_conversations(
         index_col=options.index_col, text_col=options.text_col,
     )  # fmt: skip
     if columns.text is not None:
-        idle = {
-            "--chat-template": options.chat_template,
-            "--turns": options.turns != "all",
-            "--template-kwargs": options.template_kwargs,
-            "--include-think": options.include_think,
-            "--include-end": options.include_end,
-        }
-        if flags := [flag for flag, value in idle.items() if value]:  # fmt: skip
-            raise TemplateError(f"{' and '.join(flags)}: --text-col uses no chat template")
+        of_templates = ("chat_template", "template_kwargs", "include_think", "include_end")
+        idle = [name for name in of_templates if getattr(options, name)]
+        idle += ["turns"] if options.turns != "all" else []
+        if idle:
+            flags = " and ".join("--" + name.replace("_", "-") for name in idle)
+            raise TemplateError(f"{flags}: --text-col uses no chat template")
         return Conversations(source, ConversationEncoder(tokenizer, "", columns))
     if "system" in names and columns.system is None:
         log.warning("the column 'system' is not used; --system-col system uses it")
@@ -2269,9 +2399,10 @@ def open_conversations(
         warn_once("an end of the assistant's turn")
     if unread := [name for name in given if name not in template.source]:
         warn_once(f"the argument {unread[0]!r}")
+    asks_time = "strftime_now" in source_text
     encoder = ConversationEncoder(
         tokenizer, source_text, columns, options.include_think, options.include_end, options.turns,
-        given, (date or date_of_today()) if prints_time(source_text) else None,
+        given, (date or date_of_today()) if asks_time else None,
     ).for_source(source)  # fmt: skip
     for row in itertools.islice(without_idle_columns(source, columns), 8):
         with contextlib.suppress(ConversationError):
@@ -2280,19 +2411,13 @@ def open_conversations(
     return Conversations(source, encoder)
 
 
-def conversation_settings(
-    config: Any, encoder: ConversationEncoder | ConversationColumns, chat_template: str = ""
-) -> dict[str, Any]:
+def conversation_settings(config: Any, encoder: ConversationEncoder) -> dict[str, Any]:
     """Return what decides which tokens each conversation has, as runs and lengths record it.
 
     Args:
         config: of a script: model, revision, dataset, subset, split.
-        encoder: of the run; or its columns, with the options of `config` and `chat_template`.
-        chat_template: Jinja source, of which the hash is recorded.
+        encoder: of the run.
     """
-    if isinstance(encoder, ConversationColumns):
-        include = config.include_think, config.include_end
-        encoder = ConversationEncoder(None, chat_template, encoder, *include)
     return {
         "model": config.model,
         "model_revision": config.revision,
@@ -2303,31 +2428,19 @@ def conversation_settings(
     }
 
 
-def encode_row(
-    row: Mapping[str, Any],
-    columns: ConversationColumns,
-    tokenizer: Any,
-    *,
-    chat_template: str | None = None,
-    max_tokens: int | None = None,
-    **options: Any,
-) -> EncodedConversation:
-    """Encode one row without an open source; `options` are fields of `ConversationEncoder`."""
-    source = _own_template(tokenizer) if chat_template is None else chat_template
-    encoder = ConversationEncoder(tokenizer, source, columns, **options)
-    return encoder.encode(row, max_tokens=max_tokens)
-
-
 def token_positions_of(
-    spans: Iterable[Span], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+    spans: Sequence[Span], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int32]:
     """Return the positions of tokens that overlap character spans, position 0 left out.
 
     A token without characters of its own counts where it lies inside a span.
     """
-    inside = np.zeros(starts.size, bool)
+    length = max([0, *ends.tolist(), *(b for _, b in spans)]) + 1
+    wanted = np.zeros(length, bool)
     for a, b in spans:
-        inside |= (starts < b) & ((ends > a) | ((starts == ends) & (starts >= a)))
+        wanted[a:b] = True
+    before = np.concatenate(([0], np.cumsum(wanted)))  # wanted characters before each place
+    inside = before[np.maximum(ends, starts + 1)] > before[starts]
     inside[:1] = False
     return np.flatnonzero(inside).astype(np.int32)
 
@@ -2349,72 +2462,25 @@ def tokenize_with_offsets(
         return_attention_mask=False, return_token_type_ids=False,
     )  # fmt: skip
     ids = np.asarray(encoded["input_ids"], np.int32).reshape(-1)
-    if not fast:
-        return ids, *_spelled_offsets(text, ids.tolist(), tokenizer)
-    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    spans = encoded["offset_mapping"] if fast else _spell_tokens(text, ids.tolist(), tokenizer)
+    offsets = np.asarray(spans, np.int64).reshape(-1, 2)
     return ids, offsets[:, 0], offsets[:, 1]
 
 
-@lru_cache(maxsize=16)
-def widest_token(tokenizer: Any) -> int | None:
-    """Return how many characters of text a token stands for at most; None: there is no bound.
-
-    There is one for BPE over bytes, or with bytes for what it does not know, where nothing drops
-    characters: no normalizer that shortens, no unknown token, no added token that takes blanks in.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not getattr(tokenizer, "is_fast", False):
-        return None
-    parts = json.loads(backend.to_str())
-    vocab = tokenizer.get_vocab()
-    shrinks = _shrinkage(parts["normalizer"])
-    kinds = [part["type"] for part in _steps(parts["pre_tokenizer"])]
-    removes = any(part.get("behavior") == "Removed" for part in _steps(parts["pre_tokenizer"]))
-    takes_blanks = any(added["lstrip"] or added["rstrip"] for added in parts["added_tokens"])
-    if parts["model"]["type"] != "BPE" or shrinks is None or removes or takes_blanks:
-        return None
-    if not set(kinds) <= {"Split", "Digits", "ByteLevel", "Metaspace"}:
-        return None
-    if "ByteLevel" in kinds:
-        alphabet = set(map(chr, [*range(33, 127), *range(161, 173), *range(174, 324)]))
-    else:
-        alphabet = {f"<0x{byte:02X}>" for byte in range(256)}
-        if not parts["model"]["byte_fallback"]:
-            return None
-    return shrinks * max(map(len, vocab)) if alphabet <= vocab.keys() else None
-
-
-def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer, those of sequences one by one."""
-    if part is None:
-        return []
-    inner = part.get("normalizers", part.get("pretokenizers"))
-    return [part] if inner is None else [step for item in inner for step in _steps(item)]
-
-
-def _shrinkage(normalizer: Mapping[str, Any] | None) -> int | None:
-    """Return how many characters a normalizer makes one of at most; None: any number."""
-    shrinks = 1
-    for step in _steps(normalizer):
-        pattern = step.get("pattern", {}).get("String")
-        if step["type"] == "NFC":
-            shrinks *= 4  # what the longest canonical decomposition has
-        elif step["type"] == "Replace" and pattern and len(step["content"]) >= len(pattern):
-            continue
-        elif step["type"] != "Prepend":
-            return None
-    return shrinks
-
-
-def _spelled_offsets(
-    text: str, ids: list[int], tokenizer: Any
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _spell_tokens(text: str, ids: list[int], tokenizer: Any) -> list[Span]:
     """Find where each token lies by decoding: tokens that share a character share its place."""
     spans: list[Span] = []
     place, first = 0, 0
 
     def spell(stop: int) -> str | None:
-        spellings = _spellings(ids[first:stop], tokenizer)
+        """Return the text that the tokens from `first` on stand for, where it is found next."""
+        these = ids[first:stop]
+        decoded = tokenizer.decode(
+            these, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        pieces = "".join(tokenizer.convert_ids_to_tokens(these)).replace("\u2581", " ")
+        # decoding drops leading blanks in some families
+        spellings = (decoded, f" {decoded}", "" if "\ufffd" in decoded else pieces)
         return next((s for s in spellings if s and text.startswith(s, place)), None)
 
     for number in range(len(ids)):
@@ -2431,18 +2497,7 @@ def _spelled_offsets(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets and its tokens "
             f"do not spell the text (from {text[place : place + 20]!r} on); use its fast version",
         )
-    both = np.asarray(spans, np.int64).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
-
-
-def _spellings(ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """Yield the texts that tokens may stand for: decoding drops leading blanks in some families."""
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    yield decoded
-    yield " " + decoded
-    if "\ufffd" not in decoded:
-        yield "".join(pieces).replace("\u2581", " ")
+    return spans
 
 
 def format_mask_preview(
@@ -2463,13 +2518,15 @@ def format_mask_preview(
     extracted[encoded.token_positions] = True
     bounds = np.flatnonzero(np.diff(extracted)) + 1
     before, after = ("\x1b[30;42m", "\x1b[0m") if color else ("⟦", "⟧")
-    body = []
+    body, half = [], max_run_chars // 2
     for ids, marked in zip(
         np.split(encoded.input_ids, bounds), np.split(extracted, bounds), strict=True
     ):
-        run = show_text(_shortened(tokenizer.decode(ids.tolist()), max_run_chars))
-        lines = run.split("\n")
-        body.append("\n".join(f"{before}{x}{after}" for x in lines) if marked[0] else run)
+        run = tokenizer.decode(ids.tolist())
+        if (left := len(run) - 2 * half) > 0:
+            run = f"{run[:half]} … {left:,} characters … {run[-half:]}"
+        lines = show_text(run).split("\n")
+        body.append("\n".join(f"{before}{x}{after}" if marked[0] else x for x in lines))
     ways = {
         "generation": "the template's markers",
         "loop": "what the template writes for each message",
@@ -2481,14 +2538,6 @@ def format_mask_preview(
         f"{int(extracted.sum())} of {extracted.size} tokens extracted; "
         f"found by {ways[encoded.way]}; end of turn: {end}\n" + "".join(body)
     )
-
-
-def _shortened(text: str, limit: int) -> str:
-    """Cut the middle out of a long text and say how much is missing."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ from explore_logits import (
     ConversationColumns,
     ConversationEncoder,
     SourceError,
-    encode_row,
     hash_template,
     load_chat_template,
     load_tokenizer,
@@ -63,11 +62,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def expected() -> dict[int, tuple[int, int]]:
     """Lengths and tokens of the embedded conversations by id, counted one by one."""
-    tokenizer = load_tokenizer(str(TEACHER))
-    found = {}
+    encoder, found = make_encoder(), {}
     for line in CHATS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        encoded = encode_row(row, COLUMNS, tokenizer)
+        encoded = encoder.encode(row)
         found[row["id"]] = (encoded.input_ids.size, encoded.token_positions.size)
     return found
 
@@ -331,7 +329,11 @@ def test_measuring_keeps_every_row_and_says_why_some_cannot_be_used() -> None:
         {"id": 71, "messages": None},
         {"id": 72, "messages": [question]},
     ]
-    encoded = encode_row(rows[0], COLUMNS, load_tokenizer(str(TEACHER)))
+    encoded = ConversationEncoder(
+        load_tokenizer(str(TEACHER)),
+        load_chat_template(None, load_tokenizer(str(TEACHER))),
+        COLUMNS,
+    ).encode(rows[0])
     batch = {name: [row[name] for row in rows] for name in rows[0]}
     measured = get_transform_fn(make_encoder())(batch, [500, 501, 502])
     assert measured["index"] == [70, 71, 72]

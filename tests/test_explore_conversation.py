@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import multiprocessing
 import pickle
@@ -18,15 +19,7 @@ import pytest
 from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import explore_logits
@@ -402,6 +395,39 @@ def test_markers_that_miss_the_content_are_not_believed() -> None:
 def test_markers_may_leave_turns_out() -> None:
     template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
     assert extracted(CHAT, template) == ["Dune.<|end|>"]
+
+
+MARKED_TURN = (
+    "<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|end|>{% endgeneration %}\n{% else %}{{ m.content }}<|end|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}"
+        "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+        "{% for m in messages %}{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}{% endfor %}",
+    ],
+    ids=["macro", "set"],
+)
+def test_markers_inside_macros_and_blocks_have_the_say(template: str) -> None:
+    assert encode_conversation(CHAT, tokenizer_for(template)).way == "generation"
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
+    last = template.replace("m.role == 'assistant'", "m.role == 'assistant' and m.trained")
+    chat = [dict(m, trained=n == 3) for n, m in enumerate(CHAT)]
+    assert extracted(chat, last)[-1] == "Dune.<|end|>"
+
+
+def test_marks_inside_a_block_never_change_what_is_written() -> None:
+    """The length of the block is written, which a mark would change: it is told without marks."""
+    template = (
+        "{% for m in messages %}{% set x %}" + MARKED_TURN + "{% endset %}"
+        "{{ x }}{{ x | length }}{% endfor %}"
+    )
+    text = encode_conversation(CHAT, tokenizer_for(template)).text
+    assert text.startswith("<|start|>user\namber?<|end|>\n28<|start|>")
 
 
 def test_a_template_without_a_generation_prompt_keeps_its_headers_out() -> None:
@@ -889,52 +915,92 @@ def test_the_preview_cuts_long_stretches() -> None:
     assert re.search(r"… [\d,]+ characters …", shown)
 
 
-def byte_tokenizer(normalizer: Any = None, **added: bool) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer whose longest token is a run of eight."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    runs = ["a" * n for n in (2, 4, 8)]
-    vocab = {token: number for number, token in enumerate([*alphabet, *runs])}
-    merges = [("a", "a"), ("aa", "aa"), ("aaaa", "aaaa")]
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    backend.add_special_tokens([AddedToken("<|end|>", special=True, **added)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=PLAIN)
+def test_what_is_far_too_long_is_refused_by_its_first_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """100,000 messages; no turn is looked for, no second token counted."""
+    chat = [user("amber?"), says("Birch bark.")] * 50_000
+    tokenizer = tokenizer_for(PLAIN)
+    short = encode_conversation(chat[:20], tokenizer)
+    again = encode_conversation(chat[:20], tokenizer, max_tokens=short.input_ids.size // 3)
+    assert again.input_ids.tolist() == short.input_ids.tolist()
+    monkeypatch.setattr(explore_logits, "_TurnReader", None)
+    with pytest.raises(ConversationError, match="at most 1024 fit") as refused:
+        encode_conversation(chat, tokenizer, max_tokens=1024)
+    assert refused.value.reason == "too_long"
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(st.sampled_from("aaaaaab é\u0301e\u0301 <|end|>ﷺ각\n")), st.booleans())
-def test_no_token_stands_for_more_characters_than_the_widest(text: str, nfc: bool) -> None:
-    tokenizer = byte_tokenizer(normalizers.NFC() if nfc else None)
-    widest = explore_logits.widest_token(tokenizer)
-    assert widest == 8 * (4 if nfc else 1)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(text) <= widest * len(ids)
+@pytest.mark.parametrize("template", [PLAIN, MARKED, THINKS])
+def test_the_work_is_in_proportion_to_the_messages(template: str) -> None:
+    """Counted in calls, which no busy machine changes: 8 times the turns, 10 times the calls."""
+    prepared = prepare_template(tokenizer_for(template))
+
+    def calls_for(turns: int) -> int:
+        chat = [user("amber?"), says("Birch bark.")] * turns
+        profile = cProfile.Profile()
+        rendered = profile.runcall(explore_logits.render_conversation, chat, prepared)
+        assert len(rendered.spans) == turns
+        return sum(entry.callcount for entry in profile.getstats())
+
+    assert calls_for(800) < 10 * calls_for(100)
+
+
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "loops in a macro": "{% macro f() %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endmacro %}{{ f() }}",
+    "width": "{{ '%1000000000d' % 1 }}",
+    "width given": "{{ '%*d' % (1000000000, 1) }}",
+    "format": "{{ '{:>9999999999}'.format(1) }}",
+    "format filter": "{{ '%1000000000d' | format(1) }}",
+    "center": "{{ 'a'.center(1000000000) }}{{ 'a' | center(1000000000) }}",
+    "product": "{{ 'a' * 10 ** 11 }}",
+    "list": "{{ ([1] * 10 ** 11) | length }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
+    "doubling": "{% set ns = namespace(t='ab') %}{% for a in range(60) %}"
+    "{% set ns.t = ns.t + ns.t %}{% endfor %}",
+    "escape": "{{ ''.__class__.__mro__ }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_sandbox_bounds_what_a_template_does(name: str) -> None:
+    with pytest.raises(TemplateError, match=r"cannot be used \(the sandbox") as refused:
+        prepare_template(tokenizer_for(PLAIN), HOSTILE[name] + PLAIN)
+    assert "\n" not in str(refused.value)
+    hidden = PLAIN + "{% if messages|length > 3 %}" + HOSTILE[name] + "{% endif %}"
+    with pytest.raises(ConversationError, match="the sandbox of templates") as skipped:
+        encode_conversation([*CHAT, *CHAT], tokenizer_for(PLAIN), chat_template=hidden)
+    assert skipped.value.reason == "refused_by_template"
+
+
+def test_widths_and_numbers_that_people_write_are_not_refused() -> None:
+    template = (
+        "{{ '%5d|%s' % (1700000000, 'x') }}{{ '{:>8} {}'.format(3, 1700000000) }}"
+        "{{ '-' * 80 }}{{ 'a' | center(40) }}{{ 2 ** 20 }}" + PLAIN
+    )
+    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
 @pytest.mark.parametrize(
-    "tokenizer",
+    "template",
     [
-        lambda: byte_tokenizer(normalizers.Strip()),
-        lambda: byte_tokenizer(normalizers.NFKC()),
-        lambda: byte_tokenizer(normalizers.Replace(Regex(" +"), " ")),
-        lambda: byte_tokenizer(rstrip=True),
-        lambda: slow_tokenizer(),
+        "{% if a %}" * 3000 + "{% endif %}" * 3000 + PLAIN,
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30 + PLAIN,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}" + PLAIN,
+        "{{ " + "[" * 5000 + "1" + "]" * 5000 + " }}" + PLAIN,
     ],
-    ids=["strip", "nfkc", "replace", "added token that takes blanks", "slow"],
+    ids=["ifs", "loops", "parentheses", "lists"],
 )
-def test_where_characters_may_vanish_there_is_no_widest_token(tokenizer: Any) -> None:
-    assert explore_logits.widest_token(tokenizer()) is None
-
-
-def test_text_that_cannot_fit_is_refused_without_being_tokenized(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(
+    template: str, tmp_path: Path
 ) -> None:
-    tokenizer = byte_tokenizer()
-    messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a" * 8000}]
-    assert encode_conversation(messages, tokenizer, max_tokens=1200).input_ids.size > 1000
-    monkeypatch.setattr(explore_logits, "tokenize_with_offsets", None)
-    with pytest.raises(ConversationError, match="at most 1000 fit") as refused:
-        encode_conversation(messages, tokenizer, max_tokens=1000)
-    assert refused.value.reason == "too_long"
+    (tmp_path / "t.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(TemplateError, match=r"t\.jinja.*--chat-template"):
+        load_chat_template(str(tmp_path / "t.jinja"), tokenizer_for(PLAIN))
+
+
+def test_a_macro_that_calls_itself_is_refused() -> None:
+    endless = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN
+    with pytest.raises(TemplateError, match="recursion"):
+        prepare_template(tokenizer_for(PLAIN), endless)

@@ -342,9 +342,9 @@ def test_nulls_of_the_data_stay_and_those_of_arrow_go(
         "structs": lambda: write_parquet(tmp_path / "r.parquet", WITH_CALLS),
     }[kind]()
     source = open_source(str(path), streaming=streaming)
-    padding = ConversationEncoder(None, "", MESSAGES).for_source(source).padding
-    calls = [read_conversation(row, MESSAGES, padding)[1]["tool_calls"][0] for row in source]
-    tools = [read_tools(row, padding) for row in source]
+    features = ConversationEncoder(None, "", MESSAGES).for_source(source).features
+    calls = [read_conversation(row, MESSAGES, features)[1]["tool_calls"][0] for row in source]
+    tools = [read_tools(row, features) for row in source]
     kept = {} if kind == "structs" else {"unit": None}
     assert [call["function"]["arguments"] for call in calls] == [{"a": 1, **kept}, {"b": "x"}]
     default = {} if kind == "structs" else {"default": None}

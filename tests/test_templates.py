@@ -95,7 +95,7 @@ def test_with_everything_included_markers_give_the_mask_of_transformers(name: st
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
-        except UndefinedError:
+        except (UndefinedError, TypeError):
             continue  # it wants null where content is lacking, which only we give it
         assert theirs["input_ids"] == encoded.input_ids.tolist()
         taken = set(encoded.token_positions.tolist())
@@ -124,7 +124,7 @@ def test_every_version_of_transformers_gives_the_same_tokens() -> None:
         parts = encoded.text, encoded.input_ids.tolist(), encoded.token_positions.tolist()
         found[f"{name} {key} {shape}"] = parts
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    assert digest[:16] == "8164c0c496f52078"
+    assert digest[:16] == "b953a6ed211a76b2"
 
 
 GIVES = {"type": "function", "function": {"name": "find_weather", "parameters": {}}}
@@ -135,7 +135,10 @@ HIDDEN: list[tuple[str, list[dict[str, Any]], Any, str]] = [
         (name, [{"role": "developer", "content": "Heath."}, *ASKED, SAID], None, "developer")
         for name in ("qwen3", "glm4moe")
     ),
-    *((name, [*ASKED, calls("")], None, "tool calls") for name in ("phi3_5", "lfm2")),
+    *(
+        (name, [*ASKED, calls(text)], None, "tool calls")
+        for name, text in product(("phi3_5", "lfm2"), ("", None))
+    ),
 ]
 
 
