@@ -587,7 +587,7 @@ def open_source(
         SourceError: nothing there, no such split (names those there are), an unreadable file
             (names file and line or column), the Hub out of reach.
     """
-    datasets, path = import_extra("datasets"), Path(dataset).expanduser()
+    datasets, path = import_extra("datasets"), local_path(dataset)
     how: dict[str, Any] = {"split": split, "streaming": streaming}
     if not path.exists():
         if dataset.startswith((".", "/", "~")) or _kind_of(path) is not None:
@@ -875,7 +875,7 @@ def _explain_load(name: str, split: str, subset: str | None, error: BaseExceptio
         return SourceError(f"dataset {name!r} has no rows")
     if "BuilderConfig" in why or "Config name is missing" in why:
         return SourceError(f"dataset {name!r}, --subset {subset}: {why}")
-    if Path(name).expanduser().exists():
+    if local_path(name).exists():
         return SourceError(f"dataset {name!r} cannot be read: {first_line(cause)}")
     if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
         why += " (is the name right, and are you logged in? hf auth login)"
@@ -900,7 +900,7 @@ def source_revision(
     Returns:
         None when the Hub does not say.
     """
-    path = Path(dataset).expanduser()
+    path = local_path(dataset)
     if not path.exists():
         hub = import_extra("huggingface_hub")
         try:
@@ -913,7 +913,9 @@ def source_revision(
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())
+        digest.update(
+            f"{file.relative_to(path).as_posix()}:{size}:".encode(errors="surrogateescape")
+        )
         with file.open("rb") as data:
             if whole or size <= 2**20:
                 while block := data.read(2**20):
@@ -1217,7 +1219,7 @@ def load_tokenizer(
         LogitsError: there is none, it needs a package or `--trust-remote-code`, or the Hub is out
             of reach.
     """
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if folder.is_file():
         raise LogitsError(
             f"model {model!r} is a file: give the folder that holds it together with config.json "
@@ -1290,7 +1292,7 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
     if path is None:
         source = _own_template(tokenizer)
     else:
-        source = _one_template(_read_template(Path(path).expanduser(), f"--chat-template {path!r}"))
+        source = _one_template(_read_template(local_path(path), f"--chat-template {path!r}"))
     jinja2, where = import_extra("jinja2"), repr(path) if path else "of the tokenizer"
     try:
         _compile_marked(source)

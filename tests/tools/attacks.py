@@ -365,7 +365,7 @@ MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request
         "GET /api/datasets", {"status": 429, "headers": headers},
         {**STOPPED, "short": kind == "in 2099"}) for kind, headers in WAITS.items()},
     **{f"nothing but HTTP {status}, until the deadline": (
-        "/api/", {"status": status, "deadline": 0.15}, {"exits": (4, 75)})
+        "/api/", {"status": status, "deadline": 0.3}, {"exits": (4, 75)})
        for status in (408, 409, 429, 500, 503)},
 }  # fmt: skip
 for name, (line, fault, how) in MET_BY_NEW.items():
@@ -467,7 +467,8 @@ for kind, (rows, options, exits) in SOURCES.items():
             short=kind == "JSON 20,000 deep")  # fmt: skip
 
 
-@attack("a source: files in a ring of links, one named by no UTF-8", EXTRACT, exits=(0, 2))
+@attack("a source: files in a ring of links, one named by no UTF-8", EXTRACT, exits=(0, 2),
+        short=True)  # fmt: skip
 def _(world: World) -> Words:
     world.rows = None
     world.write(b"chats/\xff\x1b[31m.jsonl", json.dumps(CHAT) + "\n")
@@ -921,14 +922,14 @@ for script in (EXTRACT, EXPLORE):
             exits=(0, 2, 4, 75), short=(script, step) == (EXPLORE, "settings"))  # fmt: skip
     for kind, text in NONSENSE.items():
         add(f"the Hub answers {kind} to every question", script,
-            published(script, "GET", text=text, deadline=0.15),
+            published(script, "GET", text=text, deadline=0.3),
             exits=(2, 4, 75) if script == EXTRACT else (2,),
             short=(script, kind) == (EXPLORE, "deep brackets"))  # fmt: skip
 add("a listing of 2 GB", EXTRACT,
     published(EXTRACT, "GET .*/tree/", text=b" " * BLOCK, times=2048),
     exits=(2, 4, 75))  # fmt: skip
 add("an answer that is cut", EXTRACT,
-    published(EXTRACT, "GET .*/tree/", deadline=0.15, drop="body", drop_after=10),
+    published(EXTRACT, "GET .*/tree/", deadline=0.3, drop="body", drop_after=10),
     exits=(4, 75))  # fmt: skip
 
 
