@@ -6091,7 +6091,8 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
         )
     retry(destination.create)
     executor = make_executor(config, logs / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
-    failed = None
+    before = sum(record.tokens for record in read_all_records(destination))
+    began, failed = time.monotonic(), None
     with engine(config, executor):
         try:
             executor.run()
@@ -6100,12 +6101,16 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
             logger.error("%s", failed)
     submitted = config.tasks if config.executor == "slurm" else 0
     left = 0 if submitted else len(executor.get_incomplete_ranks(skip_completed=True))
-    records = read_all_records(destination)
+    seconds, records = time.monotonic() - began, read_all_records(destination)
+    tokens = sum(record.tokens for record in records)
     return {
         "rows": sum(record.rows for record in records),
-        "tokens": sum(record.tokens for record in records),
+        "tokens": tokens,
         "shards": len(records),
         "bytes": sum(record.bytes for record in records),
+        "skipped": dict(sum((Counter(record.skipped) for record in records), Counter())),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round((tokens - before) / max(seconds, 1e-9), 1),
         "tasks": config.tasks,
         "tasks_left": left,
         "tasks_submitted": submitted,

@@ -299,18 +299,6 @@ for step, line in OUTPUT_REQUESTS.items():
         exits=(0, 2, 4, 75), resumes=True)  # fmt: skip
 
 
-@attack("the Hub never answers: repo info; deadline", EXTRACT, exits=(4, 75))
-def _(world: World) -> Words:
-    world.fault("GET", latency=600.0)
-    return world.extract(output=REPO, max_runtime_minutes=0.3)
-
-
-@attack("the Hub never answers: LFS upload; deadline", EXTRACT, exits=(4, 75), resumes=True)
-def _(world: World) -> Words:
-    world.fault("PUT /_lfs", latency=600.0)
-    return world.extract(output=REPO, max_runtime_minutes=0.3)
-
-
 @attack("the commit's answer is lost and then nothing answers", EXTRACT, exits=(143,),
         during=stop_when_met, resumes=True)  # fmt: skip
 def _(world: World) -> Words:
@@ -319,43 +307,29 @@ def _(world: World) -> Words:
     return world.extract(output=REPO)
 
 
-@attack("the Hub answers a byte a second", EXTRACT, exits=(143,), during=stop_when_met)
-def _(world: World) -> Words:
-    world.fault("GET /api/datasets", text=b" ", times=10**6, pause_s=1.0)
-    return world.extract(output=REPO)
-
-
 for name, repo_type in {"model": "models", "dataset": "datasets"}.items():
     option = {name: "tester/thing"}
     add(f"the Hub of the {name} never answers; SIGTERM", EXTRACT,
         lambda world, kind=repo_type, option=option: (
             world.fault(f"/(api/)?{kind}?", latency=600.0) or world.extract(**option)),
-        exits=(143,), during=stop_when_met)  # fmt: skip
+        exits=(143,), during=stop_when_met, short=name == "model")  # fmt: skip
     add(f"the Hub of the {name} never answers; SIGTERM", LENGTHS,
         lambda world, option=option: (
             world.fault("", latency=600.0) or world.lengths(**option)),
-        exits=(143,), during=stop_when_met)  # fmt: skip
+        exits=(143,), during=stop_when_met, short=name == "model")  # fmt: skip
 
 
-@attack("the Hub of the model never answers; deadline", EXTRACT, exits=(2, 4, 75), seconds=40)
-def _(world: World) -> Words:
-    world.fault("", latency=600.0)
-    return world.extract(model="tester/thing", max_runtime_minutes=0.1)
-
-
-@attack("the weights of the model never come; SIGTERM", EXTRACT, exits=(143,),
-        during=stop_when_met)  # fmt: skip
-def _(world: World) -> Words:
-    world.publish(TEACHER, "tester/model", "model")
-    world.fault("safetensors", latency=600.0)
-    return world.extract(model="tester/model")
-
-
-@attack("the weights of the model never come; deadline", EXTRACT, exits=(75,))
-def _(world: World) -> Words:
-    world.publish(TEACHER, "tester/model", "model")
-    world.fault("safetensors", latency=600.0)
-    return world.extract(model="tester/model", max_runtime_minutes=0.3)
+for kind, match, how in (
+    ("Hub of the model never answers; deadline", "", {"exits": (2, 4, 75), "seconds": 40}),
+    ("weights of the model never come; SIGTERM", "safetensors",
+     {"exits": (143,), "during": stop_when_met}),
+    ("weights of the model never come; deadline", "safetensors", {"exits": (75,)}),
+):  # fmt: skip
+    add(f"the {kind}", EXTRACT,
+        lambda world, match=match, stopped="during" in how: (
+            world.publish(TEACHER, REPO, "model") or world.fault(match, latency=600.0) or
+            world.extract(model=REPO, max_runtime_minutes=None if stopped else 0.3)),
+        **how)  # fmt: skip
 
 
 @attack("the Hub never answers", EXPLORE, exits=(2,), seconds=200, says="logits")
@@ -371,36 +345,31 @@ WAITS = {
     "of 5,000 digits": {"Retry-After": "9" * 5000},
     "by a rate limit of ages": {"RateLimit": '"api";r=0;t=99999999999'},
 }
-for kind, headers in WAITS.items():
-    add(f"429 with a Retry-After {kind}", EXTRACT,
-        into_new("GET /api/datasets", status=429, headers=headers), exits=(143,),
-        during=stop_when_met, short=kind == "in 2099")  # fmt: skip
-for status in (408, 409, 429, 500, 503):
-    add(f"nothing but HTTP {status}, until the deadline", EXTRACT,
-        into_new("/api/", status=status, deadline=0.15), exits=(4, 75))  # fmt: skip
-
-
-@attack("nothing but HTTP 503 for commits, until the deadline", EXTRACT, exits=(4, 75),
-        resumes=True)  # fmt: skip
-def _(world: World) -> Words:
-    world.fault("POST .*/commit/", status=503)
-    return world.extract(output=REPO, max_runtime_minutes=0.3)
-
-
-@attack("redirects in a ring", EXTRACT, exits=(2, 4, 143), during=stop_when_met)
-def _(world: World) -> Words:
-    world.fault(
-        "GET /api/datasets",
-        status=302,
-        headers={"Location": world.hub.endpoint + "/api/datasets/x/y"},
-    )
-    return world.extract(output=REPO)
-
-
-@attack("a stale listing after a commit that landed", EXTRACT, exits=(0,))
-def _(world: World) -> Words:
-    world.fault("POST .*/paths-info/", text="[]", count=3)
-    return world.extract(output=REPO)
+STOPPED = {"exits": (143,), "during": stop_when_met}
+RESUMABLE = {"exits": (4, 75), "resumes": True}
+MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request, fault, end
+    "the Hub never answers: repo info; deadline": (
+        "GET", {"latency": 600.0, "deadline": 0.3}, {"exits": (4, 75)}),
+    "the Hub never answers: LFS upload; deadline": (
+        "PUT /_lfs", {"latency": 600.0, "deadline": 0.3}, RESUMABLE),
+    "the Hub answers a byte a second": (
+        "GET /api/datasets", {"text": b" ", "times": 10**6, "pause_s": 1.0}, STOPPED),
+    "nothing but HTTP 503 for commits, until the deadline": (
+        "POST .*/commit/", {"status": 503, "deadline": 0.3}, RESUMABLE),
+    "redirects in a ring": (
+        "GET /api/datasets", {"status": 302, "headers": {"Location": "/api/datasets/x/y"}},
+        {**STOPPED, "exits": (2, 4, 143)}),
+    "a stale listing after a commit that landed": (
+        "POST .*/paths-info/", {"text": "[]", "count": 3}, {"exits": (0,)}),
+    **{f"429 with a Retry-After {kind}": (
+        "GET /api/datasets", {"status": 429, "headers": headers},
+        {**STOPPED, "short": kind == "in 2099"}) for kind, headers in WAITS.items()},
+    **{f"nothing but HTTP {status}, until the deadline": (
+        "/api/", {"status": status, "deadline": 0.15}, {"exits": (4, 75)})
+       for status in (408, 409, 429, 500, 503)},
+}  # fmt: skip
+for name, (line, fault, how) in MET_BY_NEW.items():
+    add(name, EXTRACT, into_new(line, **fault), **how)
 
 
 # Time: templates and conversations
@@ -427,7 +396,7 @@ for kind, template in TEMPLATES.items():
             lambda world, script=script, template=template: (
                 world.extract if script == EXTRACT else world.lengths
             )(model=world.teacher(template + OWN)),
-            exits=exits, during=None)  # fmt: skip
+            exits=exits)  # fmt: skip
 
 
 @attack("a template of the output that loops for ever", EXPLORE, exits=(0, 2))
@@ -571,7 +540,7 @@ for option_name, (value, exits) in HUGE.items():
     more = ["--plan"] if option_name == "--plan-tokens" else more
     add(f"{option_name} beyond all measure", EXTRACT,
         lambda world, words=(option_name, value, *more): world.extract(*words),
-        exits=exits)  # fmt: skip
+        exits=exits, short=option_name == "--chat-template")  # fmt: skip
 for value in ("nan", "inf", "-inf"):
     for option_name in ("--max-runtime-minutes", "--upload-size-mb", "--top-p", "--plan-rate"):
         add(f"{option_name} {value}", EXTRACT,
@@ -580,7 +549,7 @@ for value in ("nan", "inf", "-inf"):
 
 # What the output holds
 
-CHECKPOINTS: dict[str, bytes] = {
+CHECKPOINTS: dict[str, bytes | int] = {
     "200,000 brackets": b"[" * 200_000,
     "nothing": b"",
     "null": b"null",
@@ -589,93 +558,65 @@ CHECKPOINTS: dict[str, bytes] = {
     "a version of 5,000 digits": b'{"format_version": ' + b"9" * 5000 + b"}",
     "no UTF-8": b"\xff\xfe" * 50,
     "escape codes": b'{"job": "' + ESCAPES.encode() + b'"}',
+    "a number of 6,000 digits": b'{"parts": {"number": [' + b"9" * 6000 + b"]}}",
     "60 MB of objects": b'{"parts": [' + b"{}," * 20_000_000 + b"{}]}",
+    "3 GB": 3 * 2**30,
 }
 
 
-def with_file(path: str, content: bytes, *, hub: bool = False) -> Callable[[World], Words]:
-    """Return how to continue an output in which a file is another."""
+def with_file(path: str, content: bytes | int) -> Callable[[World], Words]:
+    """Return how to continue an output in which a file is another; an int: a hole of that size."""
 
     def prepare(world: World) -> Words:
-        folder = world.output()
-        (folder / path).unlink(missing_ok=True)
-        (folder / path).write_bytes(content)
-        if hub:
-            world.publish(folder)
-        return world.resume(output=REPO if hub else "./out")
+        place = world.output() / path
+        place.unlink(missing_ok=True)
+        with place.open("wb") as file:
+            file.write(content) if isinstance(content, bytes) else file.truncate(content)
+        return world.resume()
 
     return prepare
 
 
-def spoil_record(column: str, value: Any) -> Callable[[World], Words]:
-    """Return how to continue an output whose checkpoint says something else of its parts."""
+def spoil(path: str, section: str, name: str, value: Any) -> Callable[[World], Words]:
+    """Return how to continue an output of which a JSON file says something else."""
 
     def prepare(world: World) -> Words:
-        path = world.output() / "checkpoint.json"
-        content = json.loads(path.read_text())
-        content["parts"][column] = value
-        path.write_text(json.dumps(content))
+        place = world.output() / path
+        content = json.loads(place.read_text())
+        (content[section] if section else content)[name] = value
+        place.write_text(json.dumps(content))
         return world.resume()
 
     return prepare
 
 
 for kind, content in CHECKPOINTS.items():
-    add(f"a checkpoint: {kind}", EXTRACT, with_file("checkpoint.json", content), exits=(0,),
-        short=kind == "200,000 brackets")  # fmt: skip
+    add(f"a checkpoint: {kind}", EXTRACT, with_file("checkpoint.json", content),
+        exits=(0, 2) if kind == "3 GB" else (0,), short=kind == "200,000 brackets")  # fmt: skip
     if kind in ("200,000 brackets", "parts of wrong types", "60 MB of objects"):
         add(f"a checkpoint: {kind}", EXPLORE,
             lambda world, content=content: (
                 with_file("checkpoint.json", content)(world) and ["out", "--validate"]),
             exits=(0, 3, 1, 2))  # fmt: skip
-add("a checkpoint of 3 GB", EXTRACT,
-    lambda world: with_file("checkpoint.json", b"")(world) and grow(world, "out/checkpoint.json"),
-    exits=(0, 2))  # fmt: skip
 for column, value in {
-    "number": [10**6000, -1],
     "rows": [float("nan"), float("inf")],
     "mass": [float("nan"), "x"],
     "ids": [None, DEEP],
     "bytes": [-1, True],
 }.items():
     add(f"a checkpoint whose {column} is absurd", EXTRACT,
-        (lambda world, c=column, v=value: spoil_record(c, v)(world)) if column != "number" else
-        with_file("checkpoint.json", b'{"parts": {"number": [' + b"9" * 6000 + b"]}}"),
-        exits=(0,))  # fmt: skip
+        spoil("checkpoint.json", "parts", column, value), exits=(0,))  # fmt: skip
 
-
-def grow(world: World, name: str, size: int = 3 * 2**30) -> Words:
-    """Make a file huge, with a hole in it, and return the options of a resumed run."""
-    with (world.folder / name).open("ab") as file:
-        file.truncate(size)
-    return world.resume()
-
-
-SETTINGS_FAULTS: dict[str, Any] = {
-    "rows_per_part": "x", "template_date": 5, "numerics": 3, "model_revision": [1],
-    "dataset_revision": {"a": 1}, "limit": "all", "model": 7, "versions": None,
-    "chat_template_sha256": 3, "vocab_size": "many", "format_version": 99,
+SETTINGS_FAULTS: dict[str, list[Any]] = {
+    "rows_per_part": ["x", 0, -1, 10**30, 1.5, True, [2]], "template_date": [5], "numerics": [3],
+    "model_revision": [[1]], "dataset_revision": [{"a": 1}], "limit": ["all"], "model": [7],
+    "versions": [None], "chat_template_sha256": [3], "vocab_size": ["many"],
+    "format_version": [99],
 }  # fmt: skip
-
-
-def spoil_setting(name: str, value: Any, *words: object) -> Callable[[World], Words]:
-    """Return how to continue an output whose settings say something else."""
-
-    def prepare(world: World) -> Words:
-        path = world.output() / "extraction_config.json"
-        settings = json.loads(path.read_text())
-        path.write_text(json.dumps({**settings, name: value}))
-        return words or world.resume()
-
-    return prepare
-
-
-for setting, value in SETTINGS_FAULTS.items():
-    add(f"settings: {setting} is {value!r}", EXTRACT, spoil_setting(setting, value),
-        exits=(0, 2))  # fmt: skip
-for value in (0, -1, 10**30, 1.5, True, [2]):
-    add(f"settings: rows_per_part is {value!r}", EXTRACT, spoil_setting("rows_per_part", value),
-        exits=(0, 2))  # fmt: skip
+for setting, values in SETTINGS_FAULTS.items():
+    for value in values:
+        add(f"settings: {setting} is {value!r}", EXTRACT,
+            spoil("extraction_config.json", "", setting, value), exits=(0, 2))  # fmt: skip
 OPTION_FAULTS: dict[str, Any] = {
     "a list": [], "types": {"model": 5, "dataset": [1], "limit": "x"},
     "a limit of text": {"model": str(TEACHER), "dataset": str(CHATS), "limit": "4"},
@@ -686,21 +627,21 @@ OPTION_FAULTS: dict[str, Any] = {
 }  # fmt: skip
 for kind, value in OPTION_FAULTS.items():
     add(f"settings: options are {kind}", EXTRACT,
-        spoil_setting("options", value, "--output", "./out", "--resume", "--cache-dir", "cache"),
+        lambda world, value=value: (
+            spoil("extraction_config.json", "", "options", value)(world) and
+            ["--output", "./out", "--resume", "--cache-dir", "cache"]),
         exits=(0, 2))  # fmt: skip
 for kind, content in {
-    "brackets": b"[" * 200_000, "null": b"null", "no UTF-8": b"\xff", "3 GB": b"",
+    "brackets": b"[" * 200_000, "null": b"null", "no UTF-8": b"\xff", "3 GB": 3 * 2**30,
     "a number of 5,000 digits": b'{"limit": ' + b"9" * 5000 + b"}",
 }.items():  # fmt: skip
-    add(f"settings: {kind}", EXTRACT,
-        (lambda world: with_file("extraction_config.json", b"")(world) and
-         grow(world, "out/extraction_config.json")) if kind == "3 GB" else
-        with_file("extraction_config.json", content), says="extraction_config.json")  # fmt: skip
+    add(f"settings: {kind}", EXTRACT, with_file("extraction_config.json", content),
+        says="extraction_config.json")  # fmt: skip
     add(f"settings: {kind}", EXPLORE,
         lambda world, content=content: with_file("extraction_config.json", content)(world)
         and ["out", "--stats"], exits=(0, 2))  # fmt: skip
 
-CARDS: dict[str, bytes] = {
+CARDS: dict[str, bytes | int] = {
     "YAML 50,000 deep": b"---\na: " + b"[" * 50_000 + b"\n---\n",
     "YAML 3,000 deep": b"---\na: " + b"[" * 3000 + b"]" * 3000 + b"\n---\n",
     "YAML of aliases": b"---\n" + b"\n".join(
@@ -711,11 +652,11 @@ CARDS: dict[str, bytes] = {
     "no UTF-8 and NUL": b"---\n\xff\0: \xfe\n---\n\xff\0" + ESCAPES.encode(),
     "a date of the year 99999": b"---\na: 99999-99-99\nb: 2020-01-01\n---\n",
     "30 MB": b"x\n" * 15_000_000,
-    "the token": b"---\nlicense: mit\n---\nHello\n",
+    "3 GB": 3 * 2**30,
 }  # fmt: skip
 
 
-def with_card(content: bytes) -> Callable[[World], Words]:
+def with_card(content: bytes | int) -> Callable[[World], Words]:
     """Return how to raise the limit of an output that has another card."""
 
     def prepare(world: World) -> Words:
@@ -727,16 +668,7 @@ def with_card(content: bytes) -> Callable[[World], Words]:
 
 
 for kind, content in CARDS.items():
-    add(f"a card: {kind}", EXTRACT, with_card(content), exits=(0,))
-add("a card of 3 GB", EXTRACT,
-    lambda world: with_card(b"")(world) and [*grow(world, "out/README.md"), "--limit", 5],
-    exits=(0, 4))  # fmt: skip
-
-
-def rewrite_part(world: World, change: Callable[[bytes], bytes], number: int = 0) -> None:
-    """Change the bytes of a part of ./out."""
-    path = world.folder / "out" / "data" / f"part-{number:05d}.parquet"
-    path.write_bytes(change(path.read_bytes()))
+    add(f"a card: {kind}", EXTRACT, with_card(content), exits=(0, 4) if kind == "3 GB" else (0,))
 
 
 def without_checkpoint(change: Callable[[bytes], bytes]) -> Callable[[World], Words]:
@@ -744,7 +676,8 @@ def without_checkpoint(change: Callable[[bytes], bytes]) -> Callable[[World], Wo
 
     def prepare(world: World) -> Words:
         (world.output() / "checkpoint.json").unlink()
-        rewrite_part(world, change)
+        path = world.folder / "out" / "data" / "part-00000.parquet"
+        path.write_bytes(change(path.read_bytes()))
         return world.resume()
 
     return prepare
@@ -859,12 +792,6 @@ for kind, damage in CACHE_FAULTS.items():
 # The machine
 
 
-@attack("a process that tokenizes is killed", EXTRACT, exits=(4,), resumes=False, says="memory")
-def _(world: World) -> Words:
-    world.rows = None
-    return world.extract(dataset=world.chats(*[CHAT] * 6000), limit=6000, upload_every=50)
-
-
 def kill_child(world: World, process: subprocess.Popen[bytes]) -> None:
     """Kill a process that the run has started, as the system does for want of memory."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -878,7 +805,11 @@ def kill_child(world: World, process: subprocess.Popen[bytes]) -> None:
                 os.kill(int(child), signal.SIGKILL)
 
 
-ATTACKS[-1] = Attack(**{**ATTACKS[-1].__dict__, "during": kill_child})
+@attack("a process that tokenizes is killed", EXTRACT, exits=(4,), during=kill_child,
+        says="memory")  # fmt: skip
+def _(world: World) -> Words:
+    world.rows = None
+    return world.extract(dataset=world.chats(*[CHAT] * 6000), limit=6000, upload_every=50)
 
 
 def remove_during(name: str, sign: str) -> Callable[[World, subprocess.Popen[bytes]], None]:
@@ -929,16 +860,6 @@ def _(world: World) -> Words:
     return world.extract(streaming=True)
 
 
-@attack("no thread is to be had", EXTRACT, exits=(2, 4), resumes=True)
-def _(world: World) -> Words:
-    return no_threads(world, after=0)
-
-
-@attack("no thread is to be had after the first five", EXTRACT, exits=(2, 4), resumes=True)
-def _(world: World) -> Words:
-    return no_threads(world, after=5)
-
-
 def no_threads(world: World, *, after: int) -> Words:
     """Let the start of a thread fail, as with too low a limit of processes."""
     code = (
@@ -957,6 +878,11 @@ def no_threads(world: World, *, after: int) -> Words:
     return world.extract(output="./out")
 
 
+for after, name in enumerate(("no thread is to be had", "no thread is to be had after the fifth")):
+    add(name, EXTRACT, lambda world, after=5 * after: no_threads(world, after=after),
+        exits=(2, 4), resumes=True)  # fmt: skip
+
+
 # Answers of strange size
 
 BLOCK = 2**20
@@ -971,49 +897,39 @@ def gzip_bomb(size: int) -> bytes:
     return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + block * (size // BLOCK)
 
 
-def of_bomb(request: str, script: str) -> Callable[[World], Words]:
-    """Return how to ask a Hub whose answer decodes to 2 GB."""
+def published(
+    script: str, request: str, *, deadline: float = 0.6, **fault: Any
+) -> Callable[[World], Words]:
+    """Return how to read or continue an output on a Hub on which a request meets a fault."""
 
     def prepare(world: World) -> Words:
         world.publish(world.output())
-        world.fault(request, text=gzip_bomb(2 * 2**30), headers={"Content-Encoding": "gzip"})
-        return world.resume(output=REPO, max_runtime_minutes=0.6) if script == EXTRACT else [REPO]
+        world.fault(request, **fault)
+        words = world.resume(output=REPO, max_runtime_minutes=deadline)
+        return words if script == EXTRACT else [REPO]
 
     return prepare
 
 
-for step, line in {
-    "repo info": rf"GET /api/datasets/{REPO}", "listing": "GET .*/tree/",
-    "checkpoint": "GET .*/checkpoint.json", "settings": "GET .*/extraction_config.json",
-}.items():  # fmt: skip
-    for script in (EXTRACT, EXPLORE):
-        add(f"an answer of 2 GB in gzip: {step}", script, of_bomb(line, script),
-            exits=(0, 2, 4, 75))  # fmt: skip
-
-
-@attack("a listing of 2 GB", EXTRACT, exits=(2, 4, 75))
-def _(world: World) -> Words:
-    world.publish(world.output())
-    world.fault("GET .*/tree/", text=b" " * BLOCK, times=2048)
-    return world.resume(output=REPO, max_runtime_minutes=0.6)
-
-
-@attack("an answer that is cut", EXTRACT, exits=(4, 75))
-def _(world: World) -> Words:
-    world.publish(world.output())
-    world.fault("GET .*/tree/", drop="body", drop_after=10)
-    return world.resume(output=REPO, max_runtime_minutes=0.15)
-
-
-for kind, text in NONSENSE.items():
-    add(f"the Hub answers {kind} to every question", EXPLORE,
-        lambda world, text=text: world.fault("GET /api/", text=text) or [REPO],
-        exits=(2,))  # fmt: skip
-    add(f"the Hub answers {kind} to every question", EXTRACT,
-        lambda world, text=text: (
-            world.publish(world.output()) or world.fault("GET", text=text) or
-            world.resume(output=REPO, max_runtime_minutes=0.15)),
-        exits=(2, 4, 75))  # fmt: skip
+GZIP = {"text": gzip_bomb(2 * 2**30), "headers": {"Content-Encoding": "gzip"}}
+for script in (EXTRACT, EXPLORE):
+    for step, line in {
+        "repo info": rf"GET /api/datasets/{REPO}", "listing": "GET .*/tree/",
+        "checkpoint": "GET .*/checkpoint.json", "settings": "GET .*/extraction_config.json",
+    }.items():  # fmt: skip
+        add(f"an answer of 2 GB in gzip: {step}", script, published(script, line, **GZIP),
+            exits=(0, 2, 4, 75), short=(script, step) == (EXPLORE, "settings"))  # fmt: skip
+    for kind, text in NONSENSE.items():
+        add(f"the Hub answers {kind} to every question", script,
+            published(script, "GET", text=text, deadline=0.15),
+            exits=(2, 4, 75) if script == EXTRACT else (2,),
+            short=(script, kind) == (EXPLORE, "deep brackets"))  # fmt: skip
+add("a listing of 2 GB", EXTRACT,
+    published(EXTRACT, "GET .*/tree/", text=b" " * BLOCK, times=2048),
+    exits=(2, 4, 75))  # fmt: skip
+add("an answer that is cut", EXTRACT,
+    published(EXTRACT, "GET .*/tree/", deadline=0.15, drop="body", drop_after=10),
+    exits=(4, 75))  # fmt: skip
 
 
 # Secrets
@@ -1071,11 +987,6 @@ def _(world: World) -> Words:
         "HF_ENDPOINT": "https://hub.test",
     }
     return world.extract(output=REPO, max_runtime_minutes=0.3)
-
-
-@attack("the token in the names of the source", EXTRACT, exits=(0,))
-def _(world: World) -> Words:
-    return world.extract(dataset=world.chats(CHAT, CHAT, name="chats.jsonl"), upload_every=1)
 
 
 @attack("tasks of an executor fail with an echo of the token", EXTRACT, exits=(4, 75), seconds=90,
@@ -1188,11 +1099,27 @@ def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
         wrong.append("says nothing")
     if attack.says and not re.search(attack.says, ended.last_line):
         wrong.append(f"does not say {attack.says!r}")
+    if attack.script == EXTRACT and (lacking := find_lacking(ended)):
+        wrong.append(f"the last line lacks {', '.join(sorted(lacking))}")
     if ended.seconds > attack.seconds:
         wrong.append(f"{ended.seconds:.0f} s")
     if ended.peak_mb > attack.peak_mb:
         wrong.append(f"{ended.peak_mb:.0f} MB")
     return wrong + judge_rows(world, ended.code)
+
+
+SAID = {"rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second", "output"}
+
+
+def find_lacking(ended: Ended) -> set[str]:
+    """Return what the last line of an extraction does not tell; a refused one tells nothing."""
+    lines = ended.stdout.splitlines()
+    if ended.code in (None, 2, -signal.SIGKILL):
+        return set()
+    with contextlib.suppress(ValueError):
+        last = json.loads(lines[-1] if lines else "{}")
+        return set() if "plan" in last else SAID - last.keys()
+    return SAID
 
 
 def judge_rows(world: World, code: int | None) -> list[str]:
