@@ -60,7 +60,6 @@ def main() -> None:
         dataset_kwargs={"skip_prepare_dataset": True},  # the rows are tokenized
         max_length=None,  # LogitIterableDataset cuts them, with their teacher
         remove_unused_columns=False,  # the teacher's are no arguments of the model
-        gradient_checkpointing=False,
         bf16=False,
         logging_steps=1,
         report_to="none",
