@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest vllm bench bench-io attacks chaos oracle scale storage lint clean
+.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -82,6 +82,16 @@ vllm: build/vllm/.done
 	else OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 	  build/vllm/bin/python -m pytest -q -s tests/test_extract_vllm.py; fi
 
+# make clients trainers that read our rows and exports, with the teacher as its own student (1 minute)
+CLIENTS = axolotl==0.19.0 addict liger-kernel==0.8.1  # their other needs are TRL's
+.cache/clients/.done: .venv/.done
+	rm -rf .cache/clients
+	$(PY) -m pip install --quiet --target .cache/clients --no-deps $(CLIENTS)
+	touch $@
+
+clients: .cache/clients/.done
+	PYTHONPATH=.cache/clients OMP_NUM_THREADS=1 $(PY) tests/tools/clients.py
+
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done
 	$(PY) tests/bench_extraction.py
@@ -139,4 +149,4 @@ dist: .venv/.done
 
 # make clean   remove what the other targets made, but the environment
 clean:
-	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo build dist .cache .pytest_cache .mypy_cache .ruff_cache
