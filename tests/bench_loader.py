@@ -3,9 +3,10 @@
     python tests/bench_loader.py [OUTPUT] [--tokens 50000]
 
 Without OUTPUT, an output of random rows is written first: nuclei of 1 to 100 entries, 28 on
-average, 24 tail tokens, 400 tokens a conversation. Ends in one JSON line: tokens per processor
-second of one worker, and of the weights of the tail, which the loss computes; the
-reference in the same run is the quadrature with 1,024 nodes, which must agree.
+average, 24 tail tokens, 400 tokens a conversation; and compact rows, 9 and 9 on average. Ends in
+one JSON line: tokens per processor second of one worker for both, and of the weights of the tail,
+which the loss computes; the reference in the same run is the quadrature with 1,024 nodes, which
+must agree.
 """
 
 from __future__ import annotations
@@ -38,15 +39,17 @@ from explore_logits import (  # noqa: E402 - run as a script, from anywhere
 ROW_TOKENS, TAIL = 400, 24
 
 
-def write_rows(folder: Path, tokens: int) -> Path:
+def write_rows(folder: Path, tokens: int, *, compact: bool = False) -> Path:
     """Write an output of random rows that stores its tokens."""
     rng = np.random.default_rng(0)
-    schema = shard_schema(store_tokens=True, settings={"top_p_max": 100, "sampled_n": TAIL})
+    settings: dict[str, Any] = {"min_p": 0.01} if compact else {"top_p_max": 100, "sampled_n": TAIL}
+    schema = shard_schema(store_tokens=True, compact=compact, settings=settings)
+    make = compact_row if compact else random_row
     path = folder / "data" / "part-00000.parquet"
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for index in range(max(tokens // ROW_TOKENS, 1)):
-            writer.write_table(schema.empty_table().from_pylist([random_row(index, rng)], schema))
+            writer.write_table(schema.empty_table().from_pylist([make(index, rng)], schema))
     return folder
 
 
@@ -65,6 +68,20 @@ def random_row(index: int, rng: np.random.Generator) -> dict[str, Any]:
     row["input_ids"] = rng.integers(0, 151_936, 2 * ROW_TOKENS)
     row["token_positions"] = np.arange(ROW_TOKENS, 2 * ROW_TOKENS)
     return row
+
+
+def compact_row(index: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Return one row whose sample has no logits."""
+    row = random_row(index, rng)
+    points = np.minimum(rng.geometric(1 / 9, ROW_TOKENS), 100)
+    row["top_counts"] = np.minimum(rng.geometric(1 / 9, ROW_TOKENS), 100)
+    for part, counts in (("top", row["top_counts"]), ("sampled", points)):
+        low, high = pack_indices(rng.integers(0, 151_936, int(counts.sum())))
+        row[f"{part}_indices_low"], row[f"{part}_indices_high"] = low, high
+    row["top_logits_quantized"] = rng.integers(0, 65536, int(row["top_counts"].sum()))
+    row |= {f"sampled_{name}": [] for name in ("logits_quantized", "min", "max")}
+    row["logsumexp"] = 20.0 + np.log(row["top_counts"]) + rng.uniform(0.02, 0.5, ROW_TOKENS)
+    return {**row, "sampled_counts": points}
 
 
 def time_loader(folder: Path, *, tokens: int) -> float:
@@ -105,12 +122,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        folder = args.output or write_rows(Path(made), args.tokens)
+        folder = args.output or write_rows(Path(made) / "default", args.tokens)
         rate = round(time_loader(folder, tokens=args.tokens))
+        points = write_rows(Path(made) / "compact", args.tokens, compact=True)
+        compact = round(time_loader(points, tokens=args.tokens))
         weights, error = time_weights(folder)
     figures = {
         "benchmark": "loader",
         "tokens_per_cpu_s": rate,
+        "tokens_per_cpu_s_compact": compact,
         "tokens_per_cpu_s_weights_alone": round(weights),
         "weight_error": error,
         "numpy": np.__version__,

@@ -1,21 +1,22 @@
-"""Time the distillation loss with its gradient, and measure the memory that it needs.
+"""Measure memory and time of a step from hidden states and head to a loss and its gradients.
 
-    python tests/bench_loss.py [--tokens 1024] [--vocab 50000]
+    python tests/bench_loss.py [--tokens 2048] [--vocab 151936] [--hidden 256] [--tail unbiased]
+                               [--ways cross-entropy logits hidden]
 
-Ends in one JSON line: processor milliseconds per 1,000 tokens of the loss and its gradient under
-each `tail`, and of the dense teacher's; the peak of memory beside logits and teacher, in units of
-the student's float32 logits (N, V). The gradient that every loss returns is one such unit.
+Ways: PyTorch's cross-entropy on the logits; `distillation_loss` on the logits;
+`distillation_loss_from_hidden`, which never holds them. Each runs in a process of its own, on one
+core, in float32. Prints a table: the peak above hidden states, head and teacher (the gradients of
+hidden states and head are in it), and processor seconds. Reads /proc, so Linux alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
+import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,58 +24,78 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from sparse_batches import dense_loss, make_batch, teacher_row  # noqa: E402
+from sparse_batches import make_batch, teacher_row  # noqa: E402 - run as a script, from anywhere
 
-from explore_logits import TAILS, distillation_loss  # noqa: E402 - run as a script, from anywhere
+from explore_logits import (  # noqa: E402
+    TAILS,
+    distillation_loss,
+    distillation_loss_from_hidden,
+)
+
+WAYS = {
+    "cross-entropy": "cross-entropy on the logits",
+    "logits": "distillation_loss on the logits",
+    "hidden": "distillation_loss_from_hidden",
+}
 
 
-def peak_bytes() -> int:
-    """Return the most memory that this process has had."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident_bytes(name: str) -> int:
+    """Return VmRSS, what this process holds, or VmHWM, the most that it has held."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"{name}:\s+(\d+)", status)[0])
 
 
-def measure(loss_of: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[float, float]:
-    """Return processor seconds, and by how many times the logits' size the peak has grown."""
-    loss_of(logits[:8].detach().requires_grad_()).backward()  # loads code
-    before, started_s = peak_bytes(), time.process_time()
-    loss_of(logits).backward()
-    seconds = time.process_time() - started_s
-    logits.grad = None
-    return seconds, (peak_bytes() - before) / (4 * logits.numel())
+def step(way: str, hidden: Tensor, head: Tensor, batch: dict[str, Tensor], tail: str) -> None:
+    """Compute a loss and the gradients of hidden states and head, which are then dropped."""
+    if way == "hidden":
+        loss = distillation_loss_from_hidden(hidden, head, batch, tail=tail)
+    else:
+        logits = hidden @ head.T
+        if way == "logits":
+            loss = distillation_loss(logits, batch, tail=tail)
+        else:
+            loss = torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:])
+        del logits  # as after a call that got them as an argument
+    loss.backward()
+    hidden.grad = head.grad = None
+
+
+def measure(way: str, tokens: int, vocab: int, size: int, tail: str) -> dict[str, float]:
+    """Return processor seconds and the gigabytes by which the peak exceeds what was there."""
+    torch.set_num_threads(1)
+    head = (torch.randn(vocab, size) / size**0.5).requires_grad_()
+    for count in (8, tokens):  # the first loads code
+        hidden = torch.randn(count, size).requires_grad_()
+        batch = make_batch(teacher_row("natural", 1_000).repeat(count, 1))
+        before = resident_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        started_s = time.process_time()
+        step(way, hidden, head, batch, tail)
+        seconds = time.process_time() - started_s
+    return {"gigabytes": (resident_bytes("VmHWM") - before) / 1e9, "seconds": seconds}
 
 
 def main() -> None:
-    """Run the benchmark and print its JSON line."""
+    """Measure every way in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=50_000)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--tail", choices=TAILS, default="unbiased")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--here", choices=WAYS, help="measure one way in this process")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    batches = {
-        count: make_batch(teacher_row("natural", 1_000).repeat(count, 1))
-        for count in (8, args.tokens)
-    }
-    logits = torch.randn(args.tokens, args.vocab).requires_grad_()
-    figures: dict[str, float] = {}
-    peak = 0.0  # of all so far: the losses come from the smallest to the largest
-    for tail in ("ignore", "unbiased", "renormalized", "ghost"):
-        seconds, grown = measure(
-            lambda z, tail=tail: distillation_loss(  # type: ignore[misc]
-                z, batches[z.shape[0]], tail=tail, chunk_tokens=128
-            ),
-            logits,
-        )
-        peak += grown
-        figures[f"{tail}_ms"] = round(1e6 * seconds / args.tokens, 1)
-        figures[f"{tail}_memory"] = round(peak, 2)
-    assert set(TAILS) == {name[:-3] for name in figures if name.endswith("_ms")}
-    teacher = torch.randn(args.tokens, args.vocab)
-    seconds, grown = measure(
-        lambda z: dense_loss(z, teacher[: z.shape[0]], "forward_kl").mean(), logits
-    )
-    figures["dense_ms"] = round(1e6 * seconds / args.tokens, 1)
-    figures["dense_memory"] = round(peak + grown - 1, 2)  # the teacher is not counted
-    print(json.dumps({"benchmark": "loss", **vars(args), **figures, "machine": platform.machine()}))
+    if args.here:
+        found = measure(args.here, args.tokens, args.vocab, args.hidden, args.tail)
+        print(json.dumps(found))
+        return
+    print("| tokens | what is run | peak, GB | seconds |\n|---|---|---|---|")
+    for way in args.ways:
+        command = [sys.executable, __file__, *sys.argv[1:], "--here", way]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        figures = f"{found['gigabytes']:.2f} | {found['seconds']:.1f}"
+        print(f"| {args.tokens:,} | {WAYS[way]} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

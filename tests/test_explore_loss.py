@@ -24,6 +24,10 @@ from sparse_batches import (
     student_row,
     teacher_row,
 )
+from torch import is_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from explore_logits import (
     DIVERGENCES,
@@ -501,3 +505,40 @@ def test_a_head_padded_to_64_entries_learns_as_the_dense_one_does() -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     (gradient,) = torch.autograd.grad(found, student)
     torch.testing.assert_close(gradient, torch.autograd.grad(wanted, student)[0], atol=1e-5, rtol=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside it that are alive together, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self.alive: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        there = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        made = func(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(made) if is_tensor(t)]:
+            if storage._cdata not in there:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def test_from_hidden_states_no_more_is_held_than_some_chunks_and_the_gradients() -> None:
+    tokens, vocab, size = 128, 20_000, 8
+    batch = make_batch(teacher_row("natural", 200).repeat(tokens, 1))
+    hidden = torch.randn(tokens, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    head = torch.randn(vocab, size, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    found = {}
+    for chunk in (4, tokens):
+        with LiveBytes() as counted:
+            loss = distillation_loss_from_hidden(hidden, head, batch, chunk_tokens=chunk)
+            loss.backward()
+        found[chunk] = counted.most
+    logits, gradients = 4 * tokens * vocab, 4 * (tokens + vocab) * size
+    teacher = 2_000_000  # bytes of what does not grow with the vocabulary
+    assert found[4] < gradients + teacher + 6 * logits * 4 / tokens
+    assert found[4] < logits / 2
+    assert found[tokens] > 2 * logits, "what the chunks save could not be seen"

@@ -642,13 +642,75 @@ def test_the_trainer_takes_the_same_step_whether_it_accumulates_or_not(
     for other in students[1:]:
         far = [float((other[name] - students[0][name]).abs().max()) for name in other]
         assert max(far) < 2e-4, "Adam's first step is 3e-3 long; a wrong divisor would not show"
-    losses = re.findall(r"'loss': '?([0-9.]+)", capsys.readouterr().out)
+    losses = logged_losses(capsys)
     assert len(losses) == 3
-    assert max(map(float, losses)) - min(map(float, losses)) < 0.01, "but it shows in the loss"
+    assert max(losses) - min(losses) < 0.01, "but it shows in the loss"
     run_example("plain_loop", monkeypatch, extracted, "--steps", 2)
     by_batch = [float(x) for x in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
     # Of other conversations: a wrong divisor would be a factor of 2 at least.
-    assert min(by_batch) - 0.3 < float(losses[0]) < max(by_batch) + 0.3
+    assert min(by_batch) - 0.3 < losses[0] < max(by_batch) + 0.3
+
+
+def logged_losses(capsys: Any) -> list[float]:
+    """Return the losses that a Trainer has printed."""
+    return [float(x) for x in re.findall(r"'loss': '?([0-9.]+)", capsys.readouterr().out)]
+
+
+@pytest.mark.parametrize("name", ["trainer", "sft_trainer"])
+def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
+    name: str, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    if name == "sft_trainer":
+        pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
+    losses = {}
+    for folder, steps in (("whole", [8]), ("parts", [3, 8])):
+        save = ("--save", tmp_path / folder, "--save-steps", 3)
+        run_example(name, monkeypatch, extracted, "--steps", steps[0], *save)
+        for more in steps[1:]:
+            run_example(name, monkeypatch, extracted, "--steps", more, "--resume", *save)
+        losses[folder] = logged_losses(capsys)
+    whole = losses["whole"]
+    assert len(whole) == 8, "the epoch ends after 6"
+    assert losses["parts"] == pytest.approx(whole, abs=2e-3)
+    assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
+
+
+def test_alpha_mixes_the_texts_own_cross_entropy_into_the_trainers_loss(
+    extracted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    found = {}
+    for alpha in (1.0, 0.5, 0.0):
+        run_example("trainer", monkeypatch, extracted, "--steps", 1, "--alpha", alpha)
+        (found[alpha],) = logged_losses(capsys)
+    assert abs(found[0.0] - found[1.0]) > 0.1
+    assert found[0.5] == pytest.approx((found[0.0] + found[1.0]) / 2, abs=2e-3)
+
+
+def test_transformers_own_loader_takes_as_datasets(extracted: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    base = load_example("trainer").DistillationTrainer
+
+    class WithItsLoader(base):  # type: ignore[misc, valid-type]
+        get_train_dataloader = Trainer.get_train_dataloader
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=8, logging_steps=1,
+        learning_rate=1e-2, remove_unused_columns=False, report_to="none", save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = WithItsLoader(
+        LlamaForCausalLM(LlamaConfig(vocab_size=5000, num_hidden_layers=1, **sizes)),
+        arguments,
+        train_dataset=LogitIterableDataset(extracted).as_datasets(),
+        data_collator=collate_logits,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def samples(output: Path) -> dict[int, Any]:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same conversations by both engines, vLLM's stopped once on its way."""
+    """The same conversations by both engines, vLLM's killed once on its way."""
     folder = tmp_path_factory.mktemp("engines")
     found = {engine: folder / engine for engine in ("transformers", "vllm")}
     run(found["transformers"], "transformers")
@@ -65,12 +65,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         seen += stopped.stderr.read1()  # type: ignore[attr-defined]
         assert stopped.poll() is None, seen[-3000:]
     time.sleep(1)  # for some rows to keep; nothing depends on how many
-    stopped.terminate()
+    stopped.kill()
     stopped.communicate()
-    assert stopped.returncode == 128 + signal.SIGTERM
+    assert stopped.returncode in (-signal.SIGKILL, 0)  # 0: a machine so fast that all was done
     summary = run(found["vllm"], "vllm", "--resume")
     assert summary["rows"] == ROWS
-    print(f"kept {ROWS - summary['new_rows']} rows of the run that was stopped")
+    print(f"kept {ROWS - summary['new_rows']} rows of the run that was killed")
     return found
 
 

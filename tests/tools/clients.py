@@ -1,0 +1,210 @@
+"""Run the trainers that read our rows and exports, with the teacher as its own student.
+
+    python tests/tools/clients.py [--limit 24]
+
+Prints a table: client, what is run, the loss of the teacher as its own student, and the right one.
+That is 0 where the client sees what the teacher is; minus the logarithm of what the k entries held
+where they are scaled to the sum 1; near 0 at another temperature than 1, where what the tail holds
+is estimated from its sample. `make clients` installs axolotl; where a client is missing, its row
+says so. Ends with exit code 1 where a loss is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402 - the settings above come first
+import torch  # noqa: E402
+from datasets import load_from_disk  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
+
+from explore_logits import (  # noqa: E402 - run as a script, from anywhere
+    LogitIterableDataset,
+    collate_logits,
+    distillation_loss,
+    distillation_loss_from_hidden,
+    export_axolotl,
+)
+
+TEACHER = ROOT / "tests" / "teacher" / "model"
+CHATS = ROOT / "tests" / "teacher" / "conversations.jsonl"
+NEAR = 2e-3  # nats; logits are stored in 16 bits
+NEAR_ESTIMATED = 0.1  # at temperature 2
+QUIET: dict[str, Any] = {
+    "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.0, "logging_steps": 1,
+    "remove_unused_columns": False, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+    "disable_tqdm": True, "bf16": False,
+}  # fmt: skip
+
+Found = tuple[str, float, float | None]  # what is run, its loss, the right one; None: an estimate
+
+
+def extract(folder: Path, limit: int) -> Path:
+    """Extract some conversations of the embedded teacher."""
+    options = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", limit]
+    options += ["--store-tokens", "--cache-dir", folder / "cache", "--output", folder / "logits"]
+    command = [sys.executable, ROOT / "extract_logits.py", *options]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    return folder / "logits"
+
+
+def load_example(name: str) -> Any:
+    """Import a program of docs/examples."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_teacher() -> Any:
+    """Return the teacher, as the student that has learned everything."""
+    return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+
+
+def run_plain(output: Path, _: Path) -> Iterator[Found]:
+    """Compare in a loop of one's own."""
+    student = load_teacher()
+    dataset: Any = LogitIterableDataset(output)
+    batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=collate_logits)))
+    text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        hidden = student.model(**text).last_hidden_state
+        logits = student.lm_head(hidden)
+    yield "distillation_loss", float(distillation_loss(logits, batch)), 0.0
+    hot = float(distillation_loss(logits, batch, temperature=2.0))
+    yield "distillation_loss(temperature=2)", hot, None
+    loss = distillation_loss_from_hidden(hidden, student.lm_head.weight, batch)
+    yield "distillation_loss_from_hidden", float(loss), 0.0
+
+
+def logged_loss(trainer: Any) -> float:
+    """Train for the one step and return the loss that the trainer logs."""
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"])
+
+
+def run_transformers(output: Path, folder: Path) -> Iterator[Found]:
+    """Run the Trainer of docs/examples/trainer.py."""
+    trainer_class = load_example("trainer").DistillationTrainer
+    dataset = LogitIterableDataset(output)
+    ways = {"LogitIterableDataset": dataset, "as_datasets()": dataset.as_datasets()}
+    for name, rows in ways.items():
+        arguments = TrainingArguments(output_dir=str(folder / "trainer"), **QUIET)
+        trainer = trainer_class(
+            load_teacher(), arguments, train_dataset=rows, data_collator=collate_logits
+        )
+        yield f"docs/examples/trainer.py, {name}", logged_loss(trainer), 0.0
+
+
+def run_trl(output: Path, folder: Path) -> Iterator[Found]:
+    """Run the SFTTrainer of docs/examples/sft_trainer.py."""
+    from trl import SFTConfig
+
+    arguments = SFTConfig(
+        output_dir=str(folder / "sft"),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        **QUIET,
+    )
+    trainer = load_example("sft_trainer").DistillationSFTTrainer(
+        load_teacher(),
+        arguments,
+        train_dataset=LogitIterableDataset(output).as_datasets(),
+        data_collator=collate_logits,
+        processing_class=AutoTokenizer.from_pretrained(TEACHER),
+    )
+    yield "docs/examples/sft_trainer.py, as_datasets()", logged_loss(trainer), 0.0
+
+
+def run_axolotl(output: Path, folder: Path) -> Iterator[Found]:
+    """Collate exports with axolotl's collator, and take its kernel's loss as its trainer does."""
+    from axolotl.integrations.kd.collator import DataCollatorForKD
+    from axolotl.integrations.kd.kernels.liger import LigerFusedLinearKLTopKLogprobLoss
+
+    student = load_teacher()
+    for temperature, normalize in ((1.0, False), (1.0, True), (2.0, False), (2.0, True)):
+        made = folder / f"axolotl-{temperature:g}-{normalize}"
+        options = {"temperature": temperature, "normalize": normalize}
+        export_axolotl(output, made, k=64, **options)  # type: ignore[arg-type]
+        rows: Any = load_from_disk(str(made))
+        collate = DataCollatorForKD(AutoTokenizer.from_pretrained(TEACHER))
+        batch = collate([rows[i] for i in range(8)])
+        targets = [batch[f"target_{name}"] for name in ("token_ids", "logprobs", "mask")]
+        text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with torch.no_grad():
+            hidden = student.model(**text).last_hidden_state
+        kernel = LigerFusedLinearKLTopKLogprobLoss(
+            0.0, 1.0, temperature, 0.0, compiled=False, compute_ce_loss=False, normalize_topk=False
+        )
+        loss = kernel(student.lm_head.weight, hidden, *targets, true_labels=batch["labels"])
+        count = int((batch["labels"] != -100).sum())
+        told = f"export_axolotl(temperature={temperature:g}, normalize={normalize})"
+        right = 0.0 if temperature == 1 else None
+        if normalize:
+            right = lost_by_scaling(student, hidden, targets, temperature)
+        yield told, float(loss.detach()) / count, right
+
+
+def lost_by_scaling(student: Any, hidden: Any, targets: Any, temperature: float) -> float:
+    """Return the mean divergence of the teacher's k entries, scaled to 1, from the teacher."""
+    ids, _, mask = targets
+    where = mask.bool().any(-1)
+    with torch.no_grad():
+        logits = student.lm_head(hidden[where]) / temperature
+    log_probs = logits.log_softmax(-1).gather(1, ids[where].long())
+    held = log_probs.masked_fill(~mask[where].bool(), -np.inf).logsumexp(-1)
+    return float(-held.mean()) * temperature**2
+
+
+CLIENTS: list[tuple[str, str, Callable[[Path, Path], Iterator[Found]]]] = [
+    ("PyTorch", "torch", run_plain),
+    ("transformers", "transformers", run_transformers),
+    ("TRL", "trl", run_trl),
+    ("axolotl", "axolotl", run_axolotl),
+]
+
+
+def main() -> int:
+    """Run every client that is installed and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=int, default=24, help="conversations")
+    args = parser.parse_args()
+    lines, wrong = [], 0
+    with tempfile.TemporaryDirectory() as scratch:
+        output = extract(Path(scratch), args.limit)
+        for client, module, run in CLIENTS:
+            if importlib.util.find_spec(module) is None:
+                lines.append(f"| {client} | not installed, not run: make clients | | | |")
+                continue
+            name = f"{client} {importlib.metadata.version(module)}"
+            for told, loss, right in run(output, Path(scratch)):
+                good = abs(loss - (right or 0)) < (NEAR_ESTIMATED if right is None else NEAR)
+                wrong += not good
+                wanted = "near 0" if right is None else f"{right:.4f}"
+                result = "as it should be" if good else "WRONG"
+                lines.append(f"| {name} | {told} | {result} | {loss:.4f} | {wanted} |")
+    lines.append("| DistillKit | not published as a package: layout tested only | | | |")
+    print("| client | what is run | result | loss | right |\n|---|---|---|---|---|")
+    print(*lines, sep="\n")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
