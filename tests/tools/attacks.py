@@ -237,9 +237,16 @@ def attack(name: str, script: str, **how: Any) -> Callable[[Callable[[World], Wo
     return lambda prepare: add(name, script, prepare, **how)
 
 
+def is_running(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a process runs; its end is left to who measures it, unlike by `poll`."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    return False
+
+
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> bool:
     """Wait until a condition holds while a process runs."""
-    while process.poll() is None:
+    while is_running(process):
         if condition():
             return True
         time.sleep(0.02)
@@ -818,7 +825,7 @@ def remove_during(name: str, sign: str) -> Callable[[World, subprocess.Popen[byt
 
     def act(world: World, process: subprocess.Popen[bytes]) -> None:
         wait_for(lambda: next(world.folder.glob(sign), None), process)
-        while process.poll() is None:
+        while is_running(process):
             shutil.rmtree(world.folder / name, ignore_errors=True)
             time.sleep(0.1)
 
