@@ -201,6 +201,7 @@ def draw_frequencies(probs: Tensor, draws: int, generator: torch.Generator) -> R
         "teacher_mask": (counts > 0).numpy(),
         "teacher_tail_mask": np.zeros(ids.shape, np.bool_),
         "teacher_log_rest": np.full(ids.shape[0], -27.0, np.float32),
+        "teacher_points": np.zeros(ids.shape[0], np.bool_),
     }
 
 

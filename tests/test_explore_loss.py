@@ -101,6 +101,7 @@ def every_tail(teacher: torch.Tensor, nucleus: int, size: int) -> tuple[Any, np.
         "teacher_mask": np.ones(ids.shape, np.bool_),
         "teacher_tail_mask": sampled,
         "teacher_log_rest": np.full(len(tails), np.log(rest.sum())),
+        "teacher_points": np.zeros(len(tails), np.bool_),
     }
     return collate_logits([row]), chances
 
