@@ -211,7 +211,7 @@ def test_force_restart_starts_over(extract: Extract, tmp_path: Path) -> None:
 def test_the_runtime_limit_stops_resumably(extract: Extract, tmp_path: Path) -> None:
     code, summary, _ = extract("--limit", 8, "--max-runtime-minutes", 0.0001)
     assert (code, summary["exit_code"]) == (75, 75)
-    assert summary.get("rows", 0) < 8
+    assert (summary["rows"] or 0) < 8  # null: it ended before it knew what the output holds
     assert extract("--limit", 8, "--resume")[0] == 0
     assert read_rows(tmp_path / "out")["index"].to_pylist() == list(range(8))
 
@@ -448,7 +448,8 @@ def test_a_hub_out_of_reach_is_told_to_people_and_to_machines(
     assert extract_logits.main([*argv, "--output", "user/logits"]) == 4
     out, err = capsys.readouterr()
     summary = json.loads(out)
-    assert summary == {"output": "user/logits", "error": summary["error"], "exit_code": 4}
+    assert (summary["output"], summary["exit_code"]) == ("user/logits", 4)
+    assert (summary["rows"], summary["shards"], summary["new_rows"]) == (None, None, 0)
     assert err.splitlines()[-1] == f"extract_logits.py: {summary['error']}"
 
 
