@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import CHATS, ROOT, TEACHER, run_script
 
+import extract_logits
 from explore_logits import ALL_FIELDS, dequantize_logits, pack_indices, quantize_logits
 
 sys.path.append(str(ROOT / "docs"))
@@ -159,6 +161,22 @@ def test_quantized_logits_are_the_golden_bytes() -> None:
     assert dequantize_logits(q[:3], low[0], high[0]).tolist() == list(map(float, wanted["back"]))
     coarse, _, _ = quantize_logits(np.float32([7.5, 2, -1.25]), bits=4)
     assert [f"{level:04x}" for level in coarse] == wanted["q4"]
+
+
+def test_points_of_compact_rows_are_the_golden_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {name: list(map(float, values)) for name, values in golden("points").items()}
+    monkeypatch.setattr(
+        extract_logits, "uniform_numbers", lambda states, _: torch.full_like(states, 0.5).double()
+    )
+    logits, none = torch.tensor([wanted["probabilities"]]).log(), torch.zeros(1, dtype=torch.int64)
+    sizes = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24, "seed": 1, "min_p": 0.16}
+    for reference in (True, False):
+        tokens = extract_logits.extract_tokens(logits, none, none, reference=reference, **sizes)
+        assert tokens.top_ids[0, : tokens.top_counts[0]].tolist() == wanted["nucleus"]
+        assert tokens.sampled_ids[0, : tokens.sampled_counts[0]].tolist() == wanted["sampled"]
+    rest = np.cumsum(wanted["probabilities"][2:])
+    found = 2 + np.searchsorted(rest, wanted["points"], side="right")
+    assert found.tolist() == wanted["sampled"]
 
 
 def test_the_format_page_lists_every_column_with_its_type() -> None:
