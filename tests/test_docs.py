@@ -166,7 +166,9 @@ def test_quantized_logits_are_the_golden_bytes() -> None:
 def test_points_of_compact_rows_are_the_golden_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {name: list(map(float, values)) for name, values in golden("points").items()}
     monkeypatch.setattr(
-        extract_logits, "uniform_numbers", lambda states, _: torch.full_like(states, 0.5).double()
+        extract_logits,
+        "uniform_numbers",
+        lambda states, _: torch.full_like(states, 0.5, dtype=torch.float64),
     )
     logits, none = torch.tensor([wanted["probabilities"]]).log(), torch.zeros(1, dtype=torch.int64)
     sizes = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24, "seed": 1, "min_p": 0.16}
