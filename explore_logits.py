@@ -678,8 +678,29 @@ def _open_json(files: Sequence[str], name: str, *, split: str, streaming: bool) 
     if streaming:
         rows = datasets.IterableDataset.from_generator(_json_objects, gen_kwargs=given)
         return Stream(rows, name, {})
+    types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
+    stats = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
+    try:
+        kinds = _find_kinds(files, name, most=_ROWS_LOOKED_AT)
+        rows = _tabulate_json(files, name, kinds, types, stats)
+    except _MisfitError:
+        rows = _tabulate_json(files, name, _find_kinds(files, name), types, stats)
+    if "[" not in split:
+        return rows
+    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute(
+        {split.split("[")[0]: len(rows)}
+    )
+    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
+
+
+class _MisfitError(SourceError):
+    """A value is of another kind than those of its column in the first rows."""
+
+
+def _find_kinds(files: Sequence[str], name: str, *, most: int | None = None) -> dict[str, str]:
+    """Return what the columns of JSON files hold, by all rows or the first ones."""
     kinds: dict[str, str] = {}
-    for _, row in itertools.islice(read_json(files), _ROWS_LOOKED_AT):
+    for _, row in itertools.islice(read_json(files), most):
         for column, value in row.items():
             known = kinds.setdefault(column, "null")
             if not _fits(value, known):
@@ -687,21 +708,20 @@ def _open_json(files: Sequence[str], name: str, *, split: str, streaming: bool) 
                 kinds[column] = next(fitting) if known == "null" else "json"
     if not kinds:
         raise SourceError(f"dataset {name!r} has no rows")
-    kinds = {column: "json" if kind == "null" else kind for column, kind in kinds.items()}
-    types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
-    stats = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
+    return {column: "json" if kind == "null" else kind for column, kind in kinds.items()}
+
+
+def _tabulate_json(
+    files: Sequence[str], name: str, kinds: dict[str, str], types: Mapping[str, Any], stats: Any
+) -> Any:
+    """Put JSON files into a dataset of columns of these kinds, or take it from the cache."""
+    datasets = import_extra("datasets")
     key = hashlib.sha256(json.dumps([stats, kinds]).encode()).hexdigest()
     with _load_errors(name):
-        rows = datasets.Dataset.from_generator(
+        return datasets.Dataset.from_generator(
             _json_cells, datasets.Features({c: types[kind] for c, kind in kinds.items()}),
-            fingerprint=key[:32], gen_kwargs={**given, "kinds": kinds},
+            fingerprint=key[:32], gen_kwargs={"files": tuple(files), "kinds": kinds},
         )  # fmt: skip
-    if "[" not in split:
-        return rows
-    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute(
-        {split.split("[")[0]: len(rows)}
-    )
-    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 
 
 def _json_objects(files: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -713,20 +733,22 @@ def _json_cells(files: Sequence[str], kinds: Mapping[str, str]) -> Iterator[dict
     for place, row in read_json(files):
         for column, value in row.items():
             kind = kinds.get(column, "null")
+            if isinstance(value, str) and not is_unicode(value):  # no table holds it
+                why = f"column {column!r} holds half a surrogate pair"
+                raise SourceError(f"{place}: {why}; --streaming reads it")
             if kind == "json":
                 row[column] = None if value is None else json.dumps(value)
             elif not _fits(value, kind):
-                why = f"column {column!r} is {value!r:.60}, which does not fit the first rows"
-                raise SourceError(f"{place}: {why}; --streaming reads it")
+                raise _MisfitError(f"{place}: column {column!r} is {value!r:.60}")
         yield {column: row.get(column) for column in kinds}
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Tell whether a column of a kind can hold a value; text is none with half a surrogate pair."""
+    """Tell whether a column of a kind can hold a value."""
     if value is None or kind == "json":
         return True
     if kind == "string":
-        return isinstance(value, str) and is_unicode(value)
+        return isinstance(value, str)
     return kind == "int64" and type(value) is int and -(2**63) <= value < 2**63
 
 

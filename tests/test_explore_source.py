@@ -576,3 +576,21 @@ def test_memory_stays_flat_while_a_stream_grows_tenfold(tmp_path: Path) -> None:
     _, small, lines, parquet = map(int, done.stdout.split())
     assert lines - small < 30, f"peak memory grew from {small} to {lines} MB (JSON lines)"
     assert parquet - lines < 30, f"peak memory grew from {lines} to {parquet} MB (Parquet)"
+
+
+def test_a_column_may_become_another_kind_after_the_first_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As numbers do that were whole by chance, and columns that come late."""
+    monkeypatch.setattr("explore_logits._ROWS_LOOKED_AT", 2)
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows: list[dict[str, Any]] = [{"messages": chat, "score": 1, "note": "x"} for _ in range(3)]
+    rows += [{"messages": chat, "score": 1.5, "note": None, "late": [{"a": None}]}]
+    rows += [{"messages": chat, "score": None, "note": 3}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [dict(row) for row in open_source(str(path))]
+    assert [row["score"] for row in found] == [1, 1, 1, 1.5, None]
+    assert [row["note"] for row in found] == ["x", "x", "x", None, 3]
+    assert found[3]["late"] == [{"a": None}]
+    assert [row["messages"] for row in found] == [chat] * 5
