@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -161,3 +161,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
     if request.param == "folder":
         return Output(tmp_path / "out")
     return Output("tester/logits", request.getfixturevalue("hub"))
+
+
+def load_example(name: str) -> Any:
+    """Import a program of docs/examples."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

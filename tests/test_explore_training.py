@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CHATS, ROOT, TEACHER, run_script
+from conftest import CHATS, ROOT, TEACHER, load_example, run_script
 from loopback_hub import LoopbackHub
 from small_output import SETTINGS, random_rows, rows_to_table, write_output
 from torch.utils.data import DataLoader, IterableDataset
@@ -592,16 +591,6 @@ def test_the_names_are_there_without_torch_and_using_them_says_what_is_missing()
     )  # fmt: skip
     assert done.stdout.count("torch is needed for this") == 2
     assert {"LogitIterableDataset", "distillation_loss"} <= set(explore_logits.__all__)
-
-
-def load_example(name: str) -> Any:
-    """Import a program of docs/examples."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:

@@ -24,11 +24,12 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import numpy as np  # noqa: E402 - the settings above come first
 import torch  # noqa: E402
+from conftest import CHATS, ROOT, TEACHER, load_example  # noqa: E402
 from datasets import load_from_disk  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
@@ -41,8 +42,6 @@ from explore_logits import (  # noqa: E402 - run as a script, from anywhere
     export_axolotl,
 )
 
-TEACHER = ROOT / "tests" / "teacher" / "model"
-CHATS = ROOT / "tests" / "teacher" / "conversations.jsonl"
 NEAR = 2e-3  # nats; logits are stored in 16 bits
 NEAR_ESTIMATED = 0.1  # at temperature 2
 QUIET: dict[str, Any] = {
@@ -61,16 +60,6 @@ def extract(folder: Path, limit: int) -> Path:
     command = [sys.executable, ROOT / "extract_logits.py", *options]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     return folder / "logits"
-
-
-def load_example(name: str) -> Any:
-    """Import a program of docs/examples."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_teacher() -> Any:
