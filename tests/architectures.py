@@ -125,12 +125,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16},
     "recurrent_gemma": {"attention_window_size": 16, "lru_width": 32, "num_hidden_layers": 3},
-    "jamba": {
-        "num_experts": 2,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "mamba_d_state": 8,
-    },
+    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"],

@@ -54,10 +54,7 @@ COLUMNS = [
     ("sampled_max", pa.list_(pa.float32())),
     ("logsumexp", pa.list_(pa.float64())),
 ]
-TOKEN_COLUMNS = [
-    ("input_ids", pa.list_(pa.int32())),
-    ("token_positions", pa.list_(pa.int32())),
-]
+TOKEN_COLUMNS = [("input_ids", pa.list_(pa.int32())), ("token_positions", pa.list_(pa.int32()))]
 ASSISTANT = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 MAX_ID = 262_143
 # Float32 arithmetic on (x - min) / (max - min) * 65535 is good to about 0.01 of a step.

@@ -376,8 +376,7 @@ def check_tail_law(draw: Draw, *, cases: list[Case] | None = None, seed: int = 1
         for outcome in outcomes(case, draw, 1000 * seed + k):
             if not outcome.p_value >= threshold:
                 raise LawViolation(
-                    f"{case.name}: {outcome.test} fails, p = {outcome.p_value:.3g}",
-                    outcome.p_value,
+                    f"{case.name}: {outcome.test} fails, p = {outcome.p_value:.3g}", outcome.p_value
                 )
             found.append(outcome)
     return found

@@ -160,9 +160,7 @@ def test_a_bad_command_line_exits_2(
     assert "explore-logits: error" in capsys.readouterr().err
 
 
-def test_the_help_fits_80_columns_and_names_the_exit_codes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_help_fits_80_columns_and_names_the_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = build_parser().format_help()
     assert max(map(len, text.splitlines())) <= 80

@@ -27,10 +27,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def save(
-    folder: Path,
-    model: Any,
-    edit: Callable[[Weights], Any] = lambda weights: None,
-    **settings: Any,
+    folder: Path, model: Any, edit: Callable[[Weights], Any] = lambda weights: None, **settings: Any
 ) -> Path:
     """Write a checkpoint, then change its tensors and settings."""
     model.save_pretrained(folder)
@@ -417,9 +414,7 @@ def test_text_runs_through_a_vision_language_checkpoint(family: str, tmp_path: P
     assert largest_difference(teacher) <= TOLERANCE
 
 
-def test_scales_beside_the_text_of_a_vision_language_checkpoint_are_refused(
-    tmp_path: Path,
-) -> None:
+def test_scales_beside_the_text_of_a_vision_language_checkpoint_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, tiny_model("qwen2_5_vl"), in_float8)
     assert "does not use" in refusal(folder)
 

@@ -24,10 +24,7 @@ EMBEDDED = TESTS / "teacher" / "model"
 CONVERSATIONS = TESTS / "teacher" / "conversations.jsonl"
 
 SHORT = [
-    [
-        {"role": "user", "content": "Two and two?"},
-        {"role": "assistant", "content": "Four. 四"},
-    ],
+    [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four. 四"}],
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
@@ -35,10 +32,7 @@ SHORT = [
         {"role": "user", "content": "<|im_start|> is what?"},
         {"role": "assistant", "content": "A marker.\n"},
     ],
-    [
-        {"role": "user", "content": "Say nothing."},
-        {"role": "assistant", "content": "…"},
-    ],
+    [{"role": "user", "content": "Say nothing."}, {"role": "assistant", "content": "…"}],
 ]
 
 

@@ -35,10 +35,7 @@ CONVERSATIONS = {
         {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Quite sure."},
     ],
-    7: [
-        {"role": "user", "content": "Say nothing."},
-        {"role": "assistant", "content": ""},
-    ],
+    7: [{"role": "user", "content": "Say nothing."}, {"role": "assistant", "content": ""}],
     8: [
         {"role": "user", "content": "A list, please"},
         {"role": "assistant", "content": "1. one\n2. two\n\n" + "and so on, " * 12},
