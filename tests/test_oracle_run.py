@@ -15,24 +15,21 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from conftest import CHATS as CONVERSATIONS
+from conftest import TEACHER as EMBEDDED
+from conftest import chat
 from tiny_teachers import save_teacher
 
 import extract_logits
 
-TESTS = Path(__file__).parent
-EMBEDDED = TESTS / "teacher" / "model"
-CONVERSATIONS = TESTS / "teacher" / "conversations.jsonl"
-
 SHORT = [
-    [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four. 四"}],
+    chat("Four. 四", "Two and two?"),
     [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
-        {"role": "user", "content": "<|im_start|> is what?"},
-        {"role": "assistant", "content": "A marker.\n"},
+        *chat("Hi", "Hello"),
+        *chat("A marker.\n", "<|im_start|> is what?"),
     ],
-    [{"role": "user", "content": "Say nothing."}, {"role": "assistant", "content": "…"}],
+    chat("…", "Say nothing."),
 ]
 
 
@@ -118,25 +115,20 @@ def test_a_run_with_other_options_is_right(
     assert check(EMBEDDED, few, output).rows == 5
 
 
-def test_every_row_of_a_run_on_question_and_answer_columns_is_right(tmp_path: Path) -> None:
+def test_every_row_of_a_run_on_question_and_answer_columns_is_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = [
         {"question": "One?", "answer": "Two.", "rules": "Add one.", "number": 900},
         {"question": "Three?", "answer": "Four.\n", "rules": "", "number": 17},
     ]
     dataset = write_conversations(tmp_path / "qa.jsonl", records)
-    output = run_command(
-        EMBEDDED, dataset, tmp_path, "--system-col", "rules", "--index-col", "number"
-    )
-    assert check(EMBEDDED, dataset, output).rows == 2
-
-
-def test_the_oracle_rejects_the_run_of_another_teacher(tmp_path: Path) -> None:
-    dataset = write_conversations(tmp_path / "short.jsonl", ({"messages": m} for m in SHORT))
-    one = save_teacher(tmp_path / "one", 300, seed=1)
-    two = save_teacher(tmp_path / "two", 300, seed=2)
-    output = run_command(one, dataset, tmp_path)
-    with pytest.raises(oracle.Violation, match="row 0 token 0"):
-        check(two, dataset, output)
+    columns = ["--system-col", "rules", "--index-col", "number"]
+    output = run_command(EMBEDDED, dataset, tmp_path, *columns)
+    capsys.readouterr()
+    arguments = ["--model", str(EMBEDDED), "--dataset", str(dataset), "--output", str(output)]
+    assert oracle.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,7 +203,7 @@ def range_of_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fault_planted_in_the_script_is_found(
     plant: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = [[SHORT[0][0], {"role": "assistant", "content": "Four, of course. " * 8}]]
+    long = [chat("Four, of course. " * 8)]
     dataset = write_conversations(tmp_path / "d.jsonl", ({"messages": m} for m in SHORT + long))
     teacher = save_teacher(tmp_path / "teacher", 300)
     plant(monkeypatch)
@@ -225,7 +217,7 @@ def test_a_fault_planted_in_the_script_is_found(
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vocab_size", [300, 32_000, 70_000, 151_936, 262_144])
+@pytest.mark.parametrize("vocab_size", [300, 70_000, 262_144])
 def test_every_row_of_a_run_of_a_random_teacher_is_right(vocab_size: int, tmp_path: Path) -> None:
     """Padding rows have the largest logits of all, a hundred pairs of ids tie exactly."""
     dataset = write_conversations(tmp_path / "short.jsonl", ({"messages": m} for m in SHORT))
@@ -241,14 +233,3 @@ def test_every_row_of_a_run_of_a_random_teacher_is_right(vocab_size: int, tmp_pa
     stored = [i for r in rows.values() for t in r.tokens for i in t.top_ids + t.sampled_ids]
     assert max(stored) > 0.98 * vocab_size
     assert max(max(row.input_ids or []) for row in rows.values()) == vocab_size - 1
-
-
-def test_the_oracle_is_a_command_that_prints_its_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dataset = write_conversations(tmp_path / "short.jsonl", ({"messages": m} for m in SHORT))
-    teacher = save_teacher(tmp_path / "teacher", 300)
-    output = run_command(teacher, dataset, tmp_path)
-    arguments = ["--model", str(teacher), "--dataset", str(dataset), "--output", str(output)]
-    assert oracle.main(arguments) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 3

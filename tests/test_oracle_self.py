@@ -1,15 +1,14 @@
-"""The oracle passes a right run and rejects every wrong one that we could think of.
+"""The oracle and the tail's tests pass what is right and reject a fault of each kind.
 
-The run is written here by a plain writer of its own, from a random teacher of 300 ids that has
-padding rows with the largest logits, and ties; then one thing at a time is made wrong.
+A run of a random teacher is right (`test_oracle_run.py` plants faults in the script); here one
+thing at a time is made wrong in what it has stored.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,557 +17,269 @@ import oracle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from tiny_teachers import tiny_model, tiny_tokenizer
+import tail_law
+from conftest import chat
+from tail_law import Case, LawViolation, check_tail_law
+from tiny_teachers import save_teacher
 
-V, PADDING, TWINS = 300, 20, 140
-TOP_P, K, M = 0.9, 20, 6
-SETTINGS = {
-    "top_p": TOP_P, "top_p_max": K, "sampled_n": M, "logit_bits": 16,
-    "store_tokens": True, "seed": 42,
-}  # fmt: skip
-CONVERSATIONS = {
-    3: [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Two and two?"},
-        {"role": "assistant", "content": "Four, as ever. 四"},
-        {"role": "user", "content": "Sure?"},
-        {"role": "assistant", "content": "Quite sure."},
-    ],
-    7: [{"role": "user", "content": "Say nothing."}, {"role": "assistant", "content": ""}],
-    8: [
-        {"role": "user", "content": "A list, please"},
-        {"role": "assistant", "content": "1. one\n2. two\n\n" + "and so on, " * 12},
-    ],
-}
+import extract_logits
 
-
-@dataclass
-class Token:
-    """What the plain writer knows of a token before quantization."""
-
-    x: np.ndarray  # (V,) float32, the logits it came from
-    padded: np.ndarray  # (V + PADDING,) float32
-    top: list[int]
-    tail: list[int]
-    logsumexp: float
-
-
-@dataclass
-class Run:
-    rows: dict[int, list[Token]]
-    records: list[dict[str, Any]]
-
-
-def right_tail(x: np.ndarray, top: list[int], rng: np.random.Generator) -> list[int]:
-    weights = np.exp(x.astype(np.float64))
-    weights[top] = 0
-    drawn: list[int] = []
-    for _ in range(M):
-        drawn.append(int(rng.choice(V, p=weights / weights.sum())))
-        weights[drawn[-1]] = 0
-    return drawn
-
-
-def right_token(padded: np.ndarray, rng: np.random.Generator) -> Token:
-    x = padded[:V]
-    p = np.exp(x.astype(np.float64))
-    logsumexp = float(np.log(p.sum()))
-    ranked = sorted(range(V), key=lambda i: (-x[i], i))
-    top: list[int] = []
-    while len(top) < K and sum(p[i] for i in top) < TOP_P * p.sum():
-        top.append(ranked[len(top)])
-    return Token(x, padded, top, right_tail(x, top, rng), logsumexp)
-
-
-def pack(ids: list[int]) -> bytes:
-    bits = [i >> 16 for i in ids] + [0, 0, 0]
-    groups = [bits[i : i + 4] for i in range(0, len(ids), 4)]
-    return bytes(a | b << 2 | c << 4 | d << 6 for a, b, c, d in groups)
-
-
-def quantize(values: list[float]) -> tuple[list[int], float, float]:
-    low, high = min(values), max(values)
-    scale = 65535 / (high - low) if high > low else 0.0
-    return [round((value - low) * scale) for value in values], low, high
-
-
-def flat(lists: Iterable[list[int]]) -> list[int]:
-    return [value for values in lists for value in values]
-
-
-def record_of(index: int, tokens: list[Token], ids: list[int], at: list[int]) -> dict[str, Any]:
-    """Make the Parquet record of a row; the helper columns of `Token` flattened and quantized."""
-    top = [quantize([float(t.x[i]) for i in t.top]) for t in tokens]
-    tail = [quantize([float(t.x[i]) for i in t.tail]) for t in tokens]
-    top_ids, tail_ids = flat(t.top for t in tokens), flat(t.tail for t in tokens)
-    return {
-        "index": index,
-        "num_tokens": len(tokens),
-        "top_indices_low": [i & 65535 for i in top_ids],
-        "top_indices_high": pack(top_ids),
-        "top_logits_quantized": flat(q for q, _, _ in top),
-        "top_counts": [len(t.top) for t in tokens],
-        "top_min": [low for _, low, _ in top],
-        "top_max": [high for _, _, high in top],
-        "sampled_indices_low": [i & 65535 for i in tail_ids],
-        "sampled_indices_high": pack(tail_ids),
-        "sampled_logits_quantized": flat(q for q, _, _ in tail),
-        "sampled_min": [low for _, low, _ in tail],
-        "sampled_max": [high for _, _, high in tail],
-        "logsumexp": [t.logsumexp for t in tokens],
-        "input_ids": ids,
-        "token_positions": at,
-    }
+V, TWINS = 300, 140
+CHATS = {n: chat(text) for n, text in enumerate(("Four, as ever. 四", "…", "and so on, " * 12))}
+Records = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def teacher() -> tuple[Any, Any]:
-    return tiny_model(V, padding=PADDING, twins=TWINS, seed=5), tiny_tokenizer(V)
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Records]:
+    """A right run: its folder, its teacher, its rows."""
+    folder = tmp_path_factory.mktemp("run")
+    save_teacher(folder / "model", V, padding=20, twins=TWINS, seed=5)
+    lines = (json.dumps({"messages": messages}) for messages in CHATS.values())
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    argv = ["--model", folder / "model", "--dataset", folder / "chats.jsonl", "--store-tokens"]
+    argv += ["--output", folder / "out", "--cache-dir", folder / "cache"]
+    argv += ["--top-p", 0.9, "--top-p-max", 20, "--sampled-n", 6]
+    assert extract_logits.main(list(map(str, argv))) == 0
+    records = pq.read_table(folder / "out/data/part-00000.parquet").to_pylist()
+    return folder / "out", oracle.load_reference(str(folder / "model")), records
 
 
-@pytest.fixture(scope="module")
-def right_rows(teacher: tuple[Any, Any]) -> dict[int, tuple[list[Token], list[int], list[int]]]:
-    """Rows of a right run: tokens, input ids, positions, by index."""
-    model, tokenizer = teacher
-    rng = np.random.default_rng(0)
-    rows = {}
-    for index, messages in CONVERSATIONS.items():
-        ids, positions = oracle.assistant_tokens(messages, tokenizer)
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([ids])).logits[0].numpy()
-        rows[index] = ([right_token(logits[p - 1], rng) for p in positions], ids, positions)
-    return rows
+def check(run: Any, folder: Path, records: Records, schema: Any = None) -> oracle.Report:
+    """Let the oracle look at other records in place of the run's."""
+    output, teacher, _ = run
+    (folder / "data").mkdir()
+    (folder / "extraction_config.json").write_bytes(
+        (output / "extraction_config.json").read_bytes()
+    )
+    there = pq.read_schema(output / "data/part-00000.parquet")
+    fields = schema or oracle.COLUMNS + oracle.TOKEN_COLUMNS
+    table = pa.Table.from_pylist(records, schema=pa.schema(fields, metadata=there.metadata))
+    pq.write_table(table, folder / "data" / "part-00000.parquet")
+    return oracle.check_run(folder, *teacher, CHATS)
 
 
-@pytest.fixture
-def check(teacher: tuple[Any, Any], tmp_path: Path) -> Callable[..., oracle.Report]:
-    """Write records as a run and let the oracle look at it."""
-
-    def write_and_check(
-        records: list[dict[str, Any]],
-        *,
-        columns: list[tuple[str, Any]] | None = None,
-        tolerance: oracle.Tolerance = oracle.OTHER_FORWARD,
-    ) -> oracle.Report:
-        schema = pa.schema(
-            columns or oracle.COLUMNS + oracle.TOKEN_COLUMNS,
-            metadata={"settings": json.dumps(SETTINGS)},
-        )
-        (tmp_path / "data").mkdir()
-        for part, record in enumerate(records):
-            table = pa.Table.from_pylist([record], schema=schema)
-            pq.write_table(table, tmp_path / "data" / f"part-{part:05d}.parquet")
-        (tmp_path / "extraction_config.json").write_text(json.dumps(SETTINGS))
-        return oracle.check_run(tmp_path, *teacher, CONVERSATIONS, tolerance=tolerance)
-
-    return write_and_check
-
-
-def records_of(rows: dict[int, Any]) -> list[dict[str, Any]]:
-    return [record_of(index, *row) for index, row in rows.items()]
-
-
-# --------------------------------------------------------------------------------------------------
-# A right run passes
-# --------------------------------------------------------------------------------------------------
-
-
-def test_a_right_run_passes_with_its_figures(check: Any, right_rows: Any) -> None:
-    report = check(records_of(right_rows), tolerance=oracle.SAME_LOGITS)
-    assert report.rows == 3
-    assert report.tokens == sum(len(tokens) for tokens, _, _ in right_rows.values())
-    assert report.max_logsumexp_error < 1e-9
-    assert 0.4 < report.max_quantization_error_steps <= 0.5 + oracle.FLOAT_STEPS
-    assert report.near_ties == report.near_boundaries == 0
+def test_a_right_run_passes_with_its_figures(run: Any, tmp_path: Path) -> None:
+    report = check(run, tmp_path, run[2])
+    assert (report.rows, report.nucleus_max) == (3, 20)
+    assert report.tokens == sum(row["num_tokens"] for row in run[2])
+    assert 0.2 < report.max_quantization_error_steps <= 0.5 + oracle.FLOAT_STEPS
     assert report.tail_p_value > 1e-3
-    json.dumps(report.figures())
 
 
-def test_the_example_has_what_the_mutations_need(right_rows: Any) -> None:
-    tokens = [token for row in right_rows.values() for token in row[0]]
-    assert any(token.padded.argmax() >= V for token in tokens)
-    assert any(1 < len(token.top) < K for token in tokens)
-    assert any(len(token.top) == K for token in tokens)
-    assert any(i < TWINS and i + TWINS in token.top for token in tokens for i in token.top)
+def shift(name: str, row: int, by: float) -> Callable[[Records], Any]:
+    """Return how to change the fifth value of a column."""
+    return lambda records: records[row][name].__setitem__(4, records[row][name][4] + by)
 
 
-def test_assistant_tokens_are_what_the_assistant_says(teacher: tuple[Any, Any]) -> None:
-    tokenizer = teacher[1]
-    ids, positions = oracle.assistant_tokens(CONVERSATIONS[3], tokenizer)
-    said = tokenizer.decode([ids[p] for p in positions])
-    assert said == "Four, as ever. 四<|im_end|>Quite sure.<|im_end|>"
-    ids, positions = oracle.assistant_tokens(CONVERSATIONS[7], tokenizer)
-    assert [ids[p] for p in positions] == [V - 1]
+def swap(name: str, i: int, j: int) -> Callable[[Records], Any]:
+    def change(records: Records) -> None:
+        values = records[2][name]
+        values[i], values[j] = values[j], values[i]
 
+    return change
 
-@pytest.mark.parametrize(
-    ("logits", "top_p", "cap", "nucleus"),
-    [
-        (np.log([0.5, 0.25, 0.125, 0.125]), 0.5, 4, [0]),
-        (np.log([0.5, 0.25, 0.125, 0.125]), 0.5 + 1e-9, 4, [0, 1]),
-        (np.log([0.125, 0.25, 0.5, 0.125]), 0.8, 4, [2, 1, 0]),
-        (np.log([0.125, 0.25, 0.5, 0.125]), 0.8, 2, [2, 1]),
-        (np.array([1.0, 1.0, 1.0]), 0.5, 3, [0, 1]),
-        (np.array([-np.inf, 3.0, -np.inf]), 1.0, 3, [1]),
-        (np.array([0.0, -50.0, -np.inf, -60.0]), 1.0, 4, [0, 1, 3]),
-    ],
-)
-def test_oracle_token_takes_the_smallest_prefix(
-    logits: np.ndarray, top_p: float, cap: int, nucleus: list[int]
-) -> None:
-    assert oracle.oracle_token(logits, top_p, cap).nucleus == nucleus
 
+def roll(name: str) -> Callable[[Records], Any]:
+    return lambda records: records[2].update({name: records[2][name][1:] + records[2][name][:1]})
 
-def test_oracle_token_has_a_log_sum_exp_of_full_precision() -> None:
-    x = np.array([1000.0, 1000.0, 0.0, -np.inf])
-    assert oracle.oracle_token(x, 1.0, 4).logsumexp == 1000 + np.log(2.0)
-    with pytest.raises(ValueError, match="nan"):
-        oracle.oracle_token(np.array([0.0, np.nan]), 1.0, 4)
 
+def high(at: int, byte: Callable[[int], int]) -> Callable[[Records], Any]:
+    """Return how to change a byte of the high bits of row 0."""
 
-# --------------------------------------------------------------------------------------------------
-# A wrong run does not
-# --------------------------------------------------------------------------------------------------
+    def change(records: Records) -> None:
+        data = bytearray(records[0]["top_indices_high"])
+        data[at] = byte(data[at])
+        records[0]["top_indices_high"] = bytes(data)
 
-Rows = dict[int, tuple[list[Token], list[int], list[int]]]
+    return change
 
 
-def change_tokens(rows: Rows, change: Callable[[Token], Token]) -> None:
-    for tokens, _, _ in rows.values():
-        tokens[:] = [change(token) for token in tokens]
+def swap_twins(records: Records) -> None:
+    for row in records:
+        ids = row["top_indices_low"]
+        ends = np.cumsum(row["top_counts"])
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            low = [i for i in ids[start:end] if i < TWINS and i + TWINS in ids[start:end]]
+            if low:
+                a, b = ids.index(low[0], start), ids.index(low[0] + TWINS, start)
+                ids[a], ids[b] = ids[b], ids[a]
+                return
+    raise AssertionError("no twins in the run")
 
 
-def find(rows: Rows, wanted: Callable[[Token], bool]) -> Token:
-    return next(token for row in rows.values() for token in row[0] if wanted(token))
+def draw_from_nucleus(records: Records) -> None:
+    records[0]["sampled_indices_low"][0] = records[0]["top_indices_low"][0]
 
 
-def stored_one_position_late(rows: Rows) -> None:
-    tokens = rows[8][0]
-    tokens[:] = tokens[1:] + tokens[-1:]
+def fewer_bits(records: Records) -> None:
+    q, step = records[0]["sampled_logits_quantized"], 65535 / 4095
+    records[0]["sampled_logits_quantized"] = [round(round(v / step) * step) for v in q]
 
 
-def stored_one_position_early(rows: Rows) -> None:
-    tokens = rows[8][0]
-    tokens[:] = tokens[:1] + tokens[:-1]
-
-
-def crossing_token_left_out(rows: Rows) -> None:
-    change_tokens(rows, lambda t: replace(t, top=t.top[:-1] if 1 < len(t.top) < K else t.top))
-
-
-def one_token_too_many(rows: Rows) -> None:
-    token = find(rows, lambda t: len(t.top) < K)
-    ranked = sorted(range(V), key=lambda i: (-token.x[i], i))
-    token.top = ranked[: len(token.top) + 1]
-    token.tail = right_tail(token.x, token.top, np.random.default_rng(1))
-
-
-def cap_counted_one_short(rows: Rows) -> None:
-    find(rows, lambda t: len(t.top) == K).top.pop()
-
-
-def logits_rounded_to_bf16(rows: Rows) -> None:
-    def rounded(token: Token) -> Token:
-        return replace(token, x=torch.tensor(token.x).bfloat16().float().numpy())
-
-    change_tokens(rows, rounded)
-
-
-def padding_in_the_log_sum_exp(rows: Rows) -> None:
-    change_tokens(
-        rows, lambda t: replace(t, logsumexp=float(np.log(np.exp(np.float64(t.padded)).sum())))
-    )
-
-
-def padding_in_the_nucleus(rows: Rows) -> None:
-    def with_padding(token: Token) -> Token:
-        best = V + int(token.padded[V:].argmax())
-        return replace(token, x=token.padded, top=[best, *token.top[:-1]])
-
-    change_tokens(rows, with_padding)
-
-
-def padding_in_the_tail(rows: Rows) -> None:
-    token = rows[3][0][0]
-    token.x, token.tail[2] = token.padded, V + 3
-
-
-def tail_holds_a_nucleus_token(rows: Rows) -> None:
-    token = rows[3][0][1]
-    token.tail[0] = token.top[0]
-
-
-def tail_holds_an_id_twice(rows: Rows) -> None:
-    token = rows[3][0][2]
-    token.tail[4] = token.tail[1]
-
-
-def tail_is_the_runners_up(rows: Rows) -> None:
-    def runners_up(token: Token) -> Token:
-        ranked = sorted(range(V), key=lambda i: (-token.x[i], i))
-        return replace(token, tail=ranked[len(token.top) : len(token.top) + M])
-
-    change_tokens(rows, runners_up)
-
-
-def tail_is_sorted(rows: Rows) -> None:
-    change_tokens(rows, lambda t: replace(t, tail=sorted(t.tail, key=lambda i: -t.x[i])))
-
-
-def log_sum_exp_off_by_2e_5(rows: Rows) -> None:
-    rows[8][0][4].logsumexp += 2e-5
-
-
-def log_sum_exp_of_the_nucleus_only(rows: Rows) -> None:
-    change_tokens(
-        rows, lambda t: replace(t, logsumexp=float(np.log(np.exp(np.float64(t.x[t.top])).sum())))
-    )
-
-
-def exact_ties_by_descending_id(rows: Rows) -> None:
-    token = find(rows, lambda t: any(i < TWINS and i + TWINS in t.top for i in t.top))
-    low = next(i for i in token.top if i < TWINS and i + TWINS in token.top)
-    a, b = token.top.index(low), token.top.index(low + TWINS)
-    token.top[a], token.top[b] = token.top[b], token.top[a]
-
-
-def nucleus_sorted_by_id(rows: Rows) -> None:
-    change_tokens(rows, lambda t: replace(t, top=sorted(t.top)))
-
-
-def nucleus_reversed(rows: Rows) -> None:
-    change_tokens(rows, lambda t: replace(t, top=t.top[::-1]))
-
-
-def conversation_forgotten(rows: Rows) -> None:
-    del rows[7]
-
-
-def conversation_under_a_wrong_index(rows: Rows) -> None:
-    rows[3], rows[8] = rows[8], rows[3]
-
-
-def last_token_forgotten(rows: Rows) -> None:
-    rows[3][0].pop()
-
-
-def positions_of_the_token_before(rows: Rows) -> None:
-    rows[8][2][:] = [p - 1 for p in rows[8][2]]
-
-
-@pytest.mark.parametrize(
-    ("mutate", "reason"),
-    [
-        (stored_one_position_late, "row 8 token 0: logsumexp"),
-        (stored_one_position_early, "row 8 token 1: logsumexp"),
-        (crossing_token_left_out, "is below top_p"),
-        (one_token_too_many, "hold .* already"),
-        (cap_counted_one_short, "of 19 is below top_p"),
-        (logits_rounded_to_bf16, "nucleus min"),
-        (padding_in_the_log_sum_exp, "logsumexp"),
-        (padding_in_the_nucleus, "V is 300"),
-        (padding_in_the_tail, "tail id 303, V is 300"),
-        (tail_holds_a_nucleus_token, "in the nucleus and in the tail"),
-        (tail_holds_an_id_twice, "tail holds an id twice"),
-        (tail_is_the_runners_up, "not drawn by its law"),
-        (tail_is_sorted, "not drawn by its law"),
-        (log_sum_exp_off_by_2e_5, "row 8 token 4: logsumexp"),
-        (log_sum_exp_of_the_nucleus_only, "logsumexp"),
-        (exact_ties_by_descending_id, "the lower id comes first"),
-        (nucleus_sorted_by_id, "nats apart"),
-        (nucleus_reversed, "nats apart"),
-        (conversation_forgotten, "row 7: missing"),
-        (conversation_under_a_wrong_index, "row 3: num_tokens"),
-        (last_token_forgotten, "num_tokens is 30, the assistant has 31"),
-        (positions_of_the_token_before, "token_positions"),
-    ],
-)
-def test_wrong_content_is_rejected(
-    check: Any, right_rows: Any, mutate: Callable, reason: str
-) -> None:
-    rows = copy.deepcopy(right_rows)
-    mutate(rows)
-    with pytest.raises(oracle.Violation, match=reason):
-        check(records_of(rows))
-
-
-def range_over_all_candidates(records: list[dict[str, Any]], rows: Rows) -> None:
-    tokens = rows[3][0]
-    candidates = [sorted(map(float, token.x))[-K:] for token in tokens]
-    lows = [values[0] for values in candidates]
-    q = [
-        round((float(token.x[i]) - low) / (max(values) - low) * 65535)
-        for token, values, low in zip(tokens, candidates, lows, strict=True)
-        for i in token.top
-    ]
-    records[0].update(top_min=lows, top_logits_quantized=q)
-
-
-def q_rounded_down(records: list[dict[str, Any]], rows: Rows) -> None:
-    q = []
-    for token in rows[3][0]:
-        values = [float(token.x[i]) for i in token.top]
-        span = max(values) - min(values) or 1.0
-        q += [int((value - min(values)) / span * 65535) for value in values]
-    records[0]["top_logits_quantized"] = q
-
-
-STEP_12 = 65535 / 4095
-
-
-def q_of_twelve_bits(records: list[dict[str, Any]], rows: Rows) -> None:
-    q = records[0]["sampled_logits_quantized"]
-    records[0]["sampled_logits_quantized"] = [round(round(v / STEP_12) * STEP_12) for v in q]
-
-
-def tail_range_of_another_token(records: list[dict[str, Any]], rows: Rows) -> None:
-    lows = records[2]["sampled_min"]
-    records[2]["sampled_min"] = lows[1:] + lows[:1]
-
-
-def high_bits_that_do_not_belong(records: list[dict[str, Any]], rows: Rows) -> None:
-    records[0]["top_indices_high"] = bytes([1]) + records[0]["top_indices_high"][1:]
-
-
-def padding_bits_set(records: list[dict[str, Any]], rows: Rows) -> None:
-    record = next(r for r in records if len(r["top_indices_low"]) % 4)
-    high = record["top_indices_high"]
-    record["top_indices_high"] = high[:-1] + bytes([high[-1] | 0b11000000])
-
-
-def row_stored_twice(records: list[dict[str, Any]], rows: Rows) -> None:
-    records.append(records[1])
-
-
-def count_moved_to_the_next_token(records: list[dict[str, Any]], rows: Rows) -> None:
-    counts = records[0]["top_counts"]
-    t = next(t for t in range(len(counts) - 1) if counts[t] > 1 and counts[t + 1] < K)
+def move_count(records: Records) -> None:
+    counts = records[2]["top_counts"]
+    t = next(t for t in range(len(counts) - 1) if counts[t] > 1 and counts[t + 1] < 20)
     counts[t], counts[t + 1] = counts[t] - 1, counts[t + 1] + 1
 
 
-def a_log_sum_exp_missing(records: list[dict[str, Any]], rows: Rows) -> None:
-    records[2]["logsumexp"].pop()
+FAULTS: list[tuple[Callable[[Records], Any], str]] = [
+    (lambda records: records.pop(1), "row 1: missing"),
+    (lambda records: records.append(records[1]), "row 1: stored twice"),
+    (lambda records: [row.update(index=2 - row["index"]) for row in records], "num_tokens"),
+    (roll("token_positions"), "token_positions"),
+    (roll("logsumexp"), "row 2 token 0: logsumexp"),
+    (shift("logsumexp", 2, 2e-5), "row 2 token 4: logsumexp"),
+    (swap("top_indices_low", 1, 2), "nats apart"),
+    (swap_twins, "the lower id comes first"),
+    (draw_from_nucleus, "in the nucleus and in the tail"),
+    (lambda records: records[0]["sampled_indices_low"].__setitem__(
+        1, records[0]["sampled_indices_low"][0]), "tail holds an id twice"),
+    (move_count, "wrong size"),
+    (fewer_bits, "tail logit"),
+    (roll("sampled_min"), "tail min"),
+    (shift("top_min", 2, -1.0), "nucleus min"),
+    (high(0, lambda byte: byte | 1), "V is 300"),
+    (high(-1, lambda byte: byte | 0b11000000), "zero padded"),
+    (lambda records: records[2]["logsumexp"].pop(), "row 2: logsumexp has"),
+    (lambda records: records[2]["sampled_max"].__setitem__(0, None), "null in sampled_max"),
+    (lambda records: records[2]["top_max"].__setitem__(0, float("nan")), "nucleus max is nan"),
+]  # fmt: skip
 
 
-def a_null(records: list[dict[str, Any]], rows: Rows) -> None:
-    records[2]["sampled_max"][0] = None
-
-
-def nan_in_a_range(records: list[dict[str, Any]], rows: Rows) -> None:
-    records[2]["top_max"][0] = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("mutate", "reason"),
-    [
-        (range_over_all_candidates, "nucleus min"),
-        (q_rounded_down, "nucleus logit"),
-        (q_of_twelve_bits, "tail logit"),
-        (tail_range_of_another_token, "tail min"),
-        (high_bits_that_do_not_belong, "V is 300"),
-        (padding_bits_set, "zero padded"),
-        (row_stored_twice, "row 7: stored twice"),
-        (count_moved_to_the_next_token, "wrong size"),
-        (a_log_sum_exp_missing, "row 8: logsumexp has 147"),
-        (a_null, "null in sampled_max"),
-        (nan_in_a_range, "nucleus max is nan"),
-    ],
-)
-def test_wrong_storage_is_rejected(
-    check: Any, right_rows: Any, mutate: Callable, reason: str
+@pytest.mark.parametrize(("fault", "reason"), FAULTS, ids=[reason for _, reason in FAULTS])
+def test_a_fault_in_what_is_stored_is_rejected(
+    run: Any, tmp_path: Path, fault: Callable[[Records], Any], reason: str
 ) -> None:
-    records = copy.deepcopy(records_of(right_rows))
-    mutate(records, right_rows)
+    records = copy.deepcopy(run[2])
+    fault(records)
     with pytest.raises(oracle.Violation, match=reason):
-        check(records)
+        check(run, tmp_path, records)
 
 
-def swapped(columns: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    return [columns[1], columns[0], *columns[2:]]
-
-
-def retyped(columns: list[tuple[str, Any]], name: str, kind: Any) -> list[tuple[str, Any]]:
-    return [(column, kind if column == name else old) for column, old in columns]
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        swapped(oracle.COLUMNS + oracle.TOKEN_COLUMNS),
-        oracle.COLUMNS,
-        [*oracle.COLUMNS, *oracle.TOKEN_COLUMNS, ("extra", pa.int32())],
-        retyped(oracle.COLUMNS + oracle.TOKEN_COLUMNS, "logsumexp", pa.list_(pa.float32())),
-        retyped(oracle.COLUMNS + oracle.TOKEN_COLUMNS, "index", pa.int64()),
-        retyped(oracle.COLUMNS + oracle.TOKEN_COLUMNS, "top_indices_high", pa.large_binary()),
-    ],
-    ids=["order", "missing", "extra", "float32", "int64", "large_binary"],
-)
-def test_another_schema_is_rejected(check: Any, right_rows: Any, columns: Any) -> None:
+@pytest.mark.parametrize("kind", ["missing", "order", "type"])
+def test_another_schema_is_rejected(run: Any, tmp_path: Path, kind: str) -> None:
+    whole = oracle.COLUMNS + oracle.TOKEN_COLUMNS
+    retyped = [(name, pa.large_binary() if t == pa.binary() else t) for name, t in whole]
+    columns = {"missing": oracle.COLUMNS, "order": whole[::-1], "type": retyped}[kind]
     with pytest.raises(oracle.Violation, match="column"):
-        check(records_of(right_rows), columns=columns)
-
-
-def test_the_violation_names_row_and_token(check: Any, right_rows: Any) -> None:
-    rows = copy.deepcopy(right_rows)
-    rows[8][0][4].logsumexp += 2e-5
-    with pytest.raises(oracle.Violation, match="row 8 token 4: logsumexp"):
-        check(records_of(rows))
-
-
-# --------------------------------------------------------------------------------------------------
-# Grace is counted and bounded
-# --------------------------------------------------------------------------------------------------
+        check(run, tmp_path, run[2], columns)
 
 
 def token_check(
     x: list[float], stored: list[int], tolerance: oracle.Tolerance
 ) -> oracle.TokenCheck:
-    values = sorted((x[i] for i in stored), reverse=True)  # what the run itself saw
-    q, low, high = quantize(values)
-    logsumexp = oracle.oracle_token(np.array(x), 0.9, 4).logsumexp
-    token = oracle.StoredToken(stored, q, low, high, [], [], 0.0, 0.0, logsumexp)
-    settings = oracle.Settings(top_p=0.9, top_p_max=4, sampled_n=0)
-    return oracle.TokenCheck(
-        token, np.array(x), settings=settings, tolerance=tolerance, where="row 0 token 0"
-    ).run()
+    """Check a nucleus of right values, in a row of logits `x`."""
+    values = sorted((x[i] for i in stored), reverse=True)
+    span = values[0] - values[-1] or 1.0
+    q = [round((value - values[-1]) / span * 65535) for value in values]
+    lse = oracle.oracle_token(np.array(x), 0.9, 4).logsumexp
+    token = oracle.StoredToken(stored, q, values[-1], values[0], [], [], 0.0, 0.0, lse)
+    how: dict[str, Any] = {"settings": oracle.Settings(0.9, 4, 0), "tolerance": tolerance}
+    return oracle.TokenCheck(token, np.array(x), where="row 0 token 0", **how).run()
 
 
-def test_a_near_tie_is_counted_between_forwards_and_refused_on_the_same_logits() -> None:
-    x = [2.0, 2.0 + 5e-6, -4.0]
-    assert token_check(x, [1, 0], oracle.SAME_LOGITS).near_ties == 0
-    assert token_check(x, [0, 1], oracle.OTHER_FORWARD).near_ties == 2
-    with pytest.raises(oracle.Violation, match="place 0"):
-        token_check(x, [0, 1], oracle.SAME_LOGITS)
-    with pytest.raises(oracle.Violation, match="place 0"):
-        token_check([2.0, 2.0 + 4e-5, -4.0], [0, 1], oracle.OTHER_FORWARD)
-
-
-def test_a_mass_at_top_p_is_counted_between_forwards() -> None:
-    x = [np.log(0.9 - 1e-6), np.log(0.05), np.log(0.05 + 1e-6)]
-    assert token_check(x, [0, 2], oracle.SAME_LOGITS).near_boundaries == 0
-    assert token_check(x, [0], oracle.OTHER_FORWARD).near_boundaries == 1
+def test_grace_is_counted_and_bounded(run: Any) -> None:
+    near = [2.0, 2.0 + 5e-6, -4.0]
+    assert token_check(near, [1, 0], oracle.SAME_LOGITS).near_ties == 0
+    assert token_check(near, [0, 1], oracle.OTHER_FORWARD).near_ties == 2
+    far, high = [2.0, 2.0 + 4e-5, -4.0], [-30.0] * 69_999 + [5.0]
+    for x, ids, tolerance in (
+        (near, [0, 1], oracle.SAME_LOGITS), (far, [0, 1], oracle.OTHER_FORWARD),
+        (high, [69_999 & 65535], oracle.OTHER_FORWARD),
+    ):  # fmt: skip
+        with pytest.raises(oracle.Violation, match="place 0"):
+            token_check(x, ids, tolerance)
+    edge = [np.log(0.9 - 1e-6), np.log(0.05), np.log(0.05 + 1e-6)]
+    assert token_check(edge, [0, 2], oracle.SAME_LOGITS).near_boundaries == 0
+    assert token_check(edge, [0], oracle.OTHER_FORWARD).near_boundaries == 1
     with pytest.raises(oracle.Violation, match="wrong size"):
-        token_check(x, [0], oracle.SAME_LOGITS)
-
-
-def test_an_id_that_lost_its_high_bits_is_rejected() -> None:
-    x = np.full(70_000, -30.0)
-    x[69_999] = 5.0
-    token_check(x.tolist(), [69_999], oracle.SAME_LOGITS)
-    with pytest.raises(oracle.Violation, match="place 0 is id 4463, right is 69999"):
-        token_check(x.tolist(), [69_999 & 65535], oracle.SAME_LOGITS)
-
-
-def test_ids_are_unpacked_two_high_bits_each_from_the_lowest() -> None:
-    ids = oracle.unpack_ids([5, 65535, 3, 0, 9], bytes([0b10_00_11_01, 0b10]), where="row 0")
-    assert ids == [65536 + 5, 262_143, 3, 131_072, 131_072 + 9]
-
-
-def test_too_many_near_ties_are_refused(teacher: tuple[Any, Any]) -> None:
-    check = oracle.RunCheck(*teacher, oracle.Settings())
-    check.report.tokens, check.report.near_ties = 500, 7
-    check.finish()
-    check.report.near_boundaries = 1
+        token_check(edge, [0], oracle.SAME_LOGITS)
+    whole = oracle.RunCheck(*run[1], oracle.Settings())
+    whole.report.tokens, whole.report.near_ties = 500, 7
+    whole.finish()
+    whole.report.near_boundaries = 1
     with pytest.raises(oracle.Violation, match="more than noise explains"):
-        check.finish()
+        whole.finish()
+
+
+# The law of the tail ------------------------------------------------------------------------------
+
+SMALL = tail_law.make_cases(10_000)
+LARGE = tail_law.make_large_cases(600)
+
+
+def race(
+    log_probs: np.ndarray, nucleus: np.ndarray, m: int, n_trials: int, seed: int,
+    *, scale: float = 1.0, share: int = 1, weights: Callable[[np.ndarray], np.ndarray] = np.array,
+) -> np.ndarray:  # fmt: skip
+    """Draw by the Gumbel-max trick in float64: noise of a scale, that `share` trials share."""
+    rng, found = np.random.default_rng(seed), []
+    logits = weights(log_probs)
+    for start in range(0, n_trials, 1000):
+        rows = min(1000, n_trials - start)
+        noise = rng.gumbel(size=(-(-rows // share), len(logits)))
+        keys = logits + scale * noise.repeat(share, axis=0)[:rows]
+        keys[:, nucleus] = -np.inf
+        found.append(np.argsort(-keys, axis=1)[:, :m])
+    return np.concatenate(found)
+
+
+def repeats_filled_uniformly(*args: Any) -> np.ndarray:
+    """Draw with replacement; what repeats is replaced by any others."""
+    log_probs, nucleus, m, n_trials, seed = args
+    rng = np.random.default_rng(seed)
+    weights = np.exp(np.where(nucleus, -np.inf, log_probs - log_probs[~nucleus].max()))
+    drawn = rng.choice(len(weights), size=(n_trials, m), p=weights / weights.sum())
+    fill = rng.permuted(np.tile(np.flatnonzero(~nucleus), (n_trials, 1)), axis=1)
+    rows = np.concatenate([drawn, fill], axis=1).tolist()
+    return np.array([list(dict.fromkeys(row))[:m] for row in rows])
+
+
+def by_probability(*args: Any) -> np.ndarray:
+    drawn = race(*args)
+    order = np.argsort(-args[0][drawn], axis=1, kind="stable")
+    return np.take_along_axis(drawn, order, axis=1)
+
+
+BIASED: dict[str, tail_law.Draw] = {
+    "repeats filled uniformly": repeats_filled_uniformly,
+    "sorted by probability": by_probability,
+    "sorted by id": lambda *args: np.sort(race(*args), axis=1),
+    "noise of scale 0.95": lambda *args: race(*args, scale=0.95),
+    "noise shared by two trials": lambda *args: race(*args, share=2),
+    "probabilities floored": lambda *args: race(*args, weights=lambda x: x.clip(min=-87.5)),
+    "uniform outside the nucleus": lambda *args: race(*args, weights=np.zeros_like),
+    "nucleus not left out": lambda *args: race(args[0], np.zeros_like(args[1]), *args[2:]),
+}
+
+
+@pytest.mark.parametrize("cases", [SMALL, LARGE], ids=["small rows", "large rows"])
+def test_the_gumbel_max_trick_passes(cases: list[Case]) -> None:
+    outcomes = check_tail_law(race, cases=cases)
+    for case in cases:  # within the number of tests that Bonferroni assumes
+        assert 5 <= sum(one.case == case.name for one in outcomes) <= tail_law.MAX_TESTS
+
+
+@pytest.mark.parametrize("fault", BIASED)
+def test_a_biased_sampler_is_rejected(fault: str) -> None:
+    with pytest.raises(LawViolation):
+        check_tail_law(BIASED[fault], cases=SMALL)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_inclusion_probabilities_agree_with_enumeration(m: int) -> None:
+    p = np.array([0.55, 0.3, 0.1, 0.0499, 0.0001])
+    enumerated = np.zeros(5)
+    for order, probability in tail_law.ordered_samples(p, m).items():
+        enumerated[list(order)] += probability
+    np.testing.assert_allclose(tail_law.inclusion_probs(np.log(p), m), enumerated, atol=1e-9)
+
+
+def test_both_ways_to_make_uniforms_agree() -> None:
+    flat = SMALL[-1]
+    case = Case(flat.name, flat.log_probs, flat.nucleus_n, flat.sampled_n, 500)
+    ranks = tail_law.ranks_of(case, race(case.log_probs, case.nucleus, case.sampled_n, 500, 3))
+    _, p = tail_law.tail_probs(case)
+    small = tail_law.uniforms_afresh(np.log(p), ranks, np.random.default_rng(4))
+    large = tail_law.uniforms_by_difference(p, ranks, np.random.default_rng(4))
+    np.testing.assert_allclose(small, large, atol=1e-9)
