@@ -95,13 +95,13 @@ clients: .cache/clients/.done
 
 # make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
 bench: .venv/.done
-	$(PY) tests/bench_extraction.py
+	$(PY) tests/tools/bench_extraction.py
 
 # make bench-io  the same of decoding and of uploads (3 minutes)
 bench-io: .venv/.done
-	$(PY) tests/bench_decode.py
+	$(PY) tests/tools/bench_decode.py
 	$(PY) tests/tools/bench_upload.py
-	$(PY) tests/bench_loader.py
+	$(PY) tests/tools/bench_loader.py
 	$(PY) tests/bench_loss.py
 
 # make oracle  every row of the embedded conversations against the slow second extractor (5 minutes)

@@ -33,20 +33,18 @@ from extract_logits import Teacher
 
 VOCAB = 96
 SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 8.0],
+}  # fmt: skip
 # What a row of the table needs besides SMALL; None takes a key away. The first word is the type.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -58,16 +56,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3_moe": EXPERTS,
     "qwen3_next": {
-        **EXPERTS,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "shared_expert_intermediate_size": 16,
+        **EXPERTS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "shared_expert_intermediate_size": 16,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "gemma2": {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
-    "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "cohere": {"logit_scale": 0.25},
     "cohere2": {**SLIDING, "logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7},
@@ -75,47 +69,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "gpt_neox": {},
     "gptj": {"rotary_dim": 4},
-    "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**SLIDING, **LOCAL_EXPERTS},
     "phi": {},
     "phi3": {},
-    "phi3, longrope": {
-        "original_max_position_embeddings": 32,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0, 1.1, 1.2, 1.3],
-            "long_factor": [2.0, 3.0, 4.0, 8.0],
-            "original_max_position_embeddings": 32,
-        },
-    },
+    "phi3, longrope": {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
     "olmo2": {},
     "starcoder2": {"sliding_window": 16},
-    "stablelm": {},
-    "glm4": {},
-    "smollm3": {},
-    "exaone4": {**SLIDING},
+    **{name: {} for name in ("stablelm", "glm4", "smollm3")},
+    "exaone4": SLIDING,
     "nemotron": {},
     "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
+        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
         "v_head_dim": 8,
     },
     "llama4_text": {
-        "num_local_experts": 2,
-        "attention_chunk_size": 16,
-        "intermediate_size_mlp": 48,
-        "floor_scale": 16,
-        "attn_temperature_tuning": True,
-        "no_rope_layers": [1, 0],
+        "num_local_experts": 2, "attention_chunk_size": 16, "intermediate_size_mlp": 48,
+        "floor_scale": 16, "attn_temperature_tuning": True, "no_rope_layers": [1, 0],
     },
     "falcon": {"head_dim": None},
     "falcon, alibi": {"head_dim": None, "alibi": True},
@@ -128,17 +99,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {
-        "layer_types": ["mamba", "attention"],
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 16,
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "mamba_n_groups": 1,
+        **LOCAL_EXPERTS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 16,
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
         "mamba_chunk_size": 16,
     },
-}
+}  # fmt: skip
 
 TEXT = {"text_config": SMALL, "image_token_id": 95, "video_token_id": 94}
 TEXT |= {"vision_start_token_id": 93, "vision_end_token_id": 92}
@@ -151,8 +116,7 @@ DEEP = {"depth": 1, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "p
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {**SMALL, **SLIDING, "query_pre_attn_scalar": 8},
-        "vision_config": {**EYES, "model_type": "siglip_vision_model"},
-        "image_token_index": 95,
+        "vision_config": {**EYES, "model_type": "siglip_vision_model"}, "image_token_index": 95,
     },
     "qwen2_vl": {**QWEN, "vision_config": {**DEEP, "embed_dim": 32, "mlp_ratio": 2}},
     "qwen2_5_vl": {**QWEN, "vision_config": {**DEEP, "intermediate_size": 48}},
@@ -162,20 +126,17 @@ VISION: dict[str, dict[str, Any]] = {
     },
     "mistral3": {
         "text_config": {**SMALL, "model_type": "mistral"},
-        "vision_config": {**EYES, "model_type": "pixtral", "head_dim": 8},
-        "image_token_index": 95,
+        "vision_config": {**EYES, "model_type": "pixtral", "head_dim": 8}, "image_token_index": 95,
     },
     "llava": {
         "text_config": {**SMALL, "model_type": "llama"},
-        "vision_config": {**EYES, "model_type": "clip_vision_model"},
-        "image_token_index": 95,
+        "vision_config": {**EYES, "model_type": "clip_vision_model"}, "image_token_index": 95,
     },
     "smolvlm": {
-        "text_config": {**SMALL, "model_type": "llama"},
-        "vision_config": EYES,
+        "text_config": {**SMALL, "model_type": "llama"}, "vision_config": EYES,
         "image_token_id": 95,
     },
-}
+}  # fmt: skip
 
 LENGTHS = (40, 23, 31, 2, 37)
 
@@ -309,28 +270,15 @@ def time_start() -> dict[str, float]:
 WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
 WIDE |= {"num_key_value_heads": 1, "head_dim": 32}
 VLLM: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama, tied": {},
-    "mistral": {},
-    "mixtral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "qwen3_moe": {"moe_intermediate_size": 32},
-    "gemma2": {"query_pre_attn_scalar": 32},
-    "gemma3_text": {"query_pre_attn_scalar": 32},
-    "granite": {},
-    "phi3": {},
-    "olmo2": {},
-    "starcoder2": {},
-    "glm4": {},
-    "smollm3": {},
-    "gpt_oss": {},
-    "gpt2": {},
-    "gpt_neox": {},
-    "cohere": {},
-    "cohere2": {},
-    "exaone4": {},
-}
+    name: {}
+    for name in (
+        "llama", "llama, tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2",
+        "gemma3_text", "granite", "phi3", "olmo2", "starcoder2", "glm4", "smollm3", "gpt_oss",
+        "gpt2", "gpt_neox", "cohere", "cohere2", "exaone4",
+    )
+}  # fmt: skip
+VLLM["qwen3_moe"] = {"moe_intermediate_size": 32}
+VLLM["gemma2"] = VLLM["gemma3_text"] = {"query_pre_attn_scalar": 32}
 CHUNKS = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "enforce_eager": True}
 CHUNKS |= {"distributed_executor_backend": "uni"}
 

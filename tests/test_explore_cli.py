@@ -46,40 +46,21 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The module itself --------------------------------------------------------------------------------
 
 
-def test_importing_needs_the_standard_library_numpy_and_pyarrow_only() -> None:
-    script = f"import sys, explore_logits; print([m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
-
-
-def test_importing_is_quick() -> None:
-    def seconds(script: str) -> float:
-        before = os.times()
-        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-        after = os.times()
-        spent = after.children_user - before.children_user
-        return spent + after.children_system - before.children_system
-
-    # Processor time, the least of several runs: what else the machine does only ever adds.
-    light = min(seconds("import explore_logits") for _ in range(5))
-    bare = min(seconds("import numpy, pyarrow.parquet") for _ in range(5))
-    print(f"import {light:.2f} s, of which numpy and pyarrow {bare:.2f} s")
-    assert light < max(1.0, 2 * bare)
-
-
-def test_reading_a_local_output_imports_nothing_heavier(output: Path) -> None:
+def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(
+    output: Path,
+) -> None:
     heavy = [name for name in HEAVY if name != "pandas"]  # pyarrow looks for it by itself
     script = (
-        f"import sys, explore_logits as e; name = {str(output)!r}; s = e.get_sample(name, 3);"
+        f"import sys, explore_logits as e; print([m for m in {HEAVY} if m in sys.modules]);"
+        f"name = {str(output)!r}; s = e.get_sample(name, 3);"
         "e.decode_top_tokens(s, 0); e.print_sample_info(s); e.validate_output(name);"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "[]"
+    lines = done.stdout.splitlines()
+    assert lines[0] == lines[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -141,16 +122,10 @@ def test_rows_are_numbers_lists_and_ranges() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        [],
-        ["out", "--sample", "many"],
-        ["out", "--sample", "5-2"],
-        ["out", "--sample", "0-99999999"],
-        ["out", "--top", "0"],
-        ["out", "--max-samples", "-3"],
-        ["out", "--unknown"],
-    ],
-)
+    [[], *(["out", *words.split()] for words in (
+        "--sample many", "--sample 5-2", "--sample 0-99999999", "--top 0", "--max-samples -3",
+        "--unknown"))],
+)  # fmt: skip
 def test_a_bad_command_line_exits_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,7 +289,7 @@ def test_hostile_tokens_are_shown_and_never_act(show: Any, hostile: Conversation
     assert not find(browser, "#box *")
 
 
-def test_pointing_shows_a_token_and_tapping_keeps_it(
+def test_pointing_tapping_keys_and_links_show_a_token(
     show: Any, plain: list[ConversationAnalysis]
 ) -> None:
     browser = show(render_page(plain[:2]))
@@ -305,15 +305,32 @@ def test_pointing_shows_a_token_and_tapping_keeps_it(
     assert told(browser)
     point(browser, "#s1-t7", click=True)
     assert not told(browser)
-
-
-def test_keys_walk_through_the_tokens(show: Any, plain: list[ConversationAnalysis]) -> None:
-    browser = show(render_page(plain[:1]))
     expected = [explore.describe_token(token) for token in plain[0].tokens]
-    assert press(browser, ARROWS["right"]) == expected[0]
-    assert press(browser, ARROWS["right"], ARROWS["right"]) == expected[2]
+    browser.refresh()
+    assert press(browser, *[ARROWS["right"]] * 3) == expected[2]
     assert press(browser, *[ARROWS["left"]] * 5) == expected[0]
     assert not press(browser, ESCAPE)
+    page = browser.current_url
+    for place, said in (("#s0-t30", expected[30]), *((n, "") for n in ("#s9-t1", "#s0-t1]", "#"))):
+        browser.get("about:blank")
+        browser.get(page + place)
+        assert told(browser) == said
+
+
+def test_the_page_needs_no_script_and_runs_none_but_its_own(
+    browser: Any, plain: list[ConversationAnalysis], tmp_path: Path
+) -> None:
+    page, path = render_page(plain[:1]), tmp_path / "page.html"
+    explore.write_page(path, re.sub(r"<script>.*?</script>", "", page, flags=re.S))
+    browser.get(path.as_uri())
+    assert len(find(browser, ".tok")) == len(plain[0].tokens)
+    assert plain[0].tokens[4].text.strip() in find(browser, ".text")[0].text
+    explore.write_page(path, page.replace("</main>", "<script>hacked=1</script></main>"))
+    browser.get(path.as_uri())
+    assert browser.execute_script("return window.hacked") is None
+    assert any(
+        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
+    )
 
 
 CONTRAST = """
@@ -400,51 +417,3 @@ def test_a_token_that_wraps_leaves_no_coloured_stub(
     for text, widths in wrapped:
         assert not text.startswith(" ")
         assert all(width > 4 for width in widths), (text, widths)
-
-
-def test_a_link_leads_to_a_token(
-    browser: Any, plain: list[ConversationAnalysis], tmp_path: Path
-) -> None:
-    explore.write_page(tmp_path / "page.html", render_page(plain))
-    browser.get((tmp_path / "page.html").as_uri() + "#s2-t30")
-    assert told(browser) == explore.describe_token(plain[2].tokens[30])
-    for nowhere in ("#s9-t1", "#s0", "#s0-t1]", "#"):
-        browser.get((tmp_path / "page.html").as_uri() + nowhere)
-        assert browser.get_log("browser") == []
-
-
-def test_without_scripts_the_text_and_its_colours_are_there(
-    browser: Any, plain: list[ConversationAnalysis], tmp_path: Path
-) -> None:
-    page = re.sub(r"<script>.*?</script>", "", render_page(plain[:1]), flags=re.S)
-    explore.write_page(tmp_path / "page.html", page)
-    browser.get((tmp_path / "page.html").as_uri())
-    assert len(find(browser, ".tok")) == len(plain[0].tokens)
-    assert plain[0].tokens[4].text.strip() in find(browser, ".text")[0].text
-
-
-def test_a_script_that_is_not_ours_is_refused_by_the_page_itself(
-    browser: Any, plain: list[ConversationAnalysis], tmp_path: Path
-) -> None:
-    page = render_page(plain[:1]).replace("</main>", "<script>window.hacked=1</script></main>")
-    explore.write_page(tmp_path / "page.html", page)
-    browser.get((tmp_path / "page.html").as_uri())
-    assert browser.execute_script("return window.hacked") is None
-    assert any(
-        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
-    )
-
-
-def test_a_long_conversation_opens_quickly(show: Any) -> None:
-    rows = random_rows(1, settings=STORED, tokens=2, seed=1)
-    short = analysis_of(rows[0]).tokens
-    tokens = [explore.replace(short[i % len(short)], t=i, text=" word") for i in range(5_000)]
-    long = ConversationAnalysis(1, tokens, [(" word", t) for t in range(5_000)])
-    browser = show(render_page([long]))
-    ready = browser.execute_script(
-        "const it = performance.getEntriesByType('navigation')[0]; return it.domComplete"
-    )
-    print(f"5,000 tokens: complete after {ready:.0f} ms")
-    assert ready < 10_000
-    browser.execute_script("pin(document.getElementById('s0-t4000'))")
-    assert "token 4001:" in press(browser, ARROWS["right"])

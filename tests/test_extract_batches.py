@@ -85,10 +85,6 @@ def test_no_batch_but_the_last_has_room_for_the_next_row(
         assert any(full)
 
 
-def test_rows_of_equal_length_keep_the_order_of_the_source() -> None:
-    assert list(TokenBudgetBatchSampler([5, 9, 5, 9, 5], max_batch_size=2)) == [[1, 3], [0, 2], [4]]
-
-
 def test_thresholds_may_have_the_string_keys_of_json() -> None:
     lengths = [4000, 1025, *[1024] * 4, 513, *[512] * 9]
     for thresholds in ({512: 8, 1024: 4}, {"512": 8, "1024": 4}, {"1024": 4, "512": 8}):
@@ -96,34 +92,16 @@ def test_thresholds_may_have_the_string_keys_of_json() -> None:
         assert [len(batch) for batch in sampler] == [1, 1, 4, 4, 6]
 
 
-def test_a_row_above_the_token_budget_makes_a_batch_of_its_own() -> None:
-    assert list(TokenBudgetBatchSampler([50, 900, 40], max_batch_tokens=100)) == [[1], [0, 2]]
-
-
-def test_nothing_comes_of_nothing() -> None:
-    assert list(TokenBudgetBatchSampler([])) == []
-
-
-@pytest.mark.parametrize("budget", [4096, 16384])
-def test_little_of_a_batch_is_padding(budget: int) -> None:
-    lengths = log_normal_lengths()
-    sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=budget)
-    share = padding_share(lengths, sampler.batches)
-    shuffled = np.split(np.random.default_rng(0).permutation(len(lengths)), len(lengths) // 16)
-    print(f"padding at {budget} tokens {share:.2%}; in 16s at random "
-          f"{padding_share(lengths, shuffled):.0%}")  # fmt: skip
-    assert share < 0.01
-    assert padding_share(lengths, shuffled) > 0.5
-
-
-@pytest.mark.parametrize("budget", [4096, 8192, 16384, 32768, 65536, 131072])
-@pytest.mark.parametrize("count", [2000, extract_logits.WINDOW_ROWS, 20_000])
+@pytest.mark.parametrize("budget", [4096, 16384, 131072])
+@pytest.mark.parametrize("count", [2000, 20_000])
 def test_little_is_padding_however_few_conversations_fill_large_batches(
     count: int, budget: int
 ) -> None:
     lengths = log_normal_lengths(count)
     sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=budget)
     assert padding_share(lengths, sampler.batches) < 0.02
+    shuffled = np.split(np.random.default_rng(0).permutation(count), count // 16)
+    assert padding_share(lengths, shuffled) > 0.5  # in 16s at random
     assert lengths.sum() / len(sampler) > min(budget, 8192) / 2  # and batches stay large
 
 
@@ -153,15 +131,13 @@ def test_without_options_the_device_sets_the_token_budget() -> None:
 
 def test_options_replace_the_default_budget_and_hold_together() -> None:
     lengths = [100] * 100
-    assert len(plan_of(lengths, "--max-batch-tokens", "700")[0]) == 7
-    assert len(plan_of(lengths, "--max-batch-size", "3")[0]) == 3
-    assert len(plan_of(lengths, "--batch-thresholds", '{"99": 60, "100": 50}')[0]) == 50
-    assert (
-        len(plan_of(lengths, "--batch-thresholds", '{"100": 50}', "--max-batch-size", "9")[0]) == 9
-    )
-    assert len(
-        plan_of(lengths, "--batch-thresholds", '{"100": 50}', "--max-batch-tokens", "800")[0]
-    ) == 8  # fmt: skip
+    for flags, size in {
+        "--max-batch-tokens 700": 7, "--max-batch-size 3": 3,
+        '--batch-thresholds {"99":60,"100":50}': 50,
+        '--batch-thresholds {"100":50} --max-batch-size 9': 9,
+        '--batch-thresholds {"100":50} --max-batch-tokens 800': 8,
+    }.items():  # fmt: skip
+        assert len(plan_of(lengths, *flags.split())[0]) == size
 
 
 def find(limit: int, *, length: int = 1000, seconds: float = 0.0) -> tuple[int, list[int]]:
@@ -208,13 +184,11 @@ def test_a_failure_that_is_not_memory_ends_the_probe() -> None:
 @pytest.mark.parametrize(
     ("flags", "device", "probes"),
     [
-        ([], "cuda", 1),
-        ([], "cpu", 0),
-        (["--max-batch-tokens", "3000"], "cuda", 0),
+        ([], "cuda", 1), ([], "cpu", 0), (["--max-batch-tokens", "3000"], "cuda", 0),
         (["--batch-thresholds", '{"100": 50}'], "cuda", 0),
         (["--max-batch-size", "7"], "cuda", 0),
     ],
-)
+)  # fmt: skip
 def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
     flags: list[str], device: str, probes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,12 +203,9 @@ def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
     config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
     job = SimpleNamespace(config=config, schema=None, vocab_size=50, selection=[])
     teacher = SimpleNamespace(
-        device=torch.device(device),
-        vocab_size=50,
-        numerics={},
-        dtype=torch.float32,
+        device=torch.device(device), vocab_size=50, numerics={}, dtype=torch.float32,
         batch_tokens=None,
-    )
+    )  # fmt: skip
     monkeypatch.setattr(extract_logits, "load_teacher", lambda *_, **__: teacher)
     run = extract_logits.Extraction(job, extract_logits.Follower())
     window = extract_logits.Window([row(number, 1000) for number in range(100)])
@@ -256,17 +227,8 @@ def test_halves_hold_every_row_once_in_order(count: int) -> None:
     assert batch.padded_tokens == 4 * count
 
 
-def test_a_plan_of_a_million_rows_takes_seconds() -> None:
-    """0.5 s here; a sampler that looks at every row for every batch would take an hour."""
-    import time
-
-    lengths = log_normal_lengths(1_000_000)
-    start = time.process_time()
-    TokenBudgetBatchSampler(lengths, max_batch_tokens=16384)
-    assert time.process_time() - start < 20
-
-
 def test_conversations_of_one_length_keep_their_order_on_every_machine() -> None:
+    assert list(TokenBudgetBatchSampler([])) == []
     lengths = np.random.default_rng(3).integers(1, 4, 3000)
     order = [at for batch in TokenBudgetBatchSampler(lengths, max_batch_size=7) for at in batch]
     assert order == sorted(range(3000), key=lambda at: (-lengths[at], at))

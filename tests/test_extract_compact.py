@@ -60,8 +60,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("vocab", [2, 40, 64, 300, 5000])
-@pytest.mark.parametrize("min_p", [1 / 255, 0.01, 0.3, 0.5])
+@pytest.mark.parametrize("vocab", [2, 64, 5000])
+@pytest.mark.parametrize("min_p", [1 / 255, 0.01, 0.5])
 def test_a_row_holds_what_the_definition_says(shape: str, vocab: int, min_p: float) -> None:
     """By numpy from the words: ids with p >= T, and ceil(rest / T) points, sorted."""
     logits = SHAPES[shape](vocab).unsqueeze(0)

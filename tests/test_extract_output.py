@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from conftest import Extract, rows_of, run_script
 from loopback_hub import LoopbackHub
@@ -141,7 +140,7 @@ OLDER = "older"
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"{", b"[]", b"null", b'{"parts": {"number": 3}}', b"[" * 200_000, OLDER,
+    [None, b"{", b"null", b"[" * 200_000, OLDER,
      b'{"format_version": 1, "parts": {"number": [0, 1, 2]}, "skipped": [7]}',
      b'{"format_version": 1, "parts": {"number": ["x"], "ids": [null]}, "skipped": {}}'],
     ids=lambda content: str(content)[:24],
@@ -232,16 +231,6 @@ def test_other_settings_are_refused_with_their_differences(
     open_uploader(place, tmp_path / "elsewhere", **other).shutdown()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"[" * 200_000])
-def test_settings_that_cannot_be_read_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    place = Output(tmp_path / "out")
-    run_uploader(place, tmp_path / "cache", 10)
-    place.write("extraction_config.json", content)
-    with pytest.raises(ConfigError, match=r"extraction_config\.json") as refusal:
-        open_uploader(place, tmp_path / "cache")
-    assert "\n" not in str(refusal.value)
-
-
 def test_settings_that_are_not_those_of_the_parts_double_nothing(
     place: Output, tmp_path: Path
 ) -> None:
@@ -257,34 +246,28 @@ def test_settings_that_are_not_those_of_the_parts_double_nothing(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("rows_per_part", 0), ("rows_per_part", True), ("rows_per_part", 10**30), ("limit", "all"),
-     ("template_date", 5), ("numerics", [1]), ("model", 7)],
+    ("content", "says"),
+    [(b"", ""), (b"[1]", ""), (b"[" * 200_000, ""), ({"rows_per_part": 10**30}, "rows_per_part"),
+     ({"rows_per_part": True}, "rows_per_part"), ({"limit": "all"}, "limit"),
+     ({"numerics": [1]}, "numerics"), ({"options": {"limit": "4"}}, "limit as '4'"),
+     ({"options": {"model": 5}}, "model as 5"), ({"options": {"top_p": None}}, "top_p as None")],
+    ids=lambda value: str(value)[:24],
 )  # fmt: skip
-def test_settings_of_wrong_types_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
-    place = Output(tmp_path / "out")
-    run_uploader(place, tmp_path / "cache", 10)
-    settings = {**place.json("extraction_config.json"), name: value}
-    place.write("extraction_config.json", json.dumps(settings).encode())
-    with pytest.raises(ConfigError, match=f"damaged .{name} is .*remove it"):
-        open_uploader(place, tmp_path / "cache")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"limit": "4"}, "limit as '4'"), ({"model": 5}, "model as 5"),
-     ({"batch_thresholds": "x"}, "batch_thresholds as 'x'"), ({"top_p": None}, "top_p as None")],
-)  # fmt: skip
-def test_recorded_options_of_wrong_types_are_refused_by_name(
-    options: dict[str, Any], message: str, tmp_path: Path
+def test_settings_that_mean_nothing_are_refused_by_name(
+    content: Any, says: str, tmp_path: Path
 ) -> None:
     place = Output(tmp_path / "out")
     run_uploader(place, tmp_path / "cache", 10)
-    recorded = {"options": {"model": "m", "dataset": "d", **options}}
-    settings = {**place.json("extraction_config.json"), **recorded}
-    place.write("extraction_config.json", json.dumps(settings).encode())
-    with pytest.raises(ConfigError, match=message):
+    if isinstance(content, dict):
+        if "options" in content:
+            content = {"options": {"model": "m", "dataset": "d", **content["options"]}}
+        content = json.dumps({**place.json("extraction_config.json"), **content}).encode()
+    place.write("extraction_config.json", content)
+    with pytest.raises(ConfigError, match=r"extraction_config\.json| as ") as refusal:  # noqa: PT012
+        open_uploader(place, tmp_path / "cache").shutdown()
         extract_logits.parse_args(["--output", place.name, "--resume"])
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_no_code_of_strangers_runs_because_an_output_says_so(tmp_path: Path) -> None:
@@ -372,18 +355,11 @@ def test_two_writers_of_one_part_write_the_same(place: Output, tmp_path: Path) -
 
 
 FAULTS: list[dict[str, Any]] = [
-    {"status": 408},
-    {"status": 409},
-    {"status": 412},
-    {"status": 425},
+    *({"status": status} for status in (408, 409, 412, 425, 500)),
     {"status": 429, "headers": {"Retry-After": "0"}},
-    {"status": 500},
     {"status": 503, "after": True},
-    {"drop": "before"},
-    {"drop": "after"},
     {"drop": "body", "drop_after": 10},
-    {"drop": "before", "rst": True},
-    {"drop": "after", "rst": True},
+    *({"drop": when, "rst": rst} for when in ("before", "after") for rst in (False, True)),
 ]
 UPLOAD_REQUESTS = ("preupload/", "objects/batch", "PUT /_lfs", "objects/verify", "commit/")
 
@@ -404,23 +380,17 @@ def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(
     assert len(open_uploader(repo, tmp_path / "other").get_resume_info().parts) == 4
 
 
-def test_retry_after_is_waited_for(repo: Output, tmp_path: Path) -> None:
-    assert repo.hub
-    repo.hub.fault(COMMIT, status=429, headers={"Retry-After": "1"})
-    run_uploader(repo, tmp_path / "cache", 10)
-    first, second = (line["t"] for line in requests(repo.hub, COMMIT))
-    assert second - first >= 1
-
-
 @pytest.mark.parametrize(
-    "headers",
-    [{"Retry-After": "99999999"}, {"Retry-After": "Thu, 01 Jan 2099 00:00:00 GMT"},
-     {"RateLimit": '"api";r=0;t=99999999'}, {"Retry-After": "soon"}, {"Retry-After": "-5"}],
-    ids=lambda headers: str(*headers.values()),
+    ("headers", "least"),
+    [({"Retry-After": "7"}, 7), ({"Retry-After": "99999999"}, 0), ({"Retry-After": "soon"}, 0),
+     ({"Retry-After": "Thu, 01 Jan 2099 00:00:00 GMT"}, 0), ({"Retry-After": "-5"}, 0),
+     ({"RateLimit": '"api";r=0;t=99999999'}, 0)],
+    ids=str,
 )  # fmt: skip
-def test_no_answer_makes_a_run_wait_for_longer_than_minutes(
-    repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
-) -> None:
+def test_an_answer_makes_a_run_wait_as_long_as_it_says_but_minutes_at_most(
+    repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str],
+    least: int,
+) -> None:  # fmt: skip
     waited = [0.0]  # by a clock that jumps where somebody waits
     sleep, wait, clock = time.sleep, threading.Event.wait, time.monotonic
 
@@ -441,7 +411,7 @@ def test_no_answer_makes_a_run_wait_for_longer_than_minutes(
         repo.hub.fault(request_line, status=429, headers=headers)
     run_uploader(repo, tmp_path / "cache", 10)
     assert repo.rows() == stored(range(10))
-    assert 0 <= waited[0] < 3600
+    assert least <= waited[0] < 3600
 
 
 @pytest.mark.parametrize(
@@ -525,13 +495,6 @@ def test_a_backup_that_another_machine_has_redone_goes_away(repo: Output, tmp_pa
     assert not list(tmp_path.glob("cache/**/*.parquet"))
 
 
-def test_a_commit_whose_answer_is_lost_has_landed(repo: Output, tmp_path: Path) -> None:
-    assert repo.hub
-    repo.hub.fault(COMMIT, drop="after", count=2)
-    assert run_uploader(repo, tmp_path / "cache", 20)["rows"] == 20
-    assert repo.rows() == stored(range(20))
-
-
 def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(
     repo: Output, tmp_path: Path
 ) -> None:
@@ -589,10 +552,11 @@ def end_by_signal(seconds: float) -> None:
     threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
 
-@pytest.mark.parametrize("by", ["deadline", "signal"])
 @pytest.mark.parametrize(
-    "request_line", ["GET /api/(datasets|whoami)", "preupload/", "PUT /_lfs", "commit/"]
-)
+    ("request_line", "by"),
+    [("GET /api/(datasets|whoami)", "deadline"), ("preupload/", "signal"),
+     ("PUT /_lfs", "deadline"), ("commit/", "signal")],
+)  # fmt: skip
 def test_a_hub_that_never_answers_holds_no_run_beyond_its_deadline_or_a_signal(
     request_line: str, by: str, hub: LoopbackHub, extract: Extract, write_chats: Write,
     repo: Output, monkeypatch: pytest.MonkeyPatch,
@@ -628,7 +592,7 @@ def test_a_process_ends_though_threads_of_the_client_wait_for_an_answer(
     assert done.code in (4, 75), done.stderr
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{}", "null", "<html>sign in</html>", '"x"'])
+@pytest.mark.parametrize("text", ["[1, 2]", "<html>sign in</html>"])
 @pytest.mark.parametrize(
     "request_line", ["GET .*/tree/", f"GET /api/datasets/{REPO}", "preupload/", "commit/", "whoami"]
 )
@@ -723,7 +687,7 @@ def test_a_person_may_edit_the_card_while_the_run_goes_on(place: Output, tmp_pat
     assert card.count("## Columns") == 1
 
 
-@pytest.mark.parametrize("before", ["Hello.\n", "---\ntags: [\n---\nHello.\n", "<!-- mine -->\n"])
+@pytest.mark.parametrize("before", ["<!-- mine -->\n", "---\ntags: [\n---\nHello.\n"])
 def test_a_card_that_was_there_before_is_kept(place: Output, tmp_path: Path, before: str) -> None:
     if place.hub:
         place.hub.store.create("dataset", REPO, private=False)
@@ -782,11 +746,3 @@ def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
     )
     printed = run_python(f"{snippet[1]}\n{more}", repo.hub, tmp_path).splitlines()
     assert printed[-2:] == ["0 True", f"['train'] {list(range(20))} {SCHEMA.names}"]
-
-
-def test_a_table_of_rows_may_come_in_chunks(place: Output, tmp_path: Path) -> None:
-    uploader = open_uploader(place, tmp_path / "cache")
-    uploader.begin_part(0, range(10))
-    uploader.add_sample(pa.concat_tables([make_rows([n]) for n in range(9, -1, -1)]))
-    finish(uploader)
-    assert place.parts() == {0: list(range(10))}

@@ -58,8 +58,9 @@ def test_part_p_holds_the_pth_slice_of_the_selection_in_its_order(
     assert done.summary["shards"] == 5
 
 
-@pytest.mark.parametrize("options", [{}, {"random_sample": True, "seed": 5}])
-@pytest.mark.parametrize("limits", [(10, 17), (8, 13)])
+@pytest.mark.parametrize(
+    ("options", "limits"), [({}, (10, 17)), ({"random_sample": True, "seed": 5}, (8, 13))]
+)
 def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(
     extract: Extract, write_chats: Write, folder: Output, limits: tuple[int, int],
     options: dict[str, Any],
@@ -187,7 +188,8 @@ def test_rows_come_back_as_they_were_added_in_the_order_of_the_selection(
     uploader = open_uploader(folder, tmp_path / "cache")
     ids = [12, 3, 900, -4, 7]
     assert uploader.begin_part(0, ids) == ids
-    for index in (7, 3, -4, 12, 900):
+    uploader.add_sample(pa.concat_tables([make_rows([index]) for index in (7, 3, -4)]))  # chunks
+    for index in (12, 900):
         uploader.add_sample(make_rows([index]))
     finish(uploader)
     assert folder.parts() == {0: ids}
@@ -250,17 +252,6 @@ def test_row_groups_are_small_and_pages_are_indexed_so_that_one_row_is_cheap_to_
     assert pq.read_metadata(tmp_path / "out/data/part-00000.parquet").num_row_groups <= 2
 
 
-def test_only_floating_point_numbers_are_split_into_byte_streams(
-    folder: Output, tmp_path: Path
-) -> None:
-    """Readers such as DuckDB before 2.0 know no other."""
-    run_uploader(folder, tmp_path / "cache", 10)
-    group = pq.ParquetFile(tmp_path / "out/data/part-00000.parquet").metadata.row_group(0)
-    columns = [group.column(number) for number in range(group.num_columns)]
-    split = [column for column in columns if "BYTE_STREAM_SPLIT" in column.encodings]
-    assert {column.physical_type for column in split} == {"FLOAT", "DOUBLE"}
-
-
 # Rows on their way --------------------------------------------------------------------------------
 
 
@@ -314,15 +305,6 @@ def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(
     assert place.rows() == stored(place.ids())
     assert place.record(0)["skipped"] == dict.fromkeys("258", "unusable_logits")
     assert cached(tmp_path) == []
-
-
-def test_shutdown_keeps_the_rows_of_parts_under_way(folder: Output, tmp_path: Path) -> None:
-    uploader = open_uploader(folder, tmp_path / "cache")
-    for number in range(2):
-        uploader.begin_part(number, range(10 * number, 10 * number + 10))
-    uploader.add_sample(make_rows([3, 14, 15]))
-    uploader.shutdown()
-    assert cached(tmp_path) == ["pending/pending-00000.parquet", "pending/pending-00001.parquet"]
 
 
 def test_parts_that_closed_but_were_not_delivered_are_delivered_by_the_next_run(
@@ -420,8 +402,8 @@ def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(
     whole = path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     chance = random.Random(5)
-    damaged = [whole[:-100], whole[: len(whole) // 2], b"", b"PAR1" * 3]
-    for place in sorted(chance.sample(range(4, footer), 12)):
+    damaged = [whole[:-100], b"", b"PAR1" * 3]
+    for place in sorted(chance.sample(range(4, footer), 5)):
         damaged.append(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
     for number, content in enumerate(damaged):
         path.write_bytes(content)

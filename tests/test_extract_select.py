@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -353,24 +350,3 @@ def test_a_conversation_is_encoded_or_says_why_not(
     made = RowEncoder(Conversation(ids), limit).encode({}, 9)  # type: ignore[arg-type]
     assert made.index == 9
     assert (made.reason if isinstance(made, SkippedRow) else None) == reason
-
-
-def test_lengths_before_and_ids_of_a_run_agree(
-    extract: Any, write_chats: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The whole way: a run by lengths, by a stream and by neither stores the same rows."""
-    caplog.set_level(logging.WARNING)
-    answers = ["z" * (5 + n % 7) for n in range(9)]
-    chats = [
-        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": a}]}
-        for a in answers
-    ]
-    write_chats([*chats, {"messages": []}])
-    counts = [
-        extract(output=name, cache_dir=f"cache-{name}", **options).summary
-        for name, options in {"./plain": {}, "./stream": {"streaming": True}}.items()
-    ]
-    kept = [{k: c[k] for k in ("rows", "tokens", "skipped")} for c in counts]
-    assert kept[0] == kept[1]
-    assert kept[0]["skipped"] == {"empty": 1}
-    assert json.dumps(kept[0])

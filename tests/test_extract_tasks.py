@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHATS, ROOT, TEACHER, Extract, Finished, rows_of, run_script
+from conftest import CHATS, ROOT, TEACHER, Finished, run_script
 from outputs import Output
 
 from explore_logits import dequantize_logits
@@ -29,19 +29,6 @@ TIME = {"time": "02:00:00", "partition": "gpu"}
 
 
 # Workers ------------------------------------------------------------------------------------------
-
-
-def test_each_worker_takes_the_parts_of_its_number(extract: Extract, write_chats: Any) -> None:
-    write_chats(rows_of(22))
-    job = {"upload_every": 3, "max_batch_size": 1, "resume": True}
-    assert extract(**job, output="./alone").code == 0
-    for rank in range(3):
-        before = set(Output("out").part_paths()) if rank else set()
-        done = extract(**job, rank=rank, world_size=3)
-        assert done.code == 0, done.stderr
-        new = set(Output("out").part_paths()) - before
-        assert new == {number for number in range(8) if number % 3 == rank}
-    assert Output("out").hashes() == Output("alone").hashes()
 
 
 @pytest.mark.parametrize(
@@ -113,13 +100,20 @@ def test_every_process_of_nested_launchers_is_another_worker(launcher: str) -> N
     assert sorted(found) == [(rank, len(environments)) for rank in range(len(environments))]
 
 
-def test_processes_of_one_teacher_are_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_win_over_the_launcher_and_one_teacher_or_submitter_is_one_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, value in {**next(sky(3)), **list(torchrun(1, 2))[1], "SKYPILOT_NODE_RANK": 2}.items():
         monkeypatch.setenv(name, str(value))
-    config = parse_args(REQUIRED)
-    assert (config.rank, config.world_size) == (5, 6)
-    config = parse_args([*REQUIRED, "--tensor-parallel"])
-    assert (config.rank, config.world_size) == (2, 3)
+    for options, wanted in (
+        ([], (5, 6)), (["--tensor-parallel"], (2, 3)), (SLURM, (None, None)),
+        (["--rank", "0", "--world-size", "2"], (0, 2)),
+    ):  # fmt: skip
+        config = parse_args([*REQUIRED, *options])
+        assert (config.rank, config.world_size) == wanted
+    assert launched_as({}) == launched_as({"RANK": "1"}) == (None, None)
+    with pytest.raises(ConfigError, match="--rank and --world-size"):
+        launched_as({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "3"})
 
 
 # Tasks --------------------------------------------------------------------------------------------
@@ -250,14 +244,6 @@ def test_options_that_an_executor_does_not_have_or_lacks_are_named(
 def test_options_that_contradict_each_other_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_args([*REQUIRED, *options])
-
-
-def test_a_launcher_around_the_one_that_submits_does_not_make_it_a_worker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-    assert parse_args([*REQUIRED, *SLURM]).rank is None
 
 
 def test_an_output_with_parts_of_another_job_needs_resume(tmp_path: Path) -> None:

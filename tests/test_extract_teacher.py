@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 import transformers
 from architectures import (
     FAMILIES,
-    LENGTHS,
     VISION,
     Row,
     conversations,
@@ -394,60 +393,45 @@ def test_the_numerics_are_json_and_the_log_says_them(
     assert "in float32, attention sdpa, head chunked in float32; padded: padded on" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
-def test_a_folder_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(TeacherError, match=f"^--model {name}: no such folder$"):
-        load_teacher(configure(name))
-
-
-def test_a_hub_model_out_of_reach_is_one_line_with_a_remedy(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "^--model ./nowhere: no such folder$"),
+        ("~/nowhere-at-all", "^--model ~/nowhere-at-all: no such folder$"),
+        ("no name of a model/at all/of the Hub", "cannot be loaded"),
+        ("a-user/no-model", "^--model a-user/no-model cannot be loaded: .*check --model and --rev"),
+        ("{}", "model_type"),  # from here on the config.json of a folder
+        ('{"model_type": "from-the-future"}', "from-the-future"),
+        ('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}',
+         "give --trust-remote-code"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_loaded_is_one_line(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(TeacherError, match="check --model and --revision") as caught:
-        load_teacher(configure("no-such-user/no-such-model"))
-    assert str(caught.value).startswith("--model no-such-user/no-such-model cannot be loaded: ")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(TeacherError, match="cannot be loaded"):
-        load_teacher(configure("no name of a model/at all/of the Hub"))
-
-
-def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="cannot be loaded") as caught:
-        load_teacher(configure(tmp_path))
+    if name.startswith("{"):
+        (tmp_path / "config.json").write_text(name)
+        (tmp_path / "own.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(TeacherError, match=message) as caught:
+        load_teacher(configure(tmp_path if name.startswith("{") else name))
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_architecture_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "from-the-future"}')
-    with pytest.raises(TeacherError, match="from-the-future") as caught:
-        load_teacher(configure(tmp_path))
-    assert "\n" not in str(caught.value)
-
-
-def test_code_from_the_hub_is_run_only_when_asked(tmp_path: Path) -> None:
-    settings = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    (tmp_path / "own.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(TeacherError, match="give --trust-remote-code"):
-        load_teacher(configure(tmp_path))
-
-
-def test_attention_that_is_not_installed_is_refused_with_the_remedy(saved_model: Path) -> None:
-    with contextlib.suppress(ImportError):
-        import flash_attn  # noqa: F401
-
+@pytest.mark.parametrize("attention", ["flash_attention_2", "nonsense"])
+def test_attention_that_is_not_installed_is_refused_with_the_remedy(
+    saved_model: Path, attention: str
+) -> None:
+    if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash-attn is installed here")
     with pytest.raises(TeacherError, match="leave --attn at auto"):
-        load_teacher(configure(saved_model, attn="flash_attention_2"))
-    with pytest.raises(TeacherError, match="leave --attn at auto"):
-        load_teacher(configure(saved_model, attn="nonsense"))
+        load_teacher(configure(saved_model, attn=attention))
 
 
 def test_a_length_beyond_the_models_positions_is_refused(saved_model: Path) -> None:
     with pytest.raises(TeacherError, match="--max-seq-len 257 is beyond the 256 positions"):
         load_teacher(configure(saved_model, max_seq_len=257))
-    load_teacher(configure(saved_model, max_seq_len=256))
+    assert load_teacher(configure(saved_model, max_seq_len=256)).max_seq_len == 256
 
 
 @pytest.mark.parametrize(
@@ -505,15 +489,3 @@ def test_the_table_in_the_documentation_is_that_of_this_code() -> None:
     if f"transformers {transformers.__version__}, November" in page.read_text():
         rows = {family: measured(family) for family in documented}
         assert documented == {name: [row.layout, row.attention] for name, row in rows.items()}
-
-
-def test_a_process_alone_agrees_with_itself() -> None:
-    """Several are tried in tests/test_extract_tasks.py."""
-    assert [extract_logits.agree(flag) for flag in (True, False)] == [True, False]
-    extract_logits.leave_group()
-
-
-def test_lengths_of_the_comparison_cover_one_token_and_windows() -> None:
-    """The table's conversations must cross the tiny windows of 16 and include a shortest one."""
-    assert min(LENGTHS) == 2
-    assert max(LENGTHS) > 32

@@ -149,6 +149,10 @@ class World:
         usual = {"model": TEACHER, "dataset": CHATS, "output_dir": "lengths", "num_proc": 1}
         return [*words, *name_options({**usual, **options})]
 
+    def start(self, script: str, **options: Any) -> list[object]:
+        """Return options of one of the two."""
+        return (self.extract if script == EXTRACT else self.lengths)(**options)
+
     def close(self) -> None:
         """End the Hub."""
         if "hub" in self.__dict__:
@@ -237,6 +241,11 @@ def attack(name: str, script: str, **how: Any) -> Callable[[Callable[[World], Wo
     return lambda prepare: add(name, script, prepare, **how)
 
 
+def maker(prepare: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """Let a function of a world be called with everything else, to be given the world later."""
+    return lambda *args, **how: lambda *world: prepare(*world, *args, **how)
+
+
 def is_running(process: subprocess.Popen[bytes]) -> bool:
     """Tell whether a process runs; its end is left to who measures it, unlike by `poll`."""
     with contextlib.suppress(ChildProcessError):
@@ -283,18 +292,15 @@ NONSENSE = {
 }
 
 
+@maker
 def into_new(
-    request: str, *, there: bool = False, deadline: float | None = None, **fault: Any
-) -> Callable[[World], Words]:
-    """Return how to extract into a Hub on which a request meets a fault."""
-
-    def prepare(world: World) -> Words:
-        if there:
-            world.hub.store.create("dataset", REPO, private=False)
-        world.fault(request, **fault)
-        return world.extract(output=REPO, max_runtime_minutes=deadline)
-
-    return prepare
+    world: World, request: str, *, there: bool = False, deadline: float | None = None, **fault: Any
+) -> Words:
+    """Extract into a Hub on which a request meets a fault."""
+    if there:
+        world.hub.store.create("dataset", REPO, private=False)
+    world.fault(request, **fault)
+    return world.extract(output=REPO, max_runtime_minutes=deadline)
 
 
 for step, line in OUTPUT_REQUESTS.items():
@@ -400,9 +406,8 @@ for kind, template in TEMPLATES.items():
     exits = (2, 143) if kind == "loops for ever" else (2,)
     for script in (EXTRACT, LENGTHS):
         add(f"a template: {kind}", script,
-            lambda world, script=script, template=template: (
-                world.extract if script == EXTRACT else world.lengths
-            )(model=world.teacher(template + OWN)),
+            lambda world, script=script, template=template: world.start(
+                script, model=world.teacher(template + OWN)),
             exits=exits)  # fmt: skip
 
 
@@ -421,9 +426,8 @@ def long_chat(count: int) -> dict[str, Any]:
 
 for script in (EXTRACT, LENGTHS):
     add("a conversation of 100,000 messages", script,
-        lambda world, script=script: (
-            world.extract if script == EXTRACT else world.lengths
-        )(dataset=world.chats(long_chat(100_000), long_chat(2))),
+        lambda world, script=script: world.start(
+            script, dataset=world.chats(long_chat(100_000), long_chat(2))),
         exits=(0,), check=lambda world: setattr(world, "rows", {1}) or "")  # fmt: skip
 
 
@@ -454,18 +458,14 @@ SOURCES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-def of_source(script: str, rows: list[Any], options: Mapping[str, Any]) -> Callable[..., Words]:
-    """Return how to run over rows."""
-
-    def prepare(world: World) -> Words:
-        world.rows = None
-        words = world.extract if script == EXTRACT else world.lengths
-        dataset = world.chats(*rows)
-        if options.get("dataset") == "latin":
-            dataset = world.write("latin.jsonl", json.dumps(CHAT).encode() + b'\n{"a": "\xe9"}\n')
-        return words(**{**options, "dataset": dataset})
-
-    return prepare
+@maker
+def of_source(world: World, script: str, rows: list[Any], options: Mapping[str, Any]) -> Words:
+    """Run over rows."""
+    world.rows = None
+    dataset = world.chats(*rows)
+    if options.get("dataset") == "latin":
+        dataset = world.write("latin.jsonl", json.dumps(CHAT).encode() + b'\n{"a": "\xe9"}\n')
+    return world.start(script, **{**options, "dataset": dataset})
 
 
 for kind, (rows, options, exits) in SOURCES.items():
@@ -516,33 +516,24 @@ for name in NAMES:
     add(f"--output {shown}", EXTRACT,
         lambda world, name=name: world.hub and world.extract(output=name),
         short=name == "user/..")  # fmt: skip
-    add(
-        f"--model {shown}",
-        EXTRACT,
-        lambda world, name=name: world.hub and world.extract(model=name),
-    )
+    add(f"--model {shown}", EXTRACT,
+        lambda world, name=name: world.hub and world.extract(model=name))  # fmt: skip
     add(f"--dataset {shown}", LENGTHS,
         lambda world, name=name: world.hub and world.lengths(dataset=name))  # fmt: skip
     add(f"OUTPUT {shown}", EXPLORE, lambda world, name=name: world.hub and [name])
 
-HUGE = {
-    "--limit": (10**30, (0, 2)),
-    "--upload-every": (10**30, (0, 2)),
-    "--start-offset": (10**30, (2,)),
-    "--sampled-n": (10**30, (2,)),
-    "--max-seq-len": (10**30, (0, 2)),
-    "--max-batch-tokens": (10**30, (0, 2)),
-    "--seed": (10**30, (2,)),
-    "--world-size": ("9" * 5000, (2,)),
-    "--max-runtime-minutes": ("1e308", (0, 2)),
-    "--upload-size-mb": ("1e308", (0, 2)),
-    "--plan-tokens": ("1e308", (0, 2)),
+HUGE: dict[str, tuple[object, tuple[int, ...]]] = {
+    **{f"--{name}": (10**30, (0, 2)) for name in ("limit", "upload-every")},
+    "--start-offset": (10**30, (2,)), "--sampled-n": (10**30, (2,)),
+    "--max-seq-len": (10**30, (0, 2)), "--max-batch-tokens": (10**30, (0, 2)),
+    "--seed": (10**30, (2,)), "--world-size": ("9" * 5000, (2,)),
+    **{f"--{name}": ("1e308", (0, 2))
+       for name in ("max-runtime-minutes", "upload-size-mb", "plan-tokens")},
     "--template-kwargs": ("[" * 100_000, (2,)),
     "--batch-thresholds": ('{"' + "9" * 5000 + '": 1}', (2,)),
     "--sample-subject": ('{"a": ' * 5000 + "1" + "}" * 5000, (2,)),
-    "--device": (f"cuda:{10**30}", (2,)),
-    "--chat-template": ("/dev/zero", (2,)),
-}
+    "--device": (f"cuda:{10**30}", (2,)), "--chat-template": ("/dev/zero", (2,)),
+}  # fmt: skip
 for option_name, (value, exits) in HUGE.items():
     more = ["--rank", 0] if option_name == "--world-size" else []
     more = ["--plan"] if option_name == "--plan-tokens" else more
@@ -572,30 +563,24 @@ CHECKPOINTS: dict[str, bytes | int] = {
 }
 
 
-def with_file(path: str, content: bytes | int) -> Callable[[World], Words]:
-    """Return how to continue an output in which a file is another; an int: a hole of that size."""
-
-    def prepare(world: World) -> Words:
-        place = world.output() / path
-        place.unlink(missing_ok=True)
-        with place.open("wb") as file:
-            file.write(content) if isinstance(content, bytes) else file.truncate(content)
-        return world.resume()
-
-    return prepare
+@maker
+def with_file(world: World, path: str, content: bytes | int) -> Words:
+    """Continue an output in which a file is another; an int: a hole of that size."""
+    place = world.output() / path
+    place.unlink(missing_ok=True)
+    with place.open("wb") as file:
+        file.write(content) if isinstance(content, bytes) else file.truncate(content)
+    return world.resume()
 
 
-def spoil(path: str, section: str, name: str, value: Any) -> Callable[[World], Words]:
-    """Return how to continue an output of which a JSON file says something else."""
-
-    def prepare(world: World) -> Words:
-        place = world.output() / path
-        content = json.loads(place.read_text())
-        (content[section] if section else content)[name] = value
-        place.write_text(json.dumps(content))
-        return world.resume()
-
-    return prepare
+@maker
+def spoil(world: World, path: str, section: str, name: str, value: Any) -> Words:
+    """Continue an output of which a JSON file says something else."""
+    place = world.output() / path
+    content = json.loads(place.read_text())
+    (content[section] if section else content)[name] = value
+    place.write_text(json.dumps(content))
+    return world.resume()
 
 
 for kind, content in CHECKPOINTS.items():
@@ -607,11 +592,9 @@ for kind, content in CHECKPOINTS.items():
                 with_file("checkpoint.json", content)(world) and ["out", "--validate"]),
             exits=(0, 3, 1, 2))  # fmt: skip
 for column, value in {
-    "rows": [float("nan"), float("inf")],
-    "mass": [float("nan"), "x"],
-    "ids": [None, DEEP],
+    "rows": [float("nan"), float("inf")], "mass": [float("nan"), "x"], "ids": [None, DEEP],
     "bytes": [-1, True],
-}.items():
+}.items():  # fmt: skip
     add(f"a checkpoint whose {column} is absurd", EXTRACT,
         spoil("checkpoint.json", "parts", column, value), exits=(0,))  # fmt: skip
 
@@ -664,44 +647,35 @@ CARDS: dict[str, bytes | int] = {
 }  # fmt: skip
 
 
-def with_card(content: bytes | int) -> Callable[[World], Words]:
-    """Return how to raise the limit of an output that has another card."""
-
-    def prepare(world: World) -> Words:
-        words = with_file("README.md", content)(world)
-        world.rows = set(range(5))
-        return [*words, "--limit", 5]
-
-    return prepare
+@maker
+def with_card(world: World, content: bytes | int) -> Words:
+    """Raise the limit of an output that has another card."""
+    words = with_file("README.md", content)(world)
+    world.rows = set(range(5))
+    return [*words, "--limit", 5]
 
 
 for kind, content in CARDS.items():
     add(f"a card: {kind}", EXTRACT, with_card(content), exits=(0, 4) if kind == "3 GB" else (0,))
 
 
-def without_checkpoint(change: Callable[[bytes], bytes]) -> Callable[[World], Words]:
-    """Return how to continue an output without a checkpoint and with a part that is another."""
-
-    def prepare(world: World) -> Words:
-        (world.output() / "checkpoint.json").unlink()
-        path = world.folder / "out" / "data" / "part-00000.parquet"
-        path.write_bytes(change(path.read_bytes()))
-        return world.resume()
-
-    return prepare
+@maker
+def without_checkpoint(world: World, change: Callable[[bytes], bytes]) -> Words:
+    """Continue an output without a checkpoint and with a part that is another."""
+    (world.output() / "checkpoint.json").unlink()
+    path = world.folder / "out" / "data" / "part-00000.parquet"
+    path.write_bytes(change(path.read_bytes()))
+    return world.resume()
 
 
-def with_metadata(value: bytes) -> Callable[[bytes], bytes]:
-    """Return how to give a part other words about itself."""
-
-    def change(data: bytes) -> bytes:
-        table = pq.read_table(pa.BufferReader(data))
-        metadata = {**table.schema.metadata, b"logits.part": value}
-        sink = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata(metadata), sink)
-        return bytes(sink.getvalue())
-
-    return change
+@maker
+def with_metadata(data: bytes, value: bytes) -> bytes:
+    """Give a part other words about itself."""
+    table = pq.read_table(pa.BufferReader(data))
+    metadata = {**table.schema.metadata, b"logits.part": value}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), sink)
+    return bytes(sink.getvalue())
 
 
 FOOTERS: dict[str, Callable[[bytes], bytes]] = {
@@ -743,23 +717,19 @@ for flag in ("--stats", "--validate", "--sample=0"):
 # What the cache holds
 
 
-def with_cache(change: Callable[[Path], None], *, ends: str = "backup") -> Callable[[World], Words]:
-    """Return how to continue a job of which a part waits in the cache, changed by hand."""
-
-    def prepare(world: World) -> Words:
-        world.output()
-        world.held = {2, 3}
-        out = world.folder / "out"
-        cache = world.folder / "cache" / extract_logits.cache_key(str(out))
-        (cache / "pending").mkdir(parents=True)
-        name = {"backup": "backup_part", "part": "part", "pending": "pending/pending"}[ends]
-        path = cache / f"{name}-00000.parquet"
-        shutil.move(out / "data" / "part-00000.parquet", path)
-        extract_logits.digest_path(path).write_text(extract_logits.digest_file(path))
-        change(path)
-        return world.resume()
-
-    return prepare
+@maker
+def with_cache(world: World, change: Callable[[Path], None], *, ends: str = "backup") -> Words:
+    """Continue a job of which a part waits in the cache, changed by hand."""
+    out = world.output()
+    world.held = {2, 3}
+    cache = world.folder / "cache" / extract_logits.cache_key(str(out))
+    (cache / "pending").mkdir(parents=True)
+    name = {"backup": "backup_part", "part": "part", "pending": "pending/pending"}[ends]
+    path = cache / f"{name}-00000.parquet"
+    shutil.move(out / "data" / "part-00000.parquet", path)
+    extract_logits.digest_path(path).write_text(extract_logits.digest_file(path))
+    change(path)
+    return world.resume()
 
 
 def damage_pages(path: Path) -> None:
@@ -770,12 +740,15 @@ def damage_pages(path: Path) -> None:
     path.write_bytes(data)
 
 
-def replace_by(content: bytes) -> Callable[[Path], None]:
-    return lambda path: (path.write_bytes(content), None)[1]
+@maker
+def replace_by(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
-def link_to(target: str) -> Callable[[Path], None]:
-    return lambda path: (path.unlink(), path.symlink_to(target))[1]
+@maker
+def link_to(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
 
 
 CACHE_FAULTS: dict[str, Callable[[Path], None]] = {
@@ -820,16 +793,13 @@ def _(world: World) -> Words:
     return world.extract(dataset=world.chats(*[CHAT] * 6000), limit=6000, upload_every=50)
 
 
-def remove_during(name: str, sign: str) -> Callable[[World, subprocess.Popen[bytes]], None]:
-    """Return how to remove a folder again and again, once there is a sign of work."""
-
-    def act(world: World, process: subprocess.Popen[bytes]) -> None:
-        wait_for(lambda: next(world.folder.glob(sign), None), process)
-        while is_running(process):
-            shutil.rmtree(world.folder / name, ignore_errors=True)
-            time.sleep(0.1)
-
-    return act
+@maker
+def remove_during(world: World, process: subprocess.Popen[bytes], name: str, sign: str) -> None:
+    """Remove a folder again and again, once there is a sign of work."""
+    wait_for(lambda: next(world.folder.glob(sign), None), process)
+    while is_running(process):
+        shutil.rmtree(world.folder / name, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def many_parts(world: World) -> Words:
@@ -844,15 +814,8 @@ for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*"), ("cache"
         exits=(0, 2, 4), during=remove_during(name, sign))  # fmt: skip
 
 for option_name in ("output", "cache_dir"):
-    for place in (
-        "/proc/here",
-        "/dev/null/here",
-        "/dev/full",
-        "ring/here",
-        "a" * 300,
-        "./\udcff",
-        "~nobody-has-this/x",
-    ):
+    for place in ("/proc/here", "/dev/null/here", "/dev/full", "ring/here", "a" * 300, "./\udcff",
+                  "~nobody-has-this/x"):  # fmt: skip
         shown = place.encode("ascii", "backslashreplace").decode()[:16]
         add(f"--{option_name} {shown}", EXTRACT,
             lambda world, o=option_name, place=place: (
@@ -868,20 +831,20 @@ def _(world: World) -> Words:
     return world.extract(streaming=True)
 
 
+NO_THREADS = """import threading
+left, start = [{}], threading.Thread.start
+def refuse(self):
+    if not left[0]:
+        raise RuntimeError("can't start new thread")
+    left[0] -= 1
+    start(self)
+threading.Thread.start = refuse
+"""
+
+
 def no_threads(world: World, *, after: int) -> Words:
     """Let the start of a thread fail, as with too low a limit of processes."""
-    code = (
-        "import threading\n"
-        f"left = [{after}]\n"
-        "start = threading.Thread.start\n"
-        "def refuse(self):\n"
-        "    if not left[0]:\n"
-        '        raise RuntimeError("can\'t start new thread")\n'
-        "    left[0] -= 1\n"
-        "    start(self)\n"
-        "threading.Thread.start = refuse\n"
-    )
-    world.write("site/sitecustomize.py", code)
+    world.write("site/sitecustomize.py", NO_THREADS.format(after))
     world.env["PYTHONPATH"] = str(world.folder / "site")
     return world.extract(output="./out")
 
@@ -905,18 +868,15 @@ def gzip_bomb(size: int) -> bytes:
     return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + block * (size // BLOCK)
 
 
+@maker
 def published(
-    script: str, request: str, *, deadline: float = 0.6, **fault: Any
-) -> Callable[[World], Words]:
-    """Return how to read or continue an output on a Hub on which a request meets a fault."""
-
-    def prepare(world: World) -> Words:
-        world.publish(world.output())
-        world.fault(request, **fault)
-        words = world.resume(output=REPO, max_runtime_minutes=deadline)
-        return words if script == EXTRACT else [REPO]
-
-    return prepare
+    world: World, script: str, request: str, *, deadline: float = 0.6, **fault: Any
+) -> Words:
+    """Read or continue an output on a Hub on which a request meets a fault."""
+    world.publish(world.output())
+    world.fault(request, **fault)
+    words = world.resume(output=REPO, max_runtime_minutes=deadline)
+    return words if script == EXTRACT else [REPO]
 
 
 GZIP = {"text": gzip_bomb(2 * 2**30), "headers": {"Content-Encoding": "gzip"}}
@@ -962,15 +922,12 @@ for step in ("create", "preupload", "LFS batch", "LFS upload", "commit"):
         exits=(4, 75), resumes=step == "commit")  # fmt: skip
 
 
-def with_token(ending: str, script: str) -> Callable[[World], Words]:
-    """Return how to meet a Hub with a token that goes on strangely."""
-
-    def prepare(world: World) -> Words:
-        world.hub.tokens = {}
-        world.env["HF_TOKEN"] = TOKEN + ending
-        return world.extract(output=REPO) if script == EXTRACT else [REPO]
-
-    return prepare
+@maker
+def with_token(world: World, ending: str, script: str) -> Words:
+    """Meet a Hub with a token that goes on strangely."""
+    world.hub.tokens = {}
+    world.env["HF_TOKEN"] = TOKEN + ending
+    return world.extract(output=REPO) if script == EXTRACT else [REPO]
 
 
 ENDINGS = {"a line's end": "\nX", "an umlaut": "äX", "an escape code": "\x1b[31m"}
@@ -990,10 +947,8 @@ def _(world: World) -> Words:
 @attack("a proxy with a password is not there", EXTRACT, exits=(4, 75))
 def _(world: World) -> Words:
     world.env["HF_HUB_OFFLINE"] = "0"
-    world.env |= {
-        "HTTPS_PROXY": f"http://me:{TOKEN}@127.0.0.1:9",
-        "HF_ENDPOINT": "https://hub.test",
-    }
+    proxy = f"http://me:{TOKEN}@127.0.0.1:9"
+    world.env |= {"HTTPS_PROXY": proxy, "HF_ENDPOINT": "https://hub.test"}
     return world.extract(output=REPO, max_runtime_minutes=0.3)
 
 

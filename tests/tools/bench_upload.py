@@ -1,6 +1,6 @@
 """How much longer a run takes when every request to the Hub takes 200 ms.
 
-    python tests/bench_upload.py        # ends in one line of JSON
+    python tests/tools/bench_upload.py        # ends in one line of JSON
 
 The same run into a loopback Hub, without latency and with it, in turn; each a process of its own
 that has its imports done. Reported: the best time of each; the part of it that the run waits for
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from chaos import ROOT, ask_hub, import_and_shorten_waits, serve_hub
+from chaos import ROOT, ask_hub, import_and_shorten_waits, loopback_environment, serve_hub
 from forked import Child
 
 TEACHER = ROOT / "tests/teacher/model"
@@ -86,12 +86,7 @@ def main() -> int:
     copy_conversations(folder / "chats.jsonl", options.copies)
     times: dict[str, list[dict[str, float]]] = {"none": [], "latency": []}
     with serve_hub(folder / "hub") as endpoint:
-        os.environ |= {
-            "HF_ENDPOINT": endpoint,
-            "HF_TOKEN": "hf_loopback",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(folder / "home"),
-        }
+        os.environ |= loopback_environment(folder, endpoint)
         script = import_and_shorten_waits()
         time_run(script, folder, "warm-up", "--limit", 20)
         for repeat in range(options.repeats):

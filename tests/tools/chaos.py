@@ -94,23 +94,15 @@ def ask_hub(endpoint: str, path: str, content: Any = None) -> Any:
 def loopback_environment(folder: Path, endpoint: str) -> dict[str, str]:
     """Return the environment in which the clients speak to a loopback Hub and share the machine."""
     return {
-        "HF_ENDPOINT": endpoint,
-        "HF_TOKEN": "hf_loopback",
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+        "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_loopback", "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
 
 
 def import_and_shorten_waits() -> Any:
     """Import the script and what a run imports later, and shorten every wait between tries."""
-    for name in (
-        "torch",
-        "datasets",
-        "huggingface_hub",
-        "transformers.models.llama.modeling_llama",
-    ):
+    llama = "transformers.models.llama.modeling_llama"
+    for name in ("torch", "datasets", "huggingface_hub", llama):
         importlib.import_module(name)
     extract_logits = importlib.import_module("extract_logits")
     setattr(extract_logits, "RETRY_WAITS_S", (0.02, 0.05, 0.1, 0.2))  # noqa: B010
@@ -212,15 +204,9 @@ class Tally:
     unexpected: list[str] = field(default_factory=list)
 
     def compare(
-        self,
-        outputs: Outputs,
-        output: str,
-        *,
-        allowed: Mapping[str, set[str]],
-        rows: Mapping[int, Any],
-        held: Mapping[str, str],
-        needed: Mapping[str, str],
-    ) -> dict[str, str]:
+        self, outputs: Outputs, output: str, *, allowed: Mapping[str, set[str]],
+        rows: Mapping[int, Any], held: Mapping[str, str], needed: Mapping[str, str],
+    ) -> dict[str, str]:  # fmt: skip
         """Count what is wrong with the parts of an output; return their hashes.
 
         `allowed` are the parts of undisturbed runs, `rows` their rows; `held` were there before,
@@ -405,26 +391,14 @@ def run_chaos(runs: int, seed: int, folder: Path) -> tuple[dict[str, Any], bool]
             shape = first.pop(0) if first else driver.random.choices(SHAPES, weights)[0]
             driver.job(shape, wanted[shape.name])
         faults = ask_hub(endpoint, "/_ctl/state")["faults_met"]
-    tally = driver.tally
+    told: dict[str, Any] = dict(vars(driver.tally))
+    kills, codes = told.pop("kills"), told.pop("codes")
     figures = {
-        "jobs": tally.jobs,
-        "runs": tally.runs,
-        "kills": sum(tally.kills.values()),
-        "kills_by": dict(tally.kills),
-        "exit_codes": {str(code): count for code, count in sorted(tally.codes.items())},
-        "faults": faults,
-        "kinds": dict(tally.kinds),
-        "empty_caches": tally.empty_caches,
-        "parts_compared": tally.parts_compared,
-        "parts_different": tally.parts_different,
-        "rows_lost": tally.rows_lost,
-        "rows_twice": tally.rows_twice,
-        "rows_different": tally.rows_different,
-        "unexpected": tally.unexpected,
-        "seed": seed,
-        "seconds": round(time.monotonic() - begun, 1),
-    }
-    return figures, not tally.bad
+        **told, "kills": sum(kills.values()), "kills_by": dict(kills),
+        "exit_codes": {str(code): count for code, count in sorted(codes.items())},
+        "faults": faults, "seed": seed, "seconds": round(time.monotonic() - begun, 1),
+    }  # fmt: skip
+    return figures, not driver.tally.bad
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from chaos import (
     TESTS,
@@ -33,6 +33,7 @@ from chaos import (
     import_and_shorten_waits,
     loopback_environment,
     serve_hub,
+    start,
 )
 from forked import Child
 
@@ -103,14 +104,7 @@ class Pool:
         if worker is not None:
             argv += ["--rank", worker.rank, "--world-size", worker.world_size]
 
-        def work(_: IO[str]) -> int:
-            log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            time.sleep(worker.delay_s if worker else 0)
-            return int(self.script.main([str(word) for word in argv]))
-
-        return Child(work)
+        return start(self.script, self.folder, argv, worker.delay_s if worker else 0.0)
 
     def run(self, output: str, team: Sequence[Worker]) -> bool:
         """Run a round; True when every part is stored: some process of each rank ended with 0."""
@@ -175,13 +169,10 @@ def measure_speed_up(folder: Path, pool: Pool, rows: int = 200) -> dict[str, Any
             times.append(time.monotonic() - begun)
     best = {count: min(times) for count, times in seconds.items()}
     return {
-        "rows": rows,
-        "seconds_of_1": round(best[1], 2),
-        "seconds_of_2": round(best[2], 2),
-        "speed_up": round(best[1] / best[2], 2),
-        "cpus": os.cpu_count(),
+        "rows": rows, "seconds_of_1": round(best[1], 2), "seconds_of_2": round(best[2], 2),
+        "speed_up": round(best[1] / best[2], 2), "cpus": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
-    }
+    }  # fmt: skip
 
 
 def run_table(
@@ -209,21 +200,12 @@ def run_table(
                 place = folder if kind == "folder" else Path("tester")
                 tally = run_case(case, str(place / f"job-{number}"), pool, outputs, wanted)
                 shutil.rmtree(folder / "caches", ignore_errors=True)
-                lines.append(
-                    {
-                        "launcher": "processes",
-                        "job": case.name,
-                        "output": kind,
-                        "runs": tally.runs,
-                        "kills": pool.kills,
-                        "lost": tally.rows_lost,
-                        "twice": tally.rows_twice,
-                        "different": tally.parts_different,
-                        "exit_codes": pool.codes,
-                        "seconds": round(time.monotonic() - begun, 1),
-                        "unexpected": tally.unexpected,
-                    }
-                )
+                lines.append({
+                    "launcher": "processes", "job": case.name, "output": kind, "runs": tally.runs,
+                    "kills": pool.kills, "lost": tally.rows_lost, "twice": tally.rows_twice,
+                    "different": tally.parts_different, "exit_codes": pool.codes,
+                    "seconds": round(time.monotonic() - begun, 1), "unexpected": tally.unexpected,
+                })  # fmt: skip
                 sys.stderr.write(f"{lines[-1]}\n")
         ask_hub(endpoint, "/_ctl/clear", {})
         if not names:

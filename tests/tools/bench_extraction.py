@@ -1,8 +1,8 @@
 """What extraction costs on this machine, against the same written plainly.
 
-    python tests/bench_extraction.py            # under 3 minutes on 2 cores; ends in one JSON line
-    python tests/bench_extraction.py --compile  # the first look under torch.compile, nothing else
-    python tests/bench_extraction.py --compact  # compact rows beside the default, by vocabulary
+    python tests/tools/bench_extraction.py    # under 3 minutes on 2 cores; ends in one JSON line
+    … --compile    # the first look under torch.compile, nothing else
+    … --compact    # compact rows beside the default, by vocabulary
 
 Everything runs on the same logits in this process, methods in turn, and the best time of each
 counts. Before any time is printed, the result on every row is compared with the full sort in
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import extract_logits as el
 
@@ -59,35 +59,23 @@ def make_logits(kind: str, rows: int = ROWS, vocab: int = VOCAB) -> torch.Tensor
 # The baselines, each as one writes it from the definition
 
 
-def extract_by_full_sort(logits: torch.Tensor) -> Kept:
-    """Sort the vocabulary in float64, cumulate, mask the nucleus, add noise to all, take M."""
-    parts = []
-    for chunk in logits.split(64):  # 64 rows at a time, or it needs 5 GB
-        exact = chunk.double()
-        logsumexp = exact.logsumexp(-1)
-        ordered, ids = exact.sort(dim=-1, descending=True, stable=True)
-        reached = (ordered - logsumexp.unsqueeze(1)).exp().cumsum(-1)
-        counts = ((reached < TOP_P).sum(-1) + 1).clamp(max=K)
-        inside = torch.arange(VOCAB) < counts.unsqueeze(1)
-        outside = exact.scatter(1, ids, ordered.masked_fill(inside, -math.inf))
-        drawn = (outside + gumbel_noise(exact)).topk(M)
-        parts.append(Kept(logsumexp, ids[:, :K].clone(), counts, drawn.indices))
-    return Kept(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def extract_by_topk(logits: torch.Tensor, rows: int = ROWS) -> Kept:
-    """Take topk and logsumexp instead of a sort; the noise still covers the vocabulary."""
+def extract_plainly(logits: torch.Tensor, *, rows: int, sort: bool) -> Kept:
+    """Order in float64, cumulate, mask the nucleus, add noise to all of the vocabulary, take M."""
     parts = []
     for chunk in logits.split(rows):
         exact = chunk.double()
         logsumexp = exact.logsumexp(-1)
-        top, ids = chunk.topk(K)
-        reached = (top.double() - logsumexp.unsqueeze(1)).exp().cumsum(-1)
+        if sort:
+            ordered, ids = exact.sort(dim=-1, descending=True, stable=True)
+        else:
+            top, ids = chunk.topk(K)
+            ordered = top.double()
+        reached = (ordered - logsumexp.unsqueeze(1)).exp().cumsum(-1)
         counts = ((reached < TOP_P).sum(-1) + 1).clamp(max=K)
-        inside = torch.arange(K) < counts.unsqueeze(1)
-        outside = exact.scatter(1, ids, top.double().masked_fill(inside, -math.inf))
+        inside = torch.arange(ids.shape[1]) < counts.unsqueeze(1)
+        outside = exact.scatter(1, ids, ordered.masked_fill(inside, -math.inf))
         drawn = (outside + gumbel_noise(exact)).topk(M)
-        parts.append(Kept(logsumexp, ids, counts, drawn.indices))
+        parts.append(Kept(logsumexp, ids[:, :K].clone(), counts, drawn.indices))
     return Kept(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -99,24 +87,17 @@ def gumbel_noise(like: torch.Tensor) -> torch.Tensor:
 def extract(logits: torch.Tensor, *, reference: bool = False) -> Kept:
     """Run the project's extraction."""
     number = torch.arange(logits.shape[0], device=logits.device)
-    got = el.extract_tokens(
-        logits,
-        number // 512,
-        number % 512 + 1,
-        top_p=TOP_P,
-        top_p_max=K,
-        sampled_n=M,
-        seed=SEED,
-        reference=reference,
-    )
+    sizes = {"top_p": TOP_P, "top_p_max": K, "sampled_n": M, "seed": SEED}
+    place = number // 512, number % 512 + 1
+    got = el.extract_tokens(logits, *place, **sizes, reference=reference)
     assert got.usable.all()
     return Kept(got.logsumexp, got.top_ids.long(), got.top_counts.long(), got.sampled_ids.long())
 
 
 METHODS: dict[str, Callable[[torch.Tensor], Kept]] = {
-    "full sort, float64": extract_by_full_sort,
-    "topk, logsumexp, full noise": extract_by_topk,
-    "the same, 8 rows at a time": lambda logits: extract_by_topk(logits, 8),
+    "full sort, float64": partial(extract_plainly, rows=64, sort=True),  # or it needs 5 GB
+    "topk, logsumexp, full noise": partial(extract_plainly, rows=ROWS, sort=False),
+    "the same, 8 rows at a time": partial(extract_plainly, rows=8, sort=False),
     "reference": lambda logits: extract(logits, reference=True),
     "extraction": extract,
 }

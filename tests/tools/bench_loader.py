@@ -1,6 +1,6 @@
 """Time how many tokens one worker decodes, weighs and batches in a second.
 
-    python tests/bench_loader.py [OUTPUT] [--tokens 50000]
+    python tests/tools/bench_loader.py [OUTPUT] [--tokens 50000]
 
 Without OUTPUT, an output of random rows is written first: nuclei of 1 to 100 entries, 28 on
 average, 24 tail tokens, 400 tokens a conversation; and compact rows, 9 and 9 on average. Ends in
@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from explore_logits import (  # noqa: E402 - run as a script, from anywhere
     LogitIterableDataset,

@@ -1,6 +1,6 @@
 """Decode the nuclei of 1,000,000 stored tokens, all at once and token by token.
 
-    python tests/bench_decode.py [--tokens 1000000] [--faults 10000]
+    python tests/tools/bench_decode.py [--tokens 1000000] [--faults 10000]
 
 Writes one shard of random rows, reads it back and prints one JSON line: seconds for the million
 tokens by whole rows (ids, logits and probabilities), and for the same by a loop over tokens, which
@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 from small_output import random_rows, rows_to_table, write_output  # noqa: E402 - as below
 
@@ -54,21 +55,12 @@ def write_shard(path: Path, tokens: int) -> None:
             low, high = pack_indices(rng.integers(0, 151_936, entries))
             ranges = rng.normal(10, 3, (2, ROW_TOKENS)).astype(np.float32)
             row = {
-                "index": index,
-                "num_tokens": ROW_TOKENS,
-                "top_indices_low": low,
-                "top_indices_high": high,
-                "top_logits_quantized": rng.integers(0, 65536, entries),
-                "top_counts": counts,
-                "top_min": ranges.min(axis=0),
-                "top_max": ranges.max(axis=0),
-                "sampled_indices_low": [],
-                "sampled_indices_high": b"",
-                "sampled_logits_quantized": [],
-                "sampled_min": [],
-                "sampled_max": [],
-                "logsumexp": ranges.max(axis=0) + 0.1,
-            }
+                "index": index, "num_tokens": ROW_TOKENS, "top_indices_low": low,
+                "top_indices_high": high, "top_logits_quantized": rng.integers(0, 65536, entries),
+                "top_counts": counts, "top_min": ranges.min(axis=0), "top_max": ranges.max(axis=0),
+                "sampled_indices_high": b"", "logsumexp": ranges.max(axis=0) + 0.1,
+                **{f"sampled_{n}": [] for n in ("indices_low", "logits_quantized", "min", "max")},
+            }  # fmt: skip
             writer.write_table(pa.Table.from_pylist([row], schema=schema))
 
 
@@ -156,21 +148,13 @@ def main() -> None:
         validating = time_validation(Path(folder) / "faulty", args.faults)
         comparing = time_comparison(Path(folder))
     by_token = per_row * (tokens / ROW_TOKENS)
-    figures = {
-        "benchmark": "decode",
-        "tokens": tokens,
-        "entries": entries,
-        "at_once_s": round(at_once, 3),
-        "by_token_s": round(by_token, 3),
-        "ratio": round(by_token / at_once, 1),
-        "faulty_shards": args.faults,
-        "validate_s": round(validating, 2),
-        "compare_permuted_s": round(comparing, 2),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-    }
-    print(json.dumps(figures))
+    print(json.dumps({
+        "benchmark": "decode", "tokens": tokens, "entries": entries, "at_once_s": round(at_once, 3),
+        "by_token_s": round(by_token, 3), "ratio": round(by_token / at_once, 1),
+        "faulty_shards": args.faults, "validate_s": round(validating, 2),
+        "compare_permuted_s": round(comparing, 2), "python": platform.python_version(),
+        "numpy": np.__version__, "machine": platform.machine(),
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":
