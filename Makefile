@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage lint clean
+.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage mutants promises lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -115,6 +115,14 @@ storage: .venv/.done
 # make chaos   200 runs, killed and disturbed at random (3 minutes)
 chaos: .venv/.done
 	$(PY) tests/tools/chaos.py --runs 200 --seed 1
+
+# make mutants 60 faults planted in the scripts, and the test that catches each (40 minutes)
+mutants: .venv/.done
+	$(PY) tests/tools/mutants.py --jobs 2
+
+# make promises docs/promises.md: what is promised, and the tests that prove it (1 minute)
+promises: .venv/.done
+	$(PY) tests/tools/promises.py
 
 # make attacks  hostile worlds: how each ends, in what time and memory (30 minutes)
 attacks: .venv/.done

@@ -7,6 +7,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from extract_logits import (
     Selection,
     SkippedRow,
     StopRequested,
+    find_lengths,
     list_differences,
     mix_hash,
     prepare_dataset,
@@ -191,6 +194,23 @@ def test_lengths_are_looked_up_by_id() -> None:
         known.check(5, 51)
     with pytest.raises(DataError, match="lacks 1 of 2 conversations, such as index 4"):
         known.places(np.array([2, 4]))
+
+
+def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path: Path) -> None:
+    ids, path = [9, 2, 5], tmp_path / "lengths.parquet"
+    columns = {"index": ids, "length": [10 * index for index in ids], "num_tokens": ids}
+    pq.write_table(pa.table(columns), path)
+    for options, lengths in (
+        ({"tokenized_dataset": str(path)}, [20, 50, 90]),
+        ({"length_col": "size"}, [4, 5, 3]),
+    ):
+        selection = select(rows_of(ids), index_col="id", **options)
+        known = find_lengths(selection.config, {}, selection)
+        assert known is not None
+        places = known.places(np.array([2, 5, 9]))
+        assert known.length[places].tolist() == lengths
+        if known.num_tokens is not None:
+            assert known.num_tokens[places].tolist() == [2, 5, 9]
 
 
 def test_settings_are_compared_by_content_where_that_is_known() -> None:

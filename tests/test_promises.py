@@ -1,0 +1,53 @@
+"""Every promise has a test that runs, and docs/promises.md says which."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+
+from promises import (
+    PAGE,
+    TABLE,
+    find_faults,
+    find_idle,
+    list_tests,
+    make_page,
+    read_promises,
+)
+
+PROMISES = read_promises(TABLE.read_text(encoding="utf-8"))
+
+
+def test_every_promise_has_a_test_that_runs(request: pytest.FixtureRequest) -> None:
+    tests, items = list_tests(), request.session.items
+    assert find_faults(PROMISES, tests) == []
+    files = {name.partition("::")[0] for name in tests}
+    whole = files - {item.path.name for item in items} <= {"test_extract_vllm.py", "test_dist.py"}
+    if whole and not request.config.option.keyword:  # what was collected tells what is skipped
+        assert find_idle(PROMISES, items) == []
+
+
+def test_the_page_is_that_of_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == make_page(PROMISES), (
+        "run python tests/tools/promises.py"
+    )
+
+
+def test_what_is_not_proved_is_found(request: pytest.FixtureRequest) -> None:
+    here = Path(__file__).name
+    table = f"# One\na | {here}::test_gone\nb |\nc | {here}::test_what_is_not_proved_is_found\n"
+    promises = read_promises(table)
+    tests = {f"{here}::test_what_is_not_proved_is_found", "test_other.py::test_it"}
+    assert find_faults(promises, tests) == [
+        "no test: b",
+        f"{here}::test_gone is not there",
+        "test_other.py proves no promise",
+    ]
+    item = request.node
+    assert find_idle(promises[2:], [item]) == []
+    item.add_marker(pytest.mark.skipif(True, reason="as if something were missing"))
+    assert find_idle(promises[2:], [item]) == ["no test of it runs here: c"]

@@ -1,0 +1,442 @@
+"""Plant faults in the three scripts, one at a time, and see which test notices each.
+
+    python tests/tools/mutants.py [--only REGEX] [--jobs 2]
+
+Works in copies under a temporary folder; the checkout is never written. First the tests that are to
+notice something run without a fault and must pass. Prints a table: fault, the test that caught it,
+seconds; then those that survived. The last line is one JSON object. Ends with exit code 1 where
+fewer than 95 of 100 faults are caught: 57 of 60.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COPIED = ("*.py", "*.toml", "*.md", "*.cff", "Makefile", "LICENSE", "MANIFEST.in", "docs", "tests")
+LIMIT_S = 900  # a fault that makes the tests hang is caught then
+SHARE = 0.95  # of the faults have to be caught
+
+# == script | tests that cover the section, the likeliest first
+# : what is broken, as its victim would say it
+# - text that occurs once in the script
+# + what a tired engineer wrote instead
+# ? why it is left, where no test can tell
+FAULTS = """
+== extract_logits | test_extract_config.py
+: the workers' numbers may go up to their count: the last one takes nothing, the first ones too much
+- self.rank >= self.world_size
++ self.rank > self.world_size
+
+== extract_logits | test_extract_select.py
+: rows at random come from the beginning of the source in spite of --start-offset
+- order_at_random(ids[config.start_offset :], config.seed) + config.start_offset
++ order_at_random(ids[config.start_offset :], config.seed)
+: every --seed takes the same rows at random
+- mix_hash(np.asarray(ids, np.int64), seed=seed)
++ mix_hash(np.asarray(ids, np.int64), seed=0)
+: lengths are joined by the order of rows and not by id
+- KnownLengths(name, found.index[order], found.length[order], stored)
++ KnownLengths(name, found.index[order], found.length, stored)
+: a source that cannot be read to its end ends the run as if all were done
+-         yield error
++         return
+: a conversation of exactly --max-seq-len tokens is dropped by its known length
+- np.flatnonzero(lengths <= limit)
++ np.flatnonzero(lengths < limit)
+
+== extract_logits | test_extract_batches.py
+: the middle conversation of a batch that did not fit is lost
+- Batch(self.rows[middle:])
++ Batch(self.rows[middle + 1 :])
+
+== extract_logits | test_extract_teacher.py test_extract_run.py
+: position p's output is stored against token p
+- torch.from_numpy(np.asarray(token_positions[i], np.int64)) - 1 for i in part
++ torch.from_numpy(np.asarray(token_positions[i], np.int64)) for i in part
+: the head of a bfloat16 teacher rounds its logits to bfloat16
+- return swapped_forward(head, product) if is_plain_linear(head) else nullcontext()
++ return nullcontext()
+: rows of the head beyond the tokenizer get into nucleus, tail and log-sum-exp
+- min(rows, MAX_TOKEN_ID + 1, vocab_size or rows)
++ min(rows, MAX_TOKEN_ID + 1)
+
+== extract_logits | test_extract_faithful.py
+: a model that sees the answer is taken for a teacher
+- FORESIGHT = 1e-5
++ FORESIGHT = 1e5
+: weights that the checkpoint lacks are random and nobody says so
+- sorted((wrong | set(info["missing_keys"])) & set(own))
++ sorted(wrong & set(own))
+
+== extract_logits | test_extract_extraction.py
+: the nucleus leaves out the token that crosses top_p
+- torch.minimum(short + 1, possible)
++ torch.minimum(short, possible)
+: the range of quantization is that of all K candidates, not of the nucleus
+- last = width if counts is None else counts.unsqueeze(1)
++ last = width
+: the race of the tail favours blocks with the wrong sign of their weight
+- (noise.gather(1, blocks) - values.logsumexp(-1))
++ (noise.gather(1, blocks) + values.logsumexp(-1))
+: the order in which the tail was drawn is sorted away
+- ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1)
++ ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1).sort(-1).values
+: the same position of all conversations has the same random numbers
+- mix64_((state ^ index) + SPLITMIX_STEP)
++ mix64_(state + SPLITMIX_STEP)
+
+== extract_logits | test_extract_compact.py
+: points of compact rows fall on what is kept and never on what is not
+- rest.scatter_add_(1, top_ids // BLOCK, chances.masked_fill_(kept, 0))
++ rest.scatter_add_(1, top_ids // BLOCK, chances.masked_fill_(~kept, 0))
+
+== extract_logits | test_extract_pack.py
+: the log-sum-exp goes through float32
+- as_list(result.logsumexp[tokens], sizes, np.float64)
++ as_list(result.logsumexp[tokens].astype(np.float32), sizes, np.float64)
+: the columns top_min and top_max are swapped
+- "top_min": as_list(result.top_min[tokens]
++ "top_min": as_list(result.top_max[tokens]
+: a conversation with NaN at one token is stored, as its other tokens are fine
+- np.logical_and.reduceat(result.usable, starts)
++ np.logical_or.reduceat(result.usable, starts)
+: only the first result under way is waited for at the end
+-         while self.pending:
+-             self.deliver(
++         if self.pending:
++             self.deliver(
+
+== extract_logits | test_extract_parts.py
+: rows of a part stand in the order in which they were computed
+- return rows.take(order.astype(np.int64))
++ return rows
+: a damaged file of the cache is delivered
+- raise ValueError("its digest is another")
++ logger.debug("its digest is another")
+
+== extract_logits | test_extract_output.py test_extract_parts.py
+: a stale checkpoint is believed: a part of fewer conversations counts as done
+- return number in self.known and self.known[number].ids == ids
++ return number in self.known
+: an answer 429 ends the run, with its Retry-After unread
+- PASSING_STATUS = {408, 409, 412, 425, 429}
++ PASSING_STATUS = {408, 409, 412, 425}
+: a job goes on with another seed
+- NOT_OF_JOB = {"versions", "numerics", "limit", "options"}
++ NOT_OF_JOB = {"versions", "numerics", "limit", "options", "seed"}
+: --private makes a public repository
+- self.name, repo_type="dataset", private=self.private, exist_ok=True
++ self.name, repo_type="dataset", exist_ok=True
+
+== extract_logits | test_extract_stop.py
+: the runtime limit keeps no time for the last upload
+- self._longest_step_s + self.upload_s()
++ self._longest_step_s
+
+== extract_logits | test_extract_run.py test_extract_output.py test_extract_parts.py
+: a run with undelivered shards ends with exit code 0
+- any(name.startswith("backup_") for name in left) or (complete and left)
++ False
+
+== extract_logits | test_extract_cli.py test_extract_output.py
+: an access token is printed with the error that holds it
+- sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\\n")
++ sys.stderr.write(f"extract_logits.py: {error}\\n")
+
+== explore_logits | test_explore_cli.py test_explore_html.py test_explore_format.py
+: what a source or a Hub says acts on the terminal that shows the log
+- return hide_tokens(show_text(re.sub(r"\\s*\\n\\s*", " ", text.strip())))
++ return hide_tokens(re.sub(r"\\s*\\n\\s*", " ", text.strip()))
+
+== explore_logits | test_explore_format.py
+: the high bits of ids are packed from the other end of the byte
+- quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
++ quads[:, 3] | quads[:, 2] << 2 | quads[:, 1] << 4 | quads[:, 0] << 6
+: ids from 262,144 on wrap
+- if int(full.min()) < 0 or int(full.max()) > MAX_TOKEN_ID:
++ if int(full.min()) < 0:
+: logits come back with 65536 for 65535
+- np.asarray(q, np.float64) / 65535 * (high - low) + low
++ np.asarray(q, np.float64) / 65536 * (high - low) + low
+: quantization cuts instead of rounding
+- np.rint(np.rint(part * levels) * (65535 / levels))
++ np.rint(np.floor(part * levels) * (65535 / levels))
+
+== explore_logits | test_explore_source.py test_explore_conversation.py
+: the message of --system-col is left out
+- messages = [{"role": "system", "content": text}, *messages]
++ messages = [*messages]
+
+== explore_logits | test_explore_conversation.py test_templates.py
+: the first token of a text, which nothing predicts, is extracted
+-     inside[:1] = False
++     inside[:0] = False
+: the end-of-turn token after a template's own markers is not extracted
+- return blanks + len(token) if token else 0
++ return 0
+: think tags that the template inserts are extracted without --include-think, and not with it
+- if not self.include_think:
++ if self.include_think:
+
+== explore_logits | test_explore_open.py
+: rows asked for in an order come in the order of the shards
+- pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
++ pa.concat_tables(tables)
+: a file of a later format is read as if it were known
+- range(1, FORMAT_VERSION + 1)
++ range(1, FORMAT_VERSION + 10)
+
+== explore_logits | test_explore_align.py test_explore_decode.py
+: ranks in the nucleus count from 0
+- np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts) + 1
++ np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts + 1)
+: the bound of a token that is not stored is the looser of two
+- np.minimum(left, block.top.low - block.logsumexp), left)
++ np.maximum(left, block.top.low - block.logsumexp), left)
+: a conversation with more tokens than its row is put beside it
+- if positions.size != sample["num_tokens"]:
++ if positions.size < sample["num_tokens"]:
+
+== explore_logits | test_explore_html.py
+: HTML in a conversation acts on the page
+-         autoescape=True,
+-         finalize
++         autoescape=False,
++         finalize
+
+== explore_logits | test_explore_validate.py
+: an id that occurs twice for a token is valid
+- twice[keys[1:][np.diff(keys) == 0] >> 18] = True
++ twice[keys[1:][np.diff(keys) < 0] >> 18] = True
+: a nucleus that the cap cut is called broken
+- (mass < top_p - tolerance) & (top.counts < min(
++ (mass < top_p - tolerance) & (top.counts <= min(
+
+== explore_logits | test_explore_stats.py
+: a percentile may lie one size too low
+- max(math.ceil(q / 100 * self.tokens), 1)
++ max(math.floor(q / 100 * self.tokens), 1)
+
+== explore_logits | test_explore_training.py test_explore_loss.py
+: a student is trained one position late
+- row["teacher_positions"] + (s - 1)
++ row["teacher_positions"] + s
+: every epoch has the order of the first
+- np.random.default_rng([self.seed, self.epoch, *of])
++ np.random.default_rng([self.seed, *of])
+
+== explore_logits | test_explore_loss.py test_oracle_tail_law.py
+: the divergence is scaled by the temperature and not by its square
+- (alpha * temperature**2)
++ (alpha * temperature)
+: the weights of the tail take the mass that was not drawn with the wrong sign
+- (log_times - undrawn * times + arrived.log().sum(0))
++ (log_times + undrawn * times + arrived.log().sum(0))
+
+== explore_logits | test_explore_cli.py test_explore_validate.py
+: --validate ends with exit code 0 whatever it finds
+- failed = not report.ok
++ failed = False
+
+== compute_lengths | test_compute_lengths.py
+: --index-col is dropped: lengths are written by row number
+- index = source_id(row, number, encoder.columns)
++ index = number
+: rows of a stream have wrong numbers from the third batch on
+- start += len(batch)
++ start = len(batch)
+: the last batches of a source measured in several processes are lost
+-         while waiting:
++         if waiting:
+: the columns length and num_tokens are swapped
+- [measured.index, measured.length, measured.num_tokens]
++ [measured.index, measured.num_tokens, measured.length]
+: percentiles count conversations that cannot be used
+- return self.num_tokens > 0
++ return self.num_tokens >= 0
+: a push that the Hub never took is reported as done
+- if not passing or attempt == PUSH_TRIES - 1:
++ if not passing:
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A planted fault: `old` becomes `new` in a script."""
+
+    script: str
+    tests: tuple[str, ...]  # files in tests/, in the order in which they run
+    says: str
+    old: str
+    new: str
+    left: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests made of a fault."""
+
+    fault: Fault
+    caught_by: str  # a test; "" where all passed
+    seconds: float
+
+
+def parse_faults(text: str) -> list[Fault]:
+    """Return the faults of a table in the form of `FAULTS`."""
+    faults: list[Fault] = []
+    script, tests = "", ""
+    for block in re.split(r"\n(?=[:=])", text.strip()):
+        if block.startswith("=="):
+            script, tests = (part.strip() for part in block[2:].split("|"))
+            continue
+        parts: dict[str, list[str]] = {}
+        for line in filter(None, block.splitlines()):
+            parts.setdefault(line[0], []).append(line[2:])
+        said, old, new, left = ("\n".join(parts.get(mark, [])) for mark in ":-+?")
+        faults.append(Fault(script, tuple(tests.split()), said, old, new, left))
+    return faults
+
+
+def plant(text: str, fault: Fault) -> str:
+    """Return a script with the fault in it.
+
+    Raises:
+        SystemExit: the text that it replaces is not there, or more than once: mend the table.
+    """
+    found = text.count(fault.old)
+    if found != 1 or fault.old == fault.new:
+        sys.exit(f"{fault.script}.py holds {found} times, not once: {fault.old!r} ({fault.says})")
+    return text.replace(fault.old, fault.new)
+
+
+def check_faults(faults: Sequence[Fault], root: Path = ROOT) -> None:
+    """End where a fault cannot be planted, or names a file of tests that is not there."""
+    texts = {name: (root / f"{name}.py").read_text() for name in {f.script for f in faults}}
+    for fault in faults:
+        plant(texts[fault.script], fault)
+        for name in fault.tests:
+            if not (root / "tests" / name).is_file():
+                sys.exit(f"no tests/{name}, which is to catch: {fault.says}")
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy the scripts and what their tests read."""
+    folder.mkdir()
+    for source in (path for pattern in COPIED for path in ROOT.glob(pattern)):
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", ".*")
+            shutil.copytree(source, folder / source.name, ignore=ignored)
+        else:
+            shutil.copy(source, folder)
+    return folder
+
+
+def run_tests(folder: Path, tests: Sequence[str], *options: str) -> tuple[int, str]:
+    """Run files of tests in a copy until one fails; return pytest's exit code and what it said."""
+    for stale in ("__pycache__", ".hypothesis"):  # of another fault: sizes and seconds are alike
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", *options, *(f"tests/{name}" for name in tests)]
+    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    env |= {"TOKENIZERS_PARALLELISM": "false"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return 1, f"FAILED tests/{tests[0]}::(no end within {LIMIT_S} s)"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+def try_fault(folder: Path, fault: Fault, *options: str) -> Verdict:
+    """Plant a fault in a copy, run its tests, and take it out again.
+
+    Raises:
+        SystemExit: the tests could not be collected: no user would ever have met that fault.
+    """
+    script, began = folder / f"{fault.script}.py", time.monotonic()
+    sound = script.read_text()
+    script.write_text(plant(sound, fault))
+    code, said = run_tests(folder, fault.tests, *options)
+    script.write_text(sound)
+    failed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+::[^\s\[]+|\S+)", said, re.M)
+    if code not in (0, 1, 5) or (code == 1 and not failed):
+        sys.exit(f"{said[-3000:]}\n{fault.says}: pytest ended with exit code {code}")
+    return Verdict(fault, failed[0] if code == 1 else "", time.monotonic() - began)
+
+
+def try_faults(faults: Sequence[Fault], *options: str, jobs: int = 1) -> Iterator[Verdict]:
+    """Yield what becomes of each fault, in order, once the same tests pass without one.
+
+    Raises:
+        SystemExit: they do not pass, or a fault does not fit.
+    """
+    check_faults(faults)
+    files = list(dict.fromkeys(name for fault in faults for name in fault.tests))
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(jobs) as pool:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(jobs):
+            copies.put(copy_project(Path(place) / f"{number}"))
+
+        def work(fault: Fault) -> Verdict:
+            folder = copies.get()
+            verdict = try_fault(folder, fault, *options)
+            copies.put(folder)
+            return verdict
+
+        spread = ("-n", str(jobs), "--dist", "loadfile") if jobs > 1 else ()
+        code, said = run_tests(Path(place) / "0", files, *options, *spread)
+        if code not in (0, 5):
+            sys.exit(f"{said[-3000:]}\nthe tests fail without a fault")
+        yield from pool.map(work, faults)
+
+
+def main() -> int:
+    """Try the faults that were asked for; print a table and a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="faults whose script or words match a pattern")
+    parser.add_argument("--jobs", type=int, default=1, help="copies in which tests run at a time")
+    args = parser.parse_args()
+    faults = [f for f in parse_faults(FAULTS) if re.search(args.only, f"{f.script} {f.says}")]
+    began, survivors = time.monotonic(), []
+    print("| script | fault | caught by | s |\n|---|---|---|---:|", flush=True)
+    for verdict in try_faults(faults, jobs=args.jobs):
+        fault, by = verdict.fault, verdict.caught_by or f"nothing {fault_left(verdict.fault)}"
+        print(f"| {fault.script} | {fault.says} | {by} | {verdict.seconds:.0f} |", flush=True)
+        survivors += [] if verdict.caught_by else [fault.says]
+    caught = len(faults) - len(survivors)
+    figures = {"faults": len(faults), "caught": caught, "survivors": survivors}
+    print(json.dumps({**figures, "seconds": round(time.monotonic() - began)}))
+    return int(caught < math.ceil(SHARE * len(faults)))
+
+
+def fault_left(fault: Fault) -> str:
+    """Return why a fault is left, in brackets, where the table says so."""
+    return f"({fault.left})" if fault.left else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
