@@ -111,6 +111,11 @@ def test_nothing_is_printed_outside_of_what_prints() -> None:
     assert all(name.startswith(shows) for name in printing), printing
 
 
+def test_a_line_of_the_log_neither_acts_on_a_terminal_nor_holds_a_token() -> None:
+    shown = explore_logits.show_line(" a\n\x1b[31m b\u202e hf_abcDEF123456 ")
+    assert shown == "a ␛[31m b⟨U+202E⟩ ***"
+
+
 # Arguments ----------------------------------------------------------------------------------------
 
 

@@ -312,6 +312,12 @@ def test_rows_can_be_sliced_and_chosen_by_conversation(output: Path) -> None:
         get_sample(dataset, conversation=77)
 
 
+def test_many_rows_come_in_the_order_asked_for(output: Path) -> None:
+    dataset, wanted = load_logit_dataset(output), [13, 2, -1, 13, 7, 0]
+    found = dataset.read_rows(wanted)["index"].to_pylist()
+    assert found == [dataset[row]["index"] for row in wanted]
+
+
 @pytest.mark.parametrize("row", ["3", 1.0, True, slice(0, 2), None, [1]])
 def test_what_is_no_row_number_is_refused_with_what_to_pass(output: Path, row: Any) -> None:
     with pytest.raises(RowError, match="a row number is an integer"):

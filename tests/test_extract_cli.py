@@ -89,6 +89,13 @@ def test_a_bad_option_is_one_line_that_names_it(
         assert word in message
 
 
+def test_a_token_in_the_wrong_place_is_not_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = refuse(capsys, tmp_path, {"--output": "hf_abcDEF123456abcDEF"})
+    assert "--output '***' is neither" in message
+
+
 def test_a_folder_without_a_tokenizer_is_said_to_have_none(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

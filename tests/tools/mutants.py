@@ -127,6 +127,9 @@ FAULTS = """
 : rows of a part stand in the order in which they were computed
 - return rows.take(order.astype(np.int64))
 + return rows
+: a job goes on with another seed
+- NOT_OF_JOB = {"versions", "numerics", "limit", "options"}
++ NOT_OF_JOB = {"versions", "numerics", "limit", "options", "seed"}
 : a damaged file of the cache is delivered
 - raise ValueError("its digest is another")
 + logger.debug("its digest is another")
@@ -138,9 +141,6 @@ FAULTS = """
 : an answer 429 ends the run, with its Retry-After unread
 - PASSING_STATUS = {408, 409, 412, 425, 429}
 + PASSING_STATUS = {408, 409, 412, 425}
-: a job goes on with another seed
-- NOT_OF_JOB = {"versions", "numerics", "limit", "options"}
-+ NOT_OF_JOB = {"versions", "numerics", "limit", "options", "seed"}
 : --private makes a public repository
 - self.name, repo_type="dataset", private=self.private, exist_ok=True
 + self.name, repo_type="dataset", exist_ok=True
