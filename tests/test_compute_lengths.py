@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHATS, TEACHER, run_script
+from conftest import CHATS, TEACHER, rows_of, run_script
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 
@@ -125,6 +125,15 @@ def test_many_processes_give_the_same_counts_in_the_same_order(
     pairs = zip(measured.length.tolist(), measured.num_tokens.tolist(), strict=True)
     assert dict(zip(measured.index.tolist(), pairs, strict=True)) == expected
     assert measured.index.tolist() == list(expected)
+
+
+def test_rows_of_a_stream_without_ids_have_their_numbers(
+    write_chats: Callable[[list[Any]], Path],
+) -> None:
+    source = open_source(str(write_chats(rows_of(7))), streaming=True)
+    encoder = make_encoder(ConversationColumns(messages="messages"))
+    batches = measure_source(source, encoder, batch_size=2, workers=1)
+    assert [index for batch in batches for index in batch["index"]] == list(range(7))
 
 
 def test_the_file_says_what_it_was_measured_with(tmp_path: Path) -> None:
@@ -459,10 +468,11 @@ def test_a_push_is_tried_again_when_the_hub_is_in_trouble(hub: LoopbackHub, tmp_
     assert "data/lengths.parquet" in hub.files("tester/lengths")
 
 
-def test_a_push_that_is_refused_says_where_the_file_is_kept(
-    hub: LoopbackHub, tmp_path: Path
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_push_that_the_hub_does_not_take_says_where_the_file_is_kept(
+    status: int, hub: LoopbackHub, tmp_path: Path
 ) -> None:
-    hub.fault("POST .*/commit/", status=403, count=9)
+    hub.fault("POST .*/commit/", status=status, count=99)
     with pytest.raises(LengthsError, match=r"kept as .*lengths\.parquet"):
         push(tmp_path)
     assert (tmp_path / "lengths.parquet").exists()

@@ -212,7 +212,8 @@ def test_depth_results_are_processed_at_once_and_submit_waits_for_more() -> None
             meeting.wait()
         return gate.wait(timeout=30)
 
-    post = AsyncPostProcessor(process, lambda _: None, depth=2)
+    delivered: list[bool] = []
+    post = AsyncPostProcessor(process, delivered.append, depth=2)
     post.submit(0)
     post.submit(1)
     meeting.wait()
@@ -225,6 +226,7 @@ def test_depth_results_are_processed_at_once_and_submit_waits_for_more() -> None
     assert not third.is_alive()
     post.flush()
     post.shutdown()
+    assert delivered == [True] * 3
 
 
 def divide(number: int) -> float:

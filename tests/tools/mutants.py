@@ -242,7 +242,7 @@ FAULTS = """
 - np.random.default_rng([self.seed, self.epoch, *of])
 + np.random.default_rng([self.seed, *of])
 
-== explore_logits | test_explore_loss.py test_oracle_tail_law.py
+== explore_logits | test_explore_loss.py
 : the divergence is scaled by the temperature and not by its square
 - (alpha * temperature**2)
 + (alpha * temperature)
