@@ -11,18 +11,10 @@ import pyarrow as pa
 from explore_logits import SCHEMA, pack_indices, quantize_logits, shard_schema
 
 SETTINGS: dict[str, Any] = {
-    "format_version": 1,
-    "model": "user/teacher",
-    "model_revision": "0123abcd",
-    "dataset": "user/chats",
-    "split": "train",
-    "top_p": 0.98,
-    "top_p_max": 20,
-    "sampled_n": 4,
-    "seed": 42,
-    "rows_per_part": 10,
-    "versions": {"torch": "2"},
-}
+    "format_version": 1, "model": "user/teacher", "model_revision": "0123abcd",
+    "dataset": "user/chats", "split": "train", "top_p": 0.98, "top_p_max": 20, "sampled_n": 4,
+    "seed": 42, "rows_per_part": 10, "versions": {"torch": "2"},
+}  # fmt: skip
 
 
 def make_row(index: int, tokens: int | None = None) -> dict[str, Any]:

@@ -27,33 +27,15 @@ from explore_logits import (
 )
 
 SETTINGS: dict[str, Any] = {
-    "format_version": 1,
-    "model": "tests/teacher",
-    "model_revision": None,
-    "dataset": "tests/teacher/conversations.jsonl",
-    "dataset_revision": None,
-    "subset": None,
-    "split": "train",
-    "messages_col": "messages",
-    "user_col": "question",
-    "assistant_col": "answer",
-    "system_col": None,
-    "index_col": None,
+    "format_version": 1, "model": "tests/teacher", "model_revision": None,
+    "dataset": "tests/teacher/conversations.jsonl", "dataset_revision": None, "subset": None,
+    "split": "train", "messages_col": "messages", "user_col": "question",
+    "assistant_col": "answer", "system_col": None, "index_col": None,
     "chat_template_sha256": None,  # not known: write_output is given any template
-    "include_think": False,
-    "include_end": False,
-    "top_p": 0.98,
-    "top_p_max": 100,
-    "sampled_n": 24,
-    "seed": 42,
-    "logit_bits": 16,
-    "store_tokens": False,
-    "max_seq_len": None,
-    "dtype": "float32",
-    "attn": "sdpa",
-    "vocab_size": 600,
-    "versions": {},
-}
+    "include_think": False, "include_end": False, "top_p": 0.98, "top_p_max": 100,
+    "sampled_n": 24, "seed": 42, "logit_bits": 16, "store_tokens": False, "max_seq_len": None,
+    "dtype": "float32", "attn": "sdpa", "vocab_size": 600, "versions": {},
+}  # fmt: skip
 
 
 def random_logits(rng: np.random.Generator, tokens: int, vocab: int) -> np.ndarray:
@@ -82,13 +64,10 @@ def extract_row(
         tails.append(rest[np.argsort(-race)][: settings["sampled_n"]])
     counts = [ids.size for ids in tops]
     return {
-        "index": index,
-        "num_tokens": len(tops),
-        **pack_entries("top", tops, logits, settings),
-        "top_counts": counts,
-        **pack_entries("sampled", tails, logits, settings),
+        "index": index, "num_tokens": len(tops), **pack_entries("top", tops, logits, settings),
+        "top_counts": counts, **pack_entries("sampled", tails, logits, settings),
         "logsumexp": logsumexp.tolist(),
-    }
+    }  # fmt: skip
 
 
 def pack_entries(
@@ -143,50 +122,32 @@ def rows_to_table(
 
 
 def write_output(
-    folder: Path,
-    rows: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    settings: Mapping[str, Any] = SETTINGS,
-    rows_per_shard: int = 8,
-    rows_per_group: int = 3,
+    folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, *,
+    settings: Mapping[str, Any] = SETTINGS, rows_per_shard: int = 8, rows_per_group: int = 3,
     chat_template: str = "",
-) -> Path:
+) -> Path:  # fmt: skip
     """Write an output folder as version 0.1 laid it out, several row groups to a shard."""
     rows = random_rows(20, settings=settings) if rows is None else rows
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for part, first in enumerate(range(0, len(rows), rows_per_shard)):
         table = rows_to_table(rows[first : first + rows_per_shard], settings=settings)
-        pq.write_table(
-            table,
-            folder / "data" / f"part-{part:05d}.parquet",
-            row_group_size=rows_per_group,
-            compression="zstd",
-        )
+        path = folder / "data" / f"part-{part:05d}.parquet"
+        pq.write_table(table, path, row_group_size=rows_per_group, compression="zstd")
     (folder / "extraction_config.json").write_text(json.dumps(dict(settings)))
     (folder / "chat_template.jinja").write_text(chat_template)
     return folder
 
 
 def write_parts(
-    folder: Path,
-    rows: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    settings: Mapping[str, Any] = SETTINGS,
-    skipped: Mapping[int, str] | None = None,
-    rows_per_part: int = 8,
-    first_part: int = 0,
-    workers: int = 1,
-) -> Path:
+    folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, *,
+    settings: Mapping[str, Any] = SETTINGS, skipped: Mapping[int, str] | None = None,
+    rows_per_part: int = 8, first_part: int = 0, workers: int = 1,
+) -> Path:  # fmt: skip
     """Write an output folder in parts, each with what it says of itself, and the checkpoints.
 
     Args:
-        folder: of the output.
         rows: in the order of their selection, ids ascending.
-        settings: of the run.
         skipped: reason by id of the conversations that were selected and give no row.
-        rows_per_part: conversations selected for each part.
-        first_part: number of the first.
-        workers: number of checkpoints.
     """
     settings = {**settings, "rows_per_part": rows_per_part}
     rows = random_rows(20, settings=settings) if rows is None else rows
@@ -211,27 +172,19 @@ def write_parts(
 
 
 def describe_part(
-    number: int,
-    ids: Sequence[int],
-    rows: Mapping[int, Mapping[str, Any]],
-    skipped: Mapping[int, str],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
+    number: int, ids: Sequence[int], rows: Mapping[int, Mapping[str, Any]],
+    skipped: Mapping[int, str], settings: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Return what the file of a part says of itself, counted from the rows as they are stored."""
     here = [rows[i] for i in ids if i in rows]
     counts = np.array([count for row in here for count in row["top_counts"]], np.int64)
     return {
-        "number": number,
-        "ids": hash_ids(ids),
-        "conversations": len(ids),
-        "skipped": {str(i): skipped[i] for i in ids if i in skipped},
-        "rows": len(here),
-        "tokens": int(counts.size),
-        "nucleus": int(counts.sum()),
-        "capped": int((counts == settings["top_p_max"]).sum()),
-        "mass": 0.9 * counts.size,
+        "number": number, "ids": hash_ids(ids), "conversations": len(ids),
+        "skipped": {str(i): skipped[i] for i in ids if i in skipped}, "rows": len(here),
+        "tokens": int(counts.size), "nucleus": int(counts.sum()),
+        "capped": int((counts == settings["top_p_max"]).sum()), "mass": 0.9 * counts.size,
         "actual": 0.5 * counts.size,
-    }
+    }  # fmt: skip
 
 
 def write_checkpoint(folder: Path, records: Sequence[Mapping[str, Any]], suffix: str) -> None:

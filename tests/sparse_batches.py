@@ -63,15 +63,9 @@ def exact_block(
 ) -> TokenBlock:
     """Extract (N, V) logits, row i under index i."""
     count = logits.shape[0]
-    found = extract_tokens(
-        logits,
-        torch.arange(count),
-        torch.ones(count, dtype=torch.int64),
-        top_p=top_p,
-        top_p_max=top_p_max,
-        sampled_n=sampled_n,
-        seed=seed,
-    )
+    place = torch.arange(count), torch.ones(count, dtype=torch.int64)
+    sizes: dict[str, Any] = {"top_p": top_p, "top_p_max": top_p_max, "sampled_n": sampled_n}
+    found = extract_tokens(logits, *place, seed=seed, **sizes)
     counts = found.top_counts.numpy().astype(np.int64)
     there = np.arange(found.top_ids.shape[1]) < counts[:, None]
     nothing, zeros = np.zeros(0, np.uint16), np.zeros(count, np.float32)
@@ -166,16 +160,9 @@ class Estimates:
 
 
 def estimate(
-    kind: str,
-    divergence: str,
-    tail: str,
-    *,
-    draws: int = 2_000,
-    vocab: int = 1_000,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch: dict[str, Tensor] | None = None,
-) -> Estimates:
+    kind: str, divergence: str, tail: str, *, draws: int = 2_000, vocab: int = 1_000,
+    temperature: float = 1.0, seed: int = 0, batch: dict[str, Tensor] | None = None,
+) -> Estimates:  # fmt: skip
     """Estimate a divergence, and its gradient, from `draws` tails of the same teacher row."""
     teacher, student = teacher_row(kind, vocab), student_row(teacher_row(kind, vocab))
     if batch is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import re
 import shlex
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHATS, ROOT, TEACHER, run_script
+from conftest import CHATS, ROOT, TEACHER
 
 import extract_logits
 from explore_logits import ALL_FIELDS, dequantize_logits, pack_indices, quantize_logits
@@ -47,12 +48,9 @@ NOT_RUN = {
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Extract a few conversations as `make demo` does; returns the folder of the output."""
     folder = tmp_path_factory.mktemp("demo")
-    done = run_script(
-        "extract_logits.py", "--model", TEACHER, "--dataset", CHATS, "--index-col", "id",
-        "--limit", 6, "--store-tokens", "--cache-dir", folder / "cache",
-        "--output", folder / "logits",
-    )  # fmt: skip
-    assert done.code == 0, done.stderr
+    words = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 6]
+    words += ["--store-tokens", "--cache-dir", folder / "cache", "--output", folder / "logits"]
+    assert extract_logits.main([str(word) for word in words]) == 0
     return folder / "logits"
 
 
@@ -80,14 +78,8 @@ def known_commands() -> list[str]:
 
 def test_the_first_screen_holds_what_a_newcomer_needs() -> None:
     screen = "\n".join(README.read_text(encoding="utf-8").splitlines()[:45])
-    wanted = [
-        "bytes a token",
-        "make demo",
-        "make test",
-        *SCRIPTS,
-        "print_top_tokens",
-        "docs/images/",
-    ]
+    wanted = ["bytes a token", "make demo", "make test", "print_top_tokens", "docs/images/"]
+    wanted += SCRIPTS
     assert [part for part in wanted if part not in screen] == []
 
 
@@ -110,7 +102,9 @@ def test_commands_of_make_are_targets() -> None:
 
 
 @pytest.mark.parametrize("command", known_commands())
-def test_commands_run_or_say_why_not(command: str, small_demo: Path, tmp_path: Path) -> None:
+def test_commands_run_or_say_why_not(
+    command: str, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if any(re.fullmatch(pattern, command) for pattern in NOT_RUN):
         return
     program, script, *words = shlex.split(command)
@@ -119,8 +113,8 @@ def test_commands_run_or_say_why_not(command: str, small_demo: Path, tmp_path: P
     args = [places.get(word, word) for word in words]
     if "--output" in args:
         args += ["--cache-dir", str(tmp_path / "cache")]
-    done = run_script(script, *args)
-    assert done.code == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    assert importlib.import_module(script.removesuffix(".py")).main(args) == 0
 
 
 def test_reasons_are_needed() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATS, ROOT, TEACHER, run_script
+from conftest import CHATS, ROOT, TEACHER, Extract
 
 import extract_logits
 
@@ -170,18 +170,12 @@ def test_help_is_shown_without_docstrings_too() -> None:
     assert "--top-p-max" in done.stdout
 
 
-def test_the_process_writes_one_json_line_and_keeps_the_rest_on_stderr(tmp_path: Path) -> None:
-    done = run_script(
-        "extract_logits.py",
-        *("--model", TEACHER, "--dataset", CHATS, "--output", tmp_path / "out"),
-        *("--cache-dir", tmp_path / "cache", "--limit", 12),
-    )
+def test_a_run_writes_one_json_line_and_keeps_the_rest_on_stderr(extract: Extract) -> None:
+    done = extract(model=TEACHER, dataset=CHATS, limit=12)
     assert done.code == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1
-    assert set(json.loads(done.stdout)) >= {
-        *("rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second"),
-        "output",
-    }
+    said = {"rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second"}
+    assert set(done.summary) >= {*said, "output"}
     assert "tokens/s" in done.stderr
     assert "buffer" in done.stderr
     assert "Traceback" not in done.stderr

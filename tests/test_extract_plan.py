@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHATS, TEACHER
-from tiny_teachers import save_teacher
+from conftest import CHATS, TEACHER, chat
 
 import compute_lengths
 import extract_logits
@@ -35,18 +34,13 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def small(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, str]:
     """A random teacher of 300 tokens and 400 short conversations."""
     folder = tmp_path_factory.mktemp("small")
     sizes = np.random.default_rng(2).lognormal(3, 0.8, 400).astype(int).clip(1, 300).tolist()
     lines = [json.dumps({"messages": chat("x" * size), "size": size + 40}) for size in sizes]
     (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
-    save_teacher(folder / "model", 300)
-    return {"model": str(folder / "model"), "dataset": str(folder / "chats.jsonl")}
-
-
-def chat(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+    return {"model": str(model), "dataset": str(folder / "chats.jsonl")}
 
 
 @pytest.fixture

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import CHATS, TEACHER
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from explore_logits import iter_samples, load_logit_dataset
-from extract_logits import ExtractionConfig, load_teacher
+from extract_logits import ExtractionConfig, load_teacher, main
 
 pytest.importorskip("torchao", reason="torchao quantizes the teacher")
-ROOT = Path(__file__).resolve().parent.parent
-TEACHER = ROOT / "tests" / "teacher" / "model"
 VOCAB = 5_000  # entries of the tokenizer; the rows beyond are padding
 
 
@@ -47,10 +44,9 @@ def test_the_logits_are_those_of_the_quantized_teacher_and_the_numerics_say_so(
     quantized: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "logits"
-    command = [sys.executable, ROOT / "extract_logits.py", "--model", quantized, "--limit", 3]
-    command += ["--dataset", ROOT / "tests" / "teacher" / "conversations.jsonl"]
-    command += ["--index-col", "id", "--store-tokens", "--cache-dir", tmp_path / "cache"]
-    subprocess.run([*map(str, command), "--output", str(output)], check=True, capture_output=True)
+    words = ["--model", quantized, "--limit", 3, "--dataset", CHATS, "--index-col", "id"]
+    words += ["--store-tokens", "--cache-dir", tmp_path / "cache", "--output", output]
+    assert main([str(word) for word in words]) == 0
     config = ExtractionConfig(model=str(quantized), dataset="d.jsonl", output="./o")
     numerics = load_teacher(config).numerics
     assert numerics["quantization"]["quant_method"] == "torchao"

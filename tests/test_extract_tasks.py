@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHATS, ROOT, TEACHER, Finished, run_script
+from conftest import CHATS, ROOT, TEACHER, Extract, Finished, rows_of, run_script
 from outputs import Output
 
 from explore_logits import dequantize_logits
@@ -31,18 +31,14 @@ TIME = {"time": "02:00:00", "partition": "gpu"}
 # Workers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("job", "output"),
-    [("3 → 2 → 4 workers, all killed", "Hub"), ("2 and 3 workers at the same time", "folder")],
-)
-def test_no_part_is_lost_or_different_whatever_the_workers_do(job: str, output: str) -> None:
-    script = ROOT / "tests/tools/scale_table.py"
-    command = [sys.executable, str(script), "--seed", "3", "--job", job, "--output", output]
+def test_no_part_is_lost_or_different_where_two_numbers_of_workers_meet() -> None:
+    """Killed workers and other numbers one after another: test_chaos.py, `make scale`."""
+    command = [sys.executable, str(ROOT / "tests/tools/scale_table.py"), "--seed", "3"]
+    command += ["--job", "2 and 3 workers at the same time", "--output", "folder"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = json.loads(done.stdout.splitlines()[-1])["lines"]
     assert line["runs"] >= 5
-    assert line["kills"] >= (1 if "killed" in job else 0)
     assert [line[name] for name in ("lost", "twice", "different", "unexpected")] == [0, 0, 0, []]
 
 
@@ -246,23 +242,24 @@ def test_options_that_contradict_each_other_are_refused(options: list[str], mess
         parse_args([*REQUIRED, *options])
 
 
-def test_an_output_with_parts_of_another_job_needs_resume(tmp_path: Path) -> None:
-    needs("datatrove")
-    Output(tmp_path / "out").write("data/part-00000.parquet", b"PAR1")
-    done = run_tasks(tmp_path, "--executor", "local", "--tasks", 2)
+def test_what_tasks_and_processes_of_one_teacher_need_is_named(
+    extract: Extract, write_chats: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chats(rows_of(3))
+    done = extract(tensor_parallel=True)
     assert done.code == 2
-    assert "--resume" in done.stderr.splitlines()[-1]
-
-
-def test_a_missing_datatrove_is_named_with_the_extra(tmp_path: Path) -> None:
-    (tmp_path / "datatrove").mkdir()
-    (tmp_path / "datatrove/__init__.py").write_text("raise ImportError('none')")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    options = ["--cache-dir", tmp_path / "cache", "--output", tmp_path / "out"]
-    options += ["--executor", "local", "--tasks", "2"]
-    done = run_script("extract_logits.py", *JOB, *options, PYTHONPATH=path)
+    assert "torchrun --nproc-per-node" in done.stderr.splitlines()[-1]
+    tasks = {"executor": "local", "tasks": 2}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datatrove", None)
+        done = extract(**tasks)
     assert done.code == 2
     assert "extra scale" in done.stderr.splitlines()[-1]
+    needs("datatrove")
+    Output("out").write("data/part-00000.parquet", b"PAR1")  # of another job
+    done = extract(**tasks)
+    assert done.code == 2
+    assert "--resume" in done.stderr.splitlines()[-1]
 
 
 # Processes of one teacher -------------------------------------------------------------------------
@@ -337,9 +334,3 @@ def test_a_signal_stops_the_group_and_the_job_can_be_resumed(tmp_path: Path) -> 
     _, stderr = group.communicate(timeout=300)
     assert group.returncode == 0, stderr
     assert len(Output(tmp_path / "out").rows()) == 200
-
-
-def test_without_torchrun_it_is_refused_with_the_command(tmp_path: Path) -> None:
-    done = run_script("extract_logits.py", *JOB, "--output", tmp_path / "o", "--tensor-parallel")
-    assert done.code == 2
-    assert "torchrun --nproc-per-node" in done.stderr.splitlines()[-1]

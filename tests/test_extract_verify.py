@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_teachers import save_teacher
+from conftest import chat
 
 import extract_logits
 from extract_logits import ConfigError, ExtractionConfig, Job, confirm_masks, open_job
@@ -21,20 +21,13 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """Five conversations, of which the first two cannot be used."""
-    save_teacher(tmp_path / "model", 300)
-    user = {"role": "user", "content": "?"}
-    chats: list[Any] = [[], [user]]
-    chats += [[user, {"role": "assistant", "content": f"ANSWER-{n}"}] for n in range(2, 6)]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    return open_job(
-        ExtractionConfig(
-            model=str(tmp_path / "model"), dataset=str(path), output=str(tmp_path / "out"),
-            cache_dir=str(tmp_path / "cache"), verify_mask=True,
-        )
-    )  # fmt: skip
+def job(tmp_path: Path, model: Path, write_chats: Callable[[list[Any]], Path]) -> Job:
+    """Six conversations, of which the first two cannot be used."""
+    chats: list[Any] = [[], chat("")[:1], *(chat(f"ANSWER-{n}") for n in range(2, 6))]
+    source = write_chats([{"messages": messages} for messages in chats])
+    places = {"output": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
+    config = ExtractionConfig(model=str(model), dataset=str(source), verify_mask=True, **places)
+    return open_job(config)
 
 
 def test_the_first_usable_conversations_are_shown(

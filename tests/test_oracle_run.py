@@ -55,9 +55,7 @@ def check(model: Path, dataset: Path, output: Path) -> oracle.Report:
     return oracle.check_run(output, *oracle.load_reference(str(model)), conversations)
 
 
-# --------------------------------------------------------------------------------------------------
-# The embedded teacher
-# --------------------------------------------------------------------------------------------------
+# The embedded teacher -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +129,7 @@ def test_every_row_of_a_run_on_question_and_answer_columns_is_right(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 2
 
 
-# --------------------------------------------------------------------------------------------------
-# Faults planted in the script
-# --------------------------------------------------------------------------------------------------
+# Faults planted in the script ---------------------------------------------------------------------
 
 
 def position_of_the_token_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +208,7 @@ def test_a_fault_planted_in_the_script_is_found(
         check(teacher, dataset, output)
 
 
-# --------------------------------------------------------------------------------------------------
-# Random teachers
-# --------------------------------------------------------------------------------------------------
+# Random teachers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000, 262_144])

@@ -48,9 +48,7 @@ def encoded(rows: list[dict[str, Any]], tokenizer: Any) -> list[train_teacher.En
     return train_teacher.encode_all(rows, tokenizer, longest=1_024)
 
 
-# ---------------------------------------------------------------------------------------------
-# 1 Conversations
-# ---------------------------------------------------------------------------------------------
+# 1 Conversations ----------------------------------------------------------------------------------
 
 
 def test_committed_conversations_are_what_the_script_writes(rows: list[dict[str, Any]]) -> None:
@@ -99,9 +97,7 @@ def test_lengths_are_mixed(encoded: list[train_teacher.Encoded]) -> None:
     assert lengths.max() > 400
 
 
-# ---------------------------------------------------------------------------------------------
-# 2 Tokenizer and template
-# ---------------------------------------------------------------------------------------------
+# 2 Tokenizer and template -------------------------------------------------------------------------
 
 
 def test_tokenizer_cuts_text_as_it_did_in_training(tokenizer: Any) -> None:
@@ -151,9 +147,7 @@ def test_template_renders_tools_and_the_start_of_a_turn(tokenizer: Any) -> None:
         tokenizer.apply_chat_template([{"role": "narrator", "content": "x"}], tokenize=False)
 
 
-# ---------------------------------------------------------------------------------------------
-# 3 Model
-# ---------------------------------------------------------------------------------------------
+# 3 Model ------------------------------------------------------------------------------------------
 
 
 def test_held_out_loss_is_as_stated_and_far_below_the_unigram_entropy(

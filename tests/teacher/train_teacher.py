@@ -90,9 +90,7 @@ class Encoded:
     generated: npt.NDArray[np.bool_]  # (S,)
 
 
-# ---------------------------------------------------------------------------------------------
-# 1 Tokenizer
-# ---------------------------------------------------------------------------------------------
+# 1 Tokenizer --------------------------------------------------------------------------------------
 
 
 def train_tokenizer(rows: list[Row], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -129,20 +127,15 @@ def training_texts(rows: list[Row]) -> Iterator[str]:
 def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
     """Name the special tokens and attach the chat template."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=[TURN_START],
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe, eos_token=TURN_END, pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START], clean_up_tokenization_spaces=False,
         model_max_length=TrainingConfig.max_positions,
-    )
+    )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------
-# 2 Encode
-# ---------------------------------------------------------------------------------------------
+# 2 Encode -----------------------------------------------------------------------------------------
 
 
 def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
@@ -207,26 +200,18 @@ def pad(batch: list[Encoded]) -> tuple[Tensor, Tensor]:
     return input_ids, labels
 
 
-# ---------------------------------------------------------------------------------------------
-# 3 Model and training
-# ---------------------------------------------------------------------------------------------
+# 3 Model and training -----------------------------------------------------------------------------
 
 
 def make_model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Make an untrained Llama with tied embeddings."""
     shape = LlamaConfig(
-        vocab_size=config.embedding_rows,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.key_value_heads,
-        max_position_embeddings=config.max_positions,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=config.embedding_rows, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=config.max_positions, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     return LlamaForCausalLM(shape)
 
 
@@ -289,9 +274,7 @@ def loss_of(model: PreTrainedModel, batch: list[Encoded], *, reduction: str) -> 
     return torch.nn.functional.cross_entropy(logits, labels[wanted], reduction=reduction)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4 Evaluation
-# ---------------------------------------------------------------------------------------------
+# 4 Evaluation -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -345,21 +328,16 @@ def evaluate_folder(folder: Path) -> dict[str, Any]:
     samples = load_held_out(tokenizer, longest=model.config.max_position_embeddings)
     sizes = nucleus_sizes(model, samples, vocab_size=len(tokenizer))
     return {
-        "conversations": len(samples),
-        "parameters": model.num_parameters(),
-        "weight_bytes": (folder / "model.safetensors").stat().st_size,
-        **evaluate(model, samples),
-        "nucleus_mean": round(float(sizes.mean()), 2),
-        "nucleus_median": int(np.median(sizes)),
+        "conversations": len(samples), "parameters": model.num_parameters(),
+        "weight_bytes": (folder / "model.safetensors").stat().st_size, **evaluate(model, samples),
+        "nucleus_mean": round(float(sizes.mean()), 2), "nucleus_median": int(np.median(sizes)),
         "share_nucleus_1": round(float((sizes == 1).mean()), 4),
         "share_nucleus_100": round(float((sizes >= 100).mean()), 4),
         "nucleus_max": int(sizes.max()),
-    }
+    }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------
-# 5 Run and CLI
-# ---------------------------------------------------------------------------------------------
+# 5 Run and CLI ------------------------------------------------------------------------------------
 
 
 def train_folder(folder: Path, config: TrainingConfig) -> dict[str, Any]:

@@ -306,7 +306,7 @@ def into_new(
 for step, line in OUTPUT_REQUESTS.items():
     add(f"the Hub never answers: {step}; SIGTERM", EXTRACT,
         into_new(line, there=step == "listing", latency=600.0), exits=(143,),
-        during=stop_when_met, resumes=True, short=step == "whoami")  # fmt: skip
+        during=stop_when_met, resumes=True)  # fmt: skip
     add(f"the Hub answers nonsense: {step}", EXTRACT,
         into_new(line, there=step == "listing", text="[1, 2]", deadline=0.25),
         exits=(0, 2, 4, 75), resumes=True)  # fmt: skip
@@ -376,7 +376,7 @@ MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request
         "POST .*/paths-info/", {"text": "[]", "count": 3}, {"exits": (0,)}),
     **{f"429 with a Retry-After {kind}": (
         "GET /api/datasets", {"status": 429, "headers": headers},
-        {**STOPPED, "short": kind == "in 2099"}) for kind, headers in WAITS.items()},
+        STOPPED) for kind, headers in WAITS.items()},
     **{f"nothing but HTTP {status}, until the deadline": (
         "/api/", {"status": status, "deadline": 0.3}, {"exits": (4, 75)})
        for status in (408, 409, 429, 500, 503)},
@@ -514,8 +514,7 @@ for name in NAMES:
     shown = name.encode("ascii", "backslashreplace").decode()[:24]
     shown = CONTROL.sub("?", shown.replace("\n", "\\n"))
     add(f"--output {shown}", EXTRACT,
-        lambda world, name=name: world.hub and world.extract(output=name),
-        short=name == "user/..")  # fmt: skip
+        lambda world, name=name: world.hub and world.extract(output=name))  # fmt: skip
     add(f"--model {shown}", EXTRACT,
         lambda world, name=name: world.hub and world.extract(model=name))  # fmt: skip
     add(f"--dataset {shown}", LENGTHS,
@@ -585,7 +584,7 @@ def spoil(world: World, path: str, section: str, name: str, value: Any) -> Words
 
 for kind, content in CHECKPOINTS.items():
     add(f"a checkpoint: {kind}", EXTRACT, with_file("checkpoint.json", content),
-        exits=(0, 2) if kind == "3 GB" else (0,), short=kind == "200,000 brackets")  # fmt: skip
+        exits=(0, 2) if kind == "3 GB" else (0,))  # fmt: skip
     if kind in ("200,000 brackets", "parts of wrong types", "60 MB of objects"):
         add(f"a checkpoint: {kind}", EXPLORE,
             lambda world, content=content: (
@@ -767,7 +766,7 @@ for kind, damage in CACHE_FAULTS.items():
     for ends in ("backup", "part", "pending"):
         if ends == "backup" or kind in ("has damaged pages", "is noise"):
             add(f"a {ends} in the cache that {kind}", EXTRACT, with_cache(damage, ends=ends),
-                exits=(0,), short=kind == "has damaged pages" and ends == "backup")  # fmt: skip
+                exits=(0,))  # fmt: skip
 
 
 # The machine
@@ -913,8 +912,7 @@ for status in (400, 401, 403, 404, 500):
         seconds=120)  # fmt: skip
     if status != 500:
         add(f"HTTP {status} echoes the token", EXTRACT,
-            into_new("/api/datasets|/api/repos", status=status, message=ECHO), exits=(4,),
-            short=status == 403)  # fmt: skip
+            into_new("/api/(datasets|repos)", status=status, message=ECHO), exits=(4,))  # fmt: skip
 for step in ("create", "preupload", "LFS batch", "LFS upload", "commit"):
     add(f"HTTP 403 echoes the token: {step}", EXTRACT,
         into_new(OUTPUT_REQUESTS[step], status=403, message=ECHO,
