@@ -25,13 +25,13 @@ from explore_logits import (
     ConversationColumns,
     ConversationEncoder,
     ConversationError,
+    LogitsError,
     SourceError,
     Stream,
     open_source,
     read_conversation,
     read_lengths,
     read_lengths_settings,
-    read_tools,
     resolve_columns,
     source_columns,
     source_id,
@@ -177,9 +177,9 @@ def test_rows_that_differ_in_type_give_the_same_conversations(
 ) -> None:
     source = open_source(str(write_lines(tmp_path / "r.jsonl", ROWS)), streaming=streaming)
     assert set(source_columns(source)) == {"id", "messages", "tools"}
-    got = [read_conversation(row, MESSAGES) for row in source]
-    assert got == [read_conversation(row, MESSAGES) for row in ROWS]
-    assert [read_tools(row) for row in source] == [None, ROWS[1]["tools"]]
+    got = [read_conversation(row, MESSAGES).messages for row in source]
+    assert got == [read_conversation(row, MESSAGES).messages for row in ROWS]
+    assert [read_conversation(row, MESSAGES).tools for row in source] == [None, ROWS[1]["tools"]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -243,9 +243,9 @@ def test_a_malformed_line_is_named(
         (lambda p: p / "none", "no such file"),
         (lambda p: write_lines(p / "r.txt", ["x"]), "unknown kind of file"),
         (lambda p: p, "no file in this folder is .jsonl"),
-        (lambda p: (p / "e.jsonl").touch() or p / "e.jsonl", "empty"),
+        (lambda p: (p / "e.jsonl").touch() or p / "e.jsonl", "no rows"),
         (lambda p: (p / "b.parquet").write_text("x") and p / "b.parquet", "cannot be"),
-        (lambda p: (p / "b.json").write_text("[1") and p / "b.json", "cannot be"),
+        (lambda p: (p / "b.json").write_text("[1") and p / "b.json", "line 1: not JSON"),
     ],
 )
 def test_what_cannot_be_opened_is_said_in_one_line(
@@ -263,8 +263,8 @@ DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
     "no gzip": ({"r.jsonl.gz": LINE}, r"r\.jsonl\.gz', line 1: .*damaged"),
     "half a line": ({"r.jsonl.gz": gzip.compress(LINE + b'{"a": [')}, "line 2: not JSON"),
     "UTF-16 lines": ({"r.jsonl": LINE.decode().encode("utf-16")}, "line 1: .*UTF-16"),
-    "UTF-16 array": ({"r.json": "[1]".encode("utf-16")}, r"r\.json' cannot .*UTF-16"),
-    "UTF-16 table": ({"r.csv": "question,answer\na,b\n".encode("utf-16")}, r"r\.csv' .*UTF-16"),
+    "UTF-16 array": ({"r.json": "[1]".encode("utf-16")}, r"r\.json', line 1: .*UTF-16"),
+    "UTF-16 table": ({"r.csv": "question,answer\na,b\n".encode("utf-16")}, "csv.*: .*UTF-16"),
     "other columns": (
         {"r/a.jsonl": LINE, "r/b.jsonl": b'{"question": "a", "reply": "b"}\n'},
         r"b\.jsonl' and a\.jsonl have different columns \(answer, reply\)",
@@ -296,7 +296,7 @@ def test_a_package_that_a_file_needs_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "r.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(SourceError, match="pip install zstandard"):
+    with pytest.raises(LogitsError, match="pip install zstandard"):
         open_source(str(tmp_path / "r.jsonl.zst"))
 
 
@@ -343,8 +343,10 @@ def test_nulls_of_the_data_stay_and_those_of_arrow_go(
     }[kind]()
     source = open_source(str(path), streaming=streaming)
     features = ConversationEncoder(None, "", MESSAGES).for_source(source).features
-    calls = [read_conversation(row, MESSAGES, features)[1]["tool_calls"][0] for row in source]
-    tools = [read_tools(row, features) for row in source]
+    calls = [
+        read_conversation(row, MESSAGES, features).messages[1]["tool_calls"][0] for row in source
+    ]
+    tools = [read_conversation(row, MESSAGES, features).tools for row in source]
     kept = {} if kind == "structs" else {"unit": None}
     assert [call["function"]["arguments"] for call in calls] == [{"a": 1, **kept}, {"b": "x"}]
     default = {} if kind == "structs" else {"default": None}
@@ -373,14 +375,14 @@ def test_a_question_and_its_answer_come_in_many_shapes(
 ) -> None:
     options = {**options, "assistant_col": "output"} if options else {}
     columns = resolve_columns(row, **options)
-    assert read_conversation(row, columns) == QUESTION + ANSWER
+    assert read_conversation(row, columns).messages == QUESTION + ANSWER
     assert ConversationColumns.of(columns.settings()) == columns
 
 
 @pytest.mark.parametrize("options", [{}, {"user_col": "instruction", "assistant_col": "output"}])
 def test_the_input_of_an_instruction_is_part_of_the_question(options: dict[str, str]) -> None:
     row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
-    said = read_conversation(row, resolve_columns(row, **options))
+    said = read_conversation(row, resolve_columns(row, **options)).messages
     assert [message["content"] for message in said] == ["Add.\n\n1, 2", "3"]
 
 
@@ -391,7 +393,7 @@ def test_a_system_column_comes_before_messages_too(streaming: bool, tmp_path: Pa
     path = write_lines(tmp_path / "r.jsonl", rows)
     source = open_source(str(path), streaming=streaming)
     columns = resolve_columns(source_columns(source), system_col="system")
-    roles = [[m["role"] for m in read_conversation(row, columns)] for row in source]
+    roles = [[m["role"] for m in read_conversation(row, columns).messages] for row in source]
     assert roles == [["system", "user", "assistant"], ["user", "assistant"]]
     twice = {"system": "be brief", "conversations": [{"from": "system", "value": "talk"}, *talk]}
     with pytest.raises(ConversationError, match="--system-col"):
@@ -582,7 +584,6 @@ def test_a_column_may_become_another_kind_after_the_first_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As numbers do that were whole by chance, and columns that come late."""
-    monkeypatch.setattr("explore_logits._ROWS_LOOKED_AT", 2)
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows: list[dict[str, Any]] = [{"messages": chat, "score": 1, "note": "x"} for _ in range(3)]
     rows += [{"messages": chat, "score": 1.5, "note": None, "late": [{"a": None}]}]
