@@ -184,6 +184,34 @@ def local_path(name: str | Path) -> Path:
     return Path(path)
 
 
+class Lines:
+    """Takes what a progress bar writes where there is no terminal: a line for each time."""
+
+    def write(self, text: str) -> None:
+        """Write the bar on a line of its own."""
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        sys.stderr.flush()
+
+
+def open_bar(total: int | None, unit: str = "row") -> Any:
+    """Show the progress on stderr: a bar on a terminal, a line a minute in a file."""
+    terminal = sys.stderr.isatty()
+    sized = not terminal or os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return import_extra("tqdm").tqdm(
+        total=total,
+        unit=unit,
+        file=sys.stderr if terminal else Lines(),
+        mininterval=0.2 if terminal else 60,
+        dynamic_ncols=sized,
+        ncols=None if sized else 80,  # some terminals of containers say 0, and tqdm nothing then
+        nrows=None if sized else 24,
+    )
+
+
 CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
 COMMIT_S = 90.0  # until a commit is answered: the Hub itself ends it after 60
 ANSWER_BYTES = 64 * 2**20  # the Hub's own answers are smaller
@@ -1372,10 +1400,11 @@ class _Marks:
         self.spend(100)
         if kind in ("", "+", "-"):
             return kind and f"{self.edge}{kind}{self.edge}"
-        before = self.loops[-1:]
         at = next((self.number_of[id(v)] for v in values if id(v) in self.number_of), None)
         depth = next((n for n, loop in enumerate(self.loops) if loop[0] == kind), len(self.loops))
-        self.loops[depth:] = [] if at is None else [(kind, at)]
+        if at is None and depth == len(self.loops):
+            return ""  # a loop over something else
+        before, self.loops[depth:] = self.loops[-1:], [] if at is None else [(kind, at)]
         now = self.loops[-1:]
         return "" if now == before else f"{self.edge}{now[0][1] if now else ''}{self.edge}"
 
@@ -1533,8 +1562,9 @@ def _written(name: str, values: Sequence[Any]) -> int:
         return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
     if name == "**":
         return int(abs(first)).bit_length() * int(abs(others[0]))
-    if name == "+" or (name == "*" and not any(hasattr(v, "__len__") for v in values)):
-        return sum(map(_size, values)) if hasattr(first, "__len__") else 0
+    lengths = [len(v) for v in values if hasattr(v, "__len__")]
+    if name == "+" or (name == "*" and not lengths):
+        return sum(lengths)
     if not _AMPLIFIERS.fullmatch(name):
         return 0
     return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
