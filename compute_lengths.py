@@ -54,6 +54,7 @@ from explore_logits import (
     import_extra,
     local_path,
     log_safely,
+    open_bar,
     open_conversations,
     outlive_readers,
     source_id,
@@ -83,12 +84,17 @@ class LengthsError(LogitsError):
 # --------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, help_text: str, *, group: str, **how: Any) -> Any:
+def option(default: Any, help_text: str, **how: Any) -> Any:
     """Declare one option: the dataclass field is the only place that holds its default and help.
 
     `how` goes to the parser: `type`, `choices`.
     """
-    return field(default=default, metadata={"help": help_text, "group": group, "how": how})
+    return field(default=default, metadata={"help": help_text, "how": how})
+
+
+# The options of the help's groups begin with these.
+GROUPS = {"model": "teacher", "dataset": "dataset", "chat_template": "conversation",
+          "batch_size": "work", "output": "output"}  # fmt: skip
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -107,58 +113,40 @@ class LengthsConfig:
         LengthsError: a value is out of range or two options contradict each other.
     """
 
-    model: str = option(MISSING, "Hub id or local folder of the tokenizer", group="teacher")
-    revision: str | None = option(None, "model revision: branch, tag or commit", group="teacher")
-    trust_remote_code: bool = option(False, "run tokenizer code from the Hub", group="teacher")
+    model: str = option(MISSING, "Hub id or local folder of the tokenizer")
+    revision: str | None = option(None, "model revision: branch, tag or commit")
+    trust_remote_code: bool = option(False, "run tokenizer code from the Hub")
 
     dataset: str = option(
-        MISSING, "Hub id, or a local .jsonl, .json, .parquet, .csv file or folder", group="dataset"
+        MISSING, "Hub id, or a local .jsonl, .json, .parquet, .csv file or folder"
     )
-    subset: str | None = option(None, "dataset configuration", group="dataset")
-    split: str = option("train", "dataset split", group="dataset")
-    streaming: bool = option(False, "never hold the whole source in memory", group="dataset")
-    messages_col: str | None = option(
-        None, "column of chat messages (default: found by a usual name)", group="dataset"
-    )
-    user_col: str = option("question", "user column of single-turn data", group="dataset")
-    assistant_col: str = option("answer", "assistant column of single-turn data", group="dataset")
-    system_col: str | None = option(None, "column of system messages", group="dataset")
-    text_col: str | None = option(None, "column of plain text instead of chat", group="dataset")
-    index_col: str | None = option(
-        None, "column of unique integer ids (default: row number)", group="dataset"
-    )
+    subset: str | None = option(None, "dataset configuration")
+    split: str = option("train", "dataset split")
+    streaming: bool = option(False, "never hold the whole source in memory")
+    messages_col: str | None = option(None, "column of messages (default: found by a usual name)")
+    user_col: str = option("question", "user column of single-turn data")
+    assistant_col: str = option("answer", "assistant column of single-turn data")
+    system_col: str | None = option(None, "column of system messages")
+    text_col: str | None = option(None, "column of plain text instead of chat")
+    index_col: str | None = option(None, "column of unique integer ids (default: row number)")
 
-    chat_template: str | None = option(
-        None, "Jinja file to use instead of the tokenizer's template", group="conversation"
-    )
+    chat_template: str | None = option(None, "Jinja file instead of the tokenizer's template")
     template_kwargs: dict[str, Any] | None = option(
-        None, 'JSON for the template: {"enable_thinking": false}', group="conversation",
-        type=json_object,
-    )  # fmt: skip
-    turns: str = option(
-        "all", "assistant turns to count: all or last", group="conversation",
-        choices=("all", "last"),
-    )  # fmt: skip
-    include_think: bool = option(
-        False, "count think tags that the template inserts, too", group="conversation"
+        None, 'JSON for the template: {"enable_thinking": false}', type=json_object
     )
-    include_end: bool = option(
-        False, "count what the template appends after a turn, too", group="conversation"
-    )
+    turns: str = option("all", "assistant turns to count: all or last", choices=("all", "last"))
+    include_think: bool = option(False, "count think tags that the template inserts, too")
+    include_end: bool = option(False, "count what the template appends after a turn, too")
 
-    batch_size: int = option(
-        1000, "conversations a process takes at a time", group="work", type=int
-    )
-    num_proc: int | None = option(None, "processes (default: CPUs)", group="work", type=int)
+    batch_size: int = option(1000, "conversations a process takes at a time", type=int)
+    num_proc: int | None = option(None, "processes (default: CPUs)", type=int)
 
-    output: str | None = option(
-        None, "folder (./lengths) or Hub dataset repo (user/name) of the result", group="output"
-    )
-    output_dir: str = option("data/lengths", "folder of the result", group="output")
-    filename: str = option("lengths.parquet", "name of the result", group="output")
-    output_repo: str | None = option(None, "Hub dataset repo user/name to push to", group="output")
-    push_to_hub: bool = option(False, "push the result to --output-repo", group="output")
-    private: bool = option(False, "create the Hub repo private", group="output")
+    output: str | None = option(None, "folder (./lengths) or Hub dataset repo (user/name)")
+    output_dir: str = option("data/lengths", "folder of the result")
+    filename: str = option("lengths.parquet", "name of the result")
+    output_repo: str | None = option(None, "Hub dataset repo user/name to push to")
+    push_to_hub: bool = option(False, "push the result to --output-repo")
+    private: bool = option(False, "create the Hub repo private")
 
     def __post_init__(self) -> None:
         for flag, text in (("--model", self.model), ("--dataset", self.dataset)):
@@ -233,24 +221,35 @@ def measure_source(
     """
     source = without_idle_columns(source, encoder.columns)
     shared = source if hasattr(source, "__len__") else None  # read in the workers; streams here
-    batches: Iterable[tuple[int, Batch | int]] = (
-        stream_batches(source, batch_size)
-        if shared is None
-        else ((n, min(batch_size, len(shared) - n)) for n in range(0, len(shared), batch_size))
-    )
-    workers = workers or _cpus()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or cpus or 1
+    batches: Iterable[tuple[int, Batch | int]] = stream_batches(source, batch_size)
     if shared is not None:
-        workers = min(workers, -(-len(shared) // batch_size))
+        sizes = ((n, min(batch_size, len(shared) - n)) for n in range(0, len(shared), batch_size))
+        batches, workers = sizes, min(workers, -(-len(shared) // batch_size))
     if workers <= 1:
         _start_worker(encoder, shared, ignore_signals=False)
         yield from (_measure_batch(*batch) for batch in batches)
         return
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)  # plain fork would copy the parent's threads
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)  # seconds of imports, once instead of per worker
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder, shared))
+    waiting: deque[Future[Measured]] = deque()  # few are under way at a time
     try:
-        yield from _measure_in_processes(encoder, shared, batches, workers)
+        for batch in batches:
+            waiting.append(pool.submit(_measure_batch, *batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise LengthsError(
             "a worker process died, perhaps for lack of memory: lower --num-proc or --batch-size"
         ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def stream_batches(source: Any, size: int) -> Iterator[tuple[int, Batch]]:
@@ -260,38 +259,6 @@ def stream_batches(source: Any, size: int) -> Iterator[tuple[int, Batch]]:
         names = dict.fromkeys(name for row in batch for name in row)
         yield start, {name: [row.get(name) for row in batch] for name in names}
         start += len(batch)
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _measure_in_processes(
-    encoder: ConversationEncoder,
-    source: Any,
-    batches: Iterable[tuple[int, Batch | int]],
-    workers: int,
-) -> Iterator[Measured]:
-    """Spread batches over processes; few are under way at a time, results come in order."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)  # plain fork would copy the parent's threads
-    if method == "forkserver":
-        context.set_forkserver_preload(PRELOADED)  # seconds of imports, once instead of per worker
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(encoder, source)
-    )
-    waiting: deque[Future[Measured]] = deque()
-    try:
-        for start, batch in batches:
-            waiting.append(pool.submit(_measure_batch, start, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _transform: Callable[[Batch, Sequence[int]], Measured] | None = None  # of this worker process
@@ -338,27 +305,25 @@ def collect(batches: Iterable[Measured], *, total: int | None = None) -> Measure
     Raises:
         SourceError: an index occurs twice, or no conversation at all can be used.
     """
-    tqdm = import_extra("tqdm").tqdm
     parts: list[npt.NDArray[np.int32]] = []
     skipped: Counter[str] = Counter()
-    with tqdm(total=total, unit=" rows", file=sys.stderr, disable=None) as bar:
+    with open_bar(total) as bar:
         for batch in batches:
-            for index, reason, detail in zip(
-                batch["index"], batch["reason"], batch["detail"], strict=True
-            ):
-                if reason is not None and reason not in skipped:
+            rows = zip(batch["index"], batch["reason"], batch["detail"], strict=True)
+            for index, reason, detail in (row for row in rows if row[1] is not None):
+                if reason not in skipped:
                     log.warning("index %d cannot be used (%s): %s", index, reason, detail)
-                skipped.update([reason] if reason is not None else [])
+                skipped[reason] += 1
             for note in dict.fromkeys(note for notes in batch["notes"] for note in notes):
                 warn_once(note)
             parts.append(np.array([batch[c] for c in LENGTHS_SCHEMA.names], np.int32))
             bar.update(len(batch["index"]))
-    table = np.concatenate([np.zeros((3, 0), np.int32), *parts], axis=1)
-    index, length, num_tokens = table
-    if np.unique(index).size != index.size:
-        values, counts = np.unique(index, return_counts=True)
-        raise SourceError(f"index {values[counts > 1][0]} occurs twice (--index-col)")
+    columns = np.concatenate([np.zeros((3, 0), np.int32), *parts], axis=1)
+    index, length, num_tokens = columns
     measured = MeasuredSource(index, length, num_tokens, dict(skipped))
+    values, counts = np.unique(measured.index, return_counts=True)
+    if (counts > 1).any():
+        raise SourceError(f"index {values[counts > 1][0]} occurs twice (--index-col)")
     if not measured.usable.any():
         raise SourceError(f"no conversation can be used: {format_skipped(skipped) or 'no rows'}")
     return measured
@@ -425,7 +390,7 @@ from datasets import load_dataset
 lengths = load_dataset("{repo}", split="train")
 ```
 """
-PUSH_TRIES = 5  # a commit is not retried by the client; waits 1, 2, 4, 8 s
+PUSH_WAITS_S = (1, 2, 4, 8)  # a commit is not retried by the client
 
 
 def push_lengths(
@@ -441,40 +406,29 @@ def push_lengths(
         **settings, rows=measured.index.size, total=int(measured.length.sum(dtype=np.int64)),
         repo=config.output_repo,
     )  # fmt: skip
-    operations = [
+    where = {"repo_id": config.output_repo, "repo_type": "dataset"}
+    commit = {**where, "commit_message": "Add lengths", "operations": [
         hub.CommitOperationAdd("data/lengths.parquet", str(path)),
         hub.CommitOperationAdd("README.md", card.encode()),
-    ]
+    ]}  # fmt: skip
     try:
         api = hub.HfApi()
-        api.create_repo(
-            config.output_repo, repo_type="dataset", private=config.private, exist_ok=True
-        )
-        commit_with_retries(
-            lambda: api.create_commit(
-                config.output_repo, operations, repo_type="dataset", commit_message="Add lengths"
-            )
-        )
+        api.create_repo(**where, private=config.private, exist_ok=True)
+        for wait_s in (*PUSH_WAITS_S, None):
+            try:
+                api.create_commit(**commit)
+                return
+            except (hub.errors.HfHubHTTPError, OSError) as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                passing = status is None or status in (408, 409, 412, 429) or status >= 500
+                if not passing or wait_s is None:
+                    raise
+                log.warning("the Hub did not take the commit (%s), trying again", status or error)
+                time.sleep(wait_s)
     except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
         raise LengthsError(
             f"cannot push to {config.output_repo}: {first_line(error)}; kept as {path}"
         ) from error
-
-
-def commit_with_retries(commit: Callable[[], Any]) -> None:
-    """Commit; try again where the error can pass: conflicts, rate limits, a server in trouble."""
-    errors = import_extra("huggingface_hub").errors
-    for attempt in range(PUSH_TRIES):
-        try:
-            commit()
-            return
-        except (errors.HfHubHTTPError, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            passing = status is None or status in (408, 409, 412, 429) or status >= 500
-            if not passing or attempt == PUSH_TRIES - 1:
-                raise
-            log.warning("the Hub did not take the commit (%s), trying again", status or error)
-            time.sleep(2**attempt)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -488,14 +442,6 @@ def find_percentiles(values: npt.NDArray[np.int32]) -> dict[str, int]:
     """Return exact percentiles by name: the smallest value that many percent do not exceed."""
     found = np.percentile(values, PERCENTILES, method="inverted_cdf")
     return {f"p{p}": int(v) for p, v in zip(PERCENTILES, found, strict=True)}
-
-
-def format_percentiles(length: Mapping[str, int], num_tokens: Mapping[str, int]) -> str:
-    """Lay out the percentiles of both columns as a table."""
-    lines = [f"{'':>12}" + "".join(f"{name:>9}" for name in length)]
-    for name, values in (("length", length), ("num_tokens", num_tokens)):
-        lines.append(f"{name:>12}" + "".join(f"{value:>9,}" for value in values.values()))
-    return "\n".join(lines)
 
 
 def format_histogram(values: npt.NDArray[np.int32], *, width: int = 40) -> str:
@@ -515,14 +461,13 @@ def format_report(measured: MeasuredSource) -> str:
     """Write the counts, the percentiles and the histogram of the lengths."""
     used = measured.usable
     skipped = f"; skipped: {format_skipped(measured.skipped)}" if measured.skipped else ""
-    table = format_percentiles(
-        find_percentiles(measured.length[used]), find_percentiles(measured.num_tokens[used])
-    )
-    return (
-        f"{int(used.sum()):,} of {used.size:,} conversations can be used{skipped}\n\n{table}\n\n"
-        f"length in tokens, conversations, share up to here\n"
-        f"{format_histogram(measured.length[used])}"
-    )
+    lines = [f"{int(used.sum()):,} of {used.size:,} conversations can be used{skipped}", ""]
+    lines.append(f"{'':>12}" + "".join(f"{f'p{p}':>9}" for p in PERCENTILES))
+    for name, values in (("length", measured.length), ("num_tokens", measured.num_tokens)):
+        found = find_percentiles(values[used]).values()
+        lines.append(f"{name:>12}" + "".join(f"{value:>9,}" for value in found))
+    lines += ["", "length in tokens, conversations, share up to here"]
+    return "\n".join([*lines, format_histogram(measured.length[used])])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -551,22 +496,6 @@ def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
     return measured, path
 
 
-def summarize(config: LengthsConfig, measured: MeasuredSource, path: Path) -> dict[str, Any]:
-    """Return the figures of a run for its last line."""
-    used = measured.usable
-    return {
-        "rows": int(used.size),
-        "usable": int(used.sum()),
-        "skipped": measured.skipped,
-        "total_length": int(measured.length.sum(dtype=np.int64)),
-        "total_num_tokens": int(measured.num_tokens.sum(dtype=np.int64)),
-        "length": find_percentiles(measured.length[used]),
-        "num_tokens": find_percentiles(measured.num_tokens[used]),
-        "output": str(path),
-        "repo": config.output_repo,
-    }
-
-
 def parse_args(argv: Sequence[str] | None = None) -> LengthsConfig:
     """Parse the command line; a wrong value ends the program with code 2.
 
@@ -580,26 +509,22 @@ def parse_args(argv: Sequence[str] | None = None) -> LengthsConfig:
         description=about[0],
         epilog=about[-1].strip(),
     )
-    groups: dict[str, Any] = {}
+    group: Any = None
     for entry in fields(LengthsConfig):
-        name = entry.metadata["group"]
-        groups.setdefault(name, parser.add_argument_group(name))
-        _add_option(groups[name], entry)
+        if entry.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[entry.name])
+        how = dict(entry.metadata["how"])
+        if entry.default is False:
+            how["action"] = "store_true"
+        elif entry.default is MISSING:
+            how["required"] = True
+        else:
+            metavar = "N" if how.get("type") is int else entry.name.rpartition("_")[2].upper()
+            how |= {"default": entry.default, "metavar": metavar}
+        shown = f" (default: {entry.default})" if how.get("default") is not None else ""
+        flag = "--" + entry.name.replace("_", "-")
+        group.add_argument(flag, help=entry.metadata["help"] + shown, **how)
     return LengthsConfig(**vars(parser.parse_args(argv)))
-
-
-def _add_option(group: Any, entry: Any) -> None:
-    """Add the option of one field to a parser group."""
-    flag, help_text = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
-    if entry.default is False:
-        group.add_argument(flag, action="store_true", help=help_text)
-    elif entry.default is MISSING:
-        group.add_argument(flag, required=True, help=help_text)
-    else:
-        how = {"metavar": entry.name.rpartition("_")[2].upper(), **entry.metadata["how"]}
-        how["metavar"] = "N" if how.get("type") is int else how["metavar"]
-        shown = "" if entry.default is None else f" (default: {entry.default})"
-        group.add_argument(flag, default=entry.default, help=help_text + shown, **how)
 
 
 def interrupt(number: int, _: object) -> NoReturn:
@@ -622,7 +547,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as signalled:
         log.error("interrupted, nothing written")
         return 128 + next(iter(signalled.args), signal.SIGINT)
-    summary = {**summarize(config, measured, path), "seconds": round(time.monotonic() - began, 2)}
+    used = measured.usable
+    summary = {
+        "rows": int(used.size),
+        "usable": int(used.sum()),
+        "skipped": measured.skipped,
+        "total_length": int(measured.length.sum(dtype=np.int64)),
+        "total_num_tokens": int(measured.num_tokens.sum(dtype=np.int64)),
+        "length": find_percentiles(measured.length[used]),
+        "num_tokens": find_percentiles(measured.num_tokens[used]),
+        "output": str(path),
+        "repo": config.output_repo,
+        "seconds": round(time.monotonic() - began, 2),
+    }
     sys.stdout.write(f"{format_report(measured)}\n{json.dumps(summary)}\n")
     return 0
 

@@ -28,6 +28,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("explore-logits"):
 import argparse
 import base64
 import contextlib
+import csv
 import difflib
 import errno
 import functools
@@ -181,6 +182,34 @@ def local_path(name: str | Path) -> Path:
     if path.startswith("~"):
         raise LogitsError(f"{name!s}: nobody of that name has a home here")
     return Path(path)
+
+
+class Lines:
+    """Takes what a progress bar writes where there is no terminal: a line for each time."""
+
+    def write(self, text: str) -> None:
+        """Write the bar on a line of its own."""
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        sys.stderr.flush()
+
+
+def open_bar(total: int | None, unit: str = "row") -> Any:
+    """Show the progress on stderr: a bar on a terminal, a line a minute in a file."""
+    terminal = sys.stderr.isatty()
+    sized = not terminal or os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return import_extra("tqdm").tqdm(
+        total=total,
+        unit=unit,
+        file=sys.stderr if terminal else Lines(),
+        mininterval=0.2 if terminal else 60,
+        dynamic_ncols=sized,
+        ncols=None if sized else 80,  # some terminals of containers say 0, and tqdm nothing then
+        nrows=None if sized else 24,
+    )
 
 
 CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
@@ -555,12 +584,10 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
 
 # Opening ------------------------------------------------------------------------------------------
 #
-# JSON is read here, line by line, whether streamed or not: nulls stay what they were written as,
-# and a bad line is named when it is met. Everything else is read by `datasets`.
+# JSON and CSV are read here, row by row, whether streamed or not: nulls and numbers stay as they
+# were written, and a bad line is named when it is met. The rest is read by `datasets`.
 
-_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_ROWS_LOOKED_AT = 5000  # for the columns of JSON, which names none beforehand
+_FILE = re.compile(r"\.(jsonl?|csv|parquet)(?:\.(?:gz|zst|bz2|xz))?$")
 
 
 def open_source(
@@ -588,230 +615,189 @@ def open_source(
             (names file and line or column), the Hub out of reach.
     """
     datasets, path = import_extra("datasets"), local_path(dataset)
-    how: dict[str, Any] = {"split": split, "streaming": streaming}
-    if not path.exists():
-        if dataset.startswith((".", "/", "~")) or _kind_of(path) is not None:
-            raise SourceError(f"dataset {dataset!r}: no such file or folder")
-        with _load_errors(dataset, split=split, subset=subset):
-            loaded = datasets.load_dataset(dataset, name=subset, revision=revision, **how)
-        return Stream(loaded, dataset) if streaming else loaded
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(str(path))
-        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-        chosen = _choose_split(str(path), split, splits)
-        return Stream(chosen.to_iterable_dataset(), str(path)) if streaming else chosen
-    files = _choose_split(str(path), split, _find_files(path, subset))
-    kind = _kind_of(Path(files[0]))
-    if kind == "json":
-        return _open_json(files, str(path), **how)
-    columns = _table_columns(files, str(kind))
-    if kind == "csv":  # cells as they are written: 007, 1.50 and NA are text, an empty one is null
-        kinds = {name: "int64" if name in integers else "string" for name in columns}
-        features = datasets.Features({n: datasets.Value(of_n) for n, of_n in kinds.items()})
-        how |= {"keep_default_na": False, "na_values": [""], "features": features}
-    with _load_errors(str(path)):
-        name = re.split(r"[\[+]", split)[0]
-        loaded = datasets.load_dataset(kind, data_files={name: files}, **how)
-    return Stream(loaded, str(path)) if streaming else loaded
-
-
-def _kind_of(path: Path) -> str | None:
-    """Return the kind of a file by its name, None when it is no known one."""
-    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
-    return _KINDS.get(suffixes[-1]) if suffixes else None
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # logs and raises
+    name = split if streaming else re.split(r"[\[+]", split)[0]
+    with _reading(dataset, split, subset):
+        if not path.exists():
+            if dataset.startswith((".", "/", "~")) or _FILE.search(dataset):
+                raise SourceError(f"dataset {dataset!r}: no such file or folder")
+            how = {"split": split, "streaming": streaming, "revision": revision}
+            rows = datasets.load_dataset(dataset, name=subset, **how)
+            return Stream(rows, dataset) if streaming else rows
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(str(path))
+            rows = _take_split(saved if isinstance(saved, dict) else {"train": saved}, name)
+            if streaming:
+                return Stream(rows.to_iterable_dataset(), dataset)
+        else:
+            files = _take_split(_find_files(path, subset), name)
+            kind = _check_columns(files)
+            if kind == "parquet":
+                rows = datasets.load_dataset(
+                    kind, data_files={name: files}, split=name, streaming=streaming
+                )
+                if streaming:
+                    return Stream(rows, dataset)
+            elif streaming:
+                given = {"files": tuple(files), "integers": tuple(integers)}  # lists mean shards
+                rows = datasets.IterableDataset.from_generator(read_rows, gen_kwargs=given)
+                return Stream(rows, dataset, as_written=True)
+            else:
+                rows = _tabulate(files, integers)
+        if name == split:
+            return rows
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+        slices = (range(len(rows))[part.from_ : part.to] for part in parts)
+        return rows.select(list(itertools.chain(*slices)))
 
 
 def _find_files(path: Path, subset: str | None) -> Mapping[str, Sequence[str]]:
     """Return the files of a local dataset by split."""
-    found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    found = [file for file in found if _kind_of(file)]
-    if not found:
+    found = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
+    if not any(_FILE.search(file.name) for file in found):
         what = "unknown kind of file, expected" if path.is_file() else "no file in this folder is"
-        raise SourceError(f"dataset {str(path)!r}: {what} {', '.join(_KINDS)}")
-    if ".zst" in {file.suffix for file in found} and not importlib.util.find_spec("zstandard"):
-        raise SourceError(f"dataset {str(path)!r}: pip install zstandard to read it")
-    if path.is_file() and path.stat().st_size == 0:
-        raise SourceError(f"dataset {str(path)!r}: the file is empty")
+        raise SourceError(f"dataset {str(path)!r}: {what} .jsonl, .json, .parquet, .csv")
     if path.is_file():
         return {"train": [str(path)]}
-    with _load_errors(str(path), subset=subset):
-        builder = import_extra("datasets").load_dataset_builder(str(path), name=subset)
+    builder = import_extra("datasets").load_dataset_builder(str(path), name=subset)
     return {str(name): list(files) for name, files in builder.config.data_files.items()}
 
 
-def _choose_split(dataset: str, split: str, splits: Mapping[str, Any]) -> Any:
-    """Return what is under the name of a split, which may go on with a slice."""
-    name = re.split(r"[\[+]", split)[0]
+def _take_split(splits: Mapping[str, Any], name: str) -> Any:
     if name not in splits:
-        names = ", ".join(splits)
-        raise SourceError(f"dataset {dataset!r} has no split {split!r}; it has {names} (--split)")
+        raise ValueError(f"Available splits: {[*splits]}")  # as `datasets` says it
     return splits[name]
 
 
-def _table_columns(files: Sequence[str], kind: str) -> list[str]:
-    """Return the columns of tables, which all of them must have."""
-    columns: list[list[str]] = []
+def _check_columns(files: Sequence[str]) -> str:
+    """Return the kind of files that are read together; they must have the same columns."""
+    found, first = _FILE.search(files[0]), None
     for file in files:
-        try:
-            columns += [
-                pq.read_schema(file).names if kind == "parquet"
-                else list(import_extra("pandas").read_csv(file, nrows=0, dtype=str).columns)
-            ]  # fmt: skip
-        except (*_read_faults(), pa.ArrowException) as error:
-            raise SourceError(f"dataset {file!r} cannot be read: {_why(error)}") from error
-        _check_columns(files[0], columns[0], file, columns[-1])
-    return columns[0]
+        with _reading(file):
+            table = found is not None and found[1] == "parquet"
+            names = pq.read_schema(file).names if table else list(next(read_rows([file]), ()))
+        first = first or names
+        if other := ", ".join(sorted(set(first) ^ set(names or first))):
+            raise SourceError(
+                f"dataset {file!r} and {Path(files[0]).name} have different columns ({other}); "
+                "give one of the files, or a folder of like ones"
+            )
+    return found[1] if found else "jsonl"
 
 
-def _check_columns(first: str, columns: Iterable[str], file: str, others: Iterable[str]) -> None:
-    """Refuse a file that has other columns than the first one."""
-    if other := ", ".join(sorted(set(columns) ^ set(others))):
-        raise SourceError(
-            f"dataset {file!r} and {Path(first).name} have different columns ({other}); give one "
-            "of the files, or a folder of like ones"
-        )
+def read_rows(
+    files: Sequence[str], integers: Sequence[str | None] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of JSON files (an object a line, or an array of them) and CSV files.
 
-
-def _open_json(files: Sequence[str], name: str, *, split: str, streaming: bool) -> Any:
-    """Open JSON files; in a map-style source what is no plain column is of type Json."""
-    datasets, given = import_extra("datasets"), {"files": tuple(files)}  # a list means shards
-    if streaming:
-        rows = datasets.IterableDataset.from_generator(_json_objects, gen_kwargs=given)
-        return Stream(rows, name, {})
-    types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
-    stats = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
-    try:
-        kinds = _find_kinds(files, name, most=_ROWS_LOOKED_AT)
-        rows = _tabulate_json(files, name, kinds, types, stats)
-    except _MisfitError:
-        rows = _tabulate_json(files, name, _find_kinds(files, name), types, stats)
-    if "[" not in split:
-        return rows
-    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute(
-        {split.split("[")[0]: len(rows)}
-    )
-    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
-
-
-class _MisfitError(SourceError):
-    """A value is of another kind than those of its column in the first rows."""
-
-
-def _find_kinds(files: Sequence[str], name: str, *, most: int | None = None) -> dict[str, str]:
-    """Return what the columns of JSON files hold, by all rows or the first ones."""
-    kinds: dict[str, str] = {}
-    for _, row in itertools.islice(read_json(files), most):
-        for column, value in row.items():
-            known = kinds.setdefault(column, "null")
-            if not _fits(value, known):
-                fitting = (kind for kind in ("int64", "string", "json") if _fits(value, kind))
-                kinds[column] = next(fitting) if known == "null" else "json"
-    if not kinds:
-        raise SourceError(f"dataset {name!r} has no rows")
-    return {column: "json" if kind == "null" else kind for column, kind in kinds.items()}
-
-
-def _tabulate_json(
-    files: Sequence[str], name: str, kinds: dict[str, str], types: Mapping[str, Any], stats: Any
-) -> Any:
-    """Put JSON files into a dataset of columns of these kinds, or take it from the cache."""
-    datasets = import_extra("datasets")
-    key = hashlib.sha256(json.dumps([stats, kinds]).encode()).hexdigest()
-    with _load_errors(name):
-        return datasets.Dataset.from_generator(
-            _json_cells, datasets.Features({c: types[kind] for c, kind in kinds.items()}),
-            fingerprint=key[:32], gen_kwargs={"files": tuple(files), "kinds": kinds},
-        )  # fmt: skip
-
-
-def _json_objects(files: Sequence[str]) -> Iterator[dict[str, Any]]:
-    return (row for _, row in read_json(files))
-
-
-def _json_cells(files: Sequence[str], kinds: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of JSON files for columns of these kinds; "json" takes text that holds it."""
-    for place, row in read_json(files):
-        for column, value in row.items():
-            kind = kinds.get(column, "null")
-            if isinstance(value, str) and not is_unicode(value):  # no table holds it
-                why = f"column {column!r} holds half a surrogate pair"
-                raise SourceError(f"{place}: {why}; --streaming reads it")
-            if kind == "json":
-                row[column] = None if value is None else json.dumps(value)
-            elif not _fits(value, kind):
-                raise _MisfitError(f"{place}: column {column!r} is {value!r:.60}")
-        yield {column: row.get(column) for column in kinds}
-
-
-def _fits(value: Any, kind: str) -> bool:
-    """Tell whether a column of a kind can hold a value."""
-    if value is None or kind == "json":
-        return True
-    if kind == "string":
-        return isinstance(value, str)
-    return kind == "int64" and type(value) is int and -(2**63) <= value < 2**63
-
-
-def read_json(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place ("dataset 'a.jsonl', line 3") and the object of each row of JSON files.
-
-    They hold an object a line, blank lines are passed over, or (.json) an array of objects, and may
-    be compressed.
+    Files may be compressed; blank lines are passed over. A cell of a CSV is text, or null when
+    empty, or an integer in the columns that say so.
 
     Raises:
-        SourceError: a line is not a JSON object or no text, a file is cut, or begins with other
-            columns than the first one; names file and line.
+        SourceError: a line is no text, no JSON object or has too many cells, or a file is cut;
+            names file and line.
     """
-    faults: tuple[type[Exception], ...] = (*_read_faults(), RecursionError)
-    first: list[str] | None = None
+    number = 0
+
+    def decode(data: Any) -> Iterator[str]:
+        nonlocal number
+        while True:
+            number += 1  # before it is read, which may fail
+            if not (line := data.readline()):
+                number -= 1
+                return
+            yield line.decode("utf-8-sig")
+
     for file in files:
-        number, what = 0, f"dataset {file!r}"
+        number = 0
+        if file.endswith(".zst"):
+            import_extra("zstandard")
         try:
-            with import_extra("fsspec").open(
-                file, "rt", encoding="utf-8-sig", compression="infer"
-            ) as lines:
-                is_array, rows = False, lines
-                if ".json" in Path(file).suffixes:
-                    whole = lines.read()
-                    is_array = whole.lstrip().startswith("[")
-                    rows = json.loads(whole) if is_array else whole.splitlines()
-                for number, row in enumerate(rows, 1):
-                    if not is_array and not row.strip():
-                        continue
-                    row = row if is_array else json.loads(row)
-                    if not isinstance(row, dict):
-                        raise ValueError("not an object")
-                    if first is None or number == 1:
-                        first = first or list(row)
-                        _check_columns(files[0], first, file, row)
-                    yield f"{what}, {'row' if is_array else 'line'} {number}", row
-        except faults as error:
-            cut = not isinstance(error, (ValueError, RecursionError))
-            number += cut or isinstance(error, UnicodeDecodeError)
-            where = (
-                f", line {number}:"
-                if number and ".json" not in Path(file).suffixes
-                else " cannot be read:"
-            )
-            why = f"{_why(error)}: the file is damaged" if cut else _why(error)
-            raise SourceError(f"{what}{where} {why}") from None
+            with import_extra("fsspec").open(file, "rb", compression="infer") as data:
+                lines = decode(data)
+                yield from _read_csv(lines, integers) if ".csv" in file else _read_json(lines)
+        except _read_faults() as error:
+            raise SourceError(f"dataset {file!r}, line {number}: {_why(error)}") from None
 
 
-def _read_faults() -> tuple[type[Exception], ...]:
-    """Return what reading damaged files raises, decompression included."""
-    found: list[type[Exception]] = [OSError, EOFError, ValueError, zlib.error, lzma.LZMAError]
-    with contextlib.suppress(ImportError):
-        found.append(importlib.import_module("zstandard").ZstdError)
-    return tuple(found)
+def _read_json(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    lines = filter(str.strip, lines)
+    first = next(lines, "")
+    is_array = first.lstrip().startswith("[")
+    rows = filter(None, itertools.chain([first], lines))
+    for row in json.loads(first + "".join(lines)) if is_array else rows:
+        row = row if is_array else json.loads(row)
+        if not isinstance(row, dict):
+            raise ValueError(f"{row!r:.40} is not an object")
+        yield row
 
 
-def _why(error: BaseException) -> str:
-    """Say in a line why a file cannot be read."""
-    if isinstance(error, UnicodeDecodeError):
-        return "the text is not UTF-8 (is it UTF-16? write it as UTF-8)"
-    if isinstance(error, RecursionError):
-        return "not JSON that can be read: it is nested too deeply"
-    return f"not JSON ({error})" if isinstance(error, ValueError) else first_line(error)
+def _read_csv(lines: Iterator[str], integers: Sequence[str | None]) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    table = csv.reader(lines, strict=True)
+    names = next(table, [])
+    for cells in filter(None, table):
+        if len(cells) > len(names) or len(names) > len(set(names)):
+            raise csv.Error(f"{len(cells)} cells under {len(set(names))} different columns")
+        row: dict[str, Any] = dict.fromkeys(names)
+        row |= {name: cell or None for name, cell in zip(names, cells, strict=False)}
+        for name in row.keys() & set(integers):
+            if row[name] and re.fullmatch(r"\s*-?\d+\s*", row[name]):
+                row[name] = int(row[name])
+        yield row
+
+
+def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
+    """Return JSON and CSV files as a table in the cache of `datasets`, made where it is not there.
+
+    A column that is neither text nor integers all over is of type Json.
+    """
+    datasets = import_extra("datasets")
+    stats = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
+    key = hashlib.sha256(json.dumps([1, stats, list(integers)]).encode()).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "rows" / f"{key[:32]}.arrow"
+    if not path.exists():
+        kinds: dict[str, set[str]] = {}
+        for row in read_rows(files, integers):
+            for name, value in row.items():
+                kinds.setdefault(name, set()).update([] if value is None else [_kind_of(value)])
+        if not kinds:
+            raise SourceError(f"dataset {files[0]!r} has no rows")
+        one = {name: min(found) if len(found) == 1 else "json" for name, found in kinds.items()}
+        types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
+        schema = datasets.Features({name: types[kind] for name, kind in one.items()}).arrow_schema
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        try:
+            with pa.ipc.new_stream(str(part), schema) as table:
+                rows = read_rows(files, integers)
+                while batch := list(itertools.islice(rows, 1000)):
+                    arrays = []
+                    for name, kind in one.items():
+                        cells = [row.get(name) for row in batch]
+                        cells = [*map(_json_cell, cells)] if kind == "json" else cells
+                        arrays.append(pa.array(cells, schema.field(name).type))
+                    table.write_batch(pa.record_batch(arrays, schema=schema))
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(path))
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, str):
+        return "string" if is_unicode(value) else "json"  # no table holds half a surrogate pair
+    return "int64" if type(value) is int and -(2**63) <= value < 2**63 else "json"
+
+
+def _json_cell(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = json.dumps(value, ensure_ascii=False)
+    if is_unicode(text):
+        return text
+    # the reader of `datasets` drops the first half of a pair without the second, not the second
+    return json.dumps(json.loads(re.sub("[\ud800-\udbff]", "\udc00", text)))
 
 
 def is_unicode(text: str) -> bool:
@@ -827,31 +813,26 @@ def is_unicode(text: str) -> bool:
 class Stream:
     """Rows of a source one after the other; what goes wrong on the way is a `SourceError`.
 
-    Has of a `datasets.IterableDataset` what the scripts use.
-
-    Attributes:
-        rows: the dataset.
-        name: of the source, for messages.
-        written: {} where the rows are as they were written, so that no null is Arrow's.
+    Has of a `datasets.IterableDataset`, which `rows` is, what the scripts use. `as_written`: no
+    null of an object is Arrow's padding.
     """
 
     rows: Any
     name: str
-    written: Mapping[str, Any] | None = None
+    as_written: bool = False
 
     @property
-    def column_names(self) -> list[str] | None:
+    def column_names(self) -> Any:
         """The columns, None where no schema says."""
-        names: list[str] | None = self.rows.column_names
-        return names
+        return self.rows.column_names
 
     @property
     def features(self) -> Any:
         """The type of each column by `datasets`, None where nobody knows."""
-        return self.rows.features if self.written is None else self.written
+        return {} if self.as_written else self.rows.features
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _load_errors(self.name):
+        with _reading(self.name):
             yield from self.rows
 
     def take(self, count: int) -> Stream:
@@ -863,47 +844,53 @@ class Stream:
         return replace(self, rows=self.rows.select_columns(list(names)))
 
 
+def _read_faults() -> tuple[type[Exception], ...]:
+    """Return what the readers of all kinds of files raise."""
+    found: list[type[Exception]] = [OSError, EOFError, ValueError, TypeError, KeyError, ImportError]
+    found += [RuntimeError, zlib.error, lzma.LZMAError, csv.Error, pa.ArrowException]
+    found += [importlib.import_module("datasets").exceptions.DatasetsError]
+    with contextlib.suppress(ImportError):
+        found.append(importlib.import_module("zstandard").ZstdError)
+    return tuple(found)
+
+
+def _why(error: Exception) -> str:
+    """Say in a line why a file of text cannot be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return "the text is not UTF-8 (is it UTF-16? write it as UTF-8)"
+    if isinstance(error, RecursionError):
+        return "not JSON that can be read: it is nested too deeply"
+    if isinstance(error, csv.Error):
+        return f"not CSV ({error})"
+    if isinstance(error, ValueError):
+        return f"not JSON ({error})"
+    return first_line(error) + ("" if getattr(error, "errno", None) else ": the file is damaged")
+
+
 @contextlib.contextmanager
-def _load_errors(name: str, *, split: str = "", subset: str | None = None) -> Iterator[None]:
-    """Turn what `datasets` raises into one line that says what to do."""
-    datasets = import_extra("datasets")
-    noisy = logging.getLogger("datasets.packaged_modules")  # tells by a traceback what is raised
-    level = noisy.level
-    noisy.setLevel(logging.CRITICAL)
-    faults: tuple[type[Exception], ...] = (
-        *(datasets.exceptions.DatasetsError, RuntimeError, TypeError, KeyError, ImportError),
-        *_read_faults(),
-    )
+def _reading(name: str, split: str = "", subset: str | None = None) -> Iterator[None]:
+    """Turn what readers raise into one line that says what to do."""
     try:
         yield
-    except faults as error:
-        raise _explain_load(name, split, subset, error) from error
-    finally:
-        noisy.setLevel(level)
-
-
-def _explain_load(name: str, split: str, subset: str | None, error: BaseException) -> SourceError:
-    """Say in one line why a dataset could not be opened and what to change."""
-    kind, why = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
-    cause = error
-    while (inner := cause.__cause__ or cause.__context__) is not None:
-        cause = inner
-        if isinstance(cause, SourceError):  # of our own reader, inside a builder
-            return cause
-    if found := re.search(r"Should be one of \[(.*?)\]|Available splits: \[(.*?)\]", str(error)):
-        names = ", ".join(re.findall(r"'([^']+)'", found.group(1) or found.group(2)))
-        return SourceError(f"dataset {name!r} has no split {split!r}; it has {names} (--split)")
-    if "BatchSize must be greater than 0" in str(cause) or "corresponds to no data" in why:
-        return SourceError(f"dataset {name!r} has no rows")
-    if "BuilderConfig" in why or "Config name is missing" in why:
-        return SourceError(f"dataset {name!r}, --subset {subset}: {why}")
-    if local_path(name).exists():
-        return SourceError(f"dataset {name!r} cannot be read: {first_line(cause)}")
-    if kind in ("DatasetNotFoundError", "DataFilesNotFoundError"):
-        why += " (is the name right, and are you logged in? hf auth login)"
-    return SourceError(
-        f"dataset {name!r} cannot be opened: {why}; no file or folder here has this name either"
-    )
+    except _read_faults() as error:
+        cause: BaseException = error
+        while (inner := cause.__cause__ or cause.__context__) is not None:
+            cause = inner
+        why = " ".join(str(error).split()) or type(error).__name__
+        if found := re.search(r"(?:Should be one of|Available splits:) \[(.*?)\]", why):
+            names = ", ".join(re.findall(r"'([^']+)'", found[1]))
+            why = f" has no split {split!r}; it has {names} (--split)"
+        elif "BatchSize must be greater than 0" in str(cause) or "corresponds to no data" in why:
+            why = " has no rows"
+        elif "BuilderConfig" in why or "Config name is missing" in why:
+            why = f", --subset {subset}: {why}"
+        elif local_path(name).exists():
+            why = f" cannot be read: {first_line(cause)}"
+        else:
+            if type(error).__name__ in ("DatasetNotFoundError", "DataFilesNotFoundError"):
+                why += " (is the name right, and are you logged in? hf auth login)"
+            why = f" cannot be opened: {why}; no file or folder here has this name either"
+        raise SourceError(f"dataset {name!r}{why}") from error
 
 
 def source_revision(
@@ -931,20 +918,16 @@ def source_revision(
             return None
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    whole = sum(file.stat().st_size for file in files) <= 2**30
+    sizes = [file.stat().st_size for file in files]
     digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(
-            f"{file.relative_to(path).as_posix()}:{size}:".encode(errors="surrogateescape")
-        )
+    for file, size in zip(files, sizes, strict=True):
+        name = f"{file.relative_to(path).as_posix()}:{size}:"
+        digest.update(name.encode(errors="surrogateescape"))
+        whole = sum(sizes) <= 2**30 or size <= 2**20
+        spread = ((size - 2**16) * n // 15 for n in range(16))
         with file.open("rb") as data:
-            if whole or size <= 2**20:
-                while block := data.read(2**20):
-                    digest.update(block)
-                continue
-            for n in range(16):
-                data.seek((size - 2**16) * n // 15)
+            for place in range(0, size, 2**16) if whole else spread:
+                data.seek(place)
                 digest.update(data.read(2**16))
     return "sha256:" + digest.hexdigest()
 
@@ -985,8 +968,68 @@ _ROLES = {
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
     **{role: role for role in ("user", "assistant", "system", "tool", "developer")},
 }  # fmt: skip
+_PARTS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("reasoning", "thinking"), "reasoning"),
+}
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _ANY_OBJECT = object()  # stands for a feature that nobody knows
+
+
+class Chat(NamedTuple):
+    """What a row of the source holds for the template."""
+
+    messages: Messages
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = {}
+
+
+def read_conversation(
+    row: Mapping[str, Any],
+    columns: ConversationColumns,
+    features: Mapping[str, Any] | None = None,
+) -> Chat:
+    """Return the chat of a row: messages with `role`, `content` and what else the row gives.
+
+    Both dialects are understood (`role`/`content` and `from`/`value`), a question and an answer as
+    text or as messages, and all but text as a JSON string too. Content given as a list of parts is
+    joined, parts of reasoning become `reasoning_content`. `features` are the source's, see
+    `without_padding`; without them every null of an object is taken for Arrow's.
+
+    Raises:
+        ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
+    """
+    cells: dict[str, Any] = {}
+    for name in columns.needed():
+        try:
+            feature = _ANY_OBJECT if features is None else features.get(name)
+            cells[name] = without_padding(row.get(name), feature)
+        except RecursionError:
+            raise ConversationError("malformed", f"column {name!r} is nested too deeply") from None
+    if columns.messages is not None:
+        messages = _read_messages(cells[columns.messages], columns.messages)
+    else:
+        messages = _read_pair(cells, columns)
+    if text := _cell_text(cells, columns.system, needed=False):
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": text}, *messages]
+        elif messages[0].get("content") != text:
+            why = f"column {columns.system!r} and a system message of its own differ (--system-col)"
+            raise ConversationError("malformed", f"the conversation has {why}")
+    answers = [m for m in messages if m["role"] == "assistant"]
+    said = [m.get(key) for m in answers for key in ("content", "tool_calls", *_REASONING_KEYS)]
+    if answers and not any(s.strip() if isinstance(s, str) else s for s in said):
+        raise ConversationError("empty", "the assistant says nothing")
+    tools = _parsed_json(cells["tools"])
+    tools = [_parsed_json(t) for t in tools] if isinstance(tools, list) else tools
+    tools = None if isinstance(tools, str) else tools or None
+    if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise ConversationError("malformed", "column 'tools' is no list of tool schemas")
+    try:
+        given = check_template_kwargs(_parsed_json(cells["chat_template_kwargs"]) or {})
+    except TemplateError as error:
+        raise ConversationError("malformed", f"column 'chat_template_kwargs': {error}") from None
+    return Chat(messages, tools, given)
 
 
 def without_padding(value: Any, feature: Any) -> Any:
@@ -1009,13 +1052,18 @@ def without_padding(value: Any, feature: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def read_cell(row: Mapping[str, Any], name: str, features: Mapping[str, Any] | None) -> Any:
-    """Return what a column of a row holds, without Arrow's nulls."""
-    try:
-        feature = _ANY_OBJECT if features is None else features.get(name)
-        return without_padding(row.get(name), feature)
-    except RecursionError:
-        raise ConversationError("malformed", f"column {name!r} is nested too deeply") from None
+def check_template_kwargs(given: Any) -> dict[str, Any]:
+    """Return arguments of a template.
+
+    Raises:
+        TemplateError: they are no object, or one has the name of something that the template is
+            given anyway.
+    """
+    if not isinstance(given, Mapping):
+        raise TemplateError(f"no object: {given!r:.60}")
+    if taken := {"messages", "tools", "documents", "add_generation_prompt"} & given.keys():
+        raise TemplateError(f"{min(taken)!r} is no argument to give: every template gets it anyway")
+    return dict(given)
 
 
 def _parsed_json(value: Any) -> Any:
@@ -1024,41 +1072,6 @@ def _parsed_json(value: Any) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
-
-
-def read_conversation(
-    row: Mapping[str, Any],
-    columns: ConversationColumns,
-    features: Mapping[str, Any] | None = None,
-) -> Messages:
-    """Return the chat messages of a row: dicts with `role`, `content` and what else the row gives.
-
-    Both dialects are understood (`role`/`content` and `from`/`value`), messages stored as a JSON
-    string too, a question and an answer as text or as messages. Content given as a list of parts is
-    joined, parts of reasoning become `reasoning_content`. `features` are the source's, see
-    `without_padding`; without them every null of an object is taken for Arrow's.
-
-    Raises:
-        ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
-    """
-    cells = {name: read_cell(row, name, features) for name in columns.needed()}
-    if columns.messages is not None:
-        messages = _read_messages(cells[columns.messages], columns.messages)
-    else:
-        messages = _read_pair(cells, columns)
-    system = cells.get(columns.system or "")
-    if columns.system and system is not None and system == system and str(system).strip():
-        text = _cell_text(system, columns.system)
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": text}, *messages]
-        elif messages[0].get("content") != text:
-            why = f"column {columns.system!r} and a system message of its own differ (--system-col)"
-            raise ConversationError("malformed", f"the conversation has {why}")
-    answers = [m for m in messages if m["role"] == "assistant"]
-    said = [m.get(key) for m in answers for key in ("content", "tool_calls", *_REASONING_KEYS)]
-    if answers and not any(s.strip() if isinstance(s, str) else s for s in said):
-        raise ConversationError("empty", "the assistant says nothing")
-    return messages
 
 
 def _read_messages(value: Any, column: str) -> Messages:
@@ -1081,26 +1094,28 @@ def _read_messages(value: Any, column: str) -> Messages:
 
 def _read_pair(cells: Mapping[str, Any], columns: ConversationColumns) -> Messages:
     """Build the messages of a row with a question and an answer, each text or messages."""
-    found: list[Messages] = []
+    found: Messages = []
     for role, column in (("assistant", columns.assistant), ("user", columns.user)):
         value = cells[str(column)]
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            messages = [_read_message(message) for message in value]
+            messages = _read_messages(value, str(column))
             if role == "assistant" and messages[0]["role"] != "assistant":
                 return messages  # the whole conversation, as preference data has it in `chosen`
         else:
-            text = _cell_text(value, str(column))
-            context = cells.get(columns.context or "") if role == "user" else None
-            if context is not None and str(context).strip():
-                text += f"\n\n{_cell_text(context, str(columns.context))}"
+            text = _cell_text(cells, column)
+            if role == "user" and (context := _cell_text(cells, columns.context, needed=False)):
+                text += f"\n\n{context}"
             messages = [{"role": role, "content": text}]
-        found.insert(0, messages)
-    return [*found[0], *found[1]]
+        found = [*messages, *found]
+    return found
 
 
-def _cell_text(value: Any, column: str) -> str:
-    """Return a cell as text; numbers are written out."""
+def _cell_text(cells: Mapping[str, Any], column: str | None, *, needed: bool = True) -> str:
+    """Return a cell as text, numbers written out; "" for nothing where that may be."""
+    value = cells.get(str(column))
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        if not needed:
+            return ""
         reason = "empty" if isinstance(value, str) else "null"
         raise ConversationError(reason, f"column {column!r} is {reason}")
     if not isinstance(value, (str, int, float)):
@@ -1144,64 +1159,21 @@ def _content_text(content: Any, role: str) -> tuple[Any, str]:
     """
     if content is None or isinstance(content, str):
         return content, ""
-    if not isinstance(content, list):
-        if role == "tool":
-            return content, ""
-        raise ConversationError("malformed", f"the content of a {role} message is {content!r:.60}")
-    said, reasons = [], []
-    for part in content:
+    said: dict[str, list[str]] = {"text": [], "reasoning": []}
+    for part in content if isinstance(content, list) else [content]:
         part = {"text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else ""
+        kind = part.get("type", "text") if isinstance(part, dict) else None
         text = part.get("text", part.get(kind)) if isinstance(part, dict) else None
-        if kind in ("text", "input_text", "output_text") and isinstance(text, str):
-            said.append(text)
-        elif kind in ("reasoning", "thinking") and role == "assistant" and isinstance(text, str):
-            reasons.append(text)
-        elif role == "tool":
-            return content, ""
-        else:
-            raise ConversationError("not_text", f"a {role} message holds more than text")
-    return "".join(said) if said or not reasons else None, "".join(reasons)
-
-
-def read_tools(
-    row: Mapping[str, Any], features: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]] | None:
-    """Return the tool schemas of a row's `tools` column (a list or a JSON string), None without."""
-    tools = _parsed_json(read_cell(row, "tools", features))
-    if not tools or isinstance(tools, str):
-        return None
-    if isinstance(tools, list):
-        tools = [_parsed_json(tool) for tool in tools]
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConversationError("malformed", "column 'tools' is no list of tool schemas")
-    return tools
-
-
-def read_template_kwargs(
-    row: Mapping[str, Any], features: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return a row's own arguments of the template (an object or JSON), {} without."""
-    name = "chat_template_kwargs"
-    given = _parsed_json(read_cell(row, name, features)) or {}
-    try:
-        if not isinstance(given, dict):
-            raise TemplateError(f"no object: {given!r:.60}")
-        return check_template_kwargs(given)
-    except TemplateError as error:
-        raise ConversationError("malformed", f"column {name!r}: {error}") from None
-
-
-def check_template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of a template.
-
-    Raises:
-        TemplateError: one has the name of something that the template is given anyway.
-    """
-    taken = {"messages", "tools", "documents", "add_generation_prompt"} & given.keys()
-    if taken:
-        raise TemplateError(f"{min(taken)!r} is no argument to give: every template gets it anyway")
-    return dict(given)
+        into = _PARTS.get(str(kind)) if isinstance(content, list) else None
+        into = into if isinstance(text, str) else None
+        if into is None or (into == "reasoning" and role != "assistant"):
+            if role == "tool":
+                return content, ""
+            why = f"a {role} message holds more than text: {part!r:.60}"
+            raise ConversationError("not_text" if isinstance(content, list) else "malformed", why)
+        said[into].append(str(text))
+    text, reasoning = map("".join, said.values())
+    return text if said["text"] or not reasoning else None, reasoning
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1306,16 +1278,34 @@ def _explain_tokenizer(model: str, folder: Path, error: BaseException) -> str:
 def load_chat_template(path: str | None, tokenizer: Any) -> str:
     """Return the Jinja source of a chat template: of the file, else the tokenizer's own.
 
-    The file may also be a `chat_template.json`, which holds the source as a JSON string.
+    The file may also be a `chat_template.json`, which holds the source as a JSON string. Of named
+    templates it is `default`, and `tool_use` where tools are given, as transformers has it.
 
     Raises:
         TemplateError: no such file, no template in the tokenizer, or not valid Jinja.
     """
-    if path is None:
-        source = _own_template(tokenizer)
+    if path is not None:
+        source, where = _read_template(local_path(path), f"--chat-template {path!r}"), repr(path)
     else:
-        source = _one_template(_read_template(local_path(path), f"--chat-template {path!r}"))
-    jinja2, where = import_extra("jinja2"), repr(path) if path else "of the tokenizer"
+        source, where = getattr(tokenizer, "chat_template", None), "of the tokenizer"
+    if not source and path is None:
+        raise TemplateError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
+            "give one with --chat-template FILE (or --text-col for plain text)"
+        )
+    if isinstance(source, Mapping):
+        if "default" not in source:
+            raise TemplateError(
+                f"the tokenizer's chat templates are called {', '.join(source)}, none of them "
+                "default; give one with --chat-template FILE"
+            )
+        plain, with_tools = source["default"], source.get("tool_use")
+        # each begins on a line of its own, as it does alone: blocks are trimmed and stripped there
+        source = plain if with_tools is None else (
+            "{%+ if tools is not none %}\n" + with_tools.removesuffix("\n")
+            + "{%+ else %}\n" + plain.removesuffix("\n") + "{%+ endif %}"
+        )  # fmt: skip
+    jinja2 = import_extra("jinja2")
     try:
         _compile_marked(source)
     except jinja2.TemplateSyntaxError as error:
@@ -1328,7 +1318,7 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
             f"chat template {where} is nested too deeply to be compiled; give another one with "
             "--chat-template"
         ) from error
-    return source
+    return str(source)
 
 
 def _read_template(path: Path, name: str) -> Any:
@@ -1351,32 +1341,6 @@ def _read_template(path: Path, name: str) -> Any:
     raise TemplateError(f'{name} is no JSON object with a string "chat_template"')
 
 
-def _own_template(tokenizer: Any) -> str:
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise TemplateError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
-            "give one with --chat-template FILE (or --text-col for plain text)"
-        )
-    return _one_template(template)
-
-
-def _one_template(template: Any) -> str:
-    """Join named templates to one by the rule of transformers: `tool_use` where tools are given."""
-    if not isinstance(template, Mapping):
-        return str(template)
-    if "default" not in template:
-        raise TemplateError(
-            f"the tokenizer's chat templates are called {', '.join(template)}, none of them "
-            "default; give one with --chat-template FILE"
-        )
-    if "tool_use" not in template:
-        return str(template["default"])
-    with_tools, plain = (template[name].removesuffix("\n") for name in ("tool_use", "default"))
-    # each begins on a line of its own, as it does alone: blocks are trimmed and stripped there
-    return f"{{%+ if tools is not none %}}\n{with_tools}{{%+ else %}}\n{plain}{{%+ endif %}}"
-
-
 def hash_template(source: str) -> str:
     """Return the SHA-256 of a chat template, by which runs are compared."""
     return hashlib.sha256(source.encode()).hexdigest()
@@ -1397,6 +1361,10 @@ class Rendering(NamedTuple):
     runs: list[tuple[int, int, int | None]]  # start, end, number of the message
     marked: list[Span]  # inside {% generation %} … {% endgeneration %}, ascending
 
+    def shown(self) -> set[int | None]:
+        """Return the messages that wrote more than blanks."""
+        return {number for a, b, number in self.runs if self.text[a:b].strip()}
+
 
 class _Marks:
     """What a marked template calls while it renders one conversation.
@@ -1408,7 +1376,7 @@ class _Marks:
     def __init__(self, chat: Messages, used: str) -> None:
         self.number_of = {id(message): number for number, message in enumerate(chat)}
         self.edge = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
-        self.under_way: set[str] = set()
+        self.loops: list[tuple[str, int]] = []  # those under way, and the message that each is at
         self.work_left = 10**8 + 10**4 * len(chat)  # a million steps, some 100 more a message
 
     def spend(self, work: int) -> None:
@@ -1424,39 +1392,40 @@ class _Marks:
             )
 
     def mark(self, kind: str, *values: Any) -> str:
-        """Return the mark of a loop that is at one of `values`; of no values, that it is over."""
+        """Return a mark for a loop that comes to `values`, or is over where there are none.
+
+        It names the message whose turn it is from here on, where that changes. The loop "" is only
+        counted; "+" and "-" open and close what {% generation %} marks.
+        """
         self.spend(100)
-        at = next((self.number_of[id(v)] for v in values if id(v) in self.number_of), "")
-        if at == "" and kind not in self.under_way | {"+", "-"}:
+        if kind in ("", "+", "-"):
+            return kind and f"{self.edge}{kind}{self.edge}"
+        at = next((self.number_of[id(v)] for v in values if id(v) in self.number_of), None)
+        depth = next((n for n, loop in enumerate(self.loops) if loop[0] == kind), len(self.loops))
+        if at is None and depth == len(self.loops):
             return ""  # a loop over something else
-        (self.under_way.discard if at == "" else self.under_way.add)(kind)
-        return f"{self.edge}{kind}:{at}{self.edge}"
+        before, self.loops[depth:] = self.loops[-1:], [] if at is None else [(kind, at)]
+        now = self.loops[-1:]
+        return "" if now == before else f"{self.edge}{now[0][1] if now else ''}{self.edge}"
 
     def split(self, out: str) -> Rendering:
         """Cut the marks out of what a template wrote."""
-        text: list[str] = []
+        text, place, owner = [], 0, None
         runs: list[tuple[int, int, int | None]] = []
         marked: list[Span] = []
-        loops: list[tuple[str, int]] = []  # those under way, and the message that each is at
-        place = 0
         for number, piece in enumerate(out.split(self.edge)):
             if number % 2 == 0:
-                owner = loops[-1][1] if loops else None
-                if piece and runs and runs[-1][2] == owner:
-                    runs[-1] = (runs[-1][0], place + len(piece), owner)
-                elif piece:
-                    runs.append((place, place + len(piece), owner))
+                joins = bool(runs) and runs[-1][2] == owner
+                start = runs.pop()[0] if joins else place
                 text.append(piece)
                 place += len(piece)
-                continue
-            kind, _, at = piece.partition(":")
-            if kind == "+":
+                runs += [(start, place, owner)] if place > start else []
+            elif piece == "+":
                 marked.append((place, place))
-            elif kind == "-":
+            elif piece == "-":
                 marked[-1:] = [(a, place) for a, _ in marked[-1:]]
             else:
-                depth = next((n for n, (loop, _) in enumerate(loops) if loop == kind), len(loops))
-                loops[depth:] = [(kind, int(at))] if at else []
+                owner = int(piece) if piece else None
         return Rendering("".join(text), runs, marked)
 
 
@@ -1479,8 +1448,8 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
 
         def mark(self, kind: str, *names: str) -> Any:
             given = [nodes.Const(kind), *(nodes.Name(name, "load") for name in names)]
-            call = nodes.EnvironmentAttribute("mark"), [nodes.ContextReference(), *given]
-            return nodes.Output([nodes.Call(*call, [], None, None)])
+            call = nodes.Call(nodes.EnvironmentAttribute("mark"), given, [], None, None)
+            return nodes.Output([call])
 
         def visit_For(self, node: Any) -> Any:
             kind = "" if self.captured else str(next(count))
@@ -1511,6 +1480,7 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
             return [self.mark("+"), body, self.mark("-")] if inside or not self.captured else body
 
         def visit_Assign(self, node: Any) -> Any:
+            self.generic_visit(node)
             if self.captured or not self.loops or not isinstance(node.node, nodes.Getitem):
                 return node
             kind, names = self.loops[-1]  # {% set message = messages[i] %}
@@ -1522,72 +1492,91 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
                 return node
             return [node, self.mark(kind, node.target.name)]
 
+        def visit_Concat(self, node: Any) -> Any:  # as a sum, which the sandbox can count
+            texts = (nodes.Filter(part, "_str", [], [], None, None) for part in node.nodes)
+            return self.generic_visit(functools.reduce(nodes.Add, texts))
+
     # of an empty template: to compile this one unbound would compute its constants, however large
-    environment = _bound_work(utils._compile_jinja_template("").environment.overlay())
+    environment = _bound_work(utils._compile_jinja_template("").environment)
     marker = AddMarks()
     tree = marker.visit(environment.parse(source))
     return environment.from_string(tree), marker.found_inside
 
 
-def _bound_work(environment: Any) -> Any:  # noqa: C901 - one small function for each way
-    """Have the sandbox count what can take long or much memory: loops, products, widths."""
-    filters, call = import_extra("jinja2").pass_context, environment.call
+# What may write far more than it is given, by how large that is and by the numbers beside it.
+_AMPLIFIERS = re.compile(
+    r"\*|replace|join|sum|center|[lr]just|zfill|expandtabs|indent|wordwrap|tojson|batch|slice|"
+    r"urlize|to_bytes"
+)
 
-    def spend(context: Any, work: int) -> None:
-        context.parent["_marks"].spend(work)
 
-    def mark(context: Any, *given: Any) -> str:
-        return str(context.parent["_marks"].mark(*given))
+def _bound_work(plain: Any) -> Any:
+    """Return the sandbox with its operators, filters and methods counted by what they write."""
+    environment, jinja2 = plain.overlay(), import_extra("jinja2")
 
-    def width(text: str, given: Iterable[Any]) -> int:
-        """Return what the widths in a format, or those given where it asks for them, come to."""
-        found = [
-            int(n) for spec in re.findall(r"[%:][^%:{}]*", text) for n in re.findall(r"\d+", spec)
-        ]
-        asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", text)
-        return sum(found) + sum(abs(n) for n in given if asks and isinstance(n, int))
+    def spend(context: Any, name: str, values: Sequence[Any]) -> None:
+        work = _written(name, values)
+        context.parent["_marks"].spend(work if work > 10**6 else work // 100)
 
     def binop(context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str):
-            spend(context, len(left) // 100 if len(left) < 10**6 else len(left))
-        elif operator == "%" and isinstance(left, str):
-            spend(context, width(left, right if isinstance(right, tuple) else (right,)))
-        elif operator == "*":
-            sizes = [len(v) for v in (left, right) if hasattr(v, "__len__")]
-            times = [abs(int(v)) for v in (left, right) if not hasattr(v, "__len__")]
-            spend(context, math.prod(sizes + times) if sizes else 0)
-        elif operator == "**":
-            spend(context, int(abs(left)).bit_length() * int(abs(right)))
-        return environment.binop_table[operator](left, right)
+        spend(context, operator, (left, right))
+        return plain.binop_table[operator](left, right)
 
-    def bounded_call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if function is mark:
-            return mark(*args)
-        bound = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
-        text, name = getattr(bound, "__self__", None), getattr(bound, "__name__", "")
-        if isinstance(text, str) and name in ("format", "format_map"):
-            spend(context, width(text, (*args, *kwargs.values())))
-        elif isinstance(text, str) and name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-            spend(context, sum(abs(n) for n in args if isinstance(n, int)))
-        return call(context, function, *args, **kwargs)
+    def call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if function is environment.mark:
+            return context.parent["_marks"].mark(*args)
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+        if isinstance(owner := getattr(method, "__self__", None), (str, bytes, int)):
+            args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
+            spend(context, method.__name__, (owner, *args, *kwargs.values()))
+        return plain.call(context, function, *args, **kwargs)
 
-    def bounded_filter(name: str) -> Any:
-        plain = environment.filters[name]
+    def bounded(name: str) -> Any:
+        def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            value = list(value) if isinstance(value, Iterator) else value
+            spend(context, name, (value, *args, *kwargs.values()))
+            return plain.call_filter(name, value, args, kwargs, context)
 
-        def bounded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            given = (*args, *kwargs.values())
-            widths = (n for n in given if isinstance(n, int))
-            spend(context, width(str(value), given) if name == "format" else sum(map(abs, widths)))
-            return plain(value, *args, **kwargs)
+        return jinja2.pass_context(run)
 
-        return filters(bounded)
-
-    environment.mark = mark
+    environment.mark = object()
     environment.intercepted_binops = frozenset(("+", "%", "*", "**"))
-    environment.call_binop, environment.call = binop, bounded_call
-    own = {name: bounded_filter(name) for name in ("format", "center", "indent")}
-    environment.filters = {**environment.filters, **own}
+    environment.call_binop, environment.call = binop, call
+    own = {n: bounded(n) for n in plain.filters if n == "format" or _AMPLIFIERS.fullmatch(n)}
+    environment.filters = {**plain.filters, **own, "_str": str}
+    environment.globals = {k: v for k, v in plain.globals.items() if k != "lipsum"}
     return environment
+
+
+def _written(name: str, values: Sequence[Any]) -> int:
+    """Return about how many characters or items an operation writes, at most."""
+    first, *others = values
+    if name in ("%", "format", "format_map"):  # by the widths in the format, or given beside it
+        if not isinstance(first, str):
+            return 0
+        others = [*others[0]] if len(others) == 1 and isinstance(others[0], tuple) else others
+        specs = re.findall(r"[%:][^%:{}]*", first)
+        widths = sum(int(n) for spec in specs for n in re.findall(r"\d+", spec))
+        asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first)
+        widths += sum(abs(n) for n in others if asks and isinstance(n, int))
+        return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
+    if name == "**":
+        return int(abs(first)).bit_length() * int(abs(others[0]))
+    lengths = [len(v) for v in values if hasattr(v, "__len__")]
+    if name == "+" or (name == "*" and not lengths):
+        return sum(lengths)
+    if not _AMPLIFIERS.fullmatch(name):
+        return 0
+    return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
+
+
+def _size(value: Any) -> int:
+    """Return how many characters and items a value holds."""
+    if isinstance(value, Mapping):
+        return _size([*value.keys(), *value.values()])
+    if isinstance(value, (list, tuple)):
+        return len(value) + sum(map(_size, value))
+    return len(value) if hasattr(value, "__len__") else 1
 
 
 @dataclass(frozen=True)
@@ -1598,7 +1587,8 @@ class ChatTemplate:
         source: Jinja source.
         given: what the template is given beside messages: special tokens, and its arguments.
         added: the tokenizer's added tokens, blank ones left out; longest first.
-        date: told to a template that asks for the time, YYYY-MM-DD; None: the real time.
+        tokens: matches one or more added tokens back to back, with the blanks before them.
+        moment: told to a template that asks for the time; None: the real time.
         parts: content must be given as a list of text parts.
         loops: the template writes a message when it comes to it in a loop; else see `_replaced`.
         marked: `{% generation %}` markers are there and cover the assistant's content.
@@ -1610,7 +1600,8 @@ class ChatTemplate:
     source: str
     given: Mapping[str, Any]
     added: tuple[str, ...] = ()
-    date: str | None = None
+    tokens: re.Pattern[str] = re.compile("(?!)")
+    moment: datetime | None = None
     parts: bool = False
     loops: bool = True
     marked: bool = False
@@ -1619,9 +1610,9 @@ class ChatTemplate:
     inserted: tuple[str, ...] = ()
 
     @cached_property
-    def tokens(self) -> re.Pattern[str]:
-        """Match one or more added tokens back to back, with the blanks before them."""
-        return re.compile(r"\s*(?:" + ("|".join(map(re.escape, self.added)) or "(?!)") + ")+")
+    def header(self) -> str:
+        """The generation prompt without the think tags that it ends in."""
+        return re.sub(rf"{_OPEN}\s*(?:{_CLOSE}\s*)?\Z", "", self.prompt, flags=re.IGNORECASE)
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -1634,13 +1625,11 @@ class ChatTemplate:
         found = self.tokens.match(tail)
         return found.end() if found else len(tail.rstrip())
 
-    def moment(self) -> datetime:
-        """Return the time to tell a template: one for all renderings that are compared."""
-        return datetime.fromisoformat(self.date) if self.date else datetime.now()
+    def at_one_moment(self) -> ChatTemplate:
+        """Return the template with its clock stopped, for renderings that are compared."""
+        return replace(self, moment=self.moment or datetime.now())
 
-    def render(
-        self, messages: Messages, tools: Any = None, *, prompt: bool = False, moment: Any = None
-    ) -> Rendering:
+    def render(self, messages: Messages, tools: Any = None, *, prompt: bool = False) -> Rendering:
         """Render a conversation; `prompt` appends the generation prompt.
 
         The reasoning of a message is offered under each name that templates read, as transformers
@@ -1649,18 +1638,24 @@ class ChatTemplate:
         Raises:
             ConversationError: "refused_by_template".
         """
-        chat = [_as_given(message, parts=self.parts) for message in messages]
+        chat = []
+        for message in messages:
+            said = [message[key] for key in _REASONING_KEYS if message.get(key) is not None]
+            named = {"thinking": said[0]} | message | {"reasoning_content": said[0]} if said else {}
+            chat.append({**(named or message)})
+            if self.parts and isinstance(message.get("content"), str):
+                chat[-1]["content"] = [{"type": "text", "text": message["content"]}]
         used = json.dumps([chat, tools, self.given], ensure_ascii=False, default=str) + self.source
-        jinja2, moment = import_extra("jinja2"), moment or self.moment()
+        jinja2, now = import_extra("jinja2"), self.moment or datetime.now()
 
         def write(*, inside: bool) -> Rendering:
             marks = _Marks(chat, used)
-            return marks.split(
-                _compile_marked(self.source, inside=inside)[0].render(
-                    **{"strftime_now": moment.strftime, "documents": None, **self.given},
-                    messages=chat, tools=tools, add_generation_prompt=prompt, _marks=marks,
-                )
+            template, _ = _compile_marked(self.source, inside=inside)
+            out = template.render(
+                **{"strftime_now": now.strftime, "documents": None, **self.given},
+                messages=chat, tools=tools, add_generation_prompt=prompt, _marks=marks,
             )  # fmt: skip
+            return marks.split(out)
 
         try:
             rendering = write(inside=True)
@@ -1675,18 +1670,14 @@ class ChatTemplate:
             why = f"{who}: {first_line(error)}"
             raise ConversationError("refused_by_template", why) from error
 
-
-def _as_given(message: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
-    """Copy a message, its reasoning under each of the names that templates read.
-
-    `parts`: wrap string content the way templates of vision models want it.
-    """
-    said = next((message[key] for key in _REASONING_KEYS if message.get(key) is not None), None)
-    reasoning = {} if said is None else {"reasoning_content": said}
-    given = {**({} if said is None else {"thinking": said}), **message, **reasoning}
-    if parts and isinstance(content := message.get("content"), str):
-        given["content"] = [{"type": "text", "text": content}]
-    return given
+    def try_render(
+        self, messages: Messages, tools: Any = None, *, prompt: bool = False
+    ) -> Rendering | None:
+        """Render, or return None where the template refuses."""
+        try:
+            return self.render(messages, tools, prompt=prompt)
+        except ConversationError:
+            return None
 
 
 # What a plain conversation shows of a template ----------------------------------------------------
@@ -1704,7 +1695,7 @@ def prepare_template(
     Raises:
         TemplateError: the template never shows what an assistant says.
     """
-    source = chat_template if chat_template is not None else _own_template(tokenizer)
+    source = load_chat_template(None, tokenizer) if chat_template is None else chat_template
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     given = json.dumps({**special, **(template_kwargs or {})}, sort_keys=True)
     return _probe_template(tokenizer, source, given, len(tokenizer), date)
@@ -1714,10 +1705,14 @@ def prepare_template(
 def _probe_template(
     tokenizer: Any, source: str, given: str, _size: int, date: str | None
 ) -> ChatTemplate:
-    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    added = {token for token in added if token.strip("\u2581 \t\n\r")}  # Gemma adds line breaks
-    longest_first = tuple(sorted(added, key=lambda token: (-len(token), token)))
-    plain = ChatTemplate(source, json.loads(given), longest_first, date)
+    found = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    found = {token for token in found if token.strip("\u2581 \t\n\r")}  # Gemma adds line breaks
+    added = tuple(sorted(found, key=lambda token: (-len(token), token)))
+    plain = ChatTemplate(
+        source, json.loads(given), added,
+        re.compile(r"\s*(?:" + ("|".join(map(re.escape, added)) or "(?!)") + ")+"),
+        datetime.fromisoformat(date) if date else None,
+    )  # fmt: skip
     why = ""
     try:
         plain.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
@@ -1729,7 +1724,7 @@ def _probe_template(
             ) from error
     for loops, parts, opening in itertools.product((True, False), (False, True), ((), ("system",))):
         template = replace(plain, parts=parts, loops=loops)
-        facts = _probe_turns(template, opening)
+        facts = _probe_turns(template.at_one_moment(), opening)
         if facts is not None:
             return replace(template, **facts)
     raise TemplateError(
@@ -1744,11 +1739,10 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
     roles = (*opening, "user", "assistant", "user", "assistant")
     chat: Messages = [{"role": r, "content": s} for r, s in zip(roles, says, strict=False)]
     n = len(opening) + 1  # the first answer
-    render = functools.partial(_try_render, template, moment=template.moment())
-    shown = [r for r in (render(chat[:k]) for k in (n + 1, len(chat))) if r]
+    shown = [r for r in (template.try_render(chat[:k]) for k in (n + 1, len(chat))) if r]
     if not shown or says[n] not in shown[0].text:
         return None
-    asked, before = (render(chat[:n], prompt=p) for p in (True, False))
+    asked, before = (template.try_render(chat[:n], prompt=p) for p in (True, False))
     prompt = ""
     if asked and before:  # what follows the messages, but for what follows them anyway
         end = max([b for _, b, who in asked.runs if who is not None], default=0)
@@ -1767,35 +1761,22 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
     if not turns:
         return None
     if not template.loops:  # a tail ends where the next header begins: by what both renderings have
-        ends = [found.end() if (found := template.tokens.match(tail)) else 0 for _, tail in turns]
         common = _shared_prefix(turns[0][1], turns[-1][1]) if len(turns) > 1 else len(turns[0][1])
         turns = [
-            (head, tail[: common or end]) for (head, tail), end in zip(turns, ends, strict=True)
+            (head, tail[: common or (found.end() if found else 0)])
+            for head, tail in turns
+            for found in [template.tokens.match(tail)]
         ]
     if not prompt.strip() and turns[0][0].strip():
         prompt = turns[0][0]
-    bare = _bare(prompt)
-    heads = {head.removeprefix(bare) for head, _ in turns if head.startswith(bare)}
-    text, _, marked = shown[0]
+    header = replace(template, prompt=prompt).header
+    heads = {head.removeprefix(header) for head, _ in turns if head.startswith(header)}
     return {
         "prompt": prompt,
-        "marked": any(says[n] in text[a:b] for a, b in marked),
+        "marked": any(says[n] in shown[0].text[a:b] for a, b in shown[0].marked),
         "tails": tuple(sorted({tail for _, tail in turns}, key=len, reverse=True)),
         "inserted": tuple(sorted(filter(_THINK_TAG.search, heads), key=len, reverse=True)),
     }
-
-
-def _bare(prompt: str) -> str:
-    """Return a generation prompt without the think tags that it ends in."""
-    return re.sub(rf"{_OPEN}\s*(?:{_CLOSE}\s*)?\Z", "", prompt, flags=re.IGNORECASE)
-
-
-def _try_render(template: ChatTemplate, messages: Messages, **how: Any) -> Rendering | None:
-    """Render, or return None where the template refuses."""
-    try:
-        return template.render(messages, **how)
-    except ConversationError:
-        return None
 
 
 def _shared_prefix(one: str, two: str) -> int:
@@ -1829,7 +1810,7 @@ class RenderedConversation:
     text: str
     spans: list[Span]
     way: str
-    end_of_turn: str | None
+    end_of_turn: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -1860,22 +1841,26 @@ def render_conversation(
         raise ConversationError("no_assistant", f"no message is the assistant's: roles {roles}")
     wanted = {n for n in (answers if turns == "all" else answers[-1:])
               if messages[n].get("weight", 1) != 0}  # fmt: skip
-    moment = template.moment()
-    chat, rendering = _render_dialects(messages, template, tools, moment)
+    template = template.at_one_moment()
+    chat, rendering = _render_dialects(messages, template, tools)
+    text = rendering.text
     if check is not None:
-        check(rendering.text)
-    reader = _TurnReader(template, chat, tools, rendering, moment, include_think, include_end)
-    text, way = rendering.text, "generation" if template.marked else "loop"
-    found = reader.turns(wanted) if template.loops else []
+        check(text)
+    reader = _TurnReader(template, chat, tools, rendering, include_think, include_end)
+    found, way = reader.turns(wanted), "generation" if template.marked else "loop"
     if not template.loops or reader.doubts(wanted, found):
         found, way = reader.replaced_turns(wanted), "replacing"
-    spans = _merged(span for _, span in found)
-    end = next((e for e in template.ends for a, b in spans if e in text[a:b]), None)
-    return RenderedConversation(text, spans, way, end, reader.notes())
+    spans: list[Span] = []  # ascending, joined where they touch
+    for start, end in sorted(span for _, span in found if span[1] > span[0]):
+        if spans and start <= spans[-1][1]:
+            start, end = spans[-1][0], max(end, spans.pop()[1])
+        spans.append((start, end))
+    end_of_turn = next((e for e in template.ends for a, b in spans if e in text[a:b]), None)
+    return RenderedConversation(text, spans, way, end_of_turn, reader.notes())
 
 
 def _render_dialects(
-    messages: Messages, template: ChatTemplate, tools: Any, moment: Any
+    messages: Messages, template: ChatTemplate, tools: Any
 ) -> tuple[Messages, Rendering]:
     """Render the conversation in the first way of writing it that the template takes.
 
@@ -1887,44 +1872,35 @@ def _render_dialects(
     if any("content" not in message for message in messages):
         asks = re.search(r"content['\"]?\]? is (?:not )?none", template.source)
         contents += [{"content": None}, {"content": ""}] if asks else [{"content": ""}]
-    calls = any(message.get("tool_calls") for message in messages)
+
+    def as_text(given: Any) -> Any:
+        is_text = given is None or isinstance(given, str)
+        return given if is_text else json.dumps(given, ensure_ascii=False)
+
     refusals = []
-    for content, as_text in itertools.product(contents, (False, True) if calls else (False,)):
-        chat = [_with_arguments({**content, **message}, as_text=as_text) for message in messages]
+    calls = any(message.get("tool_calls") for message in messages)
+    ways = (_parsed_json, as_text) if calls else (_parsed_json,)
+    for content, rewrite in itertools.product(contents, ways):
+        chat = [_with_arguments({**content, **message}, rewrite) for message in messages]
         try:
-            return chat, template.render(chat, tools, moment=moment)
+            return chat, template.render(chat, tools)
         except ConversationError as error:
             refusals.append(error)
     raise refusals[0]
 
 
-def _with_arguments(message: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
-    """Return a message with the arguments of its tool calls as JSON text or as an object."""
+def _with_arguments(message: dict[str, Any], rewrite: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its tool calls rewritten."""
 
-    def convert(call: Any) -> Any:
+    def change(call: Any) -> Any:
         if not isinstance(call, Mapping):
             return call
         if isinstance(call.get("function"), Mapping):
-            return {**call, "function": convert(call["function"])}
-        arguments = call.get("arguments")
-        if as_text and arguments is not None and not isinstance(arguments, str):
-            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        return {**call, "arguments": _parsed_json(arguments)} if "arguments" in call else dict(call)
+            return {**call, "function": change(call["function"])}
+        return {**call, "arguments": rewrite(call["arguments"])} if "arguments" in call else call
 
-    if not message.get("tool_calls"):
-        return message
-    return {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
-
-
-def _merged(spans: Iterable[Span]) -> list[Span]:
-    """Sort spans, drop empty ones, join those that touch."""
-    joined: list[Span] = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        elif end > start:
-            joined.append((start, end))
-    return joined
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [*map(change, calls)]} if calls else message
 
 
 @dataclass(frozen=True)
@@ -1938,7 +1914,6 @@ class _TurnReader:
     chat: Messages
     tools: Any
     rendering: Rendering
-    moment: Any
     include_think: bool
     include_end: bool
     found: dict[tuple[Any, ...], str] = field(default_factory=dict)
@@ -1956,12 +1931,14 @@ class _TurnReader:
             if template.marked and not inside:
                 continue
             start, end, is_first = a, b, number not in begun
+            begun.add(number)
             if is_first:
                 start += self.header_length(number, text[a:b])
-                begun.add(number)
             if template.marked:
                 start, end = max(start, inside[0][0]), inside[-1][1]
-                end += self.closing_after(start, end, b)
+                if not self.include_end and self.written(start, end) is None:
+                    found = template.tokens.match(text, end, b)  # right after the markers
+                    end = found.end() if found else end
             elif self.chat[number].get("tool_calls"):
                 end += self.closing_of_calls(number, a, b, first=is_first)
             spans.append((number, self.cut(number, start, end, a)))
@@ -1973,9 +1950,9 @@ class _TurnReader:
 
     def header_length(self, number: int, said: str) -> int:
         """Return how much of a turn's text the generation prompt gives."""
-        bare = _bare(self.template.prompt)
-        prompt = bare if self.template.marked else self.template.prompt
-        for given in (prompt, bare):
+        template = self.template
+        prompt = template.header if template.marked else template.prompt
+        for given in (prompt, template.header):
             if given and said.startswith(given):
                 return len(given)
         if not prompt:
@@ -1986,25 +1963,12 @@ class _TurnReader:
         )
         kind = ("header", *told, before.get("role"), said[:40])
         if kind not in self.found:
-            how = {"tools": self.tools, "moment": self.moment, "prompt": True}
-            asked = _try_render(self.template, self.chat[:number], **how)
+            asked = template.try_render(self.chat[:number], self.tools, prompt=True)
             text = asked.text if asked else ""
             longest = range(min(len(text), len(said), len(prompt) + 256), 0, -1)  # short, headers
-            shared = next((n for n in longest if text.endswith(said[:n])), 0)
-            self.found[kind] = said[:shared]
+            self.found[kind] = said[: next((n for n in longest if text.endswith(said[:n])), 0)]
         header = self.found[kind]
         return len(header) if header.strip() and said.startswith(header) else 0
-
-    def closing_after(self, start: int, end: int, limit: int) -> int:
-        """Return the length of the end-of-turn token right after a template's own markers."""
-        text, added = self.rendering.text, self.template.added
-        written = start + len(text[start:end].rstrip())
-        if self.include_end or text.endswith(added, start, written):
-            return 0
-        after = text[end:limit]
-        blanks = len(after) - len(after.lstrip())
-        token = next((t for t in added if after.startswith(t, blanks)), "")
-        return blanks + len(token) if token else 0
 
     def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:
         """Return how much of what closes a turn with calls stands in the text of the next one.
@@ -2015,38 +1979,36 @@ class _TurnReader:
         kind = ("closing", first, *sorted(key for key, value in message.items() if value))
         if kind not in self.found:
             silent = {"content": ""} if message.get("content") else {}
-            how = {"tools": self.tools, "moment": self.moment}
             chat = [*self.chat[:number], {**message, **silent}]
-            stopped = _try_render(self.template, chat, **how) or Rendering("", [], [])
+            stopped = self.template.try_render(chat, self.tools) or Rendering("", [], [])
             own = [stopped.text[x:y] for x, y, who in stopped.runs if who == number]
             self.found[kind] = own[-1].rpartition(said)[2] if own and said in own[-1] else ""
         more = self.found[kind]
         return _shared_prefix(more, self.rendering.text[b : b + len(more)]) if more.strip() else 0
 
+    def written(self, start: int, end: int) -> int | None:
+        """Return where an added token ends that a stretch of text ends in, but for blanks."""
+        written = start + len(self.rendering.text[start:end].rstrip())
+        return (
+            written if self.rendering.text.endswith(self.template.added, start, written) else None
+        )
+
     def cut(self, number: int, start: int, end: int, base: int) -> Span:
         """Leave out what follows the end of the turn, and inserted think tags at its start."""
         text, template = self.rendering.text, self.template
-        if not self.include_end:
-            end = self.turn_end(start, end)
+        if not self.include_end:  # the end is the last token, or what the known tail says
+            tail = next((t for t in template.tails if t and text.endswith(t, start, end)), "")
+            written = self.written(start, end)
+            if written is None or "\n" in tail.strip():
+                written = end - len(tail) + template.through_tokens(tail)
+            end = written
         if not self.include_think:
-            header = _bare(template.prompt)
-            if template.marked or not text.startswith(header, base):
+            if not template.marked and text.startswith(template.header, base):
+                base = min(start, base + len(template.header))
+            else:
                 base = start
-            base = min(start, base + len(header)) if base < start else start
-            inserted = self.inserted_think(text[base:end], self.chat[number])
-            start = max(start, base + inserted)
+            start = max(start, base + self.inserted_think(text[base:end], self.chat[number]))
         return start, max(start, end)
-
-    def turn_end(self, start: int, end: int) -> int:
-        """Return where a turn ends in `start`..`end`: after its last token, or the known tail."""
-        text, template = self.rendering.text, self.template
-        tail = next((t for t in template.tails if t and text.endswith(t, start, end)), "")
-        if "\n" in tail.strip():
-            return end - len(tail) + template.through_tokens(tail)
-        written = start + len(text[start:end].rstrip())
-        if text.endswith(template.added, start, written):
-            return written
-        return end - len(tail) + len(tail.rstrip())
 
     def inserted_think(self, said: str, message: Mapping[str, Any]) -> int:
         """Return the length of the think tags that a turn starts with and its data lacks."""
@@ -2069,18 +2031,16 @@ class _TurnReader:
         A template may write the next message while it is at this one, or copies of messages: then
         what others say stands in a span, or what the assistant says where no turn of it is.
         """
-        text, runs, _ = self.rendering
-        shown = {number for a, b, number in runs if text[a:b].strip()}
-        for number in wanted - shown:
+        text = self.rendering.text
+        for number in wanted - self.rendering.shown():
             content = self.chat[number].get("content")
             if isinstance(content, str) and content.strip() and content.strip() in text:
                 return True
         for number, (start, end) in spans:
             own = repr(self.chat[number])
-            for message in itertools.takewhile(
-                lambda m: m.get("role") != "assistant",
-                itertools.islice(self.chat, number + 1, None),
-            ):
+            for message in itertools.islice(self.chat, number + 1, None):
+                if message.get("role") == "assistant":
+                    break
                 said = str(message.get("content") or "").strip()
                 if len(said) > 2 and said in text[start:end] and repr(said)[1:-1] not in own:
                     return True
@@ -2091,17 +2051,22 @@ class _TurnReader:
         text, template, spans = self.rendering.text, self.template, []
         mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text) * 3
         floor = 0
+
+        def marked(given: Any) -> Any:
+            return dict.fromkeys(given, mark) if given and isinstance(given, Mapping) else mark
+
         for number, message in enumerate(self.chat):
             if message.get("role") != "assistant":
                 continue
-            said = _replaced(message, mark)
-            chat = [*self.chat[:number], said, *self.chat[number + 1 :]]
-            other = _try_render(template, chat, tools=self.tools, moment=self.moment)
+            said = {key: mark for key in ("content", *_REASONING_KEYS) if message.get(key)}
+            said |= {} if message.get("tool_calls") else {"content": mark}
+            other_message = {**_with_arguments(message, marked), **said}
+            chat = [*self.chat[:number], other_message, *self.chat[number + 1 :]]
+            other = template.try_render(chat, self.tools)
             if other is None or mark not in other.text:
                 continue  # the template does not show the turn
             first = _shared_prefix(text, other.text)
-            rest, changed = text[first:], other.text[first:]
-            end = len(text) - _shared_prefix(rest[::-1], changed[::-1])
+            end = len(text) - _shared_prefix(text[first:][::-1], other.text[first:][::-1])
             prompt = template.prompt
             place = text.rfind(prompt, floor, first) if prompt else -1
             between = text[place + len(prompt) : first]
@@ -2115,48 +2080,21 @@ class _TurnReader:
 
     def notes(self) -> tuple[str, ...]:
         """Say what was given and does not show: messages, calls, tools."""
-        text, found = self.rendering.text, []
-        shown = {number for a, b, number in self.rendering.runs if text[a:b].strip()}
-        for number, message in enumerate(self.chat if self.template.loops else []):
-            functions = (_function_of(call) for call in message.get("tool_calls") or ())
-            names = [str(function.get("name") or "") for function in functions]
+        text, template = self.rendering.text, self.template
+        found, shown = [], self.rendering.shown()
+        for number, message in enumerate(self.chat if template.loops else []):
+            calls = [c for c in message.get("tool_calls") or () if isinstance(c, Mapping)]
+            names = [dict(call.get("function") or call).get("name") for call in calls]
             said = str(message.get("content") or "").strip()
-            if any(name and name not in text for name in names):
-                note = "the tool calls of an assistant message"
-            elif said and number not in shown:
-                note = f"a {message.get('role')} message"
-            else:
-                continue
-            if note not in found and (names or said not in text):
-                found.append(note)
+            if any(name and str(name) not in text for name in names):
+                found.append("the tool calls of an assistant message")
+            elif said and number not in shown and (names or said not in text):
+                found.append(f"a {message.get('role')} message")
         if self.tools and not _shows_tools(
-            self.template.source, json.dumps(self.template.given), self.template.parts
+            template.source, json.dumps(template.given), template.parts
         ):
             found.append("the tools")
-        return tuple(found)
-
-
-def _function_of(call: Any) -> Mapping[str, Any]:
-    """Return name and arguments of a tool call, which may be wrapped as a `function`."""
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    return function if isinstance(function, Mapping) else {}
-
-
-def _replaced(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """Copy a message with the mark for all that it says."""
-    said = {key: mark for key in ("content", *_REASONING_KEYS) if message.get(key)}
-    calls = message.get("tool_calls")
-    if not calls:
-        return {**message, "content": mark, **said}
-    marked = []
-    for call in calls:
-        function = dict(_function_of(call))
-        given = function.get("arguments")
-        function["arguments"] = (
-            dict.fromkeys(given, mark) if given and isinstance(given, Mapping) else mark
-        )
-        marked.append({**call, "function": function} if "function" in call else function)
-    return {**message, **said, "tool_calls": marked}
+        return tuple(dict.fromkeys(found))
 
 
 @lru_cache(maxsize=64)
@@ -2165,8 +2103,7 @@ def _shows_tools(source: str, given: str, parts: bool) -> bool:
     name = chr(0xE200) * 3
     tool = {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    template = ChatTemplate(source, json.loads(given), parts=parts)
-    shown = _try_render(template, chat, tools=[tool])
+    shown = ChatTemplate(source, json.loads(given), parts=parts).try_render(chat, [tool])
     return shown is None or name in shown.text or "\\ue200" in shown.text
 
 
@@ -2183,25 +2120,17 @@ def warn_once(note: str) -> None:
 
 
 @dataclass(frozen=True)
-class EncodedConversation:
-    """A conversation as tokens, and which of them are extracted.
+class EncodedConversation(RenderedConversation):
+    """A conversation as tokens, and which of them are extracted; the `way` of plain text is "text".
 
     Attributes:
-        text: the rendered conversation.
         input_ids: (S,) int32.
         token_positions: (N,) int32, ascending, each at least 1: the extracted tokens' places in
             `input_ids`. The first token of all is predicted from nothing and never extracted.
-        way: how the spans were found, see `RenderedConversation`; "text" for plain text.
-        end_of_turn: what was taken to end a turn, None if nothing was.
-        notes: what the template was given and does not show, for `warn_once`.
     """
 
-    text: str
-    input_ids: npt.NDArray[np.int32]
-    token_positions: npt.NDArray[np.int32]
-    way: str
-    end_of_turn: str | None
-    notes: tuple[str, ...] = ()
+    input_ids: npt.NDArray[np.int32] = field(kw_only=True)
+    token_positions: npt.NDArray[np.int32] = field(kw_only=True)
 
 
 def encode_conversation(
@@ -2252,9 +2181,7 @@ def encode_conversation(
     if positions.size == 0:
         why = "the template shows nothing that the assistant says in a turn that counts"
         raise ConversationError("no_tokens", why)
-    return EncodedConversation(
-        rendered.text, ids, positions, rendered.way, rendered.end_of_turn, rendered.notes
-    )
+    return EncodedConversation(**vars(rendered), input_ids=ids, token_positions=positions)
 
 
 def encode_text(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> EncodedConversation:
@@ -2267,7 +2194,9 @@ def encode_text(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> 
     ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32).reshape(-1)
     if ids.size < 2:
         raise ConversationError("no_tokens", "the text has no second token to predict")
-    return EncodedConversation(text, ids, np.arange(1, ids.size, dtype=np.int32), "text", None)
+    positions = np.arange(1, ids.size, dtype=np.int32)
+    span = (0, len(text))
+    return EncodedConversation(text, [span], "text", input_ids=ids, token_positions=positions)
 
 
 def _check_text(text: str, tokenizer: Any, max_tokens: int | None) -> None:
@@ -2318,11 +2247,11 @@ class ConversationEncoder:
             tokenizer,
             chat_template,
             ConversationColumns.of(settings),
-            bool(settings.get("include_think")),
-            bool(settings.get("include_end")),
-            str(settings.get("turns") or "all"),
-            settings.get("template_kwargs") or {},
-            settings.get("template_date"),
+            include_think=bool(settings.get("include_think")),
+            include_end=bool(settings.get("include_end")),
+            turns=str(settings.get("turns") or "all"),
+            template_kwargs=settings.get("template_kwargs") or {},
+            date=settings.get("template_date"),
         )
 
     def for_source(self, source: Any) -> ConversationEncoder:
@@ -2343,14 +2272,14 @@ class ConversationEncoder:
             ConversationError: it cannot be used.
         """
         if self.columns.text is not None:
-            text = _cell_text(row.get(self.columns.text), self.columns.text)
+            text = _cell_text(row, self.columns.text)
             return encode_text(text, self.tokenizer, max_tokens=max_tokens)
-        own = read_template_kwargs(row, self.features)
+        chat = read_conversation(row, self.columns, self.features)
         return encode_conversation(
-            read_conversation(row, self.columns, self.features), self.tokenizer,
-            chat_template=self.chat_template, tools=read_tools(row, self.features),
+            chat.messages, self.tokenizer, chat_template=self.chat_template, tools=chat.tools,
             include_think=self.include_think, include_end=self.include_end, turns=self.turns,
-            template_kwargs={**self.template_kwargs, **own}, date=self.date, max_tokens=max_tokens,
+            template_kwargs={**self.template_kwargs, **chat.template_kwargs}, date=self.date,
+            max_tokens=max_tokens,
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
@@ -2401,16 +2330,19 @@ def open_conversations(
         integers=(options.index_col, getattr(options, "length_col", None)),
     )  # fmt: skip
     names = source_columns(source)
-    columns = resolve_columns(
-        names, messages_col=options.messages_col, user_col=options.user_col,
-        assistant_col=options.assistant_col, system_col=options.system_col,
-        index_col=options.index_col, text_col=options.text_col,
-    )  # fmt: skip
+    of_columns = (
+        "messages_col",
+        "user_col",
+        "assistant_col",
+        "system_col",
+        "index_col",
+        "text_col",
+    )
+    columns = resolve_columns(names, **{name: getattr(options, name) for name in of_columns})
     if columns.text is not None:
-        of_templates = ("chat_template", "template_kwargs", "include_think", "include_end")
-        idle = [name for name in of_templates if getattr(options, name)]
-        idle += ["turns"] if options.turns != "all" else []
-        if idle:
+        usual: dict[str, Any] = {"chat_template": None, "template_kwargs": None, "turns": "all"}
+        usual |= {"include_think": False, "include_end": False}
+        if idle := [name for name, value in usual.items() if getattr(options, name) != value]:
             flags = " and ".join("--" + name.replace("_", "-") for name in idle)
             raise TemplateError(f"{flags}: --text-col uses no chat template")
         return Conversations(source, ConversationEncoder(tokenizer, "", columns))
@@ -2442,14 +2374,9 @@ def conversation_settings(config: Any, encoder: ConversationEncoder) -> dict[str
         config: of a script: model, revision, dataset, subset, split.
         encoder: of the run.
     """
-    return {
-        "model": config.model,
-        "model_revision": config.revision,
-        "dataset": config.dataset,
-        "subset": config.subset,
-        "split": config.split,
-        **encoder.settings(),
-    }
+    names = ("model", "dataset", "subset", "split")
+    given = {"model_revision": config.revision, **{name: getattr(config, name) for name in names}}
+    return given | encoder.settings()
 
 
 def token_positions_of(
@@ -2543,14 +2470,13 @@ def format_mask_preview(
     bounds = np.flatnonzero(np.diff(extracted)) + 1
     before, after = ("\x1b[30;42m", "\x1b[0m") if color else ("⟦", "⟧")
     body, half = [], max_run_chars // 2
-    for ids, marked in zip(
-        np.split(encoded.input_ids, bounds), np.split(extracted, bounds), strict=True
-    ):
+    for number, ids in enumerate(np.split(encoded.input_ids, bounds)):
         run = tokenizer.decode(ids.tolist())
         if (left := len(run) - 2 * half) > 0:
             run = f"{run[:half]} … {left:,} characters … {run[-half:]}"
         lines = show_text(run).split("\n")
-        body.append("\n".join(f"{before}{x}{after}" if marked[0] else x for x in lines))
+        taken = bool(extracted[0]) != bool(number % 2)
+        body.append("\n".join(f"{before}{x}{after}" if taken else x for x in lines))
     ways = {
         "generation": "the template's markers",
         "loop": "what the template writes for each message",

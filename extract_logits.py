@@ -79,7 +79,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from explore_logits import (
@@ -105,6 +104,7 @@ from explore_logits import (
     load_tokenizer,
     local_path,
     log_safely,
+    open_bar,
     open_conversations,
     outlive_readers,
     pack_indices,
@@ -5716,7 +5716,7 @@ class Extraction:
         self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
         self.found_tokens = 0  # by the probe: padded tokens of a batch
         self.teacher: Teacher | None = None
-        self.bar: tqdm[Any] | None = None
+        self.bar: Any = None
 
     def extract(self) -> bool:
         """Run to the end or until told to stop; True when no conversation is left."""
@@ -5946,21 +5946,6 @@ def warn_of_slow_bfloat16(teacher: Teacher) -> None:
             "this CPU multiplies bfloat16 %.0f times slower than float32: try --dtype float32",
             times,
         )
-
-
-def open_bar(total: int | None) -> tqdm[Any]:
-    """Show the progress bar on stderr; into a file it is written seldom."""
-    terminal = sys.stderr.isatty()
-    sized = not terminal or os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    return tqdm(
-        total=total,
-        unit="row",
-        file=sys.stderr,
-        mininterval=0.2 if terminal else 10,
-        dynamic_ncols=sized,
-        ncols=None if sized else 80,  # some terminals of containers say 0, and tqdm nothing then
-        nrows=None if sized else 24,
-    )
 
 
 def fetch_and_pack(batch: Batch, result: GPUBatchResult, *, schema: pa.Schema) -> PackedBatch:

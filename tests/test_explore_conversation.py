@@ -36,7 +36,6 @@ from explore_logits import (
     load_tokenizer,
     prepare_template,
     read_conversation,
-    read_tools,
     token_positions_of,
 )
 
@@ -91,7 +90,7 @@ def extracted(messages: list[dict[str, Any]], template: str, **options: Any) -> 
     ],
 )
 def test_both_dialects_and_every_way_of_storing_them_give_the_same_messages(value: Any) -> None:
-    assert read_conversation({"messages": value}, MESSAGES) == [user("a"), says("b")]
+    assert read_conversation({"messages": value}, MESSAGES).messages == [user("a"), says("b")]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def test_both_dialects_and_every_way_of_storing_them_give_the_same_messages(valu
 )
 def test_roles_are_known_by_their_usual_names_in_any_case(role: str, names: str) -> None:
     row = {"messages": [{"from": name, "value": "x"} for name in names.split()]}
-    assert {message["role"] for message in read_conversation(row, MESSAGES)} == {role}
+    assert {message["role"] for message in read_conversation(row, MESSAGES).messages} == {role}
 
 
 def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None:
@@ -119,9 +118,9 @@ def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None
     asked = [{"type": "input_text", "text": "h"}, "i"]
     row = {"messages": [user("") | {"content": asked}, says("") | {"content": parts}]}
     expected = [user("hi"), says("yo", reasoning_content="the user greets")]
-    assert read_conversation(row, MESSAGES) == expected
+    assert read_conversation(row, MESSAGES).messages == expected
     thinks = {"messages": [user("hi"), says("") | {"content": parts[:2]}]}
-    assert "content" not in read_conversation(thinks, MESSAGES)[1]
+    assert "content" not in read_conversation(thinks, MESSAGES).messages[1]
     twice = {"messages": [user("hi"), says("", reasoning="other") | {"content": parts}]}
     with pytest.raises(ConversationError, match="reasoning twice"):
         read_conversation(twice, MESSAGES)
@@ -130,13 +129,19 @@ def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None
 def test_nulls_are_taken_for_arrows_where_nobody_knows_better() -> None:
     call = {"function": {"name": "f", "arguments": {"town": "Lima", "day": None}}, "id": None}
     row = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    assert read_conversation(row, MESSAGES)[1] == {
+    assert read_conversation(row, MESSAGES).messages[1] == {
         "role": "assistant",
         "tool_calls": [{"function": {"name": "f", "arguments": {"town": "Lima"}}}],
     }
-    assert read_conversation(row, MESSAGES, {})[1] == {"role": "assistant", "tool_calls": [call]}
+    assert read_conversation(row, MESSAGES, {}).messages[1] == {
+        "role": "assistant",
+        "tool_calls": [call],
+    }
     text = {"messages": json.dumps(row["messages"])}
-    assert read_conversation(text, MESSAGES)[1] == {"role": "assistant", "tool_calls": [call]}
+    assert read_conversation(text, MESSAGES).messages[1] == {
+        "role": "assistant",
+        "tool_calls": [call],
+    }
 
 
 @pytest.mark.parametrize(
@@ -182,7 +187,7 @@ def test_a_conversation_that_cannot_be_used_says_why(value: Any, reason: str) ->
 def test_single_turn_columns_make_a_conversation(row: dict[str, Any], expected: Any) -> None:
     columns = ConversationColumns(user="q", assistant="a", system="s")
     if isinstance(expected, list):
-        assert read_conversation(row, columns) == expected
+        assert read_conversation(row, columns).messages == expected
         return
     with pytest.raises(ConversationError) as caught:
         read_conversation(row, columns)
@@ -191,12 +196,13 @@ def test_single_turn_columns_make_a_conversation(row: dict[str, Any], expected: 
 
 def test_tools_come_from_a_list_or_from_json() -> None:
     tool = {"type": "function", "function": {"name": "f"}}
-    assert read_tools({"tools": [tool | {"strict": None}]}) == [tool]
-    assert read_tools({"tools": '[{"type": "function", "function": {"name": "f"}}]'}) == [tool]
-    assert read_tools({"tools": ['{"type": "function", "function": {"name": "f"}}']}) == [tool]
-    assert read_tools({}) is read_tools({"tools": None}) is read_tools({"tools": "[]"}) is None
+    text = json.dumps(tool)
+    for value in ([tool | {"strict": None}], f"[{text}]", [text]):
+        assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools == [tool]
+    for value in (None, "[]", []):
+        assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools is None
     with pytest.raises(ConversationError):
-        read_tools({"tools": [1]})
+        read_conversation({"messages": CHAT, "tools": [1]}, MESSAGES)
 
 
 def encoder_for(template: str, **options: Any) -> ConversationEncoder:
@@ -959,6 +965,20 @@ HOSTILE = {
     "power": "{{ 10 ** (10 ** 10) }}",
     "doubling": "{% set ns = namespace(t='ab') %}{% for a in range(60) %}"
     "{% set ns.t = ns.t + ns.t %}{% endfor %}",
+    "doubling by ~": "{% set ns = namespace(t='ab') %}{% for a in range(60) %}"
+    "{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+    "doubling lists": "{% set ns = namespace(t=[1]) %}{% for a in range(60) %}"
+    "{% set ns.t = ns.t + ns.t %}{% endfor %}",
+    "join": "{{ (['a' * 9999] * 9999) | join }}",
+    "join by much": "{{ ('b' * 99999).join(range(9999) | map('string')) }}",
+    "replace": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "replace by a method": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "map of a filter": "{{ ['a'] | map('center', 1000000000) | list }}",
+    "the same field often": "{{ ('{0}' * 9999).format('a' * 99999) }}",
+    "indented JSON": "{{ {'a': 1} | tojson(indent=1000000000) }}",
+    "batch": "{{ [1] | batch(1000000000, 0) | list }}",
+    "bytes": "{{ 'a'.encode().ljust(1000000000) }}{{ (1).to_bytes(1000000000, 'big') }}",
+    "sum": "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}",
     "escape": "{{ ''.__class__.__mro__ }}",
 }
 
@@ -977,7 +997,8 @@ def test_the_sandbox_bounds_what_a_template_does(name: str) -> None:
 def test_widths_and_numbers_that_people_write_are_not_refused() -> None:
     template = (
         "{{ '%5d|%s' % (1700000000, 'x') }}{{ '{:>8} {}'.format(3, 1700000000) }}"
-        "{{ '-' * 80 }}{{ 'a' | center(40) }}{{ 2 ** 20 }}" + PLAIN
+        "{{ '-' * 80 }}{{ 'a' | center(40) }}{{ 2 ** 20 }}{{ 1700000000 * 1000 + 1 }}"
+        "{{ {'most': 1700000000} | tojson(indent=4) }}{{ [1700000000, 2] | join(', ') }}" + PLAIN
     )
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
 
