@@ -54,7 +54,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -2514,9 +2514,11 @@ CONFIG_FILE = "extraction_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
-_SPLITS = "train|validation|valid|dev|test|eval"
-_SPLIT_NAME = re.compile(rf"(?:^|/)({_SPLITS})(?=/|-[0-9]|\.parquet$)")
-_SHARD = re.compile(rf"(?:data/)?(?:[0-9]{{3}}/|(?:{_SPLITS})/)?[^/]+\.parquet")
+HUB_TIMEOUT_S = 8.0  # to connect, and between two pieces of an answer
+_SPLITS = "(train|validation|valid|dev|test|eval)"
+_SHARD = re.compile(  # what lies further down is another output's
+    rf"(?:data/)?(?:[0-9]{{3}}/|{_SPLITS}/)?(?:{_SPLITS}(?=-[0-9]|\.parquet$))?[^/]*\.parquet"
+)
 
 
 def part_path(number: int) -> str:
@@ -2532,25 +2534,29 @@ def part_path(number: int) -> str:
 class Store:
     """Files by path, wherever fsspec reads them: in a folder, or a Hub dataset at one commit.
 
-    Files that links lead out of the folders `inside` are none.
+    Files that links lead out of the folders `inside` are none. `chosen` are files named one by
+    one, with their sizes; None: whatever is there.
     """
 
     name: str
     files: Any
     root: str
     inside: tuple[str, ...] = ()
+    chosen: dict[str, int] | None = None
 
     @property
     def on_hub(self) -> bool:
         """Say whether every read is a request."""
         return "file" not in self.files.protocol
 
-    def list_files(self, *, depth: int | None = None) -> dict[str, int]:
-        """Return the size in bytes of every file, at most so many levels down, by path."""
-        with hub_errors(self.name):
-            found = self.files.find(self.root, maxdepth=depth, detail=True)
-            cut_off = len(self.root) + 1
-            sizes = {path[cut_off:]: int(entry["size"]) for path, entry in found.items()}
+    def list_files(self, *, depth: int = 5) -> dict[str, int]:
+        """Return the size in bytes of every file by path; of a folder at most so far down."""
+        if self.chosen is not None:
+            return self.chosen
+        with self.reading(self.name):
+            levels = None if self.on_hub else depth  # the Hub lists all by one request
+            found = self.files.find(self.root, maxdepth=levels, detail=True)
+            sizes = {path[len(self.root) + 1 :]: int(of["size"]) for path, of in found.items()}
         return {path: size for path, size in sizes.items() if self._is_inside(path)}
 
     def open(self, path: str) -> Any:
@@ -2559,14 +2565,9 @@ class Store:
             raise OpenError(f"{path} leads outside {self.name} and is not read")
         return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
 
-    def list_checkpoints(self) -> list[str]:
-        """Return the names of the workers' checkpoints."""
-        names = self.list_files(depth=1)
-        return sorted(name for name in names if re.fullmatch(r"checkpoint(-w[0-9]+)?\.json", name))
-
     def read_text(self, path: str) -> str | None:
         """Return a small text file; None when there is no such file."""
-        with hub_errors(self.name):
+        with self.reading(self.name):
             try:
                 with self.open(path) as file:
                     data = bytes(file.read(MAX_TEXT_BYTES + 1))
@@ -2576,24 +2577,69 @@ class Store:
             raise OpenError(f"{self.name}: {path} is larger than {MAX_TEXT_BYTES >> 20} MiB")
         return data.decode("utf-8", "replace")
 
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Turn what a disk, pyarrow or the Hub's client raises into a `LogitsError` of one line.
+
+        A damaged file becomes a `FormatError`, whatever else cannot be read an `OpenError`.
+        """
+        try:
+            yield
+        except transfer_errors() as error:
+            if type(error).__name__ == "RepositoryNotFoundError":
+                why = "on the Hub and no such folder; a private one needs a token"
+                raise OpenError(f"no dataset {name!r} {why}") from None
+            raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
+        except UnicodeEncodeError:  # of the header that holds it
+            remedy = "run `hf auth login`, or set HF_TOKEN"
+            raise OpenError(f"{name}: the access token is none: {remedy}") from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and (error.errno is not None or self.on_hub):
+                why = error.strerror or first_line(error)
+                raise OpenError(f"{name} cannot be read: {why}") from None
+            raise FormatError(f"{name} cannot be read as Parquet: {error}") from None
+        except (
+            *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
+            RecursionError,  # of a million brackets
+        ) as error:
+            if not self.on_hub:
+                raise
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise OpenError(f"{name}: what answers is not the Hub ({said})") from None
+
     def _is_inside(self, path: str) -> bool:
         real = Path(os.path.realpath(f"{self.root}/{path}")) if self.inside else None
         return real is None or any(real.is_relative_to(folder) for folder in self.inside)
 
 
-def open_store(name: str | Path) -> Store:
-    """Find where an output is: a folder, or a dataset repository on the Hub.
+def open_store(name: str | Path | Sequence[str | Path]) -> Store:
+    """Find where an output is: a folder, Parquet files, or a dataset repository on the Hub.
 
     Raises:
-        OpenError: neither is there.
+        OpenError: nothing is there, or a file is named twice.
     """
+    disk = import_extra("fsspec").filesystem("file")
+    if not isinstance(name, (str, Path)) or os.path.isfile(os.path.expanduser(name)):
+        files = [name] if isinstance(name, (str, Path)) else name
+        paths = [Path(os.path.abspath(os.path.expanduser(file))) for file in files]
+        missing = [file for file, path in zip(files, paths, strict=True) if not path.is_file()]
+        if missing or not files:
+            raise OpenError(
+                f"no such file: {missing[0]}" if files else "the list of files is empty"
+            )
+        if len(set(paths)) < len(paths):
+            raise OpenError("the list names a file twice")
+        root = os.path.commonpath([path.parent for path in paths])
+        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
+        shown = str(files[0]) if len(files) == 1 else f"{len(files)} files"
+        return Store(shown, disk, root, chosen=sizes)
     text = str(name)
     if os.path.isdir(path := os.path.expanduser(text)):
-        root = Path(path).resolve()
+        folder = Path(path).resolve()
         # The Hub's local cache keeps snapshots as links to ../../blobs.
-        snapshots = next((p for p in root.parents if p.name == "snapshots"), None)
-        inside = (str(root), *([str(snapshots.parent / "blobs")] if snapshots else []))
-        return Store(path, import_extra("fsspec").filesystem("file"), str(root), inside)
+        snapshots = next((p for p in folder.parents if p.name == "snapshots"), None)
+        inside = (str(folder), *([str(snapshots.parent / "blobs")] if snapshots else []))
+        return Store(path, disk, str(folder), inside)
     for prefix in ("hf://datasets/", "https://huggingface.co/datasets/"):
         text = text.removeprefix(prefix)
     repo, _, revision = text.partition("@")
@@ -2605,71 +2651,18 @@ def open_store(name: str | Path) -> Store:
     except ValueError as error:
         said = f"{repo:.200}, and no name of a dataset: {first_line(error)}"
         raise OpenError(f"no such folder or file: {said}") from None
-    with hub_errors(repo):
+    store = Store(repo, hub.HfFileSystem(), "")
+    with store.reading(repo):
         about = hub.HfApi().dataset_info(repo, revision=revision or None, timeout=HUB_TIMEOUT_S)
-        commit = about.sha
-        if not re.fullmatch("[0-9a-f]{40}", commit):
+        if not re.fullmatch("[0-9a-f]{40}", about.sha):
             raise ValueError("no commit")
-    return Store(repo, hub.HfFileSystem(), f"datasets/{repo}@{commit}")
-
-
-def open_files(files: Sequence[str | Path]) -> tuple[Store, dict[str, int]]:
-    """Return a store that holds Parquet files named one by one, and their sizes in that order."""
-    paths = [Path(os.path.abspath(os.path.expanduser(file))) for file in files]
-    missing = [file for file, path in zip(files, paths, strict=True) if not os.path.isfile(path)]
-    if missing or not files:
-        raise OpenError(f"no such file: {missing[0]}" if files else "the list of files is empty")
-    if len(set(paths)) < len(paths):
-        raise OpenError("the list names a file twice")
-    root = os.path.commonpath([path.parent for path in paths])
-    name = str(files[0]) if len(files) == 1 else f"{len(files)} files"
-    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
-    return Store(name, import_extra("fsspec").filesystem("file"), root), sizes
-
-
-HUB_TIMEOUT_S = 8.0  # to connect, and between two pieces of an answer
+    return replace(store, root=f"datasets/{repo}@{about.sha}")
 
 
 def transfer_errors() -> tuple[type[Exception], ...]:
     """Return what the Hub's client raises when a request fails, if it is loaded."""
     errors = sys.modules.get("huggingface_hub.errors")
     return (errors.HTTPError, errors.OfflineModeIsEnabled) if errors is not None else ()
-
-
-@contextlib.contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Turn what a disk or the Hub's client raises into an `OpenError` of one line."""
-    try:
-        yield
-    except LogitsError:
-        raise
-    except transfer_errors() as error:
-        if type(error).__name__ == "RepositoryNotFoundError":
-            why = "on the Hub and no such folder; a private one needs a token"
-            raise OpenError(f"no dataset {name!r} {why}") from None
-        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
-    except OSError as error:
-        raise OpenError(f"{name} cannot be read: {error.strerror or first_line(error)}") from None
-    except UnicodeEncodeError:  # of the header that holds it
-        remedy = "run `hf auth login`, or set HF_TOKEN"
-        raise OpenError(f"{name}: the access token is none: {remedy}") from None
-    except (
-        *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
-        RecursionError,  # of a million brackets
-    ) as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise OpenError(f"{name}: what answers is not the Hub ({said})") from None
-
-
-@contextlib.contextmanager
-def parquet_errors(name: str) -> Iterator[None]:
-    """Turn what pyarrow raises on a damaged file into a `FormatError` that names the file."""
-    try:
-        yield
-    except transfer_errors() as error:
-        raise OpenError(f"{name} cannot be read from the Hub: {first_line(error)}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{name} cannot be read as Parquet: {error}") from None
 
 
 def load_logit_dataset(
@@ -2680,7 +2673,7 @@ def load_logit_dataset(
     Args:
         name: a folder, a Parquet file, a list of Parquet files, or a dataset on the Hub
             (`user/name`, `user/name@revision`).
-        split: `train` for what `extract_logits.py` writes.
+        split: `train` for what `extract_logits.py` writes; of files that are named, all are read.
         streaming: read from the Hub by byte ranges, row group by row group; False downloads the
             shards into the Hub's local cache first. Files at hand are never copied.
 
@@ -2694,12 +2687,10 @@ def load_logit_dataset(
             "an output is a folder, a Parquet file, a list of Parquet files, or user/name on the "
             f"Hub; not {name!r:.40} ({describe_type(name)})"
         )
-    if not isinstance(name, (str, Path)) or os.path.isfile(os.path.expanduser(name)):
-        return LogitDataset(*open_files(files))
     store = open_store(name)
-    shards = find_shards(store, split)
+    shards = find_shards(store, split) if store.chosen is None else store.chosen
     if store.on_hub and not streaming:
-        with hub_errors(store.name):
+        with store.reading(store.name):
             folder = import_extra("huggingface_hub").snapshot_download(
                 store.name,
                 repo_type="dataset",
@@ -2714,36 +2705,31 @@ def find_shards(store: Store, split: str) -> dict[str, int]:
     """Choose the Parquet files of a split, with their sizes, in order of their numbers.
 
     Files under `data/` win over others; a file whose name or folder is no split's belongs to
-    `train`. What lies further down is another output's.
+    `train`.
+
+    Raises:
+        OpenError: there are none; names the splits, or the outputs in the folders below.
     """
-    files = store.list_files(depth=None if store.on_hub else 3)
-    found = [path for path in files if _SHARD.fullmatch(path)]
-    found = [path for path in found if path.startswith("data/")] or found
+    files = store.list_files()
+    found = {path: shard for path in files if (shard := _SHARD.fullmatch(path))}
+    found = {path: found[path] for path in found if path.startswith("data/")} or found
     if not found:
-        raise OpenError(f"{store.name} holds no Parquet files{_outputs_below(store)}")
+        folders = {os.path.dirname(path) for path in files if path.endswith(".parquet")}
+        folders = {re.sub(r"(/data)?(/[0-9]{3})?$", "", folder) for folder in folders} - {""}
+        below = sorted(name for name in folders if f"{name}/{CONFIG_FILE}" in files)
+        names = ", ".join(f"{store.name}/{name}" for name in (below or sorted(folders))[:5])
+        remedy = f" itself; name one of those below: {names}" if names else ""
+        raise OpenError(f"{store.name} holds no Parquet files{remedy}")
     splits: dict[str, list[str]] = {}
-    for path in found:
-        named = _SPLIT_NAME.search(path)
-        splits.setdefault(named[1] if named else "train", []).append(path)
+    for path, shard in found.items():
+        splits.setdefault(shard[1] or shard[2] or "train", []).append(path)
     if split not in splits:
         raise OpenError(f"{store.name} has no split {split!r}; it has {', '.join(sorted(splits))}")
-
-    def by_number(path: str) -> tuple[list[tuple[int, int | str]], str]:
-        runs = filter(None, re.split(r"([0-9]+)", os.path.basename(path)))
-        return [(0, int(run)) if run.isdecimal() else (1, run) for run in runs], path
-
-    return {path: files[path] for path in sorted(splits[split], key=by_number)}
-
-
-def _outputs_below(store: Store) -> str:
-    """Name the outputs in the folders below; an empty text where there are none."""
-    files = store.list_files(depth=None if store.on_hub else 5)
-    folders = {os.path.dirname(path) for path in files if path.endswith(".parquet")}
-    folders = {re.sub(r"(/data)?(/[0-9]{3})?$", "", folder) for folder in folders} - {""}
-    own = sorted(folder for folder in folders if f"{folder}/{CONFIG_FILE}" in files)
-    names = [f"{store.name}/{folder}" for folder in own or sorted(folders)]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f" itself; name one of those below: {', '.join(names[:5])}{more}" if names else ""
+    numbered = {
+        (re.sub("[0-9]+", lambda digits: digits[0].zfill(20), os.path.basename(path)), path)
+        for path in splits[split]
+    }
+    return {path: files[path] for _, path in sorted(numbered)}
 
 
 # Rows by number -----------------------------------------------------------------------------------
@@ -2759,7 +2745,7 @@ class LogitDataset:
 
     Iterating, `[i]` and `[a:b]` give rows as stored (a dictionary by column); `get_sample` decodes.
     Which shard a row is in follows from the output's checkpoints, else from the footers of the
-    shards before it. Footers are kept; of the data, only the last row group.
+    shards before it. Footers are kept; of the data, only the row groups that were read last.
     """
 
     def __init__(self, store: Store, sizes: Mapping[str, int]) -> None:
@@ -2768,7 +2754,7 @@ class LogitDataset:
         self.shards = list(sizes)
         self.sizes = dict(sizes)  # bytes of each shard
         self._files: dict[int, Any] = {}
-        self._kept: tuple[tuple[int, int], pa.Table] | None = None
+        self._kept: tuple[Any, pa.Table] | None = None  # shard and row groups, their rows
 
     def __reduce__(self) -> Any:
         return LogitDataset, (self.store, self.sizes)  # another process opens files of its own
@@ -2781,11 +2767,11 @@ class LogitDataset:
 
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
-            return self.read_rows(range(*i.indices(len(self)))).to_pylist()
-        return self.read_rows([check_row_number(i)]).to_pylist()[0]
+            return self.take(range(*i.indices(len(self)))).to_pylist()
+        return self.take([check_row_number(i)]).to_pylist()[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for table in self.iter_tables():
+        for table in iter_tables(self):
             yield from table.to_pylist()
 
     @property
@@ -2802,26 +2788,47 @@ class LogitDataset:
             return None, str(error)
 
     def file(self, shard: int) -> Any:
-        """Return the opened `pyarrow.parquet.ParquetFile` of a shard; only its footer is read."""
-        if shard not in self._files:
-            name = self.shards[shard]
-            how: dict[str, Any] = {
-                "pre_buffer": self.store.on_hub,
-                "thrift_string_size_limit": 2**26,
-                "page_checksum_verification": True,
-            }
-            with parquet_errors(name):
-                source = self.store.open(name)
-                file = pq.ParquetFile(source, **how)
-                paths = [file.schema.column(i).path for i in range(len(file.schema.names))]
-                # Bytes that many rows share stay shared until their lengths have been looked at.
-                how |= {"read_dictionary": [path for path in PACKED_COLUMNS if path in paths]}
-                file = pq.ParquetFile(source, metadata=file.metadata, **how)
-                file.schema_arrow.names  # noqa: B018 - read here, where a bad one is reported
-            self._files[shard] = file
-            if self._listed.get(name, file.metadata.num_rows) != file.metadata.num_rows:
-                self._listed.clear()  # the list is of other files: believe the footers alone
-        return self._files[shard]
+        """Return the opened `pyarrow.parquet.ParquetFile` of a shard; only its footer is read.
+
+        Raises:
+            FormatError: it is damaged, in a later format, or of another run than the shard opened
+                first.
+        """
+        if shard in self._files:
+            return self._files[shard]
+        name = self.shards[shard]
+        how: dict[str, Any] = {
+            "pre_buffer": self.store.on_hub,
+            "thrift_string_size_limit": 2**26,
+            "page_checksum_verification": True,
+        }
+        with self.store.reading(name):
+            source = self.store.open(name)
+            file = pq.ParquetFile(source, **how)
+            paths = [file.schema.column(i).path for i in range(len(file.schema.names))]
+            # Bytes that many rows share stay shared until their lengths have been looked at.
+            how |= {"read_dictionary": [path for path in PACKED_COLUMNS if path in paths]}
+            file = pq.ParquetFile(source, metadata=file.metadata, **how)
+            file.schema_arrow.names  # noqa: B018 - read here, where a bad one is reported
+        told = file.metadata.metadata or {}
+        version = told.get(METADATA_VERSION, b"1")
+        if version not in {str(known).encode() for known in range(1, FORMAT_VERSION + 1)}:
+            raise FormatError(
+                f"{name} is in format {version.decode('utf-8', 'replace'):.20}, "
+                f"formats up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
+            )
+        for first in itertools.islice(self._files, 1):
+            texts = (text.get(METADATA_SETTINGS, b"{}") for text in (self.metadata(first), told))
+            one, two = map(peek_settings, texts)
+            if one and two and (differ := differing_settings(one, two)):
+                raise FormatError(
+                    f"{self.shards[first]} and {name} are of two runs, which differ in "
+                    f"{', '.join(differ)}: open the files of each by themselves"
+                )
+        self._files[shard] = file
+        if self._listed.get(name, file.metadata.num_rows) != file.metadata.num_rows:
+            self._listed.clear()  # the list is of other files: believe the footers alone
+        return file
 
     def metadata(self, shard: int) -> dict[bytes, bytes]:
         """Return the key-value metadata of a shard's footer.
@@ -2831,13 +2838,30 @@ class LogitDataset:
         return self.file(shard).metadata.metadata or {}
 
     def part(self, shard: int) -> dict[str, Any]:
-        """Return what a shard says of the part it is; empty in files of version 0.1.
+        """Return what a shard says of the part it is: counts, the hash of its ids, who gave no row.
+
+        Empty in files of version 0.1.
 
         Raises:
-            FormatError: it is no JSON object with the entries of a part.
+            FormatError: an entry is missing or of another kind; names it.
         """
-        text = self.metadata(shard).get(METADATA_PART)
-        return {} if text is None else parse_part(text, self.shards[shard])
+        text, name = self.metadata(shard).get(METADATA_PART), self.shards[shard]
+        if text is None:
+            return {}
+        part = {"skipped": {}, **parse_object(text, name, "the figures of the part")}
+        right = {entry: type(part.get(entry)) is int and part[entry] >= 0 for entry in PART_FIGURES}
+        right["ids"] = isinstance(part.get("ids"), str)
+        right["skipped"] = isinstance(part["skipped"], dict) and all(
+            re.fullmatch("-?[0-9]{1,10}", key) for key in part["skipped"]
+        )
+        for entry in (entry for entry, good in right.items() if not good):
+            raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}")
+        return part
+
+    def skipped(self) -> dict[int, str]:
+        """Return why conversations that were selected gave no row, as far as the shards say."""
+        parts = (self.part(shard).get("skipped", {}) for shard in range(len(self.shards)))
+        return {int(index): str(why) for part in parts for index, why in part.items()}
 
     def count_rows(self, shard: int) -> int:
         """Return the rows of a shard, from a checkpoint or its footer."""
@@ -2848,14 +2872,14 @@ class LogitDataset:
     def _listed(self) -> dict[str, int]:
         """Rows of the shards that a checkpoint lists at their present size."""
         try:
-            records = read_checkpoints(self.store)
+            records = read_checkpoints(self.store) or {}
         except LogitsError:
             return {}
         sizes = self.sizes
         rows = {path: r["rows"] for path, r in records.items() if r["bytes"] == sizes.get(path)}
         return rows if all(type(n) is int and n >= 0 for n in rows.values()) else {}
 
-    def read_rows(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> pa.Table:
+    def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> pa.Table:
         """Return rows by number (negative: from the end), in the order asked for.
 
         Each row group that holds some of them is read once.
@@ -2863,163 +2887,117 @@ class LogitDataset:
         Raises:
             RowError: there is no such row.
         """
-        shards, offsets = self._locate(np.asarray(rows, np.int64))
+        wanted, listed, starts = np.asarray(rows, np.int64), len(self._listed), [0]
+        if (wanted < 0).any():
+            wanted = np.where(wanted < 0, wanted + len(self), wanted)
+        for shard in range(len(self.shards)):
+            if starts[-1] <= wanted.max(initial=-1):
+                starts.append(starts[-1] + self.count_rows(shard))
+        for place in np.flatnonzero((wanted < 0) | (wanted >= starts[-1]))[:1]:
+            many = plural(len(self), "row")
+            raise RowError(f"{self.name} has {many}, there is no row {int(rows[place])}")
+        shards = np.searchsorted(starts, wanted, side="right") - 1
         tables, places = [], []
         for shard in np.unique(shards).tolist():
-            metadata = self.file(shard).metadata
-            groups = range(metadata.num_row_groups)
-            starts = to_starts([metadata.row_group(group).num_rows for group in groups])
+            begins = self._group_starts(shard)
+            if len(self._listed) != listed:  # opening the file showed that the list is wrong
+                return self.take(rows)
             mine = np.flatnonzero(shards == shard)
-            owner = np.searchsorted(starts, offsets[mine], side="right") - 1
-            for group in np.unique(owner).tolist():
-                at = mine[owner == group]
-                table = self._read_group(shard, group)
-                tables.append(table.take(pa.array(offsets[at] - starts[group])))
-                places.append(at)
+            inside = wanted[mine] - starts[shard]
+            groups = np.unique(np.searchsorted(begins, inside, side="right") - 1)
+            if self._kept is None or self._kept[0] != (shard, groups.tolist()):
+                table = self._read(shard, groups.tolist()).combine_chunks()
+                self._kept = (shard, groups.tolist()), table
+            held = np.concatenate([np.arange(*begins[g : g + 2]) for g in groups.tolist()])
+            tables.append(self._kept[1].take(pa.array(np.searchsorted(held, inside))))
+            places.append(mine)
         if not tables:
             return pa.schema(ALL_FIELDS).empty_table()
         return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
 
-    def _locate(self, rows: npt.NDArray[np.int64]) -> tuple[Any, Any]:
-        """Return the shard of each row, and its number there."""
-        while True:
-            listed = len(self._listed)
-            wanted = np.where(rows < 0, rows + len(self), rows) if (rows < 0).any() else rows
-            starts, most = [0], int(wanted.max(initial=-1))
-            for shard in range(len(self.shards)):
-                if starts[-1] <= most:
-                    starts.append(starts[-1] + self.count_rows(shard))
-            if most >= starts[-1] or wanted.min(initial=0) < 0:
-                row = int(rows[(wanted < 0) | (wanted >= starts[-1])][0])
-                raise RowError(f"{self.name} has {plural(len(self), 'row')}, there is no row {row}")
-            shards = np.searchsorted(starts, wanted, side="right") - 1
-            for shard in np.unique(shards).tolist():
-                self.file(shard)
-            if len(self._listed) == listed:  # else opening a file showed that the list is wrong
-                return shards, wanted - np.asarray(starts)[shards]
-
-    def iter_tables(
-        self, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
-    ) -> Iterator[pa.Table]:
-        """Yield the rows in order, at most `rows` at a time, reading only `columns`."""
-        for shard in range(len(self.shards)):
-            yield from self.iter_shard(shard, columns, rows=rows)
-
     def iter_shard(
         self, shard: int, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
     ) -> Iterator[pa.Table]:
-        """Yield the rows of one shard in order, at most `rows` at a time."""
-        groups = range(self.file(shard).metadata.num_row_groups)
-        yield from self._read(shard, groups, columns, rows=rows)
+        """Yield the rows of one shard in order, at most `rows` at a time.
 
-    def _read_group(self, shard: int, group: int) -> pa.Table:
-        if self._kept is None or self._kept[0] != (shard, group):
-            self._kept = (
-                (shard, group),
-                pa.concat_tables(self._read(shard, [group])).combine_chunks(),
-            )
-        return self._kept[1]
+        Small row groups are read together: a block of one row each would be decoded half as fast.
+        """
+        starts, first = self._group_starts(shard), 0
+        while first < starts.size - 1:
+            fits = int(np.searchsorted(starts, starts[first] + rows, side="right")) - 1
+            groups = range(first, max(fits, first + 1))
+            table = self._read(shard, groups, columns)
+            yield from (table.slice(row, rows) for row in range(0, table.num_rows, rows))
+            first = groups.stop
+
+    def _group_starts(self, shard: int) -> npt.NDArray[np.int64]:
+        """Return where the row groups of a shard begin, and where the last ends."""
+        footer = self.file(shard).metadata
+        return to_starts([footer.row_group(g).num_rows for g in range(footer.num_row_groups)])
 
     def _read(
-        self,
-        shard: int,
-        groups: Sequence[int],
-        columns: Sequence[str] = READ_COLUMNS,
-        *,
-        rows: int = 2**16,
-    ) -> Iterator[pa.Table]:
-        """Yield rows of a shard whose settings, and whose sizes, allow to read them."""
+        self, shard: int, groups: Sequence[int], columns: Sequence[str] = READ_COLUMNS
+    ) -> pa.Table:
+        """Return the rows of some row groups, whose sizes are looked at first."""
         file, name = self.file(shard), self.shards[shard]
-        self._check_run(shard)
-        for group in groups:
-            check_group_size(file.metadata.row_group(group), name, self.sizes[name])
+
+        def check(size: int) -> None:
+            if size > min(MAX_GROUP_BYTES, max(FREE_GROUP_BYTES, MAX_EXPANSION * self.sizes[name])):
+                raise OpenError(
+                    f"{name}: a row group that decodes to {size:,} bytes in a file of "
+                    f"{self.sizes[name]:,} is not read; write it again with smaller row groups"
+                )
+
+        for group in map(file.metadata.row_group, groups):
+            chunks = map(group.column, range(group.num_columns))
+            # A value takes up to 8 bytes while it is decoded, whatever a dictionary makes of it.
+            check(sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks))
         known = [column for column in columns if column in file.schema_arrow.names]
-        batches = file.iter_batches(rows, row_groups=list(groups), columns=known)
-        settings = {METADATA_SETTINGS: self.metadata(shard).get(METADATA_SETTINGS, b"{}")}
-        with parquet_errors(name):
-            held: list[pa.Table] = []  # a batch of shared bytes ends with its row group: join them
-            for batch in batches:
-                if sum(map(len, held)) + batch.num_rows > rows:
-                    yield pa.concat_tables(held)
-                    held = []
-                table = unshare_bytes(pa.Table.from_batches([batch]), name)
-                held.append(table.replace_schema_metadata(settings))
-            if held:
-                yield pa.concat_tables(held)
-
-    def _check_run(self, shard: int) -> None:
-        """Refuse rows of a later format, or of another run than those of the shard opened first."""
-        metadata = self.metadata(shard)
-        version = metadata.get(METADATA_VERSION, b"1")
-        if version not in {str(known).encode() for known in range(1, FORMAT_VERSION + 1)}:
-            raise FormatError(
-                f"{self.shards[shard]} is in format {version.decode('utf-8', 'replace'):.20}, "
-                f"formats up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
-            )
-        first = next(iter(self._files))
-        texts = [self.metadata(n).get(METADATA_SETTINGS, b"{}") for n in (first, shard)]
-        one, two = map(peek_settings, texts)
-        differ = sorted(n for n in RUN_SETTINGS if n in one and n in two and one[n] != two[n])
-        if differ:
-            raise FormatError(
-                f"{self.shards[first]} and {self.shards[shard]} are of two runs, which differ in "
-                f"{', '.join(differ)}: open the files of each by themselves"
-            )
-
-
-def check_group_size(group: Any, name: str, file_bytes: int) -> None:
-    """Refuse a row group whose footer announces more than the bytes of its file can need.
-
-    Raises:
-        OpenError: more than `MAX_GROUP_BYTES`, or `MAX_EXPANSION` for each byte of the file.
-    """
-    columns = [group.column(i) for i in range(group.num_columns)]
-    # A value takes up to 8 bytes while it is decoded, whatever a dictionary makes of it on disk.
-    size = sum(max(column.total_uncompressed_size, 8 * column.num_values) for column in columns)
-    if size > min(MAX_GROUP_BYTES, max(FREE_GROUP_BYTES, MAX_EXPANSION * file_bytes)):
-        raise OpenError(
-            f"{name}: a row group that decodes to {size:,} bytes in a file of {file_bytes:,} is "
-            "not read; write the file again with smaller row groups"
-        )
-
-
-def unshare_bytes(table: pa.Table, name: str) -> pa.Table:
-    """Give every row its own bytes of packed ids, once they are known to be few.
-
-    Raises:
-        FormatError: they are far more than a byte for each four ids.
-    """
-    for column in set(PACKED_COLUMNS).intersection(table.column_names):
-        packed, low = table.column(column), column.replace("high", "low")
-        if not pa.types.is_dictionary(packed.type):
-            continue
-        lengths = [pc.binary_length(c.dictionary).take(c.indices) for c in packed.chunks]
-        size = sum(pc.sum(part).as_py() or 0 for part in lengths)
-        there = table.column(low).chunks if low in table.column_names else []
-        ids = sum(pc.sum(pc.list_value_length(lists)).as_py() or 0 for lists in there)
-        if size > ids + 2**20:
-            raise FormatError(f"{name}: {column} holds {size:,} bytes for {plural(ids, 'id')}")
-        plain = packed.cast(packed.type.value_type)
-        table = table.set_column(table.column_names.index(column), column, plain)
-    return table
+        with self.store.reading(name):
+            table = file.read_row_groups(list(groups), columns=known)
+        for place, kind in enumerate(table.schema):
+            if pa.types.is_dictionary(kind.type):
+                packed = table.column(place)
+                lengths = (pc.binary_length(c.dictionary).take(c.indices) for c in packed.chunks)
+                check(sum(pc.sum(part).as_py() or 0 for part in lengths))
+                table = table.set_column(place, kind.name, packed.cast(kind.type.value_type))
+        settings = self.metadata(shard).get(METADATA_SETTINGS, b"{}")
+        return table.replace_schema_metadata({METADATA_SETTINGS: settings})
 
 
 # What an output says of itself --------------------------------------------------------------------
 
-SETTING_RANGES = {
-    "top_p": (0, 1),
-    "top_p_max": (1, 255),
-    "sampled_n": (0, MAX_TOKEN_ID),
-    "min_p": (0, 0.5),
-    "logit_bits": (4, 16),
-    "vocab_size": (1, MAX_TOKEN_ID + 1),
-}
+
+def within(low: float, high: float, default: Any = None) -> Any:
+    """Declare a setting that is a number in low..high; the default holds where it is not known."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """What the settings of a run say about its rows; the widest where they do not say."""
+
+    top_p: float = within(0, 1, 0.0)
+    top_p_max: int = within(1, 255, 255)
+    sampled_n: int | None = within(0, MAX_TOKEN_ID)
+    min_p: float | None = within(0, 0.5)  # of compact rows
+    logit_bits: int = within(4, 16, 16)
+    vocab_size: int = within(1, MAX_TOKEN_ID + 1, MAX_TOKEN_ID + 1)
+    store_tokens: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> RunLimits:
+        """Take the limits out of a run's settings."""
+        names = [entry.name for entry in fields(cls) if settings.get(entry.name) is not None]
+        return cls(**{name: settings[name] for name in names})
+
+
+SETTING_RANGES = {of.name: of.metadata["range"] for of in fields(RunLimits) if of.metadata}
 SETTING_TEXTS = (
     *("model", "model_revision", "dataset", "dataset_revision", "subset", "split", "text_col"),
     *("messages_col", "user_col", "assistant_col", "system_col", "index_col"),
 )
-# What all rows of an output have in common; versions and attention may differ between machines.
-RUN_SETTINGS = (*SETTING_RANGES, *SETTING_TEXTS, "seed", "include_think", "include_end")
+NOT_OF_JOB = {"attn", "versions", "numerics", "limit", "options"}  # may differ from run to run
 PART_FIGURES = ("number", "conversations", "rows", "tokens", "nucleus", "capped")
 
 
@@ -3066,8 +3044,7 @@ def parse_settings(text: bytes, name: str) -> dict[str, Any]:
     settings = parse_object(text, name, "the settings")
     for entry, (low, high) in SETTING_RANGES.items():
         value = settings.get(entry)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and low <= value <= high):
+        if value is not None and not (type(value) in (int, float) and low <= value <= high):
             raise FormatError(f"{name}: {entry} is {value!r:.40}, not a number in {low}..{high}")
     for entry, kind in {**dict.fromkeys(SETTING_TEXTS, str), "template_kwargs": dict}.items():
         if not isinstance(settings.get(entry), (kind, type(None))):
@@ -3090,22 +3067,28 @@ def peek_settings(text: bytes) -> dict[str, Any]:
         return {}
 
 
-def parse_part(text: bytes, name: str) -> dict[str, Any]:
-    """Parse what a shard says of its part: whole numbers, the hash of its ids, who gave no row.
+def differing_settings(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Name the settings in which two records are of different jobs.
 
-    Raises:
-        FormatError: an entry is missing or of another kind; names it.
+    Local models and datasets are compared by the digest of their content, not by how their path is
+    spelled. A revision or date that one of the two does not name is not compared, nor a branch
+    with a commit.
     """
-    part = parse_object(text, name, "the figures of the part")
-    skipped = part.setdefault("skipped", {})
-    right = {entry: type(part.get(entry)) is int and part[entry] >= 0 for entry in PART_FIGURES}
-    right["ids"] = isinstance(part.get("ids"), str)
-    right["skipped"] = isinstance(skipped, dict) and all(
-        re.fullmatch("-?[0-9]{1,10}", key) for key in skipped
-    )
-    for entry in (entry for entry, good in right.items() if not good):
-        raise FormatError(f"{name}: {entry} of the part is {part.get(entry)!r:.40}")
-    return part
+
+    def differs(name: str) -> bool:
+        a, b = one.get(name), two.get(name)
+        if name.endswith(("_revision", "_date")) and (None in (a, b) or is_exact(a) != is_exact(b)):
+            return False
+        revision = str(one.get(f"{name}_revision"))
+        same = revision == str(two.get(f"{name}_revision")) and revision.startswith("sha256:")
+        return a != b and not same
+
+    return sorted(filter(differs, (one.keys() | two.keys()) - NOT_OF_JOB))
+
+
+def is_exact(revision: Any) -> bool:
+    """Tell whether a revision is a commit id or a digest, which names the same content for ever."""
+    return isinstance(revision, str) and bool(re.fullmatch("[0-9a-f]{40}|sha256:.*", revision))
 
 
 def hash_ids(ids: npt.ArrayLike) -> str:
@@ -3113,20 +3096,22 @@ def hash_ids(ids: npt.ArrayLike) -> str:
     return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest()[:16]
 
 
-def read_checkpoints(store: Store) -> dict[str, dict[str, Any]]:
+def read_checkpoints(store: Store) -> dict[str, dict[str, Any]] | None:
     """Return what the checkpoints of all workers list: `bytes`, `rows` and more, by shard.
+
+    None where there are no checkpoints.
 
     Raises:
         FormatError: one is no checkpoint.
     """
+    names = [n for n in store.list_files(depth=1) if re.fullmatch(r"checkpoint(-w\d+)?\.json", n)]
     records: dict[str, dict[str, Any]] = {}
-    for name in store.list_checkpoints():
+    for name in sorted(names):
         try:
             content = json.loads(store.read_text(name) or "{}")
             if "parts" in content:
-                columns = content["parts"]
-                for row in zip(*columns.values(), strict=True):
-                    record = dict(zip(columns, row, strict=True))
+                for row in zip(*content["parts"].values(), strict=True):
+                    record = dict(zip(content["parts"], row, strict=True))
                     records[part_path(record["number"])] = {"bytes": None, "rows": None, **record}
             else:  # version 0.1
                 for path, entry in content["shards"].items():
@@ -3134,32 +3119,7 @@ def read_checkpoints(store: Store) -> dict[str, dict[str, Any]]:
                     records[path] = {"bytes": entry["bytes"], "rows": rows}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{name} is no checkpoint with a list of shards") from error
-    return records
-
-
-def count_skipped(dataset: LogitDataset) -> Counter[str]:
-    """Count, by reason, the conversations that gave no row, as far as the shards say."""
-    parts = (dataset.part(shard) for shard in range(len(dataset.shards)))
-    return Counter(str(reason) for part in parts for reason in part.get("skipped", {}).values())
-
-
-@dataclass(frozen=True)
-class RunLimits:
-    """What the settings of a run say about its rows; the widest where they do not say."""
-
-    top_p: float = 0.0
-    top_p_max: int = 255
-    sampled_n: int | None = None
-    min_p: float | None = None  # of compact rows
-    logit_bits: int = 16
-    vocab_size: int = MAX_TOKEN_ID + 1
-    store_tokens: bool = False
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> RunLimits:
-        """Take the limits out of a run's settings."""
-        names = [entry.name for entry in fields(cls) if settings.get(entry.name) is not None]
-        return cls(**{name: settings[name] for name in names})
+    return records if names else None
 
 
 # An output, or rows at hand -----------------------------------------------------------------------
@@ -3168,6 +3128,20 @@ class RunLimits:
 def describe_type(value: Any) -> str:
     """Say what kind of thing was passed instead of what was needed."""
     return f"a {type(value).__name__}" if value is not None else "None"
+
+
+def check_number(value: Any, what: str, remedy: str = "") -> int:
+    """Refuse what is no number of a row or token."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        kind = describe_type(value)
+        raise RowError(f"{what} is an integer, not {value!r:.40} ({kind}){remedy}")
+    return int(value)
+
+
+def check_row_number(i: Any) -> int:
+    """Refuse what is no row number."""
+    many = "; iter_samples gives many rows, conversation= takes the id of one in the source"
+    return check_number(i, "a row number", many)
 
 
 def as_output(name: Any) -> LogitDataset:
@@ -3179,14 +3153,15 @@ def as_rows(dataset: Any) -> Any:
     """Return an opened output, a `pyarrow.Table`, or an Arrow view of what is of `datasets`.
 
     Rows at hand as dictionaries become a table.
+
+    Raises:
+        LogitsError: it is something else; says what to pass.
     """
     if isinstance(dataset, (LogitDataset, pa.Table)):
         return dataset
     files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
     if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
-    if isinstance(dataset, Sample):
-        raise LogitsError("a dataset is needed here, not a sample")
     if hasattr(dataset, "with_format"):  # which leaves what was passed as it is
         return dataset.with_format("arrow")
     if not isinstance(dataset, Iterable):
@@ -3194,17 +3169,15 @@ def as_rows(dataset: Any) -> Any:
             "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
             f"{describe_type(dataset)}"
         )
-    return rows_table([dataset] if isinstance(dataset, Mapping) else list(dataset))
-
-
-def check_row_number(i: Any) -> int:
-    """Refuse what is no row number."""
-    if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)):
-        raise RowError(
-            f"a row number is an integer, not {i!r:.40} ({describe_type(i)}); iter_samples gives "
-            "many rows, conversation= takes the id of one in the source"
-        )
-    return int(i)
+    rows = [dataset] if isinstance(dataset, Mapping) else list(dataset)
+    names = rows[0] if rows else SCHEMA.names
+    if isinstance(dataset, Sample) or isinstance(names, Sample):
+        raise FormatError("the rows are samples, decoded already: use them as they are")
+    try:
+        known = [field for field in ALL_FIELDS if field.name in names]
+        return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
 
 
 def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> Sample:
@@ -3235,21 +3208,16 @@ def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> 
         i = numbers[conversation]
     i = check_row_number(i)
     if isinstance(rows, LogitDataset):
-        return Sample(decode_rows(rows.read_rows([i]), first_row=i), rows)
-    return Sample(decode_rows(_row_at_hand(rows, i), first_row=i))
-
-
-def _row_at_hand(rows: Any, i: int) -> pa.Table:
-    if not hasattr(rows, "__len__"):
-        ahead = itertools.islice(rows.iter(batch_size=1), max(i, 0), None)
-        found: pa.Table | None = next(ahead, None) if i >= 0 else None
-        if found is None:
-            raise RowError(f"the stream has no row {i}; a stream cannot be read from its end")
-        return found
-    size = len(rows)
-    if not -size <= i < size:
-        raise RowError(f"the dataset has {plural(size, 'row')}, there is no row {i}")
-    return rows[i % size : i % size + 1]
+        return Sample(decode_rows(rows.take([i]), first_row=i), rows)
+    if hasattr(rows, "__len__"):
+        size = len(rows)
+        if not -size <= i < size:
+            raise RowError(f"the dataset has {plural(size, 'row')}, there is no row {i}")
+        return Sample(decode_rows(rows[i % size : i % size + 1], first_row=i))
+    found = next(itertools.islice(rows.iter(batch_size=1), i, None), None) if i >= 0 else None
+    if found is None:
+        raise RowError(f"the stream has no row {i}; a stream cannot be read from its end")
+    return Sample(decode_rows(found, first_row=i))
 
 
 def iter_samples(dataset: Any, *, max_samples: int | None = None) -> Iterator[Sample]:
@@ -3279,41 +3247,35 @@ def iter_tables(
     """Yield the rows of any kind of dataset in order as small tables of `columns`."""
     if max_samples is not None and max_samples < 0:
         raise LogitsError(f"max_samples={max_samples}: 0 rows or more, or None for all of them")
-    dataset, left = as_rows(dataset), max_samples
+    dataset, left = as_rows(dataset), math.inf if max_samples is None else max_samples
     if isinstance(dataset, LogitDataset):
-        tables = dataset.iter_tables(columns, rows=rows)
+        shards = range(len(dataset.shards))
+        tables = (t for shard in shards for t in dataset.iter_shard(shard, columns, rows=rows))
     elif isinstance(dataset, pa.Table):
-        starts = range(0, dataset.num_rows, rows)
-        tables = (dataset[start : start + rows] for start in starts)
+        tables = (dataset[row : row + rows] for row in range(0, dataset.num_rows, rows))
     else:
         tables = dataset.iter(batch_size=rows)
     for table in tables:
         table = table.select([name for name in columns if name in table.column_names])
-        if left is not None and table.num_rows >= left:
-            yield table.slice(0, left)
+        yield table[: int(min(left, table.num_rows))]
+        left -= table.num_rows
+        if left <= 0:
             return
-        left = None if left is None else left - table.num_rows
-        yield table
-
-
-def rows_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Turn rows as dictionaries by column into a table with the format's types."""
-    names = rows[0] if rows else SCHEMA.names
-    if isinstance(names, Mapping) and "top_indices" in names:
-        raise FormatError("the rows are samples, decoded already: use them as they are")
-    try:
-        known = [field for field in ALL_FIELDS if field.name in names]
-        return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(known))
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"the rows are not in the shard format: {first_line(error)}") from error
 
 
 def row_numbers(dataset: Any) -> dict[int, int]:
     """Return the row number of each conversation, reading only the column `index`."""
-    kind = SCHEMA.field("index")
-    parts = [read_column(table, kind) for table in iter_tables(dataset, [kind.name], rows=4096)]
-    indices = np.concatenate(parts or [np.zeros(0, np.int32)])
-    return {int(index): row for row, index in enumerate(indices)}
+    (ids,) = read_integers(dataset, "index")
+    return {index: row for row, index in enumerate(ids.tolist())}
+
+
+def read_integers(dataset: Any, *names: str) -> list[npt.NDArray[np.int64]]:
+    """Return columns of one integer a row for all rows of a dataset, reading nothing else."""
+    parts = [[np.zeros(0, np.int64)] for _ in names]
+    for table in iter_tables(dataset, names, rows=4096):
+        for part, name in zip(parts, names, strict=True):
+            part.append(read_column(table, SCHEMA.field(name)))
+    return [np.concatenate(part) for part in parts]
 
 
 # Lengths measured before --------------------------------------------------------------------------
@@ -3329,16 +3291,6 @@ class Lengths:
     settings: dict[str, Any]  # what it was measured with; empty where the file does not say
 
 
-def read_lengths_settings(name: str) -> dict[str, Any]:
-    """Return what a lengths dataset was measured with, {} where it does not say.
-
-    Raises:
-        SourceError: no such file.
-    """
-    *_, (path, file) = _open_lengths(name)
-    return _lengths_settings(file.schema_arrow, path)
-
-
 def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     """Read a lengths dataset: a Parquet file, a folder of them, or a Hub id.
 
@@ -3347,22 +3299,33 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         length_col: the column of lengths, when others made the dataset.
 
     Raises:
-        SourceError: no such file, a column is missing or holds no integers, or an index occurs
-            twice.
+        SourceError: no such file, its metadata are damaged, a column is missing or holds no
+            integers, or an index occurs twice.
     """
-    wanted, tables = ["index", length_col], []
-    for path, file in _open_lengths(name):
-        names = file.schema_arrow.names
-        if missing := [column for column in wanted if column not in names]:
+    store, made = open_store(name), "compute_lengths.py makes them"
+    paths = [
+        path for path in sorted(store.list_files()) if store.chosen or path.endswith(".parquet")
+    ]
+    if not paths:
+        raise SourceError(f"lengths {name!r}: no Parquet file there; {made}")
+    with store.reading(name):
+        files = pq.ParquetDataset(
+            [f"{store.root}/{path}" for path in paths], filesystem=store.files
+        )
+        there = files.schema.names
+        if missing := [column for column in ("index", length_col) if column not in there]:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        with parquet_errors(path):
-            tables.append(file.read([*wanted, *(c for c in ("num_tokens",) if c in names)]))
-        for kind in tables[-1].schema:
-            if not pa.types.is_integer(kind.type):
-                why = f"column {kind.name!r} holds {kind.type}, not integers"
-                raise SourceError(f"lengths {name!r}: {why}; compute_lengths.py makes them")
-    settings = _lengths_settings(tables[-1].schema, path)
-    table = pa.concat_tables(tables, promote_options="default")
+        table = files.read(["index", length_col, *{"num_tokens"}.intersection(there)])
+    for kind in table.schema:
+        if not pa.types.is_integer(kind.type):
+            why = f"column {kind.name!r} holds {kind.type}, not integers"
+            raise SourceError(f"lengths {name!r}: {why}; {made}")
+    try:
+        text = (files.schema.metadata or {}).get(METADATA_LENGTHS, b"{}")
+        settings = parse_object(text, name, "the settings")
+    except FormatError:
+        what = f"its metadata {METADATA_LENGTHS.decode()} are damaged"
+        raise SourceError(f"{name}: {what}; measure the lengths again") from None
     if any(column.null_count for column in table.columns):
         raise SourceError(f"lengths {name!r} hold null values")
     index, *figures = (column.to_numpy().astype(np.int64) for column in table.columns)
@@ -3372,31 +3335,8 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
         ((np.abs(index.astype(np.float64)) > 2**31).any(), ": an index is over 32 bits"),
     ):
         if wrong:
-            raise SourceError(f"lengths {name!r}{why}; compute_lengths.py makes them")
+            raise SourceError(f"lengths {name!r}{why}; {made}")
     return Lengths(index, figures[0], figures[1] if len(figures) > 1 else None, settings)
-
-
-def _open_lengths(name: str) -> Iterator[tuple[str, pq.ParquetFile]]:
-    """Yield the files of a lengths dataset by name, in order, opened."""
-    if os.path.isfile(os.path.expanduser(name)):
-        store, paths = open_files([name])
-    else:
-        store = open_store(name)
-        paths = {path: 0 for path in sorted(store.list_files()) if path.endswith(".parquet")}
-    if not paths:
-        raise SourceError(f"lengths {name!r}: no Parquet file there; compute_lengths.py makes one")
-    for path in paths:
-        with parquet_errors(path), store.open(path) as file:
-            yield path, pq.ParquetFile(file)
-
-
-def _lengths_settings(schema: pa.Schema, path: str) -> dict[str, Any]:
-    text = (schema.metadata or {}).get(METADATA_LENGTHS, b"{}")
-    try:
-        return parse_object(text, path, "the settings")
-    except FormatError:
-        what = f"its metadata {METADATA_LENGTHS.decode()} are damaged"
-        raise SourceError(f"{path}: {what}; measure the lengths again") from None
 
 
 # Decoding -----------------------------------------------------------------------------------------
@@ -3418,6 +3358,7 @@ class Entries:
     high: npt.NDArray[np.float32]  # (T,)
     logsumexp: npt.NDArray[np.float64]  # (T,)
     bits: int = 16  # resolution kept by the quantization
+    per_token: ClassVar[tuple[str, ...]] = ("low", "high", "logsumexp")
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:  # (T,)
@@ -3442,7 +3383,10 @@ class Entries:
 
     @cached_property
     def mass(self) -> npt.NDArray[np.float64]:  # (T,) probability of all entries of a token
-        return sum_runs(self.probs, self.starts)
+        filled, sums = self.counts > 0, np.zeros(self.low.size)
+        if filled.any():
+            sums[filled] = np.add.reduceat(self.probs, self.starts[:-1][filled])
+        return sums
 
     @property
     def error(self) -> npt.NDArray[np.float64]:
@@ -3457,12 +3401,12 @@ class Entries:
 
     def of_tokens(self, first: int, last: int) -> Entries:
         """Return the entries of some consecutive tokens, as views."""
-        starts, tokens = self.starts[first : last + 1], slice(first, last)
+        starts = self.starts[first : last + 1]
         part = slice(int(starts[0]), int(starts[-1]))
+        cut_off = {name: getattr(self, name)[first:last] for name in self.per_token}
         return replace(
-            self, starts=starts - starts[0], ids=self.ids[part], q=self.q[part],
-            low=self.low[tokens], high=self.high[tokens], logsumexp=self.logsumexp[tokens],
-        )  # fmt: skip
+            self, starts=starts - starts[0], ids=self.ids[part], q=self.q[part], **cut_off
+        )
 
 
 @dataclass(frozen=True)
@@ -3474,6 +3418,7 @@ class Points(Entries):
 
     rest: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # (T,)
     min_p: float = 1.0  # every token of the rest has less
+    per_token: ClassVar[tuple[str, ...]] = (*Entries.per_token, "rest")
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
@@ -3481,10 +3426,6 @@ class Points(Entries):
         least = np.finfo(np.float64).tiny
         shares = np.maximum(self.rest, least) / np.maximum(self.counts, 1)
         return np.repeat(np.log(shares) + self.logsumexp, self.counts)
-
-    def of_tokens(self, first: int, last: int) -> Points:
-        """Return the entries of some consecutive tokens, as views."""
-        return replace(cast("Points", super().of_tokens(first, last)), rest=self.rest[first:last])
 
 
 @dataclass(frozen=True, eq=False)
@@ -3498,12 +3439,15 @@ class TokenBlock:
     row_starts: npt.NDArray[np.int64]  # (R + 1,)
     top: Entries
     tail: Entries
-    logsumexp: npt.NDArray[np.float64]  # (T,)
     tokens: tuple[list[npt.NDArray[np.int32]], list[npt.NDArray[np.int32]]] | None = None
 
     @property
     def num_tokens(self) -> npt.NDArray[np.int64]:  # (R,)
         return np.diff(self.row_starts)
+
+    @property
+    def logsumexp(self) -> npt.NDArray[np.float64]:  # (T,)
+        return self.top.logsumexp
 
     @property
     def first_probs(self) -> npt.NDArray[np.float64]:  # (T,) of each token's likeliest entry, or 0
@@ -3515,19 +3459,19 @@ class TokenBlock:
         firsts = np.append(self.top.ids, -1)[self.top.starts[:-1]]
         return np.where(self.top.counts > 0, firsts, -1)
 
-    def row_of(self, token: int) -> int:
-        """Return the row that a token belongs to."""
-        return int(np.searchsorted(self.row_starts, token, side="right")) - 1
+    def place(self, token: int | np.integer[Any]) -> tuple[int, int]:
+        """Return the row that a token belongs to, and its number there."""
+        row = int(np.searchsorted(self.row_starts, token, side="right")) - 1
+        return row, int(token - self.row_starts[row])
 
     def tokens_at(self, first: int, last: int) -> TokenBlock:
         """Return some consecutive tokens of one row, without their text, as views."""
-        row = self.row_of(first)
+        row, _ = self.place(first)
         return TokenBlock(
             self.index[row : row + 1],
             np.array([0, last - first]),
             self.top.of_tokens(first, last),
             self.tail.of_tokens(first, last),
-            self.logsumexp[first:last],
         )
 
     def row(self, row: int) -> TokenBlock:
@@ -3542,49 +3486,35 @@ class Sample(Mapping[str, Any]):
 
     def __init__(self, block: TokenBlock, output: LogitDataset | None = None) -> None:
         self.block, self.output = block, output
-        self._values: dict[str, Any] = {}  # those that were asked for
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        block = self.block
+        values: dict[str, Any] = {"index": int(block.index[0])}
+        values["num_tokens"] = int(block.row_starts[1])
+        for name, part in (("top", block.top), ("sampled", block.tail)):
+            values[f"{name}_indices"] = cut(part.ids, part.starts)
+            if name == "top" or isinstance(part, Points):
+                values[f"{name}_counts"] = part.counts.astype(np.int32)
+            values[f"{name}_logits_quantized"] = cut(part.q, part.starts)
+            values |= {f"{name}_min": part.low, f"{name}_max": part.high}
+        values["logsumexp"] = block.logsumexp
+        if block.tokens is not None:
+            values |= {name: of[0] for name, of in zip(TOKEN_COLUMNS, block.tokens, strict=True)}
+        return values
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
-            raise KeyError(name)
-        if name not in self._values:
-            self._values[name] = SAMPLE_VIEWS[name](self.block)
         return self._values[name]
 
-    def __contains__(self, name: object) -> bool:
-        lacking = TOKEN_COLUMNS if self.block.tokens is None else ()
-        if not isinstance(self.block.tail, Points):
-            lacking = (*lacking, POINTS_FIELD.name)
-        return name in SAMPLE_VIEWS and name not in lacking
-
     def __iter__(self) -> Iterator[str]:
-        return (name for name in SAMPLE_VIEWS if name in self)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._values)
 
     def __repr__(self) -> str:
         tokens = plural(self["num_tokens"], "token")
         return f"<sample of conversation {self['index']}: {tokens}, {', '.join(self)}>"
-
-
-SAMPLE_VIEWS: dict[str, Callable[[Any], Any]] = {  # of a block of one row
-    "index": lambda block: int(block.index[0]),
-    "num_tokens": lambda block: int(block.row_starts[1]),
-    "top_indices": lambda block: cut(block.top.ids, block.top.starts),
-    "top_counts": lambda block: block.top.counts.astype(np.int32),
-    "top_logits_quantized": lambda block: cut(block.top.q, block.top.starts),
-    "top_min": lambda block: block.top.low,
-    "top_max": lambda block: block.top.high,
-    "sampled_indices": lambda block: cut(block.tail.ids, block.tail.starts),
-    "sampled_logits_quantized": lambda block: cut(block.tail.q, block.tail.starts),
-    "sampled_min": lambda block: block.tail.low,
-    "sampled_max": lambda block: block.tail.high,
-    "sampled_counts": lambda block: block.tail.counts.astype(np.int32),
-    "logsumexp": lambda block: block.logsumexp,
-    "input_ids": lambda block: block.tokens[0][0],
-    "token_positions": lambda block: block.tokens[1][0],
-}
 
 
 class Ragged(NamedTuple):
@@ -3611,26 +3541,15 @@ def to_starts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.concatenate(([0], np.cumsum(np.asarray(lengths, np.int64)))).astype(np.int64)
 
 
-def cut(values: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
-    """Cut a flat array into the runs that begin at `starts`."""
+def cut(values: Any, starts: npt.NDArray[np.int64]) -> list[Any]:
+    """Cut a flat array or list into the runs that begin at `starts`."""
     return [values[a:b] for a, b in itertools.pairwise(starts.tolist())]
-
-
-def sum_runs(
-    values: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Sum each run of a flat array, empty ones to 0."""
-    filled = starts[:-1] < starts[1:]
-    sums = np.zeros(starts.size - 1)
-    if filled.any():
-        sums[filled] = np.add.reduceat(values, starts[:-1][filled])
-    return sums
 
 
 def read_column(table: pa.Table, field: pa.Field) -> Any:
     """Return a column of the format as numpy: an array, or `Ragged` for lists and bytes.
 
-    Nulls become 0 or empty; `null_faults` finds them.
+    Nulls become 0 or empty.
 
     Raises:
         FormatError: the column is missing, of another type, or holds values out of its range.
@@ -3658,60 +3577,51 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
 
 
 def read_columns(table: pa.Table) -> tuple[dict[str, Any], list[Fault]]:
-    """Return the format's columns as numpy, missing optional ones filled in, and what is wrong."""
+    """Return the format's columns as numpy, missing optional ones filled in, and what is wrong.
+
+    Wrong are rows that hold a null, and those whose lists do not have the lengths that their
+    counts ask for.
+    """
     columns: dict[str, Any] = {}
+    faults = []
     for kind in ALL_FIELDS:
         if kind.name in table.column_names or kind.name not in OPTIONAL_COLUMNS:
             columns[kind.name] = read_column(table, kind)
+            column = table.column(kind.name).combine_chunks()
+            missing = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
+            inner = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
+            if inner is not column and inner.null_count:
+                missing += pc.list_parent_indices(column).filter(inner.is_null()).to_pylist()
+            faults += [Fault(r, "null", f"{kind.name} holds a null") for r in sorted({*missing})]
         elif kind.name in TAIL_COLUMNS:
             none = np.zeros(table.num_rows + 1, np.int64)
             columns[kind.name] = Ragged(np.zeros(0, np.uint8), none)
     columns.setdefault("num_tokens", columns["top_counts"].lengths)
-    return columns, [*null_faults(table), *shape_faults(columns)]
-
-
-def null_faults(table: pa.Table) -> list[Fault]:
-    """Find rows that hold a null, alone or inside a list."""
-    faults = []
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        missing = set(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist())
-        inner = pc.list_flatten(column) if pa.types.is_nested(column.type) else None
-        if inner is not None and inner.null_count:
-            parents = pc.list_parent_indices(column).filter(inner.is_null())
-            missing.update(parents.to_pylist())
-        faults += [Fault(row, "null", f"{name} holds a null") for row in sorted(missing)]
-    return faults
-
-
-def shape_faults(columns: Mapping[str, Any]) -> list[Fault]:
-    """Find rows whose lists do not have the lengths that their counts ask for."""
     n = columns["num_tokens"].astype(np.int64)
-    counts, tail = columns["top_counts"], columns["sampled_indices_low"].lengths
+    counts, points = columns["top_counts"], columns.get(POINTS_FIELD.name)
+    tail, none = columns["sampled_indices_low"].lengths, np.zeros_like(n)
     wanted = dict.fromkeys(("top_counts", "top_min", "top_max", "logsumexp"), n)
     for name in ("top_indices_low", "top_logits_quantized"):
         wanted[name] = np.diff(to_starts(counts.values)[counts.starts])
-    wanted["top_indices_high"] = -(-columns["top_indices_low"].lengths // 4)
-    wanted["sampled_logits_quantized"] = tail
-    wanted["sampled_indices_high"] = -(-tail // 4)
+    wanted["sampled_logits_quantized"] = none if points else tail
     for name in ("sampled_min", "sampled_max"):
-        wanted[name] = np.where((tail == 0) & (columns[name].lengths == 0), 0, n)
-    uneven = np.flatnonzero(tail % np.maximum(n, 1) != 0)
-    if (points := columns.get(POINTS_FIELD.name)) is not None:
-        wanted[POINTS_FIELD.name], uneven = n, uneven[:0]
+        empty = (tail == 0) & (columns[name].lengths == 0)
+        wanted[name] = np.where(empty, 0, none if points else n)
+    if points:
+        wanted[POINTS_FIELD.name] = n
         wanted["sampled_indices_low"] = np.diff(to_starts(points.values)[points.starts])
-        nothing = ("sampled_logits_quantized", "sampled_min", "sampled_max")
-        wanted |= dict.fromkeys(nothing, np.zeros_like(n))
+    else:  # the same number for each token
+        wanted["sampled_indices_low"] = tail // np.maximum(n, 1) * np.maximum(n, 1)
+    for part in ("top", "sampled"):
+        wanted[f"{part}_indices_high"] = -(-columns[f"{part}_indices_low"].lengths // 4)
     if "token_positions" in columns:
         wanted["token_positions"] = n
-    faults = [
-        Fault(int(row), "length", f"{name} holds {lengths[row]} values, not {asked[row]}")
-        for name, asked in wanted.items()
-        for lengths in [columns[name].lengths]
-        for row in np.flatnonzero(lengths != asked)
-    ]
-    message = "{} tail entries do not divide evenly among {} tokens"
-    return faults + [Fault(int(row), "length", message.format(tail[row], n[row])) for row in uneven]
+    for name, asked in wanted.items():
+        lengths = columns[name].lengths
+        for row in np.flatnonzero(lengths != asked).tolist():
+            message = f"{name} holds {lengths[row]} values, not {asked[row]}"
+            faults.append(Fault(row, "length", message))
+    return columns, faults
 
 
 def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
@@ -3732,10 +3642,10 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
     block = build_block(columns, first_row, RunLimits.of(settings))
     ends = sum(part.low.astype(np.float64) + part.high for part in (block.top, block.tail))
     for token in np.flatnonzero(~np.isfinite(block.logsumexp + ends))[:1]:
-        row = block.row_of(token)
+        row, t = block.place(token)
         raise FormatError(
-            f"row {first_row + row}: token {token - block.row_starts[row]} has a log-sum-exp, or a "
-            "range of logits, that is not finite"
+            f"row {first_row + row}: token {t} has a log-sum-exp, or a range of logits, that is "
+            "not finite"
         )
     return block
 
@@ -3743,7 +3653,7 @@ def decode_rows(table: pa.Table, *, first_row: int = 0) -> TokenBlock:
 def build_block(columns: Mapping[str, Any], first_row: int, limits: RunLimits) -> TokenBlock:
     """Assemble a block from columns whose lengths agree."""
     counts, per_row = columns["top_counts"], columns["top_counts"].lengths
-    drawn = np.repeat(columns["sampled_indices_low"].lengths // np.maximum(per_row, 1), per_row)
+    points = columns.get(POINTS_FIELD.name)
 
     def entries(part: str, sizes: npt.NDArray[Any]) -> Entries:
         low, high = columns[f"{part}_indices_low"], columns[f"{part}_indices_high"]
@@ -3753,33 +3663,25 @@ def build_block(columns: Mapping[str, Any], first_row: int, limits: RunLimits) -
         for ends, name in zip(ranges, (f"{part}_min", f"{part}_max"), strict=True):
             ends[np.repeat(columns[name].lengths > 0, per_row)] = columns[name].values
         return Entries(
-            to_starts(sizes),
-            np.concatenate(ids or [np.zeros(0, np.int32)]),
-            columns[f"{part}_logits_quantized"].values,
-            ranges[0],
-            ranges[1],
-            columns["logsumexp"].values,
-            limits.logit_bits,
-        )
+            to_starts(sizes), np.concatenate(ids or [np.zeros(0, np.int32)]),
+            columns[f"{part}_logits_quantized"].values, ranges[0], ranges[1],
+            columns["logsumexp"].values, limits.logit_bits,
+        )  # fmt: skip
 
+    top = entries("top", counts.values)
+    if points is None:
+        drawn = columns["sampled_indices_low"].lengths // np.maximum(per_row, 1)
+        tail = entries("sampled", np.repeat(drawn, per_row))
+    else:
+        rest, tail = np.maximum(1 - top.mass, 0), entries("sampled", points.values)
+        tail = Points(**vars(tail), rest=rest, min_p=limits.min_p or 1.0)
     tokens = None
     if all(name in columns for name in TOKEN_COLUMNS):
         texts, positions = (columns[name] for name in TOKEN_COLUMNS)
         tokens = cut(texts.values, texts.starts), cut(positions.values, positions.starts)
     numbers = np.arange(first_row, first_row + per_row.size)
-    top, points = entries("top", counts.values), columns.get(POINTS_FIELD.name)
-    tail = entries("sampled", drawn if points is None else points.values)
-    if points is not None:
-        rest, min_p = np.maximum(1 - top.mass, 0), limits.min_p or 1.0
-        tail = Points(**vars(tail), rest=rest, min_p=min_p)
-    return TokenBlock(
-        columns.get("index", numbers).astype(np.int64),
-        counts.starts,
-        top,
-        tail,
-        columns["logsumexp"].values,
-        tokens,
-    )
+    index = columns.get("index", numbers).astype(np.int64)
+    return TokenBlock(index, counts.starts, top, tail, tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3813,10 +3715,8 @@ def as_sample(sample: Any) -> Sample:
 
 def check_token(sample: Sample, t: Any) -> int:
     """Return a token's number, counted from the start; refuse one that the sample does not have."""
-    n = sample["num_tokens"]
-    if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, np.integer)):
-        raise RowError(f"a token's number is an integer, not {t!r:.40} ({describe_type(t)})")
-    if not -n <= t < n:
+    n = sample.block.logsumexp.size
+    if not -n <= check_number(t, "a token's number") < n:
         raise RowError(
             f"row with index {sample['index']} has {plural(n, 'token')}, there is no token {t}"
         )
@@ -3904,18 +3804,17 @@ def decode_top_tokens(
     """
     sample = as_sample(sample)
     t = check_token(sample, t)
-    ids, logits = dequantize_top_logits(sample, t)
-    logsumexp = sample["logsumexp"][t]
-    return make_predictions(ids[:k], logits[:k], logsumexp, check_tokenizer(tokenizer))
+    (predictions,) = predict(sample.block.top.of_tokens(t, t + 1), k, check_tokenizer(tokenizer))
+    return predictions
 
 
-def make_predictions(
-    ids: npt.NDArray[Any], logits: npt.NDArray[Any], logsumexp: npt.ArrayLike, tokenizer: Any
-) -> list[Prediction]:
-    """Put ids (n,), logits (n,) and log-sum-exp (n,), or one for all, together with their text."""
-    probs = logits_to_probs(logits, logsumexp).tolist()
-    rows = zip(ids.tolist(), token_texts(ids, tokenizer), logits.tolist(), probs, strict=True)
-    return [Prediction(*row) for row in rows]
+def predict(part: Entries, most: int, tokenizer: Any) -> list[list[Prediction]]:
+    """Return the first entries of each token, at most so many, with their text."""
+    counts = np.minimum(part.counts, most)
+    kept = np.arange(part.ids.size) - np.repeat(part.starts[:-1], part.counts) < most
+    ids, probs = part.ids[kept], part.probs[kept].tolist()
+    texts, logits = token_texts(ids, tokenizer), part.logits[kept].tolist()
+    return cut([*map(Prediction, ids.tolist(), texts, logits, probs)], to_starts(counts))
 
 
 # Text of tokens -----------------------------------------------------------------------------------
@@ -3936,34 +3835,26 @@ def _token_text(token: int, tokenizer: Any) -> str:
     piece = tokenizer.convert_ids_to_tokens(token) if known else None
     if piece is None:
         return f"#{token}"
-    text, piece, table = str(tokenizer.decode([token])), str(piece), byte_alphabet()
-    if "\ufffd" in text:
-        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):  # a byte that a vocabulary falls back to
-            return show_bytes(bytes([int(piece[3:5], 16)]))
-        return show_bytes(bytes(table[c] for c in piece)) if table.keys() >= {*piece} else text
-    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+    text, piece, data = str(tokenizer.decode([token])), str(piece), b""
+    if "\ufffd" not in text:
+        return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):  # a byte that a vocabulary falls back to
+        data = bytes([int(piece[3:5], 16)])
+    elif byte_alphabet().keys() >= {*piece}:
+        data = bytes(byte_alphabet()[c] for c in piece)
+    shown = re.sub(
+        r"[\udc80-\udcff]+",  # bytes that are no whole character
+        lambda run: "⟨" + " ".join(f"{ord(c) - 0xDC00:02X}" for c in run[0]) + "⟩",
+        data.decode("utf-8", "surrogateescape"),
+    )
+    return shown or text
 
 
 @functools.cache
 def byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for.
-
-    Source: GPT-2's `bytes_to_unicode`; printable bytes stand for themselves, the others for the
-    characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def show_bytes(data: bytes) -> str:
-    """Decode UTF-8 with what is no whole character as `⟨F0 9F⟩`."""
-    return re.sub(
-        r"[\udc80-\udcff]+",
-        lambda run: "⟨" + " ".join(f"{ord(c) - 0xDC00:02X}" for c in run[0]) + "⟩",
-        data.decode("utf-8", "surrogateescape"),
-    )
+    """Return the byte that each character of a byte-level vocabulary stands for."""
+    table = import_extra("transformers.convert_slow_tokenizer").bytes_to_unicode()
+    return {character: byte for byte, character in table.items()}
 
 
 def join_characters(texts: Sequence[str]) -> list[str]:
@@ -4196,28 +4087,16 @@ def analyze_tokens(
     """Describe every token of a block, given the ids (T,) that are really there."""
     scores = score_tokens(block, actual)
     where = np.where(scores.in_nucleus, "nucleus", np.where(scores.in_tail, "tail", "not stored"))
-
-    def predict(part: Entries, most: int) -> list[list[Prediction]]:
-        kept = np.arange(part.ids.size) - np.repeat(part.starts[:-1], part.counts) < most
-        counts = np.minimum(part.counts, most)
-        totals = np.repeat(block.logsumexp, counts)
-        flat = make_predictions(part.ids[kept], part.logits[kept], totals, tokenizer)
-        return [flat[a:b] for a, b in itertools.pairwise(to_starts(counts).tolist())]
-
+    below = block.tail.min_p if isinstance(block.tail, Points) else None
+    figures = (np.exp(scores.log_probability), *scores[:3], where, block.top.counts, block.top.mass)
     columns = (
         range(actual.size),
         actual.tolist(),
         token_texts(actual, tokenizer),
-        np.exp(scores.log_probability).tolist(),
-        scores.log_probability.tolist(),
-        scores.exact.tolist(),
-        scores.rank.tolist(),
-        where.tolist(),
-        block.top.counts.tolist(),
-        block.top.mass.tolist(),
-        predict(block.top, k),
-        predict(block.tail, MAX_TOKEN_ID),
-        [block.tail.min_p if isinstance(block.tail, Points) else None] * actual.size,
+        *(values.tolist() for values in figures),
+        predict(block.top, k, tokenizer),
+        predict(block.tail, MAX_TOKEN_ID, tokenizer),
+        [below] * actual.size,
     )
     return [TokenAnalysis(*row) for row in zip(*columns, strict=True)]
 
@@ -4225,17 +4104,16 @@ def analyze_tokens(
 # The text behind an output ------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class TextSource:
-    """The conversations behind an output, tokenized as the run did.
+    """The conversations behind an output, tokenized as the run did; `open_text` finds it.
 
-    Teacher, template and source are found from the output's settings; the source dataset is opened
-    when the first conversation is asked for.
+    The source dataset is opened when the first conversation is asked for.
     """
 
-    def __init__(
-        self, settings: Mapping[str, Any], *, tokenizer: Any, chat_template: str | None = None
-    ) -> None:
-        self.settings, self.tokenizer, self.chat_template = settings, tokenizer, chat_template
+    settings: Mapping[str, Any]
+    tokenizer: Any
+    chat_template: str | None = None  # None: the tokenizer's own
 
     @cached_property
     def source(self) -> Any:
@@ -4254,12 +4132,10 @@ class TextSource:
                 "teacher read; bring back the file of then, or name what to read (--dataset)"
             )
         return open_source(
-            name,
-            subset=self.settings.get("subset"),
-            split=str(self.settings.get("split") or "train"),
-            revision=recorded,
+            name, subset=self.settings.get("subset"),
+            split=str(self.settings.get("split") or "train"), revision=recorded,
             integers=[self.settings.get("index_col")],
-        )
+        )  # fmt: skip
 
     @cached_property
     def encoder(self) -> ConversationEncoder:
@@ -4309,12 +4185,11 @@ class TextSource:
         """Return the ids of each row's extracted tokens, None where row and text do not match."""
         found: list[npt.NDArray[Any] | None] = []
         for index, n in zip(block.index.tolist(), block.num_tokens.tolist(), strict=True):
-            ids = None
-            if index in self._rows:
-                with contextlib.suppress(ConversationError):
-                    encoded = self.encode(index)
-                    ids = encoded.input_ids[encoded.token_positions]
-            found.append(ids if ids is not None and ids.size == n else None)
+            found.append(None)
+            with contextlib.suppress(ConversationError):
+                encoded = self.encode(index) if index in self._rows else None
+                if encoded is not None and encoded.token_positions.size == n:
+                    found[-1] = encoded.input_ids[encoded.token_positions]
         return found
 
 
@@ -4325,7 +4200,17 @@ def find_tokenizer(
     name = model or settings.get("model")
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
-    answers = os.path.exists(os.path.expanduser(name)) or _hub_answers(name)
+    answers = True
+    if not os.path.exists(os.path.expanduser(name)):
+        # Asked once; the Hub's client would ask for each file six times, and wait in between.
+        try:
+            import_extra("huggingface_hub").HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        except transfer_errors() as error:
+            answers = hasattr(error, "response")  # a refusal, which loading tells best
+        except OSError:
+            answers = False
+        except (ValueError, LookupError, TypeError, AttributeError):
+            pass  # what is no name, too, loading tells best
     try:
         return load_tokenizer(
             name,
@@ -4340,19 +4225,6 @@ def find_tokenizer(
         elif not answers:
             what = f"the Hub is out of reach and no tokenizer of {name} is in its cache here"
         raise LogitsError(f"{what}; {remedy}") from None
-
-
-def _hub_answers(model: str) -> bool:
-    """Ask the Hub once; its client would ask for each file six times, and wait in between."""
-    try:
-        import_extra("huggingface_hub").HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
-    except transfer_errors() as error:
-        return hasattr(error, "response")  # a refusal, which loading tells best
-    except OSError:
-        return False
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return True
-    return True
 
 
 def open_text(
@@ -4381,8 +4253,7 @@ def open_text(
         tokenizer = find_tokenizer(settings, model=model, trust_remote_code=trust_remote_code)
     if dataset:
         settings = {**settings, "dataset": dataset, "dataset_revision": None}
-    template = output.store.read_text(TEMPLATE_FILE)
-    return TextSource(settings, tokenizer=tokenizer, chat_template=template or None)
+    return TextSource(settings, tokenizer, output.store.read_text(TEMPLATE_FILE) or None)
 
 
 def analyze_row(
@@ -4409,19 +4280,15 @@ def analyze_row(
 
 def analyze_missing(output: LogitDataset, text: TextSource, index: int) -> ConversationAnalysis:
     """Show a conversation of the source that the output does not hold, as not extracted."""
-    parts = (output.part(shard) for shard in range(len(output.shards)))
-    reasons = [
-        part["skipped"][str(index)] for part in parts if str(index) in part.get("skipped", {})
-    ]
+    skipped, pieces = output.skipped(), []
     note = "this conversation is not in the output"
-    if reasons:
-        note = f"this conversation gave no row: {reasons[-1]}"
+    if index in skipped:
+        note = f"this conversation gave no row: {skipped[index]}"
     try:
-        ids = text.encode(index).input_ids
+        pieces = token_texts(text.encode(index).input_ids, text.tokenizer)
     except ConversationError as error:
-        return ConversationAnalysis(index, [], [], note=f"{note}: {error}")
-    pieces: list[tuple[str, int | None]] = [(s, None) for s in token_texts(ids, text.tokenizer)]
-    return ConversationAnalysis(index, [], pieces, note=note)
+        note = f"{note}: {error}"
+    return ConversationAnalysis(index, [], [(piece, None) for piece in pieces], note=note)
 
 
 def execute_analysis(
@@ -4450,10 +4317,13 @@ def execute_analysis(
         output, model=model, dataset=dataset, tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    row: int | None = check_row_number(sample_index)
-    if conversation is not None and (row := row_numbers(output).get(conversation)) is None:
-        return analyze_missing(output, text, conversation)
-    return analyze_row(output, row or 0, text, k=k)
+    row = check_row_number(sample_index)
+    if conversation is not None:
+        numbers = row_numbers(output)
+        if conversation not in numbers:
+            return analyze_missing(output, text, conversation)
+        row = numbers[conversation]
+    return analyze_row(output, row, text, k=k)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4671,7 +4541,7 @@ def quick_explore(
 def describe_run(dataset: LogitDataset) -> str:
     """Say in one line how large an output is and how it was made."""
     parts = [f"{plural(len(dataset), 'row')} in {plural(len(dataset.shards), 'shard')}"]
-    if skipped := count_skipped(dataset):
+    if skipped := Counter(dataset.skipped().values()):
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in skipped.most_common())
         parts.append(f"{plural(skipped.total(), 'conversation')} without a row ({reasons})")
     names = ["model", "dataset", "split", "top_p", "top_p_max", "sampled_n", "min_p", "seed"]
@@ -5171,10 +5041,12 @@ class NucleusSizeStats(Figures):
 
     def facts(self) -> dict[str, str]:
         """Return the figures as text, by label."""
-        facts = {"rows": f"{self.rows:,}", "tokens": f"{self.tokens:,}"}
-        facts |= {"smallest": str(self.min), "largest": str(self.max)}
-        facts |= {"mean": f"{self.mean:.2f}", "standard deviation": f"{self.std:.2f}"}
-        return facts | {f"percentile {q}": str(size) for q, size in self.percentiles.items()}
+        return {
+            "rows": f"{self.rows:,}", "tokens": f"{self.tokens:,}",
+            "smallest": str(self.min), "largest": str(self.max),
+            "mean": f"{self.mean:.2f}", "standard deviation": f"{self.std:.2f}",
+            **{f"percentile {q}": str(size) for q, size in self.percentiles.items()},
+        }  # fmt: skip
 
 
 def analyze_nucleus_sizes(
@@ -5241,12 +5113,11 @@ def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
         raise LogitsError("bytes are those of files: pass an output, by name or opened")
     columns: Counter[str] = Counter()
     for shard, name in enumerate(dataset.shards):
-        with parquet_errors(name):
-            footer = dataset.file(shard).metadata
+        footer = dataset.file(shard).metadata
+        with dataset.store.reading(name):
             for group in map(footer.row_group, range(footer.num_row_groups)):
                 for column in map(group.column, range(footer.num_columns)):
-                    stored = column.path_in_schema.split(".")[0]
-                    columns[stored] += column.total_compressed_size
+                    columns[column.path_in_schema.split(".")[0]] += column.total_compressed_size
     tokens = analyze_nucleus_sizes(dataset).tokens
     return BytesPerTokenStats(tokens, sum(dataset.sizes.values()), dict(columns))
 
@@ -5279,8 +5150,7 @@ class DatasetStats(Figures):
         """Return the figures as text, by label; what is not known is left out."""
         perplexity = None
         if self.mean_log_probability is not None:
-            perplexity = float(np.exp(np.minimum(-self.mean_log_probability, 700)))
-        least = "≥ " if self.bounded else ""
+            perplexity = math.exp(min(-self.mean_log_probability, 700))
         figures = (
             ("rows", self.rows, "{:,}"),
             ("tokens", self.tokens, "{:,}"),
@@ -5295,7 +5165,7 @@ class DatasetStats(Figures):
             ("actual is likeliest", self.agreement, "{:.2%}"),
             ("actual in nucleus", self.in_nucleus, "{:.2%}"),
             ("actual in tail", self.in_tail, "{:.2%}"),
-            ("perplexity of the text", perplexity, f"{least}{{:.3f}}"),
+            ("perplexity of the text", perplexity, "≥ {:.3f}" if self.bounded else "{:.3f}"),
             ("bytes per token", self.bytes_per_token, "{:.1f}"),
         )
         return {label: how.format(value) for label, value, how in figures if value is not None}
@@ -5328,22 +5198,19 @@ def compute_dataset_stats(
         least = min(least, float(block.top.mass.min(initial=1.0)))
         sums.update(sum_block(block, limits, (actual_tokens or stored_actual_tokens)(block)))
     nucleus, known = NucleusSizeStats(histogram, int(sums["rows"])), int(sums["known"])
-    whole = in_files and max_samples is None
-    names = ("agreement", "in_nucleus", "in_tail", "mean_log_probability")
-    means: dict[str, Any] = {name: sums[name] / known if known else None for name in names}
-    for name in ("mean_mass", "mean_tail_mass", "mean_first"):
+    means: dict[str, Any] = {}
+    for name in ("mean_mass", "mean_tail_mass", "mean_first", "capped"):
         means[name] = sums[name] / max(nucleus.tokens, 1)
+    for name in ("agreement", "in_nucleus", "in_tail", "mean_log_probability"):
+        means[name] = sums[name] / known if known else None
+    if not limits.top_p:
+        means["capped"] = None
+    if in_files and max_samples is None:
+        means["bytes_per_token"] = compute_bytes_per_token_stats(dataset).bytes_per_token
     return DatasetStats(
-        rows=nucleus.rows,
-        tokens=nucleus.tokens,
-        nucleus=nucleus,
-        min_mass=least,
-        known=known,
-        bounded=int(sums["bounded"]),
-        bytes_per_token=compute_bytes_per_token_stats(dataset).bytes_per_token if whole else None,
-        capped=sums["capped"] / max(nucleus.tokens, 1) if limits.top_p else None,
-        **means,
-    )
+        nucleus.rows, nucleus.tokens, nucleus, min_mass=least, known=known,
+        bounded=int(sums["bounded"]), **means,
+    )  # fmt: skip
 
 
 def sum_block(
@@ -5405,6 +5272,9 @@ class Violation(NamedTuple):
         return f"{self.shard}{row}{token}: {self.rule}: {show_text(self.message)}"
 
 
+MAX_REPORTED = 10  # violations shown of each rule in each shard
+
+
 @dataclass
 class ValidationReport:
     """What `validate_output` found; `violations` keeps the first of each rule in each shard."""
@@ -5441,8 +5311,17 @@ class ValidationReport:
         return "\n".join([*map(str, self.violations), f"{self.name}: {found}"])
 
 
-MACHINE_SETTINGS = {"attn", "versions"}  # may differ between the machines of one run
-MAX_REPORTED = 10  # violations shown of each rule in each shard
+@dataclass(eq=False)
+class CheckedShard:
+    """What a shard holds and says of itself, as far as it could be read."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    index: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    part: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> npt.NDArray[np.int64]:  # conversations that gave no row
+        return np.array([*map(int, self.part.get("skipped", ()))], np.int64)
 
 
 def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> ValidationReport:
@@ -5465,54 +5344,53 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
             config = parse_settings(text.encode(), CONFIG_FILE)
     except LogitsError as error:
         report.add(CONFIG_FILE, "settings", str(error))
-    indices, parts = {}, {}
-    for shard in dataset.shards:
-        alone = LogitDataset(dataset.store, {shard: dataset.sizes[shard]})
+    shards: dict[str, CheckedShard] = {}
+    for shard, size in dataset.sizes.items():
+        alone = LogitDataset(dataset.store, {shard: size})
         alone._listed = {}  # its footer counts
-        settings, indices[shard], parts[shard] = validate_shard(alone, config, report)
-        config = config or settings
-    validate_unique(indices, parts, report)
-    validate_checkpoints(dataset, parts, report)
+        shards[shard] = validate_shard(alone, config, report)
+        config = config or shards[shard].settings
+    validate_unique(shards, report)
+    validate_checkpoints(dataset, shards, report)
     return report
 
 
 def validate_shard(
     dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
-) -> tuple[dict[str, Any], npt.NDArray[np.int64], dict[str, Any]]:
-    """Check a dataset of one shard; return its settings, the `index` of its rows, and its part."""
-    shard, index = dataset.shards[0], np.zeros(0, np.int64)
-    settings: dict[str, Any] = {}
-    part: dict[str, Any] = {}
+) -> CheckedShard:
+    """Check a dataset of one shard, by itself and against the settings of the output."""
+    add, checked = functools.partial(report.add, dataset.shards[0]), CheckedShard()
     sums = Counter({"rows": 0, "tokens": 0, "nucleus": 0, "capped": 0})
     try:
-        settings = validate_footer(dataset, config, report)
-        limits = RunLimits.of(settings)
-        for table in dataset.iter_tables():
+        validate_footer(dataset, config, checked, add)
+        limits = RunLimits.of(checked.settings)
+        for table in iter_tables(dataset):
             first, (columns, faults) = sums["rows"], read_columns(table)
             for fault in faults:
-                report.add(shard, fault.rule, fault.message, row=first + fault.row)
+                add(fault.rule, fault.message, row=first + fault.row)
             good = np.setdiff1d(np.arange(table.num_rows), [fault.row for fault in faults])
             sound = read_columns(table.take(good))[0] if faults else columns
-            block = build_block(sound, first, limits)
-            validate_block(block, limits, functools.partial(report.add, shard), first + good)
-            index = np.append(index, columns.get("index", index[:0]))
+            validate_block(build_block(sound, first, limits), limits, add, first + good)
+            checked.index = np.append(checked.index, columns.get("index", checked.index[:0]))
             counts = columns["top_counts"].values.astype(np.int64)
             sums.update(rows=table.num_rows, tokens=counts.size, nucleus=int(counts.sum()),
                         capped=int((counts == limits.top_p_max).sum()))  # fmt: skip
-        part = validate_part(dataset, settings, index, sums, report)
+        validate_part(dataset, checked, sums, add)
     except LogitsError as error:
-        report.add(shard, "unreadable", str(error), row=sums["rows"] or None)
+        add("unreadable", str(error), row=sums["rows"] or None)
     report.rows += sums["rows"]
     report.tokens += sums["tokens"]
-    return settings, index, part
+    return checked
 
 
 def validate_footer(
-    dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
-) -> dict[str, Any]:
-    """Check columns and metadata of one shard; return the settings to check its rows by."""
+    dataset: LogitDataset,
+    config: Mapping[str, Any],
+    checked: CheckedShard,
+    add: Callable[..., None],
+) -> None:
+    """Check columns and metadata of one shard; find the settings to check its rows by."""
     schema, metadata = dataset.file(0).schema.to_arrow_schema(), dataset.metadata(0)
-    add = functools.partial(report.add, dataset.shards[0])
     compact = POINTS_FIELD.name in schema.names
     stores = any(name in schema.names for name in TOKEN_COLUMNS)
     wanted = shard_schema(store_tokens=stores, compact=compact)
@@ -5524,19 +5402,17 @@ def validate_footer(
     version = metadata.get(METADATA_VERSION)
     if version != (right := str(format_version(compact=compact)).encode()):
         add("metadata", f"format version is {version!r}, not {right!r}")
-    settings: dict[str, Any] = {}
     try:
-        settings = dataset.settings
-        if not settings:
+        checked.settings = dataset.settings
+        if not checked.settings:
             add("metadata", "holds no settings of its run")
     except FormatError as error:
         add("settings", str(error))
-    names = (settings.keys() & config.keys()) - MACHINE_SETTINGS
-    if differ := sorted(name for name in names if settings[name] != config[name]):
+    differ = differing_settings(checked.settings, config) if checked.settings and config else []
+    if differ:
         add("settings", f"differs from the rest of the output in {', '.join(differ)}")
     if not len(dataset) and METADATA_PART not in metadata:
         add("empty", "holds no rows")
-    return settings
 
 
 def validate_block(
@@ -5550,9 +5426,9 @@ def validate_block(
         rules = [rule for group in groups for rule in group(block, limits)]
     for name, broken, message, *values in rules:
         for token in np.flatnonzero(broken):
-            row = int(np.searchsorted(block.row_starts, token, side="right")) - 1
+            row, t = block.place(token)
             told = message.format(*(value[token] for value in values))
-            add(name, told, row=int(rows[row]), token=int(token - block.row_starts[row]))
+            add(name, told, row=int(rows[row]), token=t)
 
 
 # The rules of a token: name, where it is broken (T,), message, and what is filled in there (T,) ---
@@ -5667,95 +5543,83 @@ def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]
 # What shards say of each other and of themselves --------------------------------------------------
 
 
-def validate_unique(
-    indices: Mapping[str, npt.NDArray[np.int64]],
-    parts: Mapping[str, Mapping[str, Any]],
-    report: ValidationReport,
-) -> None:
-    """Report conversations that occur twice, with a row or without, naming the second place."""
-    skipped = [np.array([*map(int, part.get("skipped", ()))], np.int64) for part in parts.values()]
-    found = [np.append(*pair) for pair in zip(indices.values(), skipped, strict=True)]
-    ids, starts, shards = np.concatenate(found), to_starts([*map(len, found)]), list(indices)
-    again = np.setdiff1d(np.arange(ids.size), np.unique(ids, return_index=True)[1])
-    for place, number in zip(again, np.searchsorted(starts, again, side="right") - 1, strict=True):
-        row, shard = int(place - starts[number]), shards[number]
-        told = f"conversation {ids[place]} is there already"
-        report.add(shard, "twice", told, row=row if row < indices[shard].size else None)
-
-
 def validate_part(
     dataset: LogitDataset,
-    settings: Mapping[str, Any],
-    index: npt.NDArray[np.int64],
+    checked: CheckedShard,
     sums: Mapping[str, int],
-    report: ValidationReport,
-) -> dict[str, Any]:
-    """Check what a shard says of the part that it is, against the rows that it holds; return it.
+    add: Callable[..., None],
+) -> None:
+    """Check what a shard says of the part that it is, against the rows that it holds.
 
     The hash of the ids tells whether these conversations, in this order, were selected. Where some
     gave no row their places are known only if ids ascend: in the order of a source whose rows are
-    numbered.
-
-    Args:
-        dataset: the shard alone.
-        settings: of its run.
-        index: conversations of its rows.
-        sums: `rows`, `tokens`, `nucleus` and `capped`, counted from its rows.
-        report: gets what is wrong.
+    numbered. `sums` are counted from the rows.
     """
-    shard = dataset.shards[0]
-    add = functools.partial(report.add, shard, "part")
+    shard, settings, index, wrong = dataset.shards[0], checked.settings, checked.index, []
     try:
-        part = dataset.part(0)
+        part = checked.part = dataset.part(0)
     except FormatError as error:
-        add(str(error))
-        return {}
+        return add("part", str(error))
     if not part:
         if settings.get("rows_per_part") is not None:
-            report.add(shard, "metadata", "does not say which part it is")
-        return {}
+            add("metadata", "does not say which part it is")
+        return None
     path = part_path(part["number"])
     if shard not in (path, path.removeprefix("data/")):
-        add(f"is part {part['number']}, whose file is {path}")
+        wrong.append(f"is part {part['number']}, whose file is {path}")
     for name, count in sums.items():
         if part[name] != count:
-            add(f"says {part[name]:,} of {name}, holds {count:,}")
-    skipped = np.array([*map(int, part["skipped"])], np.int64)
+            wrong.append(f"says {part[name]:,} of {name}, holds {count:,}")
+    skipped = checked.skipped
     if index.size + skipped.size != part["conversations"]:
         both = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
-        add(f"{both} are not the {plural(part['conversations'], 'conversation')} selected")
+        selected = plural(part["conversations"], "conversation")
+        wrong.append(f"{both} are not the {selected} selected")
     ascending = settings.get("index_col") is None and not settings.get("random_sample")
-    if not skipped.size or ascending:
-        selected = np.sort(np.append(index, skipped)) if skipped.size else index
-        if ascending and (np.diff(index) <= 0).any():
-            add("rows are not in the order of their selection")
-        elif hash_ids(selected) != part["ids"]:
-            add("the conversations, or their order, are not those that were selected")
-    return part
+    if ascending and (np.diff(index) <= 0).any():
+        wrong.append("rows are not in the order of their selection")
+    elif not skipped.size or ascending:
+        ids = np.sort(np.append(index, skipped)) if skipped.size else index
+        if hash_ids(ids) != part["ids"]:
+            wrong.append("the conversations, or their order, are not those that were selected")
+    for message in wrong:
+        add("part", message)
+    return None
+
+
+def validate_unique(shards: Mapping[str, CheckedShard], report: ValidationReport) -> None:
+    """Report conversations that occur twice, with a row or without, naming the second place."""
+    found = [np.append(shard.index, shard.skipped) for shard in shards.values()]
+    ids, starts, names = np.concatenate(found), to_starts([*map(len, found)]), list(shards)
+    again = np.setdiff1d(np.arange(ids.size), np.unique(ids, return_index=True)[1])
+    for place, number in zip(again, np.searchsorted(starts, again, side="right") - 1, strict=True):
+        row, shard = int(place - starts[number]), names[number]
+        told = f"conversation {ids[place]} is there already"
+        report.add(shard, "twice", told, row=row if row < shards[shard].index.size else None)
 
 
 def validate_checkpoints(
-    dataset: LogitDataset, parts: Mapping[str, Mapping[str, Any]], report: ValidationReport
+    dataset: LogitDataset, shards: Mapping[str, CheckedShard], report: ValidationReport
 ) -> None:
     """Report shards that the output's checkpoints list otherwise than they are."""
-    if not dataset.store.list_checkpoints():
-        return
     try:
         records = read_checkpoints(dataset.store)
     except LogitsError as error:
-        report.add(str(error).split()[0], "checkpoint", str(error))
-        return
+        return report.add(str(error).split()[0], "checkpoint", str(error))
+    if records is None:
+        return None
     for path in sorted(records.keys() | dataset.sizes.keys()):
         there, record = dataset.sizes.get(path), records.get(path, {})
         if there != record.get("bytes"):
             message = f"{there or 'no'} bytes, but the checkpoint lists {record.get('bytes')}"
             report.add(path, "checkpoint", message)
-        elif part := parts.get(path):
-            names = ("number", "ids", "conversations", "rows", "tokens", "nucleus", "capped")
-            differ = [n for n in names if n in record and record[n] != part[n]]
-            if differ:
-                found = ", ".join(f"{name} {record[name]!s:.20}" for name in differ)
-                report.add(path, "checkpoint", f"the checkpoint lists {found}; it says otherwise")
+        elif part := shards[path].part:
+            names = [name for name in (*PART_FIGURES, "ids") if name in record]
+            found = [f"{name} {record[name]!s:.20}" for name in names if record[name] != part[name]]
+            if found:
+                message = f"the checkpoint lists {', '.join(found)}; it says otherwise"
+                report.add(path, "checkpoint", message)
+    return None
 
 
 # Comparison ---------------------------------------------------------------------------------------
@@ -5810,23 +5674,27 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         first, second: outputs by name or opened by `load_logit_dataset`, or rows at hand.
         largest: how many of the most different tokens to name.
     """
-    pair = [as_rows(first), as_rows(second)]
-    for i, rows in enumerate(pair):
+    pair, numbers = [], []
+    for rows in map(as_rows, (first, second)):
         if not isinstance(rows, LogitDataset):
             tables = [SCHEMA.empty_table(), *iter_tables(rows)]
-            pair[i] = pa.concat_tables(tables, promote_options="default")
-    one, two = map(row_frame, pair)
-    common = one.merge(two, on="index")
-    equal = common[common["num_tokens_x"] == common["num_tokens_y"]]
-    tokens, unequal = int(equal["num_tokens_x"].sum()), len(common) - len(equal)
-    seen = Comparison((len(one), len(two)), len(common), unequal, tokens)
+            rows = pa.concat_tables(tables, promote_options="default")
+        pair.append(rows)
+        numbers.append(read_integers(rows, "index", "num_tokens"))
+    (ids, sizes), (other_ids, other_sizes) = numbers
+    _, one, two = np.intersect1d(ids, other_ids, return_indices=True)
+    one, two = np.array([one, two])[:, np.argsort(one)]  # in the order of the first
+    equal = sizes[one] == other_sizes[two]
+    ends = np.cumsum(sizes[one[equal]])
+    tokens = int(ends[-1]) if ends.size else 0
+    seen = Comparison((ids.size, other_ids.size), one.size, int((~equal).sum()), tokens)
+    if not tokens:
+        return seen
     total, most, same, peak = 0.0, 0.0, 0, 0.0
     worst: list[tuple[float, int, int]] = []
-    for _, chunk in equal.groupby(equal["num_tokens_x"].cumsum() // COMPARED_TOKENS):
-        a, b = (
-            decode_rows((rows.read_rows if isinstance(rows, LogitDataset) else rows.take)(numbers))
-            for rows, numbers in zip(pair, chunk[["row_x", "row_y"]].to_numpy().T, strict=True)
-        )
+    chunks = np.flatnonzero(np.diff(ends // COMPARED_TOKENS)) + 1
+    for chunk in zip(np.split(one[equal], chunks), np.split(two[equal], chunks), strict=True):
+        a, b = (decode_rows(rows.take(some)) for rows, some in zip(pair, chunk, strict=True))
         divergence = bound_divergence(a, b)
         if not np.isfinite(divergence).all():
             raise FormatError("probabilities are not finite: --validate names the rows")
@@ -5834,32 +5702,12 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         same += int((a.first_ids == b.first_ids).sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
-            if divergence[token] > 0:
-                row = np.searchsorted(a.row_starts, token, side="right") - 1
-                place = (int(a.index[row]), int(token - a.row_starts[row]))
-                worst.append((float(divergence[token]), *place))
+            row, t = a.place(token)
+            worst.append((float(divergence[token]), int(a.index[row]), t))
         worst = sorted(worst, key=lambda item: -item[0])[:largest]
-    if not tokens:
-        return seen
-    return replace(
-        seen,
-        mean_divergence=total / tokens,
-        max_divergence=most,
-        same_first=same / tokens,
-        max_logsumexp=peak,
-        largest=worst,
-    )
-
-
-def row_frame(dataset: Any) -> Any:
-    """Return the columns `row` (its number), `index` and `num_tokens` of every row."""
-    kinds = [SCHEMA.field(name) for name in ("index", "num_tokens")]
-    parts: dict[str, list[Any]] = {kind.name: [np.zeros(0, np.int32)] for kind in kinds}
-    for table in iter_tables(dataset, list(parts), rows=4096):
-        for kind in kinds:
-            parts[kind.name].append(read_column(table, kind))
-    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return import_extra("pandas").DataFrame(columns).reset_index(names="row")
+    worst = [item for item in worst if item[0] > 0]
+    return replace(seen, mean_divergence=total / tokens, max_divergence=most,
+                   same_first=same / tokens, max_logsumexp=peak, largest=worst)  # fmt: skip
 
 
 def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:

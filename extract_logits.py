@@ -86,6 +86,7 @@ from explore_logits import (
     MAX_TOKEN_ID,
     METADATA_PART,
     METADATA_SETTINGS,
+    NOT_OF_JOB,
     PARTS_PER_FOLDER,
     TEMPLATE_FILE,
     ConversationColumns,
@@ -95,11 +96,13 @@ from explore_logits import (
     LogitsError,
     OneLineParser,
     conversation_settings,
+    differing_settings,
     first_line,
     format_mask_preview,
     format_version,
     hash_ids,
     hide_tokens,
+    is_exact,
     limit_waiting,
     load_tokenizer,
     local_path,
@@ -111,7 +114,6 @@ from explore_logits import (
     part_path,
     plural,
     read_lengths,
-    read_lengths_settings,
     shard_schema,
     show_line,
     source_columns,
@@ -906,28 +908,9 @@ def find_lengths(
 
 
 def list_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Say where two records of settings make different jobs.
-
-    Local models and datasets are compared by the digest of their content, not by how their path is
-    spelled. A revision or date that one of the two does not name is not compared, nor a branch
-    with a commit.
-    """
-    differences = []
-    for name in sorted(there.keys() | here.keys()):
-        a, b = there.get(name), here.get(name)
-        if name.endswith(("_revision", "_date")) and (None in (a, b) or is_exact(a) != is_exact(b)):
-            continue
-        revisions = {str(side.get(f"{name}_revision")) for side in (there, here)}
-        if len(revisions) == 1 and revisions.pop().startswith("sha256:"):
-            continue
-        if a != b:
-            differences.append(f"{name}: {a!r} there, {b!r} now")
-    return differences
-
-
-def is_exact(revision: Any) -> bool:
-    """Tell whether a revision is a commit id or a digest, which names the same content for ever."""
-    return isinstance(revision, str) and bool(re.fullmatch("[0-9a-f]{40}|sha256:.*", revision))
+    """Say where two records of settings make different jobs."""
+    names = differing_settings(there, here)
+    return [f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in names]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4311,8 +4294,6 @@ def cache_key(output: str) -> str:
     return f"{label}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
 
 
-# Settings that may differ between runs of one job.
-NOT_OF_JOB = {"versions", "numerics", "limit", "options"}
 NUMERICS_OF_JOB = ("architecture", "weights", "quantization")  # the other ones may differ
 
 
@@ -4342,8 +4323,7 @@ def compare_settings(there: Mapping[str, Any], here: Mapping[str, Any], place: s
             "readable by explore_logits.py; give another --output, or --force-restart to discard it"
         )
     normal = json.loads(json.dumps(dict(here)))
-    of_job = [{k: v for k, v in s.items() if k not in NOT_OF_JOB} for s in (there, normal)]
-    changes = list_differences(*of_job)
+    changes = list_differences(there, normal)
     before, now = there.get("limit"), here.get("limit")
     if now is not None and (before is None or now < before):
         changes.append(f"limit: {before or 'none'} there, {now} now, which would drop rows")
@@ -5374,8 +5354,12 @@ def recorded_date(config: ExtractionConfig, recorded: Mapping[str, Any]) -> str 
     """
     if recorded:
         return recorded.get("template_date")
-    lengths = read_lengths_settings(config.tokenized_dataset) if config.tokenized_dataset else {}
-    return lengths.get("template_date")
+    if config.tokenized_dataset is None:
+        return None
+    length_col = config.length_col or "length"
+    return read_lengths(config.tokenized_dataset, length_col=length_col).settings.get(
+        "template_date"
+    )
 
 
 def pin_revisions(

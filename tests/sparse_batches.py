@@ -84,7 +84,7 @@ def exact_block(
             ),
         )
     ]  # fmt: skip
-    return TokenBlock(np.arange(count), np.array([0, count]), parts[0], parts[1], logsumexp)
+    return TokenBlock(np.arange(count), np.array([0, count]), parts[0], parts[1])
 
 
 def quantized_block(exact: TokenBlock, *, bits: int) -> TokenBlock:

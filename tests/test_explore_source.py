@@ -31,7 +31,6 @@ from explore_logits import (
     open_source,
     read_conversation,
     read_lengths,
-    read_lengths_settings,
     resolve_columns,
     source_columns,
     source_id,
@@ -509,9 +508,8 @@ def test_lengths_with_damaged_metadata_are_refused(damage: bytes, tmp_path: Path
     table = pa.table({"index": [1], "length": [2]})
     table = table.replace_schema_metadata({METADATA_LENGTHS: damage})
     pq.write_table(table, tmp_path / "l.parquet")
-    for read in (read_lengths, read_lengths_settings):
-        with pytest.raises(SourceError, match=r"l\.parquet: its metadata .* damaged"):
-            read(str(tmp_path / "l.parquet"))
+    with pytest.raises(SourceError, match=r"l\.parquet: its metadata .* damaged"):
+        read_lengths(str(tmp_path / "l.parquet"))
 
 
 def test_lengths_without_num_tokens_are_accepted(tmp_path: Path) -> None:

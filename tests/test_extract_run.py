@@ -311,7 +311,7 @@ def test_runs_at_the_edge_of_the_settings_and_of_ids_are_valid(
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert explore_logits.main(["out", "--validate"]) == 0
     assert json.loads(said.getvalue().splitlines()[-1])["violations"] == {}
-    table = next(load_logit_dataset("out").iter_tables(["index"]))
+    table = next(load_logit_dataset("out").iter_shard(0, ["index"]))
     assert sorted(table["index"].to_pylist()) == ids
 
 
@@ -473,7 +473,7 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     done = extract(**dated, limit=4, resume=True)
     assert (done.code, done.summary["rows"]) == (0, 4), done.stderr
     tokenizer = load_tokenizer(str(model))
-    rows = next(load_logit_dataset("out").iter_tables(["input_ids"]))["input_ids"].to_pylist()
+    rows = next(load_logit_dataset("out").iter_shard(0, ["input_ids"]))["input_ids"].to_pylist()
     assert {tokenizer.decode(ids)[:11] for ids in rows} == {"09 May 2030"}
     assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
     assert explore_logits.main(["out", "--sample", "0-3"]) == 0
@@ -488,7 +488,7 @@ def test_lengths_measured_on_another_day_are_those_of_the_run(
     done = extract(**dated, limit=4, tokenized_dataset=path)
     assert done.code == 0, done.stderr
     assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
-    rows = next(load_logit_dataset("out").iter_tables(["index", "input_ids"])).to_pylist()
+    rows = next(load_logit_dataset("out").iter_shard(0, ["index", "input_ids"])).to_pylist()
     lengths = explore_logits.read_lengths(str(path))
     by_index = dict(zip(lengths.index.tolist(), lengths.length.tolist(), strict=True))
     assert all(len(row["input_ids"]) == by_index[row["index"]] for row in rows)
