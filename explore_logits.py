@@ -6690,10 +6690,14 @@ def export_distillkit(
     Columns: `input_ids` and `labels`, and at each position that predicts something
     `compressed_logprobs`, k float32 by descending value as bytes, and `bytepacked_indices`, the ids
     at ceil(log2 V) bits each, the highest bit first. `compression_config.yaml` beside them is what
-    `teacher.logprob_compressor` has to say (k = exact_k: nothing is approximated). Where nothing
-    was extracted the distribution is the text's next token alone; entries beyond the nucleus have
-    log-probability -100; a token's probabilities sum to less than 1 by 1e-6 at least, as its
-    `symmetric_uniform` is NaN without. `datasets.load_from_disk` reads the folder.
+    `teacher.logprob_compressor` has to say (k = exact_k: nothing is approximated). Entries beyond
+    the nucleus have log-probability -100 and ids of their own. Where nothing was extracted, the
+    distribution is the text's next token if the label there is set, else any other token.
+    `datasets.load_from_disk` reads the folder.
+
+    DistillKit's `symmetric_uniform` takes the logarithm of what the k probabilities leave, the
+    teacher's and the student's, also where a factor 0 leaves out the result. So the teacher's leave
+    1e-6 at least, no id comes twice, and what is left out names no token that a student is sure of.
 
     Args:
         dataset: the output.
@@ -6720,20 +6724,25 @@ def export_distillkit(
     output = as_output(dataset)
     vocab = int(load_extraction_config(output).get("vocab_size") or MAX_TOKEN_ID + 1)
     bits = max((vocab - 1).bit_length(), 1)
-    target = check_export(folder, k)
+    target, k = check_export(folder, k), min(k, vocab)
 
     def convert(row: Mapping[str, Any], top: TopEntries) -> dict[str, npt.NDArray[Any]]:
-        size = row["input_ids"].size
-        ids, log_probs = np.zeros((size - 1, k), np.int32), np.full((size - 1, k), LEAST_LOG_REST)
-        ids[:, 0], log_probs[:, 0] = row["input_ids"][1:], FILLER_LOG_PROB
+        labels, where = row["labels"], row["teacher_positions"] - 1
+        if labels_at == "predicting":
+            labels = np.append(labels[1:], IGNORED_LABEL)
+        ids, there = np.zeros((2, labels.size - 1, k), np.int32)
+        log_probs = np.full(ids.shape, LEAST_LOG_REST)
+        ids[:, 0], there[:, 0], log_probs[:, 0] = row["input_ids"][1:], 1, FILLER_LOG_PROB
         found = np.where(top.there, top.log_probs, LEAST_LOG_REST)
         found += np.minimum(FILLER_LOG_PROB - np.log(np.exp(found).sum(1, keepdims=True)), 0)
-        ids = spread(top.ids, row["teacher_positions"] - 1, ids)
-        log_probs = spread(found, row["teacher_positions"] - 1, log_probs)
-        moved = np.append(row["labels"][1:], IGNORED_LABEL)
+        ids[where], there[where], log_probs[where] = top.ids, top.there, found
+        others = other_ids(ids, there, vocab)
+        told = labels[:-1] != IGNORED_LABEL
+        told[where] = True
+        ids = np.where(there & told[:, None], ids, others)
         columns = {
             "input_ids": row["input_ids"].astype(np.uint64),
-            "labels": moved if labels_at == "predicting" else row["labels"],
+            "labels": labels,
             "compressed_logprobs": log_probs.astype("<f4").view(np.uint8),
             "bytepacked_indices": pack_bits(ids, bits),
         }
@@ -6811,6 +6820,17 @@ def spread(
     """Put values (N, k) at N of the rows (S, k) of an array."""
     empty[where] = values
     return empty
+
+
+def other_ids(
+    ids: npt.NDArray[np.int32], there: npt.NDArray[Any], vocab: int
+) -> npt.NDArray[np.int64]:
+    """Return for each row of ids (n, k) k that are not among those there, the highest first."""
+    numbers = vocab - 1 - ids  # rare tokens have high ids
+    row, entry = np.nonzero(there * (numbers < 2 * ids.shape[1]))
+    taken = np.zeros((len(ids), min(2 * ids.shape[1], vocab)), np.bool_)
+    taken[row, numbers[row, entry]] = True
+    return vocab - 1 - taken.argsort(1, kind="stable")[:, : ids.shape[1]]
 
 
 def pack_bits(ids: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:

@@ -139,9 +139,11 @@ def test_an_export_is_whole_in_a_new_folder_or_not_there(
     assert sorted(folder.iterdir()) == files
 
 
-def decode_distillkit(row: dict[str, Any], position: int) -> tuple[list[int], np.ndarray]:
+def decode_distillkit(
+    row: dict[str, Any], position: int, vocab: int = STORED["vocab_size"]
+) -> tuple[list[int], np.ndarray]:
     """Return ids and log-probabilities at a position, as bitpack.py reads them: high bits first."""
-    bits = math.ceil(math.log2(STORED["vocab_size"]))
+    bits = math.ceil(math.log2(vocab))
     packed = row["bytepacked_indices"][position]
     assert len(packed) == -(-K * bits // 8)
     stream = "".join(f"{byte:08b}" for byte in packed)
@@ -170,8 +172,27 @@ def test_distillkit_rows_decode_by_its_own_rules(output: Path, tmp_path: Path) -
                 np.testing.assert_allclose(log_probs[:kept], wanted[position][1], atol=1e-5)
                 assert (log_probs[kept:] < -99).all()
             else:
-                assert ids[0] == row["input_ids"][position + 1]
+                follows = row["input_ids"][position + 1]
+                assert (ids[0] == follows) == (row["labels"][position] >= 0)
                 assert log_probs[0] == np.float32(-1e-6)
+
+
+@pytest.mark.parametrize("labels_at", ["predicted", "predicting"])
+def test_a_students_probabilities_of_distillkits_ids_are_no_sure_thing(
+    labels_at: str, tmp_path: Path
+) -> None:
+    # Its symmetric_uniform takes log(1 - their sum), also where the mask leaves the result out.
+    settings = {**STORED, "vocab_size": 24, "top_p_max": 8, "sampled_n": 2}
+    output = write_output(tmp_path / "out", random_rows(20, settings=settings), settings=settings)
+    export_distillkit(output, tmp_path / "kit", k=K, labels_at=labels_at)
+    for i, row in enumerate(load(tmp_path / "kit")):
+        wanted = wanted_entries(output, i)
+        for position in range(len(row["input_ids"]) - 1):
+            ids, _ = decode_distillkit(row, position, settings["vocab_size"])
+            assert len(set(ids)) == K, "none is summed twice"
+            assert max(ids) < settings["vocab_size"]
+            if row["labels"][position] < 0 and position not in wanted:
+                assert row["input_ids"][position + 1] not in ids
 
 
 def test_distillkits_mask_and_length_can_be_had_as_its_trainer_wants_them(

@@ -5,8 +5,9 @@
 Prints a table: client, what is run, the loss of the teacher as its own student, and the right one.
 That is 0 where the client sees what the teacher is; minus the logarithm of what the k entries held
 where they are scaled to the sum 1; near 0 at another temperature than 1, where what the tail holds
-is estimated from its sample. `make clients` installs axolotl; where a client is missing, its row
-says so. Ends with exit code 1 where a loss is wrong.
+is estimated from its sample, and where packed conversations see each other. `make clients` installs
+axolotl; DistillKit is run where its clone was installed by hand (docs/distillation.md); where a
+client is missing, its row says so. Ends with exit code 1 where a loss is wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import numpy as np  # noqa: E402 - the settings above come first
 import torch  # noqa: E402
+import yaml  # type: ignore[import-untyped]  # noqa: E402
 from conftest import CHATS, ROOT, TEACHER, load_example  # noqa: E402
 from datasets import load_from_disk  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
@@ -40,10 +43,11 @@ from explore_logits import (  # noqa: E402 - run as a script, from anywhere
     distillation_loss,
     distillation_loss_from_hidden,
     export_axolotl,
+    export_distillkit,
 )
 
 NEAR = 2e-3  # nats; logits are stored in 16 bits
-NEAR_ESTIMATED = 0.1  # at temperature 2
+NEAR_ESTIMATED = 0.1  # at temperature 2; where packed conversations see each other
 QUIET: dict[str, Any] = {
     "max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 0.0, "logging_steps": 1,
     "remove_unused_columns": False, "report_to": "none", "save_strategy": "no", "use_cpu": True,
@@ -162,11 +166,65 @@ def lost_by_scaling(student: Any, hidden: Any, targets: Any, temperature: float)
     return float(-held.mean()) * temperature**2
 
 
+def run_distillkit(output: Path, folder: Path) -> Iterator[Found]:
+    """Run DistillKit's two commands on exports; its mask fits a divergence alone."""
+    fitted, loose, packed = (folder / f"kit-{name}" for name in ("fitted", "loose", "packed"))
+    export_distillkit(output, fitted, k=64, labels_at="predicting", max_length=256)
+    export_distillkit(output, loose, k=64, labels_at="predicting")
+    start("distillkit.pack_logits", "--dataset", loose, "--max-len", 256, "--output", packed)
+    told = "export_distillkit(labels_at='predicting'"
+    held = [held_by_distillkit(row) for row in load_from_disk(str(fitted))]
+    for rows, missing, right in (
+        (fitted, "symmetric_uniform", 0.0),
+        (fitted, "zero", float(-np.log(np.concatenate(held)).mean())),
+        (packed, "symmetric_uniform", None),
+    ):
+        way = "), pack_logits" if rows == packed else ", max_length=256)"
+        yield f"{told}{way}, kl: {missing}", train_distillkit(rows, missing, fitted), right
+
+
+def held_by_distillkit(row: dict[str, Any]) -> Any:
+    """Return what the k entries hold of each distribution that DistillKit trains on, (n,)."""
+    counted = np.array(row["labels"]) >= 0
+    values = np.array(row["compressed_logprobs"], np.uint8)[counted].view(np.float32)
+    return np.exp(values).sum(1)
+
+
+def train_distillkit(rows: Path, missing: str, exported: Path) -> float:
+    """Return the loss that DistillKit's command logs for one step on all rows."""
+    compressor = yaml.safe_load((exported / "compression_config.yaml").read_text())
+    kl = {"function": "kl", "weight": 1.0, "temperature": 1.0}
+    config = {
+        "model": str(TEACHER),
+        "model_kwargs": {"dtype": "float32"},
+        "use_flash_attention": False,
+        "output_path": str(rows.parent / "kit-student"),
+        "sequence_length": 256,
+        "dataset": {"train_dataset": {"disk_path": str(rows)}, "prepacked": True},
+        "teacher": {"kind": "dataset", "logprob_compressor": compressor},
+        "loss_functions": [{**kl, "missing_probability_handling": missing}],
+        "training_args": {**QUIET, "per_device_train_batch_size": 32},
+    }
+    file = rows.parent / "kit.yaml"
+    file.write_text(yaml.safe_dump(config))
+    (loss,) = re.findall(
+        r"distillation_loss/1_kl': '?([\d.e-]+|nan|inf)", start("distillkit.main", file)
+    )
+    return float(loss)
+
+
+def start(module: str, *words: object) -> str:
+    """Run a module's command and return what it prints."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 CLIENTS: list[tuple[str, str, Callable[[Path, Path], Iterator[Found]]]] = [
     ("PyTorch", "torch", run_plain),
     ("transformers", "transformers", run_transformers),
     ("TRL", "trl", run_trl),
     ("axolotl", "axolotl", run_axolotl),
+    ("DistillKit", "distillkit", run_distillkit),
 ]
 
 
@@ -180,7 +238,7 @@ def main() -> int:
         output = extract(Path(scratch), args.limit)
         for client, module, run in CLIENTS:
             if importlib.util.find_spec(module) is None:
-                lines.append(f"| {client} | not installed, not run: make clients | | | |")
+                lines.append(f"| {client} | not installed, not run | | | |")
                 continue
             name = f"{client} {importlib.metadata.version(module)}"
             for told, loss, right in run(output, Path(scratch)):
@@ -189,7 +247,6 @@ def main() -> int:
                 wanted = "near 0" if right is None else f"{right:.4f}"
                 result = "as it should be" if good else "WRONG"
                 lines.append(f"| {name} | {told} | {result} | {loss:.4f} | {wanted} |")
-    lines.append("| DistillKit | not published as a package: layout tested only | | | |")
     print("| client | what is run | result | loss | right |\n|---|---|---|---|---|")
     print(*lines, sep="\n")
     return int(wrong > 0)
