@@ -323,7 +323,7 @@ def test_rows_can_be_sliced_and_chosen_by_conversation(output: Path) -> None:
 
 def test_many_rows_come_in_the_order_asked_for(output: Path) -> None:
     dataset, wanted = load_logit_dataset(output), [13, 2, -1, 13, 7, 0]
-    found = dataset.read_rows(wanted)["index"].to_pylist()
+    found = dataset.take(wanted)["index"].to_pylist()
     assert found == [dataset[row]["index"] for row in wanted]
 
 
