@@ -5819,16 +5819,15 @@ class LogitIterableDataset:
     extracted tokens in `input_ids`, and of each of them `TEACHER_COLUMNS`, (N, E) or (N,).
     `collate_logits` makes batches.
 
-    With a seed, the shards are put in random order, and the rows inside each shard; another epoch
-    (`set_epoch`) gives another order. The rows are then divided into equal runs, first over ranks
-    and then over the workers of a data loader, so that one worker reads only the shards of its
-    run, and holds one at a time as it is stored. Rows that do not divide among the ranks are left
-    out of that epoch, so that all ranks take equally many steps. As the dataset divides itself,
-    nothing else must: accelerate and transformers' `Trainer` do, unless the loader is kept from
-    them (docs/distillation.md). `as_datasets` is for trainers that divide.
+    With a seed, shards and the rows inside each are in random order, another for each epoch
+    (`set_epoch`). They are divided into equal runs over ranks, then over the workers of a data
+    loader; a worker reads only the shards of its run and holds one at a time. Rows that do not
+    divide among the ranks are left out of that epoch. Nothing else must divide them: accelerate
+    and transformers' `Trainer` do, unless the loader is kept from them (docs/distillation.md).
+    `as_datasets` is for trainers that divide.
 
-    `state_dict` and `load_state_dict` go on where an epoch was left. They are of the process that
-    gives rows out: this one, or under `torchdata.stateful_dataloader` each worker.
+    `state_dict` and `load_state_dict` go on where an epoch was left, in the process that gives
+    rows out: this one, or under `torchdata.stateful_dataloader` each worker.
     """
 
     def __init__(
@@ -5845,12 +5844,12 @@ class LogitIterableDataset:
 
         Args:
             dataset: a folder, files, or a dataset on the Hub.
-            seed: of the order; None keeps the order of the output.
+            seed: of the order; None keeps that of the output.
             rank, world_size: this process's part; from the environment (RANK, WORLD_SIZE) if None.
-            max_seq_len: cut longer conversations at this many tokens; one that has nothing
-                extracted before that stays, with N = 0, so that ranks keep in step.
-            text: where the conversations come from when the output does not store their tokens;
-                None finds tokenizer, template and source from the output's settings.
+            max_seq_len: cut longer conversations at this many tokens; one that then has N = 0
+                stays, so that ranks keep in step.
+            text: of an output that does not store its tokens; None finds tokenizer, template and
+                source from the settings.
 
         Raises:
             LogitsError: the rank is not below the world size, or torch is missing.
@@ -5895,13 +5894,14 @@ class LogitIterableDataset:
             self.output = LogitDataset(self.output.store, self.output.sizes)
         runs = self.iter_runs(*((worker.id, worker.num_workers) if worker else ()), skip=self._skip)
         self._rows, self._skip = self._skip, 0  # the pass after this one is whole again
-        return self._give(runs)
 
-    def _give(self, runs: Iterable[tuple[int, npt.NDArray[np.int64]]]) -> Iterator[dict[str, Any]]:
-        for shard, rows in runs:
-            for item in self.read_rows(shard, rows):
-                self._rows = (self._rows or 0) + 1
-                yield item
+        def give() -> Iterator[dict[str, Any]]:
+            for shard, rows in runs:
+                for item in self.read_rows(shard, rows):
+                    self._rows = (self._rows or 0) + 1
+                    yield item
+
+        return give()
 
     def _refuse_second_division(self) -> None:
         """Refuse to divide rows by the environment's ranks where accelerate may divide again."""
@@ -5989,8 +5989,8 @@ class LogitIterableDataset:
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a state to fit."""
-        names = ("seed", "rank", "world_size")
-        return {**{name: getattr(self, name) for name in names}, "dataset_rows": len(self.output)}
+        own = {"seed": self.seed, "rank": self.rank, "world_size": self.world_size}
+        return {**own, "dataset_rows": len(self.output)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken, once: the pass after the next is whole again.
@@ -6007,9 +6007,8 @@ class LogitIterableDataset:
     def as_datasets(self) -> Any:
         """Return the whole output as a `datasets.IterableDataset`, which TRL's trainers ask for.
 
-        Its shards are those of the output, so that `datasets` divides them among workers and
-        ranks, shuffles them (`.shuffle`) and keeps their state, as it does with any other. Without
-        a shuffle of its own, every epoch has the order that this dataset has now.
+        Its shards are those of the output: `datasets` divides, shuffles (`.shuffle`) and resumes
+        them as any other. Without its shuffle, every epoch has the order that this one has now.
         """
         datasets = import_extra("datasets")
         shards = self.shuffle(len(self.output.shards)).tolist()
@@ -6045,18 +6044,17 @@ def collate_logits(
 ) -> dict[str, Any]:
     """Make a batch of torch tensors from rows of `LogitIterableDataset`.
 
-    The first dimension of every tensor is the sequence, so that a batch may be cut along it, as
-    accelerate does; the second is the token, padded on the right.
+    The first dimension of every tensor is the sequence, along which accelerate cuts batches; the
+    second is the token, padded on the right.
 
     Args:
         rows: conversations, one a sequence if they are not packed.
         pad_id: fills `input_ids`.
         max_length: cut longer conversations at this many tokens; of packed sequences the most.
         pad_to_multiple_of: make sequences longer, up to a multiple of it.
-        pack: put conversations one after the other into as few sequences as they fit in (first
-            fit), all into one if there is no `max_length`. The batch then has no `attention_mask`,
-            as what keeps conversations apart are `position_ids`: call the model without a cache
-            (`use_cache=False`), and check that it keeps them apart.
+        pack: put conversations one after the other into the first sequence that has room, all
+            into one if there is no `max_length`. `position_ids` keep them apart in place of an
+            `attention_mask`: call the model with `use_cache=False`, and check that it does.
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (B, S) int64; `index` (B,); `teacher_positions`
@@ -6067,9 +6065,10 @@ def collate_logits(
     torch = import_extra("torch")
     cut = [cut_row(row, max_length) for row in rows]
     groups = pack_rows(cut, max_length) if pack else [[row] for row in cut]
-    names = ("input_ids", "teacher_positions")
-    sizes = [[sum_sizes(group, name) for name in names] for group in groups]
-    longest, tokens = np.max(sizes, axis=0).tolist()
+    longest, tokens = (
+        max(sum(row[name].size for row in group) for group in groups)
+        for name in ("input_ids", "teacher_positions")
+    )
     longest += -longest % (pad_to_multiple_of or 1)
     text, told = (len(groups), longest), (len(groups), tokens)
     batch: dict[str, npt.NDArray[Any]] = {
@@ -6103,29 +6102,25 @@ def collate_logits(
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def sum_sizes(rows: Iterable[Mapping[str, Any]], name: str) -> int:
-    """Return how many values a column has in some rows together."""
-    return sum(row[name].size for row in rows)
-
-
 def pack_rows(rows: Iterable[dict[str, Any]], length: int | None) -> list[list[dict[str, Any]]]:
     """Divide rows into sequences of at most `length` tokens, each the first that has room."""
     groups: list[list[dict[str, Any]]] = []
+    room: list[float] = []
     for row in rows:
-        for group in groups:
-            if length is None or sum_sizes([*group, row], "input_ids") <= length:
-                group.append(row)
-                break
-        else:
-            groups.append([row])
+        size = row["input_ids"].size
+        fits = next((i for i, left in enumerate(room) if size <= left), len(groups))
+        if fits == len(groups):
+            groups.append([])
+            room.append(math.inf if length is None else length)
+        groups[fits].append(row)
+        room[fits] -= size
     return groups
 
 
 def flat_positions(batch: Mapping[str, Any]) -> Any:
     """Return which of the B * S flattened positions predict the batch's extracted tokens, (N,).
 
-    For models that can compute logits at chosen positions only: `distillation_loss` takes the
-    logits (N, V) of just these, in this order.
+    `distillation_loss` takes the logits (N, V) of just these, in this order.
     """
     positions = batch["teacher_positions"]
     rows, length = batch["input_ids"].shape
@@ -6145,14 +6140,13 @@ def weigh_tail(log_probs: Any, rest: Any, *, nodes: int | None = None) -> Any:
 
     With these weights w, and 1 for each nucleus token, the weighted sum of any function over what
     is stored is an unbiased estimate of its sum over the vocabulary. The weight of a token i of the
-    sample S is P(S | i is drawn first) / P(S): how much likelier the others are to make up the
-    sample once i is out. Both are integrals over the time of an exponential race, so that w_i =
-    E[1 / (1 - exp(-p_i t))] for t with a density proportional to exp(-c t) Π_j (1 - exp(-p_j t)), c
-    being the mass that was not drawn. That density is concave in log t once its logarithm is taken,
-    and is summed there by the trapezoidal rule.
+    sample S is P(S | i is drawn first) / P(S). Both are integrals over the time of an exponential
+    race: w_i = E[1 / (1 - exp(-p_i t))] for t with a density proportional to
+    exp(-c t) Π_j (1 - exp(-p_j t)), c being the mass that was not drawn, concave in its logarithm
+    over log t, where it is summed by the trapezoidal rule.
 
     Args:
-        log_probs: (T, M) log-probabilities of the tail sample; its order does not matter.
+        log_probs: (T, M) log-probabilities of the tail sample, in any order.
         rest: (T,) probability outside the nucleus. Where the sample holds all of it, or more by
             rounding, every weight is 1.
         nodes: of the quadrature; None takes as many as each density needs for an error of 1e-6.
@@ -6201,9 +6195,9 @@ def bracket_race(probs: Any, undrawn: Any) -> tuple[Any, Any, Any]:
     """Return between which log-times (T,) the integrand is worth summing, and at how many nodes.
 
     Its slope in log t is 1 + Σ φ(p_j t) - c t with φ(x) = x / (e^x - 1) in (0, 1]; so the mode has
-    c t in [1, 1 + M], and is found by bisection. Leftwards φ only grows, which bounds the fall on
-    that side by the slope at the mode (less the factor that a weight takes out); rightwards the
-    fall is at least that of a gamma density. The curvature at the mode gives the spacing.
+    c t in [1, 1 + M]. Leftwards φ only grows, which bounds the fall by the slope at the mode (less
+    the factor that a weight takes out); rightwards it falls at least as a gamma density. The
+    curvature at the mode gives the spacing.
     """
     low = -undrawn.log()
     high = low + math.log1p(probs.shape[0])
@@ -6260,18 +6254,17 @@ def distillation_loss(
 ) -> Any:
     """Return the divergence of the student from the stored teacher, in nats, times temperature².
 
-    What is estimated, with p the teacher, q the student, both at `temperature`:
-
-    - `forward_kl` Σ p log(p / q), `reverse_kl` Σ q log(q / p), `jsd` the mean of the two KL
-      divergences to (p + q) / 2.
+    With p the teacher and q the student, both at `temperature`: `forward_kl` Σ p log(p / q),
+    `reverse_kl` Σ q log(q / p), `jsd` the mean of the two KL divergences to (p + q) / 2. The sums
+    run over all V entries of the student: one with more than the teacher's (padding of its
+    embedding) learns to leave them out; one with fewer cannot hold the teacher.
 
     How the tail is counted:
 
-    - `unbiased`: every sampled token counts as `weigh_tail` says. At temperature 1 the value and
-      its gradient are unbiased for all three divergences (no other `tail` is); sums that are known
-      exactly (Σ q log q, the part of the JSD where p is 0) are taken exactly. At another
-      temperature the normaliser Σ p^(1/T) is itself estimated, and a logarithm or quotient of an
-      estimate is biased: there is no unbiased form, and what is computed is consistent in M.
+    - `unbiased`: every sampled token counts as `weigh_tail` says. At temperature 1 value and
+      gradient are unbiased for all three divergences; sums that are known (Σ q log q, the part of
+      the JSD where p is 0) are taken exactly. At another the normaliser Σ p^(1/T) is itself
+      estimated: there is no unbiased form, and what is computed is consistent in M.
     - `renormalized`: the sampled tokens are scaled to the mass outside the nucleus. Biased.
     - `ghost`: all tokens outside the nucleus are one; no tail sample is used at temperature 1.
       Exact for that coarser vocabulary, so never more than the true divergence.
@@ -6281,12 +6274,9 @@ def distillation_loss(
     that it stands for: the forward KL at temperature 1, whose gradient has no bias (its value is
     off by what depends on the teacher alone), and `ghost` and `ignore` at temperature 1.
 
-    The reverse KL needs log p where nothing is stored. There p is taken to be the tail's mean, and
-    sampled tokens correct it, without bias under `unbiased` but with a deviation that is large
-    where q exceeds p by far; tokens that the teacher excludes count as that mean.
-
-    The softmax runs over all V entries of the student: one with more than the teacher's (padding
-    of its embedding) learns to leave them out; one with fewer cannot hold the teacher.
+    The reverse KL takes log p to be the tail's mean where nothing is stored, and sampled tokens
+    correct it: without bias under `unbiased`, but with a large deviation where q exceeds p by far.
+    Tokens that the teacher excludes count as that mean.
 
     Args:
         student_logits: (B, S, V), or (N, V) for only the positions of `flat_positions(batch)`.
@@ -6294,10 +6284,10 @@ def distillation_loss(
         divergence: `forward_kl`, `reverse_kl` or `jsd`.
         temperature: of both distributions.
         tail: `unbiased`, `renormalized`, `ghost` or `ignore`.
-        tail_weight: of what the divergence inside the tail adds to the one whose tail is a single
-            token (`ghost`); 1 is the divergence itself, more makes the tail heavier.
-        alpha: share of the teacher in the loss; the rest, 1 - alpha, is the cross-entropy on the
-            text's own tokens, at temperature 1.
+        tail_weight: of what the divergence inside the tail adds to the `ghost` one; 1 is the
+            divergence itself, more makes the tail heavier.
+        alpha: share of the teacher in the loss; the rest is the cross-entropy on the text's own
+            tokens, at temperature 1.
         label_smoothing: of that cross-entropy, as PyTorch's.
         weights: of the tokens, (B, T) or (N,); `mean` divides by their sum.
         reduction: `mean` over the N tokens, `sum`, or `none` for (N,).
@@ -6310,9 +6300,8 @@ def distillation_loss(
             V or more.
 
     Source: Kool, van Hoof and Welling (2020) for the weights; Hinton, Vinyals and Dean (2015) for
-    the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens
-    and for the rival that samples with replacement; Dasgupta, Cohn and Baldwin (2026), arXiv
-    2602.20816, for weighing the tail apart.
+    the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens;
+    Dasgupta, Cohn and Baldwin (2026), arXiv 2602.20816, for weighing the tail apart.
     """
     torch = import_extra("torch")
     check_choice("divergence", divergence, DIVERGENCES)
@@ -6371,16 +6360,14 @@ def distillation_loss_from_hidden(
 ) -> Any:
     """Return `distillation_loss` of the logits `hidden @ head_weight.T`, which never exist at once.
 
-    Chunks of tokens go through head and loss, and once more for the gradient, which is that of
-    hidden states, head and bias; nothing is kept in between. The head is multiplied in the hidden
-    states' dtype, its gradient is summed over chunks in float32.
+    Chunks of tokens go through head and loss, and once more for the gradient of hidden states, head
+    and bias. The head is multiplied in the hidden states' dtype, its gradient summed in float32.
 
     Args:
-        hidden: (B, S, H), or (N, H) for only the positions of `flat_positions(batch)`: what the
+        hidden: (B, S, H), or (N, H) for the positions of `flat_positions(batch)`: what the
             student's head is given, so after its last norm.
-        head_weight: (V, H).
+        head_weight, head_bias: (V, H) and (V,).
         batch: from `collate_logits`, on the same device.
-        head_bias: (V,).
         transform: what the model does to the logits after its head, such as a scale or a soft-cap.
         options: of `distillation_loss`.
     """
@@ -6630,23 +6617,20 @@ def export_axolotl(
 
     Columns: `input_ids`, `attention_mask`, `labels`, and at each of the S positions
     `target_token_ids`, `target_logprobs` and `target_mask`, k values each; -1e9 and mask 0 where
-    there is nothing. `datasets.load_from_disk` reads the folder, as axolotl does.
+    there is nothing. Returns the number of rows; `datasets.load_from_disk` reads the folder.
 
     Args:
         dataset: the output.
         folder: a new one.
         k: nucleus entries kept of each token.
         at: `predicting` puts a distribution at the position that predicts, as the trainer since
-            its Liger kernel (2025) expects; `predicted` at the token itself, as the one before,
-            which shifted.
+            its Liger kernel (2025) expects; `predicted` at the token, as the one before, which
+            shifted.
         temperature: `kd_temperature` of the training: its kernel divides the student's logits by
             it and takes the targets as they are.
         normalize: scale the k probabilities of a token to the sum 1. Else they are the teacher's
             own, over the whole vocabulary (at another temperature estimated, as in the loss).
         text: see `LogitIterableDataset`.
-
-    Returns:
-        The number of rows.
 
     Raises:
         LogitsError: `k` is below 1, or something is in the folder.
@@ -6659,18 +6643,18 @@ def export_axolotl(
 
     def convert(row: Mapping[str, Any], top: TopEntries) -> dict[str, npt.NDArray[Any]]:
         size, where = row["input_ids"].size, row["teacher_positions"] - (at == "predicting")
-        return {
+        columns = {
             "input_ids": row["input_ids"],
             "attention_mask": np.ones(size, np.int8),
             "labels": row["labels"],
-            "target_token_ids": spread(top.ids, where, np.zeros((size, k), np.int32)),
-            "target_logprobs": spread(
-                np.where(top.there, top.log_probs, np.float32(-1e9)),
-                where,
-                np.full((size, k), -1e9, np.float32),
-            ),
-            "target_mask": spread(top.there, where, np.zeros((size, k), np.int8)),
+            "target_token_ids": np.zeros((size, k), np.int32),
+            "target_logprobs": np.full((size, k), -1e9, np.float32),
+            "target_mask": np.zeros((size, k), np.int8),
         }
+        columns["target_token_ids"][where] = top.ids
+        columns["target_logprobs"][where] = np.where(top.there, top.log_probs, -1e9)
+        columns["target_mask"][where] = top.there
+        return columns
 
     rows = export_rows(dataset, text, k, temperature=temperature, normalize=normalize)
     return write_export(itertools.starmap(convert, rows), target)
@@ -6692,27 +6676,21 @@ def export_distillkit(
     at ceil(log2 V) bits each, the highest bit first. `compression_config.yaml` beside them is what
     `teacher.logprob_compressor` has to say (k = exact_k: nothing is approximated). Entries beyond
     the nucleus have log-probability -100 and ids of their own. Where nothing was extracted, the
-    distribution is the text's next token if the label there is set, else any other token.
-    `datasets.load_from_disk` reads the folder.
+    distribution is the text's next token if the label there is set, else any other token. Returns
+    the number of rows; `datasets.load_from_disk` reads the folder.
 
     DistillKit's `symmetric_uniform` takes the logarithm of what the k probabilities leave, the
     teacher's and the student's, also where a factor 0 leaves out the result. So the teacher's leave
     1e-6 at least, no id comes twice, and what is left out names no token that a student is sure of.
 
     Args:
-        dataset: the output.
-        folder: a new one.
-        k: nucleus entries kept of each token.
+        dataset, folder, k, text: see `export_axolotl`.
         max_length: cut or fill every row to this many tokens, with an `attention_mask`, as
             `prepacked: true` needs. Without it rows are as long as they are, for `pack_logits`.
-        labels_at: where labels stand. DistillKit trains on a distribution where the label at its
+        labels_at: where labels stand: DistillKit trains on a distribution where the label at its
             own position is set. `predicted`, at the tokens, suits cross-entropy: the first
             distribution of each turn is then left out, and one filler after it is trained on.
             `predicting`, at the position before, suits a divergence alone, and no cross-entropy.
-        text: see `LogitIterableDataset`.
-
-    Returns:
-        The number of rows.
 
     Raises:
         LogitsError: `k` is below 1, or something is in the folder.
@@ -6757,27 +6735,19 @@ def export_distillkit(
 def fit_length(columns: Mapping[str, npt.NDArray[Any]], length: int) -> dict[str, npt.NDArray[Any]]:
     """Cut columns at a length, or fill them up to it, and say in a mask what is no filling."""
     size = len(columns["bytepacked_indices"])  # the last token predicts nothing
-    fitted = {
-        name: np.concatenate(
-            [
-                values[: min(size, length)],
-                np.broadcast_to(
-                    np.array(IGNORED_LABEL, values.dtype) if name == "labels" else values[-1],
-                    (max(length - size, 0), *values.shape[1:]),
-                ),
-            ]
-        )
-        for name, values in columns.items()
-    }
-    return {**fitted, "attention_mask": (np.arange(length) < size).astype(np.int64)}
+    kept = np.minimum(np.arange(length), size - 1)  # what fills is the last again
+    fitted = {name: values[kept] for name, values in columns.items()}
+    there = np.arange(length) < size
+    fitted["labels"] = np.where(there, fitted["labels"], IGNORED_LABEL)
+    return {**fitted, "attention_mask": there.astype(np.int64)}
 
 
 class TopEntries(NamedTuple):
-    """The k likeliest entries of the nuclei of N tokens."""
+    """The k likeliest entries (N, k) of the nuclei of N tokens."""
 
-    ids: npt.NDArray[np.int32]  # (N, k); where there is nothing, the least likely that is stored
-    log_probs: npt.NDArray[np.float32]  # (N, k)
-    there: npt.NDArray[np.bool_]  # (N, k)
+    ids: npt.NDArray[np.int32]  # where there is nothing, the least likely that is stored
+    log_probs: npt.NDArray[np.float32]
+    there: npt.NDArray[np.bool_]
 
 
 def export_rows(
@@ -6795,31 +6765,16 @@ def export_rows(
             collate_logits([row]), MAX_TOKEN_ID + 1, tail="ignore", temperature=temperature
         )
         ids, log_probs, _, nucleus = (values.numpy() for values in told[:4])
-        width = min(k, ids.shape[1])
-        beyond = ((0, 0), (0, k - width))
-        # An id that stands where nothing is may be counted by who ignores the mask.
-        least = np.where(row["teacher_mask"], log_probs, np.inf).argmin(1)
-        there = np.pad(nucleus[:, :width], beyond)
-        kept = np.pad(log_probs[:, :width], beyond)
+        beyond = ((0, 0), (0, max(k - ids.shape[1], 0)))
+        top_ids, kept, there = (
+            np.pad(values[:, :k], beyond) for values in (ids, log_probs, nucleus)
+        )
         if normalize:
             kept -= np.log((np.exp(kept) * there).sum(1, keepdims=True))
-        filler = np.take_along_axis(ids, least[:, None], 1)
-        yield (
-            row,
-            TopEntries(
-                np.where(there, np.pad(ids[:, :width], beyond), filler).astype(np.int32),
-                kept,
-                there,
-            ),
-        )
-
-
-def spread(
-    values: npt.NDArray[Any], where: npt.NDArray[Any], empty: npt.NDArray[Any]
-) -> npt.NDArray[Any]:
-    """Put values (N, k) at N of the rows (S, k) of an array."""
-    empty[where] = values
-    return empty
+        # An id that stands where nothing is may be counted by who ignores the mask.
+        least = np.where(row["teacher_mask"], log_probs, np.inf).argmin(1)[:, None]
+        filled = np.where(there, top_ids, np.take_along_axis(ids, least, 1))
+        yield row, TopEntries(filled.astype(np.int32), kept, there)
 
 
 def other_ids(

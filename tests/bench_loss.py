@@ -5,8 +5,8 @@
 
 Ways: PyTorch's cross-entropy on the logits; `distillation_loss` on the logits;
 `distillation_loss_from_hidden`, which never holds them. Each runs in a process of its own, on one
-core, in float32. Prints a table: the peak above hidden states, head and teacher (the gradients of
-hidden states and head are in it), and processor seconds. Reads /proc, so Linux alone.
+core, in float32. Prints a table: the peak above hidden states, head and teacher, how much of it the
+gradients of hidden states and head are, and processor seconds. Reads /proc, so Linux alone.
 """
 
 from __future__ import annotations
@@ -89,13 +89,15 @@ def main() -> None:
         found = measure(args.here, args.tokens, args.vocab, args.hidden, args.tail)
         print(json.dumps(found))
         return
-    print("| tokens | what is run | peak, GB | seconds |\n|---|---|---|---|")
+    print("| tokens | hidden | what is run | peak, GB | gradients in it | seconds |")
+    print("|---|---|---|---|---|---|")
+    gradients = 4e-9 * args.hidden * (args.tokens + args.vocab)
     for way in args.ways:
         command = [sys.executable, __file__, *sys.argv[1:], "--here", way]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        figures = f"{found['gigabytes']:.2f} | {found['seconds']:.1f}"
-        print(f"| {args.tokens:,} | {WAYS[way]} | {figures} |", flush=True)
+        figures = f"{found['gigabytes']:.2f} | {gradients:.2f} | {found['seconds']:.1f}"
+        print(f"| {args.tokens:,} | {args.hidden} | {WAYS[way]} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":
