@@ -1504,10 +1504,8 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
 
 
 # What may write far more than it is given, by how large that is and by the numbers beside it.
-_AMPLIFIERS = re.compile(
-    r"\*|replace|join|sum|center|[lr]just|zfill|expandtabs|indent|wordwrap|tojson|batch|slice|"
-    r"urlize|to_bytes"
-)
+_AMPLIFIERS = {"*", "replace", "join", "sum", "center", "ljust", "rjust", "zfill", "expandtabs",
+               "indent", "wordwrap", "tojson", "batch", "slice", "urlize", "to_bytes"}  # fmt: skip
 
 
 def _bound_work(plain: Any) -> Any:
@@ -1542,7 +1540,7 @@ def _bound_work(plain: Any) -> Any:
     environment.mark = object()
     environment.intercepted_binops = frozenset(("+", "%", "*", "**"))
     environment.call_binop, environment.call = binop, call
-    own = {n: bounded(n) for n in plain.filters if n == "format" or _AMPLIFIERS.fullmatch(n)}
+    own = {n: bounded(n) for n in plain.filters if n in {*_AMPLIFIERS, "format"}}
     environment.filters = {**plain.filters, **own, "_str": str}
     environment.globals = {k: v for k, v in plain.globals.items() if k != "lipsum"}
     return environment
@@ -1550,24 +1548,22 @@ def _bound_work(plain: Any) -> Any:
 
 def _written(name: str, values: Sequence[Any]) -> int:
     """Return about how many characters or items an operation writes, at most."""
+    if name == "+" or (name == "*" and not any(hasattr(v, "__len__") for v in values)):
+        return sum(len(v) for v in values if hasattr(v, "__len__"))
+    if name in _AMPLIFIERS:
+        return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
     first, *others = values
-    if name in ("%", "format", "format_map"):  # by the widths in the format, or given beside it
-        if not isinstance(first, str):
-            return 0
-        others = [*others[0]] if len(others) == 1 and isinstance(others[0], tuple) else others
-        specs = re.findall(r"[%:][^%:{}]*", first)
-        widths = sum(int(n) for spec in specs for n in re.findall(r"\d+", spec))
-        asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first)
-        widths += sum(abs(n) for n in others if asks and isinstance(n, int))
-        return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
     if name == "**":
         return int(abs(first)).bit_length() * int(abs(others[0]))
-    lengths = [len(v) for v in values if hasattr(v, "__len__")]
-    if name == "+" or (name == "*" and not lengths):
-        return sum(lengths)
-    if not _AMPLIFIERS.fullmatch(name):
+    if name not in ("%", "format", "format_map") or not isinstance(first, str):
         return 0
-    return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
+    # by the widths in the format, or given beside it, and by what is put into it
+    others = [*others[0]] if len(others) == 1 and isinstance(others[0], tuple) else others
+    specs = re.findall(r"[%:][^%:{}]*", first)
+    widths = sum(int(n) for spec in specs for n in re.findall(r"\d+", spec))
+    asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first)
+    widths += sum(abs(n) for n in others if asks and isinstance(n, int))
+    return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
 
 
 def _size(value: Any) -> int:
