@@ -1194,7 +1194,6 @@ _OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|cha
 _CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
 _THINK_TAG = re.compile(f"{_OPEN}|{_CLOSE}", re.IGNORECASE)
 _EMPTY_THINK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}\s*", re.IGNORECASE)
-_OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
 
 
 # Tokenizer and template ---------------------------------------------------------------------------
@@ -1984,10 +1983,9 @@ class _TurnReader:
 
     def written(self, start: int, end: int) -> int | None:
         """Return where an added token ends that a stretch of text ends in, but for blanks."""
-        written = start + len(self.rendering.text[start:end].rstrip())
-        return (
-            written if self.rendering.text.endswith(self.template.added, start, written) else None
-        )
+        text = self.rendering.text
+        written = start + len(text[start:end].rstrip())
+        return written if text.endswith(self.template.added, start, written) else None
 
     def cut(self, number: int, start: int, end: int, base: int) -> Span:
         """Leave out what follows the end of the turn, and inserted think tags at its start."""
@@ -2008,18 +2006,13 @@ class _TurnReader:
 
     def inserted_think(self, said: str, message: Mapping[str, Any]) -> int:
         """Return the length of the think tags that a turn starts with and its data lacks."""
-        content = message.get("content")
-        content = content if isinstance(content, str) else ""
-        if not _EMPTY_THINK.match(content):
-            tags = [tag for tag in self.template.inserted if _EMPTY_THINK.match(tag)]
-            known = next((tag for tag in tags if said.startswith(tag)), None)
-            if known is not None:
-                return len(known)
-            if found := _EMPTY_THINK.match(said):
-                return len(found.group().rstrip())
+        tag = next((t for t in self.template.inserted if said.startswith(t.rstrip())), "")
+        length = _shared_prefix(tag, said)  # blanks after it may be trimmed
+        content = message.get("content") if isinstance(message.get("content"), str) else ""
+        if _EMPTY_THINK.match(tag):
+            return 0 if _EMPTY_THINK.match(str(content)) else length
         reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
-        found = None if reasons or _THINK_TAG.search(content) else _OPEN_THINK.match(said)
-        return found.end() if found else 0
+        return 0 if reasons or _THINK_TAG.search(str(content)) else length
 
     def doubts(self, wanted: set[int], spans: Iterable[tuple[int, Span]]) -> bool:
         """Tell whether the loops do not say who wrote what in this conversation.
