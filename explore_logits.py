@@ -1194,7 +1194,6 @@ _OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|cha
 _CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
 _THINK_TAG = re.compile(f"{_OPEN}|{_CLOSE}", re.IGNORECASE)
 _EMPTY_THINK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}\s*", re.IGNORECASE)
-_OPEN_THINK = re.compile(rf"\s*{_OPEN}\s*", re.IGNORECASE)
 
 
 # Tokenizer and template ---------------------------------------------------------------------------
@@ -1504,10 +1503,8 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
 
 
 # What may write far more than it is given, by how large that is and by the numbers beside it.
-_AMPLIFIERS = re.compile(
-    r"\*|replace|join|sum|center|[lr]just|zfill|expandtabs|indent|wordwrap|tojson|batch|slice|"
-    r"urlize|to_bytes"
-)
+_AMPLIFIERS = {"*", "replace", "join", "sum", "center", "ljust", "rjust", "zfill", "expandtabs",
+               "indent", "wordwrap", "tojson", "batch", "slice", "urlize", "to_bytes"}  # fmt: skip
 
 
 def _bound_work(plain: Any) -> Any:
@@ -1542,7 +1539,7 @@ def _bound_work(plain: Any) -> Any:
     environment.mark = object()
     environment.intercepted_binops = frozenset(("+", "%", "*", "**"))
     environment.call_binop, environment.call = binop, call
-    own = {n: bounded(n) for n in plain.filters if n == "format" or _AMPLIFIERS.fullmatch(n)}
+    own = {n: bounded(n) for n in plain.filters if n in {*_AMPLIFIERS, "format"}}
     environment.filters = {**plain.filters, **own, "_str": str}
     environment.globals = {k: v for k, v in plain.globals.items() if k != "lipsum"}
     return environment
@@ -1550,24 +1547,22 @@ def _bound_work(plain: Any) -> Any:
 
 def _written(name: str, values: Sequence[Any]) -> int:
     """Return about how many characters or items an operation writes, at most."""
+    if name == "+" or (name == "*" and not any(hasattr(v, "__len__") for v in values)):
+        return sum(len(v) for v in values if hasattr(v, "__len__"))
+    if name in _AMPLIFIERS:
+        return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
     first, *others = values
-    if name in ("%", "format", "format_map"):  # by the widths in the format, or given beside it
-        if not isinstance(first, str):
-            return 0
-        others = [*others[0]] if len(others) == 1 and isinstance(others[0], tuple) else others
-        specs = re.findall(r"[%:][^%:{}]*", first)
-        widths = sum(int(n) for spec in specs for n in re.findall(r"\d+", spec))
-        asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first)
-        widths += sum(abs(n) for n in others if asks and isinstance(n, int))
-        return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
     if name == "**":
         return int(abs(first)).bit_length() * int(abs(others[0]))
-    lengths = [len(v) for v in values if hasattr(v, "__len__")]
-    if name == "+" or (name == "*" and not lengths):
-        return sum(lengths)
-    if not _AMPLIFIERS.fullmatch(name):
+    if name not in ("%", "format", "format_map") or not isinstance(first, str):
         return 0
-    return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
+    # by the widths in the format, or given beside it, and by what is put into it
+    others = [*others[0]] if len(others) == 1 and isinstance(others[0], tuple) else others
+    specs = re.findall(r"[%:][^%:{}]*", first)
+    widths = sum(int(n) for spec in specs for n in re.findall(r"\d+", spec))
+    asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first)
+    widths += sum(abs(n) for n in others if asks and isinstance(n, int))
+    return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
 
 
 def _size(value: Any) -> int:
@@ -1988,10 +1983,9 @@ class _TurnReader:
 
     def written(self, start: int, end: int) -> int | None:
         """Return where an added token ends that a stretch of text ends in, but for blanks."""
-        written = start + len(self.rendering.text[start:end].rstrip())
-        return (
-            written if self.rendering.text.endswith(self.template.added, start, written) else None
-        )
+        text = self.rendering.text
+        written = start + len(text[start:end].rstrip())
+        return written if text.endswith(self.template.added, start, written) else None
 
     def cut(self, number: int, start: int, end: int, base: int) -> Span:
         """Leave out what follows the end of the turn, and inserted think tags at its start."""
@@ -2012,18 +2006,13 @@ class _TurnReader:
 
     def inserted_think(self, said: str, message: Mapping[str, Any]) -> int:
         """Return the length of the think tags that a turn starts with and its data lacks."""
-        content = message.get("content")
-        content = content if isinstance(content, str) else ""
-        if not _EMPTY_THINK.match(content):
-            tags = [tag for tag in self.template.inserted if _EMPTY_THINK.match(tag)]
-            known = next((tag for tag in tags if said.startswith(tag)), None)
-            if known is not None:
-                return len(known)
-            if found := _EMPTY_THINK.match(said):
-                return len(found.group().rstrip())
+        tag = next((t for t in self.template.inserted if said.startswith(t.rstrip())), "")
+        length = _shared_prefix(tag, said)  # blanks after it may be trimmed
+        content = message.get("content") if isinstance(message.get("content"), str) else ""
+        if _EMPTY_THINK.match(tag):
+            return 0 if _EMPTY_THINK.match(str(content)) else length
         reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
-        found = None if reasons or _THINK_TAG.search(content) else _OPEN_THINK.match(said)
-        return found.end() if found else 0
+        return 0 if reasons or _THINK_TAG.search(str(content)) else length
 
     def doubts(self, wanted: set[int], spans: Iterable[tuple[int, Span]]) -> bool:
         """Tell whether the loops do not say who wrote what in this conversation.

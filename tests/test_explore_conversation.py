@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cProfile
 import json
-import multiprocessing
 import pickle
 import re
 import time
@@ -302,14 +301,18 @@ def test_a_template_that_copies_messages_is_seen_through() -> None:
     assert extracted(chat, copies) == ["Birch bark.<|end|>", "Dune.\nElm.<|end|>"]
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED, GATHERED])
-def test_turns_are_extracted_with_their_end_and_nothing_else(template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "way"), [(PLAIN, "loop"), (MARKED, "generation"), (GATHERED, "replacing")]
+)
+def test_turns_are_extracted_with_their_end_and_what_follows_with_include_end(
+    template: str, way: str
+) -> None:
     assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED, GATHERED])
-def test_what_follows_the_end_comes_with_include_end(template: str) -> None:
     assert extracted(CHAT, template, include_end=True) == ["Birch bark.<|end|>\n", "Dune.<|end|>\n"]
+    encoded = encode_conversation(CHAT, tokenizer_for(template))
+    assert encoded.input_ids.dtype == encoded.token_positions.dtype == np.int32
+    assert (np.diff(encoded.token_positions) > 0).all()
+    assert (encoded.way, encoded.end_of_turn) == (way, "<|end|>")
 
 
 def test_think_tags_of_the_template_come_with_include_think() -> None:
@@ -338,13 +341,6 @@ def test_blanks_of_the_data_after_inserted_think_tags_are_kept() -> None:
         assert start <= place < end
 
 
-def test_an_end_of_turn_outside_the_markers_is_taken_in() -> None:
-    template = MARKED.replace(
-        "{{ m.content }}<|end|>\n{% endgeneration %}", "{{ m.content }}{% endgeneration %}<|end|>\n"
-    )
-    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
-
-
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_added_tokens_that_are_blank_do_not_count_as_ends(template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
@@ -371,36 +367,35 @@ def test_thousands_of_added_tokens_do_not_slow_it_down(template: str) -> None:
     assert len(rendered.spans) == 1
 
 
-def test_a_role_header_inside_the_markers_is_left_out() -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|start|>assistant\n"
-        "{{ m.content }}<|end|>\n{% endgeneration %}{% else %}<|start|>{{ m.role }}\n"
-        "{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-    )
-    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
-    follow = [*CHAT, says("Echo.")]
-    assert extracted(follow, template) == ["Birch bark.<|end|>", "Dune.<|end|>", "Echo.<|end|>"]
+WHOLE_TURN = (  # a role header inside the markers
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|start|>assistant\n"
+    "{{ m.content }}<|end|>\n{% endgeneration %}{% else %}<|start|>{{ m.role }}\n"
+    "{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+BOTH = ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
-def test_markers_that_mark_nothing_fall_through_to_what_the_loop_writes() -> None:
-    template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and m.trained")
-    encoded = encode_conversation(CHAT, tokenizer_for(template))
-    assert encoded.way == "loop"
-    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
-
-
-def test_markers_that_miss_the_content_are_not_believed() -> None:
-    template = MARKED.replace(
-        "{% generation %}{{ m.content }}<|end|>\n{% endgeneration %}",
-        "{% generation %}{% endgeneration %}{{ m.content }}<|end|>\n",
-    )
-    assert extracted(CHAT, template) == ["Birch bark.<|end|>", "Dune.<|end|>"]
-
-
-def test_markers_may_leave_turns_out() -> None:
-    template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
-    assert extracted(CHAT, template) == ["Dune.<|end|>"]
+@pytest.mark.parametrize(
+    ("template", "way", "expected"),
+    [
+        (WHOLE_TURN, "generation", BOTH),
+        (MARKED.replace("<|end|>\n{% endgeneration %}", "{% endgeneration %}<|end|>\n"),
+         "generation", BOTH),
+        (MARKED.replace("== 'assistant'", "== 'assistant' and m.trained"), "loop", BOTH),
+        (MARKED.replace("{{ m.content }}<|end|>\n{% endgeneration %}",
+                        "{% endgeneration %}{{ m.content }}<|end|>\n"), "loop", BOTH),
+        (MARKED.replace("== 'assistant'", "== 'assistant' and loop.last"), "generation", BOTH[1:]),
+    ],
+    ids=["a header inside", "an end outside", "nothing marked", "content missed", "turns left out"],
+)  # fmt: skip
+def test_markers_have_the_say_where_they_mark_what_is_said(
+    template: str, way: str, expected: list[str]
+) -> None:
+    assert encode_conversation(CHAT, tokenizer_for(template)).way == way
+    assert extracted(CHAT, template) == expected
+    if template is WHOLE_TURN:
+        assert extracted([*CHAT, says("Echo.")], template) == [*BOTH, "Echo.<|end|>"]
 
 
 MARKED_TURN = (
@@ -581,13 +576,6 @@ def test_the_first_token_is_never_extracted() -> None:
     encoded = encode_conversation([says("Birch bark.")], tokenizer_for(template))
     assert encoded.token_positions[0] == 1
     assert encoded.token_positions.size == encoded.input_ids.size - 1
-
-
-def test_results_have_the_promised_types() -> None:
-    encoded = encode_conversation(CHAT, tokenizer_for(PLAIN))
-    assert encoded.input_ids.dtype == encoded.token_positions.dtype == np.int32
-    assert (np.diff(encoded.token_positions) > 0).all()
-    assert (encoded.way, encoded.end_of_turn) == ("loop", "<|end|>")
 
 
 def test_arguments_as_an_object_or_as_text_render_alike() -> None:
@@ -885,16 +873,6 @@ def test_threads_get_the_spans_of_their_own_conversation() -> None:
             lambda chat: explore_logits.render_conversation(chat, template).spans, chats
         )
         assert list(together) == alone
-
-
-def _encode_in_a_process(_: int) -> list[int]:
-    return encode_conversation(CHAT, tokenizer_for(MARKED)).token_positions.tolist()
-
-
-def test_a_forked_process_gives_the_same() -> None:
-    expected = _encode_in_a_process(0)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.map(_encode_in_a_process, range(2)) == [expected] * 2
 
 
 def test_the_preview_marks_the_extracted_tokens_and_says_how_they_were_found() -> None:
