@@ -2726,6 +2726,7 @@ def find_shards(store: Store, split: str) -> dict[str, int]:
 PACKED_COLUMNS = ("top_indices_high", "sampled_indices_high")
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that decodes to more is refused, not tried
 FREE_GROUP_BYTES = 2**26  # one that decodes to less is never too much, however small its file
+MAX_FOOTER_BYTES = 2**26
 MAX_EXPANSION = 100  # decoded bytes for each byte of the file; real rows need fewer than 10
 
 
@@ -2742,7 +2743,7 @@ class LogitDataset:
         self.store = store
         self.shards = list(sizes)
         self.sizes = dict(sizes)  # bytes of each shard
-        self._files: dict[int, Any] = {}
+        self._footers: dict[int, Any] = {}
         self._kept: tuple[Any, pa.Table] | None = None  # shard and row groups, their rows
 
     def __reduce__(self) -> Any:
@@ -2776,37 +2777,29 @@ class LogitDataset:
         except LogitsError as error:
             return None, str(error)
 
-    def file(self, shard: int) -> Any:
-        """Return the opened `pyarrow.parquet.ParquetFile` of a shard; only its footer is read.
+    def footer(self, shard: int) -> Any:
+        """Return the `pyarrow.parquet.FileMetaData` of a shard, which is read once.
+
+        No file stays open: an output may have more of them than a process may hold.
 
         Raises:
-            FormatError: it is damaged, in a later format, or of another run than the shard opened
-                first.
+            FormatError: the file is damaged, in a later format, or of another run than the shard
+                looked at first.
         """
-        if shard in self._files:
-            return self._files[shard]
+        if shard in self._footers:
+            return self._footers[shard]
         name = self.shards[shard]
-        how: dict[str, Any] = {
-            "pre_buffer": self.store.on_hub,
-            "thrift_string_size_limit": 2**26,
-            "page_checksum_verification": True,
-        }
-        with self.store.reading(name):
-            source = self.store.open(name)
-            file = pq.ParquetFile(source, **how)
-            paths = [file.schema.column(i).path for i in range(len(file.schema.names))]
-            # Bytes that many rows share stay shared until their lengths have been looked at.
-            how |= {"read_dictionary": [path for path in PACKED_COLUMNS if path in paths]}
-            file = pq.ParquetFile(source, metadata=file.metadata, **how)
-            file.schema_arrow.names  # noqa: B018 - read here, where a bad one is reported
-        told = file.metadata.metadata or {}
+        with self.store.reading(name), contextlib.closing(self.store.open(name)) as source:
+            footer = pq.ParquetFile(source, thrift_string_size_limit=MAX_FOOTER_BYTES).metadata
+            footer.schema.to_arrow_schema()  # here, where a bad one is reported
+        told = footer.metadata or {}
         version = told.get(METADATA_VERSION, b"1")
         if version not in {str(known).encode() for known in range(1, FORMAT_VERSION + 1)}:
             raise FormatError(
                 f"{name} is in format {version.decode('utf-8', 'replace'):.20}, "
                 f"formats up to {FORMAT_VERSION} can be read here: use a later logit-extraction"
             )
-        for first in itertools.islice(self._files, 1):
+        for first in itertools.islice(self._footers, 1):
             texts = (text.get(METADATA_SETTINGS, b"{}") for text in (self.metadata(first), told))
             one, two = map(peek_settings, texts)
             if one and two and (differ := differing_settings(one, two)):
@@ -2814,17 +2807,17 @@ class LogitDataset:
                     f"{self.shards[first]} and {name} are of two runs, which differ in "
                     f"{', '.join(differ)}: open the files of each by themselves"
                 )
-        self._files[shard] = file
-        if self._listed.get(name, file.metadata.num_rows) != file.metadata.num_rows:
+        self._footers[shard] = footer
+        if self._listed.get(name, footer.num_rows) != footer.num_rows:
             self._listed.clear()  # the list is of other files: believe the footers alone
-        return file
+        return footer
 
     def metadata(self, shard: int) -> dict[bytes, bytes]:
         """Return the key-value metadata of a shard's footer.
 
         The Arrow schema holds a copy of those alone that were there when the file was opened.
         """
-        return self.file(shard).metadata.metadata or {}
+        return self.footer(shard).metadata or {}
 
     def part(self, shard: int) -> dict[str, Any]:
         """Return what a shard says of the part it is: counts, the hash of its ids, who gave no row.
@@ -2854,8 +2847,8 @@ class LogitDataset:
 
     def count_rows(self, shard: int) -> int:
         """Return the rows of a shard, from a checkpoint or its footer."""
-        listed = self._listed.get(self.shards[shard]) if shard not in self._files else None
-        return int(self.file(shard).metadata.num_rows) if listed is None else listed
+        listed = self._listed.get(self.shards[shard]) if shard not in self._footers else None
+        return int(self.footer(shard).num_rows) if listed is None else listed
 
     @cached_property
     def _listed(self) -> dict[str, int]:
@@ -2921,14 +2914,14 @@ class LogitDataset:
 
     def _group_starts(self, shard: int) -> npt.NDArray[np.int64]:
         """Return where the row groups of a shard begin, and where the last ends."""
-        footer = self.file(shard).metadata
+        footer = self.footer(shard)
         return to_starts([footer.row_group(g).num_rows for g in range(footer.num_row_groups)])
 
     def _read(
         self, shard: int, groups: Sequence[int], columns: Sequence[str] = READ_COLUMNS
     ) -> pa.Table:
         """Return the rows of some row groups, whose sizes are looked at first."""
-        file, name = self.file(shard), self.shards[shard]
+        footer, name = self.footer(shard), self.shards[shard]
 
         def check(size: int) -> None:
             if size > min(MAX_GROUP_BYTES, max(FREE_GROUP_BYTES, MAX_EXPANSION * self.sizes[name])):
@@ -2937,13 +2930,24 @@ class LogitDataset:
                     f"{self.sizes[name]:,} is not read; write it again with smaller row groups"
                 )
 
-        for group in map(file.metadata.row_group, groups):
+        for group in map(footer.row_group, groups):
             chunks = map(group.column, range(group.num_columns))
             # A value takes up to 8 bytes while it is decoded, whatever a dictionary makes of it.
             check(sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks))
-        known = [column for column in columns if column in file.schema_arrow.names]
-        with self.store.reading(name):
-            table = file.read_row_groups(list(groups), columns=known)
+        known = footer.schema.to_arrow_schema().names
+        paths = [footer.schema.column(i).path for i in range(len(footer.schema.names))]
+        with self.store.reading(name), contextlib.closing(self.store.open(name)) as source:
+            file = pq.ParquetFile(
+                source,
+                metadata=footer,
+                pre_buffer=self.store.on_hub,
+                thrift_string_size_limit=MAX_FOOTER_BYTES,
+                page_checksum_verification=True,
+                # Bytes that many rows share stay shared until their lengths have been looked at.
+                read_dictionary=[path for path in PACKED_COLUMNS if path in paths],
+            )
+            wanted = [column for column in columns if column in known]
+            table = file.read_row_groups(list(groups), columns=wanted)
         for place, kind in enumerate(table.schema):
             if pa.types.is_dictionary(kind.type):
                 packed = table.column(place)
@@ -5102,7 +5106,7 @@ def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
         raise LogitsError("bytes are those of files: pass an output, by name or opened")
     columns: Counter[str] = Counter()
     for shard, name in enumerate(dataset.shards):
-        footer = dataset.file(shard).metadata
+        footer = dataset.footer(shard)
         with dataset.store.reading(name):
             for group in map(footer.row_group, range(footer.num_row_groups)):
                 for column in map(group.column, range(footer.num_columns)):
@@ -5238,7 +5242,9 @@ def mass_tolerance(block: TokenBlock) -> npt.NDArray[np.float64]:
 def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
     """Return the ids of each row's extracted tokens where the rows store their text."""
     return [
-        ids[positions] if positions.size and positions.max() < ids.size else None
+        ids[positions]
+        if positions.size and 0 <= positions.min() <= positions.max() < ids.size
+        else None
         for ids, positions in zip(*(block.tokens or ([], [])), strict=True)
     ] or [None] * block.index.size
 
@@ -5379,7 +5385,7 @@ def validate_footer(
     add: Callable[..., None],
 ) -> None:
     """Check columns and metadata of one shard; find the settings to check its rows by."""
-    schema, metadata = dataset.file(0).schema.to_arrow_schema(), dataset.metadata(0)
+    schema, metadata = dataset.footer(0).schema.to_arrow_schema(), dataset.metadata(0)
     compact = POINTS_FIELD.name in schema.names
     stores = any(name in schema.names for name in TOKEN_COLUMNS)
     wanted = shard_schema(store_tokens=stores, compact=compact)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -57,21 +59,6 @@ def expected(row: int) -> dict[str, Any]:
 # Rows ---------------------------------------------------------------------------------------------
 
 
-def test_a_sample_holds_what_was_written(output: Path) -> None:
-    sample, row = get_sample(load_logit_dataset(output), 13), ROWS[13]
-    assert (sample["index"], sample["num_tokens"]) == (row["index"], row["num_tokens"])
-    ids = explore.unpack_indices(row["top_indices_low"], row["top_indices_high"])
-    assert np.concatenate(sample["top_indices"]).tolist() == ids.tolist()
-    assert [part.size for part in sample["top_indices"]] == row["top_counts"]
-    assert (
-        np.concatenate(sample["sampled_logits_quantized"]).tolist()
-        == (row["sampled_logits_quantized"])
-    )
-    assert sample["logsumexp"].tolist() == row["logsumexp"]
-    assert {part.dtype for part in sample["top_indices"]} == {np.dtype(np.int32)}
-    assert {part.dtype for part in sample["top_logits_quantized"]} == {np.dtype(np.uint16)}
-
-
 def test_every_row_can_be_read_in_any_order(output: Path) -> None:
     dataset = load_logit_dataset(output)
     order = np.random.default_rng(3).permutation(20)
@@ -111,7 +98,7 @@ def test_one_row_reads_one_row_group(output: Path, monkeypatch: pytest.MonkeyPat
     store = explore.open_store(output)
     monkeypatch.setattr(store, "open", lambda path: Counting(output / path))
     dataset = LogitDataset(store, {"data/part-00001.parquet": 0})
-    group = dataset.file(0).metadata.row_group(1)
+    group = dataset.footer(0).row_group(1)
     size = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
     begin = min(column_start(group.column(i)) for i in range(group.num_columns))
     read.clear()
@@ -149,6 +136,9 @@ def test_all_kinds_of_datasets_give_the_same_samples(output: Path) -> None:
     for kind in kinds.values():
         assert_same(get_sample(kind, 13), expected(13))
         assert [s["index"] for s in iter_samples(kind, max_samples=9)] == list(range(9))
+    for row in (20, -1):
+        with pytest.raises(RowError, match="stream"):
+            get_sample(streamed, row)
 
 
 def test_reading_does_not_change_what_was_given(output: Path) -> None:
@@ -161,15 +151,6 @@ def test_reading_does_not_change_what_was_given(output: Path) -> None:
     streamed = mapped.to_iterable_dataset()
     get_sample(streamed, 7)
     assert next(iter(streamed))["index"] == 0
-
-
-def test_a_stream_says_that_it_has_no_such_row(output: Path) -> None:
-    streamed = datasets.load_dataset(
-        "parquet", data_dir=str(output / "data"), split="train", streaming=True
-    )
-    for row in (20, -1):
-        with pytest.raises(RowError, match="stream"):
-            get_sample(streamed, row)
 
 
 def test_optional_columns_may_be_missing(tmp_path: Path) -> None:
@@ -208,51 +189,40 @@ def test_wider_types_are_accepted_when_nothing_is_lost() -> None:
         get_sample(foreign)
 
 
-def test_empty_tails_are_read() -> None:
-    settings = SETTINGS | {"sampled_n": 0}
-    rows = random_rows(3, settings=settings)
+def test_stored_text_and_empty_tails_are_read() -> None:
+    rows = random_rows(3, settings=SETTINGS | {"sampled_n": 0, "store_tokens": True})
     sample = get_sample(rows, 1)
+    for name in ("input_ids", "token_positions"):
+        assert sample[name].tolist() == rows[1][name]
     assert [part.size for part in sample["sampled_indices"]] == [0] * sample["num_tokens"]
     rows = [{**row, "sampled_min": [], "sampled_max": []} for row in rows]
     assert get_sample(rows, 1)["sampled_min"].tolist() == [0.0] * sample["num_tokens"]
 
 
-def test_stored_text_comes_with_the_sample() -> None:
-    settings = SETTINGS | {"store_tokens": True}
-    rows = random_rows(3, settings=settings)
-    sample = get_sample(rows, 1)
-    assert sample["input_ids"].tolist() == rows[1]["input_ids"]
-    assert sample["token_positions"].tolist() == rows[1]["token_positions"]
-
-
 # Names, splits, settings --------------------------------------------------------------------------
 
 
-def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    for name in ("train-00000-of-00001", "test-00000-of-00001"):
-        pq.write_table(rows_to_table(ROWS[:2]), tmp_path / f"{name}.parquet")
-    assert load_logit_dataset(tmp_path, "test").shards == ["test-00000-of-00001.parquet"]
-    with pytest.raises(OpenError, match=r"no split 'dev'; it has test, train"):
-        load_logit_dataset(tmp_path, "dev")
-
-
-def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for part in (99999, 100000, 2):
-        pq.write_table(rows_to_table(ROWS[:1]), tmp_path / f"data/part-{part:05d}.parquet")
-    shards = load_logit_dataset(tmp_path).shards
-    assert [int(name[10:-8]) for name in shards] == [2, 99999, 100000]
-
-
-def test_a_name_that_only_holds_the_word_is_no_split(tmp_path: Path) -> None:
-    for name in ("model-test-00000", "my_dev_run", "latest-00001"):
-        pq.write_table(rows_to_table(ROWS[:2]), tmp_path / f"{name}.parquet")
-    assert len(load_logit_dataset(tmp_path).shards) == 3
-    with pytest.raises(OpenError, match="no split 'test'; it has train"):
-        load_logit_dataset(tmp_path, "test")
+def test_names_tell_the_split_and_the_order_of_shards(tmp_path: Path) -> None:
+    for folder, names, there in (
+        ("a", ("train-00000-of-00001", "test-00000-of-00001"), {"test": [1], "train": [0]}),
+        ("b", ("data/part-99999", "data/part-100000", "data/part-00002"), {"train": [2, 0, 1]}),
+        ("c", ("latest-00001", "model-test-00000", "my_dev_run"), {"train": [0, 1, 2]}),
+        ("d", ("test/0", "data/dev/0", "data/001/part-09000"), {"dev": [1], "train": [2]}),
+    ):
+        paths = [tmp_path / folder / f"{name}.parquet" for name in names]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(rows_to_table(ROWS[:1]), path)
+        for split, order in there.items():
+            shards = load_logit_dataset(tmp_path / folder, split).shards
+            assert shards == [f"{names[place]}.parquet" for place in order]
+        with pytest.raises(OpenError, match=rf"no split 'eval'; it has {', '.join(there)}$"):
+            load_logit_dataset(tmp_path / folder, "eval")
 
 
 def test_a_folder_that_only_holds_outputs_is_refused_with_their_names(tmp_path: Path) -> None:
+    with pytest.raises(OpenError, match=r"holds no Parquet files$"):
+        load_logit_dataset(tmp_path)
     for name in ("both/a", "both/b", "demo/logits"):
         write_output(tmp_path / name, ROWS[:4])
     (tmp_path / "demo/lengths").mkdir()
@@ -266,6 +236,16 @@ def test_a_folder_that_only_holds_outputs_is_refused_with_their_names(tmp_path: 
     inside = write_output(tmp_path / "both/a", ROWS[:4])
     write_output(inside / "old", ROWS[:8])
     assert len(load_logit_dataset(inside)) == 4
+
+
+def test_an_output_may_have_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
+    made = write_output(tmp_path, ROWS + ROWS, rows_per_shard=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
+    try:
+        assert [sample["index"] for sample in iter_samples(made)] == [*range(20)] * 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_shards_of_two_runs_are_not_read_as_one(tmp_path: Path) -> None:
@@ -304,7 +284,7 @@ def test_an_output_in_parts_is_read_in_their_order_by_its_checkpoints(tmp_path: 
     assert [sample["index"] for sample in iter_samples(dataset)] == [r["index"] for r in rows]
     fresh = load_logit_dataset(output)
     assert_same(get_sample(fresh, 12), get_sample([rows[12]]))
-    assert len(fresh._files) == 1, "the checkpoints say which part holds the row"
+    assert len(fresh._footers) == 1, "the checkpoints say which part holds the row"
     assert dataset.skipped() == skipped
     assert "2 conversations without a row (too_long 1, unusable 1)" in (
         explore.describe_run(dataset)
@@ -401,11 +381,6 @@ def test_what_is_no_dataset_or_sample_is_refused_with_what_to_pass(output: Path)
 def test_an_output_that_is_not_there_is_refused(name: Any, message: str) -> None:
     with pytest.raises(OpenError, match=message):
         load_logit_dataset(name)
-
-
-def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OpenError, match="holds no Parquet files"):
-        load_logit_dataset(tmp_path)
 
 
 def test_the_settings_come_from_the_file_or_from_a_shard(output: Path, tmp_path: Path) -> None:
@@ -621,14 +596,14 @@ result = {}
 dataset = load_logit_dataset("user/logits")
 sample = get_sample(dataset, 17)
 result["first"] = sum(fetched(0))
-result["shards opened"] = len(dataset._files)
+result["shards opened"] = len(dataset._footers)
 opening = len(log())
 other = get_sample(dataset, 22)
 result["index"], result["other"] = sample["index"], other["index"]
 result["second"] = sum(fetched(opening))
 result["requests"] = len(fetched(opening))
 size = lambda group: sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-result["groups"] = [size(dataset.file(1).metadata.row_group(i)) for i in (2, 5)]
+result["groups"] = [size(dataset.footer(1).row_group(i)) for i in (2, 5)]
 result["rows"] = len(dataset)
 result["model"] = load_extraction_config("user/logits")["model"]
 local = load_logit_dataset("user/logits", streaming=False)
