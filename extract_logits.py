@@ -55,7 +55,7 @@ import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -66,7 +66,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     NoReturn,
-    Protocol,
+    TypeAlias,
     TypeVar,
     cast,
     get_args,
@@ -92,7 +92,6 @@ from explore_logits import (
     ConversationColumns,
     ConversationEncoder,
     ConversationError,
-    EncodedConversation,
     LogitsError,
     OneLineParser,
     conversation_settings,
@@ -189,6 +188,18 @@ class StopRequested(Exception):
     """The run was told to stop; nothing is wrong, and it can be resumed."""
 
 
+def never() -> bool:
+    """Return False: nobody asks to stop."""
+    return False
+
+
+def stop_if(should_stop: Callable[[], bool]) -> bool:
+    """Return False, or raise StopRequested."""
+    if should_stop():
+        raise StopRequested
+    return False
+
+
 # --------------------------------------------------------------------------------------------------
 # 0 Config
 # --------------------------------------------------------------------------------------------------
@@ -218,26 +229,29 @@ def parse_thresholds(text: str) -> dict[int, int]:
     return value
 
 
-def option(default: Any, help_text: str, *, group: str, **checks: Any) -> Any:
+def option(default: Any, help_text: str, *, group: str = "", **checks: Any) -> Any:
     """Declare one option; its dataclass field is the only place that holds default, help and range.
 
-    `checks`: `low`, `high` (inclusive), `above` (exclusive), `choices`, `parse` (text to value).
+    `group` begins a group of options. `checks`: `low`, `high` (inclusive), `above` (exclusive),
+    `choices`, `parse` (text to value).
     """
-    metadata = {"help": help_text, "group": group, **checks}
-    if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help_text, "group": group, **checks})
+
+
+def flag_of(name: str) -> str:
+    """Return an option as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 ENGINE_OWN = {  # arguments of vLLM that follow from other options
-    **{name: "it is --" + name.replace("_", "-") for name in ("model", "revision", "dtype")},
-    "trust_remote_code": "it is --trust-remote-code",
+    **{n: f"it is {flag_of(n)}" for n in ("model", "revision", "dtype", "trust_remote_code")},
     "max_model_len": "it is --max-seq-len",
     **dict.fromkeys(
         ("runner", "convert", "pooler_config", "enable_prefix_caching", "tokenizer"),
         "the extraction sets it, drop it",
     ),
 }
+NOT_BESIDE_MIN_P = ("top_p", "top_p_max", "sampled_n")
 
 
 @dataclass(kw_only=True)
@@ -249,137 +263,98 @@ class ExtractionConfig:
     """
 
     model: str = option(MISSING, "Hub id or local folder of the teacher", group="teacher")
-    revision: str | None = option(None, "model revision: branch, tag or commit", group="teacher")
-    trust_remote_code: bool = option(False, "run model code from the Hub", group="teacher")
-    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto is the best", group="teacher")
+    revision: str | None = option(None, "model revision: branch, tag or commit")
+    trust_remote_code: bool = option(False, "run model code from the Hub")
+    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto is the best")
     dtype: str = option(
         "auto",
         "of weights and forward; auto is the checkpoint's on a GPU, float32 on a CPU",
-        group="teacher",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    attn: str = option("auto", "eager, sdpa, flash_attention_2, …", group="teacher")
+    attn: str = option("auto", "eager, sdpa, flash_attention_2, …")
     engine: str = option(
         "transformers",
         "what runs the teacher's layers (extra vllm, in an environment of its own)",
-        group="teacher",
         choices=("transformers", "vllm"),
     )
     engine_args: dict[str, Any] | None = option(
         None,
         'for vLLM, JSON: {"tensor_parallel_size": 8}, "unchecked": true for families not compared',
-        group="teacher",
         parse=parse_object,
     )
     tensor_parallel: bool = option(
-        False,
-        "split the teacher over all processes of a torchrun, which work as one",
-        group="teacher",
+        False, "split the teacher over all processes of a torchrun, which work as one"
     )
 
     dataset: str = option(
         MISSING, "Hub id, or a .jsonl, .json, .parquet, .csv file or folder", group="dataset"
     )
-    subset: str | None = option(None, "dataset configuration", group="dataset")
-    split: str = option("train", "dataset split", group="dataset")
-    streaming: bool = option(False, "never hold the whole source in memory", group="dataset")
-    messages_col: str | None = option(
-        None, "column of chat messages; usual names are found", group="dataset"
-    )
-    user_col: str = option("question", "user column of single-turn data", group="dataset")
-    assistant_col: str = option("answer", "assistant column of single-turn data", group="dataset")
-    system_col: str | None = option(None, "system column of single-turn data", group="dataset")
-    text_col: str | None = option(None, "column of plain text instead of chat", group="dataset")
-    index_col: str | None = option(
-        None, "column of unique integer ids (default: the row number)", group="dataset"
-    )
+    subset: str | None = option(None, "dataset configuration")
+    split: str = option("train", "dataset split")
+    streaming: bool = option(False, "never hold the whole source in memory")
+    messages_col: str | None = option(None, "column of chat messages; usual names are found")
+    user_col: str = option("question", "user column of single-turn data")
+    assistant_col: str = option("answer", "assistant column of single-turn data")
+    system_col: str | None = option(None, "system column of single-turn data")
+    text_col: str | None = option(None, "column of plain text instead of chat")
+    index_col: str | None = option(None, "column of unique integer ids (default: the row number)")
 
     limit: int | None = option(
-        None, "conversations of the whole job, over all resumed runs", group="selection", low=1
-    )
-    start_offset: int = option(0, "source rows to pass over first", group="selection", low=0)
+        None, "conversations of the whole job, over all resumed runs", group="selection",
+        low=1, high=2**31,
+    )  # fmt: skip
+    start_offset: int = option(0, "source rows to pass over first", low=0)
     random_sample: bool = option(
-        False, "take rows at random, by --seed, where a limit leaves some out", group="selection"
+        False, "take rows at random, by --seed, where a limit leaves some out"
     )
-    subject_col: str | None = option(
-        None, "column of group names for --sample-subject", group="selection"
-    )
+    subject_col: str | None = option(None, "column of group names for --sample-subject")
     sample_subject: dict[str, int] | None = option(
         None,
         'conversations per group, JSON: {"math": 20000, "*": 6000}; "" is the empty group',
-        group="selection",
         parse=parse_limits,
     )
-    full_dataset: bool = option(
-        False, "take every row; refuses options that leave some out", group="selection"
-    )
-    seed: int = option(
-        42, "of the selection and of the tail", group="selection", low=0, high=2**63 - 1
-    )
+    full_dataset: bool = option(False, "take every row; refuses options that leave some out")
+    seed: int = option(42, "of the selection and of the tail", low=0, high=2**63 - 1)
 
     length_col: str | None = option(
         None, "column with lengths in tokens, of --tokenized-dataset or the source", group="lengths"
     )
     tokenized_dataset: str | None = option(
-        None, "lengths by compute_lengths.py: file, folder or Hub id", group="lengths"
+        None, "lengths by compute_lengths.py: file, folder or Hub id"
     )
     max_seq_len: int | None = option(
-        None,
-        "skip longer conversations, in tokens (default: the model's maximum)",
-        group="lengths",
-        low=2,
+        None, "skip longer conversations, in tokens (default: the model's maximum)", low=2
     )
 
     chat_template: str | None = option(
         None, "Jinja file used instead of the tokenizer's template", group="conversation"
     )
     template_kwargs: dict[str, Any] | None = option(
-        None,
-        'JSON for the template: {"enable_thinking": false}',
-        group="conversation",
-        parse=parse_object,
+        None, 'JSON for the template: {"enable_thinking": false}', parse=parse_object
     )
-    turns: str = option(
-        "all",
-        "assistant turns to extract: all or last",
-        group="conversation",
-        choices=("all", "last"),
-    )
-    include_think: bool = option(
-        False, "extract think tags that only the template inserts, too", group="conversation"
-    )
-    include_end: bool = option(
-        False, "extract what the template appends after the turn's end, too", group="conversation"
-    )
+    turns: str = option("all", "assistant turns to extract: all or last", choices=("all", "last"))
+    include_think: bool = option(False, "extract think tags that only the template inserts, too")
+    include_end: bool = option(False, "extract what the template appends after the turn's end, too")
     verify_mask: bool = option(
-        False,
-        "show the extracted tokens of some rows first; on a terminal, ask",
-        group="conversation",
+        False, "show the extracted tokens of some rows first; on a terminal, ask"
     )
 
     top_p: float = option(
         0.98, "probability that the nucleus covers", group="extraction", above=0, high=1
     )
-    top_p_max: int = option(
-        100, "K: nucleus tokens kept at most", group="extraction", low=1, high=255
-    )
-    sampled_n: int = option(24, "M: tokens drawn from the rest", group="extraction", low=0)
+    top_p_max: int = option(100, "K: nucleus tokens kept at most", low=1, high=255)
+    sampled_n: int = option(24, "M: tokens drawn from the rest", low=0)
     min_p: float | None = option(
         None,
         "compact rows instead: every token of at least this probability, and a systematic sample "
         "of the rest, ids only",
-        group="extraction",
         low=1 / 255,
         high=0.5,
     )
-    logit_bits: int = option(
-        16, "resolution of a stored logit in bits", group="extraction", low=4, high=16
-    )
-    store_tokens: bool = option(
-        False, "add the columns input_ids and token_positions", group="extraction"
-    )
+    logit_bits: int = option(16, "resolution of a stored logit in bits", low=4, high=16)
+    store_tokens: bool = option(False, "add the columns input_ids and token_positions")
     reference_extraction: bool = option(
-        False, "extract by the plain code that reads as the definition", group="extraction"
+        False, "extract by the plain code that reads as the definition"
     )
 
     batch_thresholds: dict[int, int] | None = option(
@@ -388,52 +363,47 @@ class ExtractionConfig:
         group="batches",
         parse=parse_thresholds,
     )
-    max_batch_size: int | None = option(
-        None, "conversations per batch at most", group="batches", low=1
-    )
-    max_batch_tokens: int | None = option(
-        None, "tokens per batch at most, padding counted", group="batches", low=1
-    )
+    max_batch_size: int | None = option(None, "conversations per batch at most", low=1)
+    max_batch_tokens: int | None = option(None, "tokens per batch at most, padding counted", low=1)
 
     output: str = option(
         MISSING, "Hub repo user/name, or a folder (begins with . / ~ or exists)", group="output"
     )
-    private: bool = option(False, "create the Hub repo private", group="output")
+    private: bool = option(False, "create the Hub repo private")
     upload_every: int = option(
-        500, "conversations per shard (part), fixed for a job", group="output", low=1
+        500, "conversations per shard (part), fixed for a job", low=1, high=2**31 - 1
     )
     upload_size_mb: float | None = option(
-        None, "about this size per shard instead, in MB: conversations per part are computed once",
-        group="output", above=0, high=1e6,
-    )  # fmt: skip
+        None,
+        "about this size per shard instead, in MB: conversations per part are computed once",
+        above=0,
+        high=1e6,
+    )
     cache_dir: str = option(
-        ".logit_extraction_cache", "local state: shards under way, pending rows", group="output"
+        ".logit_extraction_cache", "local state: shards under way, pending rows"
     )
 
     plan: bool = option(
         False, "print rows, tokens, bytes, shards and hours; write nothing", group="run"
     )
     plan_tokens: float | None = option(
-        None, "plan for so many stored tokens, such as 1e12, of which the dataset is a sample",
-        group="run", above=0, high=1e18,
-    )  # fmt: skip
+        None,
+        "plan for so many stored tokens, such as 1e12, of which the dataset is a sample",
+        above=0,
+        high=1e18,
+    )
     plan_rate: float | None = option(
-        None, "plan with so many stored tokens a second of one worker, not the probe's",
-        group="run", above=0,
-    )  # fmt: skip
+        None, "plan with so many stored tokens a second of one worker, not the probe's", above=0
+    )
     resume: bool = option(
-        False,
-        "continue; with nothing to continue, start; with --output alone, as recorded there",
-        group="run",
+        False, "continue; with nothing to continue, start; with --output alone, as recorded there"
     )
-    force_restart: bool = option(False, "discard recorded progress and start over", group="run")
+    force_restart: bool = option(False, "discard recorded progress and start over")
     max_runtime_minutes: float | None = option(
-        None, "stop in time, keep everything, exit 75", group="run", above=0
+        None, "stop in time, keep everything, exit 75", above=0
     )
-    rank: int | None = option(None, "this worker (default: the launcher's)", group="run", low=0)
-    world_size: int | None = option(
-        None, "number of workers (default: the launcher's)", group="run", low=1
-    )
+    rank: int | None = option(None, "this worker (default: the launcher's)", low=0)
+    world_size: int | None = option(None, "number of workers (default: the launcher's)", low=1)
 
     executor: str | None = option(
         None,
@@ -442,17 +412,16 @@ class ExtractionConfig:
         choices=("local", "slurm", "ray"),
     )
     tasks: int | None = option(
-        None, "tasks, each a worker; what is done stays done when given again", group="executor",
-        low=1,
-    )  # fmt: skip
+        None, "tasks, each a worker; what is done stays done when given again", low=1
+    )
     workers: int | None = option(
-        None, "tasks that run at the same time (default: what the machine or cluster holds)",
-        group="executor", low=1,
-    )  # fmt: skip
+        None, "tasks that run at the same time (default: what the machine or cluster holds)", low=1
+    )
     executor_options: dict[str, Any] | None = option(
-        None, 'arguments of datatrove\'s executor, JSON: {"partition": "gpu", "time": "24:00:00"}',
-        group="executor", parse=parse_object,
-    )  # fmt: skip
+        None,
+        'arguments of datatrove\'s executor, JSON: {"partition": "gpu", "time": "24:00:00"}',
+        parse=parse_object,
+    )
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -460,28 +429,42 @@ class ExtractionConfig:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        """Refuse options that need or exclude each other."""
         for name in ("model", "dataset", "output"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"--{name} is empty: give a Hub id, or ./ for this folder")
         if self.resume and self.force_restart:
             raise ConfigError("--resume continues and --force-restart discards: give one of them")
-        if (self.sample_subject is None) != (self.subject_col is None):
-            raise ConfigError("--sample-subject and --subject-col need each other: give both")
-        if (self.rank is None) != (self.world_size is None):
-            raise ConfigError("--rank and --world-size need each other: give both")
+        pairs = ("sample_subject", "subject_col"), ("rank", "world_size"), ("executor", "tasks")
+        for one, other in pairs:
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ConfigError(f"{flag_of(one)} and {flag_of(other)} need each other: give both")
         if self.rank is not None and self.world_size is not None and self.rank >= self.world_size:
             raise ConfigError(
                 f"--rank {self.rank} is not below --world-size {self.world_size}: count from 0"
             )
-        self._check_full_dataset()
-        self._check_executor()
+        selecting = self._given("limit", "sample_subject", "start_offset", "random_sample")
+        if self.full_dataset and selecting:
+            raise ConfigError(f"--full-dataset takes every row: drop {' and '.join(selecting)}")
+        if self.executor is not None:
+            for flag in self._given("rank", "plan", "verify_mask", "tensor_parallel"):
+                raise ConfigError(f"--executor starts tasks, {flag} is for a single run: drop one")
+            if self.force_restart:
+                raise ConfigError(
+                    "--force-restart would discard rows with every task that is started again: "
+                    "empty the output yourself, or give another --output"
+                )
         self._check_engine()
+        for flag in self._given(*NOT_BESIDE_MIN_P) if self.min_p is not None else ():
+            refuse_beside_min_p(flag)
+
+    def _given(self, *names: str) -> list[str]:
+        """Return which of some options are not what they are by default."""
         default = {entry.name: entry.default for entry in fields(self)}
-        for name in NOT_BESIDE_MIN_P:
-            if self.min_p is not None and getattr(self, name) != default[name]:
-                refuse_beside_min_p(name)
+        return [flag_of(name) for name in names if getattr(self, name) != default[name]]
 
     def _check_engine(self) -> None:
+        """Refuse what only the other engine understands."""
         if self.engine != "vllm":
             if self.engine_args is not None:
                 raise ConfigError("--engine-args are vLLM's: give --engine vllm with them")
@@ -496,41 +479,11 @@ class ExtractionConfig:
         for name in sorted(set(self.engine_args or {}) & ENGINE_OWN.keys()):
             raise ConfigError(f"--engine-args {name}: {ENGINE_OWN[name]}")
 
-    def _check_executor(self) -> None:
-        if (self.executor is None) != (self.tasks is None):
-            raise ConfigError("--executor and --tasks need each other: give both")
-        if self.executor is None:
-            return
-        single = {
-            "--rank": self.rank is not None, "--plan": self.plan,
-            "--verify-mask": self.verify_mask, "--tensor-parallel": self.tensor_parallel,
-        }  # fmt: skip
-        for flag in [flag for flag, given in single.items() if given]:
-            raise ConfigError(f"--executor starts tasks, {flag} is for a single run: drop one")
-        if self.force_restart:
-            raise ConfigError(
-                "--force-restart would discard rows with every task that is started again: empty "
-                "the output yourself, or give another --output"
-            )
 
-    def _check_full_dataset(self) -> None:
-        selecting = {
-            "--limit": self.limit, "--sample-subject": self.sample_subject,
-            "--start-offset": self.start_offset, "--random-sample": self.random_sample,
-        }  # fmt: skip
-        given = [flag for flag, value in selecting.items() if value not in (None, False, 0)]
-        if self.full_dataset and given:
-            raise ConfigError(f"--full-dataset takes every row: drop {' and '.join(given)}")
-
-
-NOT_BESIDE_MIN_P = ("top_p", "top_p_max", "sampled_n")
-
-
-def refuse_beside_min_p(name: str) -> NoReturn:
+def refuse_beside_min_p(flag: str) -> NoReturn:
     """Raise ConfigError for an option that says how much a row of the other kind keeps."""
     raise ConfigError(
-        f"--min-p alone says what is kept, --{name.replace('_', '-')} has no meaning beside it: "
-        "drop one of the two"
+        f"--min-p alone says what is kept, {flag} has no meaning beside it: drop one of the two"
     )
 
 
@@ -538,7 +491,7 @@ def check_option(name: str, value: Any, checks: Mapping[str, Any]) -> None:
     """Raise ConfigError when a value is outside the range or the choices of its option."""
     if value is None:
         return
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     choices = checks.get("choices")
     if choices and value not in choices:
         raise ConfigError(f"{flag} {value}: choose one of {', '.join(choices)}")
@@ -570,7 +523,19 @@ class PartRows:
 
     number: int
     ids: npt.NDArray[np.int64]  # (n,) ids of its conversations, in the order of the selection
-    read: Callable[[Sequence[int]], Sequence[Row]]  # places in `ids` to source rows
+    source: Any  # of its rows: map-style, or a list of them
+    numbers: npt.NDArray[np.int64] | None = None  # (n,) of its rows in a map-style source
+
+    def read(self, places: Sequence[int]) -> Sequence[Row]:
+        """Return source rows by their places among the conversations."""
+        if self.numbers is None:
+            return [self.source[at] for at in places]
+        rows = self.source.__getitems__(self.numbers[np.asarray(places, np.int64)].tolist())
+        return cast(Sequence[Row], rows)
+
+    def rows(self) -> list[tuple[int, Row]]:
+        """Return id and source row of each conversation."""
+        return list(zip(self.ids.tolist(), self.read(range(self.ids.size)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -595,7 +560,7 @@ class Selection:
         return (self.config.limit or 0) if self.ids is None else len(self.ids)
 
     def parts(
-        self, rows_per_part: int, should_stop: Callable[[], bool] = lambda: False
+        self, rows_per_part: int, should_stop: Callable[[], bool] = never
     ) -> Iterator[PartRows]:
         """Yield this worker's parts in order, read when they are asked for.
 
@@ -603,41 +568,21 @@ class Selection:
             StopRequested: `should_stop` said so.
         """
         rank, world_size = self.config.rank or 0, self.config.world_size or 1
-        every = self._slices if self.ids is not None else self._windows_of_stream
-        for part in every(rows_per_part, should_stop):
-            if should_stop():
-                raise StopRequested
-            if part.number % world_size == rank:
-                yield part
-
-    def _slices(self, size: int, _: Callable[[], bool]) -> Iterator[PartRows]:
-        assert self.ids is not None
-        assert self.numbers is not None
-        for start in range(0, len(self.ids), size):
-            numbers = np.asarray(self.numbers[start : start + size])
-            ids = np.asarray(self.ids[start : start + size], np.int64)
-            read = functools.partial(read_rows, self.source, numbers)
-            yield PartRows(start // size, ids, read)
-
-    def _windows_of_stream(self, size: int, should_stop: Callable[[], bool]) -> Iterator[PartRows]:
-        rows = select_stream(self.source, self.columns, self.config, should_stop)
+        stream = select_stream(self.source, self.columns, self.config, should_stop)
         for number in itertools.count():
-            part = list(itertools.islice(rows, size))
-            if not part:
+            if self.ids is None or self.numbers is None:
+                pairs = list(itertools.islice(stream, rows_per_part))
+                ids = np.asarray([index for index, _ in pairs], np.int64)
+                part = PartRows(number, ids, [row for _, row in pairs])
+            else:
+                at = slice(number * rows_per_part, (number + 1) * rows_per_part)
+                numbers = np.asarray(self.numbers[at], np.int64)
+                part = PartRows(number, np.asarray(self.ids[at], np.int64), self.source, numbers)
+            stop_if(should_stop)
+            if not part.ids.size:
                 return
-            ids = np.asarray([index for index, _ in part], np.int64)
-            yield PartRows(number, ids, functools.partial(pick_rows, part))
-
-
-def pick_rows(part: Sequence[tuple[int, Row]], places: Sequence[int]) -> Sequence[Row]:
-    """Return rows of a part that is in memory by their place."""
-    return [part[at][1] for at in places]
-
-
-def read_rows(source: Any, numbers: npt.NDArray[np.int64], places: Sequence[int]) -> Sequence[Row]:
-    """Return rows of a map-style source by their place among some row numbers."""
-    rows = source.__getitems__(numbers[np.asarray(places, np.int64)].tolist())
-    return cast(Sequence[Row], rows)
+            if number % world_size == rank:
+                yield part
 
 
 def prepare_dataset(
@@ -769,19 +714,17 @@ def select_stream(
     def rows() -> Iterator[tuple[int, Row]]:
         seen = IdSet()
         for number, row in enumerate(source):
-            if should_stop():  # passing over rows may take hours
-                raise StopRequested
+            stop_if(should_stop)  # passing over rows may take hours
             index = source_id(row, number, columns)
             if columns.index is not None and not seen.add(index):
                 raise repeated_id(index, columns.index)
             if number >= config.start_offset:
                 yield index, row
 
-    ordered = rows()
     if config.random_sample:
-        ordered = shuffle_stream(rows, config)
+        return shuffle_stream(rows, config)
     limits = GroupLimits(config.sample_subject or {})
-    within = (pair for pair in ordered if limits.take(pair[1].get(config.subject_col or "")))
+    within = (pair for pair in rows() if limits.take(pair[1].get(config.subject_col or "")))
     return itertools.islice(within, config.limit)
 
 
@@ -789,14 +732,13 @@ def shuffle_stream(
     rows: Callable[[], Iterator[tuple[int, Row]]], config: ExtractionConfig
 ) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a stream at random: one pass for the ids, one for the rows needed."""
-    ids, groups = array("q"), []
+    ids, groups, limits = array("q"), [], GroupLimits(config.sample_subject or {})
     for index, row in rows():
         ids.append(index)
         if config.sample_subject is not None:
             groups.append(row.get(config.subject_col or ""))
     order = order_at_random(np.frombuffer(ids, np.int64), config.seed)
-    if config.sample_subject is not None:
-        limits = GroupLimits(config.sample_subject)
+    if groups:
         order = np.asarray([at for at in order.tolist() if limits.take(groups[at])], np.int64)
     order = order[: config.limit]
     wanted = np.sort(order)
@@ -864,7 +806,7 @@ class KnownLengths:
     def check(self, index: int, length: int) -> None:
         """Raise DataError when a conversation turns out to have another length."""
         known = int(self.length[self.places(np.asarray([index]))][0])
-        if known != length:
+        if known != length and self.name != "--length-col":  # nobody knows what a column counts
             raise DataError(
                 f"{self.name} says {known} tokens for index {index}, there are {length}: "
                 "run compute_lengths.py again, or leave the option out"
@@ -954,15 +896,13 @@ class RowEncoder:
             encoded = self.conversation.encode(row, max_tokens=self.max_seq_len)
         except ConversationError as error:
             return SkippedRow(index, error.reason, str(error))
-        size = encoded.input_ids.size
+        size, highest = encoded.input_ids.size, int(encoded.input_ids.max(initial=0))
         if self.max_seq_len is not None and size > self.max_seq_len:
-            return SkippedRow(
-                index, "too_long", f"{size} tokens, --max-seq-len is {self.max_seq_len}"
-            )
-        if size and (highest := int(encoded.input_ids.max())) > MAX_TOKEN_ID:
-            return SkippedRow(
-                index, "id_too_large", f"token id {highest}, the format ends at {MAX_TOKEN_ID}"
-            )
+            why = f"{size} tokens, --max-seq-len is {self.max_seq_len}"
+            return SkippedRow(index, "too_long", why)
+        if highest > MAX_TOKEN_ID:
+            why = f"token id {highest}, the format ends at {MAX_TOKEN_ID}"
+            return SkippedRow(index, "id_too_large", why)
         return EncodedRow(index, encoded.input_ids, encoded.token_positions)
 
     def encode_all(
@@ -982,19 +922,16 @@ class Window:
     skipped: list[SkippedRow] = field(default_factory=list)
     tokens: int = 0
 
-    @property
-    def is_full(self) -> bool:
-        """Whether one more part would make it too large."""
-        return len(self.rows) >= WINDOW_ROWS or self.tokens >= WINDOW_TOKENS
-
-    def add(self, rows: Iterable[EncodedRow | SkippedRow]) -> None:
-        """Take in what became of some conversations."""
+    def add(self, rows: Iterable[EncodedRow | SkippedRow], lengths: KnownLengths | None) -> None:
+        """Take in what became of some conversations, unless they are not of the lengths known."""
         for row in rows:
             if isinstance(row, SkippedRow):
                 self.skipped.append(row)
-            else:
-                self.rows.append(row)
-                self.tokens += row.input_ids.size
+                continue
+            self.rows.append(row)
+            self.tokens += row.input_ids.size
+            if lengths is not None:
+                lengths.check(row.index, row.input_ids.size)
 
 
 class ConversationDataset:
@@ -1023,7 +960,7 @@ class ConversationDataset:
             ids.tolist()
         ),
         lengths: KnownLengths | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = never,
     ) -> None:
         self.selection = selection
         self.encoder = encoder
@@ -1047,9 +984,9 @@ class ConversationDataset:
         )
         window = Window()
         for rows in encoded:
-            self._check_lengths(rows)
-            window.add(rows)
-            if ends.popleft() and window.is_full:
+            window.add(rows, self.lengths)
+            full = len(window.rows) >= WINDOW_ROWS or window.tokens >= WINDOW_TOKENS
+            if ends.popleft() and full:
                 yield window
                 window = Window()
         if window.rows or window.skipped:
@@ -1058,11 +995,8 @@ class ConversationDataset:
     def _chunks(self, ends: deque[bool]) -> Iterator[list[tuple[int, Row | SkippedRow]]]:
         """Read what is left of each part in chunks, and note which of them end a part."""
         for part in self.selection.parts(self.rows_per_part, self.should_stop):
-            left = self.begin_part(part.number, part.ids)
-            if not len(left):
-                continue
-            wanted = set(left)
-            places = [at for at, index in enumerate(part.ids.tolist()) if index in wanted]
+            left = set(self.begin_part(part.number, part.ids))
+            places = [at for at, index in enumerate(part.ids.tolist()) if index in left]
             for start in range(0, len(places), CHUNK_ROWS):
                 chunk = places[start : start + CHUNK_ROWS]
                 ends.append(start + CHUNK_ROWS >= len(places))
@@ -1083,14 +1017,6 @@ class ConversationDataset:
         for at, row in zip(short, part.read([places[at] for at in short]), strict=True):
             rows[at] = row
         return rows
-
-    def _check_lengths(self, rows: Iterable[EncodedRow | SkippedRow]) -> None:
-        """Refuse lengths that are not those of this source, template and tokenizer."""
-        if self.lengths is None or self.lengths.name == "--length-col":
-            return
-        for row in rows:
-            if isinstance(row, EncodedRow):
-                self.lengths.check(row.index, row.input_ids.size)
 
 
 class WorkerTask:
@@ -1117,7 +1043,7 @@ def run_ahead(
     *,
     processes: int,
     ahead: int = 1,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> Iterator[Any]:
     """Yield `make(batch)` of every batch, in order, made ahead in worker processes (0: in this).
 
@@ -1151,13 +1077,6 @@ def run_ahead(
             yield made
     finally:  # the last reference: the workers end now, not when a traceback is collected
         del loader, results
-
-
-def stop_if(should_stop: Callable[[], bool]) -> bool:
-    """Return False, or raise StopRequested."""
-    if should_stop():
-        raise StopRequested
-    return False
 
 
 def end_with_error(batches: Iterable[Any]) -> Iterator[Any]:
@@ -3893,74 +3812,52 @@ class PassingError(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Destination(Protocol):
-    """Where parts go. Requests raise PassingError (try again) or HubError (no use)."""
-
-    name: str
-
-    def open(self) -> None:
-        """Make sure that it can be written, or made."""
-
-    def create(self) -> None:
-        """Make it where it does not exist, before the first commit."""
-
-    def list(self) -> set[str]:
-        """Return the paths of its files; of none, where it does not exist."""
-
-    def sizes(self, paths: Sequence[str]) -> dict[str, int]:
-        """Return the bytes of those files that are there now."""
-
-    def read(self, path: str, start: int = 0, size: int = SMALL_FILE_BYTES) -> bytes:
-        """Return at most so many bytes of a file; a negative start counts from its end."""
-
-    def commit(
-        self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
-    ) -> None:
-        """Remove and add files, all or nothing or the last one last; again changes nothing."""
-
-
 class Folder:
-    """A local folder: a commit is a row of renames, the checkpoint last."""
+    """A destination that is a local folder: a commit is a row of renames, the checkpoint last.
+
+    What the methods promise is what every destination does; its requests raise PassingError (try
+    again) or HubError (no use).
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.name = local_path(folder), str(folder)
 
     def open(self) -> None:
-        """Refuse a folder that cannot be made or written; it is made with the first commit."""
+        """Make sure that it can be written, or made with the first commit."""
         with storage_errors(self.name):
             nearest = nearest_folder(self.folder / "data", flag="--output")
             if not os.access(nearest, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, f"no right to write in {nearest}")
 
     def create(self) -> None:
-        """Leave that to the first commit; remove what processes left that were killed long ago."""
+        """Get it ready for a commit: here, remove what processes left that were killed long ago."""
         for leftover in (self.folder / "data").rglob(".*.tmp"):
             with contextlib.suppress(OSError):  # others of the job clean up as well
                 if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
                     leftover.unlink()
 
-    def list(self) -> set[str]:
+    def list(self, paths: Iterable[str] | None = None) -> dict[str, int]:
+        """Return the bytes of each file, or of those of some paths that are there now."""
         with storage_errors(self.name):
-            data = self.folder / "data"
-            paths = itertools.chain(*(place.glob("*") for place in (self.folder, data)))
-            nested = data.glob("*/*.parquet")
-            files = {path.relative_to(self.folder).as_posix() for path in paths if path.is_file()}
-            files |= {path.relative_to(self.folder).as_posix() for path in nested}
-            return {path for path in files if not path.endswith(".tmp")}
+            found = itertools.chain(*map(self.folder.glob, ("*", "data/*", "data/*/*.parquet")))
+            files = found if paths is None else map(self.folder.joinpath, paths)
+            return {
+                file.relative_to(self.folder).as_posix(): file.stat().st_size
+                for file in files
+                if file.suffix != ".tmp" and file.is_file()
+            }
 
-    def sizes(self, paths: Sequence[str]) -> dict[str, int]:
-        with storage_errors(self.name):
-            files = {path: self.folder / path for path in paths}
-            return {path: file.stat().st_size for path, file in files.items() if file.is_file()}
-
-    def read(self, path: str, start: int = 0, size: int = SMALL_FILE_BYTES) -> bytes:
+    def read(self, path: str, last: int = 0) -> bytes:
+        """Return a small file, or so many of the last bytes of any."""
         with storage_errors(self.name), (self.folder / path).open("rb") as file:
-            file.seek(max(start, -os.fstat(file.fileno()).st_size), 0 if start >= 0 else 2)
-            return file.read(size)
+            if last:
+                file.seek(-min(last, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            return file.read(SMALL_FILE_BYTES)
 
     def commit(
         self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
     ) -> None:
+        """Remove and add files, all or nothing or the last one last; again changes nothing."""
         with storage_errors(self.name):
             for path in delete:  # first, or a crash would leave old rows beside new ones
                 (self.folder / path).unlink(missing_ok=True)
@@ -4015,15 +3912,12 @@ class Hub:
         Raises:
             ConfigError: `--private`, but it exists and is public.
         """
-        from huggingface_hub import get_token
         from huggingface_hub.errors import RepositoryNotFoundError
 
         with hub_errors(self.name):
             try:
                 info = self.api.repo_info(self.name, repo_type="dataset")
             except RepositoryNotFoundError:
-                if get_token() is None:
-                    raise HubError(explain_status(401, self.name)) from None
                 self.api.whoami()  # refuses a token that is none
                 return
             self.there = True
@@ -4042,30 +3936,26 @@ class Hub:
                 )
             self.there = True
 
-    def list(self) -> set[str]:
+    def list(self, paths: Iterable[str] | None = None) -> dict[str, int]:
         from huggingface_hub.errors import RepositoryNotFoundError
+        from huggingface_hub.hf_api import RepoFile
 
-        with hub_errors(self.name):
-            try:
-                return set(self.api.list_repo_files(self.name, repo_type="dataset"))
-            except RepositoryNotFoundError:
-                return set()
+        with hub_errors(self.name), contextlib.suppress(RepositoryNotFoundError):
+            if paths is None:
+                found = self.api.list_repo_tree(self.name, recursive=True, repo_type="dataset")
+            else:
+                found = self.api.get_paths_info(self.name, [*paths], repo_type="dataset")
+            return {file.path: file.size for file in found if isinstance(file, RepoFile)}
+        return {}
 
-    def sizes(self, paths: Sequence[str]) -> dict[str, int]:
-        with hub_errors(self.name):
-            found = self.api.get_paths_info(self.name, list(paths), repo_type="dataset")
-            return {file.path: getattr(file, "size", 0) for file in found}
-
-    def read(self, path: str, start: int = 0, size: int = SMALL_FILE_BYTES) -> bytes:
+    def read(self, path: str, last: int = 0) -> bytes:
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(self.name, path, repo_type="dataset", endpoint=self.api.endpoint)
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = (
-                f"bytes={start}" if start < 0 else f"bytes={start}-{start + size - 1}"
-            )
+        if last:
+            headers["Range"] = f"bytes=-{last}"
         content = bytearray()
         with hub_errors(self.name), get_session().stream("GET", url, headers=headers) as answer:
             if answer.status_code >= 400:
@@ -4073,9 +3963,9 @@ class Hub:
             hf_raise_for_status(answer)
             for block in answer.iter_bytes():
                 content += block
-                if len(content) > size:
+                if len(content) > SMALL_FILE_BYTES:
                     break
-        return bytes(content[:size])
+        return bytes(content[:SMALL_FILE_BYTES])
 
     def commit(
         self, message: str, add: Mapping[str, Path | bytes], delete: Iterable[str] = ()
@@ -4092,12 +3982,7 @@ class Hub:
             )
 
 
-@contextmanager
-def log_beside_bar() -> Iterator[None]:
-    """Let log lines pass by a progress bar, without tokens."""
-    with logging_redirect_tqdm():
-        log_safely()  # the bar's own handlers have no filter
-        yield
+Destination: TypeAlias = Folder | Hub
 
 
 @contextmanager
@@ -4122,10 +4007,9 @@ def hub_errors(repo: str) -> Iterator[None]:
         ) from None
     except HfHubHTTPError as error:
         raise explain_refusal(error.response, error.server_message or "", repo) from None
-    except (HTTPError, OSError) as error:  # lines, proxies, Xet's own
-        raise PassingError(f"{repo}: {type(error).__name__}: {first_line(error)}") from None
-    except RuntimeError as error:  # of a transfer: LFS wraps what happened, Xet raises it bare
-        raise PassingError(f"{repo}: {first_line(error)} {error.__cause__ or ''}") from None
+    except (HTTPError, OSError, RuntimeError) as error:  # lines, proxies; a transfer, its cause
+        why = f"{type(error).__name__}: {first_line(error)} {error.__cause__ or ''}"
+        raise PassingError(f"{repo}: {why}".rstrip()) from None
     except UnicodeEncodeError:  # of the header that holds it
         raise HubError(
             f"{repo}: the access token is none: run `hf auth login`, or set HF_TOKEN"
@@ -4163,11 +4047,6 @@ def explain_status(status: int, repo: str, said: str = "") -> str:
         "whoami`",
     }.get(status, "the Hub refused the request")
     return f"{repo}: HTTP {status}, {remedy}" + (f" (it said: {said})" if said else "")
-
-
-def never() -> bool:
-    """Return False: nobody asks to stop."""
-    return False
 
 
 def retry(
@@ -4208,12 +4087,10 @@ def bounded(request: Callable[[], T], should_stop: Callable[[], bool], limit_s: 
 
     threading.Thread(target=run, daemon=True, name="request").start()
     wait_until(outcome.done, min(GRACE_S, limit_s))
-    if not wait_until(lambda: outcome.done() or should_stop(), limit_s) or not outcome.done():
-        raise PassingError(
-            "told to stop while the Hub was asked"
-            if should_stop()
-            else f"no answer within {limit_s:.0f} s"
-        )
+    wait_until(lambda: outcome.done() or should_stop(), limit_s)
+    if not outcome.done():
+        told = "told to stop while the Hub was asked"
+        raise PassingError(told if should_stop() else f"no answer within {limit_s:.0f} s")
     return outcome.result()
 
 
@@ -4228,20 +4105,20 @@ def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
     return True
 
 
-def is_local_output(output: str) -> bool:
-    """Tell whether `--output` means a folder rather than a Hub repository."""
-    return output.startswith((".", "/", "~")) or (output != "" and Path(output).exists())
+def is_local(name: str) -> bool:
+    """Tell whether a model, dataset or output is a file or folder here rather than on the Hub."""
+    return name.startswith((".", "/", "~")) or (name != "" and Path(name).exists())
 
 
-def open_destination(output: str, *, private: bool = False) -> Folder | Hub:
+def open_destination(output: str, *, private: bool = False) -> Destination:
     """Return the destination that `--output` names, not opened yet.
 
     Raises:
         ConfigError: it names neither a folder nor a repository.
     """
-    if not output.isprintable() or not (output.isascii() or is_local_output(output)):
+    if not output.isprintable() or not (output.isascii() or is_local(output)):
         raise ConfigError(f"--output {output!r} is no name for a Hub dataset or a folder")
-    if is_local_output(output):
+    if is_local(output):
         return Folder(output)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", output):
         raise ConfigError(
@@ -4252,7 +4129,7 @@ def open_destination(output: str, *, private: bool = False) -> Folder | Hub:
 
 
 def read_settings(
-    destination: Destination, listed: set[str], should_stop: Callable[[], bool] = never
+    destination: Destination, listed: Container[str], should_stop: Callable[[], bool] = never
 ) -> dict[str, Any]:
     """Return extraction_config.json of an output, {} when there is none.
 
@@ -4287,7 +4164,7 @@ KINDS_OF_SETTINGS = {  # of what a resumed run takes from there
 
 def cache_key(output: str) -> str:
     """Return the folder name of the local state of one output."""
-    local = is_local_output(output)
+    local = is_local(output)
     hub = os.environ.get("HF_ENDPOINT", "")
     place = os.path.realpath(local_path(output)) if local else f"{hub} {output}"
     label = re.sub(r"[^\w.-]+", "-", place)[-40:].strip("-.")
@@ -4322,10 +4199,9 @@ def compare_settings(there: Mapping[str, Any], here: Mapping[str, Any], place: s
             f"{place} was written by version 0.1, whose shards are no parts of a job: it stays "
             "readable by explore_logits.py; give another --output, or --force-restart to discard it"
         )
-    normal = json.loads(json.dumps(dict(here)))
-    changes = list_differences(there, normal)
-    before, now = there.get("limit"), here.get("limit")
-    if now is not None and (before is None or now < before):
+    changes = list_differences(there, here)
+    before, now = there.get("limit"), here.get("limit")  # parts hold none
+    if "limit" in there and now is not None and (before is None or now < before):
         changes.append(f"limit: {before or 'none'} there, {now} now, which would drop rows")
     if changes:
         raise ConfigError(
@@ -4337,7 +4213,6 @@ def compare_settings(there: Mapping[str, Any], here: Mapping[str, Any], place: s
 CARD_LINE = "<!-- Below this line the card is yours: updates keep it. -->"
 CARD_OWNED_KEYS = ("configs", "pretty_name", "size_categories", "source_datasets")  # of the YAML
 CARD_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}
-CARD_YAML_BYTES = 2**16  # what a person writes is shorter
 CARD = """\
 # {{ title }}
 
@@ -4357,7 +4232,16 @@ forward KL divergence at temperature 1, whose gradient they give without bias.{%
 | {{ name }} | {{ value }} |
 {% endfor -%}
 {% endmacro %}
-{{ table(figures) }}
+{{ table({
+  "conversations": "{:,}".format(stored.rows),
+  "tokens": "{:,}".format(stored.tokens),
+  "shards": "{:,} ({:,.1f} MB)".format(stored.shards, stored.bytes / 1e6),
+  "bytes per token": "%.1f" | format(stored.bytes / tokens),
+  "mean nucleus": "%.1f tokens" | format(records | sum("nucleus") / tokens),
+  "nuclei of the largest size allowed": "{:.2%}".format(records | sum("capped") / tokens),
+  "probability covered by the nucleus": "%.4f on average" | format(records | sum("mass") / tokens),
+  "probability of the actual token": "%.4f on average" | format(records | sum("actual") / tokens),
+}) }}
 ## Load
 
 ```python
@@ -4405,71 +4289,61 @@ def make_card(
     import jinja2
     import yaml
 
-    match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", previous, re.DOTALL)
+    match = re.match(r"---\s*\n(.{0,65536}?)\n---\s*(?:\n|$)", previous, re.DOTALL)
     try:
-        text = match[1] if match else ""
-        if len(text) > CARD_YAML_BYTES:
-            raise ValueError(f"{len(text):,} characters")
-        kept = yaml.safe_load(text) or {}
-        if not isinstance(kept, dict):
-            raise ValueError("it is no mapping")
+        kept = dict((yaml.safe_load(match[1]) if match else None) or {})
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         logger.warning(
             "the card of %s is not updated, its YAML is broken: %s", output, first_line(error)
         )
         return previous
-    match = match if kept else None  # rules of Markdown are no YAML
-    known = list(records)
-    front = describe_card(settings, known)
-    front |= {key: value for key, value in kept.items() if key not in CARD_OWNED_KEYS}
-    schema = shard_schema(
-        store_tokens=bool(settings.get("store_tokens")), compact=bool(settings.get("min_p"))
-    )
-    body = (
-        jinja2.Environment(autoescape=True)
-        .from_string(CARD)
-        .render(
-            title=one_line(front["pretty_name"]),
-            output=output,
-            settings={
-                name: one_line(
-                    value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                )
-                for name, value in settings.items()
-                if value is not None and name != "options"  # paths of a machine
-            },
-            figures=describe_figures(known),
-            columns={column.name: str(column.type) for column in schema},
-        )
-    )
-    text = previous[match.end() :] if match else previous
+    text = previous[match.end() :] if match and kept else previous  # rules of Markdown are no YAML
     head, line, below = text.partition(CARD_LINE)
     below = below if line else f"\n\n{head}".rstrip() + "\n"
+    known = list(records)
+    front, stored = describe_card(settings, known), count_stored(known)
+    body = jinja2.Environment(autoescape=True).from_string(CARD)
+    shown = body.render(
+        title=table_cell(front["pretty_name"]),
+        output=output,
+        settings={
+            name: table_cell(value)
+            for name, value in settings.items()
+            if value is not None and name != "options"  # paths of a machine
+        },
+        records=known,
+        stored=stored,
+        tokens=max(1, stored["tokens"]),
+        columns={
+            column.name: str(column.type)
+            for column in shard_schema(
+                store_tokens=bool(settings.get("store_tokens")),
+                compact=bool(settings.get("min_p")),
+            )
+        },
+    )
+    front |= {key: value for key, value in kept.items() if key not in CARD_OWNED_KEYS}
     yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{yaml_text}---\n\n{body}\n{CARD_LINE}{below}"
+    return f"---\n{yaml_text}---\n\n{shown}\n{CARD_LINE}{below}"
 
 
-def plain_name(text: str) -> str:
-    """Return a name from somewhere as one line without markup."""
-    shown = "".join(c if c.isprintable() and c not in "<>" else " " for c in text)
-    return " ".join(shown.split())[:200]
-
-
-def one_line(text: str) -> str:
-    """Return text that stands in a cell of a Markdown table and acts on nothing."""
-    shown = "".join(c if c.isprintable() else " " for c in text)
-    return re.sub(r"([|`\\*_\[\]])", r"\\\1", " ".join(shown.split()))[:500]
+def table_cell(value: Any) -> str:
+    """Return a value as text that stands in a cell of a Markdown table and acts on nothing."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"([|`\\*_\[\]])", r"\\\1", " ".join(show_line(text).split()))[:500]
 
 
 def describe_card(settings: Mapping[str, Any], records: Sequence[PartRecord]) -> dict[str, Any]:
     """Return the YAML of a card: what the Hub's viewer and search and `load_dataset` read."""
-    source, rows = str(settings.get("dataset")), sum(record.rows for record in records)
+    source = str(settings.get("dataset"))
+    rows = count_stored(records)["rows"]
     size = next((name for bound, name in CARD_SIZES.items() if rows < bound), "1M<n<10M")
     nested = any(record.number >= PARTS_PER_FOLDER for record in records)
     path: Any = ["data/*.parquet", "data/*/*.parquet"] if nested else "data/*.parquet"
     is_repo = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).exists()
+    name = show_line(f"Logits of {settings.get('model')} on {source}")
     return {
-        "pretty_name": plain_name(f"Logits of {settings.get('model')} on {source}"),
+        "pretty_name": " ".join(re.sub("[<>]", " ", name).split())[:200],
         "tags": ["logits", "distillation", "knowledge-distillation"],
         "task_categories": ["text-generation"],
         "size_categories": [size],
@@ -4477,23 +4351,14 @@ def describe_card(settings: Mapping[str, Any], records: Sequence[PartRecord]) ->
     } | ({"source_datasets": [source]} if is_repo else {})
 
 
-def describe_figures(records: Sequence[PartRecord]) -> dict[str, str]:
-    """Return what was measured, by name."""
-
-    def total(name: str) -> Any:
-        return sum(getattr(record, name) for record in records)
-
-    tokens = max(1, total("tokens"))
-    return {
-        "conversations": f"{total('rows'):,}",
-        "tokens": f"{total('tokens'):,}",
-        "shards": f"{len(records):,} ({total('bytes') / 1e6:,.1f} MB)",
-        "bytes per token": f"{total('bytes') / tokens:.1f}",
-        "mean nucleus": f"{total('nucleus') / tokens:.1f} tokens",
-        "nuclei of the largest size allowed": f"{total('capped') / tokens:.2%}",
-        "probability covered by the nucleus": f"{total('mass') / tokens:.4f} on average",
-        "probability of the actual token": f"{total('actual') / tokens:.4f} on average",
+def count_stored(records: Iterable[PartRecord]) -> dict[str, Any]:
+    """Return the figures of an output that every summary gives, summed over its parts."""
+    known = list(records)
+    sums = {
+        name: sum(getattr(part, name) for part in known) for name in ("rows", "tokens", "bytes")
     }
+    skipped: Counter[str] = sum((Counter(part.skipped) for part in known), Counter())
+    return {**sums, "shards": len(known), "skipped": dict(skipped)}
 
 
 @dataclass(frozen=True)
@@ -4517,6 +4382,7 @@ class ClosedPart:
 
     path: Path
     record: PartRecord
+    failed: bool = False  # every try of this run to deliver it
 
 
 class StreamingHFUploader:
@@ -4530,7 +4396,7 @@ class StreamingHFUploader:
     output: whoever writes a part twice writes the same name with the same content.
 
     Args:
-        output: Hub dataset `user/name`, or a folder (`is_local_output`).
+        output: Hub dataset `user/name`, or a folder (`is_local`).
         schema: of the parts, settings in its metadata (`explore_logits.shard_schema`).
         settings: of the job; resuming with others is refused.
         chat_template: stored beside the parts.
@@ -4561,7 +4427,8 @@ class StreamingHFUploader:
         deadline: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.destination = open_destination(output, private=private)
-        self.schema, self.settings, self.job = schema, dict(settings), job_digest(settings)
+        self.schema, self.job = schema, job_digest(settings)
+        self.settings = json.loads(json.dumps(dict(settings)))  # as what it is compared with
         self.nucleus_cap = int(settings.get("top_p_max", 256))
         self.chat_template = chat_template
         self.rank, self.world_size = rank, world_size
@@ -4570,25 +4437,31 @@ class StreamingHFUploader:
         self.parts: dict[int, Part] = {}  # under way
         self.part_of: dict[int, Part] = {}  # by conversation that is still to come
         self.closing: dict[int, Future[ClosedPart]] = {}  # being encoded
-        self.lock = threading.Lock()  # of what follows, which the uploading thread changes
-        self.ready: dict[int, ClosedPart] = {}  # to be delivered
-        self.backups: dict[int, ClosedPart] = {}  # every try failed
-        self.failure: HubError | None = None  # of the uploading thread: no use to go on
-        self.finishing = self.ended = self.uploading = self.shut = False
-        self.has_card, self.card_is_old = False, False  # written by this run; older than the parts
+        self.waiting: dict[int, ClosedPart] = {}  # to be delivered
+        self.listed: dict[int, PartRecord | None] = {}  # parts of the output; None: not known yet
+        self.mine: set[int] = set()  # those that this worker's checkpoint tells of
         self.numerics: Mapping[str, Any] = {}  # that the output was begun with
-        self.wake = threading.Event()
+        self.delivered = self.carded = 0  # parts of this run; of them, those that its card tells of
         self.slowest_s = 0.0  # commit so far
-        self.thread: threading.Thread | None = None
+        self.shut = False
         self.encoder = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="encode")
-        retry(self.destination.open, self._no_more_tries)
+        self.courier = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self.delivery: Future[None] = Future()  # the last one asked for
+        self.delivery.set_result(None)
+        self._ask(self.destination.open)
         with contextlib.ExitStack() as undo:
-            undo.callback(self.encoder.shutdown)
             self.file_lock = self._lock_cache()
             undo.callback(self.file_lock.release)
-            listed = retry(self.destination.list, self._no_more_tries)
+            listed = self._ask(self.destination.list)
             self.removals = self._begin(listed, resume=resume, force_restart=force_restart)
-            self._learn(listed - self.removals, strict=not force_restart)
+            kept = {path: size for path, size in listed.items() if path not in self.removals}
+            jobs = self._read_checkpoints(kept)
+            if not force_restart and self.listed and jobs and not jobs & {self.job, ""}:
+                raise ConfigError(
+                    f"the checkpoints in {output} are of another job than {CONFIG_FILE} and the "
+                    "options say: remove that file, and continue with the options that the job was "
+                    "begun with"
+                )
             undo.pop_all()
 
     # -- start
@@ -4621,8 +4494,12 @@ class StreamingHFUploader:
                 ) from None
         return lock
 
-    def _begin(self, listed: set[str], *, resume: bool, force_restart: bool) -> set[str]:
-        """Decide what of the earlier runs counts; return what goes with the first commit."""
+    def _begin(self, listed: Mapping[str, int], *, resume: bool, force_restart: bool) -> set[str]:
+        """Decide what of the earlier runs counts; return what goes with the first commit.
+
+        Raises:
+            ConfigError: output or cache hold what was not to be continued, or another job.
+        """
         old = {path for path in listed if OLD_PART_NAME.fullmatch(path)}
         parts = {path for path in listed if PART_NAME.fullmatch(path) and self._is_own(path)}
         waiting = self._cached()
@@ -4633,8 +4510,8 @@ class StreamingHFUploader:
             for path in waiting:
                 remove_cached(path)
             checkpoints = {path for path in listed if CHECKPOINT_NAME.fullmatch(path)}
-            everywhere = old | checkpoints if self.rank == 0 else {self.checkpoint_name} & listed
-            return parts | everywhere
+            everywhere = old | checkpoints if self.rank == 0 else {self.checkpoint_name}
+            return parts | (everywhere & listed.keys())
         if not resume and (parts or old or waiting):
             shards = len(parts) + len(old)
             there = [f"already holds {plural(shards, 'shard')}"] if shards else []
@@ -4644,12 +4521,14 @@ class StreamingHFUploader:
                 f"{self.destination.name} {' and '.join(there)}: continue with --resume, or start "
                 "over with --force-restart"
             )
-        there_settings = read_settings(self.destination, listed, self._no_more_tries)
-        if not there_settings and old:
-            there_settings = {"format_version": format_version(compact=False)}
-        compare_settings(there_settings, self.settings, self.destination.name)
-        self._check_cached(waiting)
-        self.numerics = there_settings.get("numerics") or {}
+        settings = read_settings(self.destination, listed, self._no_more_tries)
+        if not settings and old:
+            settings = {"format_version": format_version(compact=False)}
+        compare_settings(settings, self.settings, self.destination.name)
+        for path in waiting:
+            with contextlib.suppress(*NO_PART):  # it is set aside when it is needed
+                compare_settings(read_metadata(path)[1], self.settings, str(path))
+        self.numerics = settings.get("numerics") or {}
         return set()
 
     def _is_own(self, path: str | Path) -> bool:
@@ -4661,71 +4540,55 @@ class StreamingHFUploader:
         """The path of this worker's checkpoint in the output."""
         return "checkpoint.json" if self.world_size == 1 else f"checkpoint-w{self.rank:02d}.json"
 
-    def _learn(self, listed: set[str], *, strict: bool) -> None:
-        """Read the checkpoints of the output.
+    def _read_checkpoints(self, files: Mapping[str, int]) -> set[str]:
+        """Learn from a listing and its checkpoints which parts are there; return the jobs named."""
+        for number in map(number_of, filter(PART_NAME.fullmatch, files)):
+            if part_path(number) in files:
+                self.listed.setdefault(number, None)
+        jobs = set()
+        for path in sorted(filter(CHECKPOINT_NAME.fullmatch, files)):
+            job, records = decode_checkpoint(self._ask(self.destination.read, path))
+            jobs.add(job)
+            for number in records.keys() & self.listed.keys() if job == self.job else ():
+                self._note(records[number], own=path == self.checkpoint_name)
+        return jobs
 
-        Raises:
-            ConfigError: they are all of another job, whatever the settings beside them say.
-        """
-        self.listed = {number_of(path): path for path in listed if PART_NAME.fullmatch(path)}
-        self.known: dict[int, PartRecord] = {}
-        self.mine: dict[int, PartRecord] = {}  # what this worker's checkpoint says
-        jobs: set[str] = set()
-        for path in sorted(filter(CHECKPOINT_NAME.fullmatch, listed)):
-            content = retry(functools.partial(self.destination.read, path), self._no_more_tries)
-            jobs.add(self._note_all(content, own=path == self.checkpoint_name))
-        if strict and self.listed and jobs and not jobs & {self.job, ""}:
-            raise ConfigError(
-                f"the checkpoints in {self.destination.name} are of another job than {CONFIG_FILE} "
-                "and the options say: remove that file, and continue with the options that the job "
-                "was begun with"
-            )
-
-    def _note_all(self, checkpoint: bytes, *, own: bool = False) -> str:
-        """Remember the parts of a checkpoint that the output lists; return its job."""
-        job, records = decode_checkpoint(checkpoint)
-        for number, record in records.items():
-            if number in self.listed and job == self.job:
-                self._note(record)
-                if own:
-                    self.mine[number] = record
-        return job
-
-    def _note(self, record: PartRecord) -> None:
+    def _note(self, record: PartRecord, *, own: bool) -> None:
         """Remember a part of the output; of two records the later selection counts."""
-        known = self.known.get(record.number)
+        known = self.listed[record.number]
         if known is None or known.conversations <= record.conversations:
-            self.known[record.number] = record
+            self.listed[record.number] = record
+        if own:
+            self.mine.add(record.number)
+
+    def _known(self) -> dict[int, PartRecord]:
+        """Return what is known of the parts that the output lists."""
+        return {number: record for number, record in list(self.listed.items()) if record}
 
     def _is_done(self, number: int, ids: str) -> bool:
         """Tell whether the output lists a part for these conversations."""
         if number not in self.listed:
             return False
-        if number not in self.known or self.known[number].ids != ids:
+        if getattr(self.listed[number], "ids", None) != ids:
             self._read_metadata(number)
-        return number in self.known and self.known[number].ids == ids
+        return getattr(self.listed[number], "ids", None) == ids
 
     def _read_metadata(self, number: int) -> None:
         """Learn from a listed part itself what no checkpoint tells."""
-        path = self.listed[number]
+        path = part_path(number)
         try:
-            tail = retry(
-                lambda: self.destination.read(path, -(1 << 16), 1 << 16), self._no_more_tries
-            )
+            tail = self._ask(self.destination.read, path, 1 << 16)
             size = int.from_bytes(tail[-8:-4], "little") + 8
             if tail[-4:] == b"PAR1" and len(tail) < size <= SMALL_FILE_BYTES:
-                tail = retry(lambda: self.destination.read(path, -size, size), self._no_more_tries)
+                tail = self._ask(self.destination.read, path, size)
             described, settings = read_metadata(pa.BufferReader(tail))
             record, of_job = read_record(described), job_digest(settings) == self.job
         except NO_PART as error:
             logger.warning("%s is not whole, it is made again: %s", path, first_line(error))
             return
         if of_job and record.number == number:
-            sizes = retry(lambda: self.destination.sizes([path]), self._no_more_tries)
-            found = replace(record, bytes=sizes.get(path, 0))
-            self._note(found)
-            if self._is_own(path):
-                self.mine[number] = found
+            sizes = self._ask(self.destination.list, [path])
+            self._note(replace(record, bytes=sizes.get(path, 0)), own=self._is_own(path))
 
     def settle(self, numerics: Mapping[str, Any]) -> None:
         """Record what really ran, once the teacher is loaded.
@@ -4751,12 +4614,12 @@ class StreamingHFUploader:
         Raises:
             HubError: the Hub refused or was out of reach.
         """
-        retry(self.destination.create, self._no_more_tries)
+        self._ask(self.destination.create)
 
     def get_resume_info(self) -> ResumeInfo:
         """Return what need not be extracted again, as far as is known without reading it."""
         pending = sorted(number_of(path) for path in self._cached("pending/pending-*.parquet"))
-        return ResumeInfo(dict(self.known), sorted(self.ready | self.backups), pending)
+        return ResumeInfo(self._known(), sorted(self.waiting), pending)
 
     def load_pending_into_buffer(self) -> int:
         """Queue the whole parts that the cache holds for delivery; return how many.
@@ -4769,11 +4632,11 @@ class StreamingHFUploader:
             if found is None:
                 continue
             record = read_record(found[1], path.stat().st_size)
-            if record.number in self.ready or self._is_done(record.number, record.ids):
+            if record.number in self.waiting or self._is_done(record.number, record.ids):
                 remove_cached(path)
             else:
-                self.ready[record.number] = ClosedPart(path, record)
-        return len(self.ready)
+                self.waiting[record.number] = ClosedPart(path, record)
+        return len(self.waiting)
 
     def _cached(self, *patterns: str) -> list[Path]:
         """Return what the cache holds of this worker's parts: whole ones, then rows of others.
@@ -4798,18 +4661,6 @@ class StreamingHFUploader:
             path.rename(path.with_name(f"unreadable_{path.name}"))
         return None
 
-    def _check_cached(self, paths: Iterable[Path]) -> None:
-        """Refuse rows in the cache that are of another job.
-
-        Raises:
-            ConfigError: lists what differs.
-        """
-        for path in paths:
-            with contextlib.suppress(*NO_PART):
-                settings = read_metadata(path)[1]
-                if job_digest(settings) != self.job:
-                    compare_settings(settings, self.settings, str(path))
-
     # -- rows in
 
     def begin_part(self, number: int, ids: npt.ArrayLike) -> list[int]:
@@ -4822,37 +4673,21 @@ class StreamingHFUploader:
         digest = hash_ids(wanted)
         if number in self.closing:
             self._collect()
-        closed = self.ready.get(number) or self.backups.get(number)
+        closed = self.waiting.get(number)
         if self._is_done(number, digest) or (closed is not None and closed.record.ids == digest):
             return []
-        if closed is not None:  # of a lower --limit
-            self._drop(number)
+        if closed is not None:  # of a lower --limit: made again, once nobody delivers it
+            wait_until(lambda: self.delivery.done() or self._no_more_tries(), math.inf)
+            self._forget(closed)
         part = self.parts[number] = Part(number, wanted, set(wanted))
+        self.part_of |= dict.fromkeys(wanted, part)
         for path in self._cached(f"pending/pending-{number:05d}.parquet"):
             if (found := self._read_cached(path)) is not None:
-                self._take_in(part, *found)
-        self.part_of |= dict.fromkeys(part.left, part)
-        return [index for index in wanted if index in part.left] or self._close(part)
-
-    def _drop(self, number: int) -> None:
-        """Forget a whole part of the cache that is to be made again, once nobody delivers it."""
-        wait_until(lambda: not self.uploading or self._no_more_tries(), math.inf)
-        with self.lock:
-            old = [self.ready.pop(number, None), self.backups.pop(number, None)]
-        for part in filter(None, old):
-            remove_cached(part.path)
-
-    def _take_in(self, part: Part, rows: pa.Table, described: Mapping[str, Any]) -> None:
-        """Add the rows and reasons that an earlier run left of a part."""
-        ids = rows["index"].to_pylist()
-        places = [at for at, index in enumerate(ids) if index in part.left]
-        kept = rows.take(np.asarray(places, np.int64))
-        part.tables.append(kept.cast(packed_schema(self.schema)))
-        part.left -= set(ids)
-        for index, reason in described["skipped"].items():
-            if int(index) in part.left:
-                part.skipped[int(index)] = str(reason)
-                part.left.discard(int(index))
+                rows, described = found
+                self.add_sample(rows.cast(packed_schema(self.schema)))
+                for index, reason in described["skipped"].items():
+                    self.skip(int(index), str(reason))
+        return [index for index in wanted if index in part.left]
 
     def add_sample(self, rows: pa.Table) -> None:
         """Add rows of parts under way, in any order; others, and what came before, is ignored.
@@ -4860,51 +4695,44 @@ class StreamingHFUploader:
         A part whose last conversation comes is closed.
         """
         rows = rows.select(packed_schema(self.schema).names)
-        for part, places in self._by_part(rows["index"].to_pylist()):
-            part.tables.append(rows.take(np.asarray(places, np.int64)))
-            if not part.left:
-                self._close(part)
-
-    def _by_part(self, ids: list[int]) -> list[tuple[Part, list[int]]]:
-        """Tick off conversations; return their places by the part that waits for them."""
-        places: dict[int, tuple[Part, list[int]]] = {}
-        for at, index in enumerate(ids):
+        places: dict[int, list[int]] = {}
+        for at, index in enumerate(rows["index"].to_pylist()):
             if (part := self.part_of.pop(index, None)) is not None:
                 part.left.discard(index)
-                places.setdefault(part.number, (part, []))[1].append(at)
-        return list(places.values())
+                places.setdefault(part.number, []).append(at)
+        for number, chosen in places.items():
+            self.parts[number].tables.append(rows.take(np.asarray(chosen, np.int64)))
+            self._close_whole(self.parts[number])
 
     def skip(self, index: int, reason: str) -> None:
         """Go on without a conversation that gives no row."""
-        for part, _ in self._by_part([index]):
+        if (part := self.part_of.pop(index, None)) is not None:
+            part.left.discard(index)
             part.skipped[index] = reason
-            if not part.left:
-                self._close(part)
+            self._close_whole(part)
 
-    def _close(self, part: Part) -> list[int]:
-        """Let a thread encode a part that is whole; return that nothing is left of it."""
-        del self.parts[part.number]
-        self.closing[part.number] = self.encoder.submit(
-            self._write, part, f"part-{part.number:05d}"
-        )
-        return []
+    def _close_whole(self, part: Part) -> None:
+        """Let a thread encode a part when nothing is left of it."""
+        if not part.left:
+            del self.parts[part.number]
+            name = f"part-{part.number:05d}"
+            self.closing[part.number] = self.encoder.submit(self._write, part, name)
 
     def _write(self, part: Part, name: str, *, whole: bool = True) -> ClosedPart:
         """Write a part, or its first rows, into the cache."""
         rows = part.table(self.schema)
         described = part.describe(rows, self.nucleus_cap)
-        schema = self.schema if whole else packed_schema(self.schema)
-        metadata = {METADATA_SETTINGS: self._part_settings(), METADATA_PART: described}
+        settings = {  # but what a later --limit changes
+            k: v for k, v in self.settings.items() if k not in ("limit", "options")
+        }
+        metadata = {METADATA_SETTINGS: settings, METADATA_PART: described}
         texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+        schema = self.schema if whole else packed_schema(self.schema)
         schema = schema.with_metadata({**self.schema.metadata, **texts})
         path = self.folder / f"{name}.parquet"
         with storage_errors(str(self.folder)):
             size = write_part(path, rows, schema)
         return ClosedPart(path, read_record(described, size))
-
-    def _part_settings(self) -> dict[str, Any]:
-        """Return the settings that stand in a part: what a later --limit changes does not."""
-        return {k: v for k, v in self.settings.items() if k not in ("limit", "options")}
 
     def buffer_fill(self) -> float:
         """Return how much of the parts under way is there, 0..1."""
@@ -4930,11 +4758,15 @@ class StreamingHFUploader:
 
     def is_uploading(self) -> bool:
         """Tell whether a delivery is under way."""
-        return self.uploading
+        return not self.delivery.done()
 
     def expected_upload_s(self) -> float:
         """Return the seconds that delivering what waits may take now, by earlier commits."""
-        return 2 * self.slowest_s if self.ready or self.closing else self.slowest_s
+        return 2 * self.slowest_s if self._untried() or self.closing else self.slowest_s
+
+    def _untried(self) -> list[ClosedPart]:
+        """Return the parts that wait for their first delivery."""
+        return [part for part in list(self.waiting.values()) if not part.failed]
 
     def flush(self, final: bool = False) -> None:
         """Hand whole parts to the delivery, waiting while too many wait there already.
@@ -4946,19 +4778,12 @@ class StreamingHFUploader:
             HubError: the output refused, or the disk is full.
         """
         self._collect(left=0 if final else CLOSING_AT_ONCE)
-        if self.thread is not None and self.ended and not self.failure:  # after a final flush
-            self.thread.join()
-            self.thread, self.ended = None, False
-        if self.thread is None and (self.ready or self.backups or final):
-            self.thread = threading.Thread(target=self._upload, daemon=True, name="upload")
-            self.thread.start()
-        self.finishing = final
-        self.wake.set()
-        enough = (lambda: self.ended) if final else (lambda: len(self.ready) < MOST_WAITING)
-        while not (enough() or self.failure or self.stopping()):
-            wait_until(lambda: enough() or bool(self.failure) or self.stopping(), 1.0)
-        if self.failure:
-            raise self.failure
+        if final or self._untried():
+            self.delivery = self.courier.submit(self._deliver, self.delivery, last=final)
+        enough = (lambda: False) if final else (lambda: len(self._untried()) < MOST_WAITING)
+        wait_until(lambda: enough() or self.delivery.done() or self.stopping(), math.inf)
+        if self.delivery.done():
+            self.delivery.result()
 
     def _collect(self, *, left: int = 0) -> None:
         """Take over the parts that are encoded, waiting while more than `left` are not.
@@ -4968,78 +4793,58 @@ class StreamingHFUploader:
         """
         for number, closing in list(self.closing.items()):
             if closing.done() or len(self.closing) > left:
-                closed = closing.result()
+                self.waiting[number] = closing.result()
                 del self.closing[number]
-                with self.lock:
-                    self.ready[number] = closed
 
-    def _upload(self) -> None:
-        """Deliver what is ready until the end; the thread that uploads."""
-        while not self.ended:
-            self.wake.wait()
-            self.wake.clear()
-            finishing = self.finishing
-            try:
-                last = finishing and not self.stopping()
-                with self.lock:
-                    parts = {**(self.backups if last else {}), **self.ready}
-                    self.uploading = bool(parts)
-                if parts or last:
-                    self._deliver(parts, last=last)
-                self.ended = self.ended or last
-            except HubError as error:
-                self.failure, self.ended = error, True
-            except Exception as error:
-                logger.exception("the thread that uploads has failed")
-                self.failure = HubError(f"delivery failed: {error!r}; continue with --resume")
-                self.ended = True
+    def _deliver(self, before: Future[None], *, last: bool) -> None:
+        """Make the output list what waits, in one commit; the local copies go after that only.
 
-    def _deliver(self, parts: Mapping[int, ClosedPart], *, last: bool) -> None:
-        """Make the output list some parts, in one commit; the local copies go after that only."""
+        Runs in the thread that uploads, one delivery after the other, none after a refusal.
+        """
+        before.result()
         begun = time.monotonic()
+        last = last and not self.stopping()
+        waiting = dict(sorted(self.waiting.items()))
+        parts = {n: part for n, part in waiting.items() if last or not part.failed}
         size = sum(part.record.bytes for part in parts.values())
-        stop = self._no_more_tries
         try:
-            content = retry(lambda: self._content(parts, last=last), stop)
+            content = self._ask(self._content, parts, last)
             if content or self.removals:
                 message = f"Add {plural(len(parts), 'part')}" if parts else "Update card"
                 limit_s = REQUEST_S + size / SLOWEST_UPLOAD_BYTES_PER_S
-                retry(self.destination.create, stop)
-                retry(
-                    lambda: self.destination.commit(message, content, sorted(self.removals)),
-                    stop,
-                    limit_s=limit_s,
-                )
-                retry(lambda: self._see(parts), stop)
+                self._ask(self.destination.create)
+                commit = self.destination.commit
+                self._ask(commit, message, content, sorted(self.removals), limit_s=limit_s)
+                self._ask(self._see, parts)
         except OutOfReachError as error:
-            self._keep(parts, error)
-            return
-        finally:
-            self.uploading = False
-        if self.shut:  # the local copies are another run's
+            if not self._no_more_tries():
+                self._keep(parts, error)
             return
         self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
         self.removals = set()
         for number, part in parts.items():
-            self.listed[number] = part_path(number)
-            self.known[number] = self.mine[number] = part.record
+            self.listed[number] = part.record
+            self.mine.add(number)
             self._forget(part)
-        self.card_is_old = (self.card_is_old or bool(parts)) and "README.md" not in content
-        self.has_card = self.has_card or "README.md" in content
+        self.delivered += len(parts)
+        if "README.md" in content:
+            self.carded = self.delivered
 
     def _no_more_tries(self) -> bool:
-        return self.stopping() or time.monotonic() >= self.deadline()
+        return self.shut or self.stopping() or time.monotonic() >= self.deadline()
+
+    def _ask(self, request: Callable[..., T], *args: Any, limit_s: float = REQUEST_S) -> T:
+        """Return what a request returns, trying again until the run has to end (`retry`)."""
+        return retry(functools.partial(request, *args), self._no_more_tries, limit_s=limit_s)
 
     def _see(self, parts: Mapping[int, ClosedPart]) -> None:
         """Make sure that the output lists what was committed: a listing may be a little late."""
-        wanted = {part_path(number): part.record.bytes for number, part in parts.items()}
-        if wanted and (missing := set(wanted) - set(self.destination.sizes(list(wanted)))):
-            raise PassingError(f"{self.destination.name} does not list {sorted(missing)[0]} yet")
+        wanted = {part_path(number) for number in parts}
+        if wanted and (missing := wanted - self.destination.list(wanted).keys()):
+            raise PassingError(f"{self.destination.name} does not list {min(missing)} yet")
 
     def _keep(self, parts: Mapping[int, ClosedPart], error: HubError) -> None:
         """Leave parts that could not be delivered in the cache, as what they are."""
-        if self.shut or self._no_more_tries():
-            return
         kept = f"kept {plural(len(parts), 'part')} in {self.folder}" if parts else "no new card"
         logger.warning("%s: %s", kept, error)
         for number, part in parts.items():
@@ -5047,83 +4852,65 @@ class StreamingHFUploader:
             with storage_errors(str(self.folder)):
                 os.replace(digest_path(part.path), digest_path(path))
                 os.replace(part.path, path)
-            with self.lock:
-                self.backups[number] = replace(part, path=path)
-                self.ready.pop(number, None)
+            self.waiting[number] = replace(part, path=path, failed=True)
 
     def _forget(self, part: ClosedPart) -> None:
-        """Remove the local copies of a part that the output lists."""
+        """Remove a whole part from the cache, and its first rows."""
         number = part.record.number
-        with self.lock:
-            for kept in (self.ready, self.backups):
-                if kept.get(number) is part:
-                    del kept[number]
+        self.waiting.pop(number, None)
         for path in (part.path, *self._cached(f"pending/pending-{number:05d}.parquet")):
             with contextlib.suppress(OSError):
                 remove_cached(path)
 
-    def _content(self, parts: Mapping[int, ClosedPart], *, last: bool) -> dict[str, Path | bytes]:
+    def _content(self, parts: Mapping[int, ClosedPart], last: bool) -> dict[str, Path | bytes]:
         """Return the files of a commit, the checkpoint last; none where nothing changes."""
-        if not parts and not (last and self.card_is_old):
+        if not parts and not (last and self.delivered > self.carded):
             return {}
-        content: dict[str, Path | bytes] = {
-            part_path(number): part.path for number, part in sorted(parts.items())
-        }
+        new = {number: part.record for number, part in parts.items()}
+        records = {n: record for n, record in self._known().items() if n in self.mine} | new
+        content: dict[str, Path | bytes] = {part_path(n): part.path for n, part in parts.items()}
         content[CONFIG_FILE] = encode_json(self.settings)
         if self.chat_template:
             content[TEMPLATE_FILE] = self.chat_template.encode()
-        records = self.mine | {number: part.record for number, part in parts.items()}
-        wanted = last or (self.world_size == 1 and not self.has_card)
-        if wanted and (card := self._card(records)) is not None:
-            content["README.md"] = card
+        if last or (self.world_size == 1 and not self.carded):
+            content |= self._card(new)
         return content | {self.checkpoint_name: encode_checkpoint(self.job, records.values())}
 
-    def _card(self, own: Mapping[int, PartRecord]) -> bytes | None:
+    def _card(self, new: Mapping[int, PartRecord]) -> dict[str, Path | bytes]:
         """Return the card with the figures of all workers, above what a person wrote into it.
 
-        None where what is there cannot be kept.
+        Nothing where what is there cannot be kept.
         """
         files = self.destination.list()
         if self.world_size > 1:
-            self.listed |= {number_of(path): path for path in files if PART_NAME.fullmatch(path)}
-            for path in sorted(filter(CHECKPOINT_NAME.fullmatch, files)):
-                self._note_all(self.destination.read(path))
+            self._read_checkpoints(files)
         previous = self.destination.read("README.md") if "README.md" in files else b""
         if len(previous) == SMALL_FILE_BYTES:
             logger.warning("the card of %s is too large to be updated", self.destination.name)
-            return None
-        records = {**self.known, **own}.values()
-        return make_card(
-            self.destination.name, self.settings, records, previous.decode(errors="replace")
-        ).encode()
+            return {}
+        records, text = {**self._known(), **new}.values(), previous.decode(errors="replace")
+        card = make_card(self.destination.name, self.settings, records, text)
+        return {"README.md": card.encode()}
 
     # -- end
 
     def holds_rows(self) -> bool:
         """Tell whether there is a row of this job anywhere: in the output, the cache, or memory."""
         self._collect()
-        closed = [part.record for part in (*self.ready.values(), *self.backups.values())]
-        under_way = [part.rows for part in self.parts.values()]
-        return any(under_way) or any(record.rows for record in (*self.known.values(), *closed))
+        records = [*self._known().values(), *(part.record for part in self.waiting.values())]
+        return any(record.rows for record in records) or any(p.rows for p in self.parts.values())
 
     def discard(self) -> None:
         """Remove what the cache holds of this worker's parts: a job that gives no row at all."""
         self._collect()
-        self.ready.clear()
+        self.waiting.clear()
         for path in self._cached():
             remove_cached(path)
 
     def summary(self) -> dict[str, Any]:
         """Return rows, tokens, shards and bytes of what the output lists, and what is kept here."""
-        records = [self.known[number] for number in self.listed if number in self.known]
-        return {
-            "rows": sum(record.rows for record in records),
-            "tokens": sum(record.tokens for record in records),
-            "shards": len(self.listed),
-            "bytes": sum(record.bytes for record in records),
-            "skipped": dict(sum((Counter(record.skipped) for record in records), Counter())),
-            "undelivered": [str(path) for path in self._cached()],
-        }
+        undelivered = [str(path) for path in self._cached()]
+        return {**count_stored(self._known().values()), "undelivered": undelivered}
 
     def shutdown(self) -> None:
         """Keep the rows of parts under way, end the threads, free the cache.
@@ -5131,17 +4918,14 @@ class StreamingHFUploader:
         A request under way is hardly waited for; when it succeeds later, the next run finds that
         out. Failures are logged, so that the first one stays the one raised.
         """
-        self.ended = True
-        self.wake.set()
-        if self.thread is not None:
-            self.thread.join(GRACE_S)
         self.shut = True
-        for keep in (lambda: self._collect(), self.save_pending_locally):
+        self.courier.shutdown(cancel_futures=True)
+        for keep in (self._collect, self.save_pending_locally):
             try:
                 keep()
             except HubError as error:
                 logger.warning("%s", error)
-        self.encoder.shutdown(wait=True, cancel_futures=True)
+        self.encoder.shutdown(cancel_futures=True)
         if left := self._cached():
             logger.warning("%s kept in %s for --resume", plural(len(left), "file"), self.folder)
         self.file_lock.release()
@@ -5301,23 +5085,28 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     """Open tokenizer, template and source, and refuse what cannot work before it costs time."""
     open_destination(config.output)  # refuses what is no name of one
     recorded = find_recorded_settings(config, should_stop)
-    config, dataset_revision = pin_revisions(config, recorded)
+    pinned = pin_revisions(config, recorded)
+    config = replace(config, revision=pinned["model"])
     resolve_device(config.device)
     model_config = load_model_config(config)
     name, revision = tokenizer_source(config)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=config.trust_remote_code)
+    begun = recorded  # where a template asks for the date: it is that of the job's first step
+    if not recorded and config.tokenized_dataset:
+        length_col = config.length_col or "length"
+        begun = read_lengths(config.tokenized_dataset, length_col=length_col).settings
     source, conversation = open_conversations(
         config,
         tokenizer=tokenizer,
-        date=recorded_date(config, recorded),
-        dataset_revision=dataset_revision,
+        date=begun.get("template_date"),
+        dataset_revision=pinned["dataset"],
     )
     encoder = RowEncoder(conversation, config.max_seq_len or max_positions(model_config))
     vocab_size = check_vocabulary(config, tokenizer)
     selection = prepare_dataset(config, source, conversation.columns)
     settings = describe_settings(config, encoder, model_config, vocab_size)
-    settings["model_revision"] = config.revision or source_revision(config.model)
-    settings["dataset_revision"] = dataset_revision or source_revision(config.dataset)
+    for kind, commit in pinned.items():
+        settings[f"{kind}_revision"] = commit or source_revision(getattr(config, kind))
     settings["rows_per_part"] = recorded.get("rows_per_part") or choose_rows_per_part(
         selection, encoder
     )
@@ -5339,53 +5128,27 @@ def find_recorded_settings(
     listed = retry(destination.list, should_stop)
     if recorded := read_settings(destination, listed, should_stop):
         return recorded
-    for path in sorted(
-        (local_path(config.cache_dir) / cache_key(config.output)).rglob("*.parquet")
-    ):
+    cache = local_path(config.cache_dir) / cache_key(config.output)
+    for path in sorted(cache.rglob("*.parquet")):
         with contextlib.suppress(*NO_PART):
-            return dict(json.loads(pq.read_metadata(path).metadata[METADATA_SETTINGS]))
+            return read_metadata(path)[1]
     return {}
 
 
-def recorded_date(config: ExtractionConfig, recorded: Mapping[str, Any]) -> str | None:
-    """Return the date that the job began on, for a template that asks for the time, if it has.
-
-    A job starts when its lengths are measured, where that is done before.
-    """
-    if recorded:
-        return recorded.get("template_date")
-    if config.tokenized_dataset is None:
-        return None
-    length_col = config.length_col or "length"
-    return read_lengths(config.tokenized_dataset, length_col=length_col).settings.get(
-        "template_date"
-    )
-
-
-def pin_revisions(
-    config: ExtractionConfig, recorded: Mapping[str, Any]
-) -> tuple[ExtractionConfig, str | None]:
+def pin_revisions(config: ExtractionConfig, recorded: Mapping[str, Any]) -> dict[str, str | None]:
     """Hold a run to one commit of model and source, a resumed one to those that it began with.
 
     Returns:
-        The configuration with the model's commit as its revision, and the commit of the source;
-        for local files, and where nobody knows it, what was asked for and None.
+        Both commits; for local files, and where nobody knows it, what was asked for.
     """
-    revision, dataset_revision = config.revision, None
-    if not is_local(config.model):
-        if revision is None and recorded.get("model") == config.model:
-            revision = recorded.get("model_revision")
-        revision = find_commit(config.model, revision, kind="model") or revision
-    if not is_local(config.dataset):
-        if recorded.get("dataset") == config.dataset:
-            dataset_revision = recorded.get("dataset_revision")
-        dataset_revision = find_commit(config.dataset, dataset_revision, kind="dataset")
-    return replace(config, revision=revision), dataset_revision
-
-
-def is_local(name: str) -> bool:
-    """Tell whether a model or dataset is a file or folder here."""
-    return name.startswith((".", "/", "~")) or local_path(name).exists()
+    pinned = {"model": config.revision, "dataset": None}
+    for kind, asked in list(pinned.items()):
+        name = getattr(config, kind)
+        if not is_local(name):
+            if asked is None and recorded.get(kind) == name:
+                asked = recorded.get(f"{kind}_revision")
+            pinned[kind] = find_commit(name, asked, kind=kind) or asked
+    return pinned
 
 
 def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
@@ -5401,7 +5164,6 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
         with hub_errors(repo):
             return HfApi().repo_info(repo, repo_type=kind, revision=revision).sha
 
-    limit_waiting()
     with contextlib.suppress(HubError, PassingError, ValueError):
         return bounded(ask, never, 60.0)
     with contextlib.suppress(ValueError):
@@ -5428,10 +5190,9 @@ def describe_settings(
 
     Its `options` are what `--resume` with `--output` alone goes on with.
     """
-    kept = (
-        "seed logit_bits store_tokens max_seq_len limit start_offset "
-        "random_sample subject_col sample_subject"
-    )
+    kept = ["seed", "logit_bits", "store_tokens", "max_seq_len", "limit", "start_offset", "engine"]
+    kept += ["random_sample", "subject_col", "sample_subject"]
+    kept += NOT_BESIDE_MIN_P if config.min_p is None else ["min_p"]
     options = {
         entry.name: absolute(getattr(config, entry.name))
         for entry in fields(config)
@@ -5440,9 +5201,7 @@ def describe_settings(
     return {
         "format_version": format_version(compact=config.min_p is not None),
         **conversation_settings(config, encoder.conversation),
-        **{name: getattr(config, name) for name in kept.split()},
-        **describe_sizes(config),
-        "engine": config.engine,
+        **{name: getattr(config, name) for name in kept},
         "dtype": resolve_dtype(config, model_config),
         "vocab_size": vocab_size,
         "versions": {
@@ -5451,12 +5210,6 @@ def describe_settings(
         },
         "options": options,
     }
-
-
-def describe_sizes(config: ExtractionConfig) -> dict[str, Any]:
-    """Return the settings that say how much is kept of a distribution."""
-    names = NOT_BESIDE_MIN_P if config.min_p is None else ("min_p",)
-    return {name: getattr(config, name) for name in names}
 
 
 def absolute(value: Any) -> Any:
@@ -5474,28 +5227,19 @@ def choose_rows_per_part(selection: Selection, encoder: RowEncoder) -> int:
     config = selection.config
     if config.upload_size_mb is None:
         return config.upload_every
-    whole = prepare_dataset(replace(config, limit=None), selection.source, selection.columns)
-    if whole.ids is None:
-        first = next(
-            replace(whole, config=replace(whole.config, rank=None, world_size=None)).parts(
-                SAMPLED_ROWS
-            )
-        )
-        rows = first.read(range(first.ids.size))
-    else:
-        at = np.linspace(0, len(whole) - 1, min(SAMPLED_ROWS, len(whole))).astype(np.int64)
-        rows = read_rows(whole.source, np.asarray(whole.numbers)[at], range(at.size))
-    encoded = [encoder.encode(row, 0) for row in rows]
-    tokens = [row.token_positions.size for row in encoded if isinstance(row, EncodedRow)]
+    every = replace(config, limit=None, rank=None, world_size=None)
+    whole = prepare_dataset(every, selection.source, selection.columns)
+    tokens = [1]  # where no conversation can be used
+    for part in itertools.islice(whole.parts(len(whole) or SAMPLED_ROWS), 1):
+        at = np.linspace(0, part.ids.size - 1, min(SAMPLED_ROWS, part.ids.size)).astype(np.int64)
+        encoded = [encoder.encode(row, 0) for row in part.read(at.tolist())]
+        sizes = [row.token_positions.size for row in encoded if isinstance(row, EncodedRow)]
+        tokens = sizes or tokens
     token_bytes = 20 + 3.6 * config.top_p_max * config.logit_bits / 16 + 4 * config.sampled_n
     if config.min_p is not None:
         token_bytes = 11 / math.sqrt(config.min_p)
-    return max(
-        1,
-        round(
-            config.upload_size_mb * 1e6 / (token_bytes * max(1.0, float(np.mean(tokens or [1]))))
-        ),
-    )
+    row_bytes = token_bytes * max(1.0, float(np.mean(tokens)))
+    return max(1, min(2**31 - 1, round(config.upload_size_mb * 1e6 / row_bytes)))
 
 
 def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
@@ -5510,9 +5254,11 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
     limit_waiting()
     if config.executor is not None:
         return run_tasks(config)
-    with GracefulInterrupt() as interrupt, process_group(config) as leads:
+    summary = None
+    with GracefulInterrupt() as interrupt:
+        leads = not config.tensor_parallel or join_group(config) == 0
         try:
-            return run_until(config, interrupt, leads=leads)
+            summary = run_until(config, interrupt, leads=leads)
         except (OutOfReachError, StopRequested) as error:
             if not interrupt.stopping:
                 raise error
@@ -5520,14 +5266,30 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
             pass
         except RuntimeError as error:
             raise explain_want(error) from None
-        return nothing_done(config.output, interrupt.exit_code or EXIT_RUNTIME)
+        if config.tensor_parallel:
+            leave_group()
+        return summary or nothing_done(config.output, interrupt.exit_code or EXIT_RUNTIME)
+
+
+def summarize(
+    stored: Mapping[str, Any], output: str, code: int, *, tokens: int = 0, seconds: float = 0.0,
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what `main` prints of a run: the figures of the output, and its own."""
+    return {
+        **stored,
+        **more,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "output": output,
+        "exit_code": code,
+    }
 
 
 def nothing_done(output: str, code: int) -> dict[str, Any]:
     """Return the summary of a run that ended before it knew what the output holds."""
     unknown = dict.fromkeys(("rows", "tokens", "shards", "bytes"))
-    done = {"skipped": {}, "new_rows": 0, "new_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0}
-    return {**unknown, **done, "output": output, "exit_code": code}
+    return summarize(unknown, output, code, skipped={}, new_rows=0, new_tokens=0)
 
 
 def explain_want(error: RuntimeError) -> HubError:
@@ -5545,17 +5307,6 @@ def explain_want(error: RuntimeError) -> HubError:
     raise error
 
 
-@contextmanager
-def process_group(config: ExtractionConfig) -> Iterator[bool]:
-    """Join the processes of --tensor-parallel, where it is given; yield whether this one writes."""
-    if not config.tensor_parallel:
-        yield True
-        return
-    rank = join_group(config)
-    yield rank == 0
-    leave_group()
-
-
 def run_until(
     config: ExtractionConfig, interrupt: GracefulInterrupt, *, leads: bool = True
 ) -> dict[str, Any]:
@@ -5569,7 +5320,20 @@ def run_until(
         if config.plan:
             with log_beside_bar():
                 return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
-    output = open_output(job, interrupt, deadline) if leads else Follower()
+    output: StreamingHFUploader | Follower = Follower()
+    if leads:
+        as_given = ("cache_dir", "private", "resume", "force_restart")
+        output = StreamingHFUploader(
+            config.output,
+            schema=job.schema,
+            settings=job.settings,
+            chat_template=job.encoder.conversation.chat_template,
+            rank=config.rank or 0,
+            world_size=config.world_size or 1,
+            stopping=lambda: interrupt.stopping,
+            deadline=lambda: deadline.end_s,
+            **{name: getattr(config, name) for name in as_given},
+        )
     deadline.upload_s = output.expected_upload_s
     run = Extraction(
         job,
@@ -5595,27 +5359,15 @@ def run_until(
         return {"exit_code": code}
     if failure is not None and not interrupt.stopping:
         code, stored = EXIT_UNDELIVERED, {**stored, "error": hide_tokens(str(failure))}
-    return run.summary(stored, code, time.monotonic() - started)
-
-
-def open_output(
-    job: Job, interrupt: GracefulInterrupt, deadline: TimedShutdown
-) -> StreamingHFUploader:
-    """Open the output; one that holds other settings, or anything without --resume, is refused."""
-    config = job.config
-    return StreamingHFUploader(
+    return summarize(
+        stored,
         config.output,
-        schema=job.schema,
-        settings=job.settings,
-        chat_template=job.encoder.conversation.chat_template,
-        cache_dir=config.cache_dir,
-        private=config.private,
-        resume=config.resume,
-        force_restart=config.force_restart,
-        rank=config.rank or 0,
-        world_size=config.world_size or 1,
-        stopping=lambda: interrupt.stopping,
-        deadline=lambda: deadline.end_s,
+        code,
+        skipped=dict(run.skipped | Counter(stored["skipped"])),
+        new_rows=run.rows,
+        new_tokens=run.tokens,
+        tokens=run.tokens,
+        seconds=time.monotonic() - started,
     )
 
 
@@ -5628,7 +5380,7 @@ class Follower:
 
     def summary(self) -> dict[str, Any]:
         """Return that nothing is stored here."""
-        return {"rows": 0, "tokens": 0, "shards": 0, "bytes": 0, "skipped": {}, "undelivered": []}
+        return {**count_stored([]), "undelivered": []}
 
     def nothing(self, *_: Any, **__: Any) -> Any:
         """Do nothing."""
@@ -5651,13 +5403,19 @@ def exit_code(stored: Mapping[str, Any], complete: bool, stop_signal: int | None
 
 def confirm_masks(job: Job, *, rows: int = 3) -> bool:
     """Show the first conversations with the extracted tokens marked; on a terminal, ask."""
-    for encoded in itertools.islice(encode_usable(job), rows):
-        preview = format_mask_preview(
-            encoded,
-            job.encoder.conversation.tokenizer,
-            color=sys.stderr.isatty() and "NO_COLOR" not in os.environ,
-        )
+    encoder, color = job.encoder.conversation, sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    parts = (part.rows() for part in job.selection.parts(CHUNK_ROWS))
+    for index, row in itertools.chain.from_iterable(parts):
+        if not rows:
+            break
+        try:
+            encoded = encoder.encode(row)
+        except ConversationError as error:
+            logger.warning("conversation %d cannot be used: %s", index, error)
+            continue
+        preview = format_mask_preview(encoded, encoder.tokenizer, color=color)
         sys.stderr.write(preview + "\n\n")
+        rows -= 1
     if not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     sys.stderr.write("extract these tokens? [Y/n] ")
@@ -5665,14 +5423,12 @@ def confirm_masks(job: Job, *, rows: int = 3) -> bool:
     return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")  # the end of input is no answer
 
 
-def encode_usable(job: Job) -> Iterator[EncodedConversation]:
-    """Yield the first conversations of the job, passing over those that cannot be used."""
-    for part in job.selection.parts(CHUNK_ROWS):
-        for index, row in zip(part.ids.tolist(), part.read(range(part.ids.size)), strict=True):
-            try:
-                yield job.encoder.conversation.encode(row)
-            except ConversationError as error:
-                logger.warning("conversation %d cannot be used: %s", index, error)
+@contextmanager
+def log_beside_bar() -> Iterator[None]:
+    """Let log lines pass by a progress bar, without tokens."""
+    with logging_redirect_tqdm():
+        log_safely()  # the bar's own handlers have no filter
+        yield
 
 
 class Extraction:
@@ -5697,13 +5453,16 @@ class Extraction:
         self.again: list[Batch] = []  # did not fit, or may be unusable for a neighbour's sake
         self.skipped: Counter[str] = Counter()
         self.rows = self.tokens = self.unusable = self.batches = 0
-        self.largest = 0  # padded tokens that a batch may have once one did not fit; 0: no limit
-        self.found_tokens = 0  # by the probe: padded tokens of a batch
+        self.most_tokens = 0  # that a batch may have, padded, by what has fitted; 0: not tried
         self.teacher: Teacher | None = None
         self.bar: Any = None
 
     def extract(self) -> bool:
-        """Run to the end or until told to stop; True when no conversation is left."""
+        """Run to the end or until told to stop; True when no conversation is left.
+
+        Raises:
+            DataError: not one conversation of the job could be used; says why not.
+        """
         job = self.job
         windows = ConversationDataset(
             job.selection,
@@ -5725,10 +5484,18 @@ class Extraction:
             self.post.flush()
             return False
         finally:
-            self.post.shutdown()
-            if self.bar is not None:
-                self.bar.close()
-        return self.check_result()
+            self.close()
+        alone = job.config.world_size in (None, 1)  # one worker of many may have no row
+        if alone and not (self.rows or self.output.holds_rows()):
+            self.output.discard()
+            raise DataError(f"nothing to extract: {explain_skips(self.skipped)}")
+        return True
+
+    def close(self) -> None:
+        """End the packing threads and the bar."""
+        self.post.shutdown()
+        if self.bar is not None:
+            self.bar.close()
 
     def stops(self) -> bool:
         """Tell whether to stop; one answer for all processes of a group."""
@@ -5744,11 +5511,10 @@ class Extraction:
             with self.nothing_to_save():
                 self.teacher = load_teacher(config, vocab_size=job.vocab_size)
             self.output.settle(self.teacher.numerics)
-            warn_of_slow_bfloat16(self.teacher)
             self.bar = open_bar(len(job.selection) or None)
             self.find_batch_size(window)
             self.begin_step()
-        tokens = self.found_tokens or self.teacher.batch_tokens
+        tokens = self.most_tokens or self.teacher.batch_tokens
         tokens = tokens or DEFAULT_BATCH_TOKENS.get(self.teacher.device.type, 1024)
         yield from token_budget_batches(config, window.rows, tokens)
 
@@ -5757,27 +5523,26 @@ class Extraction:
         assert self.teacher is not None
         config, device = self.job.config, self.teacher.device
         limited = config.max_batch_tokens or config.max_batch_size or config.batch_thresholds
-        limited = limited or self.teacher.batch_tokens
-        if device.type == "cuda" and not config.tensor_parallel and not limited:
-            self.found_tokens = find_batch_tokens(
-                self.run_with_headroom,
-                length=max(row.input_ids.size for row in window.rows),
-                vocab_size=self.teacher.vocab_size,
-                start=DEFAULT_BATCH_TOKENS["cuda"],
-            )
-            logger.info("batches of up to %d tokens fit %s", self.found_tokens, device)
+        if device.type != "cuda" or config.tensor_parallel or limited or self.teacher.batch_tokens:
+            return
 
-    def run_with_headroom(self, batch: Batch) -> None:
-        """Run a batch to its end with memory to spare, and give back what the device keeps."""
-        assert self.teacher is not None
-        torch.cuda.empty_cache()
-        spare = torch.empty(PROBE_HEADROOM_BYTES, dtype=torch.uint8, device=self.teacher.device)
-        self.forward(batch).to_host()
-        del spare
+        def run_with_headroom(batch: Batch) -> None:
+            torch.cuda.empty_cache()
+            spare = torch.empty(PROBE_HEADROOM_BYTES, dtype=torch.uint8, device=device)
+            self.forward(batch).to_host()
+            del spare
+
+        self.most_tokens = find_batch_tokens(
+            run_with_headroom,
+            length=max(row.input_ids.size for row in window.rows),
+            vocab_size=self.teacher.vocab_size,
+            start=DEFAULT_BATCH_TOKENS["cuda"],
+        )
+        logger.info("batches of up to %d tokens fit %s", self.most_tokens, device)
 
     def submit(self, batch: Batch) -> None:
         """Run a batch and hand its result to a packing thread; in halves where it does not fit."""
-        if self.largest and batch.padded_tokens > self.largest and len(batch.rows) > 1:
+        if 0 < self.most_tokens < batch.padded_tokens and len(batch.rows) > 1:
             for half in batch.halves():
                 self.submit(half)
             return
@@ -5826,7 +5591,7 @@ class Extraction:
             )
         torch.cuda.empty_cache()
         logger.warning("out of memory at %d tokens a batch: going on with half of that", size)
-        self.largest = size // 2
+        self.most_tokens = size // 2
 
     def finish_window(self) -> None:
         """Wait for the results of a window, and run again what may do better in smaller batches."""
@@ -5836,34 +5601,35 @@ class Extraction:
             self.post.flush()
 
     def deliver(self, packed: PackedBatch) -> None:
-        """Hand finished rows to the output, and parts to its thread when they are whole."""
-        self.sort_out(packed)
-        if packed.table.num_rows:
-            self.output.add_sample(packed.table)
-        self.rows += packed.table.num_rows
-        self.tokens += int(np.sum(packed.table["num_tokens"].to_numpy()))
-        if self.output.should_flush():
-            self.output.flush()
-        self.show(packed.table.num_rows)
+        """Hand finished rows to the output, and parts to its thread when they are whole.
 
-    def sort_out(self, packed: PackedBatch) -> None:
-        """Skip conversations without usable logits, or keep them to be run by themselves."""
+        Conversations without usable logits are skipped, once they were run by themselves.
+        """
         if packed.too_large is not None:
             self.halve(packed.too_large)
             self.again += packed.too_large.halves()
         elif packed.shared:
             self.again += [Batch([row]) for row in packed.unusable]
         else:
-            self.skip(
-                SkippedRow(row.index, "unusable_logits", "NaN, infinite or too few finite logits")
-                for row in packed.unusable
-            )
+            why = ("unusable_logits", "NaN, infinite or too few finite logits")
+            self.skip(SkippedRow(row.index, *why) for row in packed.unusable)
             self.unusable += len(packed.unusable)
         if self.unusable >= HOPELESS_ROWS and not self.rows:
             raise TeacherError(
                 f"the first {self.unusable} conversations gave no usable logits (NaN or infinite): "
                 "try --dtype float32 or --attn eager"
             )
+        self.output.add_sample(packed.table)
+        self.rows += packed.table.num_rows
+        self.tokens += int(np.sum(packed.table["num_tokens"].to_numpy()))
+        if self.rows and self.output.should_flush():  # a job without any row leaves no output
+            self.output.flush()
+        if self.bar is not None:
+            self.bar.update(packed.table.num_rows)
+            rate = self.tokens / max(1e-9, float(self.bar.format_dict["elapsed"]))
+            arrow = " ⬆" if self.output.is_uploading() else ""
+            buffer = self.output.buffer_fill()
+            self.bar.set_postfix_str(f"{rate:,.0f} tokens/s, buffer {buffer:.0%}{arrow}", False)
 
     def skip(self, rows: Iterable[SkippedRow]) -> None:
         """Count rows that give nothing, and name them in the log and to the output."""
@@ -5871,65 +5637,6 @@ class Extraction:
             self.skipped[row.reason] += 1
             logger.warning("skipped conversation %d: %s %s", row.index, row.reason, row.detail)
             self.output.skip(row.index, row.reason)
-        if self.rows and self.output.should_flush():  # a job without any row leaves no output
-            self.output.flush()
-
-    def check_result(self) -> bool:
-        """Return True: all is done. Refuse a run that has found nothing at all.
-
-        Raises:
-            DataError: not one conversation of the job could be used; says why not.
-        """
-        alone = self.job.config.world_size in (None, 1)  # one worker of many may have no row
-        if alone and not (self.rows or self.output.holds_rows()):
-            self.output.discard()
-            raise DataError(f"nothing to extract: {explain_skips(self.skipped)}")
-        return True
-
-    def show(self, rows: int) -> None:
-        """Advance the bar: rows, tokens/s, buffer fill, an arrow while an upload is under way."""
-        if self.bar is None:
-            return
-        self.bar.update(rows)
-        seconds = max(1e-9, float(self.bar.format_dict["elapsed"]))
-        arrow = " ⬆" if self.output.is_uploading() else ""
-        self.bar.set_postfix_str(
-            f"{self.tokens / seconds:,.0f} tokens/s, buffer {self.output.buffer_fill():.0%}{arrow}",
-            refresh=False,
-        )
-
-    def summary(self, stored: Mapping[str, Any], code: int, seconds: float) -> dict[str, Any]:
-        """Return the figures of the run and of the output, as JSON values."""
-        return {
-            **stored,
-            "skipped": dict(self.skipped | Counter(stored["skipped"])),
-            "new_rows": self.rows,
-            "new_tokens": self.tokens,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1),
-            "output": self.job.config.output,
-            "exit_code": code,
-        }
-
-
-def warn_of_slow_bfloat16(teacher: Teacher) -> None:
-    """Say so where a CPU multiplies bfloat16 much slower than float32: it lacks instructions."""
-    if teacher.device.type != "cpu" or teacher.dtype != torch.bfloat16:
-        return
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(128, 1024, dtype=dtype)
-        b = torch.ones(1024, 1024, dtype=dtype)
-        a @ b  # the first product pays what is paid once
-        begun = time.perf_counter()
-        a @ b
-        seconds[dtype] = time.perf_counter() - begun
-    times = seconds[torch.bfloat16] / seconds[torch.float32]
-    if times > 2:
-        logger.warning(
-            "this CPU multiplies bfloat16 %.0f times slower than float32: try --dtype float32",
-            times,
-        )
 
 
 def fetch_and_pack(batch: Batch, result: GPUBatchResult, *, schema: pa.Schema) -> PackedBatch:
@@ -5980,16 +5687,20 @@ class ExtractTask:
         Raises:
             LogitsError: not all of it is stored; the task counts as failed.
         """
-        alone = os.environ.get("DATATROVE_EXECUTOR") == "LOCAL"
         if os.path.isdir(self.folder):
             os.chdir(self.folder)
-        if alone:
-            share_machine(self.options["workers"])
+        pooled = os.environ.get("DATATROVE_EXECUTOR") == "LOCAL"
+        if pooled:  # a GPU and CPUs of its own, where there are enough
+            from multiprocess import current_process
+
+            os.environ["LOCAL_RANK"] = str((current_process()._identity or (1,))[-1])
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.options["workers"]))
         config = ExtractionConfig(**self.options, rank=rank, world_size=world_size, resume=True)
         with log_to_datatrove():
             summary = run_extraction(config)
         code = summary["exit_code"]
-        if alone and code == 128 + signal.SIGTERM and os.getpid() != self.submitter:
+        if pooled and code == 128 + signal.SIGTERM and os.getpid() != self.submitter:
             os._exit(code)  # the pool that sent it waits for the process to end
         if code:
             raise TaskError(
@@ -5998,36 +5709,24 @@ class ExtractTask:
             )
 
 
-def share_machine(workers: int) -> None:
-    """Give this process of a pool a GPU and CPUs of its own, where there are enough."""
-    from multiprocess import current_process
-
-    number = (current_process()._identity or (1,))[-1]
-    os.environ["LOCAL_RANK"] = str(number)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-
-
 @contextmanager
 def log_to_datatrove() -> Iterator[None]:
-    """Write what is logged into the log of the task."""
+    """Write what is logged into the log of the task, which goes to the terminal, too."""
     from datatrove.utils.logging import logger as task_log
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             task_log.log(record.levelname, "{}", show_line(record.getMessage()))
 
-    handler = Handler(logging.INFO)
-    level, propagate = logger.level, logger.propagate
+    handler, before = Handler(), (logger.level, logger.propagate)
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    logger.propagate = False  # that log goes to the terminal, too
+    logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        logger.level, logger.propagate = before
 
 
 def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
@@ -6060,7 +5759,7 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
         )
     retry(destination.create)
     executor = make_executor(config, logs / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
-    before = sum(record.tokens for record in read_all_records(destination))
+    before = count_stored(read_all_records(destination))
     began, failed = time.monotonic(), None
     with engine(config, executor):
         try:
@@ -6070,23 +5769,18 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
             logger.error("%s", failed)
     submitted = config.tasks if config.executor == "slurm" else 0
     left = 0 if submitted else len(executor.get_incomplete_ranks(skip_completed=True))
-    seconds, records = time.monotonic() - began, read_all_records(destination)
-    tokens = sum(record.tokens for record in records)
-    return {
-        "rows": sum(record.rows for record in records),
-        "tokens": tokens,
-        "shards": len(records),
-        "bytes": sum(record.bytes for record in records),
-        "skipped": dict(sum((Counter(record.skipped) for record in records), Counter())),
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round((tokens - before) / max(seconds, 1e-9), 1),
-        "tasks": config.tasks,
-        "tasks_left": left,
-        "tasks_submitted": submitted,
-        "logs": str(executor.logging_dir.path),
-        "output": config.output,
-        "exit_code": EXIT_RUNTIME if left or (failed and not submitted) else 0,
-    }
+    seconds, stored = time.monotonic() - began, count_stored(read_all_records(destination))
+    return summarize(
+        stored,
+        config.output,
+        EXIT_RUNTIME if left or (failed and not submitted) else 0,
+        tokens=stored["tokens"] - before["tokens"],
+        seconds=seconds,
+        tasks=config.tasks,
+        tasks_left=left,
+        tasks_submitted=submitted,
+        logs=str(executor.logging_dir.path),
+    )
 
 
 def read_all_records(destination: Destination) -> list[PartRecord]:
@@ -6098,7 +5792,7 @@ def read_all_records(destination: Destination) -> list[PartRecord]:
     for path in filter(CHECKPOINT_NAME.fullmatch, listed):
         of_job, records = decode_checkpoint(retry(functools.partial(destination.read, path)))
         known |= records if of_job == job else {}
-    return [record for number, record in known.items() if number in numbers]
+    return [known[number] for number in numbers & known.keys()]
 
 
 def make_executor(config: ExtractionConfig, logs: Path) -> Any:
@@ -6114,7 +5808,9 @@ def make_executor(config: ExtractionConfig, logs: Path) -> Any:
     kind = getattr(engines, f"{str(config.executor).capitalize()}PipelineExecutor")
     own = {"executor", "executor_options", "tasks", "resume", "rank", "world_size", "workers"}
     options = {name: value for name, value in asdict(config).items() if name not in own}
-    workers = config.workers or (hold_workers() if config.executor == "local" else -1)
+    workers = config.workers or -1
+    if config.executor == "local" and not config.workers:  # a GPU for each, or four processors
+        workers = torch.cuda.device_count() or max(1, count_processors() // 4)
     arguments: dict[str, Any] = {
         "pipeline": [ExtractTask({**options, "workers": max(1, workers)})],
         "tasks": config.tasks,
@@ -6125,10 +5821,14 @@ def make_executor(config: ExtractionConfig, logs: Path) -> Any:
     if config.executor != "local":
         arguments |= {"cpus_per_task": 4, "mem_per_cpu_gb": 4, "gpus_per_task": 1}
     if config.executor == "slurm":
+        python, here = Path(sys.executable).parent, Path(__file__).resolve().parent
         arguments |= {
             "job_name": "extract-logits",
             "qos": None,
-            "env_command": describe_environment(),
+            "env_command": (  # one line that gives a task this Python and these scripts
+                f"export PATH={shlex.quote(str(python))}:$PATH "
+                f"PYTHONPATH={shlex.quote(str(here))}:$PYTHONPATH"
+            ),
             "sbatch_args": {"signal": "USR1@90"},
         }
     arguments |= config.executor_options or {}
@@ -6140,20 +5840,6 @@ def make_executor(config: ExtractionConfig, logs: Path) -> Any:
         names = ", ".join(sorted(known.keys() - {"self", "pipeline", "tasks", "workers"}))
         raise ConfigError(f"--executor-options: {'; '.join(wrong)}; {kind.__name__} takes {names}")
     return kind(**arguments)
-
-
-def hold_workers() -> int:
-    """Return how many teachers a machine holds at a time: one a GPU, or one for four processors."""
-    return torch.cuda.device_count() or max(1, count_processors() // 4)
-
-
-def describe_environment() -> str:
-    """Return the shell command, one line, that gives a task this Python and these scripts."""
-    here = Path(__file__).resolve().parent
-    return (
-        f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
-        f"PYTHONPATH={shlex.quote(str(here))}:$PYTHONPATH"
-    )
 
 
 @contextmanager
@@ -6301,33 +5987,33 @@ def sample_job(job: Job, should_stop: Callable[[], bool]) -> Sample:
     tokens = sum(row.input_ids.size for row in encoded)
     stored = sum(row.token_positions.size for row in encoded)
     share = len(chosen) / max(1, selected)
+    sample = Sample(
+        encoded,
+        len(chosen),
+        selected,
+        rows=round(len(encoded) / share),
+        tokens=round(tokens / share),
+        stored_tokens=round(stored / share),
+        skipped={reason: round(n / share) for reason, n in sorted(skipped.items())},
+    )
     if job.lengths is None or selection.ids is None or not encoded:
-        return Sample(
-            encoded,
-            len(chosen),
-            selected,
-            round(len(encoded) / share),
-            round(tokens / share),
-            round(stored / share),
-            {reason: round(n / share) for reason, n in sorted(skipped.items())},
-        )
+        return sample
     places = job.lengths.places(np.asarray(selection.ids))
     lengths = job.lengths.length[places]
-    usable = (lengths > 0) & (lengths <= (encoder.max_seq_len or lengths.max()))
+    too_long = lengths > (encoder.max_seq_len or lengths.max())
+    usable = (lengths > 0) & ~too_long
+    total = int(lengths[usable].sum())
+    kept = round(total * stored / tokens)
     if job.lengths.num_tokens is not None:
         kept = int(job.lengths.num_tokens[places][usable].sum())
-    else:
-        kept = round(int(lengths[usable].sum()) * stored / tokens)
-    left_out = {"too_long": int((lengths > (encoder.max_seq_len or lengths.max())).sum())}
-    left_out["unusable"] = int((lengths == 0).sum())
-    return Sample(
-        encoded,
-        len(lengths),
-        selected,
-        int(usable.sum()),
-        int(lengths[usable].sum()),
-        kept,
-        {reason: n for reason, n in left_out.items() if n},
+    left_out = {"too_long": int(too_long.sum()), "unusable": int((lengths == 0).sum())}
+    return replace(
+        sample,
+        measured=len(lengths),
+        rows=int(usable.sum()),
+        tokens=total,
+        stored_tokens=kept,
+        skipped={reason: n for reason, n in left_out.items() if n},
     )
 
 
@@ -6339,21 +6025,18 @@ def choose_sample(
     A stream is read once, to count its rows.
     """
     if selection.ids is not None:
-        ids = np.asarray(selection.ids, np.int64)
-        places = np.sort(order_at_random(ids, seed=1)[:PLAN_ROWS])
-        numbers = np.asarray(selection.numbers)[places]
-        rows = read_rows(selection.source, numbers, range(places.size))
-        return list(zip(ids[places].tolist(), rows, strict=True)), len(selection)
+        (whole,) = selection.parts(len(selection))
+        places = np.sort(order_at_random(whole.ids, seed=1)[:PLAN_ROWS]).tolist()
+        ids = whole.ids[places].tolist()
+        return list(zip(ids, whole.read(places), strict=True)), len(selection)
     logger.info("reading the stream once to count its conversations")
-    best: list[tuple[int, int, Row]] = []
+    best: list[tuple[int, tuple[int, Row]]] = []
     selected = 0
     for part in selection.parts(PLAN_ROWS, should_stop):
         selected += part.ids.size
-        hashes = mix_hash(part.ids, seed=1).tolist()
-        rows = part.read(range(part.ids.size))
-        best += zip(hashes, part.ids.tolist(), rows, strict=True)
+        best += zip(mix_hash(part.ids, seed=1).tolist(), part.rows(), strict=True)
         best = sorted(best, key=lambda entry: entry[0])[:PLAN_ROWS]
-    return [(index, row) for _, index, row in sorted(best, key=lambda entry: entry[1])], selected
+    return sorted((pair for _, pair in best), key=lambda pair: pair[0]), selected
 
 
 def probe_teacher(job: Job, sample: Sample, should_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -6389,15 +6072,13 @@ def probe_teacher(job: Job, sample: Sample, should_stop: Callable[[], bool]) -> 
             if time.monotonic() - started > enough_s:
                 break
     finally:
-        run.post.shutdown()
-        if run.bar is not None:
-            run.bar.close()
-    if not tables:
+        run.close()
+    table = pa.concat_tables(tables)
+    if not table.num_rows:
         raise TeacherError(
             f"{job.config.model}: the probe gave no usable logits (NaN or infinite): "
             "try --dtype float32 or --attn eager"
         )
-    table = pa.concat_tables(tables)
     token_bytes, shard_bytes = measure_shard(job, table)
     return {
         "batches": len(seconds),
@@ -6460,17 +6141,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run a teacher over a chat dataset once; keep its distributions as shards.",
         epilog=f"exit codes: {(__doc__ or '').partition('Exit codes: ')[2].strip()}",
     )
-    groups: dict[str, Any] = {}
+    group: Any = parser
     hints = get_type_hints(ExtractionConfig)
     for entry in fields(ExtractionConfig):
-        name = entry.metadata["group"]
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        flag = "--" + entry.name.replace("_", "-")
+        if name := entry.metadata["group"]:
+            group = parser.add_argument_group(name)
         if hints[entry.name] is bool:
-            groups[name].add_argument(flag, action="store_true", help=entry.metadata["help"])
+            group.add_argument(
+                flag_of(entry.name), action="store_true", help=entry.metadata["help"]
+            )
         else:
-            groups[name].add_argument(flag, **argument_of(entry, hints[entry.name]))
+            group.add_argument(flag_of(entry.name), **argument_of(entry, hints[entry.name]))
     return parser
 
 
@@ -6524,7 +6205,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:
         given = vars(build_parser_of_given().parse_args(argv))
         for name in NOT_BESIDE_MIN_P:
             if name in given:
-                refuse_beside_min_p(name)
+                refuse_beside_min_p(flag_of(name))
     if missing and not options["resume"]:
         parser.error(f"the following arguments are required: --{', --'.join(missing)}")
     if options["rank"] is None and options["world_size"] is None:

@@ -179,6 +179,23 @@ def test_a_size_is_turned_into_rows_once(
     assert dict(list(before.items())[:-1]).items() <= folder.hashes().items()
 
 
+def test_parts_of_a_terabyte_can_be_resumed(extract: Extract, write_chats: Write) -> None:
+    write_chats(rows_of(3))
+    job = {"upload_size_mb": 1e6, "top_p_max": 1, "sampled_n": 0, "resume": True}
+    assert extract(**job).code == 0
+    done = extract(**job)
+    assert (done.code, done.summary["new_rows"]) == (0, 0), done.stderr
+
+
+def test_a_size_for_a_stream_of_which_nothing_is_selected_is_refused_in_one_line(
+    extract: Extract, write_chats: Write
+) -> None:
+    write_chats(rows_of(3))
+    done = extract(streaming=True, upload_size_mb=1.0, start_offset=5)
+    assert done.code == 2
+    assert "no conversation was selected" in done.stderr.splitlines()[-1]
+
+
 # The file -----------------------------------------------------------------------------------------
 
 

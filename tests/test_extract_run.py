@@ -144,6 +144,17 @@ def test_a_row_with_nan_logits_is_left_out_and_named(
     assert (done.code, "no usable logits" in done.stderr) == (2, True)
 
 
+def test_a_job_of_which_every_row_is_unusable_leaves_no_output(
+    extract: Extract, source: Path, tmp_path: Path
+) -> None:
+    """Parts are whole, and there is still nothing to store."""
+    broken = broken_teacher(tmp_path / "all", None)
+    done = extract(model=broken, limit=2, upload_every=1, max_batch_size=1)
+    assert done.code == 2
+    assert "nothing to extract: skipped 2 unusable_logits" in done.stderr.splitlines()[-1]
+    assert not [*Path("out").rglob("*.parquet"), *Path("cache").rglob("*.parquet")]
+
+
 def test_out_of_memory_halves_the_batch_and_goes_on(
     extract: Extract, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
