@@ -2319,19 +2319,12 @@ def open_conversations(
         integers=(options.index_col, getattr(options, "length_col", None)),
     )  # fmt: skip
     names = source_columns(source)
-    of_columns = (
-        "messages_col",
-        "user_col",
-        "assistant_col",
-        "system_col",
-        "index_col",
-        "text_col",
-    )
-    columns = resolve_columns(names, **{name: getattr(options, name) for name in of_columns})
+    kinds = ("messages", "user", "assistant", "system", "index", "text")
+    columns = resolve_columns(names, **{f"{k}_col": getattr(options, f"{k}_col") for k in kinds})
     if columns.text is not None:
         usual: dict[str, Any] = {"chat_template": None, "template_kwargs": None, "turns": "all"}
         usual |= {"include_think": False, "include_end": False}
-        if idle := [name for name, value in usual.items() if getattr(options, name) != value]:
+        if idle := [n for n, value in usual.items() if (getattr(options, n) or value) != value]:
             flags = " and ".join("--" + name.replace("_", "-") for name in idle)
             raise TemplateError(f"{flags}: --text-col uses no chat template")
         return Conversations(source, ConversationEncoder(tokenizer, "", columns))
