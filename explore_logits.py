@@ -5299,19 +5299,6 @@ class ValidationReport:
         return "\n".join([*map(str, self.violations), f"{self.name}: {found}"])
 
 
-@dataclass(eq=False)
-class CheckedShard:
-    """What a shard holds and says of itself, as far as it could be read."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    index: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    part: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def skipped(self) -> npt.NDArray[np.int64]:  # conversations that gave no row
-        return np.array([*map(int, self.part.get("skipped", ()))], np.int64)
-
-
 def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> ValidationReport:
     """Check every row of every shard of an output against the rules of the format.
 
@@ -5332,26 +5319,28 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
             config = parse_settings(text.encode(), CONFIG_FILE)
     except LogitsError as error:
         report.add(CONFIG_FILE, "settings", str(error))
-    shards: dict[str, CheckedShard] = {}
+    indices, parts = {}, {}
     for shard, size in dataset.sizes.items():
         alone = LogitDataset(dataset.store, {shard: size})
         alone._listed = {}  # its footer counts
-        shards[shard] = validate_shard(alone, config, report)
-        config = config or shards[shard].settings
-    validate_unique(shards, report)
-    validate_checkpoints(dataset, shards, report)
+        settings, indices[shard], parts[shard] = validate_shard(alone, config, report)
+        config = config or settings
+    validate_unique(indices, parts, report)
+    validate_checkpoints(dataset, parts, report)
     return report
 
 
 def validate_shard(
     dataset: LogitDataset, config: Mapping[str, Any], report: ValidationReport
-) -> CheckedShard:
-    """Check a dataset of one shard, by itself and against the settings of the output."""
-    add, checked = functools.partial(report.add, dataset.shards[0]), CheckedShard()
+) -> tuple[dict[str, Any], npt.NDArray[np.int64], dict[str, Any]]:
+    """Check a dataset of one shard; return its settings, the `index` of its rows, and its part."""
+    add, index = functools.partial(report.add, dataset.shards[0]), np.zeros(0, np.int64)
+    settings: dict[str, Any] = {}
+    part: dict[str, Any] = {}
     sums = Counter({"rows": 0, "tokens": 0, "nucleus": 0, "capped": 0})
     try:
-        validate_footer(dataset, config, checked, add)
-        limits = RunLimits.of(checked.settings)
+        settings = validate_footer(dataset, config, add)
+        limits = RunLimits.of(settings)
         for table in iter_tables(dataset):
             first, (columns, faults) = sums["rows"], read_columns(table)
             for fault in faults:
@@ -5359,25 +5348,22 @@ def validate_shard(
             good = np.setdiff1d(np.arange(table.num_rows), [fault.row for fault in faults])
             sound = read_columns(table.take(good))[0] if faults else columns
             validate_block(build_block(sound, first, limits), limits, add, first + good)
-            checked.index = np.append(checked.index, columns.get("index", checked.index[:0]))
+            index = np.append(index, columns.get("index", index[:0]))
             counts = columns["top_counts"].values.astype(np.int64)
             sums.update(rows=table.num_rows, tokens=counts.size, nucleus=int(counts.sum()),
                         capped=int((counts == limits.top_p_max).sum()))  # fmt: skip
-        validate_part(dataset, checked, sums, add)
+        part = validate_part(dataset, settings, index, sums, add)
     except LogitsError as error:
         add("unreadable", str(error), row=sums["rows"] or None)
     report.rows += sums["rows"]
     report.tokens += sums["tokens"]
-    return checked
+    return settings, index, part
 
 
 def validate_footer(
-    dataset: LogitDataset,
-    config: Mapping[str, Any],
-    checked: CheckedShard,
-    add: Callable[..., None],
-) -> None:
-    """Check columns and metadata of one shard; find the settings to check its rows by."""
+    dataset: LogitDataset, config: Mapping[str, Any], add: Callable[..., None]
+) -> dict[str, Any]:
+    """Check columns and metadata of one shard; return the settings to check its rows by."""
     schema, metadata = dataset.footer(0).schema.to_arrow_schema(), dataset.metadata(0)
     compact = POINTS_FIELD.name in schema.names
     stores = any(name in schema.names for name in TOKEN_COLUMNS)
@@ -5390,17 +5376,18 @@ def validate_footer(
     version = metadata.get(METADATA_VERSION)
     if version != (right := str(format_version(compact=compact)).encode()):
         add("metadata", f"format version is {version!r}, not {right!r}")
+    settings: dict[str, Any] = {}
     try:
-        checked.settings = dataset.settings
-        if not checked.settings:
+        settings = dataset.settings
+        if not settings:
             add("metadata", "holds no settings of its run")
     except FormatError as error:
         add("settings", str(error))
-    differ = differing_settings(checked.settings, config) if checked.settings and config else []
-    if differ:
+    if settings and config and (differ := differing_settings(settings, config)):
         add("settings", f"differs from the rest of the output in {', '.join(differ)}")
     if not len(dataset) and METADATA_PART not in metadata:
         add("empty", "holds no rows")
+    return settings
 
 
 def validate_block(
@@ -5533,32 +5520,34 @@ def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]
 
 def validate_part(
     dataset: LogitDataset,
-    checked: CheckedShard,
+    settings: Mapping[str, Any],
+    index: npt.NDArray[np.int64],
     sums: Mapping[str, int],
     add: Callable[..., None],
-) -> None:
-    """Check what a shard says of the part that it is, against the rows that it holds.
+) -> dict[str, Any]:
+    """Check what a shard says of the part that it is, against the rows that it holds; return it.
 
     The hash of the ids tells whether these conversations, in this order, were selected. Where some
     gave no row their places are known only if ids ascend: in the order of a source whose rows are
-    numbered. `sums` are counted from the rows.
+    numbered. `sums` are counted from the rows, `index` are their conversations.
     """
-    shard, settings, index, wrong = dataset.shards[0], checked.settings, checked.index, []
+    shard, wrong = dataset.shards[0], []
     try:
-        part = checked.part = dataset.part(0)
+        part = dataset.part(0)
     except FormatError as error:
-        return add("part", str(error))
+        add("part", str(error))
+        return {}
     if not part:
         if settings.get("rows_per_part") is not None:
             add("metadata", "does not say which part it is")
-        return None
+        return {}
     path = part_path(part["number"])
     if shard not in (path, path.removeprefix("data/")):
         wrong.append(f"is part {part['number']}, whose file is {path}")
     for name, count in sums.items():
         if part[name] != count:
             wrong.append(f"says {part[name]:,} of {name}, holds {count:,}")
-    skipped = checked.skipped
+    skipped = np.array([*map(int, part["skipped"])], np.int64)
     if index.size + skipped.size != part["conversations"]:
         both = f"{plural(index.size, 'row')} and {skipped.size:,} skipped"
         selected = plural(part["conversations"], "conversation")
@@ -5572,22 +5561,27 @@ def validate_part(
             wrong.append("the conversations, or their order, are not those that were selected")
     for message in wrong:
         add("part", message)
-    return None
+    return part
 
 
-def validate_unique(shards: Mapping[str, CheckedShard], report: ValidationReport) -> None:
+def validate_unique(
+    indices: Mapping[str, npt.NDArray[np.int64]],
+    parts: Mapping[str, Mapping[str, Any]],
+    report: ValidationReport,
+) -> None:
     """Report conversations that occur twice, with a row or without, naming the second place."""
-    found = [np.append(shard.index, shard.skipped) for shard in shards.values()]
-    ids, starts, names = np.concatenate(found), to_starts([*map(len, found)]), list(shards)
+    skipped = [np.array([*map(int, part.get("skipped", ()))], np.int64) for part in parts.values()]
+    found = [np.append(*pair) for pair in zip(indices.values(), skipped, strict=True)]
+    ids, starts, names = np.concatenate(found), to_starts([*map(len, found)]), list(indices)
     again = np.setdiff1d(np.arange(ids.size), np.unique(ids, return_index=True)[1])
     for place, number in zip(again, np.searchsorted(starts, again, side="right") - 1, strict=True):
         row, shard = int(place - starts[number]), names[number]
         told = f"conversation {ids[place]} is there already"
-        report.add(shard, "twice", told, row=row if row < shards[shard].index.size else None)
+        report.add(shard, "twice", told, row=row if row < indices[shard].size else None)
 
 
 def validate_checkpoints(
-    dataset: LogitDataset, shards: Mapping[str, CheckedShard], report: ValidationReport
+    dataset: LogitDataset, parts: Mapping[str, Mapping[str, Any]], report: ValidationReport
 ) -> None:
     """Report shards that the output's checkpoints list otherwise than they are."""
     try:
@@ -5601,7 +5595,7 @@ def validate_checkpoints(
         if there != record.get("bytes"):
             message = f"{there or 'no'} bytes, but the checkpoint lists {record.get('bytes')}"
             report.add(path, "checkpoint", message)
-        elif part := shards[path].part:
+        elif part := parts.get(path):
             names = [name for name in (*PART_FIGURES, "ids") if name in record]
             found = [f"{name} {record[name]!s:.20}" for name in names if record[name] != part[name]]
             if found:

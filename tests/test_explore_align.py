@@ -194,19 +194,12 @@ def test_everything_is_found_from_the_output_itself(
         assert [t for _, t in analysis.pieces if t is not None] == list(range(len(extracted)))
         if all(ord(c) < 128 for c in encoded.text):
             assert "".join(text for text, _ in analysis.pieces) == encoded.text
-
-
-def test_a_conversation_can_be_chosen_by_its_index(
-    output: Path, short_chats: list[dict[str, Any]]
-) -> None:
-    chosen = short_chats[4]["id"]
-    by_index = execute_analysis(output, conversation=chosen)
-    assert by_index.index == chosen
-    assert by_index.tokens == execute_analysis(output, 4).tokens
+    by_index = execute_analysis(output, conversation=chat["id"])
+    assert (by_index.index, by_index.tokens) == (chat["id"], analysis.tokens)
 
 
 def test_a_conversation_that_was_not_extracted_is_shown_as_such(
-    output: Path, chats: list[dict[str, Any]]
+    output: Path, chats: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     missing = execute_analysis(output, conversation=chats[0]["id"])
     assert missing.tokens == []
@@ -217,6 +210,11 @@ def test_a_conversation_that_was_not_extracted_is_shown_as_such(
     assert "not extracted" in shown
     with pytest.raises(SourceError, match="no conversation 999999"):
         execute_analysis(output, conversation=999_999)
+    gone = chats[0]["id"]
+    rows = [{**row, "index": gone + 1 + i} for i, row in enumerate(random_rows(3, settings=RUN))]
+    made = write_parts(tmp_path, rows, settings=RUN, skipped={gone: "too_long"})
+    missing = execute_analysis(made, conversation=gone)
+    assert missing.note == "this conversation gave no row: too_long"
 
 
 def test_another_number_of_tokens_is_an_error_that_names_both(
@@ -372,6 +370,7 @@ def test_the_command_shows_a_row_beside_its_text(output: Path) -> None:
     done = run_script("explore_logits.py", output, "--sample", "2", "--top", "3")
     assert done.code == 0, done.stderr
     assert "<|im_start|>assistant" in done.stdout
+    assert re.search("the [23] tokens that the teacher expected least:", done.stdout)
     assert "\x1b" not in done.stdout
     assert done.summary["sample"] == [2]
 
@@ -444,16 +443,6 @@ def test_a_message_names_what_a_notebook_can_pass(output: Path, tmp_path: Path) 
         write_output(made, random_rows(1, settings=settings), settings=settings)
         with pytest.raises(explore.LogitsError, match=remedy):
             execute_analysis(made)
-
-
-def test_a_conversation_that_gave_no_row_says_why(
-    tmp_path: Path, chats: list[dict[str, Any]]
-) -> None:
-    gone = chats[0]["id"]
-    rows = [{**row, "index": gone + 1 + i} for i, row in enumerate(random_rows(3, settings=RUN))]
-    made = write_parts(tmp_path, rows, settings=RUN, skipped={gone: "too_long"})
-    missing = execute_analysis(made, conversation=gone)
-    assert missing.note == "this conversation gave no row: too_long"
 
 
 def test_the_command_shows_ids_where_the_text_is_gone(tmp_path: Path) -> None:
@@ -546,8 +535,3 @@ def test_without_its_model_ids_are_shown_and_why(tmp_path: Path, capsys: Any) ->
     assert "ids only: " in shown
     assert "model=" in shown
     assert "; it is #" in shown, "the stored text tells the actual token"
-
-
-def test_the_command_says_why_it_shows_these_tokens(output: Path) -> None:
-    done = run_script("explore_logits.py", output)
-    assert re.search("the [23] tokens that the teacher expected least:", done.stdout)

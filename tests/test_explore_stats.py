@@ -197,9 +197,6 @@ def test_bytes_per_token_are_the_files_divided_by_the_tokens(output: Path) -> No
     assert set(stats.column_bytes) == {*explore.READ_COLUMNS} - {"sampled_counts"}
     assert 0 < sum(stats.column_bytes.values()) < total
     assert "top_logits_quantized" in stats._repr_html_()
-
-
-def test_rows_at_hand_have_no_bytes() -> None:
     with pytest.raises(LogitsError, match="pass an output, by name or opened"):
         compute_bytes_per_token_stats(ROWS)
 
