@@ -80,9 +80,7 @@ def main() -> None:
 
     quantize_(student, QATConfig(few_bits, step="prepare"), filter_fn=is_body)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=max(args.steps, 1), pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     order = random.Random(0)
     for _ in range(args.steps):
         batch = order.sample(trained_on, min(args.batch_size, len(trained_on)))
