@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=KINDS, default=4, help="of a weight")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--save", type=Path, help="folder for the weights to quantize")
     args = parser.parse_args()
 
@@ -80,7 +80,10 @@ def main() -> None:
 
     quantize_(student, QATConfig(few_bits, step="prepare"), filter_fn=is_body)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
+    warm_up = 0.1 if args.steps > 10 else 0.5  # a share that is more than one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=args.steps, pct_start=warm_up
+    )
     order = random.Random(0)
     for _ in range(args.steps):
         batch = order.sample(trained_on, min(args.batch_size, len(trained_on)))
