@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage mutants promises real lint clean
+.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage frontier mutants promises real lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -138,11 +138,10 @@ promises: .venv/.done
 attacks: .venv/.done
 	$(PY) tests/tools/attacks.py --jobs 2
 
-# make distill students of the embedded teacher, from stored logits and without (30 minutes)
-distill: .venv/.done
-	OMP_NUM_THREADS=1 $(PY) tests/distill.py --output demo/distill \
-	  --picture docs/images/distill.png
-	OMP_NUM_THREADS=1 $(PY) tests/distill.py --bias
+# make frontier  what students learn from what is kept, against its bytes (15 minutes of one core)
+frontier: .venv/.done
+	OMP_NUM_THREADS=1 $(PY) tests/tools/frontier.py --picture docs/images/frontier.png
+	OMP_NUM_THREADS=1 $(PY) tests/sparse_batches.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/test_explore_training.py
 
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import distill
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -719,52 +718,6 @@ def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> N
     assert losses[-1] < losses[0]
 
 
-@pytest.fixture(scope="module")
-def work(extracted: Path) -> dict[str, Any]:
-    """Return what tests/distill.py trains with, on few conversations."""
-    teacher = distill.load_teacher()
-    held_out = distill.held_out_logits(teacher, extracted)
-    return {"teacher": teacher, "held_out": held_out, "folder": extracted}
-
-
-def test_a_batchs_loss_and_gradient_are_about_the_dense_teachers(
-    work: dict[str, Any],
-) -> None:
-    setup = distill.Setup(batch_size=12, steps=1)
-    batch = next(distill.iter_batches(work["folder"], setup, 0))
-    student = distill.make_student(work["teacher"], 0)
-    dense = distill.wanted_logits(work["teacher"], batch).detach()
-    logits = distill.wanted_logits(student, batch).detach().requires_grad_()
-    values, gradients = {}, {}
-    for arm in ("dense", "unbiased", "renormalized", "ghost", "ignore"):
-        loss = distill.arm_loss(arm, logits, batch, dense if arm == "dense" else None)
-        values[arm] = float(loss.detach())
-        (gradients[arm],) = torch.autograd.grad(loss, logits)
-    size = gradients["dense"].norm()
-    off = {arm: float((gradients[arm] - gradients["dense"]).norm() / size) for arm in gradients}
-    assert abs(values["unbiased"] / values["dense"] - 1) < 0.02
-    assert off["unbiased"] < 0.05
-    assert max(off.values()) < 0.1, off
-    assert values["ghost"] < values["dense"], "it never exceeds the truth"
-
-
-def test_a_student_of_few_steps_is_nearer_to_the_dense_teachers_than_to_the_texts(
-    work: dict[str, Any],
-) -> None:
-    setup = distill.Setup(batch_size=4, steps=30, warmup_steps=5)
-    found = {}
-    for arm in ("text", "unbiased", "dense"):
-        student = distill.make_student(work["teacher"], 0)
-        batches = distill.iter_batches(work["folder"], setup, 0)
-        distill.train(arm, student, batches, setup, work["teacher"])
-        found[arm] = distill.evaluate(student, work["held_out"])["kl"]
-    untrained = distill.make_student(work["teacher"], 0)
-    assert found["dense"] < distill.evaluate(untrained, work["held_out"])["kl"] - 1
-    assert found["dense"] < found["text"], "soft targets tell more than the text"
-    apart = abs(found["unbiased"] - found["dense"])
-    assert apart < 0.2 * abs(found["text"] - found["dense"]), found
-
-
 def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
     extracted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -775,14 +728,3 @@ def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
     load_example("quantized_student").main()
     before, after = map(float, re.findall(r"KL .*: (\d\.\d+)", capsys.readouterr().out))
     assert after < 0.8 * before
-
-
-def test_draws_with_replacement_are_counted_by_token() -> None:
-    probs = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    row = distill.draw_frequencies(probs, 64, torch.Generator().manual_seed(0))
-    there = row["teacher_mask"]
-    shares = np.exp(row["teacher_log_probs"]) * there
-    np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-6)
-    assert row["teacher_ids"][0][there[0]].tolist() == [0, 1, 2]
-    assert row["teacher_ids"][1][there[1]].tolist() == [3]
-    assert distill.draws_for_bytes(probs[:1], 8.9) > distill.draws_for_bytes(probs[:1], 6.0) >= 2

@@ -1,0 +1,431 @@
+"""What a student learns from what is kept of its teacher, against the bytes that keeping it takes.
+
+    conversations ─► teacher's distributions p, once ─► kept, read back ─► p' ─► student ─► held-out
+                                                      (an arm)                              KL
+
+    python tests/tools/frontier.py --picture docs/images/frontier.png     # half an hour of one core
+
+Every arm is an estimate p' of p. The gradient of the forward KL in a student's logits is then
+q Σp' - p', so that one loop trains them all; a test compares it with `distillation_loss`. A seed
+decides conversations, their order and what is drawn of p; all arms share conversations, order and
+the student that they begin with, so that their differences are those of pairs.
+
+The student is the embedded teacher with half of its layers taken out. Bytes are those of the shard
+that the project writes; of draws, those of a Parquet file of ids and hits. Beside the held-out KL:
+
+- rare: loss on the tenth of the held-out tokens that the teacher expects most seldom;
+- gradient: of the head's, at the start, the distance from the dense teacher's over its length;
+- by row: the same where every row of the head counts alike, whatever its size, as in Adam: root of
+  the mean over rows of E |g' - g|² / E |g'|².
+
+Results are kept in `--output` and not made twice. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/tools"), str(ROOT / "tests/teacher")]
+
+from make_conversations import make_training, write_jsonl  # noqa: E402 - a script, from anywhere
+from storage_table import (  # noqa: E402
+    CHATS,
+    TEACHER,
+    Rows,
+    Scheme,
+    estimate,
+    plain_size,
+    store,
+    teacher_rows,
+)
+
+from explore_logits import decode_rows  # noqa: E402
+
+FIRST_SEED = 1000  # of the conversations; the teacher was trained on those of another
+ERROR_BATCHES = 6
+Told = Callable[[np.ndarray], Tensor]  # tokens to what an arm tells of them, (n, V)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a student is told of its teacher; neither scheme nor draws: the teacher itself."""
+
+    name: str
+    scheme: Scheme | None = None
+    draws: int = 0
+    systematic: bool = False  # draws at equal distances instead of independent ones
+    ghost: bool = False  # what is not kept is one token; else it is left out
+    text: bool = False
+
+
+def top_k(k: int) -> Scheme:
+    """Keep the k likeliest tokens and nothing else."""
+    return Scheme(top_p=1.0, top_p_max=k, sampled_n=0, bits=8)
+
+
+ARMS = (
+    Arm("text", text=True),
+    Arm("dense"),
+    Arm("100 + 24, 16 bits", Scheme()),
+    Arm("100 + 24, 8 bits", Scheme(bits=8)),
+    Arm("32 + 24, 8 bits", Scheme(top_p_max=32, bits=8)),
+    Arm("100 + 8, 8 bits", Scheme(sampled_n=8, bits=8)),
+    *(Arm(f"min-p {t:g}", Scheme(min_p=t, bits=8)) for t in (0.005, 0.01, 0.02, 0.05)),
+    *(
+        Arm(f"top {k}{', ghost' if ghost else ''}", top_k(k), ghost=ghost)
+        for k in (16, 64)
+        for ghost in (False, True)
+    ),
+    *(Arm(f"{n} draws", draws=n) for n in (12, 50)),
+    *(Arm(f"{n} points", draws=n, systematic=True) for n in (50, 100, 200)),
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes and schedule; the same for every arm."""
+
+    conversations: int = 100
+    held_out: int = 80
+    epochs: int = 2
+    batch: int = 4
+    rate: float = 2e-3
+    warmup: int = 10
+
+
+# What is kept of a teacher ------------------------------------------------------------------------
+
+
+def actual_tokens(source: Rows) -> np.ndarray:
+    """Return the tokens (N,) that the text holds."""
+    return np.concatenate([row.input_ids[row.token_positions] for row in source.rows])
+
+
+def hit(source: Rows, draws: int, seed: int, *, systematic: bool) -> scipy.sparse.csr_array:
+    """Return how often draws from the whole distributions hit each token, (N, V)."""
+    rng, parts = np.random.default_rng(seed), []
+    for tokens in source.slices():
+        sums = source.probabilities(tokens).cumsum(1)
+        shape = (len(sums), draws)
+        at = rng.random(shape)
+        if systematic:  # one number a token shifts them all
+            at = (at[:, :1] + np.arange(draws)) / draws
+        at *= sums[:, -1:]
+        ids = torch.searchsorted(torch.from_numpy(sums), torch.from_numpy(at), right=True)
+        place = (np.repeat(np.arange(shape[0]), draws), ids.numpy().reshape(-1))
+        hits = scipy.sparse.coo_array((np.ones(ids.numel()), place), shape=sums.shape)
+        parts.append(hits.tocsr())  # adds up what was hit more than once
+    return scipy.sparse.vstack(parts, format="csr")
+
+
+def hit_bytes(hits: scipy.sparse.csr_array, source: Rows) -> int:
+    """Return the size of ids and hits in a Parquet file of the rows' conversations."""
+    assert hits.shape[1] <= 1 << 16, "more ids than 16 bits hold"
+    ends = np.cumsum([0] + [row.token_positions.size for row in source.rows])
+    columns = {
+        "ids": (hits.indptr[ends], hits.indices.astype(np.uint16)),
+        "hits": (hits.indptr[ends], hits.data.astype(np.uint8)),
+        "counts": (ends, np.diff(hits.indptr).astype(np.uint8)),
+    }
+    lists = {
+        name: pa.ListArray.from_arrays(starts.astype(np.int32), values)
+        for name, (starts, values) in columns.items()
+    }
+    index = pa.array([row.index for row in source.rows], pa.int32())
+    return plain_size(pa.table({"index": index, **lists}), compression="zstd", compression_level=2)
+
+
+def keep(source: Rows, arm: Arm, seed: int) -> tuple[Told, float]:
+    """Return what an arm tells of tokens, and bytes a token."""
+    count, vocab = source.logits.shape
+    if arm.scheme is not None:
+        table, size = store(source, arm.scheme, seed)
+        kept = estimate(decode_rows(table), vocab)
+    elif arm.draws:
+        hits = hit(source, arm.draws, seed, systematic=arm.systematic)
+        kept, size = hits / arm.draws, hit_bytes(hits, source)
+    elif arm.text:
+        place, size = (np.arange(count), actual_tokens(source)), 0
+        kept = scipy.sparse.coo_array((np.ones(count), place), shape=(count, vocab)).tocsr()
+    else:
+        return lambda tokens: source.logits[tokens].softmax(-1), 4.0 * vocab
+    return lambda tokens: torch.from_numpy(kept[tokens].toarray().astype(np.float32)), size / count
+
+
+def slope(logits: Tensor, told: Tensor, *, ghost: bool = False) -> Tensor:
+    """Return the gradient (n, V) of the forward KL, summed over tokens, in a student's logits."""
+    q, total = logits.softmax(-1), told.sum(-1, keepdim=True)
+    if not ghost:
+        return q * total - told
+    outside = told == 0
+    rest = (1 - total).clamp(min=0)  # rounding may bring it below
+    q_rest = (q * outside).sum(-1, keepdim=True).clamp(min=1e-30)
+    return q * (total + rest) - torch.where(outside, rest * q / q_rest, told)
+
+
+# Students -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_student() -> LlamaForCausalLM:
+    """Load the embedded teacher with the inner half of its layers taken out, in float32."""
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[0], model.model.layers[-1]])
+    return model.train()  # it has no dropout
+
+
+def read_states(
+    student: LlamaForCausalLM, source: Rows, chosen: Sequence[int]
+) -> tuple[Tensor, np.ndarray]:
+    """Return what the head is given (n, H) for some conversations' tokens, and the tokens' numbers.
+
+    The conversations stand one after the other in one sequence, which Llama keeps apart.
+    """
+    rows = [source.rows[i] for i in chosen]
+    starts = np.cumsum([0] + [row.input_ids.size for row in rows])
+    places = [s + row.token_positions - 1 for s, row in zip(starts[:-1], rows, strict=True)]
+    ends = np.cumsum([row.token_positions.size for row in source.rows])
+    tokens = [np.arange(ends[i] - source.rows[i].token_positions.size, ends[i]) for i in chosen]
+    ids, positions = (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+        for parts in (
+            [row.input_ids for row in rows],
+            [np.arange(row.input_ids.size) for row in rows],
+        )
+    )
+    states = student.model(input_ids=ids, position_ids=positions, use_cache=False)
+    return states.last_hidden_state[0][np.concatenate(places)], np.concatenate(tokens)
+
+
+def iter_batches(source: Rows, setup: Setup, seed: int) -> Iterator[Sequence[int]]:
+    """Yield the conversations of every step."""
+    rng = np.random.default_rng(seed)
+    for _ in range(setup.epochs):
+        order = rng.permutation(len(source.rows))
+        yield from np.array_split(order, max(len(order) // setup.batch, 1))
+
+
+def train(source: Rows, told: Told, arm: Arm, setup: Setup, seed: int) -> LlamaForCausalLM:
+    """Train a student on what an arm tells."""
+    student, vocab = copy.deepcopy(load_student()), source.logits.shape[1]
+    optimizer = torch.optim.AdamW(student.parameters(), setup.rate, betas=(0.9, 0.95), fused=True)
+    batches = list(iter_batches(source, setup, seed))
+    for step, chosen in enumerate(batches):
+        warm = min(1.0, (step + 1) / setup.warmup)
+        rate = setup.rate * warm * 0.5 * (1 + np.cos(np.pi * step / len(batches)))
+        optimizer.param_groups[0]["lr"] = rate
+        states, tokens = read_states(student, source, chosen)
+        logits = states @ student.lm_head.weight[:vocab].T
+        logits.backward(slope(logits.detach(), told(tokens), ghost=arm.ghost) / len(tokens))
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return student
+
+
+@torch.no_grad()
+def evaluate(student: LlamaForCausalLM, held_out: Rows) -> dict[str, float]:
+    """Return held-out KL from the teacher, loss on the text, and that on its rarest tenth."""
+    actual = torch.from_numpy(actual_tokens(held_out).astype(np.int64))
+    vocab, expected, kl, loss = held_out.logits.shape[1], 0.0, [], []
+    for chosen in np.array_split(np.arange(len(held_out.rows)), max(len(held_out.rows) // 8, 1)):
+        states, tokens = read_states(student, held_out, chosen)
+        log_q = (states @ student.lm_head.weight[:vocab].T).log_softmax(-1)
+        log_p = held_out.logits[tokens].log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        loss.append(-log_q.gather(1, actual[tokens, None])[:, 0])
+        expected = expected + log_p.exp().sum(0)
+    losses = torch.cat(loss)
+    rare = expected[actual].argsort(stable=True)[: max(len(actual) // 10, 1)]
+    means = {"kl": torch.cat(kl).mean(), "loss": losses.mean(), "rare": losses[rare].mean()}
+    return {name: float(value) for name, value in means.items()}
+
+
+@torch.no_grad()
+def gradient_errors(source: Rows, told: Told, arm: Arm, setup: Setup) -> dict[str, float]:
+    """Return how far the head's gradients are from the dense teacher's before the first step."""
+    student, vocab = load_student(), source.logits.shape[1]
+    off, own, true = (torch.zeros(vocab) for _ in range(3))  # squares by row of the head
+    for _, chosen in zip(range(ERROR_BATCHES), iter_batches(source, setup, 0), strict=False):
+        states, tokens = read_states(student, source, chosen)
+        logits = states @ student.lm_head.weight[:vocab].T
+        right = slope(logits, source.logits[tokens].softmax(-1)).T @ states
+        found = slope(logits, told(tokens), ghost=arm.ghost).T @ states
+        for sums, values in ((off, found - right), (own, found), (true, right)):
+            sums += values.square().sum(-1)
+    return {
+        "gradient": float((off.sum() / true.sum()).sqrt()),
+        "by_row": float((off / own.clamp(min=1e-30)).mean().sqrt()),
+    }
+
+
+# Run ----------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, setup: Setup, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
+    """Return the figures of every arm, one a seed; what is in the folder is not made again."""
+    path = folder / f"{'-'.join(map(str, asdict(setup).values()))}.json"
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    held_out = functools.cache(lambda: teacher_rows("held out", TEACHER, CHATS, setup.held_out))
+    for seed in range(seeds):
+        todo = [arm for arm in arms if f"{arm.name}/{seed}" not in found]
+        if todo:
+            folder.mkdir(parents=True, exist_ok=True)
+            chats = folder / f"conversations-{seed}.jsonl"
+            write_jsonl(chats, make_training(FIRST_SEED + seed, setup.conversations))
+            source = teacher_rows(f"seed {seed}", TEACHER, chats, setup.conversations)
+        for arm in todo:
+            told, size = keep(source, arm, seed)
+            student = train(source, told, arm, setup, seed)
+            figures = {"bytes": size, **evaluate(student, held_out())}
+            figures |= gradient_errors(source, told, arm, setup)
+            found[f"{arm.name}/{seed}"] = figures
+            path.write_text(json.dumps(found))
+            print(f"{arm.name}/{seed}", figures, file=sys.stderr, flush=True)
+    return {
+        arm.name: {
+            name: [found[f"{arm.name}/{seed}"][name] for seed in range(seeds)]
+            for name in found[f"{arm.name}/0"]
+        }
+        for arm in arms
+    }
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def compare(figures: dict[str, Any], name: str, arm: str, other: str) -> tuple[float, float]:
+    """Return by how much a figure of one arm is above another's, over pairs of one seed."""
+    return mean_error(np.subtract(figures[arm][name], figures[other][name]))
+
+
+def recommend(figures: dict[str, Any], arms: Sequence[Arm]) -> str | None:
+    """Return the store of fewest bytes that costs neither KL nor rare tokens a standard error."""
+
+    def costs(arm: Arm) -> bool:
+        pairs = [compare(figures, name, arm.name, "dense") for name in ("kl", "rare")]
+        return any(mean > error for mean, error in pairs)
+
+    good = [arm.name for arm in arms if arm.scheme is not None and not costs(arm)]
+    return min(good, key=lambda name: mean_error(figures[name]["bytes"]), default=None)
+
+
+def print_table(figures: dict[str, Any], best: str | None) -> None:
+    """Print every arm as Markdown, differences with the standard errors of pairs."""
+    print("| kept | bytes a token | held-out KL | above dense | above the recommended "
+          "| rare tokens' loss | above dense | gradient | by row |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    for arm, found in figures.items():
+        means = {name: float(np.mean(values)) for name, values in found.items()}
+        pairs = (("kl", "dense"), ("kl", best or "dense"), ("rare", "dense"))
+        above = [
+            "" if arm == other else "{:+.4f} ± {:.4f}".format(*compare(figures, name, arm, other))
+            for name, other in pairs
+        ]
+        print(
+            f"| {arm} | {means['bytes']:,.1f} | {means['kl']:.4f} | {above[0]} | {above[1]} "
+            f"| {means['rare']:.3f} | {above[2]} | {means['gradient']:.1%} "
+            f"| {means['by_row']:.0%} |"
+        )
+
+
+def draw(figures: dict[str, Any], arms: Sequence[Arm], path: Path) -> None:
+    """Draw by how much every arm is above the dense one, against its bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    families: dict[str, list[Arm]] = {}
+    for arm in arms:
+        if arm.scheme or arm.draws:
+            families.setdefault(family(arm), []).append(arm)
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.4), sharex=True)
+    for axes, name, title, linear in (
+        (panels[0], "kl", "held-out KL", 0.004),
+        (panels[1], "rare", "loss on the rarest tenth of the tokens", 0.03),
+    ):
+        for (label, members), colour in zip(families.items(), COLOURS, strict=False):
+            members.sort(key=lambda arm: float(np.mean(figures[arm.name]["bytes"])))
+            sizes = [np.mean(figures[arm.name]["bytes"]) for arm in members]
+            pairs = [compare(figures, name, arm.name, "dense") for arm in members]
+            means, errors = zip(*pairs, strict=True)
+            axes.errorbar(sizes, means, errors, label=label, color=colour, marker="o", ms=5,
+                          capsize=3, lw=1)  # fmt: skip
+            for arm, size, mean in zip(members, sizes, means, strict=True):
+                left = arm.systematic or arm.name.endswith("24, 8 bits") or "+ 8" in arm.name
+                short = re.sub("min-p |, 8 bits|.*, (?=16)", "", arm.name)
+                axes.annotate(short, (size, mean), (-6 if left else 6, 4), color=colour,
+                              fontsize=8, textcoords="offset points",
+                              ha="right" if left else "left")  # fmt: skip
+        top = compare(figures, name, "text", "dense")[0]
+        axes.axhline(top, color="#777", ls=":")
+        axes.text(6.2, top, "the text alone, 0 bytes", va="bottom", color="#555", fontsize=8)
+        axes.axhline(0, color="#777", ls="--")
+        axes.text(6.2, 0, "dense, 20,000 bytes", va="bottom", color="#555", fontsize=8)
+        axes.set(xscale="log", xlim=(6, 420), xlabel="bytes a token", title=title)
+        axes.set_yscale("symlog", linthresh=linear)
+        axes.set_ylim(-1.5 * linear, 3 * top)
+        axes.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+        axes.grid(color="#eee")
+    panels[0].set_ylabel("nats a token above the dense teacher's student")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=6)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=90)
+
+
+COLOURS = ("#4269d0", "#d62728", "#3ca951", "#1f8a8a", "#9467bd", "#8a6d3b")
+
+
+def family(arm: Arm) -> str:
+    """Return what an arm is one size of."""
+    if arm.draws:
+        return "points on the whole distribution" if arm.systematic else "draws with replacement"
+    if arm.scheme and arm.scheme.min_p is not None:
+        return "--min-p (compact rows)"
+    if arm.scheme and arm.scheme.sampled_n:
+        return "nucleus and tail, K + M"
+    return "top k and a ghost token" if arm.ghost else "top k"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "demo/frontier")
+    parser.add_argument("--picture", type=Path, help="where to draw it (extra viz)")
+    parser.add_argument("--seeds", type=int, default=8, help="at least 2")
+    for field in fields(Setup):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
+                            default=field.default)  # fmt: skip
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    setup = Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+    figures = run(args.output, setup, ARMS, args.seeds)
+    best = recommend(figures, ARMS)
+    print_table(figures, best)
+    print(f"\nfewest bytes within a standard error of the dense teacher: {best}")
+    if args.picture:
+        draw(figures, ARMS, args.picture)
+    print(json.dumps({**asdict(setup), "seeds": args.seeds, "recommended": best, "arms": figures}))
+
+
+if __name__ == "__main__":
+    main()
