@@ -133,8 +133,8 @@ FAULTS = """
 
 == extract_logits | test_extract_output.py test_extract_parts.py
 : a stale checkpoint is believed: a part of fewer conversations counts as done
-- return number in self.known and self.known[number].ids == ids
-+ return number in self.known
+- return getattr(self.listed[number], "ids", None) == ids
++ return self.listed[number] is not None
 : an answer 429 ends the run, with its Retry-After unread
 - PASSING_STATUS = {408, 409, 412, 425, 429}
 + PASSING_STATUS = {408, 409, 412, 425}
