@@ -5525,20 +5525,21 @@ class Extraction:
         limited = config.max_batch_tokens or config.max_batch_size or config.batch_thresholds
         if device.type != "cuda" or config.tensor_parallel or limited or self.teacher.batch_tokens:
             return
-
-        def run_with_headroom(batch: Batch) -> None:
-            torch.cuda.empty_cache()
-            spare = torch.empty(PROBE_HEADROOM_BYTES, dtype=torch.uint8, device=device)
-            self.forward(batch).to_host()
-            del spare
-
         self.most_tokens = find_batch_tokens(
-            run_with_headroom,
+            self.run_with_headroom,
             length=max(row.input_ids.size for row in window.rows),
             vocab_size=self.teacher.vocab_size,
             start=DEFAULT_BATCH_TOKENS["cuda"],
         )
         logger.info("batches of up to %d tokens fit %s", self.most_tokens, device)
+
+    def run_with_headroom(self, batch: Batch) -> None:
+        """Run a batch to its end with memory to spare, and give back what the device keeps."""
+        assert self.teacher is not None
+        torch.cuda.empty_cache()
+        spare = torch.empty(PROBE_HEADROOM_BYTES, dtype=torch.uint8, device=self.teacher.device)
+        self.forward(batch).to_host()
+        del spare
 
     def submit(self, batch: Batch) -> None:
         """Run a batch and hand its result to a packing thread; in halves where it does not fit."""
