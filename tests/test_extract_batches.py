@@ -192,14 +192,13 @@ def test_a_failure_that_is_not_memory_ends_the_probe() -> None:
 def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
     flags: list[str], device: str, probes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[int] = []
+    tried: list[dict[str, int]] = []
 
-    def small_device(run: Any, batch: Batch) -> None:
-        tried.append(len(batch.rows) * batch.rows[0].input_ids.size)
-        if tried[-1] > 40_000:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def probe(run: Any, **sizes: int) -> int:
+        tried.append(sizes)
+        return 32_000
 
-    monkeypatch.setattr(extract_logits.Extraction, "run_with_headroom", small_device)
+    monkeypatch.setattr(extract_logits, "find_batch_tokens", probe)
     config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
     job = SimpleNamespace(config=config, schema=None, vocab_size=50, selection=[])
     teacher = SimpleNamespace(
@@ -211,7 +210,7 @@ def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
     window = extract_logits.Window([row(number, 1000) for number in range(100)])
     for _ in range(2):  # windows of one run
         batches = list(run.batches_of(window))
-    assert len(tried) == 4 * probes
+    assert tried == [{"length": 1000, "vocab_size": 50, "start": 16_384}] * probes
     if probes:
         assert len(batches[0].rows) == 32
 
