@@ -791,13 +791,15 @@ def _kind_of(value: Any) -> str:
 
 
 def _json_cell(value: Any) -> str | None:
+    """Write JSON that `datasets` reads rightly: integers over 64 bits and half pairs as text."""
     if value is None:
         return None
     text = json.dumps(value, ensure_ascii=False)
-    if is_unicode(text):
+    if is_unicode(text) and not re.search(r"\d{19}", text):
         return text
-    # the reader of `datasets` drops the first half of a pair without the second, not the second
-    return json.dumps(json.loads(re.sub("[\ud800-\udbff]", "\udc00", text)))
+    if isinstance(value, str):  # first halves would be dropped in silence, second ones are not
+        return json.dumps(re.sub("[\ud800-\udbff]", "\udc00", value))
+    return json.dumps(json.dumps(value))
 
 
 def is_unicode(text: str) -> bool:

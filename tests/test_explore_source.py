@@ -28,6 +28,7 @@ from explore_logits import (
     LogitsError,
     SourceError,
     Stream,
+    is_unicode,
     open_source,
     read_conversation,
     read_lengths,
@@ -568,3 +569,15 @@ def test_a_column_may_become_another_kind_after_the_first_rows(
     assert [row["note"] for row in found] == ["x", "x", "x", None, 3]
     assert found[3]["late"] == [{"a": None}]
     assert [row["messages"] for row in found] == [chat] * 5
+
+
+def test_what_json_holds_and_a_table_does_not_comes_back_from_it(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"n": 2**70, "x": None}}}
+    asked = {"role": "user", "content": "half \ud800 a pair"}
+    rows = [{"id": 2**70, "messages": [asked, {"role": "assistant", "tool_calls": [call]}]}]
+    source = open_source(str(write_lines(tmp_path / "r.jsonl", rows)))
+    assert read_conversation(source[0], MESSAGES, source.features).messages == rows[0]["messages"]
+    with pytest.raises(SourceError, match="not an integer"):
+        source_id(source[0], 0, ConversationColumns(messages="messages", index="id"))
+    text = open_source(str(write_lines(tmp_path / "t.jsonl", [{"a": "x \ud800"}, {"a": "y"}])))
+    assert [is_unicode(row["a"]) for row in text] == [False, True]
