@@ -3740,7 +3740,7 @@ def storage_errors(place: str) -> Iterator[None]:
     """Turn an OSError (full disk, no permission) into a HubError that says what to do."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeEncodeError) as error:  # the last: of a name
         reason = getattr(error, "strerror", None) or first_line(error)
         if file := getattr(error, "filename", None):
             reason += f" ({file})"
