@@ -92,6 +92,7 @@ from explore_logits import (
     ConversationColumns,
     ConversationEncoder,
     ConversationError,
+    Lengths,
     LogitsError,
     OneLineParser,
     conversation_settings,
@@ -814,26 +815,33 @@ class KnownLengths:
 
 
 def find_lengths(
-    config: ExtractionConfig, settings: Mapping[str, Any], selection: Selection
+    config: ExtractionConfig,
+    settings: Mapping[str, Any],
+    selection: Selection,
+    measured: Lengths | None = None,
 ) -> KnownLengths | None:
     """Return the lengths that the options give; those of --tokenized-dataset are joined on `index`.
 
+    Args:
+        config: `tokenized_dataset` names what was measured, `length_col` a column of the source.
+        settings: of the job.
+        selection: what the lengths are needed of.
+        measured: what --tokenized-dataset holds.
+
     Raises:
-        SourceError: the lengths dataset cannot be read.
         DataError: it was measured for another job, or a length column holds no lengths.
     """
-    if config.tokenized_dataset is not None:
+    if measured is not None:
         name = f"--tokenized-dataset {config.tokenized_dataset}"
-        found = read_lengths(config.tokenized_dataset, length_col=config.length_col or "length")
-        wanted = {key: settings.get(key) for key in found.settings}
-        if differences := list_differences(found.settings, wanted):
+        wanted = {key: settings.get(key) for key in measured.settings}
+        if differences := list_differences(measured.settings, wanted):
             raise DataError(
                 f"{name} was measured for another job: {'; '.join(differences)}; run "
                 "compute_lengths.py for this one, or leave the option out"
             )
-        order = np.argsort(found.index)
-        stored = None if found.num_tokens is None else found.num_tokens[order]
-        return KnownLengths(name, found.index[order], found.length[order], stored)
+        order = np.argsort(measured.index)
+        stored = None if measured.num_tokens is None else measured.num_tokens[order]
+        return KnownLengths(name, measured.index[order], measured.length[order], stored)
     if config.length_col is None or selection.ids is None:
         return None
     values = read_column(selection.source, config.length_col)
@@ -5091,10 +5099,11 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     model_config = load_model_config(config)
     name, revision = tokenizer_source(config)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    begun = recorded  # where a template asks for the date: it is that of the job's first step
-    if not recorded and config.tokenized_dataset:
-        length_col = config.length_col or "length"
-        begun = read_lengths(config.tokenized_dataset, length_col=length_col).settings
+    measured = None
+    if config.tokenized_dataset is not None:
+        measured = read_lengths(config.tokenized_dataset, length_col=config.length_col or "length")
+    # Where a template asks for the date, it is that of the job's first step.
+    begun = recorded or (measured.settings if measured else {})
     source, conversation = open_conversations(
         config,
         tokenizer=tokenizer,
@@ -5110,7 +5119,7 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     settings["rows_per_part"] = recorded.get("rows_per_part") or choose_rows_per_part(
         selection, encoder
     )
-    lengths = find_lengths(config, settings, selection)
+    lengths = find_lengths(config, settings, selection, measured)
     schema = shard_schema(
         store_tokens=config.store_tokens, compact=config.min_p is not None, settings=settings
     )

@@ -71,8 +71,8 @@ Words = Sequence[object]
 class World:
     """A folder that a run works in, with what it meets there."""
 
-    def __init__(self, folder: Path, ready: Path, seed: int) -> None:
-        self.folder, self.ready = folder, ready
+    def __init__(self, folder: Path, ready: Path, seed: int, slack: float = 1.0) -> None:
+        self.folder, self.ready, self.slack = folder, ready, slack
         self.random = random.Random(seed)
         self.env: dict[str, str] = {}
         self.held: set[int] = set()  # ids that the output holds before
@@ -137,6 +137,8 @@ class World:
         """Return options of an extraction: two conversations into ./out."""
         usual = {"model": TEACHER, "dataset": CHATS, "output": "./out", "cache_dir": "cache",
                  "limit": 2}  # fmt: skip
+        if minutes := options.get("max_runtime_minutes"):  # a busy machine starts slowly
+            options["max_runtime_minutes"] = minutes * self.slack
         return [*words, *name_options({**usual, **options})]
 
     def resume(self, *words: object, **options: Any) -> list[object]:
@@ -1123,7 +1125,7 @@ def make_output(folder: Path) -> Path:
 
 def run_attack(attack: Attack, folder: Path, ready: Path, seed: int, slack: float = 1.0) -> Verdict:
     """Run an attack, and a calm run after it where it says so."""
-    world = World(folder, ready, seed)
+    world = World(folder, ready, seed, slack)
     try:
         world.argv = attack.prepare(world)
         world.before = None if attack.script == EXTRACT else world.stored()
