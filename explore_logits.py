@@ -2330,8 +2330,9 @@ def open_conversations(
             flags = " and ".join("--" + name.replace("_", "-") for name in idle)
             raise TemplateError(f"{flags}: --text-col uses no chat template")
         return Conversations(source, ConversationEncoder(tokenizer, "", columns))
-    if "system" in names and columns.system is None:
-        log.warning("the column 'system' is not used; --system-col system uses it")
+    for name in ("system", "system_prompt") if columns.system is None else ():
+        if name in names:
+            log.warning("the column %r is not used; --system-col %s uses it", name, name)
     source_text = load_chat_template(options.chat_template, tokenizer)
     given = check_template_kwargs(options.template_kwargs or {})
     template = prepare_template(tokenizer, source_text, template_kwargs=given)

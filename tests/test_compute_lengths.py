@@ -386,6 +386,19 @@ def test_rows_of_other_columns_are_measured_too(streaming: bool, tmp_path: Path)
     assert batch["length"][0] < batch["length"][1]
 
 
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_column_that_nobody_asked_for_is_not_left_out_in_silence(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps({name: "Be brief.", "question": "Why?", "answer": "So."}))
+    for column, said in ((None, [f"the column '{name}' is not used; --system-col {name} uses it"]),
+                         (name, [])):  # fmt: skip
+        caplog.clear()
+        open_conversations(make_config(dataset=str(path), system_col=column))
+        assert [record.getMessage() for record in caplog.records] == said
+
+
 def test_a_worker_that_dies_is_an_error_with_a_remedy() -> None:
     source, encoder = open_source(str(CHATS)), ConversationEncoder(Fatal(), "", COLUMNS)
     with pytest.raises(LengthsError, match="--num-proc"):
