@@ -1064,7 +1064,7 @@ def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
         wrong.append(f"does not say {attack.says!r}")
     if attack.script == EXTRACT and (lacking := find_lacking(ended)):
         wrong.append(f"the last line lacks {', '.join(sorted(lacking))}")
-    if ended.seconds > attack.seconds:
+    if ended.seconds > attack.seconds * world.slack:
         wrong.append(f"{ended.seconds:.0f} s")
     if ended.peak_mb > attack.peak_mb:
         wrong.append(f"{ended.peak_mb:.0f} MB")
