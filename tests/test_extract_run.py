@@ -239,18 +239,13 @@ def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
     extract: Extract, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    commits = []
-    take = extract_logits.Folder.commit
+    def commit(*_: Any) -> None:
+        raise extract_logits.HubError("the disk is full")
 
-    def commit(self: extract_logits.Folder, *args: Any) -> None:
-        commits.append(args)
-        if len(commits) > 1:
-            raise extract_logits.HubError("the disk is full")
-        take(self, *args)
-
+    take, job = extract_logits.Folder.commit, {"upload_every": 2, "resume": True}
+    assert extract(limit=2, **job).code == 0
     monkeypatch.setattr(extract_logits.Folder, "commit", commit)
-    job = {"limit": 6, "upload_every": 2, "max_batch_size": 1}
-    done = extract(**job)
+    done = extract(limit=6, **job)
     summary, last = done.summary, done.stderr.splitlines()[-1]
     assert (done.code, summary["exit_code"], summary["error"]) == (4, 4, "the disk is full")
     assert (summary["rows"], summary["shards"]) == (2, 1)
@@ -261,7 +256,7 @@ def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
     assert last.startswith("extract_logits.py: the disk is full; ")
     assert last.endswith("next: the same command with --resume")
     monkeypatch.setattr(extract_logits.Folder, "commit", take)
-    done = extract(**job, resume=True)
+    done = extract(limit=6, **job)
     assert (done.code, done.summary["rows"], done.summary["undelivered"]) == (0, 6, [])
 
 

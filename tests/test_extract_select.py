@@ -15,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import extract_logits
-from explore_logits import ConversationColumns, ConversationError, LogitsError, SourceError
+from explore_logits import (
+    ConversationColumns,
+    ConversationError,
+    LogitsError,
+    SourceError,
+    read_lengths,
+)
 from extract_logits import (
     ConversationDataset,
     DataError,
@@ -206,7 +212,8 @@ def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path: Pat
         ({"length_col": "size"}, [4, 5, 3]),
     ):
         selection = select(rows_of(ids), index_col="id", **options)
-        known = find_lengths(selection.config, {}, selection)
+        measured = read_lengths(str(path)) if "tokenized_dataset" in options else None
+        known = find_lengths(selection.config, {}, selection, measured)
         assert known is not None
         places = known.places(np.array([2, 5, 9]))
         assert known.length[places].tolist() == lengths

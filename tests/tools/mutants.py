@@ -52,8 +52,8 @@ FAULTS = """
 - mix_hash(np.asarray(ids, np.int64), seed=seed)
 + mix_hash(np.asarray(ids, np.int64), seed=0)
 : lengths are joined by the order of rows and not by id
-- KnownLengths(name, found.index[order], found.length[order], stored)
-+ KnownLengths(name, found.index[order], found.length, stored)
+- KnownLengths(name, measured.index[order], measured.length[order], stored)
++ KnownLengths(name, measured.index[order], measured.length, stored)
 : a source that cannot be read to its end ends the run as if all were done
 -         yield error
 +         return
