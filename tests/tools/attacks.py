@@ -810,9 +810,10 @@ def many_parts(world: World) -> Words:
     return world.extract(dataset=dataset, limit=300, upload_every=3, max_batch_size=1)
 
 
+# Where what was committed is gone before it is looked for, each part is looked for half a minute.
 for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*"), ("cache", "out/data/*")):
     add(f"{name} is removed again and again, once there is {sign}", EXTRACT, many_parts,
-        exits=(0, 2, 4), during=remove_during(name, sign))  # fmt: skip
+        exits=(0, 2, 4), during=remove_during(name, sign), seconds=600.0)  # fmt: skip
 
 for option_name in ("output", "cache_dir"):
     for place in ("/proc/here", "/dev/null/here", "/dev/full", "ring/here", "a" * 300, "./\udcff",
