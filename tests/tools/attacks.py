@@ -810,7 +810,7 @@ def many_parts(world: World) -> Words:
     return world.extract(dataset=dataset, limit=300, upload_every=3, max_batch_size=1)
 
 
-# Where what was committed is gone before it is looked for, each part is looked for half a minute.
+# What was committed and is gone before it is looked for is looked for two minutes, a commit.
 for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*"), ("cache", "out/data/*")):
     add(f"{name} is removed again and again, once there is {sign}", EXTRACT, many_parts,
         exits=(0, 2, 4), during=remove_during(name, sign), seconds=600.0)  # fmt: skip
