@@ -708,6 +708,7 @@ def read_rows(
                 return
             yield line.decode("utf-8-sig")
 
+    _read_faults()  # imports, which a reader that is closed halfway is not to wait for
     for file in files:
         number = 0
         if file.endswith(".zst"):
@@ -846,6 +847,7 @@ class Stream:
         return replace(self, rows=self.rows.select_columns(list(names)))
 
 
+@lru_cache(maxsize=1)
 def _read_faults() -> tuple[type[Exception], ...]:
     """Return what the readers of all kinds of files raise."""
     found: list[type[Exception]] = [OSError, EOFError, ValueError, TypeError, KeyError, ImportError]

@@ -55,10 +55,13 @@ def list_tests(folder: Path = TESTS) -> dict[str, bool]:
     """Return all tests by name, and whether each is marked as slow; nothing is imported."""
     tests = {}
     for path in sorted(folder.glob("test_*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        text = path.read_text(encoding="utf-8")
+        all_slow = "\npytestmark = pytest.mark.slow\n" in text
+        for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 marks = map(ast.unparse, node.decorator_list)
-                tests[f"{path.name}::{node.name}"] = any(".slow" in mark for mark in marks)
+                is_slow = all_slow or any(".slow" in mark for mark in marks)
+                tests[f"{path.name}::{node.name}"] = is_slow
     return tests
 
 
