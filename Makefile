@@ -73,7 +73,7 @@ build/vllm/.done:
 	build/vllm/bin/pip install --quiet --no-deps '$(VLLM)' \
 	  && build/vllm/bin/pip install --quiet $(TORCH) \
 	  && build/vllm/bin/python -c '$(NEEDS)' > build/vllm/needs.txt \
-	  && build/vllm/bin/pip install --quiet -r build/vllm/needs.txt datasets pytest \
+	  && build/vllm/bin/pip install --quiet -r build/vllm/needs.txt datasets pytest hypothesis \
 	  || touch build/vllm/missing
 	touch $@
 
