@@ -1030,7 +1030,11 @@ def run(
         actor.start()
         killer = threading.Timer(killed_after_s, os.killpg, (process.pid, signal.SIGKILL))
         killer.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        peak_kb = 0
+        while not (ended := os.waitpid(process.pid, os.WNOHANG))[0]:
+            peak_kb = read_peak_kb(process.pid) or peak_kb  # the last is of the script alone
+            time.sleep(0.02)
+        status = ended[1]
         seconds = time.monotonic() - begun
         killer.cancel()
         process.returncode = code = os.waitstatus_to_exitcode(status)
@@ -1042,7 +1046,15 @@ def run(
             file.seek(0)
             texts.append(file.read(50 * 2**20).decode(errors="surrogateescape"))
     killed = code == -signal.SIGKILL and seconds >= killed_after_s - 1
-    return Ended(None if killed else code, *texts, seconds, usage.ru_maxrss / 1024)
+    return Ended(None if killed else code, *texts, seconds, peak_kb / 1024)
+
+
+def read_peak_kb(pid: int) -> int:
+    """Return the peak of a process's memory; `ru_maxrss` would count this one's before the exec."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) if found else 0
+    return 0
 
 
 def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
