@@ -2552,6 +2552,73 @@ class Store:
             raise OpenError(f"{path} leads outside {self.name} and is not read")
         return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
 
+    def read_footer(self, path: str) -> pq.FileMetaData:
+        """Return the metadata of a Parquet file."""
+        with contextlib.closing(self.open(path)) as source:
+            return pq.ParquetFile(source, thrift_string_size_limit=MAX_FOOTER_BYTES).metadata
+
+    def read_groups(
+        self,
+        path: str,
+        footer: pq.FileMetaData,
+        groups: Sequence[int],
+        columns: Sequence[str],
+        **options: Any,
+    ) -> pa.Table:
+        """Return those of the columns that a Parquet file has, of some of its row groups.
+
+        No thread of Arrow's is handed what is Python's: one that lets go of it while the
+        interpreter ends takes the process down with it.
+
+        Args:
+            path: the file in the store.
+            footer: its metadata.
+            groups: the row groups, by number.
+            columns: the columns, by name.
+            options: further arguments of `pyarrow.parquet.ParquetFile`.
+
+        Raises:
+            FormatError: a column lies outside the file.
+        """
+        options |= {"metadata": footer, "page_checksum_verification": True}
+        known = footer.schema.to_arrow_schema().names
+        wanted = [column for column in columns if column in known]
+        if not self.on_hub and self._is_inside(path):
+            with pa.OSFile(f"{self.root}/{path}") as source:
+                file = pq.ParquetFile(source, **options)
+                return file.read_row_groups(list(groups), wanted).select(wanted)
+        spans = []
+        for chunk in (group.column(i) for group in map(footer.row_group, groups)
+                      for i in range(group.num_columns)):  # fmt: skip
+            if chunk.path_in_schema.split(".")[0] in wanted:
+                start = chunk.data_page_offset
+                if chunk.has_dictionary_page:
+                    start = min(start, chunk.dictionary_page_offset)
+                spans.append((start, start + chunk.total_compressed_size))
+        with contextlib.closing(self._open_spans(path, spans)) as source:
+            file = pq.ParquetFile(source, pre_buffer=False, **options)
+            return file.read_row_groups(list(groups), wanted, use_threads=False).select(wanted)
+
+    def _open_spans(self, path: str, spans: Sequence[tuple[int, int]]) -> Any:
+        """Open a file of the Hub at some byte ranges, which are fetched at once, near ones as one.
+
+        Raises:
+            FormatError: a range lies outside the file.
+        """
+        merge_ranges = import_extra("fsspec.utils").merge_offset_ranges
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        _, starts, ends = merge_ranges([path] * len(spans), starts, ends, max_gap=NEAR_BYTES)
+        parts = {}
+        with self.open(path) as file:
+            for start, end in zip(starts, ends, strict=True):
+                if not 0 <= start <= end <= file.size:
+                    raise FormatError(f"{path} is damaged: a column of it lies outside the file")
+                file.seek(start)
+                parts[start, end] = file.read(end - start)
+        return self.files.open(
+            f"{self.root}/{path}", "rb", cache_type="parts", cache_options={"data": parts}
+        )
+
     def read_text(self, path: str) -> str | None:
         """Return a small text file; None when there is no such file."""
         with self.reading(self.name):
@@ -2722,6 +2789,7 @@ def find_shards(store: Store, split: str) -> dict[str, int]:
 # Rows by number -----------------------------------------------------------------------------------
 
 PACKED_COLUMNS = ("top_indices_high", "sampled_indices_high")
+NEAR_BYTES = 2**18  # fetching so many bytes more is quicker than a request more
 MAX_GROUP_BYTES = 2 * 2**30  # a row group that decodes to more is refused, not tried
 FREE_GROUP_BYTES = 2**26  # one that decodes to less is never too much, however small its file
 MAX_FOOTER_BYTES = 2**26
@@ -2787,8 +2855,8 @@ class LogitDataset:
         if shard in self._footers:
             return self._footers[shard]
         name = self.shards[shard]
-        with self.store.reading(name), contextlib.closing(self.store.open(name)) as source:
-            footer = pq.ParquetFile(source, thrift_string_size_limit=MAX_FOOTER_BYTES).metadata
+        with self.store.reading(name):
+            footer = self.store.read_footer(name)
             footer.schema.to_arrow_schema()  # here, where a bad one is reported
         told = footer.metadata or {}
         version = told.get(METADATA_VERSION, b"1")
@@ -2932,20 +3000,17 @@ class LogitDataset:
             chunks = map(group.column, range(group.num_columns))
             # A value takes up to 8 bytes while it is decoded, whatever a dictionary makes of it.
             check(sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks))
-        known = footer.schema.to_arrow_schema().names
         paths = [footer.schema.column(i).path for i in range(len(footer.schema.names))]
-        with self.store.reading(name), contextlib.closing(self.store.open(name)) as source:
-            file = pq.ParquetFile(
-                source,
-                metadata=footer,
-                pre_buffer=self.store.on_hub,
+        with self.store.reading(name):
+            table = self.store.read_groups(
+                name,
+                footer,
+                groups,
+                columns,
                 thrift_string_size_limit=MAX_FOOTER_BYTES,
-                page_checksum_verification=True,
                 # Bytes that many rows share stay shared until their lengths have been looked at.
                 read_dictionary=[path for path in PACKED_COLUMNS if path in paths],
             )
-            wanted = [column for column in columns if column in known]
-            table = file.read_row_groups(list(groups), columns=wanted)
         for place, kind in enumerate(table.schema):
             if pa.types.is_dictionary(kind.type):
                 packed = table.column(place)
@@ -3299,20 +3364,23 @@ def read_lengths(name: str, *, length_col: str = "length") -> Lengths:
     ]
     if not paths:
         raise SourceError(f"lengths {name!r}: no Parquet file there; {made}")
-    with store.reading(name):
-        files = pq.ParquetDataset(
-            [f"{store.root}/{path}" for path in paths], filesystem=store.files
-        )
-        there = files.schema.names
-        if missing := [column for column in ("index", length_col) if column not in there]:
+    tables = []
+    for path in paths:
+        with store.reading(path):
+            footer = store.read_footer(path)
+            groups = range(footer.num_row_groups)
+            found = store.read_groups(path, footer, groups, ["index", length_col, "num_tokens"])
+        if missing := [kind for kind in ("index", length_col) if kind not in found.column_names]:
             raise SourceError(f"lengths {name!r} have no column {' and no '.join(missing)}")
-        table = files.read(["index", length_col, *{"num_tokens"}.intersection(there)])
+        tables.append(found)
+    with store.reading(name):
+        table = pa.concat_tables(tables)
     for kind in table.schema:
         if not pa.types.is_integer(kind.type):
             why = f"column {kind.name!r} holds {kind.type}, not integers"
             raise SourceError(f"lengths {name!r}: {why}; {made}")
     try:
-        text = (files.schema.metadata or {}).get(METADATA_LENGTHS, b"{}")
+        text = (table.schema.metadata or {}).get(METADATA_LENGTHS, b"{}")
         settings = parse_object(text, name, "the settings")
     except FormatError:
         what = f"its metadata {METADATA_LENGTHS.decode()} are damaged"

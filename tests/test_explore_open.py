@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CHATS, ROOT, TEACHER
+from fsspec.implementations.local import LocalFileSystem
 from loopback_hub import LoopbackHub
 from small_output import SETTINGS, random_rows, rows_to_table, write_output, write_parts
 
@@ -578,6 +582,34 @@ def test_a_damaged_file_is_a_format_error_that_names_it(tmp_path: Path, damage: 
     shard.write_bytes(bytes(content.get(damage, data)))
     with pytest.raises(FormatError, match=r"part-00000\.parquet"):
         list(iter_samples(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_no_thread_of_arrows_reads_what_is_pythons(kind: str, output: Path) -> None:
+    # One that lets go of a Python buffer while the interpreter ends takes the process down.
+    readers = set()
+
+    class Noted(io.BytesIO):
+        size = property(lambda self: len(self.getbuffer()))
+
+        def read(self, *length: int) -> bytes:
+            readers.add(threading.get_ident())
+            return super().read(*length)
+
+    class Files(LocalFileSystem):
+        protocol = kind
+        cachable = False
+
+        def open(self, path: str, *_: Any, **__: Any) -> Noted:
+            return Noted(Path(path).read_bytes())
+
+    dataset = load_logit_dataset(output)
+    noted = LogitDataset(replace(dataset.store, files=Files()), dataset.sizes)
+    assert noted.store.on_hub == (kind == "memory")
+    for row, sample in enumerate(iter_samples(noted)):
+        assert_same(sample, expected(row))
+    assert row == len(ROWS) - 1
+    assert readers == {threading.get_ident()}
 
 
 # The Hub ------------------------------------------------------------------------------------------
