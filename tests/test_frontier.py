@@ -60,9 +60,10 @@ def test_students_of_few_steps_rank_the_text_behind_the_teacher(
 ) -> None:
     setup = frontier.Setup(conversations=16, held_out=8, batch=2, warmup=2)
     arms = [ARMS[name] for name in ("text", "12 draws", "min-p 0.005", "dense")]
-    figures = frontier.run(tmp_path, setup, arms, 2)
+    texts = frontier.Texts(frontier.TEACHER, setup, tmp_path)
+    figures = frontier.run(texts, arms, 2)
     monkeypatch.setattr(frontier, "train", None)
-    assert frontier.run(tmp_path, setup, arms, 2) == figures, "what is kept is not made again"
+    assert frontier.run(texts, arms, 2) == figures, "what is kept is not made again"
     gap = np.subtract(figures["text"]["kl"], figures["dense"]["kl"])
     assert (gap > 0.02).all(), figures
     compact = np.subtract(figures["min-p 0.005"]["kl"], figures["dense"]["kl"])

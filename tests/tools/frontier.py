@@ -3,15 +3,18 @@
     conversations ─► teacher's distributions p, once ─► kept, read back ─► p' ─► student ─► held-out
                                                       (an arm)                              KL
 
-    python tests/tools/frontier.py --picture docs/images/frontier.png     # half an hour of one core
+    python tests/tools/frontier.py --picture docs/images/frontier.png     # a quarter of an hour
+    python tests/tools/frontier.py --teacher FOLDER --chats FILE …        # another teacher, a Llama
 
 Every arm is an estimate p' of p. The gradient of the forward KL in a student's logits is then
 q Σp' - p', so that one loop trains them all; a test compares it with `distillation_loss`. A seed
 decides conversations, their order and what is drawn of p; all arms share conversations, order and
 the student that they begin with, so that their differences are those of pairs.
 
-The student is the embedded teacher with half of its layers taken out. Bytes are those of the shard
-that the project writes; of draws, those of a Parquet file of ids and hits. Beside the held-out KL:
+The student is the teacher with some of its layers taken out, half of the embedded one's. A teacher
+of yours is run over the conversations once (column `id`): a tenth to a third of them are held out,
+and every seed draws its own of the others. Bytes are those of the shard that the project writes;
+of draws, those of a Parquet file of ids and hits. Beside the held-out KL:
 
 - rare: loss on the tenth of the held-out tokens that the teacher expects most seldom;
 - gradient: of the head's, at the start, the distance from the dense teacher's over its length;
@@ -108,6 +111,7 @@ class Setup:
     batch: int = 4
     rate: float = 2e-3
     warmup: int = 10
+    layers: int = 2  # of the student
 
 
 # What is kept of a teacher ------------------------------------------------------------------------
@@ -183,11 +187,15 @@ def slope(logits: Tensor, told: Tensor, *, ghost: bool = False) -> Tensor:
 # Students -----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def load_student() -> LlamaForCausalLM:
-    """Load the embedded teacher with the inner half of its layers taken out, in float32."""
-    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
-    model.model.layers = torch.nn.ModuleList([model.model.layers[0], model.model.layers[-1]])
+def load_student(teacher: Path, layers: int) -> LlamaForCausalLM:
+    """Load a teacher with some layers alone, at equal distances and the first and last among them.
+
+    In float32.
+    """
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    every = model.model.layers
+    kept = np.linspace(0, len(every) - 1, layers).round().astype(int)
+    model.model.layers = torch.nn.ModuleList([every[i] for i in kept])
     return model.train()  # it has no dropout
 
 
@@ -222,9 +230,11 @@ def iter_batches(source: Rows, setup: Setup, seed: int) -> Iterator[Sequence[int
         yield from np.array_split(order, max(len(order) // setup.batch, 1))
 
 
-def train(source: Rows, told: Told, arm: Arm, setup: Setup, seed: int) -> LlamaForCausalLM:
-    """Train a student on what an arm tells."""
-    student, vocab = copy.deepcopy(load_student()), source.logits.shape[1]
+def train(
+    begun: LlamaForCausalLM, source: Rows, told: Told, arm: Arm, setup: Setup, seed: int
+) -> LlamaForCausalLM:
+    """Train a copy of a student on what an arm tells."""
+    student, vocab = copy.deepcopy(begun), source.logits.shape[1]
     optimizer = torch.optim.AdamW(student.parameters(), setup.rate, betas=(0.9, 0.95), fused=True)
     batches = list(iter_batches(source, setup, seed))
     for step, chosen in enumerate(batches):
@@ -259,9 +269,11 @@ def evaluate(student: LlamaForCausalLM, held_out: Rows) -> dict[str, float]:
 
 
 @torch.no_grad()
-def gradient_errors(source: Rows, told: Told, arm: Arm, setup: Setup) -> dict[str, float]:
+def gradient_errors(
+    student: LlamaForCausalLM, source: Rows, told: Told, arm: Arm, setup: Setup
+) -> dict[str, float]:
     """Return how far the head's gradients are from the dense teacher's before the first step."""
-    student, vocab = load_student(), source.logits.shape[1]
+    vocab = source.logits.shape[1]
     off, own, true = (torch.zeros(vocab) for _ in range(3))  # squares by row of the head
     for _, chosen in zip(range(ERROR_BATCHES), iter_batches(source, setup, 0), strict=False):
         states, tokens = read_states(student, source, chosen)
@@ -279,23 +291,64 @@ def gradient_errors(source: Rows, told: Told, arm: Arm, setup: Setup) -> dict[st
 # Run ----------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, setup: Setup, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Texts:
+    """A teacher's rows: of every seed, and held out."""
+
+    teacher: Path
+    setup: Setup
+    folder: Path
+    chats: Path | None = None  # None: those that the embedded teacher's are made like
+
+    @functools.cached_property
+    def held_out(self) -> Rows:
+        """Return conversations that no seed has."""
+        if self.chats is None:
+            return teacher_rows("held out", self.teacher, CHATS, self.setup.held_out)
+        return pick(self._every, range(self.setup.held_out))
+
+    def of_seed(self, seed: int) -> Rows:
+        """Return a seed's conversations."""
+        count = self.setup.conversations
+        if self.chats is not None:
+            others = np.random.default_rng(seed).permutation(
+                range(self.setup.held_out, len(self._every.rows))
+            )
+            return pick(self._every, sorted(others[:count]))
+        path = self.folder / f"conversations-{seed}.jsonl"
+        write_jsonl(path, make_training(FIRST_SEED + seed, count))
+        return teacher_rows(f"seed {seed}", self.teacher, path, count)
+
+    @functools.cached_property
+    def _every(self) -> Rows:
+        assert self.chats is not None
+        with self.chats.open("rb") as file:
+            return teacher_rows("all", self.teacher, self.chats, sum(1 for _ in file))
+
+
+def pick(source: Rows, chosen: Sequence[int]) -> Rows:
+    """Return some conversations of a source."""
+    ends = np.cumsum([0] + [row.token_positions.size for row in source.rows])
+    tokens = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in chosen])
+    return Rows(source.name, [source.rows[i] for i in chosen], source.logits[tokens])
+
+
+def run(texts: Texts, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
     """Return the figures of every arm, one a seed; what is in the folder is not made again."""
-    path = folder / f"{'-'.join(map(str, asdict(setup).values()))}.json"
+    setup, begun = texts.setup, functools.cache(load_student)
+    path = texts.folder / f"{'-'.join(map(str, asdict(setup).values()))}.json"
     found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
-    held_out = functools.cache(lambda: teacher_rows("held out", TEACHER, CHATS, setup.held_out))
     for seed in range(seeds):
         todo = [arm for arm in arms if f"{arm.name}/{seed}" not in found]
         if todo:
-            folder.mkdir(parents=True, exist_ok=True)
-            chats = folder / f"conversations-{seed}.jsonl"
-            write_jsonl(chats, make_training(FIRST_SEED + seed, setup.conversations))
-            source = teacher_rows(f"seed {seed}", TEACHER, chats, setup.conversations)
+            texts.folder.mkdir(parents=True, exist_ok=True)
+            source = texts.of_seed(seed)
         for arm in todo:
+            student = begun(texts.teacher, setup.layers)
             told, size = keep(source, arm, seed)
-            student = train(source, told, arm, setup, seed)
-            figures = {"bytes": size, **evaluate(student, held_out())}
-            figures |= gradient_errors(source, told, arm, setup)
+            figures = {"bytes": size, **gradient_errors(student, source, told, arm, setup)}
+            student = train(student, source, told, arm, setup, seed)
+            figures |= evaluate(student, texts.held_out)
             found[f"{arm.name}/{seed}"] = figures
             path.write_text(json.dumps(found))
             print(f"{arm.name}/{seed}", figures, file=sys.stderr, flush=True)
@@ -412,18 +465,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "demo/frontier")
     parser.add_argument("--picture", type=Path, help="where to draw it (extra viz)")
     parser.add_argument("--seeds", type=int, default=8, help="at least 2")
+    parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of a Llama model")
+    parser.add_argument("--chats", type=Path, help="its conversations, JSON lines")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="arms, by name; dense is needed")
     for field in fields(Setup):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
                             default=field.default)  # fmt: skip
     args = parser.parse_args()
     torch.set_num_threads(1)
     setup = Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
-    figures = run(args.output, setup, ARMS, args.seeds)
-    best = recommend(figures, ARMS)
+    arms = [arm for arm in ARMS if arm.name in (args.only or [arm.name])]
+    texts = Texts(args.teacher, setup, args.output, args.chats)
+    figures = run(texts, arms, args.seeds)
+    best = recommend(figures, arms)
     print_table(figures, best)
     print(f"\nfewest bytes within a standard error of the dense teacher: {best}")
     if args.picture:
-        draw(figures, ARMS, args.picture)
+        draw(figures, arms, args.picture)
     print(json.dumps({**asdict(setup), "seeds": args.seeds, "recommended": best, "arms": figures}))
 
 
