@@ -31,7 +31,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,11 +44,14 @@ import pyarrow.parquet as pq
 from explore_logits import (
     LENGTHS_SCHEMA,
     METADATA_LENGTHS,
+    ConfigError,
     ConversationEncoder,
     ConversationError,
+    ConversationOptions,
     LogitsError,
     OneLineParser,
     SourceError,
+    add_options,
     conversation_settings,
     first_line,
     import_extra,
@@ -56,10 +59,12 @@ from explore_logits import (
     log_safely,
     open_bar,
     open_conversations,
+    option,
     outlive_readers,
     source_id,
     source_revision,
     warn_once,
+    whole_file,
     without_idle_columns,
 )
 
@@ -76,7 +81,7 @@ log = logging.getLogger("compute_lengths")
 
 
 class LengthsError(LogitsError):
-    """An option is wrong, a worker died, or the result cannot be stored (exit 2)."""
+    """A worker died, or the result cannot be stored (exit 2)."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,64 +89,20 @@ class LengthsError(LogitsError):
 # --------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, help_text: str, **how: Any) -> Any:
-    """Declare one option: the dataclass field is the only place that holds its default and help.
-
-    `how` goes to the parser: `type`, `choices`.
-    """
-    return field(default=default, metadata={"help": help_text, "how": how})
-
-
-# The options of the help's groups begin with these.
-GROUPS = {"model": "teacher", "dataset": "dataset", "chat_template": "conversation",
-          "batch_size": "work", "output": "output"}  # fmt: skip
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    return value
-
-
 @dataclass(kw_only=True)
-class LengthsConfig:
+class LengthsConfig(ConversationOptions):
     """Every option; field names are option names with underscores, "off" is None.
 
     Raises:
-        LengthsError: a value is out of range or two options contradict each other.
+        ConfigError: a value is out of range or two options contradict each other.
     """
 
-    model: str = option(MISSING, "Hub id or local folder of the tokenizer")
-    revision: str | None = option(None, "model revision: branch, tag or commit")
-    trust_remote_code: bool = option(False, "run tokenizer code from the Hub")
+    batch_size: int = option(1000, "conversations a process takes at a time", group="work", low=1)
+    num_proc: int | None = option(None, "processes (default: CPUs)", low=1)
 
-    dataset: str = option(
-        MISSING, "Hub id, or a local .jsonl, .json, .parquet, .csv file or folder"
+    output: str | None = option(
+        None, "folder (./lengths) or Hub dataset repo (user/name)", group="output"
     )
-    subset: str | None = option(None, "dataset configuration")
-    split: str = option("train", "dataset split")
-    streaming: bool = option(False, "never hold the whole source in memory")
-    messages_col: str | None = option(None, "column of messages (default: found by a usual name)")
-    user_col: str = option("question", "user column of single-turn data")
-    assistant_col: str = option("answer", "assistant column of single-turn data")
-    system_col: str | None = option(None, "column of system messages")
-    text_col: str | None = option(None, "column of plain text instead of chat")
-    index_col: str | None = option(None, "column of unique integer ids (default: row number)")
-
-    chat_template: str | None = option(None, "Jinja file instead of the tokenizer's template")
-    template_kwargs: dict[str, Any] | None = option(
-        None, 'JSON for the template: {"enable_thinking": false}', type=json_object
-    )
-    turns: str = option("all", "assistant turns to count: all or last", choices=("all", "last"))
-    include_think: bool = option(False, "count think tags that the template inserts, too")
-    include_end: bool = option(False, "count what the template appends after a turn, too")
-
-    batch_size: int = option(1000, "conversations a process takes at a time", type=int)
-    num_proc: int | None = option(None, "processes (default: CPUs)", type=int)
-
-    output: str | None = option(None, "folder (./lengths) or Hub dataset repo (user/name)")
     output_dir: str = option("data/lengths", "folder of the result")
     filename: str = option("lengths.parquet", "name of the result")
     output_repo: str | None = option(None, "Hub dataset repo user/name to push to")
@@ -149,37 +110,28 @@ class LengthsConfig:
     private: bool = option(False, "create the Hub repo private")
 
     def __post_init__(self) -> None:
-        for flag, text in (("--model", self.model), ("--dataset", self.dataset)):
-            if not text.strip():
-                raise LengthsError(f"{flag} is empty: give a Hub id, or ./ for this folder")
-        for flag, value in (("--batch-size", self.batch_size), ("--num-proc", self.num_proc)):
-            if value is not None and value < 1:
-                raise LengthsError(f"{flag} {value}: must be at least 1")
+        super().__post_init__()
         if self.output is not None:
             if self.output_repo or self.output_dir != "data/lengths":
-                raise LengthsError("--output excludes --output-dir and --output-repo")
+                raise ConfigError("--output excludes --output-dir and --output-repo")
             if self.output.startswith((".", "/", "~")) or Path(self.output).is_dir():
                 self.output_dir = self.output
             else:
                 self.output_repo, self.push_to_hub = self.output, True
         if self.push_to_hub != (self.output_repo is not None):
-            raise LengthsError("--push-to-hub and --output-repo need each other: give both or none")
+            raise ConfigError("--push-to-hub and --output-repo need each other: give both or none")
         if self.private and not self.push_to_hub:
-            raise LengthsError("--private makes a Hub repo private: it needs --push-to-hub")
+            raise ConfigError("--private makes a Hub repo private: it needs --push-to-hub")
         if Path(self.filename).name != self.filename or not self.filename.endswith(".parquet"):
-            raise LengthsError(f"--filename {self.filename!r}: must be a plain name in .parquet")
+            raise ConfigError(f"--filename {self.filename!r}: must be a plain name in .parquet")
 
 
 # --------------------------------------------------------------------------------------------------
 # 1 Measure
 # --------------------------------------------------------------------------------------------------
 
-PRELOADED = [
-    "datasets",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.utils.chat_template_utils",
-    "compute_lengths",
-]
+PRELOADED = ["datasets", "transformers.models.auto.tokenization_auto",
+             "transformers.utils.chat_template_utils", "compute_lengths"]  # fmt: skip
 MEASURED = (*LENGTHS_SCHEMA.names, "reason", "detail", "notes")
 Batch = Mapping[str, Sequence[Any]]
 Measured = dict[str, list[Any]]
@@ -220,22 +172,22 @@ def measure_source(
         LengthsError: a process died.
     """
     source = without_idle_columns(source, encoder.columns)
-    shared = source if hasattr(source, "__len__") else None  # read in the workers; streams here
+    table = source if hasattr(source, "__len__") else None  # read in the workers; streams here
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or cpus or 1
     batches: Iterable[tuple[int, Batch | int]] = stream_batches(source, batch_size)
-    if shared is not None:
-        sizes = ((n, min(batch_size, len(shared) - n)) for n in range(0, len(shared), batch_size))
-        batches, workers = sizes, min(workers, -(-len(shared) // batch_size))
+    if table is not None:
+        batches = [(n, min(batch_size, len(table) - n)) for n in range(0, len(table), batch_size)]
+        workers = min(workers, len(batches))
     if workers <= 1:
-        _start_worker(encoder, shared, ignore_signals=False)
+        _start_worker(encoder, table, ignore_signals=False)
         yield from (_measure_batch(*batch) for batch in batches)
         return
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)  # plain fork would copy the parent's threads
     if method == "forkserver":
         context.set_forkserver_preload(PRELOADED)  # seconds of imports, once instead of per worker
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder, shared))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder, table))
     waiting: deque[Future[Measured]] = deque()  # few are under way at a time
     try:
         for batch in batches:
@@ -261,27 +213,22 @@ def stream_batches(source: Any, size: int) -> Iterator[tuple[int, Batch]]:
         start += len(batch)
 
 
-_transform: Callable[[Batch, Sequence[int]], Measured] | None = None  # of this worker process
-_source: Any = None
+_worker: tuple[Callable[[Batch, Sequence[int]], Measured], Any]  # of this process
 
 
-def _start_worker(
-    encoder: ConversationEncoder, source: Any, *, ignore_signals: bool = True
-) -> None:
-    """Set up a worker process: the parent decides what Ctrl-C does."""
-    global _transform, _source
-    if ignore_signals:
+def _start_worker(encoder: ConversationEncoder, table: Any, *, ignore_signals: bool = True) -> None:
+    global _worker
+    if ignore_signals:  # the parent decides what Ctrl-C does
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _transform, _source = get_transform_fn(encoder), source
+    _worker = get_transform_fn(encoder), table
 
 
 def _measure_batch(start: int, batch: Batch | int) -> Measured:
-    """Measure a batch, or so many rows of the source that the worker process has."""
-    assert _transform is not None
-    rows = _source[start : start + batch] if isinstance(batch, int) else batch
-    return _transform(rows, [start])
+    """Measure a batch, or so many rows of the table that the process has."""
+    transform, table = _worker
+    return transform(table[start : start + batch] if isinstance(batch, int) else batch, [start])
 
 
 @dataclass(frozen=True)
@@ -305,21 +252,21 @@ def collect(batches: Iterable[Measured], *, total: int | None = None) -> Measure
     Raises:
         SourceError: an index occurs twice, or no conversation at all can be used.
     """
-    parts: list[npt.NDArray[np.int32]] = []
+    parts = [np.zeros((3, 0), np.int32)]
     skipped: Counter[str] = Counter()
     with open_bar(total) as bar:
         for batch in batches:
-            rows = zip(batch["index"], batch["reason"], batch["detail"], strict=True)
-            for index, reason, detail in (row for row in rows if row[1] is not None):
-                if reason not in skipped:
+            for index, reason, detail, notes in zip(
+                *(batch[name] for name in ("index", "reason", "detail", "notes")), strict=True
+            ):
+                for note in notes:
+                    warn_once(note)
+                if reason is not None and reason not in skipped:
                     log.warning("index %d cannot be used (%s): %s", index, reason, detail)
-                skipped[reason] += 1
-            for note in dict.fromkeys(note for notes in batch["notes"] for note in notes):
-                warn_once(note)
+                skipped.update([reason] if reason is not None else [])
             parts.append(np.array([batch[c] for c in LENGTHS_SCHEMA.names], np.int32))
             bar.update(len(batch["index"]))
-    columns = np.concatenate([np.zeros((3, 0), np.int32), *parts], axis=1)
-    index, length, num_tokens = columns
+    index, length, num_tokens = np.concatenate(parts, axis=1)
     measured = MeasuredSource(index, length, num_tokens, dict(skipped))
     values, counts = np.unique(measured.index, return_counts=True)
     if (counts > 1).any():
@@ -359,14 +306,9 @@ def write_lengths(measured: MeasuredSource, settings: Mapping[str, Any], path: P
         [measured.index, measured.length, measured.num_tokens],
         schema=LENGTHS_SCHEMA.with_metadata(metadata),
     )
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(path) as part:
             pq.write_table(table, part, compression="zstd")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:
         raise LengthsError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -401,34 +343,25 @@ def push_lengths(
     Raises:
         LengthsError: the Hub refuses or stays out of reach; says where the file is kept.
     """
-    hub = import_extra("huggingface_hub")
-    card = CARD.format(
-        **settings, rows=measured.index.size, total=int(measured.length.sum(dtype=np.int64)),
-        repo=config.output_repo,
-    )  # fmt: skip
-    where = {"repo_id": config.output_repo, "repo_type": "dataset"}
-    commit = {**where, "commit_message": "Add lengths", "operations": [
-        hub.CommitOperationAdd("data/lengths.parquet", str(path)),
-        hub.CommitOperationAdd("README.md", card.encode()),
-    ]}  # fmt: skip
-    try:
-        api = hub.HfApi()
-        api.create_repo(**where, private=config.private, exist_ok=True)
-        for wait_s in (*PUSH_WAITS_S, None):
-            try:
-                api.create_commit(**commit)
-                return
-            except (hub.errors.HfHubHTTPError, OSError) as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                passing = status is None or status in (408, 409, 412, 429) or status >= 500
-                if not passing or wait_s is None:
-                    raise
-                log.warning("the Hub did not take the commit (%s), trying again", status or error)
-                time.sleep(wait_s)
-    except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise LengthsError(
-            f"cannot push to {config.output_repo}: {first_line(error)}; kept as {path}"
-        ) from error
+    hub, repo = import_extra("huggingface_hub"), config.output_repo
+    total = int(measured.length.sum(dtype=np.int64))
+    card = CARD.format(**settings, rows=measured.index.size, total=total, repo=repo)
+    files = {"data/lengths.parquet": str(path), "README.md": card.encode()}
+    operations = [hub.CommitOperationAdd(*file) for file in files.items()]
+    where, api = {"repo_id": repo, "repo_type": "dataset"}, hub.HfApi()
+    for wait_s in (*PUSH_WAITS_S, None):
+        try:
+            api.create_repo(**where, private=config.private, exist_ok=True)
+            api.create_commit(**where, commit_message="Add lengths", operations=operations)
+            return
+        except (hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None) or 503
+            passing = status in (408, 409, 412, 429) or status >= 500
+            if not passing or wait_s is None or isinstance(error, ValueError):
+                why = f"cannot push to {repo}: {first_line(error)}; kept as {path}"
+                raise LengthsError(why) from error
+            log.warning("the Hub did not take the commit (%s), trying again", first_line(error))
+            time.sleep(wait_s)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,30 +433,12 @@ def parse_args(argv: Sequence[str] | None = None) -> LengthsConfig:
     """Parse the command line; a wrong value ends the program with code 2.
 
     Raises:
-        LengthsError: options contradict each other.
+        ConfigError: options contradict each other.
     """
     about = (__doc__ or "").split("\n\n")
-    parser = OneLineParser(
-        prog="compute-lengths",
-        usage="%(prog)s --model M --dataset D [options]",
-        description=about[0],
-        epilog=about[-1].strip(),
-    )
-    group: Any = None
-    for entry in fields(LengthsConfig):
-        if entry.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[entry.name])
-        how = dict(entry.metadata["how"])
-        if entry.default is False:
-            how["action"] = "store_true"
-        elif entry.default is MISSING:
-            how["required"] = True
-        else:
-            metavar = "N" if how.get("type") is int else entry.name.rpartition("_")[2].upper()
-            how |= {"default": entry.default, "metavar": metavar}
-        shown = f" (default: {entry.default})" if how.get("default") is not None else ""
-        flag = "--" + entry.name.replace("_", "-")
-        group.add_argument(flag, help=entry.metadata["help"] + shown, **how)
+    usage = "%(prog)s --model M --dataset D [options]"
+    parser = OneLineParser("compute-lengths", usage, about[0], about[-1].strip())
+    add_options(parser, LengthsConfig, required=("model", "dataset"))
     return LengthsConfig(**vars(parser.parse_args(argv)))
 
 
@@ -548,18 +463,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("interrupted, nothing written")
         return 128 + next(iter(signalled.args), signal.SIGINT)
     used = measured.usable
+    columns = {"length": measured.length, "num_tokens": measured.num_tokens}
     summary = {
-        "rows": int(used.size),
-        "usable": int(used.sum()),
-        "skipped": measured.skipped,
-        "total_length": int(measured.length.sum(dtype=np.int64)),
-        "total_num_tokens": int(measured.num_tokens.sum(dtype=np.int64)),
-        "length": find_percentiles(measured.length[used]),
-        "num_tokens": find_percentiles(measured.num_tokens[used]),
-        "output": str(path),
-        "repo": config.output_repo,
+        "rows": int(used.size), "usable": int(used.sum()), "skipped": measured.skipped,
+        **{f"total_{name}": int(n.sum(dtype=np.int64)) for name, n in columns.items()},
+        **{name: find_percentiles(n[used]) for name, n in columns.items()},
+        "output": str(path), "repo": config.output_repo,
         "seconds": round(time.monotonic() - began, 2),
-    }
+    }  # fmt: skip
     sys.stdout.write(f"{format_report(measured)}\n{json.dumps(summary)}\n")
     return 0
 

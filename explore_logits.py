@@ -50,11 +50,11 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -481,86 +481,72 @@ CONTEXT_COLUMN = "input"  # beside Alpaca's `instruction`: what the instruction 
 
 @dataclass(frozen=True)
 class ConversationColumns:
-    """Which columns of the source hold the conversation: messages, a question and answer, or text.
-
-    `user` and `assistant` may hold text or lists of messages; `context` is added to the user's
-    text, `system` comes before everything.
-    """
+    """Which columns of the source hold the conversation: messages, question and answer, or text."""
 
     messages: str | None = None
-    user: str | None = None
-    assistant: str | None = None
-    system: str | None = None
+    user: str | None = None  # text, or a list of messages
+    assistant: str | None = None  # as `user`
+    system: str | None = None  # comes before everything
     index: str | None = None
-    context: str | None = None
+    context: str | None = None  # is added to the user's text
     text: str | None = None
 
     def settings(self) -> dict[str, str | None]:
         """Return the columns under the names that a run's settings give them."""
-        return {f"{name}_col": value for name, value in asdict(self).items()}
+        return {f"{name}_col": column for name, column in vars(self).items()}
 
     def needed(self) -> set[str]:
         """Return all columns of the source that a conversation is read from."""
-        named = {name for name in asdict(self).values() if name is not None}
+        named = {column for column in vars(self).values() if column is not None}
         return named | {"tools", "chat_template_kwargs"}
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> ConversationColumns:
         """Take the columns out of a run's settings; those of version 0.1 name idle ones, too."""
         columns = cls(*(settings.get(name) for name in cls().settings()))
-        if columns.messages is None or "text_col" in settings:
-            return columns
-        return cls(columns.messages, index=columns.index)
+        old = columns.messages is not None and "text_col" not in settings
+        return cls(columns.messages, index=columns.index) if old else columns
 
 
-def resolve_columns(
-    names: Iterable[str],
-    *,
-    messages_col: str | None = None,
-    user_col: str = "question",
-    assistant_col: str = "answer",
-    system_col: str | None = None,
-    index_col: str | None = None,
-    text_col: str | None = None,
-) -> ConversationColumns:
+def resolve_columns(names: Iterable[str], **options: str | None) -> ConversationColumns:
     """Decide which columns hold the conversation; every option that is given is used or refused.
 
     In this order: `text_col`; `messages_col`; `user_col` with `assistant_col` where they were
-    changed from their defaults; a column with a usual name (`MESSAGE_COLUMNS`); those two columns
-    as they are by default; usual pairs (`PAIR_COLUMNS`).
+    changed from "question" and "answer"; a column with a usual name (`MESSAGE_COLUMNS`); those two;
+    usual pairs (`PAIR_COLUMNS`). Any of them goes with `system_col` and `index_col`, but text with
+    the latter only.
 
     Raises:
         SourceError: a named column is not there, two options exclude each other, or there is
             nothing usual; names the columns there are.
     """
-    have = list(names)
-    pair = (user_col, assistant_col)
+    have, given = list(names), {n: column for n, column in options.items() if column is not None}
+    pair = given.pop("user_col", "question"), given.pop("assistant_col", "answer")
     asked = pair != ("question", "answer")
-    given = {"--text-col": text_col, "--messages-col": messages_col, "--system-col": system_col,
-             "--index-col": index_col}  # fmt: skip
-    if asked:
-        given |= {"--user-col": user_col, "--assistant-col": assistant_col}
-    for flag, name in given.items():
-        if name is not None and name not in have:
-            raise SourceError(f"no column {name!r} ({flag}); the dataset has {', '.join(have)}")
-    ways = [flag for flag in ("--text-col", "--messages-col", "--user-col") if given.get(flag)]
+    given |= dict(zip(("user_col", "assistant_col"), pair, strict=True)) if asked else {}
+    for name, column in given.items():
+        if column not in have:
+            there = ", ".join(have)
+            raise SourceError(f"no column {column!r} ({flag_of(name)}); the dataset has {there}")
+    ways = [flag_of(name) for name in ("text_col", "messages_col", "user_col") if name in given]
     if len(ways) > 1:
         raise SourceError(f"{' and '.join(ways)} exclude each other: give one of them")
-    if text_col is not None:
-        if system_col is not None:
+    text, system, index = (given.get(f"{kind}_col") for kind in ("text", "system", "index"))
+    if text is not None:
+        if system is not None:
             raise SourceError("--system-col belongs to a conversation, not to --text-col")
-        return ConversationColumns(text=text_col, index=index_col)
-    usual = next((name for name in MESSAGE_COLUMNS if name in have), None)
-    if messages_col or (usual and not asked):
-        return ConversationColumns(messages_col or usual, system=system_col, index=index_col)
+        return ConversationColumns(text=text, index=index)
+    usual = [name for name in MESSAGE_COLUMNS if name in have and not asked]
+    for messages in [*filter(None, [given.get("messages_col")]), *usual]:
+        return ConversationColumns(messages, system=system, index=index)
     for user, assistant in (pair,) if asked else (pair, *PAIR_COLUMNS):
         if user in have and assistant in have:
             context = CONTEXT_COLUMN if user == "instruction" and CONTEXT_COLUMN in have else None
-            return ConversationColumns(None, user, assistant, system_col, index_col, context)
+            return ConversationColumns(None, user, assistant, system, index, context)
     raise SourceError(
         f"no conversations: neither a column {', '.join(MESSAGE_COLUMNS)} (--messages-col) nor "
-        f"{user_col!r} with {assistant_col!r} (--user-col, --assistant-col) or a usual pair such "
-        f"as prompt with completion (--text-col for plain text); the dataset has {', '.join(have)}"
+        "'question' with 'answer' (--user-col, --assistant-col) or a usual pair such as prompt "
+        f"with completion (--text-col for plain text); the dataset has {', '.join(have)}"
     )
 
 
@@ -573,12 +559,10 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
     if columns.index is None:
         return number
     value = row.get(columns.index)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise SourceError(
-            f"row {number}: {columns.index!r} is {value!r:.40}, not an integer (--index-col)"
-        )
-    if not -(2**31) <= int(value) < 2**31:
-        raise SourceError(f"row {number}: {columns.index!r} is {value}: over 32 bits (--index-col)")
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is None or not whole or not -(2**31) <= int(value) < 2**31:
+        why = f"{columns.index!r} is {value!r:.40}, not an integer of 32 bits (--index-col)"
+        raise SourceError(f"row {number}: {why}")
     return int(value)
 
 
@@ -604,10 +588,9 @@ def open_source(
     Args:
         dataset: Hub id, or a local .jsonl, .json, .parquet or .csv file (also compressed), a folder
             of them, or a folder written by `save_to_disk`.
-        subset: configuration of a Hub dataset.
+        subset, revision: configuration of a Hub dataset; its branch, tag or commit.
         split: name of the split; `train[:100]` slices too when not streaming.
         streaming: never hold the source in memory or write it to a cache.
-        revision: branch, tag or commit of a Hub dataset.
         integers: columns of CSV files that hold integers; all others are read as text.
 
     Raises:
@@ -616,34 +599,28 @@ def open_source(
     """
     datasets, path = import_extra("datasets"), local_path(dataset)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # logs and raises
-    name = split if streaming else re.split(r"[\[+]", split)[0]
+    name, as_written = split if streaming else re.split(r"[\[+]", split)[0], False
     with _reading(dataset, split, subset):
         if not path.exists():
             if dataset.startswith((".", "/", "~")) or _FILE.search(dataset):
                 raise SourceError(f"dataset {dataset!r}: no such file or folder")
             how = {"split": split, "streaming": streaming, "revision": revision}
-            rows = datasets.load_dataset(dataset, name=subset, **how)
-            return Stream(rows, dataset) if streaming else rows
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-            rows = _take_split(saved if isinstance(saved, dict) else {"train": saved}, name)
-            if streaming:
-                return Stream(rows.to_iterable_dataset(), dataset)
+            rows, name = datasets.load_dataset(dataset, name=subset, **how), split
+        elif name not in (splits := _find_splits(path, subset)):
+            raise ValueError(f"Available splits: {[*splits]}")  # as `datasets` says it
+        elif isinstance(rows := splits[name], datasets.Dataset):
+            rows = rows.to_iterable_dataset() if streaming else rows
+        elif _check_columns(rows) == "parquet":
+            how = {"split": name, "streaming": streaming}
+            rows = datasets.load_dataset("parquet", data_files={name: rows}, **how)
+        elif streaming:
+            given = {"files": tuple(rows), "integers": tuple(integers)}  # lists mean shards
+            rows = datasets.IterableDataset.from_generator(read_rows, gen_kwargs=given)
+            as_written = True
         else:
-            files = _take_split(_find_files(path, subset), name)
-            kind = _check_columns(files)
-            if kind == "parquet":
-                rows = datasets.load_dataset(
-                    kind, data_files={name: files}, split=name, streaming=streaming
-                )
-                if streaming:
-                    return Stream(rows, dataset)
-            elif streaming:
-                given = {"files": tuple(files), "integers": tuple(integers)}  # lists mean shards
-                rows = datasets.IterableDataset.from_generator(read_rows, gen_kwargs=given)
-                return Stream(rows, dataset, as_written=True)
-            else:
-                rows = _tabulate(files, integers)
+            rows = _tabulate(rows, integers)
+        if streaming:
+            return Stream(rows, dataset, as_written)
         if name == split:
             return rows
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
@@ -651,30 +628,29 @@ def open_source(
         return rows.select(list(itertools.chain(*slices)))
 
 
-def _find_files(path: Path, subset: str | None) -> Mapping[str, Sequence[str]]:
-    """Return the files of a local dataset by split."""
+def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
+    """Return the files of a local dataset by split, or its tables where it was saved as such."""
+    datasets = import_extra("datasets")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        return saved if isinstance(saved, dict) else {"train": saved}
     found = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
     if not any(_FILE.search(file.name) for file in found):
         what = "unknown kind of file, expected" if path.is_file() else "no file in this folder is"
         raise SourceError(f"dataset {str(path)!r}: {what} .jsonl, .json, .parquet, .csv")
     if path.is_file():
         return {"train": [str(path)]}
-    builder = import_extra("datasets").load_dataset_builder(str(path), name=subset)
-    return {str(name): list(files) for name, files in builder.config.data_files.items()}
-
-
-def _take_split(splits: Mapping[str, Any], name: str) -> Any:
-    if name not in splits:
-        raise ValueError(f"Available splits: {[*splits]}")  # as `datasets` says it
-    return splits[name]
+    files = datasets.load_dataset_builder(str(path), name=subset).config.data_files
+    return {str(name): list(each) for name, each in files.items()}
 
 
 def _check_columns(files: Sequence[str]) -> str:
     """Return the kind of files that are read together; they must have the same columns."""
     found, first = _FILE.search(files[0]), None
+    kind = found[1] if found else "jsonl"
     for file in files:
         with _reading(file):
-            table = found is not None and found[1] == "parquet"
+            table = kind == "parquet"
             names = pq.read_schema(file).names if table else list(next(read_rows([file]), ()))
         first = first or names
         if other := ", ".join(sorted(set(first) ^ set(names or first))):
@@ -682,7 +658,7 @@ def _check_columns(files: Sequence[str]) -> str:
                 f"dataset {file!r} and {Path(files[0]).name} have different columns ({other}); "
                 "give one of the files, or a folder of like ones"
             )
-    return found[1] if found else "jsonl"
+    return kind
 
 
 def read_rows(
@@ -701,16 +677,14 @@ def read_rows(
 
     def decode(data: Any) -> Iterator[str]:
         nonlocal number
-        while True:
-            number += 1  # before it is read, which may fail
-            if not (line := data.readline()):
-                number -= 1
-                return
+        number = 1  # of the line that is read, which may fail
+        for line in iter(data.readline, b""):
             yield line.decode("utf-8-sig")
+            number += 1
+        number -= 1
 
     _read_faults()  # imports, which a reader that is closed halfway is not to wait for
     for file in files:
-        number = 0
         if file.endswith(".zst"):
             import_extra("zstandard")
         try:
@@ -718,7 +692,18 @@ def read_rows(
                 lines = decode(data)
                 yield from _read_csv(lines, integers) if ".csv" in file else _read_json(lines)
         except _read_faults() as error:
-            raise SourceError(f"dataset {file!r}, line {number}: {_why(error)}") from None
+            said = next((said for kind, said in _WHY.items() if isinstance(error, kind)), "")
+            damaged = "" if getattr(error, "errno", None) else ": the file is damaged"
+            why = said.format(error) or first_line(error) + damaged
+            raise SourceError(f"dataset {file!r}, line {number}: {why}") from None
+
+
+_WHY: dict[type[Exception], str] = {  # why a file of text cannot be read
+    UnicodeDecodeError: "the text is not UTF-8 (is it UTF-16? write it as UTF-8)",
+    RecursionError: "not JSON that can be read: it is nested too deeply",
+    csv.Error: "not CSV ({})",
+    ValueError: "not JSON ({})",
+}
 
 
 def _read_json(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -726,8 +711,7 @@ def _read_json(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     first = next(lines, "")
     is_array = first.lstrip().startswith("[")
     rows = filter(None, itertools.chain([first], lines))
-    for row in json.loads(first + "".join(lines)) if is_array else rows:
-        row = row if is_array else json.loads(row)
+    for row in json.loads(first + "".join(lines)) if is_array else map(json.loads, rows):
         if not isinstance(row, dict):
             raise ValueError(f"{row!r:.40} is not an object")
         yield row
@@ -767,36 +751,37 @@ def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
         one = {name: min(found) if len(found) == 1 else "json" for name, found in kinds.items()}
         types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
         schema = datasets.Features({name: types[kind] for name, kind in one.items()}).arrow_schema
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        try:
-            with pa.ipc.new_stream(str(part), schema) as table:
-                rows = read_rows(files, integers)
-                while batch := list(itertools.islice(rows, 1000)):
-                    arrays = []
-                    for name, kind in one.items():
-                        cells = [row.get(name) for row in batch]
-                        cells = [*map(_json_cell, cells)] if kind == "json" else cells
-                        arrays.append(pa.array(cells, schema.field(name).type))
-                    table.write_batch(pa.record_batch(arrays, schema=schema))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(path) as part, pa.ipc.new_stream(str(part), schema) as table:
+            rows = read_rows(files, integers)
+            while batch := list(itertools.islice(rows, 1000)):
+                for row in batch:
+                    row |= {name: _json_cell(row[name]) for name in row if one[name] == "json"}
+                table.write_batch(pa.RecordBatch.from_pylist(batch, schema))
     return datasets.Dataset.from_file(str(path))
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name to write to; what stands there in the end appears as `path`, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _kind_of(value: Any) -> str:
-    if isinstance(value, str):
-        return "string" if is_unicode(value) else "json"  # no table holds half a surrogate pair
+    if isinstance(value, str) and is_unicode(value):  # no table holds half a surrogate pair
+        return "string"
     return "int64" if type(value) is int and -(2**63) <= value < 2**63 else "json"
 
 
 def _json_cell(value: Any) -> str | None:
     """Write JSON that `datasets` reads rightly: integers over 64 bits and half pairs as text."""
-    if value is None:
-        return None
-    text = json.dumps(value, ensure_ascii=False)
-    if is_unicode(text) and not re.search(r"\d{19}", text):
+    text = None if value is None else json.dumps(value, ensure_ascii=False)
+    if text is None or (is_unicode(text) and not re.search(r"\d{19}", text)):
         return text
     if isinstance(value, str):  # first halves would be dropped in silence, second ones are not
         return json.dumps(re.sub("[\ud800-\udbff]", "\udc00", value))
@@ -805,24 +790,16 @@ def _json_cell(value: Any) -> str | None:
 
 def is_unicode(text: str) -> bool:
     """Tell whether text can be written at all: JSON escapes can hold half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows of a source one after the other; what goes wrong on the way is a `SourceError`.
+    """Rows of a source one after the other; what goes wrong on the way is a `SourceError`."""
 
-    Has of a `datasets.IterableDataset`, which `rows` is, what the scripts use. `as_written`: no
-    null of an object is Arrow's padding.
-    """
-
-    rows: Any
+    rows: Any  # `datasets.IterableDataset`, of which this has what the scripts use
     name: str
-    as_written: bool = False
+    as_written: bool = False  # no null of an object is Arrow's padding
 
     @property
     def column_names(self) -> Any:
@@ -858,29 +835,13 @@ def _read_faults() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def _why(error: Exception) -> str:
-    """Say in a line why a file of text cannot be read."""
-    if isinstance(error, UnicodeDecodeError):
-        return "the text is not UTF-8 (is it UTF-16? write it as UTF-8)"
-    if isinstance(error, RecursionError):
-        return "not JSON that can be read: it is nested too deeply"
-    if isinstance(error, csv.Error):
-        return f"not CSV ({error})"
-    if isinstance(error, ValueError):
-        return f"not JSON ({error})"
-    return first_line(error) + ("" if getattr(error, "errno", None) else ": the file is damaged")
-
-
 @contextlib.contextmanager
 def _reading(name: str, split: str = "", subset: str | None = None) -> Iterator[None]:
     """Turn what readers raise into one line that says what to do."""
     try:
         yield
     except _read_faults() as error:
-        cause: BaseException = error
-        while (inner := cause.__cause__ or cause.__context__) is not None:
-            cause = inner
-        why = " ".join(str(error).split()) or type(error).__name__
+        cause, why = root_cause(error), " ".join(str(error).split()) or type(error).__name__
         if found := re.search(r"(?:Should be one of|Available splits:) \[(.*?)\]", why):
             names = ", ".join(re.findall(r"'([^']+)'", found[1]))
             why = f" has no split {split!r}; it has {names} (--split)"
@@ -897,21 +858,20 @@ def _reading(name: str, split: str = "", subset: str | None = None) -> Iterator[
         raise SourceError(f"dataset {name!r}{why}") from error
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """Return the first of a chain of errors."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
+
+
 def source_revision(
     dataset: str, revision: str | None = None, *, kind: str = "dataset"
 ) -> str | None:
-    """Name the version of a source or model: the commit on the Hub, a digest of local files.
+    """Name the version of a source (or model: `kind`): a commit, or a digest of local files.
 
     The digest covers the names and the whole content of files up to 1 GB together; of more, names,
-    sizes and 16 places of each file, so that it stays cheap.
-
-    Args:
-        dataset: Hub id, or a local file or folder.
-        revision: branch, tag or commit on the Hub.
-        kind: "dataset" or "model", for the Hub.
-
-    Returns:
-        None when the Hub does not say.
+    sizes and 16 places of each file, so that it stays cheap. None when the Hub does not say.
     """
     path = local_path(dataset)
     if not path.exists():
@@ -954,28 +914,23 @@ def source_columns(dataset: Any) -> list[str]:
 
 
 def without_idle_columns(source: Any, columns: ConversationColumns) -> Any:
-    """Leave out what no conversation is read from, such as images: decoding it costs time.
-
-    A stream without a schema stays as it is: not all its rows have the same columns.
-    """
-    if not source.column_names:
+    """Leave out what no conversation is read from, such as images: decoding it costs time."""
+    if not source.column_names:  # a stream without a schema: not all its rows have the same ones
         return source
     return source.select_columns([n for n in source.column_names if n in columns.needed()])
 
 
 # Rows to messages ---------------------------------------------------------------------------------
 
-_ROLES = {
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "function_call", "tool_call"),
-                    "assistant"),
-    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
-    **{role: role for role in ("user", "assistant", "system", "tool", "developer")},
-}  # fmt: skip
-_PARTS = {
-    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
-    **dict.fromkeys(("reasoning", "thinking"), "reasoning"),
-}
+_ROLES = {name: role for role, names in {
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bot model ai function_call tool_call",
+    "tool": "tool observation function function_response tool_response",
+    "system": "system",
+    "developer": "developer",
+}.items() for name in names.split()}  # fmt: skip
+_PARTS = {"text": "text", "input_text": "text", "output_text": "text",
+          "reasoning": "reasoning", "thinking": "reasoning"}  # fmt: skip
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _ANY_OBJECT = object()  # stands for a feature that nobody knows
 
@@ -1025,7 +980,7 @@ def read_conversation(
     if answers and not any(s.strip() if isinstance(s, str) else s for s in said):
         raise ConversationError("empty", "the assistant says nothing")
     tools = _parsed_json(cells["tools"])
-    tools = [_parsed_json(t) for t in tools] if isinstance(tools, list) else tools
+    tools = [*map(_parsed_json, tools)] if isinstance(tools, list) else tools
     tools = None if isinstance(tools, str) else tools or None
     if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ConversationError("malformed", "column 'tools' is no list of tool schemas")
@@ -1057,12 +1012,7 @@ def without_padding(value: Any, feature: Any) -> Any:
 
 
 def check_template_kwargs(given: Any) -> dict[str, Any]:
-    """Return arguments of a template.
-
-    Raises:
-        TemplateError: they are no object, or one has the name of something that the template is
-            given anyway.
-    """
+    """Return arguments of a template, or raise TemplateError where they cannot be such."""
     if not isinstance(given, Mapping):
         raise TemplateError(f"no object: {given!r:.60}")
     if taken := {"messages", "tools", "documents", "add_generation_prompt"} & given.keys():
@@ -1080,17 +1030,17 @@ def _parsed_json(value: Any) -> Any:
 
 def _read_messages(value: Any, column: str) -> Messages:
     """Read a cell that holds a list of messages, also as JSON, or a struct of lists."""
-    value = _parsed_json(value)
+    value, why = _parsed_json(value), "is no list of messages"
     if value is None:
         raise ConversationError("null", f"column {column!r} is null")
     if isinstance(value, dict):  # a struct of lists: what `datasets` makes of a list of structs
-        lists = [each for each in value.values() if isinstance(each, list)]
-        if len(lists) < len(value) or len({len(each) for each in lists}) > 1:
-            why = "is one object, or lists of different length, not a list of messages"
-            raise ConversationError("malformed", f"column {column!r} {why}")
-        value = [dict(zip(value, each, strict=True)) for each in zip(*lists, strict=True)]
+        sizes = {len(each) if isinstance(each, list) else None for each in value.values()}
+        if len(sizes) == 1 and sizes != {None}:
+            rows = zip(*value.values(), strict=True)
+            value = [dict(zip(value, each, strict=True)) for each in rows]
+        why = "is one object, or lists of different length, not a list of messages"
     if not isinstance(value, list):
-        raise ConversationError("malformed", f"column {column!r} is no list of messages")
+        raise ConversationError("malformed", f"column {column!r} {why}")
     if not value:
         raise ConversationError("empty", "the conversation has no messages")
     return [_read_message(message) for message in value]
@@ -1142,39 +1092,33 @@ def _read_message(value: Any) -> dict[str, Any]:
     content = message.pop("content", None)
     content = message.pop("value", None) if content is None else content
     calls = _parsed_json(message.pop("tool_calls", None))
-    if isinstance(calls, list) and calls:
-        message["tool_calls"] = calls
+    message |= {"tool_calls": calls} if isinstance(calls, list) and calls else {}
     content, reasoning = _content_text(content, role)
     if reasoning:
         if any(message.get(key) not in (None, "", reasoning) for key in _REASONING_KEYS):
             raise ConversationError("malformed", "a message gives its reasoning twice")
         message["reasoning_content"] = reasoning
-    if content is not None:
-        return {"role": role, "content": content, **message}
-    if "tool_calls" not in message and not any(message.get(key) for key in _REASONING_KEYS):
+    if content is None and not any(map(message.get, ("tool_calls", *_REASONING_KEYS))):
         raise ConversationError("null", f"a {role} message has no content")
-    return {"role": role, **message}
+    return {"role": role, **({} if content is None else {"content": content}), **message}
 
 
 def _content_text(content: Any, role: str) -> tuple[Any, str]:
-    """Return content as text, and the reasoning among its parts.
-
-    The structured result of a tool stays as it is.
-    """
+    """Return content as text (the structured result of a tool as it is), and reasoning parts."""
     if content is None or isinstance(content, str):
         return content, ""
     said: dict[str, list[str]] = {"text": [], "reasoning": []}
-    for part in content if isinstance(content, list) else [content]:
+    listed = isinstance(content, list)
+    for part in content if listed else [content]:
         part = {"text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else None
         text = part.get("text", part.get(kind)) if isinstance(part, dict) else None
-        into = _PARTS.get(str(kind)) if isinstance(content, list) else None
-        into = into if isinstance(text, str) else None
+        into = _PARTS.get(str(kind)) if listed and isinstance(text, str) else None
         if into is None or (into == "reasoning" and role != "assistant"):
             if role == "tool":
                 return content, ""
             why = f"a {role} message holds more than text: {part!r:.60}"
-            raise ConversationError("not_text" if isinstance(content, list) else "malformed", why)
+            raise ConversationError("not_text" if listed else "malformed", why)
         said[into].append(str(text))
     text, reasoning = map("".join, said.values())
     return text if said["text"] or not reasoning else None, reasoning
@@ -6909,6 +6853,10 @@ def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:
 # --------------------------------------------------------------------------------------------------
 
 
+class ConfigError(LogitsError):
+    """An option is wrong or two do not go together; met before anything runs (exit 2)."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose refusals are one line, like every other error."""
 
@@ -6925,6 +6873,128 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and exit 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def option(default: Any, help_text: str, *, group: str = "", **checks: Any) -> Any:
+    """Declare one option; its dataclass field is the only place that holds default, help and range.
+
+    `group` begins a group of options, or goes on with it. `checks`: `low`, `high` (inclusive),
+    `above` (exclusive), `choices`, `parse` (text to value). One without default may not be empty.
+    """
+    return field(default=default, metadata={"help": help_text, "group": group, **checks})
+
+
+def flag_of(name: str) -> str:
+    """Return an option as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return value
+
+
+@dataclass(kw_only=True)
+class ConversationOptions:
+    """The options that say which tokens each conversation has, alike in the scripts.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model: str = option(MISSING, "Hub id or local folder of the teacher", group="teacher")
+    revision: str | None = option(None, "model revision: branch, tag or commit")
+    trust_remote_code: bool = option(False, "run model code from the Hub")
+
+    dataset: str = option(
+        MISSING, "Hub id, or a .jsonl, .json, .parquet, .csv file or folder", group="dataset"
+    )
+    subset: str | None = option(None, "dataset configuration")
+    split: str = option("train", "dataset split")
+    streaming: bool = option(False, "never hold the whole source in memory")
+    messages_col: str | None = option(None, "column of chat messages; usual names are found")
+    user_col: str = option("question", "user column of single-turn data")
+    assistant_col: str = option("answer", "assistant column of single-turn data")
+    system_col: str | None = option(None, "column of system messages")
+    text_col: str | None = option(None, "column of plain text instead of chat")
+    index_col: str | None = option(None, "column of unique integer ids (default: the row number)")
+
+    chat_template: str | None = option(
+        None, "Jinja file used instead of the tokenizer's template", group="conversation"
+    )
+    template_kwargs: dict[str, Any] | None = option(
+        None, 'JSON for the template: {"enable_thinking": false}', parse=json_object
+    )
+    turns: str = option("all", "assistant turns to extract: all or last", choices=("all", "last"))
+    include_think: bool = option(False, "extract think tags that only the template inserts, too")
+    include_end: bool = option(False, "extract what the template appends after the turn's end, too")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            check_option(entry, getattr(self, entry.name))
+
+
+def check_option(entry: Field[Any], value: Any) -> None:
+    """Raise ConfigError when a value is outside the range or the choices of its option."""
+    if value is None:
+        return
+    flag, checks = flag_of(entry.name), entry.metadata
+    if entry.default is MISSING and not value.strip():
+        raise ConfigError(f"{flag} is empty: give a Hub id, or ./ for this folder")
+    if "choices" in checks and value not in checks["choices"]:
+        raise ConfigError(f"{flag} {value}: choose one of {', '.join(checks['choices'])}")
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"{flag} {value}: must be a finite number")
+    low, high, above = checks.get("low"), checks.get("high"), checks.get("above")
+    if low is not None and value < low:
+        raise ConfigError(f"{flag} {value}: must be at least {low}")
+    if above is not None and not value > above:
+        raise ConfigError(f"{flag} {value}: must be above {above}")
+    if high is not None and not value <= high:
+        raise ConfigError(f"{flag} {value}: must be at most {high}")
+
+
+def add_options(
+    parser: argparse.ArgumentParser, declared: type[Any], *, required: Sequence[str]
+) -> None:
+    """Add the options that the fields of a dataclass declare, in their groups."""
+    groups: dict[str, Any] = {}
+    group: Any = parser
+    hints = get_type_hints(declared)
+    for entry in fields(declared):
+        if name := entry.metadata["group"]:
+            group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        if hints[entry.name] is bool:
+            how: dict[str, Any] = {"action": "store_true"}
+        else:
+            how = _argument_of(entry, hints[entry.name])
+        text = entry.metadata["help"]
+        text += " (default: %(default)s)" if how.get("default") is not None else ""
+        needed = {"required": True} if entry.name in required else {}
+        group.add_argument(flag_of(entry.name), help=text, **how, **needed)
+
+
+def _argument_of(entry: Field[Any], hint: Any) -> dict[str, Any]:
+    """Return the `add_argument` keywords of an option that takes a value."""
+    kind = (get_args(hint) or (hint,))[0]  # of `kind | None`
+    parse: Any = entry.metadata.get("parse")
+
+    def parse_or_refuse(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, RecursionError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not usable: {error}") from error
+
+    last_word = entry.name.rpartition("_")[2]
+    return {
+        "type": parse_or_refuse if parse else kind,
+        "choices": entry.metadata.get("choices"),
+        "default": None if entry.default is MISSING else entry.default,
+        "metavar": {int: "N", float: "X"}.get(kind, "JSON" if parse else last_word.upper()),
+    }
 
 
 class LenientFile(io.FileIO):

@@ -58,7 +58,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from inspect import signature
 from pathlib import Path
@@ -89,26 +89,32 @@ from explore_logits import (
     NOT_OF_JOB,
     PARTS_PER_FOLDER,
     TEMPLATE_FILE,
+    ConfigError,
     ConversationColumns,
     ConversationEncoder,
     ConversationError,
+    ConversationOptions,
     Lengths,
     LogitsError,
     OneLineParser,
+    add_options,
     conversation_settings,
     differing_settings,
     first_line,
+    flag_of,
     format_mask_preview,
     format_version,
     hash_ids,
     hide_tokens,
     is_exact,
+    json_object,
     limit_waiting,
     load_tokenizer,
     local_path,
     log_safely,
     open_bar,
     open_conversations,
+    option,
     outlive_readers,
     pack_indices,
     part_path,
@@ -169,10 +175,6 @@ logger = logging.getLogger("extract_logits")
 T = TypeVar("T")
 
 
-class ConfigError(LogitsError):
-    """An option is wrong or two do not go together; met before anything runs (exit 2)."""
-
-
 class DataError(LogitsError):
     """The dataset cannot be read as conversations; met while it is prepared (exit 2)."""
 
@@ -206,17 +208,9 @@ def stop_if(should_stop: Callable[[], bool]) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 
-def parse_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    return value
-
-
 def parse_limits(text: str) -> dict[str, int]:
     """Parse a JSON object of non-negative integers by group name, such as {"math": 20000}."""
-    value = parse_object(text)
+    value = json_object(text)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value.values()):
         raise ValueError('must be a JSON object of non-negative integers: {"math": 20000}')
     return value
@@ -228,20 +222,6 @@ def parse_thresholds(text: str) -> dict[int, int]:
     if not value or min(value) < 1 or min(value.values()) < 1:
         raise ValueError("needs lengths and batch sizes of at least 1")
     return value
-
-
-def option(default: Any, help_text: str, *, group: str = "", **checks: Any) -> Any:
-    """Declare one option; its dataclass field is the only place that holds default, help and range.
-
-    `group` begins a group of options. `checks`: `low`, `high` (inclusive), `above` (exclusive),
-    `choices`, `parse` (text to value).
-    """
-    return field(default=default, metadata={"help": help_text, "group": group, **checks})
-
-
-def flag_of(name: str) -> str:
-    """Return an option as it is typed."""
-    return "--" + name.replace("_", "-")
 
 
 ENGINE_OWN = {  # arguments of vLLM that follow from other options
@@ -256,17 +236,14 @@ NOT_BESIDE_MIN_P = ("top_p", "top_p_max", "sampled_n")
 
 
 @dataclass(kw_only=True)
-class ExtractionConfig:
+class ExtractionConfig(ConversationOptions):
     """Every option of a run; field names are option names with underscores, "off" is None.
 
     Raises:
         ConfigError: a value is out of range or two options contradict each other.
     """
 
-    model: str = option(MISSING, "Hub id or local folder of the teacher", group="teacher")
-    revision: str | None = option(None, "model revision: branch, tag or commit")
-    trust_remote_code: bool = option(False, "run model code from the Hub")
-    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto is the best")
+    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto is the best", group="teacher")
     dtype: str = option(
         "auto",
         "of weights and forward; auto is the checkpoint's on a GPU, float32 on a CPU",
@@ -281,24 +258,11 @@ class ExtractionConfig:
     engine_args: dict[str, Any] | None = option(
         None,
         'for vLLM, JSON: {"tensor_parallel_size": 8}, "unchecked": true for families not compared',
-        parse=parse_object,
+        parse=json_object,
     )
     tensor_parallel: bool = option(
         False, "split the teacher over all processes of a torchrun, which work as one"
     )
-
-    dataset: str = option(
-        MISSING, "Hub id, or a .jsonl, .json, .parquet, .csv file or folder", group="dataset"
-    )
-    subset: str | None = option(None, "dataset configuration")
-    split: str = option("train", "dataset split")
-    streaming: bool = option(False, "never hold the whole source in memory")
-    messages_col: str | None = option(None, "column of chat messages; usual names are found")
-    user_col: str = option("question", "user column of single-turn data")
-    assistant_col: str = option("answer", "assistant column of single-turn data")
-    system_col: str | None = option(None, "system column of single-turn data")
-    text_col: str | None = option(None, "column of plain text instead of chat")
-    index_col: str | None = option(None, "column of unique integer ids (default: the row number)")
 
     limit: int | None = option(
         None, "conversations of the whole job, over all resumed runs", group="selection",
@@ -327,18 +291,10 @@ class ExtractionConfig:
         None, "skip longer conversations, in tokens (default: the model's maximum)", low=2
     )
 
-    chat_template: str | None = option(
-        None, "Jinja file used instead of the tokenizer's template", group="conversation"
-    )
-    template_kwargs: dict[str, Any] | None = option(
-        None, 'JSON for the template: {"enable_thinking": false}', parse=parse_object
-    )
-    turns: str = option("all", "assistant turns to extract: all or last", choices=("all", "last"))
-    include_think: bool = option(False, "extract think tags that only the template inserts, too")
-    include_end: bool = option(False, "extract what the template appends after the turn's end, too")
     verify_mask: bool = option(
-        False, "show the extracted tokens of some rows first; on a terminal, ask"
-    )
+        False, "show the extracted tokens of some rows first; on a terminal, ask",
+        group="conversation",
+    )  # fmt: skip
 
     top_p: float = option(
         0.98, "probability that the nucleus covers", group="extraction", above=0, high=1
@@ -421,19 +377,15 @@ class ExtractionConfig:
     executor_options: dict[str, Any] | None = option(
         None,
         'arguments of datatrove\'s executor, JSON: {"partition": "gpu", "time": "24:00:00"}',
-        parse=parse_object,
+        parse=json_object,
     )
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            check_option(entry.name, getattr(self, entry.name), entry.metadata)
+        super().__post_init__()
         self._check_pairs()
 
     def _check_pairs(self) -> None:
         """Refuse options that need or exclude each other."""
-        for name in ("model", "dataset", "output"):
-            if not getattr(self, name).strip():
-                raise ConfigError(f"--{name} is empty: give a Hub id, or ./ for this folder")
         if self.resume and self.force_restart:
             raise ConfigError("--resume continues and --force-restart discards: give one of them")
         pairs = ("sample_subject", "subject_col"), ("rank", "world_size"), ("executor", "tasks")
@@ -486,25 +438,6 @@ def refuse_beside_min_p(flag: str) -> NoReturn:
     raise ConfigError(
         f"--min-p alone says what is kept, {flag} has no meaning beside it: drop one of the two"
     )
-
-
-def check_option(name: str, value: Any, checks: Mapping[str, Any]) -> None:
-    """Raise ConfigError when a value is outside the range or the choices of its option."""
-    if value is None:
-        return
-    flag = flag_of(name)
-    choices = checks.get("choices")
-    if choices and value not in choices:
-        raise ConfigError(f"{flag} {value}: choose one of {', '.join(choices)}")
-    low, high, above = checks.get("low"), checks.get("high"), checks.get("above")
-    if isinstance(value, float) and math.isinf(value):
-        raise ConfigError(f"{flag} {value}: must be a finite number")
-    if low is not None and value < low:
-        raise ConfigError(f"{flag} {value}: must be at least {low}")
-    if above is not None and not value > above:
-        raise ConfigError(f"{flag} {value}: must be above {above}")
-    if high is not None and not value <= high:
-        raise ConfigError(f"{flag} {value}: must be at most {high}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6151,48 +6084,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run a teacher over a chat dataset once; keep its distributions as shards.",
         epilog=f"exit codes: {(__doc__ or '').partition('Exit codes: ')[2].strip()}",
     )
-    group: Any = parser
-    hints = get_type_hints(ExtractionConfig)
-    for entry in fields(ExtractionConfig):
-        if name := entry.metadata["group"]:
-            group = parser.add_argument_group(name)
-        if hints[entry.name] is bool:
-            group.add_argument(
-                flag_of(entry.name), action="store_true", help=entry.metadata["help"]
-            )
-        else:
-            group.add_argument(flag_of(entry.name), **argument_of(entry, hints[entry.name]))
+    add_options(parser, ExtractionConfig, required=("output",))  # --resume knows the others
     return parser
-
-
-def argument_of(entry: Field[Any], hint: Any) -> dict[str, Any]:
-    """Return the `add_argument` keywords of an option that takes a value."""
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
-    parse = entry.metadata.get("parse")
-    help_text, last_word = entry.metadata["help"], entry.name.rpartition("_")[2]
-    required = entry.default is MISSING
-    if not required and entry.default is not None:
-        help_text += " (default: %(default)s)"
-    return {
-        "type": checked(parse) if parse else kinds[0],
-        "choices": entry.metadata.get("choices"),
-        "required": entry.name == "output",
-        "default": None if required else entry.default,
-        "metavar": {int: "N", float: "X"}.get(kinds[0], "JSON" if parse else last_word.upper()),
-        "help": help_text,
-    }
-
-
-def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Wrap a parser of JSON options so that argparse shows what is wrong with the text."""
-
-    def parse_or_refuse(text: str) -> Any:
-        try:
-            return parse(text)
-        except (ValueError, RecursionError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not usable: {error}") from error
-
-    return parse_or_refuse
 
 
 def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:

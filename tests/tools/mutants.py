@@ -273,10 +273,10 @@ FAULTS = """
 - return self.num_tokens > 0
 + return self.num_tokens >= 0
 : a push that the Hub never took is reported as done
--                 if not passing or wait_s is None:
--                     raise
-+                 if not passing or wait_s is None:
-+                     return
+-             if not passing or wait_s is None or
++             if wait_s is None:
++                 return
++             if not passing or
 """
 
 
