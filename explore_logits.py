@@ -1169,16 +1169,12 @@ def load_tokenizer(
     if model.startswith((".", "/", "~")) and not folder.exists():
         raise LogitsError(f"model {model!r}: no such folder")
     where = str(folder) if folder.is_dir() else model
-    how = {"revision": revision, "local_files_only": local_files_only}
-    transformers = import_extra("transformers")
+    how: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    auto = import_extra("transformers").AutoTokenizer
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, trust_remote_code=trust_remote_code, **how
-        )
-    except (
-        *(ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError),
-        *(SyntaxError, AssertionError),  # of code that comes with a model
-    ) as error:
+        tokenizer = auto.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
+    except (ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError,
+            SyntaxError, AssertionError) as error:  # fmt: skip
         raise LogitsError(_explain_tokenizer(model, folder, error)) from error
     if type(tokenizer).__name__.startswith("MistralCommon"):
         raise LogitsError(
@@ -1186,39 +1182,37 @@ def load_tokenizer(
             "a chat template nor character offsets; use a copy that holds tokenizer.json"
         )
     if not getattr(tokenizer, "chat_template", None):
-        beside = importlib.import_module("transformers.utils").cached_file(
-            where, "chat_template.json", _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, **how,
-        )  # fmt: skip
-        if beside is not None:
+        raises = (
+            "_raise_exceptions_for_missing_entries",
+            "_raise_exceptions_for_connection_errors",
+        )
+        how |= dict.fromkeys(raises, False)
+        find = importlib.import_module("transformers.utils").cached_file
+        if (beside := find(where, "chat_template.json", **how)) is not None:
             tokenizer.chat_template = _read_template(Path(beside), "chat_template.json")
     return tokenizer
 
 
 def _explain_tokenizer(model: str, folder: Path, error: BaseException) -> str:
     """Say why a tokenizer cannot be loaded and what to do."""
+    said = str(error).replace("`", " ")
     if isinstance(error, ImportError):
-        said = str(error).replace("`", " ")
-        found = re.search(
-            r"pip install (?:-U )?([\w.-]+)|'([\w.-]+)'|requires the (\w+) library", said
+        names = r"pip install (?:-U )?([\w.-]+)|'([\w.-]+)'|requires the (\w+) library"
+        found = re.search(names, said)
+        package = next(filter(None, found.groups())).lower() if found else said
+        return (
+            f"the tokenizer of model {model!r} needs the package {package}: pip install {package}"
         )
-        package = next(filter(None, found.groups()), said).lower() if found else said
-        why = f"needs the package {package}: pip install {package}"
-        return f"the tokenizer of model {model!r} {why}"
-    if "trust_remote_code" in str(error):
+    if "trust_remote_code" in said:
         return f"the tokenizer of model {model!r} runs code of its own: --trust-remote-code"
     if (folder / "tekken.json").is_file() and importlib.util.find_spec("mistral_common") is None:
         return f"model {model!r}: its tekken.json needs mistral-common: pip install mistral-common"
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    if folder.is_dir():
-        return (
-            f"no tokenizer for model {model!r}: the folder holds none that can be read "
-            f"({first_line(error)}); copy the files of the tokenizer into it"
-        )
-    return (
-        f"no tokenizer for model {model!r}: {first_line(error)} (is the name right, and are you "
-        "logged in? hf auth login); no folder here has this name either"
+    why = first_line(root_cause(error))
+    return f"no tokenizer for model {model!r}: " + (
+        f"the folder holds none that can be read ({why}); copy the files of the tokenizer into it"
+        if folder.is_dir()
+        else f"{why} (is the name right, and are you logged in? hf auth login); no folder here has "
+        "this name either"
     )
 
 
@@ -1233,9 +1227,9 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
     """
     if path is not None:
         source, where = _read_template(local_path(path), f"--chat-template {path!r}"), repr(path)
+    elif source := getattr(tokenizer, "chat_template", None):
+        where = "of the tokenizer"
     else:
-        source, where = getattr(tokenizer, "chat_template", None), "of the tokenizer"
-    if not source and path is None:
         raise TemplateError(
             f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
             "give one with --chat-template FILE (or --text-col for plain text)"
@@ -1252,18 +1246,15 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
             "{%+ if tools is not none %}\n" + with_tools.removesuffix("\n")
             + "{%+ else %}\n" + plain.removesuffix("\n") + "{%+ endif %}"
         )  # fmt: skip
-    jinja2 = import_extra("jinja2")
+    syntax_error = import_extra("jinja2").TemplateSyntaxError
     try:
         _compile_marked(source)
-    except jinja2.TemplateSyntaxError as error:
+    except (syntax_error, RecursionError, MemoryError, SyntaxError) as error:
+        why = " is nested too deeply to be compiled"
+        if isinstance(error, syntax_error):
+            why = f", line {error.lineno}: {error.message}"
         raise TemplateError(
-            f"chat template {where}, line {error.lineno}: {error.message}; "
-            "give a corrected one with --chat-template"
-        ) from error
-    except (RecursionError, MemoryError, SyntaxError) as error:
-        raise TemplateError(
-            f"chat template {where} is nested too deeply to be compiled; give another one with "
-            "--chat-template"
+            f"chat template {where}{why}; give another one with --chat-template"
         ) from error
     return str(source)
 
@@ -1327,16 +1318,10 @@ class _Marks:
         self.work_left = 10**8 + 10**4 * len(chat)  # a million steps, some 100 more a message
 
     def spend(self, work: int) -> None:
-        """Count work.
-
-        Raises:
-            SecurityError: it is too much.
-        """
         self.work_left -= work
         if self.work_left < 0:
-            raise import_extra("jinja2").exceptions.SecurityError(
-                "it loops for too long or writes too much"
-            )
+            why = "it loops for too long or writes too much"
+            raise import_extra("jinja2").exceptions.SecurityError(why)
 
     def mark(self, kind: str, *values: Any) -> str:
         """Return a mark for a loop that comes to `values`, or is over where there are none.
@@ -1349,8 +1334,6 @@ class _Marks:
             return kind and f"{self.edge}{kind}{self.edge}"
         at = next((self.number_of[id(v)] for v in values if id(v) in self.number_of), None)
         depth = next((n for n, loop in enumerate(self.loops) if loop[0] == kind), len(self.loops))
-        if at is None and depth == len(self.loops):
-            return ""  # a loop over something else
         before, self.loops[depth:] = self.loops[-1:], [] if at is None else [(kind, at)]
         now = self.loops[-1:]
         return "" if now == before else f"{self.edge}{now[0][1] if now else ''}{self.edge}"
@@ -1384,8 +1367,7 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
     there a mark could change the text. `{% generation %}` is, with `inside`; the second value tells
     whether there is such a place.
     """
-    import_extra("transformers")
-    utils = importlib.import_module("transformers.utils.chat_template_utils")
+    utils = import_extra("transformers.utils.chat_template_utils")
     jinja2 = import_extra("jinja2")
     nodes, count = jinja2.nodes, itertools.count()
 
@@ -1427,13 +1409,13 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
             return [self.mark("+"), body, self.mark("-")] if inside or not self.captured else body
 
         def visit_Assign(self, node: Any) -> Any:
+            """Mark `{% set message = messages[i] %}`, also by `messages[loop.index0]`."""
             self.generic_visit(node)
             if self.captured or not self.loops or not isinstance(node.node, nodes.Getitem):
                 return node
-            kind, names = self.loops[-1]  # {% set message = messages[i] %}
+            kind, names = self.loops[-1]
             number = node.node.arg
-            if isinstance(number, nodes.Getattr):  # messages[loop.index0]
-                number = number.node if number.attr == "index0" else None
+            number = number.node if getattr(number, "attr", "") == "index0" else number
             known = isinstance(number, nodes.Name) and number.name in (*names, "loop")
             if not known or not isinstance(node.target, nodes.Name):
                 return node
@@ -1459,12 +1441,12 @@ def _bound_work(plain: Any) -> Any:
     """Return the sandbox with its operators, filters and methods counted by what they write."""
     environment, jinja2 = plain.overlay(), import_extra("jinja2")
 
-    def spend(context: Any, name: str, values: Sequence[Any]) -> None:
+    def spend(context: Any, name: str, *values: Any) -> None:
         work = _written(name, values)
         context.parent["_marks"].spend(work if work > 10**6 else work // 100)
 
     def binop(context: Any, operator: str, left: Any, right: Any) -> Any:
-        spend(context, operator, (left, right))
+        spend(context, operator, left, right)
         return plain.binop_table[operator](left, right)
 
     def call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -1473,13 +1455,13 @@ def _bound_work(plain: Any) -> Any:
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         if isinstance(owner := getattr(method, "__self__", None), (str, bytes, int)):
             args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
-            spend(context, method.__name__, (owner, *args, *kwargs.values()))
+            spend(context, method.__name__, owner, *args, *kwargs.values())
         return plain.call(context, function, *args, **kwargs)
 
     def bounded(name: str) -> Any:
         def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
             value = list(value) if isinstance(value, Iterator) else value
-            spend(context, name, (value, *args, *kwargs.values()))
+            spend(context, name, value, *args, *kwargs.values())
             return plain.call_filter(name, value, args, kwargs, context)
 
         return jinja2.pass_context(run)
@@ -1495,10 +1477,11 @@ def _bound_work(plain: Any) -> Any:
 
 def _written(name: str, values: Sequence[Any]) -> int:
     """Return about how many characters or items an operation writes, at most."""
-    if name == "+" or (name == "*" and not any(hasattr(v, "__len__") for v in values)):
-        return sum(len(v) for v in values if hasattr(v, "__len__"))
+    sized = [v for v in values if hasattr(v, "__len__")]
+    if name == "+" or (name == "*" and not sized):
+        return sum(map(len, sized))
     if name in _AMPLIFIERS:
-        return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
+        return math.prod(max(1, abs(v) if isinstance(v, int) else len(str(v))) for v in values)
     first, *others = values
     if name == "**":
         return int(abs(first)).bit_length() * int(abs(others[0]))
@@ -1506,51 +1489,28 @@ def _written(name: str, values: Sequence[Any]) -> int:
         return 0
     # by the widths in the format, or given beside it, and by what is put into it
     others = [*others[0]] if len(others) == 1 and isinstance(others[0], tuple) else others
-    specs = re.findall(r"[%:][^%:{}]*", first)
-    widths = sum(int(n) for spec in specs for n in re.findall(r"\d+", spec))
-    asks = re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first)
-    widths += sum(abs(n) for n in others if asks and isinstance(n, int))
-    return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
-
-
-def _size(value: Any) -> int:
-    """Return how many characters and items a value holds."""
-    if isinstance(value, Mapping):
-        return _size([*value.keys(), *value.values()])
-    if isinstance(value, (list, tuple)):
-        return len(value) + sum(map(_size, value))
-    return len(value) if hasattr(value, "__len__") else 1
+    widths = sum(map(int, re.findall(r"\d+", "".join(re.findall(r"[%:][^%:{}]*", first)))))
+    if re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first):
+        widths += sum(abs(n) for n in others if isinstance(n, int))
+    return widths + (first.count("%") + first.count("{")) * sum(len(str(v)) for v in others)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with what a short probe conversation showed about it.
+    """A template with what a short probe conversation showed about it."""
 
-    Attributes:
-        source: Jinja source.
-        given: what the template is given beside messages: special tokens, and its arguments.
-        added: the tokenizer's added tokens, blank ones left out; longest first.
-        tokens: matches one or more added tokens back to back, with the blanks before them.
-        moment: told to a template that asks for the time; None: the real time.
-        parts: content must be given as a list of text parts.
-        loops: the template writes a message when it comes to it in a loop; else see `_replaced`.
-        marked: `{% generation %}` markers are there and cover the assistant's content.
-        prompt: the generation prompt, such as "<|im_start|>assistant\\n".
-        tails: what the template writes after what an assistant says; longest first.
-        inserted: think tags that it writes where the data has none; longest first.
-    """
-
-    source: str
-    given: Mapping[str, Any]
-    added: tuple[str, ...] = ()
-    tokens: re.Pattern[str] = re.compile("(?!)")
-    moment: datetime | None = None
-    parts: bool = False
-    loops: bool = True
-    marked: bool = False
-    prompt: str = ""
-    tails: tuple[str, ...] = ()
-    inserted: tuple[str, ...] = ()
+    source: str  # Jinja
+    given: Mapping[str, Any]  # beside messages: special tokens, and the template's arguments
+    added: tuple[str, ...]  # the tokenizer's added tokens, blank ones left out; longest first
+    tokens: re.Pattern[str]  # one or more of them back to back, with the blanks before them
+    moment: datetime  # told to a template that asks for the time
+    parts: bool = False  # content must be given as a list of text parts
+    loops: bool = True  # it writes a message when it comes to it in a loop; else `replaced_turns`
+    shows_tools: bool = True
+    marked: bool = False  # `{% generation %}` markers cover the assistant's content
+    prompt: str = ""  # the generation prompt, such as "<|im_start|>assistant\n"
+    tails: tuple[str, ...] = ()  # what it writes after what an assistant says; longest first
+    inserted: tuple[str, ...] = ()  # think tags that it writes where the data has none; the same
 
     @cached_property
     def header(self) -> str:
@@ -1567,10 +1527,6 @@ class ChatTemplate:
         """Return how much of a tail is the turn's end: its first tokens, else all but blanks."""
         found = self.tokens.match(tail)
         return found.end() if found else len(tail.rstrip())
-
-    def at_one_moment(self) -> ChatTemplate:
-        """Return the template with its clock stopped, for renderings that are compared."""
-        return replace(self, moment=self.moment or datetime.now())
 
     def render(self, messages: Messages, tools: Any = None, *, prompt: bool = False) -> Rendering:
         """Render a conversation; `prompt` appends the generation prompt.
@@ -1589,17 +1545,15 @@ class ChatTemplate:
             if self.parts and isinstance(message.get("content"), str):
                 chat[-1]["content"] = [{"type": "text", "text": message["content"]}]
         used = json.dumps([chat, tools, self.given], ensure_ascii=False, default=str) + self.source
-        jinja2, now = import_extra("jinja2"), self.moment or datetime.now()
+        clock = {"strftime_now": self.moment.strftime, "documents": None}
+        given = {**clock, **self.given, "messages": chat, "tools": tools}
 
         def write(*, inside: bool) -> Rendering:
-            marks = _Marks(chat, used)
-            template, _ = _compile_marked(self.source, inside=inside)
-            out = template.render(
-                **{"strftime_now": now.strftime, "documents": None, **self.given},
-                messages=chat, tools=tools, add_generation_prompt=prompt, _marks=marks,
-            )  # fmt: skip
+            template, marks = _compile_marked(self.source, inside=inside)[0], _Marks(chat, used)
+            out = template.render(**given, add_generation_prompt=prompt, _marks=marks)
             return marks.split(out)
 
+        jinja2 = import_extra("jinja2")
         try:
             rendering = write(inside=True)
             if _compile_marked(self.source)[1]:  # marks where they might change what is written
@@ -1613,12 +1567,10 @@ class ChatTemplate:
             why = f"{who}: {first_line(error)}"
             raise ConversationError("refused_by_template", why) from error
 
-    def try_render(
-        self, messages: Messages, tools: Any = None, *, prompt: bool = False
-    ) -> Rendering | None:
+    def try_render(self, messages: Messages, tools: Any = None, **how: bool) -> Rendering | None:
         """Render, or return None where the template refuses."""
         try:
-            return self.render(messages, tools, prompt=prompt)
+            return self.render(messages, tools, **how)
         except ConversationError:
             return None
 
@@ -1641,35 +1593,34 @@ def prepare_template(
     source = load_chat_template(None, tokenizer) if chat_template is None else chat_template
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     given = json.dumps({**special, **(template_kwargs or {})}, sort_keys=True)
-    return _probe_template(tokenizer, source, given, len(tokenizer), date)
+    return _probe_template(tokenizer, source, given, len(tokenizer), date or date_of_today())
 
 
 @lru_cache(maxsize=64)
-def _probe_template(
-    tokenizer: Any, source: str, given: str, _size: int, date: str | None
-) -> ChatTemplate:
+def _probe_template(tokenizer: Any, source: str, given: str, _size: int, date: str) -> ChatTemplate:
     found = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     found = {token for token in found if token.strip("\u2581 \t\n\r")}  # Gemma adds line breaks
     added = tuple(sorted(found, key=lambda token: (-len(token), token)))
-    plain = ChatTemplate(
-        source, json.loads(given), added,
-        re.compile(r"\s*(?:" + ("|".join(map(re.escape, added)) or "(?!)") + ")+"),
-        datetime.fromisoformat(date) if date else None,
-    )  # fmt: skip
-    why = ""
+    tokens = re.compile(r"\s*(?:" + ("|".join(map(re.escape, added)) or "(?!)") + ")+")
+    moment = datetime.fromisoformat(date)
+    plain, why = ChatTemplate(source, json.loads(given), added, tokens, moment), ""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        plain.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        plain.render(chat)
     except ConversationError as error:
         why = f" ({error})"
         if isinstance(error.__cause__, import_extra("jinja2").exceptions.SecurityError):
             raise TemplateError(
                 f"the chat template cannot be used{why}; see --chat-template"
             ) from error
+    name = chr(0xE200) * 3
+    tool = {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
     for loops, parts, opening in itertools.product((True, False), (False, True), ((), ("system",))):
         template = replace(plain, parts=parts, loops=loops)
-        facts = _probe_turns(template.at_one_moment(), opening)
-        if facts is not None:
-            return replace(template, **facts)
+        if facts := _probe_turns(template, opening):
+            asked = template.try_render(chat, [tool])
+            shows = asked is None or name in asked.text or "\\ue200" in asked.text
+            return replace(template, shows_tools=shows, **facts)
     raise TemplateError(
         "the chat template does not show what the assistant says in a plain conversation of two "
         f"messages, so its tokens cannot be found{why}; give another one with --chat-template FILE"
@@ -1704,12 +1655,10 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
     if not turns:
         return None
     if not template.loops:  # a tail ends where the next header begins: by what both renderings have
-        common = _shared_prefix(turns[0][1], turns[-1][1]) if len(turns) > 1 else len(turns[0][1])
-        turns = [
-            (head, tail[: common or (found.end() if found else 0)])
-            for head, tail in turns
-            for found in [template.tokens.match(tail)]
-        ]
+        tails = [tail for _, tail in turns]
+        common = _shared_prefix(tails[0], tails[-1]) if len(tails) > 1 else len(tails[0])
+        ends = [found.end() if (found := template.tokens.match(tail)) else 0 for tail in tails]
+        turns = [(h, tail[: common or end]) for (h, tail), end in zip(turns, ends, strict=True)]
     if not prompt.strip() and turns[0][0].strip():
         prompt = turns[0][0]
     header = replace(template, prompt=prompt).header
@@ -1723,38 +1672,44 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
 
 
 def _shared_prefix(one: str, two: str) -> int:
-    """Return the length of the longest common prefix."""
-    low, high = 0, min(len(one), len(two))
-    while low < high:  # slices compare at memory speed, a loop over characters does not
-        middle = (low + high + 1) // 2
-        if one[low:middle] == two[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    differ = (n for n, (x, y) in enumerate(zip(one, two, strict=False)) if x != y)
+    return next(differ, min(len(one), len(two)))
 
 
 # Which characters are the assistant's -------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which tokens of a conversation are extracted, and what else its template is given."""
+
+    include_think: bool = False  # think tags that the template inserts and the data lacks, too
+    include_end: bool = False  # what the template appends after the end-of-turn token, too
+    turns: str = "all"  # of the assistant, or the "last" one
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None  # YYYY-MM-DD, for a template that prints the date; None: today's
+
+
+_EVERY_TURN = Choice()
+
+
 @dataclass(frozen=True)
 class RenderedConversation:
-    """A conversation as text, and the character spans of it that are extracted.
-
-    Attributes:
-        text: what the template writes.
-        spans: ascending and disjoint.
-        way: how they were found: "generation" (the template's own markers), "loop" (what it wrote
-            when it came to a message), "replacing" (what changes with what the turn says).
-        end_of_turn: what was taken to end a turn, None if nothing was.
-        notes: what the template was given and does not show, see `warn_once`.
-    """
+    """A conversation as text, and the character spans of it that are extracted."""
 
     text: str
-    spans: list[Span]
-    way: str
-    end_of_turn: str | None = None
-    notes: tuple[str, ...] = ()
+    spans: list[Span]  # ascending and disjoint
+    way: str  # how they were found, see `WAYS`
+    end_of_turn: str | None = None  # what was taken to end a turn, None if nothing was
+    notes: tuple[str, ...] = ()  # what the template was given and does not show, see `warn_once`
+
+
+WAYS = {
+    "generation": "the template's markers",
+    "loop": "what the template writes for each message",
+    "replacing": "what changes with what the assistant says",
+    "text": "all of the text",
+}
 
 
 def render_conversation(
@@ -1762,18 +1717,14 @@ def render_conversation(
     template: ChatTemplate,
     *,
     tools: Any = None,
-    include_think: bool = False,
-    include_end: bool = False,
-    turns: str = "all",
+    choice: Choice = _EVERY_TURN,
     check: Callable[[str], None] | None = None,
 ) -> RenderedConversation:
     """Render a conversation and find what the assistant itself would have to write.
 
     That is: from the end of the generation prompt through the end-of-turn token of every assistant
-    turn (`turns="last"`: of the last one) whose `weight` is not 0, tool calls and shown reasoning
-    included. Think tags that the template inserts on its own come with `include_think`, what
-    follows the end of the turn with `include_end`. `check` may refuse the text before turns are
-    looked for.
+    turn that is chosen and whose `weight` is not 0, tool calls and shown reasoning included.
+    `check` may refuse the text before turns are looked for.
 
     Raises:
         ConversationError: "no_assistant", "refused_by_template".
@@ -1782,14 +1733,13 @@ def render_conversation(
     if not answers:
         roles = ", ".join(sorted({str(message.get("role")) for message in messages}))
         raise ConversationError("no_assistant", f"no message is the assistant's: roles {roles}")
-    wanted = {n for n in (answers if turns == "all" else answers[-1:])
-              if messages[n].get("weight", 1) != 0}  # fmt: skip
-    template = template.at_one_moment()
+    answers = answers if choice.turns == "all" else answers[-1:]
+    wanted = {n for n in answers if messages[n].get("weight", 1) != 0}
     chat, rendering = _render_dialects(messages, template, tools)
     text = rendering.text
     if check is not None:
         check(text)
-    reader = _TurnReader(template, chat, tools, rendering, include_think, include_end)
+    reader = _TurnReader(template, chat, tools, rendering, choice)
     found, way = reader.turns(wanted), "generation" if template.marked else "loop"
     if not template.loops or reader.doubts(wanted, found):
         found, way = reader.replaced_turns(wanted), "replacing"
@@ -1848,18 +1798,19 @@ def _with_arguments(message: dict[str, Any], rewrite: Callable[[Any], Any]) -> d
 
 @dataclass(frozen=True)
 class _TurnReader:
-    """Cuts the turns of a rendered conversation to what the assistant writes of them.
-
-    What takes a rendering to find out is alike for all turns of a kind, and found for one of them.
-    """
+    """Cuts the turns of a rendered conversation to what the assistant writes of them."""
 
     template: ChatTemplate
     chat: Messages
     tools: Any
     rendering: Rendering
-    include_think: bool
-    include_end: bool
-    found: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    choice: Choice
+    found: dict[Any, str] = field(default_factory=dict)  # by another rendering, for a kind of turn
+
+    @cached_property
+    def said(self) -> list[str]:
+        """What each message says, as text."""
+        return [str(message.get("content") or "").strip() for message in self.chat]
 
     def turns(self, wanted: set[int]) -> list[tuple[int, Span]]:
         """Cut the runs of text that the assistant's messages wrote; number of message and span."""
@@ -1879,14 +1830,14 @@ class _TurnReader:
                 start += self.header_length(number, text[a:b])
             if template.marked:
                 start, end = max(start, inside[0][0]), inside[-1][1]
-                if not self.include_end and self.written(start, end) is None:
+                if not self.choice.include_end and self.written(start, end) is None:
                     found = template.tokens.match(text, end, b)  # right after the markers
                     end = found.end() if found else end
             elif self.chat[number].get("tool_calls"):
                 end += self.closing_of_calls(number, a, b, first=is_first)
             spans.append((number, self.cut(number, start, end, a)))
         last = max(n for n, message in enumerate(self.chat) if message["role"] == "assistant")
-        if template.marked and self.include_end and last in begun:
+        if template.marked and self.choice.include_end and last in begun:
             after = max(b for _, b, who in runs if who is not None)
             spans += [(last, span) for span in marked if span[0] >= after]
         return spans
@@ -1900,11 +1851,9 @@ class _TurnReader:
                 return len(given)
         if not prompt:
             return 0
-        before = self.chat[number - 1] if number else {}
-        told = (
-            tuple(key for key, value in m.items() if value) for m in (before, self.chat[number])
-        )
-        kind = ("header", *told, before.get("role"), said[:40])
+        near = [{}, *self.chat][number : number + 2]  # the message before, if any, and this one
+        told = [tuple(key for key, value in message.items() if value) for message in near]
+        kind = ("header", *told, near[0].get("role"), said[:40])
         if kind not in self.found:
             asked = template.try_render(self.chat[:number], self.tools, prompt=True)
             text = asked.text if asked else ""
@@ -1938,13 +1887,13 @@ class _TurnReader:
     def cut(self, number: int, start: int, end: int, base: int) -> Span:
         """Leave out what follows the end of the turn, and inserted think tags at its start."""
         text, template = self.rendering.text, self.template
-        if not self.include_end:  # the end is the last token, or what the known tail says
+        if not self.choice.include_end:  # the end is the last token, or what the known tail says
             tail = next((t for t in template.tails if t and text.endswith(t, start, end)), "")
             written = self.written(start, end)
             if written is None or "\n" in tail.strip():
                 written = end - len(tail) + template.through_tokens(tail)
             end = written
-        if not self.include_think:
+        if not self.choice.include_think:
             if not template.marked and text.startswith(template.header, base):
                 base = min(start, base + len(template.header))
             else:
@@ -1955,12 +1904,13 @@ class _TurnReader:
     def inserted_think(self, said: str, message: Mapping[str, Any]) -> int:
         """Return the length of the think tags that a turn starts with and its data lacks."""
         tag = next((t for t in self.template.inserted if said.startswith(t.rstrip())), "")
-        length = _shared_prefix(tag, said)  # blanks after it may be trimmed
         content = message.get("content") if isinstance(message.get("content"), str) else ""
         if _EMPTY_THINK.match(tag):
-            return 0 if _EMPTY_THINK.match(str(content)) else length
-        reasons = any(str(message.get(key) or "").strip() for key in _REASONING_KEYS)
-        return 0 if reasons or _THINK_TAG.search(str(content)) else length
+            own = bool(_EMPTY_THINK.match(str(content)))
+        else:
+            reasons = [str(message.get(key) or "").strip() for key in _REASONING_KEYS]
+            own = any(reasons) or bool(_THINK_TAG.search(str(content)))
+        return 0 if own else _shared_prefix(tag, said)  # blanks after it may be trimmed
 
     def doubts(self, wanted: set[int], spans: Iterable[tuple[int, Span]]) -> bool:
         """Tell whether the loops do not say who wrote what in this conversation.
@@ -1968,18 +1918,15 @@ class _TurnReader:
         A template may write the next message while it is at this one, or copies of messages: then
         what others say stands in a span, or what the assistant says where no turn of it is.
         """
-        text = self.rendering.text
-        for number in wanted - self.rendering.shown():
-            content = self.chat[number].get("content")
-            if isinstance(content, str) and content.strip() and content.strip() in text:
-                return True
+        text, said = self.rendering.text, self.said
+        if any(said[n] and said[n] in text for n in wanted - self.rendering.shown()):
+            return True
         for number, (start, end) in spans:
-            own = repr(self.chat[number])
-            for message in itertools.islice(self.chat, number + 1, None):
-                if message.get("role") == "assistant":
+            for n in range(number + 1, len(self.chat)):
+                if self.chat[n].get("role") == "assistant":
                     break
-                said = str(message.get("content") or "").strip()
-                if len(said) > 2 and said in text[start:end] and repr(said)[1:-1] not in own:
+                own = repr(said[n])[1:-1] in repr(self.chat[number])
+                if len(said[n]) > 2 and said[n] in text[start:end] and not own:
                     return True
         return False
 
@@ -2017,40 +1964,25 @@ class _TurnReader:
 
     def notes(self) -> tuple[str, ...]:
         """Say what was given and does not show: messages, calls, tools."""
-        text, template = self.rendering.text, self.template
-        found, shown = [], self.rendering.shown()
-        for number, message in enumerate(self.chat if template.loops else []):
+        text, shown, found = self.rendering.text, self.rendering.shown(), []
+        for number, message in enumerate(self.chat if self.template.loops else []):
             calls = [c for c in message.get("tool_calls") or () if isinstance(c, Mapping)]
             names = [dict(call.get("function") or call).get("name") for call in calls]
-            said = str(message.get("content") or "").strip()
+            said = self.said[number]
             if any(name and str(name) not in text for name in names):
                 found.append("the tool calls of an assistant message")
             elif said and number not in shown and (names or said not in text):
                 found.append(f"a {message.get('role')} message")
-        if self.tools and not _shows_tools(
-            template.source, json.dumps(template.given), template.parts
-        ):
+        if self.tools and not self.template.shows_tools:
             found.append("the tools")
         return tuple(dict.fromkeys(found))
 
 
 @lru_cache(maxsize=64)
-def _shows_tools(source: str, given: str, parts: bool) -> bool:
-    """Tell whether a template writes the tools that it is given."""
-    name = chr(0xE200) * 3
-    tool = {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    shown = ChatTemplate(source, json.loads(given), parts=parts).try_render(chat, [tool])
-    return shown is None or name in shown.text or "\\ue200" in shown.text
-
-
-@lru_cache(maxsize=64)
 def warn_once(note: str) -> None:
     """Log what a chat template does not show of what it is given, once a process."""
-    log.warning(
-        "the chat template does not show %s: it is no part of what the teacher reads "
-        "(--chat-template)", show_line(note)
-    )  # fmt: skip
+    log.warning("the chat template does not show %s: it is no part of what the teacher reads "
+                "(--chat-template)", show_line(note))  # fmt: skip
 
 
 # Tokens -------------------------------------------------------------------------------------------
@@ -2058,16 +1990,13 @@ def warn_once(note: str) -> None:
 
 @dataclass(frozen=True)
 class EncodedConversation(RenderedConversation):
-    """A conversation as tokens, and which of them are extracted; the `way` of plain text is "text".
+    """A conversation as tokens, and which of them are extracted.
 
-    Attributes:
-        input_ids: (S,) int32.
-        token_positions: (N,) int32, ascending, each at least 1: the extracted tokens' places in
-            `input_ids`. The first token of all is predicted from nothing and never extracted.
+    The first token of all is predicted from nothing and never extracted.
     """
 
-    input_ids: npt.NDArray[np.int32] = field(kw_only=True)
-    token_positions: npt.NDArray[np.int32] = field(kw_only=True)
+    input_ids: npt.NDArray[np.int32] = field(kw_only=True)  # (S,)
+    token_positions: npt.NDArray[np.int32] = field(kw_only=True)  # (N,) ascending, of those chosen
 
 
 def encode_conversation(
@@ -2076,12 +2005,8 @@ def encode_conversation(
     *,
     chat_template: str | None = None,
     tools: Any = None,
-    include_think: bool = False,
-    include_end: bool = False,
-    turns: str = "all",
-    template_kwargs: Mapping[str, Any] | None = None,
-    date: str | None = None,
     max_tokens: int | None = None,
+    **choice: Any,
 ) -> EncodedConversation:
     """Tokenize a conversation and find the tokens that the assistant itself would have to write.
 
@@ -2093,25 +2018,22 @@ def encode_conversation(
         tokenizer: of transformers, fast or slow.
         chat_template: Jinja source, None for the tokenizer's own.
         tools: tool schemas for the template.
-        include_think: extract think tags that the template inserts and the data does not hold, too.
-        include_end: extract what the template appends after the end-of-turn token, too.
-        turns: "all" turns of the assistant, or the "last" one.
-        template_kwargs: arguments of the template.
-        date: YYYY-MM-DD, for a template that prints the date; None: the real time.
         max_tokens: refuse text of which a first piece has more than twice as many; what is nearer
             is returned, however long it turns out.
+        choice: fields of `Choice`.
 
     Raises:
         ConversationError: "no_assistant", "refused_by_template", "no_tokens", "unaligned",
             "malformed", "too_long".
         TemplateError: no conversation could work with this template or tokenizer.
     """
+    chosen = Choice(**choice)
     template = prepare_template(
-        tokenizer, chat_template, template_kwargs=template_kwargs, date=date
+        tokenizer, chat_template, template_kwargs=chosen.template_kwargs, date=chosen.date
     )
     rendered = render_conversation(
-        messages, template, tools=tools, include_think=include_think, include_end=include_end,
-        turns=turns, check=lambda text: _check_text(text, tokenizer, max_tokens),
+        messages, template, tools=tools, choice=chosen,
+        check=lambda text: _check_text(text, tokenizer, max_tokens),
     )  # fmt: skip
     ids, starts, ends = tokenize_with_offsets(rendered.text, tokenizer)
     positions = token_positions_of(rendered.spans, starts, ends)
@@ -2153,50 +2075,31 @@ def _check_text(text: str, tokenizer: Any, max_tokens: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class ConversationEncoder:
+class ConversationEncoder(Choice):
     """Turns a source row into token ids and the positions to extract; the same in every process.
 
-    Attributes:
-        tokenizer: the teacher's.
-        chat_template: Jinja source, "" where `columns` name plain text.
-        columns: from `resolve_columns`.
-        include_think, include_end, turns, template_kwargs, date: see `encode_conversation`; a row's
-            own `chat_template_kwargs` go over `template_kwargs`.
-        features: of the source's columns, see `without_padding`; None where nobody knows.
+    A row's own `chat_template_kwargs` go over `template_kwargs`.
     """
 
-    tokenizer: Any
-    chat_template: str
+    tokenizer: Any  # the teacher's
+    chat_template: str  # Jinja source, "" where `columns` name plain text
     columns: ConversationColumns
-    include_think: bool = False
-    include_end: bool = False
-    turns: str = "all"
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    date: str | None = None
-    features: Mapping[str, Any] | None = None
+    features: Mapping[str, Any] | None = None  # of the columns, None where nobody knows them
 
     @classmethod
     def of(
         cls, settings: Mapping[str, Any], tokenizer: Any, chat_template: str
     ) -> ConversationEncoder:
         """Return the encoder that a run's settings describe."""
-        return cls(
-            tokenizer,
-            chat_template,
-            ConversationColumns.of(settings),
-            include_think=bool(settings.get("include_think")),
-            include_end=bool(settings.get("include_end")),
-            turns=str(settings.get("turns") or "all"),
-            template_kwargs=settings.get("template_kwargs") or {},
-            date=settings.get("template_date"),
-        )
+        names = ("include_think", "include_end", "turns", "template_kwargs")
+        choice = {name: settings[name] for name in names if settings.get(name)}
+        choice["date"] = settings.get("template_date")
+        return cls(tokenizer, chat_template, ConversationColumns.of(settings), **choice)
 
     def for_source(self, source: Any) -> ConversationEncoder:
         """Return an encoder that knows where the rows of an open source hold Arrow's nulls."""
-        if source.features is None:
-            return self
-        needed = self.columns.needed() & source.features.keys()
-        return replace(self, features={name: source.features[name] for name in needed})
+        known = None if source.features is None else dict(source.features)
+        return replace(self, features=known)
 
     def encode(
         self, row: Mapping[str, Any], *, max_tokens: int | None = None
@@ -2212,11 +2115,11 @@ class ConversationEncoder:
             text = _cell_text(row, self.columns.text)
             return encode_text(text, self.tokenizer, max_tokens=max_tokens)
         chat = read_conversation(row, self.columns, self.features)
+        choice = {entry.name: getattr(self, entry.name) for entry in fields(Choice)}
+        choice["template_kwargs"] = {**self.template_kwargs, **chat.template_kwargs}
         return encode_conversation(
             chat.messages, self.tokenizer, chat_template=self.chat_template, tools=chat.tools,
-            include_think=self.include_think, include_end=self.include_end, turns=self.turns,
-            template_kwargs={**self.template_kwargs, **chat.template_kwargs}, date=self.date,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, **choice,
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
@@ -2232,31 +2135,23 @@ class ConversationEncoder:
         }
 
 
-class Conversations(NamedTuple):
-    """An open source and the encoder of its rows."""
-
-    source: Any
-    encoder: ConversationEncoder
-
-
 def open_conversations(
-    options: Any,
+    options: ConversationOptions,
     *,
     tokenizer: Any = None,
     date: str | None = None,
     dataset_revision: str | None = None,
-) -> Conversations:
-    """Open tokenizer, template, source and columns as the options of a script name them.
+) -> tuple[Any, ConversationEncoder]:
+    """Open source and encoder of its rows as the options of a script name them.
 
     Args:
-        options: model, revision, trust_remote_code, dataset, subset, split, streaming, the columns
-            (`messages_col` …), chat_template, template_kwargs, include_think, include_end, turns.
+        options: of the script.
         tokenizer: the model's, when it is loaded already.
         date: that a template is told which asks for the time; None: today's.
         dataset_revision: commit of a Hub dataset.
 
     Raises:
-        LogitsError: one of them cannot be used, or two options exclude each other.
+        LogitsError: something cannot be used, or two options exclude each other.
     """
     tokenizer = tokenizer or load_tokenizer(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -2270,41 +2165,38 @@ def open_conversations(
     kinds = ("messages", "user", "assistant", "system", "index", "text")
     columns = resolve_columns(names, **{f"{k}_col": getattr(options, f"{k}_col") for k in kinds})
     if columns.text is not None:
-        usual: dict[str, Any] = {"chat_template": None, "template_kwargs": None, "turns": "all"}
-        usual |= {"include_think": False, "include_end": False}
-        if idle := [n for n, value in usual.items() if (getattr(options, n) or value) != value]:
-            flags = " and ".join("--" + name.replace("_", "-") for name in idle)
+        of_chat = ("chat_template", "template_kwargs", "turns", "include_think", "include_end")
+        default = {entry.name: entry.default for entry in fields(options)}
+        idle = [n for n in of_chat if (getattr(options, n) or default[n]) != default[n]]
+        if idle:
+            flags = " and ".join(map(flag_of, idle))
             raise TemplateError(f"{flags}: --text-col uses no chat template")
-        return Conversations(source, ConversationEncoder(tokenizer, "", columns))
+        return source, ConversationEncoder(tokenizer, "", columns)
     for name in ("system", "system_prompt") if columns.system is None else ():
         if name in names:
             log.warning("the column %r is not used; --system-col %s uses it", name, name)
-    source_text = load_chat_template(options.chat_template, tokenizer)
+    template = load_chat_template(options.chat_template, tokenizer)
     given = check_template_kwargs(options.template_kwargs or {})
-    template = prepare_template(tokenizer, source_text, template_kwargs=given)
-    if not template.ends:
+    if not prepare_template(tokenizer, template, template_kwargs=given).ends:
         warn_once("an end of the assistant's turn")
-    if unread := [name for name in given if name not in template.source]:
-        warn_once(f"the argument {unread[0]!r}")
-    asks_time = "strftime_now" in source_text
+    for name in [name for name in given if name not in template][:1]:
+        warn_once(f"the argument {name!r}")
     encoder = ConversationEncoder(
-        tokenizer, source_text, columns, options.include_think, options.include_end, options.turns,
-        given, (date or date_of_today()) if asks_time else None,
+        tokenizer, template, columns, include_think=options.include_think,
+        include_end=options.include_end, turns=options.turns, template_kwargs=given,
+        date=(date or date_of_today()) if "strftime_now" in template else None,
     ).for_source(source)  # fmt: skip
     for row in itertools.islice(without_idle_columns(source, columns), 8):
         with contextlib.suppress(ConversationError):
             for note in encoder.encode(row).notes:
                 warn_once(note)
-    return Conversations(source, encoder)
+    return source, encoder
 
 
-def conversation_settings(config: Any, encoder: ConversationEncoder) -> dict[str, Any]:
-    """Return what decides which tokens each conversation has, as runs and lengths record it.
-
-    Args:
-        config: of a script: model, revision, dataset, subset, split.
-        encoder: of the run.
-    """
+def conversation_settings(
+    config: ConversationOptions, encoder: ConversationEncoder
+) -> dict[str, Any]:
+    """Return what decides which tokens each conversation has, as runs and lengths record it."""
     names = ("model", "dataset", "subset", "split")
     given = {"model_revision": config.revision, **{name: getattr(config, name) for name in names}}
     return given | encoder.settings()
@@ -2352,27 +2244,25 @@ def tokenize_with_offsets(
 def _spell_tokens(text: str, ids: list[int], tokenizer: Any) -> list[Span]:
     """Find where each token lies by decoding: tokens that share a character share its place."""
     spans: list[Span] = []
-    place, first = 0, 0
+    place = first = 0
+    as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
     def spell(stop: int) -> str | None:
         """Return the text that the tokens from `first` on stand for, where it is found next."""
-        these = ids[first:stop]
-        decoded = tokenizer.decode(
-            these, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        pieces = "".join(tokenizer.convert_ids_to_tokens(these)).replace("\u2581", " ")
+        decoded = tokenizer.decode(ids[first:stop], **as_it_is)
+        pieces = "".join(tokenizer.convert_ids_to_tokens(ids[first:stop])).replace("\u2581", " ")
         # decoding drops leading blanks in some families
         spellings = (decoded, f" {decoded}", "" if "\ufffd" in decoded else pieces)
         return next((s for s in spellings if s and text.startswith(s, place)), None)
 
-    for number in range(len(ids)):
-        spelled = spell(number + 1)
+    for stop in range(1, len(ids) + 1):
+        spelled = spell(stop)
         if spelled is None:
             continue
-        if "\ufffd" in spelled and number + 1 < len(ids) and spell(number + 2) == spelled:
+        if "\ufffd" in spelled and stop < len(ids) and spell(stop + 1) == spelled:
             continue  # the character itself, of which the next token is another byte
-        spans += [(place, place + len(spelled))] * (number + 1 - first)
-        place, first = place + len(spelled), number + 1
+        spans += [(place, place + len(spelled))] * (stop - first)
+        place, first = place + len(spelled), stop
     if first < len(ids) or place != len(text):
         raise ConversationError(
             "unaligned",
@@ -2385,16 +2275,10 @@ def _spell_tokens(text: str, ids: list[int], tokenizer: Any) -> list[Span]:
 def format_mask_preview(
     encoded: EncodedConversation, tokenizer: Any, *, color: bool = False, max_run_chars: int = 800
 ) -> str:
-    """Lay out a conversation with its extracted tokens marked, for a person to check.
+    """Lay out a conversation with its extracted tokens marked by colour, or else by ⟦ and ⟧.
 
-    Args:
-        encoded: from `encode_conversation`.
-        tokenizer: the one that encoded it.
-        color: mark by terminal colours; else by ⟦ and ⟧.
-        max_run_chars: longer stretches are cut in the middle, which is said.
-
-    Returns:
-        A line of counts, then the text. What would act on a terminal is made visible.
+    A line of counts, then the text. Stretches of more than `max_run_chars` are cut in the middle,
+    which is said; what would act on a terminal is made visible.
     """
     extracted = np.zeros(encoded.input_ids.size, bool)
     extracted[encoded.token_positions] = True
@@ -2408,16 +2292,10 @@ def format_mask_preview(
         lines = show_text(run).split("\n")
         taken = bool(extracted[0]) != bool(number % 2)
         body.append("\n".join(f"{before}{x}{after}" if taken else x for x in lines))
-    ways = {
-        "generation": "the template's markers",
-        "loop": "what the template writes for each message",
-        "replacing": "what changes with what the assistant says",
-        "text": "all of the text",
-    }
     end = "none found" if encoded.end_of_turn is None else repr(encoded.end_of_turn)
     return (
         f"{int(extracted.sum())} of {extracted.size} tokens extracted; "
-        f"found by {ways[encoded.way]}; end of turn: {end}\n" + "".join(body)
+        f"found by {WAYS[encoded.way]}; end of turn: {end}\n" + "".join(body)
     )
 
 
