@@ -91,11 +91,7 @@ class LengthsError(LogitsError):
 
 @dataclass(kw_only=True)
 class LengthsConfig(ConversationOptions):
-    """Every option; field names are option names with underscores, "off" is None.
-
-    Raises:
-        ConfigError: a value is out of range or two options contradict each other.
-    """
+    """Every option; field names are option names with underscores, "off" is None."""
 
     batch_size: int = option(1000, "conversations a process takes at a time", group="work", low=1)
     num_proc: int | None = option(None, "processes (default: CPUs)", low=1)
@@ -166,11 +162,7 @@ def get_transform_fn(encoder: ConversationEncoder) -> Callable[[Batch, Sequence[
 def measure_source(
     source: Any, encoder: ConversationEncoder, *, batch_size: int, workers: int | None = None
 ) -> Iterator[Measured]:
-    """Measure all batches of a source, in order, in `workers` processes (None: one for each CPU).
-
-    Raises:
-        LengthsError: a process died.
-    """
+    """Measure all batches of a source, in order, in `workers` processes (None: one each CPU)."""
     source = without_idle_columns(source, encoder.columns)
     table = source if hasattr(source, "__len__") else None  # read in the workers; streams here
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -247,11 +239,7 @@ class MeasuredSource:
 
 
 def collect(batches: Iterable[Measured], *, total: int | None = None) -> MeasuredSource:
-    """Gather measured batches, with a progress bar; log the first row of every reason to skip.
-
-    Raises:
-        SourceError: an index occurs twice, or no conversation at all can be used.
-    """
+    """Gather measured batches, with a progress bar; log the first row of every reason to skip."""
     parts = [np.zeros((3, 0), np.int32)]
     skipped: Counter[str] = Counter()
     with open_bar(total) as bar:
@@ -296,11 +284,7 @@ def describe_measure(config: LengthsConfig, encoder: ConversationEncoder) -> dic
 
 
 def write_lengths(measured: MeasuredSource, settings: Mapping[str, Any], path: Path) -> None:
-    """Write the lengths as Parquet, whole or not at all, with `settings` in the metadata.
-
-    Raises:
-        LengthsError: the file cannot be written.
-    """
+    """Write the lengths as Parquet, whole or not at all, with `settings` in the metadata."""
     metadata = {METADATA_LENGTHS: json.dumps(dict(settings), sort_keys=True).encode()}
     table = pa.table(
         [measured.index, measured.length, measured.num_tokens],
@@ -338,11 +322,7 @@ PUSH_WAITS_S = (1, 2, 4, 8)  # a commit is not retried by the client
 def push_lengths(
     config: LengthsConfig, measured: MeasuredSource, settings: Mapping[str, Any], path: Path
 ) -> None:
-    """Push the file and a card to the Hub in one commit.
-
-    Raises:
-        LengthsError: the Hub refuses or stays out of reach; says where the file is kept.
-    """
+    """Push the file and a card to the Hub in one commit; a refusal says where the file is kept."""
     hub, repo = import_extra("huggingface_hub"), config.output_repo
     total = int(measured.length.sum(dtype=np.int64))
     card = CARD.format(**settings, rows=measured.index.size, total=total, repo=repo)
@@ -409,11 +389,7 @@ def format_report(measured: MeasuredSource) -> str:
 
 
 def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
-    """Measure a dataset and store the result; return both.
-
-    Raises:
-        LogitsError: the dataset, model, template or destination cannot be used.
-    """
+    """Measure a dataset and store the result; return both. Raises LogitsError."""
     source, encoder = open_conversations(config)
     total = len(source) if hasattr(source, "__len__") else None
     log.info("measuring %s rows of %s", "all" if total is None else f"{total:,}", config.dataset)
@@ -430,11 +406,7 @@ def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> LengthsConfig:
-    """Parse the command line; a wrong value ends the program with code 2.
-
-    Raises:
-        ConfigError: options contradict each other.
-    """
+    """Parse the command line; a wrong value ends the program with code 2 or is a ConfigError."""
     about = (__doc__ or "").split("\n\n")
     usage = "%(prog)s --model M --dataset D [options]"
     parser = OneLineParser("compute-lengths", usage, about[0], about[-1].strip())

@@ -451,7 +451,11 @@ Span = tuple[int, int]
 
 
 class ConversationError(LogitsError):
-    """One conversation cannot be used; the run counts it under `reason` and goes on."""
+    """One conversation cannot be used; the run counts it under `reason` and goes on.
+
+    From the source: null, empty, malformed, not_text (images, audio). From the template and the
+    tokenizer: no_assistant, refused_by_template, no_tokens, unaligned, too_long.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both, so that it survives the way out of a process
@@ -512,13 +516,8 @@ def resolve_columns(names: Iterable[str], **options: str | None) -> Conversation
     """Decide which columns hold the conversation; every option that is given is used or refused.
 
     In this order: `text_col`; `messages_col`; `user_col` with `assistant_col` where they were
-    changed from "question" and "answer"; a column with a usual name (`MESSAGE_COLUMNS`); those two;
-    usual pairs (`PAIR_COLUMNS`). Any of them goes with `system_col` and `index_col`, but text with
-    the latter only.
-
-    Raises:
-        SourceError: a named column is not there, two options exclude each other, or there is
-            nothing usual; names the columns there are.
+    changed from "question" and "answer"; `MESSAGE_COLUMNS`; those two; `PAIR_COLUMNS`. Raises
+    SourceError that names the columns there are.
     """
     have, given = list(names), {n: column for n, column in options.items() if column is not None}
     pair = given.pop("user_col", "question"), given.pop("assistant_col", "answer")
@@ -551,11 +550,7 @@ def resolve_columns(names: Iterable[str], **options: str | None) -> Conversation
 
 
 def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns) -> int:
-    """Return the `index` of a row: its number in the source, or the value of the index column.
-
-    Raises:
-        SourceError: the value is not an integer of 32 bits; names row and value.
-    """
+    """Return the `index` of a row: its number in the source, or the value of the index column."""
     if columns.index is None:
         return number
     value = row.get(columns.index)
@@ -585,17 +580,11 @@ def open_source(
 ) -> Any:
     """Open one split of a chat dataset: a `datasets.Dataset`, or a `Stream` of its rows.
 
-    Args:
-        dataset: Hub id, or a local .jsonl, .json, .parquet or .csv file (also compressed), a folder
-            of them, or a folder written by `save_to_disk`.
-        subset, revision: configuration of a Hub dataset; its branch, tag or commit.
-        split: name of the split; `train[:100]` slices too when not streaming.
-        streaming: never hold the source in memory or write it to a cache.
-        integers: columns of CSV files that hold integers; all others are read as text.
-
-    Raises:
-        SourceError: nothing there, no such split (names those there are), an unreadable file
-            (names file and line or column), the Hub out of reach.
+    `dataset` is a Hub id (with its `subset` and `revision`), a local .jsonl, .json, .parquet or
+    .csv file, also compressed, a folder of them, or one written by `save_to_disk`. `split` may
+    slice, `train[:100]`, when not streaming: then nothing is held in memory or written to a cache.
+    Columns of CSV files in `integers` hold such, all others are read as text. Raises SourceError,
+    which names the splits there are, file and line, or that the Hub is out of reach.
     """
     datasets, path = import_extra("datasets"), local_path(dataset)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # logs and raises
@@ -667,11 +656,7 @@ def read_rows(
     """Yield the rows of JSON files (an object a line, or an array of them) and CSV files.
 
     Files may be compressed; blank lines are passed over. A cell of a CSV is text, or null when
-    empty, or an integer in the columns that say so.
-
-    Raises:
-        SourceError: a line is no text, no JSON object or has too many cells, or a file is cut;
-            names file and line.
+    empty. Raises SourceError with file and line.
     """
     number = 0
 
@@ -733,10 +718,7 @@ def _read_csv(lines: Iterator[str], integers: Sequence[str | None]) -> Iterator[
 
 
 def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
-    """Return JSON and CSV files as a table in the cache of `datasets`, made where it is not there.
-
-    A column that is neither text nor integers all over is of type Json.
-    """
+    """Return JSON and CSV files as a table in the cache of `datasets`; mixed columns are Json."""
     datasets = import_extra("datasets")
     stats = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
     key = hashlib.sha256(json.dumps([1, stats, list(integers)]).encode()).hexdigest()
@@ -870,8 +852,8 @@ def source_revision(
 ) -> str | None:
     """Name the version of a source (or model: `kind`): a commit, or a digest of local files.
 
-    The digest covers the names and the whole content of files up to 1 GB together; of more, names,
-    sizes and 16 places of each file, so that it stays cheap. None when the Hub does not say.
+    It covers their whole content up to 1 GB together; of more, names, sizes and 16 places of each,
+    so that it stays cheap. None when the Hub does not say.
     """
     path = local_path(dataset)
     if not path.exists():
@@ -902,11 +884,7 @@ def is_digest(revision: Any) -> bool:
 
 
 def source_columns(dataset: Any) -> list[str]:
-    """Return the column names of an open source; a stream without a schema shows its first rows'.
-
-    Raises:
-        SourceError: the source has no rows.
-    """
+    """Return the column names of an open source; those of its first rows where no schema says."""
     names = dataset.column_names or dict.fromkeys(name for row in dataset.take(16) for name in row)
     if not names:
         raise SourceError("the dataset has no rows")
@@ -952,11 +930,7 @@ def read_conversation(
 
     Both dialects are understood (`role`/`content` and `from`/`value`), a question and an answer as
     text or as messages, and all but text as a JSON string too. Content given as a list of parts is
-    joined, parts of reasoning become `reasoning_content`. `features` are the source's, see
-    `without_padding`; without them every null of an object is taken for Arrow's.
-
-    Raises:
-        ConversationError: "null", "empty", "malformed" or "not_text" (images, audio).
+    joined, parts of reasoning become `reasoning_content`. `features`: see `without_padding`.
     """
     cells: dict[str, Any] = {}
     for name in columns.needed():
@@ -995,7 +969,7 @@ def without_padding(value: Any, feature: Any) -> Any:
     """Return a value of a row as JSON would hold it, without the nulls that Arrow put there.
 
     A struct of Arrow has all its keys in every row; the `feature` of `datasets` says what is one.
-    `_ANY_OBJECT`: nobody knows, so every null of an object is taken for padding.
+    Where nobody knows (`_ANY_OBJECT`), every null of an object is taken for padding.
     """
     unknown = feature is _ANY_OBJECT
     if isinstance(value, Mapping):
@@ -1161,13 +1135,9 @@ def load_tokenizer(
             of reach.
     """
     folder = local_path(model)
-    if folder.is_file():
-        raise LogitsError(
-            f"model {model!r} is a file: give the folder that holds it together with config.json "
-            "and the tokenizer, or a Hub id"
-        )
-    if model.startswith((".", "/", "~")) and not folder.exists():
-        raise LogitsError(f"model {model!r}: no such folder")
+    if folder.is_file() or (model.startswith((".", "/", "~")) and not folder.exists()):
+        why = "no such folder; give the one that holds config.json and the tokenizer, or a Hub id"
+        raise LogitsError(f"model {model!r}: {why}")
     where = str(folder) if folder.is_dir() else model
     how: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     auto = import_extra("transformers").AutoTokenizer
@@ -1177,10 +1147,8 @@ def load_tokenizer(
             SyntaxError, AssertionError) as error:  # fmt: skip
         raise LogitsError(_explain_tokenizer(model, folder, error)) from error
     if type(tokenizer).__name__.startswith("MistralCommon"):
-        raise LogitsError(
-            f"model {model!r} has only tekken.json, whose tokenizer (mistral-common) gives neither "
-            "a chat template nor character offsets; use a copy that holds tokenizer.json"
-        )
+        why = "mistral-common's tokenizer gives neither a chat template nor character offsets"
+        raise LogitsError(f"model {model!r}: {why}; use a copy that holds tokenizer.json")
     if not getattr(tokenizer, "chat_template", None):
         raises = (
             "_raise_exceptions_for_missing_entries",
@@ -1219,27 +1187,21 @@ def _explain_tokenizer(model: str, folder: Path, error: BaseException) -> str:
 def load_chat_template(path: str | None, tokenizer: Any) -> str:
     """Return the Jinja source of a chat template: of the file, else the tokenizer's own.
 
-    The file may also be a `chat_template.json`, which holds the source as a JSON string. Of named
-    templates it is `default`, and `tool_use` where tools are given, as transformers has it.
-
-    Raises:
-        TemplateError: no such file, no template in the tokenizer, or not valid Jinja.
+    The file may be a `chat_template.json`, too. Of named templates it is `default`, and `tool_use`
+    where tools are given, as transformers has it. Raises TemplateError.
     """
     if path is not None:
         source, where = _read_template(local_path(path), f"--chat-template {path!r}"), repr(path)
     elif source := getattr(tokenizer, "chat_template", None):
         where = "of the tokenizer"
     else:
-        raise TemplateError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
-            "give one with --chat-template FILE (or --text-col for plain text)"
-        )
+        why = f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template"
+        remedy = "give one with --chat-template FILE (or --text-col for plain text)"
+        raise TemplateError(f"{why}; {remedy}")
     if isinstance(source, Mapping):
         if "default" not in source:
-            raise TemplateError(
-                f"the tokenizer's chat templates are called {', '.join(source)}, none of them "
-                "default; give one with --chat-template FILE"
-            )
+            why = f"chat templates are called {', '.join(source)}, none of them default"
+            raise TemplateError(f"the tokenizer's {why}; give one with --chat-template FILE")
         plain, with_tools = source["default"], source.get("tool_use")
         # each begins on a line of its own, as it does alone: blocks are trimmed and stripped there
         source = plain if with_tools is None else (
@@ -1253,9 +1215,8 @@ def load_chat_template(path: str | None, tokenizer: Any) -> str:
         why = " is nested too deeply to be compiled"
         if isinstance(error, syntax_error):
             why = f", line {error.lineno}: {error.message}"
-        raise TemplateError(
-            f"chat template {where}{why}; give another one with --chat-template"
-        ) from error
+        remedy = "give another one with --chat-template"
+        raise TemplateError(f"chat template {where}{why}; {remedy}") from error
     return str(source)
 
 
@@ -1307,8 +1268,8 @@ class Rendering(NamedTuple):
 class _Marks:
     """What a marked template calls while it renders one conversation.
 
-    It also bounds the work of a template, which comes from strangers: in steps and characters, not
-    in seconds, so that every machine refuses the same conversations.
+    It bounds the work of a template, which comes from strangers, in steps and characters: not in
+    seconds, so that every machine refuses the same conversations.
     """
 
     def __init__(self, chat: Messages, used: str) -> None:
@@ -1324,10 +1285,9 @@ class _Marks:
             raise import_extra("jinja2").exceptions.SecurityError(why)
 
     def mark(self, kind: str, *values: Any) -> str:
-        """Return a mark for a loop that comes to `values`, or is over where there are none.
+        """Return a mark where a loop comes to another message, or is over (no `values`).
 
-        It names the message whose turn it is from here on, where that changes. The loop "" is only
-        counted; "+" and "-" open and close what {% generation %} marks.
+        The loop "" is only counted; "+" and "-" open and close what {% generation %} marks.
         """
         self.spend(100)
         if kind in ("", "+", "-"):
@@ -1441,28 +1401,27 @@ def _bound_work(plain: Any) -> Any:
     """Return the sandbox with its operators, filters and methods counted by what they write."""
     environment, jinja2 = plain.overlay(), import_extra("jinja2")
 
-    def spend(context: Any, name: str, *values: Any) -> None:
-        work = _written(name, values)
+    def spend(context: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+        args = [list(value) if isinstance(value, Iterator) else value for value in args]
+        work = _written(name, [*args, *kwargs.values()])
         context.parent["_marks"].spend(work if work > 10**6 else work // 100)
+        return args
 
-    def binop(context: Any, operator: str, left: Any, right: Any) -> Any:
-        spend(context, operator, left, right)
-        return plain.binop_table[operator](left, right)
+    def binop(context: Any, operator: str, *sides: Any) -> Any:
+        return plain.binop_table[operator](*spend(context, operator, sides, {}))
 
     def call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if function is environment.mark:
             return context.parent["_marks"].mark(*args)
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         if isinstance(owner := getattr(method, "__self__", None), (str, bytes, int)):
-            args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
-            spend(context, method.__name__, owner, *args, *kwargs.values())
+            _, *args = spend(context, method.__name__, (owner, *args), kwargs)  # type: ignore[assignment]
         return plain.call(context, function, *args, **kwargs)
 
     def bounded(name: str) -> Any:
-        def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            value = list(value) if isinstance(value, Iterator) else value
-            spend(context, name, value, *args, *kwargs.values())
-            return plain.call_filter(name, value, args, kwargs, context)
+        def run(context: Any, *args: Any, **kwargs: Any) -> Any:
+            value, *more = spend(context, name, args, kwargs)
+            return plain.call_filter(name, value, more, kwargs, context)
 
         return jinja2.pass_context(run)
 
@@ -1533,9 +1492,6 @@ class ChatTemplate:
 
         The reasoning of a message is offered under each name that templates read, as transformers
         does from 5.22 on, so that every version writes the same text.
-
-        Raises:
-            ConversationError: "refused_by_template".
         """
         chat = []
         for message in messages:
@@ -1587,8 +1543,7 @@ def prepare_template(
 ) -> ChatTemplate:
     """Probe a template once per tokenizer, template and arguments; later calls are free.
 
-    Raises:
-        TemplateError: the template never shows what an assistant says.
+    Raises TemplateError where it never shows what an assistant says.
     """
     source = load_chat_template(None, tokenizer) if chat_template is None else chat_template
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -1604,26 +1559,25 @@ def _probe_template(tokenizer: Any, source: str, given: str, _size: int, date: s
     tokens = re.compile(r"\s*(?:" + ("|".join(map(re.escape, added)) or "(?!)") + ")+")
     moment = datetime.fromisoformat(date)
     plain, why = ChatTemplate(source, json.loads(given), added, tokens, moment), ""
+    ways: Iterable[Any] = itertools.product((True, False), (False, True), ((), ("system",)))
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         plain.render(chat)
     except ConversationError as error:
         why = f" ({error})"
-        if isinstance(error.__cause__, import_extra("jinja2").exceptions.SecurityError):
-            raise TemplateError(
-                f"the chat template cannot be used{why}; see --chat-template"
-            ) from error
+        hostile = isinstance(error.__cause__, import_extra("jinja2").exceptions.SecurityError)
+        ways = () if hostile else ways
     name = chr(0xE200) * 3
     tool = {"type": "function", "function": {"name": name, "description": "", "parameters": {}}}
-    for loops, parts, opening in itertools.product((True, False), (False, True), ((), ("system",))):
+    for loops, parts, opening in ways:
         template = replace(plain, parts=parts, loops=loops)
         if facts := _probe_turns(template, opening):
             asked = template.try_render(chat, [tool])
             shows = asked is None or name in asked.text or "\\ue200" in asked.text
             return replace(template, shows_tools=shows, **facts)
     raise TemplateError(
-        "the chat template does not show what the assistant says in a plain conversation of two "
-        f"messages, so its tokens cannot be found{why}; give another one with --chat-template FILE"
+        f"the chat template cannot be used{why}: it does not show what the assistant says in a "
+        "plain conversation of two messages; give another one with --chat-template FILE"
     )
 
 
@@ -1725,9 +1679,6 @@ def render_conversation(
     That is: from the end of the generation prompt through the end-of-turn token of every assistant
     turn that is chosen and whose `weight` is not 0, tool calls and shown reasoning included.
     `check` may refuse the text before turns are looked for.
-
-    Raises:
-        ConversationError: "no_assistant", "refused_by_template".
     """
     answers = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
     if not answers:
@@ -1757,9 +1708,8 @@ def _render_dialects(
 ) -> tuple[Messages, Rendering]:
     """Render the conversation in the first way of writing it that the template takes.
 
-    Templates differ in these: arguments of tool calls as an object, or as JSON text; content that a
-    message lacks left out, null where the template asks for that (others would print "None"), or
-    empty.
+    They differ in the arguments of tool calls, an object or JSON text, and in content that is
+    lacking: left out, null where the template asks for that (others would print "None"), or empty.
     """
     contents: list[dict[str, Any]] = [{}]
     if any("content" not in message for message in messages):
@@ -1863,7 +1813,7 @@ class _TurnReader:
         return len(header) if header.strip() and said.startswith(header) else 0
 
     def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:
-        """Return how much of what closes a turn with calls stands in the text of the next one.
+        """Return how much of the next turn's text closes this one's calls.
 
         That is what also follows the calls where the conversation stops there.
         """
@@ -1990,10 +1940,7 @@ def warn_once(note: str) -> None:
 
 @dataclass(frozen=True)
 class EncodedConversation(RenderedConversation):
-    """A conversation as tokens, and which of them are extracted.
-
-    The first token of all is predicted from nothing and never extracted.
-    """
+    """A conversation as tokens, and which of them are extracted; never the first of all."""
 
     input_ids: npt.NDArray[np.int32] = field(kw_only=True)  # (S,)
     token_positions: npt.NDArray[np.int32] = field(kw_only=True)  # (N,) ascending, of those chosen
@@ -2014,18 +1961,12 @@ def encode_conversation(
     arguments only; it may run in any process.
 
     Args:
-        messages: as `read_conversation` returns them.
+        messages, tools: as `read_conversation` returns them.
         tokenizer: of transformers, fast or slow.
         chat_template: Jinja source, None for the tokenizer's own.
-        tools: tool schemas for the template.
         max_tokens: refuse text of which a first piece has more than twice as many; what is nearer
             is returned, however long it turns out.
         choice: fields of `Choice`.
-
-    Raises:
-        ConversationError: "no_assistant", "refused_by_template", "no_tokens", "unaligned",
-            "malformed", "too_long".
-        TemplateError: no conversation could work with this template or tokenizer.
     """
     chosen = Choice(**choice)
     template = prepare_template(
@@ -2044,11 +1985,7 @@ def encode_conversation(
 
 
 def encode_text(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> EncodedConversation:
-    """Tokenize plain text as the tokenizer does by itself; every token after the first counts.
-
-    Raises:
-        ConversationError: "no_tokens", "malformed", "too_long".
-    """
+    """Tokenize plain text as the tokenizer does by itself; every token after the first counts."""
     _check_text(text, tokenizer, max_tokens)
     ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32).reshape(-1)
     if ids.size < 2:
@@ -2059,10 +1996,7 @@ def encode_text(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> 
 
 
 def _check_text(text: str, tokenizer: Any, max_tokens: int | None) -> None:
-    """Refuse what is no text, and what is far too long, by a first piece of it.
-
-    A piece may have other tokens at its end than the whole has there, but never twice as many.
-    """
+    """Refuse what is no text, and what is far too long, by a first piece of it."""
     if not is_unicode(text):
         why = "half a surrogate pair (\\ud800 to \\udfff) is no text"
         raise ConversationError("malformed", why)
@@ -2104,13 +2038,7 @@ class ConversationEncoder(Choice):
     def encode(
         self, row: Mapping[str, Any], *, max_tokens: int | None = None
     ) -> EncodedConversation:
-        """Return the row's tokens and those to extract, however long it is.
-
-        Only what is far beyond `max_tokens` is refused.
-
-        Raises:
-            ConversationError: it cannot be used.
-        """
+        """Return the row's tokens and those to extract; refuse what is far beyond `max_tokens`."""
         if self.columns.text is not None:
             text = _cell_text(row, self.columns.text)
             return encode_text(text, self.tokenizer, max_tokens=max_tokens)
@@ -2144,14 +2072,9 @@ def open_conversations(
 ) -> tuple[Any, ConversationEncoder]:
     """Open source and encoder of its rows as the options of a script name them.
 
-    Args:
-        options: of the script.
-        tokenizer: the model's, when it is loaded already.
-        date: that a template is told which asks for the time; None: today's.
-        dataset_revision: commit of a Hub dataset.
-
-    Raises:
-        LogitsError: something cannot be used, or two options exclude each other.
+    A loaded `tokenizer` is not loaded again; `date` is told to a template that asks for the time
+    (None: today's). Raises LogitsError where something cannot be used or two options exclude each
+    other.
     """
     tokenizer = tokenizer or load_tokenizer(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -2205,7 +2128,7 @@ def conversation_settings(
 def token_positions_of(
     spans: Sequence[Span], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int32]:
-    """Return the positions of tokens that overlap character spans, position 0 left out.
+    """Return the positions of tokens that overlap spans, position 0 left out.
 
     A token without characters of its own counts where it lies inside a span.
     """
@@ -2222,14 +2145,7 @@ def token_positions_of(
 def tokenize_with_offsets(
     text: str, tokenizer: Any
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tokenize rendered text, which holds its special tokens already.
-
-    Returns:
-        ids (S,) int32; start and end of each token in characters (S,) int64.
-
-    Raises:
-        ConversationError: "unaligned": a tokenizer without offsets does not spell the text.
-    """
+    """Tokenize rendered text: ids (S,) int32, start and end of each in characters (S,) int64."""
     fast = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False,
@@ -2277,8 +2193,7 @@ def format_mask_preview(
 ) -> str:
     """Lay out a conversation with its extracted tokens marked by colour, or else by ⟦ and ⟧.
 
-    A line of counts, then the text. Stretches of more than `max_run_chars` are cut in the middle,
-    which is said; what would act on a terminal is made visible.
+    Longer stretches are cut in the middle, what would act on a terminal is made visible.
     """
     extracted = np.zeros(encoded.input_ids.size, bool)
     extracted[encoded.token_positions] = True
