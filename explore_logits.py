@@ -581,8 +581,8 @@ def open_source(
     """Open one split of a chat dataset: a `datasets.Dataset`, or a `Stream` of its rows.
 
     `dataset` is a Hub id (with its `subset` and `revision`), a local .jsonl, .json, .parquet or
-    .csv file, also compressed, a folder of them, or one written by `save_to_disk`. `split` may
-    slice, `train[:100]`, when not streaming: then nothing is held in memory or written to a cache.
+    .csv file, also compressed, a folder of them, or one written by `save_to_disk`. With `streaming`
+    it is never held in memory or written to a cache, without it `split` may slice: `train[:100]`.
     Columns of CSV files in `integers` hold such, all others are read as text. Raises SourceError,
     which names the splits there are, file and line, or that the Hub is out of reach.
     """
@@ -670,6 +670,7 @@ def read_rows(
 
     _read_faults()  # imports, which a reader that is closed halfway is not to wait for
     for file in files:
+        number = 0
         if file.endswith(".zst"):
             import_extra("zstandard")
         try:
@@ -704,13 +705,13 @@ def _read_json(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 def _read_csv(lines: Iterator[str], integers: Sequence[str | None]) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
-    table = csv.reader(lines, strict=True)
-    names = next(table, [])
-    for cells in filter(None, table):
-        if len(cells) > len(names) or len(names) > len(set(names)):
-            raise csv.Error(f"{len(cells)} cells under {len(set(names))} different columns")
-        row: dict[str, Any] = dict.fromkeys(names)
-        row |= {name: cell or None for name, cell in zip(names, cells, strict=False)}
+    table = csv.DictReader(lines, strict=True)
+    names = table.fieldnames or []
+    for cells in table:
+        count, columns = len(names) + len(cells.pop(None, None) or ()), len(set(names))
+        if count > columns:
+            raise csv.Error(f"{count} cells under {columns} different columns")
+        row: dict[str, Any] = {name: cell or None for name, cell in cells.items()}
         for name in row.keys() & set(integers):
             if row[name] and re.fullmatch(r"\s*-?\d+\s*", row[name]):
                 row[name] = int(row[name])
@@ -876,11 +877,6 @@ def source_revision(
                 data.seek(place)
                 digest.update(data.read(2**16))
     return "sha256:" + digest.hexdigest()
-
-
-def is_digest(revision: Any) -> bool:
-    """Tell whether a revision is a digest of local files; those of version 0.1 were shorter."""
-    return isinstance(revision, str) and re.fullmatch("sha256:[0-9a-f]{64}", revision) is not None
 
 
 def source_columns(dataset: Any) -> list[str]:
@@ -3922,7 +3918,8 @@ class TextSource:
             raise SourceError("the output does not say which dataset it was made from")
         name = str(self.settings["dataset"])
         recorded = self.settings.get("dataset_revision")
-        if is_digest(recorded) and source_revision(name) != recorded:
+        digest = re.fullmatch("sha256:[0-9a-f]{64}", str(recorded))  # version 0.1 had shorter ones
+        if digest and source_revision(name) != recorded:
             raise SourceError(
                 f"dataset {name!r} has changed since the run, so its text may not be what the "
                 "teacher read; bring back the file of then, or name what to read (--dataset)"
