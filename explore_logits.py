@@ -1005,7 +1005,7 @@ def _read_messages(value: Any, column: str) -> Messages:
         raise ConversationError("null", f"column {column!r} is null")
     if isinstance(value, dict):  # a struct of lists: what `datasets` makes of a list of structs
         sizes = {len(each) if isinstance(each, list) else None for each in value.values()}
-        if len(sizes) == 1 and sizes != {None}:
+        if len(sizes) < 2 and None not in sizes:
             rows = zip(*value.values(), strict=True)
             value = [dict(zip(value, each, strict=True)) for each in rows]
         why = "is one object, or lists of different length, not a list of messages"
