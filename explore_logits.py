@@ -1410,9 +1410,10 @@ def _bound_work(plain: Any) -> Any:
         if function is environment.mark:
             return context.parent["_marks"].mark(*args)
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+        given: Sequence[Any] = args
         if isinstance(owner := getattr(method, "__self__", None), (str, bytes, int)):
-            _, *args = spend(context, method.__name__, (owner, *args), kwargs)  # type: ignore[assignment]
-        return plain.call(context, function, *args, **kwargs)
+            given = spend(context, method.__name__, (owner, *args), kwargs)[1:]
+        return plain.call(context, function, *given, **kwargs)
 
     def bounded(name: str) -> Any:
         def run(context: Any, *args: Any, **kwargs: Any) -> Any:
