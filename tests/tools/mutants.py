@@ -188,8 +188,8 @@ FAULTS = """
 - end = found.end() if found else end
 + end = found.start() if found else end
 : think tags that the template inserts are extracted without --include-think, and not with it
-- if not self.include_think:
-+ if self.include_think:
+- if not self.choice.include_think:
++ if self.choice.include_think:
 
 == explore_logits | test_explore_open.py
 : rows asked for in an order come in the order of the shards
