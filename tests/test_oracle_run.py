@@ -6,14 +6,11 @@ from 300 to 262,144 ids whose conversations use the lowest and the highest of th
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import oracle
 import pytest
 from conftest import CHATS as CONVERSATIONS
@@ -117,61 +114,6 @@ def test_every_row_of_a_run_on_question_and_answer_columns_is_right(tmp_path: Pa
     columns = ["--system-col", "rules", "--index-col", "number"]
     output = run_command(EMBEDDED, dataset, tmp_path, *columns)
     assert check(EMBEDDED, dataset, output).rows == 2
-
-
-# Faults planted in the script ---------------------------------------------------------------------
-
-
-def early(logits_of: Any) -> Any:
-    """Take each distribution one position early, as if p stood for p - 1."""
-    return lambda teacher, sequences, positions, **options: logits_of(
-        teacher, sequences, [np.maximum(p - 1, 1) for p in positions], **options
-    )
-
-
-def in_bf16(logits_of: Any) -> Any:
-    return lambda *args, **options: (x.bfloat16().float() for x in logits_of(*args, **options))
-
-
-def changed(change: Any) -> Any:
-    return lambda extract: lambda *args, **options: change(extract(*args, **options))
-
-
-def crossing_token_left_out(tokens: Any) -> Any:
-    return dataclasses.replace(tokens, top_counts=(tokens.top_counts - 1).clamp(min=1))
-
-
-def tail_sorted(tokens: Any) -> Any:
-    logits, order = tokens.sampled_logits.sort(dim=1, descending=True)
-    ids = tokens.sampled_ids.gather(1, order)
-    return dataclasses.replace(tokens, sampled_ids=ids, sampled_logits=logits)
-
-
-def over_all_candidates(quantize: Any) -> Any:
-    return lambda values, counts=None, **options: quantize(values, None, **options)
-
-
-@pytest.mark.parametrize(
-    ("place", "fault", "reason"),
-    [
-        ("Teacher.iter_logits", early, "row 0 token 0: logsumexp"),
-        ("Teacher.iter_logits", in_bf16, "row 0 token 0: "),
-        ("extract_tokens", changed(crossing_token_left_out), "is below top_p"),
-        ("extract_tokens", changed(tail_sorted), "not drawn by its law"),
-        ("quantize_rows", over_all_candidates, "nucleus min"),
-    ],
-)
-def test_a_fault_planted_in_the_script_is_found(
-    place: str, fault: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = [chat("Four, of course. " * 8)]
-    dataset = write_conversations(tmp_path / "d.jsonl", ({"messages": m} for m in SHORT + long))
-    teacher = save_teacher(tmp_path / "teacher", 300)
-    right = operator.attrgetter(place)(extract_logits)
-    monkeypatch.setattr(f"extract_logits.{place}", fault(right))
-    output = run_command(teacher, dataset, tmp_path)
-    with pytest.raises(oracle.Violation, match=reason):
-        check(teacher, dataset, output)
 
 
 # Random teachers ----------------------------------------------------------------------------------

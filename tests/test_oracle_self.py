@@ -1,7 +1,6 @@
 """The oracle and the tail's tests pass what is right and reject a fault of each kind.
 
-A run of a random teacher is right (`test_oracle_run.py` plants faults in the script); here one
-thing at a time is made wrong in what it has stored.
+A run of a random teacher is right; one thing at a time is made wrong in what it has stored.
 """
 
 from __future__ import annotations
@@ -99,6 +98,16 @@ def fewer_bits(records: Records) -> None:
     records[0]["sampled_logits_quantized"] = [round(round(v / step) * step) for v in q]
 
 
+def tail_sorted(records: Records) -> None:
+    for row in records:
+        names = ("sampled_logits_quantized", "sampled_indices_low")
+        for start in range(0, 6 * row["num_tokens"], 6):
+            part = slice(start, start + 6)
+            drawn = sorted(zip(*(row[name][part] for name in names), strict=True), reverse=True)
+            for name, values in zip(names, zip(*drawn, strict=True), strict=True):
+                row[name][part] = values
+
+
 def move_count(records: Records) -> None:
     counts = records[2]["top_counts"]
     t = next(t for t in range(len(counts) - 1) if counts[t] > 1 and counts[t + 1] < 20)
@@ -122,6 +131,7 @@ FAULTS: list[tuple[Callable[[Records], Any], str]] = [
     (draw(1, "sampled_indices_low"), "tail holds an id twice"),
     (move_count, "wrong size"),
     (fewer_bits, "tail logit"),
+    (tail_sorted, "not drawn by its law"),
     (shift("top_min", -1.0), "nucleus min"),
     (high_bits, "V is 300"),
     (lambda records: records[2]["sampled_max"].__setitem__(0, None), "null in sampled_max"),
