@@ -308,6 +308,43 @@ def test_neighbouring_conversations_and_seeds_are_independent_trials(
     tail_law.check_tail_law(sampler(reference=reference, vary=vary), cases=cases)
 
 
+def race_all_blocks(
+    logits: torch.Tensor, counts: torch.Tensor, states: torch.Tensor, m: int
+) -> list[list[int]]:
+    """The fast path's draw with every block in the race, row by row in plain float64."""
+    tails = []
+    for row, count, state in zip(logits, counts.tolist(), states, strict=True):
+        x = row.double()
+        top = el.top_k_ids(row.unsqueeze(0), 100)[0]
+        arrivals = torch.full_like(x, math.inf)
+        alone = top[count:]
+        arrivals[alone] = el.exponential_clocks(state, alone).log() - x[alone]
+        x[top] = -math.inf
+        for block in range(-(-x.numel() // 64)):
+            ids = torch.arange(64 * block, min(64 * block + 64, x.numel()))
+            ids = ids[x[ids] > -math.inf]
+            if ids.numel():
+                start = el.exponential_clocks(state, torch.tensor([2**32 + block])).log() - x[
+                    ids
+                ].logsumexp(0)
+                clocks = el.exponential_clocks(state, ids).log() - x[ids]
+                later = clocks + (-torch.expm1(clocks.min() - clocks)).log()
+                arrivals[ids] = torch.logaddexp(start, later)
+        tails.append(arrivals.argsort()[:m].tolist())
+    return tails
+
+
+@pytest.mark.parametrize(
+    "case", ["flat", "minus_infinity", "trained_bfloat16", "underflowing_tail"]
+)
+def test_blocks_left_out_of_the_race_never_hold_a_winner(case: str) -> None:
+    logits = CASES[case]()
+    got = extract(logits)
+    rows = torch.arange(logits.shape[0])
+    states = el.row_states(rows // 7, rows % 7 + 1, seed=42)
+    assert got.sampled_ids.tolist() == race_all_blocks(logits, got.top_counts, states, 24)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_what_a_cpu_gives(logits: torch.Tensor) -> None:

@@ -547,15 +547,27 @@ def test_answers_that_make_no_sense_end_in_one_line(
     assert Output(REPO, hub).ids() == list(range(6))
 
 
-def test_a_hub_out_of_reach_is_told_to_people_and_to_machines(
-    extract: Extract, write_chats: Write, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_chats(rows_of(3))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    done = extract(output=REPO)
-    assert done.code == 4
-    assert (done.summary["output"], done.summary["exit_code"]) == (REPO, 4)
+def test_what_the_hub_did_not_take_ends_in_exit_code_4_and_the_next_run_delivers(
+    extract: Extract, write_chats: Write, hub: LoopbackHub, repo: Output,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write_chats(rows_of(9))
+    job = {"output": REPO, "upload_every": 3, "resume": True}
+    with monkeypatch.context() as away:
+        away.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        done = extract(**job)
+    assert (done.code, done.summary["output"], done.summary["exit_code"]) == (4, REPO, 4)
     assert done.summary["error"] in done.stderr.strip().splitlines()[-1]
+    hub.fault("commit/", status=503, count=10**6)
+    done = extract(**job)
+    assert (done.code, done.summary["exit_code"]) == (4, 4)
+    assert done.summary["undelivered"]
+    assert all(Path(path).name.startswith("backup_") for path in done.summary["undelivered"])
+    assert all(Path(path).exists() for path in done.summary["undelivered"])
+    hub.clear()
+    again = extract(**job)
+    assert (again.code, again.summary["rows"]) == (0, 9), again.stderr
+    assert repo.ids() == list(range(9))
 
 
 # Secrets and cards --------------------------------------------------------------------------------

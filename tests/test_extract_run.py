@@ -300,29 +300,20 @@ def test_runs_at_the_edge_of_the_settings_and_of_ids_are_valid(
     assert Output("out").ids() == ids
 
 
-HALF_PAIR = (
-    '{"messages": [{"role": "user", "content": "hi \\ud800"}, '
-    '{"role": "assistant", "content": "yo \\udc00"}]}'
-)
-
-
 @pytest.mark.parametrize("way", ["stream", "table", "text"])
 def test_half_a_surrogate_pair_is_skipped_however_it_is_read(
     way: str, extract: Extract, write_chats: Write
 ) -> None:
-    row: Any = HALF_PAIR
-    if way == "text":
-        row = {"messages": json.dumps(json.loads(HALF_PAIR)["messages"])}
-    usable = chat("yes")
-    write_chats([{"messages": json.dumps(usable) if way == "text" else usable}, row])
+    chats = chat("yes"), chat("yo \udc00", "hi \ud800")
+    write_chats([{"messages": json.dumps(each) if way == "text" else each} for each in chats])
     done = extract(streaming=way == "stream")
     assert (done.code, done.summary["skipped"]) == (0, {"malformed": 1}), done.stderr
 
 
-# Imports once, then runs each line of arguments in a fork of its own.
 def test_a_resumed_run_keeps_to_the_commits_it_began_with(
     hub: LoopbackHub, extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data"))
