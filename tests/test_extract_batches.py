@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import extract_logits
@@ -24,6 +24,7 @@ from extract_logits import (
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=200)
 LIMIT = st.none() | st.integers(1, 9000)
+PADDED = [1000] * 10 + [1] * 10
 THRESHOLDS = st.none() | st.dictionaries(st.integers(1, 5000), st.integers(1, 40), min_size=1)
 
 
@@ -42,6 +43,8 @@ def row(index: int, size: int = 4) -> EncodedRow:
 
 
 @given(lengths=LENGTHS, tokens=LIMIT, size=LIMIT, thresholds=THRESHOLDS)
+@example(lengths=PADDED, tokens=10**6, size=None, thresholds=None)
+@example(lengths=PADDED, tokens=10**6, size=None, thresholds={1000: 20})  # as the user chose
 def test_every_row_is_in_exactly_one_batch_longest_first_within_every_limit(
     lengths: list[int], tokens: int | None, size: int | None, thresholds: dict[int, int] | None
 ) -> None:
