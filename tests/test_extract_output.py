@@ -621,10 +621,13 @@ def test_a_person_may_edit_the_card_while_the_run_goes_on(
     fill_parts(uploader, 20)
     finish(uploader)
     card = place.read("README.md").decode()
-    assert card.endswith(f"{before}\n## Mine\n")
-    assert "license: mit" in card
-    ours = "Hello" not in before
-    assert ("| conversations | 20 |" in card) == (card.count("## Columns") == 1) == ours
+    if "Hello" in before:  # a header that cannot be read
+        assert card == edited
+    else:
+        assert "| conversations | 20 |" in card
+        assert card.endswith(f"{before}\n## Mine\n")
+        assert "license: mit" in card
+        assert card.count("## Columns") == 1
 
 
 def test_names_from_strangers_stay_names_on_the_card(place: Output, tmp_path: Path) -> None:
