@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import extract_logits
@@ -25,6 +24,7 @@ from extract_logits import (
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=200)
 LIMIT = st.none() | st.integers(1, 9000)
+PADDED = [1000] * 10 + [1] * 10
 THRESHOLDS = st.none() | st.dictionaries(st.integers(1, 5000), st.integers(1, 40), min_size=1)
 
 
@@ -43,46 +43,37 @@ def row(index: int, size: int = 4) -> EncodedRow:
 
 
 @given(lengths=LENGTHS, tokens=LIMIT, size=LIMIT, thresholds=THRESHOLDS)
+@example(lengths=PADDED, tokens=10**6, size=None, thresholds=None)
+@example(lengths=PADDED, tokens=10**6, size=None, thresholds={1000: 20})  # as the user chose
 def test_every_row_is_in_exactly_one_batch_longest_first_within_every_limit(
     lengths: list[int], tokens: int | None, size: int | None, thresholds: dict[int, int] | None
 ) -> None:
+    """And no batch but the last has room for the next row."""
     sampler = TokenBudgetBatchSampler(
         lengths, max_batch_tokens=tokens, max_batch_size=size, thresholds=thresholds
     )
     batches = list(sampler)
     assert len(batches) == len(sampler)
-    assert Counter(at for batch in batches for at in batch) == Counter(range(len(lengths)))
-    order = [lengths[at] for batch in batches for at in batch]
-    assert order == sorted(order, reverse=True)
-    for batch in batches:
-        longest = max(lengths[at] for at in batch)
-        if len(batch) > 1:
-            assert tokens is None or len(batch) * longest <= tokens
-            assert size is None or len(batch) <= size
-            if thresholds is not None:
-                fitting = [n for top, n in sorted(thresholds.items()) if longest <= top]
-                assert len(batch) <= (fitting[0] if fitting else 1)
+    order = [at for batch in batches for at in batch]
+    assert order == sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
 
+    def exceeds(longest: int, rows: int) -> bool:
+        fitting = [n for top, n in sorted((thresholds or {}).items()) if longest <= top]
+        return (
+            rows > (size or 256)
+            or (tokens is not None and rows * longest > tokens)
+            or (thresholds is not None and rows > (fitting or [1])[0])
+        )
 
-@given(lengths=LENGTHS, tokens=LIMIT, size=LIMIT, thresholds=THRESHOLDS)
-def test_no_batch_but_the_last_has_room_for_the_next_row(
-    lengths: list[int], tokens: int | None, size: int | None, thresholds: dict[int, int] | None
-) -> None:
-    sampler = TokenBudgetBatchSampler(
-        lengths, max_batch_tokens=tokens, max_batch_size=size, thresholds=thresholds
-    )
-    batches = list(sampler)
-    for batch, following in itertools.pairwise(batches):
-        longest, wanted = max(lengths[at] for at in batch), len(batch) + 1
-        full = [wanted > (size or 256), tokens is not None and wanted * longest > tokens]
-        if thresholds is not None:
-            full.append(
-                wanted > next((n for top, n in sorted(thresholds.items()) if longest <= top), 1)
-            )
-        elif tokens is not None and wanted * longest > 8192:
+    for batch, following in itertools.zip_longest(batches, batches[1:]):
+        longest, wanted = lengths[batch[0]], len(batch) + 1
+        assert len(batch) == 1 or not exceeds(longest, len(batch))
+        if following and not exceeds(longest, wanted):  # it was closed for its padding
+            assert thresholds is None
+            assert tokens is not None
+            assert wanted * longest > 8192
             together = sum(lengths[at] for at in [*batch, following[0]])
-            full.append(together < 0.985 * wanted * longest)
-        assert any(full)
+            assert together < 0.985 * wanted * longest
 
 
 def test_thresholds_may_have_the_string_keys_of_json() -> None:
@@ -92,8 +83,7 @@ def test_thresholds_may_have_the_string_keys_of_json() -> None:
         assert [len(batch) for batch in sampler] == [1, 1, 4, 4, 6]
 
 
-@pytest.mark.parametrize("budget", [4096, 16384, 131072])
-@pytest.mark.parametrize("count", [2000, 20_000])
+@pytest.mark.parametrize(("count", "budget"), [(2000, 4096), (2000, 131_072), (20_000, 16_384)])
 def test_little_is_padding_however_few_conversations_fill_large_batches(
     count: int, budget: int
 ) -> None:
@@ -105,13 +95,6 @@ def test_little_is_padding_however_few_conversations_fill_large_batches(
     assert lengths.sum() / len(sampler) > min(budget, 8192) / 2  # and batches stay large
 
 
-def test_the_padding_of_batches_that_thresholds_form_is_the_users_choice() -> None:
-    lengths = [1000] * 10 + [1] * 10
-    sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=10**6, thresholds={1000: 20})
-    assert [len(batch) for batch in sampler] == [20]
-    assert len(TokenBudgetBatchSampler(lengths, max_batch_tokens=10**6)) == 2
-
-
 def plan_of(lengths: list[int], *flags: str, device: str = "cpu") -> list[list[int]]:
     config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
     rows = [row(at, size) for at, size in enumerate(lengths)]
@@ -121,23 +104,16 @@ def plan_of(lengths: list[int], *flags: str, device: str = "cpu") -> list[list[i
     ]
 
 
-def test_without_options_the_device_sets_the_token_budget() -> None:
-    lengths = [1000] * 100
-    assert len(plan_of(lengths)[0]) == 1  # a CPU is as fast with small batches
-    assert len(plan_of(lengths, device="mps")[0]) == 8
-    assert len(plan_of(lengths, device="cuda")[0]) == 16
+def test_the_device_sets_the_token_budget_where_options_do_not() -> None:
+    lengths = [100] * 1000
+    for flags, device, size in (
+        ("", "cpu", 10), ("", "mps", 81), ("", "cuda", 163), ("--max-batch-tokens 700", "cpu", 7),
+        ("--max-batch-size 3", "cuda", 3), ('--batch-thresholds {"99":60,"100":50}', "cpu", 50),
+        ('--batch-thresholds {"100":50} --max-batch-size 9', "cpu", 9),
+        ('--batch-thresholds {"100":50} --max-batch-tokens 800', "cpu", 8),
+    ):  # fmt: skip
+        assert len(plan_of(lengths, *flags.split(), device=device)[0]) == size, flags
     assert len(plan_of([1] * 1000)[0]) == 256
-
-
-def test_options_replace_the_default_budget_and_hold_together() -> None:
-    lengths = [100] * 100
-    for flags, size in {
-        "--max-batch-tokens 700": 7, "--max-batch-size 3": 3,
-        '--batch-thresholds {"99":60,"100":50}': 50,
-        '--batch-thresholds {"100":50} --max-batch-size 9': 9,
-        '--batch-thresholds {"100":50} --max-batch-tokens 800': 8,
-    }.items():  # fmt: skip
-        assert len(plan_of(lengths, *flags.split())[0]) == size
 
 
 def find(limit: int, *, length: int = 1000, seconds: float = 0.0) -> tuple[int, list[int]]:
@@ -158,19 +134,21 @@ def find(limit: int, *, length: int = 1000, seconds: float = 0.0) -> tuple[int, 
         return find_batch_tokens(run, length=length, vocab_size=50, start=16_384), tried
 
 
-def test_the_budget_grows_until_memory_is_full() -> None:
-    assert find(60_000) == (32_768, [16_000, 16_000, 32_000, 65_000])
+@pytest.mark.parametrize(
+    ("limit", "how", "budget", "tried"),
+    [
+        (60_000, {}, 32_768, [16_000, 16_000, 32_000, 65_000]),  # grows until memory is full
+        (5_000, {}, 4096, [16_000, 8_000, 4_000]),  # shrinks until a batch fits
+        (9_000, {"length": 9_000}, 16_384, [9_000, 9_000, 27_000]),
+        (10**9, {"seconds": 2.1 / 32_000}, 32_768, [16_000, 16_000, 32_000]),  # takes too long
+    ],
+)
+def test_the_budget_is_the_largest_that_fits_and_does_not_take_long(
+    limit: int, how: dict[str, Any], budget: int, tried: list[int]
+) -> None:
+    assert find(limit, **how) == (budget, tried)
     assert find(10**9)[0] == 131_072
-
-
-def test_the_budget_shrinks_until_a_batch_fits() -> None:
-    assert find(5_000) == (4096, [16_000, 8_000, 4_000])
-    assert find(9_000, length=9_000) == (16_384, [9_000, 9_000, 27_000])
     assert find(100, length=3_000)[0] <= 3_000  # nothing fits: the run names the conversation
-
-
-def test_the_budget_stays_where_batches_take_long() -> None:
-    assert find(10**9, seconds=2.1 / 32_000) == (32_768, [16_000, 16_000, 32_000])
 
 
 def test_a_failure_that_is_not_memory_ends_the_probe() -> None:
@@ -224,10 +202,3 @@ def test_halves_hold_every_row_once_in_order(count: int) -> None:
     assert second.rows
     assert batch.num_tokens == 3 * count
     assert batch.padded_tokens == 4 * count
-
-
-def test_conversations_of_one_length_keep_their_order_on_every_machine() -> None:
-    assert list(TokenBudgetBatchSampler([])) == []
-    lengths = np.random.default_rng(3).integers(1, 4, 3000)
-    order = [at for batch in TokenBudgetBatchSampler(lengths, max_batch_size=7) for at in batch]
-    assert order == sorted(range(3000), key=lambda at: (-lengths[at], at))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
@@ -11,6 +10,7 @@ import pytest
 from extract_logits import ConfigError, ExtractionConfig, build_parser, parse_args
 
 REQUIRED = {"model": "m", "dataset": "d", "output": "./o"}
+TASKS = {"executor": "local", "tasks": 3}
 ARGV = ["--model", "m", "--dataset", "d", "--output", "./o"]
 
 # Names and defaults that people script against; a change here is a change of what users type.
@@ -55,18 +55,8 @@ PARTNERS = {
 }
 
 
-def actions() -> dict[str, argparse.Action]:
-    return {action.dest: action for action in build_parser()._actions if action.dest != "help"}
-
-
 def make(**options: Any) -> ExtractionConfig:
     return ExtractionConfig(**{**REQUIRED, **options})
-
-
-def test_the_parser_has_one_option_per_field_under_its_name() -> None:
-    assert {name: action.option_strings for name, action in actions().items()} == {
-        entry.name: ["--" + entry.name.replace("_", "-")] for entry in fields(ExtractionConfig)
-    }
 
 
 def test_every_option_keeps_its_name_and_default() -> None:
@@ -75,15 +65,15 @@ def test_every_option_keeps_its_name_and_default() -> None:
     assert {name: declared[name] for name in DEFAULTS} == DEFAULTS
 
 
-def test_the_parser_takes_defaults_and_help_from_the_dataclass() -> None:
+def test_the_parser_is_the_dataclass() -> None:
+    actions = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
+    assert list(actions) == [entry.name for entry in fields(ExtractionConfig)]
     for entry in fields(ExtractionConfig):
-        action = actions()[entry.name]
+        action = actions[entry.name]
+        assert action.option_strings == ["--" + entry.name.replace("_", "-")]
         assert action.required == (entry.name == "output"), entry.name  # --resume knows the others
         assert action.default == (None if entry.default is MISSING else entry.default), entry.name
         assert str(action.help).startswith(entry.metadata["help"]), entry.name
-
-
-def test_no_option_given_is_the_dataclass_with_its_defaults() -> None:
     assert parse_args(ARGV) == ExtractionConfig(**REQUIRED)
 
 
@@ -107,6 +97,7 @@ def test_every_option_reaches_its_field_with_its_type(name: str) -> None:
         ("top_p", [1e-9, 0.5, 1], [0, -0.1, 1.0001, float("nan")]),
         ("top_p_max", [1, 255], [0, 256]),
         ("sampled_n", [0, 1000], [-1]),
+        ("min_p", [1 / 255, 0.5], [0.001, 0.6, -1.0, float("nan")]),
         ("logit_bits", [4, 16], [3, 17]),
         ("limit", [1, 2**31], [0, -5, 10**30]),
         ("start_offset", [0, 10**9], [-1]),
@@ -145,6 +136,15 @@ def test_a_value_is_taken_up_to_its_bounds_and_refused_beyond(
         ({"full_dataset": True, "random_sample": True}, "--full-dataset --random-sample"),
         ({"full_dataset": True, "sample_subject": {}, "subject_col": "s"},
          "--full-dataset --sample-subject"),
+        ({"engine_args": {}}, "--engine vllm"),
+        ({"engine": "vllm", "tensor_parallel": True}, "tensor_parallel_size"),
+        ({"engine": "vllm", "attn": "sdpa"}, "--attn sdpa --engine transformers"),
+        ({"engine": "vllm", "engine_args": {"max_model_len": 9}}, "--max-seq-len"),
+        ({"engine": "vllm", "engine_args": {"runner": "draft"}}, "extraction sets it"),
+        ({"executor": "local"}, "--tasks"), ({"tasks": 3}, "--executor"),
+        ({**TASKS, "plan": True}, "--plan"), ({**TASKS, "force_restart": True}, "empty output"),
+        ({**TASKS, "rank": 0, "world_size": 2}, "--rank"),
+        ({**TASKS, "tensor_parallel": True}, "--tensor-parallel"),
     ],
 )  # fmt: skip
 def test_options_that_contradict_each_other_are_refused(

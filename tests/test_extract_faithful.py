@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from architectures import EYES, SMALL, VISION, conversations, largest_difference, tiny_model
 from safetensors.torch import load_file, save_file
 from test_extract_teacher import TOLERANCE, PooledQwen2, configure
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import extract_logits
 from extract_logits import Teacher, TeacherError, load_model_config, load_teacher
@@ -50,61 +52,56 @@ def refusal(folder: Path, **options: Any) -> str:
     return text.removeprefix(f"--model {folder}")
 
 
-PREFIX = {
-    "text_config": {**SMALL, "model_type": "gemma"},
-    "vision_config": {**EYES, "model_type": "siglip_vision_model"},
-    "image_token_index": 95,
-    "projection_dim": 32,
-}
-
 # --- 1: not causal ----------------------------------------------------------------------------
 
 
-def masked_lm(kind: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256, "vocab_size": 96}
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+MASKED = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 256, "vocab_size": 96,
+}  # fmt: skip
+BOTH_WAYS = {"use_bidirectional_attention": True}
+LOOKING: list[tuple[str, Any, dict[str, Any]]] = [
+    ("bert", AutoModelForMaskedLM, MASKED),
+    ("roberta", AutoModelForMaskedLM, {**MASKED, "pad_token_id": 0}),
+    ("xlnet", AutoModelForCausalLM,
+     {"d_model": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "d_inner": 48, "d_head": 8}),
+    ("gemma3_text", None, BOTH_WAYS),
+    # of these two eager attention alone is causal: not what they were trained with
+    ("gemma3", None, {"text_config": {**VISION["gemma3"]["text_config"], **BOTH_WAYS}}),
+    ("paligemma", None, {
+        "text_config": {**SMALL, "model_type": "gemma"}, "image_token_index": 95,
+        "vision_config": {**EYES, "model_type": "siglip_vision_model"}, "projection_dim": 32}),
+]  # fmt: skip
 
-    given = {name: value for name, value in {**sizes, **settings}.items() if value is not None}
-    config = AutoConfig.for_model(kind, **given)
 
-    auto = AutoModelForCausalLM if kind == "xlnet" else AutoModelForMaskedLM
-    return auto.from_config(config, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("bert", {}),
-        ("roberta", {"pad_token_id": 0}),
-        ("xlnet", {"d_inner": 48, "d_head": 8, "max_position_embeddings": None}),
-    ],
-)
+@pytest.mark.parametrize(("kind", "auto", "settings"), LOOKING, ids=lambda value: str(value)[:12])
 def test_a_model_that_sees_later_tokens_is_refused(
-    kind: str, settings: dict[str, Any], tmp_path: Path
+    kind: str, auto: Any, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    said = refusal(save(tmp_path, masked_lm(kind, **settings)))
+    torch.manual_seed(0)
+    if auto is None:
+        model = tiny_model(kind, **settings)
+    else:
+        model = auto.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+    said = refusal(save(tmp_path, model))
     assert "is not causal: other tokens at the end change the logits before them by" in said
 
 
-BOTH_WAYS = {"use_bidirectional_attention": True}
-
-
 @pytest.mark.parametrize(
-    ("family", "settings"),
+    ("kind", "sizes", "says"),
     [
-        ("gemma3_text", BOTH_WAYS),
-        ("gemma3", {"text_config": {**VISION["gemma3"]["text_config"], **BOTH_WAYS}}),
-        ("paligemma", PREFIX),
+        ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 96},
+         "has no causal language model of that kind"),
+        ("vit", {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 48}, "is a vit"),
     ],
-)
-def test_a_language_model_that_looks_both_ways_is_refused(
-    family: str, settings: dict[str, Any], tmp_path: Path
+)  # fmt: skip
+def test_a_kind_without_a_language_model_is_named(
+    kind: str, sizes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    """Of the latter two eager attention alone is causal: not what they were trained with."""
-    said = refusal(save(tmp_path, tiny_model(family, **settings)))
-    assert "is not causal: other tokens at the end" in said
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
+    said = refusal(save(tmp_path, model, architectures=["BartForConditionalGeneration"]))
+    assert says in said
+    assert "attn" not in said
 
 
 class BlockQwen2(PooledQwen2):
@@ -147,14 +144,6 @@ def test_experts_that_flip_in_low_precision_are_no_foresight(
     assert Teacher(model).layout == "padded"
 
 
-def test_an_encoder_with_a_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    config = BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=96)
-    model = BartForConditionalGeneration(config)
-    assert "has no causal language model of that kind" in refusal(save(tmp_path, model))
-
-
 # --- 2: all of the checkpoint -----------------------------------------------------------------
 
 
@@ -169,10 +158,6 @@ def in_float8(weights: Weights, *, scales: bool = True) -> None:
 
 
 MODELOPT = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
-
-
-def without_scales(weights: Weights) -> None:
-    in_float8(weights, scales=False)
 
 
 def integers(weights: Weights) -> None:
@@ -200,8 +185,8 @@ WRONG: list[tuple[str, Callable[[Weights], Any], dict[str, Any], str]] = [
     *((family, in_float8, MODELOPT, r"does not use.*_scale")
       for family in ("llama", "mixtral", "qwen3_moe", "gpt_oss", "qwen2_5_vl")),
     ("llama", in_float8, {}, r"does not use.*_scale"),
-    ("llama", without_scales, MODELOPT, r"proj\.weight as F8_E4M3"),
-    ("llama", without_scales, FP8, ""),
+    ("llama", partial(in_float8, scales=False), MODELOPT, r"proj\.weight as F8_E4M3"),
+    ("llama", partial(in_float8, scales=False), FP8, ""),
     ("llama", integers, {}, r"up_proj\.weight as I8"),
     *(("llama", put(name, *shape), {}, rf"does not use 1 tensors of the checkpoint \({name}")
       for name, shape in BESIDE.items()),
@@ -249,39 +234,31 @@ def test_float8_with_the_scales_that_its_configuration_names_is_read(tmp_path: P
     assert largest_difference(teacher) <= TOLERANCE
 
 
-def test_towers_prediction_layers_and_old_constants_are_no_fault(tmp_path: Path) -> None:
-    apart = {
-        "model.layers.2.self_attn.q_proj.weight": (32, 32),
-        "mtp.layers.0.self_attn.q_proj.weight": (32, 32),
-        "mtp.norm.weight": (32,),
-        "model.visual.blocks.0.weight": (8, 8),
-        "vision_tower.embeddings.weight": (96, 32),
-        "v_head.summary.weight": (1, 32),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": (4,),
-        "model.layers.0.self_attn.bias": (1, 1, 8, 8),
-        "model.layers.0.self_attn.masked_bias": (),
-        "model.version": (1,),
-    }
-    more = {name: torch.ones(shape) for name, shape in apart.items()}
-    folder = save(tmp_path, tiny_model("llama"), lambda weights: weights.update(more))
-    assert largest_difference(load_teacher(configure(folder))) <= TOLERANCE
+APART = {
+    "model.layers.2.self_attn.q_proj.weight": (32, 32),
+    "mtp.layers.0.self_attn.q_proj.weight": (32, 32), "mtp.norm.weight": (32,),
+    "model.visual.blocks.0.weight": (8, 8), "vision_tower.embeddings.weight": (96, 32),
+    "v_head.summary.weight": (1, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,),
+    "model.layers.0.self_attn.bias": (1, 1, 8, 8), "model.layers.0.self_attn.masked_bias": (),
+    "model.version": (1,),
+}  # fmt: skip
+WHOLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", {name: torch.ones(shape) for name, shape in APART.items()}, {}),
+    ("llama", {}, MODELOPT),  # plain weights of an unknown quantization
+    ("qwen2, tied", {}, {}),
+    ("gemma3_text", {"lm_head.weight": torch.full((96, 32), 0.1)}, {}),
+    ("gpt2", {}, {}),
+]
 
 
-def test_plain_weights_with_an_unknown_quantization_are_recorded_as_plain(tmp_path: Path) -> None:
-    teacher = load_teacher(configure(save(tmp_path, tiny_model("llama"), **MODELOPT)))
-    assert teacher.numerics["quantization"] is None
-    assert teacher.numerics["weights"] == "float32"
-
-
-def test_mxfp4_that_became_bfloat16_says_bfloat16() -> None:
-    class Quantizer:
-        class quantization_config:
-            dequantize = True
-
-    model = tiny_model("llama").to(torch.bfloat16)
-    model.hf_quantizer = Quantizer()
-    numerics = Teacher(model).numerics
-    assert (numerics["weights"], numerics["quantization"]) == ("bfloat16", None)
+@pytest.mark.parametrize(("family", "more", "settings"), WHOLE, ids=lambda value: str(value)[:12])
+def test_what_belongs_to_no_module_of_the_model_and_tied_heads_are_no_fault(
+    family: str, more: Weights, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save(tmp_path, tiny_model(family), lambda weights: weights.update(more), **settings)
+    teacher = load_teacher(configure(folder))
+    assert largest_difference(teacher) <= TOLERANCE
+    assert (teacher.numerics["weights"], teacher.numerics["quantization"]) == ("float32", None)
 
 
 # --- 3: attention that drops the configuration -------------------------------------------------
@@ -348,15 +325,6 @@ def test_a_head_that_transformers_loads_otherwise_is_refused(
     assert "the head of the loaded model is not lm_head.weight of the checkpoint" in refusal(folder)
 
 
-@pytest.mark.parametrize("family", ["qwen2, tied", "gemma3_text", "gpt2"])
-def test_a_tied_head_and_one_that_only_the_checkpoint_knows_are_right(
-    family: str, tmp_path: Path
-) -> None:
-    own = {"gemma3_text": lambda w: w.update({"lm_head.weight": torch.randn(96, 32)})}
-    folder = save(tmp_path, tiny_model(family), own.get(family, lambda w: None))
-    assert largest_difference(load_teacher(configure(folder))) <= TOLERANCE
-
-
 # --- 5: ids ------------------------------------------------------------------------------------
 
 
@@ -385,33 +353,7 @@ def test_text_runs_through_a_vision_language_checkpoint(family: str, tmp_path: P
     assert largest_difference(teacher) <= TOLERANCE
 
 
-def test_a_kind_without_a_language_model_is_named_not_its_attention(tmp_path: Path) -> None:
-    from transformers import ViTConfig, ViTModel
-
-    model = ViTModel(ViTConfig(hidden_size=24, num_hidden_layers=1, intermediate_size=48))
-    said = refusal(save(tmp_path, model))
-    assert "is a vit" in said
-    assert "attn" not in said
-
-
 # --- 7: adapters, libraries, GGUF --------------------------------------------------------------
-
-
-def adapter_folder(folder: Path, base: Path) -> Path:
-    folder.mkdir()
-    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def test_an_adapter_without_peft_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = save(tmp_path / "base", tiny_model("llama"))
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a)
-    )
-    said = refusal(adapter_folder(tmp_path / "lora", base))
-    assert f"is an adapter of {base}: pip install peft" in said
 
 
 def test_an_adapter_is_added_to_its_base(tmp_path: Path) -> None:
@@ -442,11 +384,21 @@ def test_an_adapter_is_added_to_its_base(tmp_path: Path) -> None:
     assert "missing adapter keys" in refusal(tmp_path / "lora")
 
 
-def test_an_adapter_beside_a_whole_model_is_refused(tmp_path: Path) -> None:
-    """Whether it is added would depend on whether peft is installed."""
-    folder = save(tmp_path, tiny_model("llama"))
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
-    assert "has an adapter beside a whole model" in refusal(folder)
+def test_an_adapter_without_peft_names_it_and_beside_a_whole_model_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the latter is added would depend on whether peft is installed."""
+    base, lora = save(tmp_path / "base", tiny_model("llama")), tmp_path / "lora"
+    lora.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2}
+    for folder in (lora, base):
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a)
+    )
+    assert f"is an adapter of {base}: pip install peft" in refusal(lora)
+    assert "has an adapter beside a whole model" in refusal(base)
 
 
 @pytest.mark.parametrize(
@@ -467,67 +419,49 @@ def test_a_missing_quantization_library_is_named_before_anything_is_read(
     assert "network" not in str(caught.value)
 
 
-def test_gguf_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    tiny_model("llama").config.save_pretrained(tmp_path)
-    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-    for given in (tmp_path, tmp_path / "model-q4.gguf", Path("user/model-GGUF/model.gguf")):
-        assert "is GGUF, which is not read" in refusal(given)
-
-
-def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
-    folder = save(tmp_path, tiny_model("llama"))
+def test_files_that_hold_no_weights_to_read_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", tiny_model("llama"))
     (folder / "model.safetensors").write_bytes(b"not a header")
     assert "cannot be loaded" in refusal(folder)
+    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
+    for given in (folder, folder / "model-q4.gguf", Path("user/model-GGUF/model.gguf")):
+        assert "is GGUF, which is not read" in refusal(given)
 
 
 # --- 8: several devices ------------------------------------------------------------------------
 
 
-class Placed(torch.Tensor):
+class OnMps(torch.Tensor):
     """A CPU tensor that says it is elsewhere, and mixes with tensors there only."""
-
-    place: torch.device
-
-    @classmethod
-    def at(cls, tensor: torch.Tensor, place: str) -> Placed:
-        made = tensor.detach().as_subclass(cls)
-        made.place = torch.device(place)
-        return made
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.place
+        return torch.device("mps")
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        places = {str(getattr(x, "place", "cpu")) for x in flat if isinstance(x, torch.Tensor)}
-        if len(places) > 1:
-            raise RuntimeError(f"Expected all tensors on one device, found {sorted(places)}")
-        name = getattr(function, "__name__", "")
-        if name in ("to", "cpu"):
-            target = torch.device("cpu") if name == "cpu" else args[1]
-            plain = args[0].as_subclass(torch.Tensor)
-            if isinstance(target, torch.dtype):
-                return cls.at(plain.to(target), str(args[0].place))
-            return plain if target.type == "cpu" else cls.at(plain, str(target))
+        if any(type(x) is torch.Tensor for x in flat):
+            raise RuntimeError("Expected all tensors on one device")
         with torch._C.DisableTorchFunctionSubclass():
-            plain = [x.as_subclass(torch.Tensor) if isinstance(x, Placed) else x for x in args]
-            got = function(*plain, **(kwargs or {}))
-        if isinstance(got, torch.Tensor) and name not in ("__get__",):
-            return cls.at(got, places.pop())
-        return got
+            got = function(*args, **(kwargs or {}))
+        if not isinstance(got, torch.Tensor):
+            return got
+        name = getattr(function, "__name__", "")
+        leaves = name == "cpu" or (name == "to" and str(args[1]) == "cpu")
+        return got.as_subclass(torch.Tensor if leaves else cls)
 
 
 def test_a_head_on_another_device_than_the_last_layer_multiplies_there() -> None:
     """A tied head stays with the embedding, on the first GPU; the last norm is on another."""
     hidden, weight = torch.randn(3, 8), torch.randn(20, 8)
-    far = Placed.at(hidden, "cuda:1")
+    far = hidden.as_subclass(OnMps)
     with pytest.raises(RuntimeError, match="one device"):
         torch.nn.functional.linear(far, weight)
     got = extract_logits.float32_product(far, weight, None)
+    assert type(got) is torch.Tensor
     assert torch.equal(got, hidden @ weight.T)
 
 
@@ -535,26 +469,19 @@ def test_logits_on_mps_are_extracted_on_the_cpu_with_the_actual_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return Placed.at(tensor, str(device)) if device.type == "mps" else tensor
+        return tensor.as_subclass(OnMps) if device.type == "mps" else tensor
 
     monkeypatch.setattr(extract_logits, "send", send)
     logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
     rows = [extract_logits.EncodedRow(4, np.arange(7, dtype=np.int32), np.arange(1, 7))]
-
-    class Remote:
-        def __init__(self, place: str) -> None:
-            self.place = place
-
-        def iter_logits(self, *_: Any) -> Any:
-            for chunk in logits.split(4):
-                yield Placed.at(chunk, self.place) if self.place != "cpu" else chunk
-
     options = {"top_p": 0.9, "top_p_max": 20, "sampled_n": 5, "seed": 1}
     near, far = (
         extract_logits.gpu_process_batch(
-            Remote(place), extract_logits.Batch(rows), **options
+            SimpleNamespace(iter_logits=lambda *_, kind=kind: (
+                chunk.as_subclass(kind) for chunk in logits.split(4))),
+            extract_logits.Batch(rows), **options,
         ).to_host()
-        for place in ("cpu", "mps")
-    )
+        for kind in (torch.Tensor, OnMps)
+    )  # fmt: skip
     for name, value in vars(near).items():
         np.testing.assert_array_equal(value, getattr(far, name), err_msg=name)

@@ -40,6 +40,18 @@ def requests(hub: LoopbackHub, pattern: str) -> list[dict[str, Any]]:
     return [line for line in hub.log if re.search(pattern, f"{line['method']} {line['path']}")]
 
 
+def run_workers(
+    output: Output, cache: Path, workers: int, *, parts: int = 2, **options: Any
+) -> None:
+    """Let workers write parts of 10 rows one after another, each into a cache of its own."""
+    for rank in range(workers):
+        share = {"rank": rank, "world_size": workers, **options}
+        uploader = open_uploader(output, cache / f"{rank}", **share)
+        for number in range(rank, parts, workers):
+            fill(uploader, number, range(10 * number, 10 * number + 10))
+        finish(uploader)
+
+
 # What lands ---------------------------------------------------------------------------------------
 
 
@@ -70,7 +82,6 @@ def test_an_output_holds_parts_checkpoint_settings_template_and_card(
 
 def test_each_part_lands_with_its_checkpoint_in_one_commit(repo: Output, tmp_path: Path) -> None:
     run_uploader(repo, tmp_path / "cache", 45)
-    assert repo.hub
     store = repo.hub.store
     for commit in store.get("dataset", REPO).commits.values():
         parts = [path for path in commit.tree if path.startswith("data/")]
@@ -83,7 +94,6 @@ def test_each_part_lands_with_its_checkpoint_in_one_commit(repo: Output, tmp_pat
 def test_a_repository_is_created_once_there_is_something_to_store(
     repo: Output, tmp_path: Path
 ) -> None:
-    assert repo.hub
     open_uploader(repo, tmp_path / "cache").shutdown()
     assert not requests(repo.hub, r"POST /api/repos/create")
     uploader = open_uploader(repo, tmp_path / "cache", private=True)
@@ -135,12 +145,9 @@ def test_a_part_of_other_conversations_is_not_done(place: Output, tmp_path: Path
     assert place.parts() == {0: list(range(10)), 1: changed}
 
 
-OLDER = "older"
-
-
 @pytest.mark.parametrize(
     "content",
-    [None, b"{", b"null", b"[" * 200_000, OLDER,
+    [None, b"{", b"null", b"[" * 200_000, "older",
      b'{"format_version": 1, "parts": {"number": [0, 1, 2]}, "skipped": [7]}',
      b'{"format_version": 1, "parts": {"number": ["x"], "ids": [null]}, "skipped": {}}'],
     ids=lambda content: str(content)[:24],
@@ -168,16 +175,6 @@ def test_a_checkpoint_that_is_missing_broken_or_old_loses_nothing(
     assert place.hashes() == hashes
 
 
-def test_a_part_that_was_deleted_comes_again(place: Output, tmp_path: Path) -> None:
-    run_uploader(place, tmp_path / "cache", 25)
-    before = place.hashes()
-    place.delete("data/part-00001.parquet")
-    uploader = open_uploader(place, tmp_path / "cache")
-    assert fill_parts(uploader, 25) == list(range(10, 20))
-    assert finish(uploader)["rows"] == 25
-    assert place.hashes() == before
-
-
 def test_a_damaged_part_without_a_checkpoint_is_written_again(
     place: Output, tmp_path: Path
 ) -> None:
@@ -189,30 +186,17 @@ def test_a_damaged_part_without_a_checkpoint_is_written_again(
 
 
 def test_an_output_with_parts_needs_resume_or_force_restart(place: Output, tmp_path: Path) -> None:
-    run_uploader(place, tmp_path / "cache", 45)
+    run_workers(place, tmp_path / "cache", 2)
     with pytest.raises(ConfigError, match=r"--resume.*--force-restart"):
         open_uploader(place, tmp_path / "cache", resume=False)
     options = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
     uploader = open_uploader(place, tmp_path / "cache", **options)
     assert fill(uploader, 0, range(100, 110)) == list(range(100, 110))
-    finish(uploader)
+    assert finish(uploader)["rows"] == 10
     assert place.parts() == {0: list(range(100, 110))}
+    assert [path for path in place.files() if "checkpoint" in path] == ["checkpoint.json"]
     assert place.json("checkpoint.json")["parts"]["number"] == [0]
     assert place.json("extraction_config.json")["top_p"] == 0.9
-
-
-def test_force_restart_takes_the_checkpoints_of_other_workers_too(
-    place: Output, tmp_path: Path
-) -> None:
-    for rank in range(2):
-        uploader = open_uploader(place, tmp_path / "cache", rank=rank, world_size=2)
-        fill(uploader, rank, range(10 * rank, 10 * rank + 10))
-        finish(uploader)
-    uploader = open_uploader(place, tmp_path / "cache", resume=False, force_restart=True)
-    fill(uploader, 0, range(10))
-    assert finish(uploader)["rows"] == 10
-    assert place.parts() == {0: list(range(10))}
-    assert [path for path in place.files() if "checkpoint" in path] == ["checkpoint.json"]
 
 
 @pytest.mark.parametrize(
@@ -282,12 +266,7 @@ def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
     repo: Output, tmp_path: Path
 ) -> None:
     hub = repo.hub
-    assert hub
-    for rank in range(3):
-        uploader = open_uploader(repo, tmp_path / "cache", rank=rank, world_size=3)
-        for number in range(rank, 9, 3):
-            fill(uploader, number, range(10 * number, 10 * number + 10))
-        finish(uploader)
+    run_workers(repo, tmp_path / "cache", 3, parts=9)
     hub.clear()
     uploader = open_uploader(repo, tmp_path / "late", rank=3, world_size=4)
     assert sorted(uploader.get_resume_info().parts) == list(range(9))
@@ -298,7 +277,7 @@ def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
     assert sum(line["sent"] for line in hub.log) < 30_000
 
 
-def test_without_a_checkpoint_resume_reads_footers_and_no_rows(
+def test_without_a_checkpoint_resume_reads_footers_without_a_token_and_no_rows(
     repo: Output, tmp_path: Path
 ) -> None:
     uploader = open_uploader(repo, tmp_path / "cache", settings={"rows_per_part": 100})
@@ -309,22 +288,20 @@ def test_without_a_checkpoint_resume_reads_footers_and_no_rows(
     finish(uploader)
     assert len(repo.read("data/part-00002.parquet")) > 5e6
     repo.delete("checkpoint.json")
-    assert repo.hub
     repo.hub.clear()
     uploader = open_uploader(repo, tmp_path / "other", settings={"rows_per_part": 100})
     assert uploader.begin_part(1, range(100, 200)) == uploader.begin_part(2, [300]) == []
     uploader.shutdown()
     assert sum(line["sent"] for line in repo.hub.log) < 500_000
+    fetched = requests(repo.hub, "GET /_lfs")  # from the storage, which gets no token
+    assert fetched
+    assert not [line for line in fetched if line["auth"]]
 
 
 def test_a_worker_that_starts_late_is_not_taken_for_a_second_job(
     place: Output, tmp_path: Path
 ) -> None:
-    for rank in range(2):
-        options = {"rank": rank, "world_size": 2, "resume": False}
-        uploader = open_uploader(place, tmp_path / f"{rank}", **options)
-        fill(uploader, rank, range(10 * rank, 10 * rank + 10))
-        finish(uploader)
+    run_workers(place, tmp_path / "cache", 2, resume=False)
     assert place.rows() == stored(range(20))
     assert {"checkpoint-w00.json", "checkpoint-w01.json"} <= place.files()
     assert "| conversations | 20 |" in place.read("README.md").decode()
@@ -368,7 +345,6 @@ UPLOAD_REQUESTS = ("preupload/", "objects/batch", "PUT /_lfs", "objects/verify",
 def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(
     repo: Output, tmp_path: Path, fault: dict[str, Any]
 ) -> None:
-    assert repo.hub
     for number, request_line in enumerate(UPLOAD_REQUESTS):
         repo.hub.fault(request_line, skip=number % 2, **fault)
     assert run_uploader(repo, tmp_path / "cache", 35)["undelivered"] == []
@@ -406,7 +382,6 @@ def test_an_answer_makes_a_run_wait_as_long_as_it_says_but_minutes_at_most(
     monkeypatch.setattr(threading.Event, "wait", wait_less)
     monkeypatch.setattr(time, "sleep", sleep_less)
     monkeypatch.setattr(time, "monotonic", lambda: clock() + waited[0])
-    assert repo.hub
     for request_line in (COMMIT, "preupload/", "objects/batch"):
         repo.hub.fault(request_line, status=429, headers=headers)
     run_uploader(repo, tmp_path / "cache", 10)
@@ -420,7 +395,6 @@ def test_an_answer_makes_a_run_wait_as_long_as_it_says_but_minutes_at_most(
 def test_what_no_retry_heals_is_refused_at_once_and_the_rows_stay(
     repo: Output, tmp_path: Path, status: int, remedy: str
 ) -> None:
-    assert repo.hub
     uploader = open_uploader(repo, tmp_path / "cache")
     repo.hub.fault("preupload|commit/", status=status, count=99)
     with pytest.raises(HubError, match=remedy) as refusal:  # noqa: PT012
@@ -440,9 +414,13 @@ def test_what_no_retry_heals_is_refused_at_once_and_the_rows_stay(
     assert repo.rows() == stored(range(15))
 
 
-def test_a_missing_token_and_a_wrong_one_are_refused_before_the_work(
+def test_a_token_that_is_missing_wrong_or_may_not_write_is_refused_before_the_work(
     repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_uploader(repo, tmp_path / "cache", 10)
+    repo.hub.read_only.add(REPO)
+    with pytest.raises(HubError, match="write"):
+        open_uploader(repo, tmp_path / "cache")
     monkeypatch.setenv("HF_TOKEN_PATH", "/nonexistent")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
     for token in ("", "hf_wrongwrongwrong"):
@@ -452,21 +430,10 @@ def test_a_missing_token_and_a_wrong_one_are_refused_before_the_work(
         assert "hf_wrong" not in str(caught.value)
 
 
-def test_a_repository_that_the_token_may_not_write_is_refused_before_the_work(
-    repo: Output, tmp_path: Path
-) -> None:
-    assert repo.hub
-    run_uploader(repo, tmp_path / "cache", 10)
-    repo.hub.read_only.add(REPO)
-    with pytest.raises(HubError, match="write"):
-        open_uploader(repo, tmp_path / "cache")
-
-
 def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_try(
     repo: Output, tmp_path: Path
 ) -> None:
     hub = repo.hub
-    assert hub
     hub.fault(COMMIT, status=503, count=10_000)
     summary = run_uploader(repo, tmp_path / "cache", 25)
     assert (summary["rows"], len(summary["undelivered"])) == (0, 3)
@@ -484,7 +451,6 @@ def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_t
 
 
 def test_a_backup_that_another_machine_has_redone_goes_away(repo: Output, tmp_path: Path) -> None:
-    assert repo.hub
     repo.hub.fault(COMMIT, status=503, count=10_000)
     run_uploader(repo, tmp_path / "cache", 20)
     repo.hub.clear()
@@ -499,7 +465,6 @@ def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(
     repo: Output, tmp_path: Path
 ) -> None:
     hub = repo.hub
-    assert hub
     listing = rf"GET /api/datasets/{REPO}(/tree|/revision|\?|$)"
     uploader = open_uploader(repo, tmp_path / "cache")
     hub.fault(listing, stale=True, count=3)
@@ -514,7 +479,6 @@ def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(
 
 
 def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo: Output, tmp_path: Path) -> None:
-    assert repo.hub
     uploader = open_uploader(repo, tmp_path / "cache")
     repo.hub.fault(COMMIT, latency=0.3, count=999)
     most = 0
@@ -526,30 +490,6 @@ def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo: Output, tmp_
     assert not uploader.is_uploading()
     uploader.shutdown()
     assert repo.rows() == stored(range(80))
-
-
-def test_a_run_that_is_told_to_stop_does_not_wait_for_a_hub_that_is_down(
-    repo: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert repo.hub
-    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (60.0,))
-    stopping = threading.Event()
-    uploader = open_uploader(repo, tmp_path / "cache", stopping=stopping.is_set)
-    repo.hub.fault(COMMIT, status=503, count=999)
-    threading.Timer(0.5, stopping.set).start()
-    begun = time.monotonic()
-    fill_parts(uploader, 95)
-    uploader.save_pending_locally()
-    uploader.shutdown()
-    assert time.monotonic() - begun < 10
-    repo.hub.clear()
-    run_uploader(repo, tmp_path / "cache", 95)
-    assert repo.rows() == stored(range(95))
-
-
-def end_by_signal(seconds: float) -> None:
-    """Send this process a Ctrl-C soon."""
-    threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
 
 @pytest.mark.parametrize(
@@ -567,7 +507,7 @@ def test_a_hub_that_never_answers_holds_no_run_beyond_its_deadline_or_a_signal(
     hub.fault(request_line, latency=600.0, count=10**6)
     limit = {"max_runtime_minutes": 2 / 60} if by == "deadline" else {}
     if by == "signal":
-        end_by_signal(2.0)
+        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
     done = extract(**job, **limit)
     assert time.monotonic() - begun < 25, "the Hub held the run"
@@ -592,12 +532,13 @@ def test_a_process_ends_though_threads_of_the_client_wait_for_an_answer(
     assert done.code in (4, 75), done.stderr
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "<html>sign in</html>"])
 @pytest.mark.parametrize(
-    "request_line", ["GET .*/tree/", f"GET /api/datasets/{REPO}", "preupload/", "commit/", "whoami"]
-)
+    ("request_line", "text"),
+    [("GET .*/tree/", "[1, 2]"), (f"GET /api/datasets/{REPO}", "<html>sign in</html>"),
+     ("preupload/", "<html>sign in</html>"), ("preupload/", "[1, 2]"), ("commit/", "[1, 2]")],
+)  # fmt: skip
 def test_answers_that_make_no_sense_end_in_one_line(
-    text: str, request_line: str, hub: LoopbackHub, extract: Extract, write_chats: Write
+    request_line: str, text: str, hub: LoopbackHub, extract: Extract, write_chats: Write
 ) -> None:
     write_chats(rows_of(6))
     hub.fault(request_line, text=text, count=10**6)
@@ -609,33 +550,27 @@ def test_answers_that_make_no_sense_end_in_one_line(
     assert Output(REPO, hub).ids() == list(range(6))
 
 
-def test_a_refused_upload_ends_in_exit_code_4_and_the_next_run_delivers(
-    hub: LoopbackHub, extract: Extract, write_chats: Write, repo: Output
-) -> None:
+def test_what_the_hub_did_not_take_ends_in_exit_code_4_and_the_next_run_delivers(
+    extract: Extract, write_chats: Write, hub: LoopbackHub, repo: Output,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     write_chats(rows_of(9))
     job = {"output": REPO, "upload_every": 3, "resume": True}
-    hub.fault("commit/", status=403, count=99, message=f"not with {hub.token}")
+    with monkeypatch.context() as away:
+        away.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        done = extract(**job)
+    assert (done.code, done.summary["output"], done.summary["exit_code"]) == (4, REPO, 4)
+    assert done.summary["error"] in done.stderr.strip().splitlines()[-1]
+    hub.fault("commit/", status=503, count=10**6)
     done = extract(**job)
     assert (done.code, done.summary["exit_code"]) == (4, 4)
-    assert "write permission" in done.stderr.strip().splitlines()[-1]
     assert done.summary["undelivered"]
+    assert all(Path(path).name.startswith("backup_") for path in done.summary["undelivered"])
     assert all(Path(path).exists() for path in done.summary["undelivered"])
     hub.clear()
     again = extract(**job)
     assert (again.code, again.summary["rows"]) == (0, 9), again.stderr
     assert repo.ids() == list(range(9))
-    assert hub.token not in done.stdout + done.stderr + again.stderr
-
-
-def test_a_hub_out_of_reach_is_told_to_people_and_to_machines(
-    extract: Extract, write_chats: Write, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_chats(rows_of(3))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    done = extract(output=REPO)
-    assert done.code == 4
-    assert (done.summary["output"], done.summary["exit_code"]) == (REPO, 4)
-    assert done.summary["error"] in done.stderr.strip().splitlines()[-1]
 
 
 # Secrets and cards --------------------------------------------------------------------------------
@@ -662,40 +597,31 @@ def test_tokens_are_hidden_in_errors_logs_files_and_cards(
     assert not [text for text in texts if any(secret in text for secret in secrets)]
 
 
-def test_the_token_is_never_sent_to_the_storage(repo: Output, tmp_path: Path) -> None:
-    run_uploader(repo, tmp_path / "cache", 25)
-    repo.delete("checkpoint.json")
-    run_uploader(repo, tmp_path / "other", 25)
-    assert repo.hub
-    fetched = requests(repo.hub, "GET /_lfs")
-    assert fetched
-    assert not [line for line in fetched if line["auth"]]
-
-
-def test_a_person_may_edit_the_card_while_the_run_goes_on(place: Output, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["", "<!-- mine -->\n", "---\ntags: [\n---\nHello.\n"])
+def test_a_person_may_edit_the_card_while_the_run_goes_on(
+    place: Output, tmp_path: Path, before: str
+) -> None:
+    """And a card that was there before the run is kept, whole where its header is none."""
+    if place.hub:
+        place.hub.store.create("dataset", REPO, private=False)
+    if before:
+        place.write("README.md", before.encode())
     run_uploader(place, tmp_path / "cache", 10)
     uploader = open_uploader(place, tmp_path / "cache")
     card = place.read("README.md").decode()
-    edited = f"{card}\n## Mine\n".replace("tags:", "license: mit\ntags:")
+    assert card.endswith(before)
+    edited = f"{card}\n## Mine\n".replace("tags:", "license: mit\ntags:", 1)
     place.write("README.md", edited.encode())
     fill_parts(uploader, 20)
     finish(uploader)
     card = place.read("README.md").decode()
-    assert "| conversations | 20 |" in card
-    assert card.endswith("\n## Mine\n")
-    assert "license: mit" in card
-    assert card.count("## Columns") == 1
-
-
-@pytest.mark.parametrize("before", ["<!-- mine -->\n", "---\ntags: [\n---\nHello.\n"])
-def test_a_card_that_was_there_before_is_kept(place: Output, tmp_path: Path, before: str) -> None:
-    if place.hub:
-        place.hub.store.create("dataset", REPO, private=False)
-    place.write("README.md", before.encode())
-    for rows in (10, 20):
-        run_uploader(place, tmp_path / "cache", rows)
-    assert place.read("README.md").decode().endswith(before)
-    assert place.rows() == stored(range(20))
+    if "Hello" in before:  # a header that cannot be read
+        assert card == edited
+    else:
+        assert "| conversations | 20 |" in card
+        assert card.endswith(f"{before}\n## Mine\n")
+        assert "license: mit" in card
+        assert card.count("## Columns") == 1
 
 
 def test_names_from_strangers_stay_names_on_the_card(place: Output, tmp_path: Path) -> None:
@@ -718,10 +644,10 @@ def test_names_from_strangers_stay_names_on_the_card(place: Output, tmp_path: Pa
 def run_python(code: str, hub: LoopbackHub, tmp_path: Path) -> str:
     """Run code in a process whose Hub is the loopback one, and return what it prints."""
     home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "PATH": ""}
+    env = {**home, "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**home, "HF_HUB_DISABLE_XET": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -729,7 +655,6 @@ def run_python(code: str, hub: LoopbackHub, tmp_path: Path) -> str:
 def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
     repo: Output, tmp_path: Path
 ) -> None:
-    assert repo.hub
     uploader = open_uploader(repo, tmp_path / "cache")
     uploader.begin_part(0, [100])  # a part without rows comes first
     uploader.skip(100, "empty")

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -187,31 +186,7 @@ def test_parts_of_a_terabyte_can_be_resumed(extract: Extract, write_chats: Write
     assert (done.code, done.summary["new_rows"]) == (0, 0), done.stderr
 
 
-def test_a_size_for_a_stream_of_which_nothing_is_selected_is_refused_in_one_line(
-    extract: Extract, write_chats: Write
-) -> None:
-    write_chats(rows_of(3))
-    done = extract(streaming=True, upload_size_mb=1.0, start_offset=5)
-    assert done.code == 2
-    assert "no conversation was selected" in done.stderr.splitlines()[-1]
-
-
 # The file -----------------------------------------------------------------------------------------
-
-
-def test_rows_come_back_as_they_were_added_in_the_order_of_the_selection(
-    folder: Output, tmp_path: Path
-) -> None:
-    uploader = open_uploader(folder, tmp_path / "cache")
-    ids = [12, 3, 900, -4, 7]
-    assert uploader.begin_part(0, ids) == ids
-    uploader.add_sample(pa.concat_tables([make_rows([index]) for index in (7, 3, -4)]))  # chunks
-    for index in (12, 900):
-        uploader.add_sample(make_rows([index]))
-    finish(uploader)
-    assert folder.parts() == {0: ids}
-    assert folder.rows() == stored(ids)
-    assert folder.table(0).schema.names == make_schema().names
 
 
 def test_a_part_has_the_same_bytes_in_whatever_order_its_rows_come(tmp_path: Path) -> None:
@@ -368,30 +343,6 @@ def test_workers_that_share_a_cache_leave_each_others_files_alone(
     assert cached(tmp_path) == []
 
 
-def test_workers_of_two_numbers_of_workers_share_no_cache(folder: Output, tmp_path: Path) -> None:
-    """Both would own the same parts there."""
-    first = open_uploader(folder, tmp_path / "cache", rank=1, world_size=2)
-    with pytest.raises(ConfigError, match="another process is writing"):
-        open_uploader(folder, tmp_path / "cache", rank=0, world_size=3)
-    open_uploader(folder, tmp_path / "other", rank=0, world_size=3).shutdown()
-    first.shutdown()
-    open_uploader(folder, tmp_path / "cache", rank=0, world_size=3).shutdown()
-
-
-def test_what_waits_in_the_cache_for_a_limit_since_raised_goes_into_the_longer_part(
-    folder: Output, tmp_path: Path
-) -> None:
-    uploader = open_uploader(folder, tmp_path / "cache")
-    uploader.begin_part(0, range(6))
-    uploader.add_sample(make_rows(range(6)))
-    uploader.shutdown()
-    uploader = open_uploader(folder, tmp_path / "cache")
-    assert set(fill(uploader, 0, range(10))) >= set(range(6, 10))
-    finish(uploader)
-    assert folder.parts() == {0: list(range(10))}
-    assert folder.rows() == stored(range(10))
-
-
 def leave_in_cache(kind: str, output: Output, cache: Path) -> Path:
     """Leave ten rows in the cache as a run does that is stopped at some point; return the file."""
     before = set(cache.glob("*/**/*.parquet"))
@@ -469,36 +420,33 @@ def test_rows_of_other_settings_in_the_cache_are_never_delivered(
     uploader.shutdown()
 
 
+@pytest.mark.parametrize("ids", [[*range(5), *range(20, 25)], list(range(13))])
+@pytest.mark.parametrize("kind", ["pending", "waiting"])
 def test_rows_that_wait_for_another_part_of_the_same_number_are_taken_by_id(
-    folder: Output, tmp_path: Path
+    kind: str, ids: list[int], folder: Output, tmp_path: Path
 ) -> None:
-    """Such as when a source without --index-col was exchanged: ids that are not selected stay."""
-    leave_in_cache("pending", folder, tmp_path / "cache")
+    """Such as when a source without --index-col was exchanged, or the limit raised."""
+    leave_in_cache(kind, folder, tmp_path / "cache")
     uploader = open_uploader(folder, tmp_path / "cache")
-    left = uploader.begin_part(0, [*range(5), *range(20, 25)])
-    assert set(range(20, 25)) <= set(left) <= {*range(5), *range(20, 25)}
+    left = uploader.begin_part(0, ids)
+    assert set(ids) - set(range(10)) <= set(left) <= set(ids)
     uploader.add_sample(make_rows(left))
     finish(uploader)
-    assert folder.parts() == {0: [*range(5), *range(20, 25)]}
+    assert folder.parts() == {0: ids}
+    assert folder.rows() == stored(ids)
 
 
-def test_the_state_of_two_outputs_never_mixes(tmp_path: Path) -> None:
+def test_the_state_of_two_outputs_never_mixes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an output is the same however its path is spelled."""
+    monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         leave_in_cache("pending", Output(tmp_path / name), tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("*/pending/pending-00000.parquet"))) == 2
-    uploader = open_uploader(Output(tmp_path / "three"), tmp_path / "cache")
-    assert uploader.begin_part(0, range(11)) == list(range(11))
-    uploader.shutdown()
-
-
-def test_an_output_is_the_same_however_its_path_is_spelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    leave_in_cache("pending", Output(tmp_path / "out"), tmp_path / "cache")
-    for name in ("./out", f"{tmp_path}/out/", f"{tmp_path}/./out"):
+    for name, left in (("./three", list(range(11))), ("./one", [10]), (f"{tmp_path}/./one/", [10])):
         uploader = open_uploader(Output(name), tmp_path / "cache")
-        assert uploader.begin_part(0, range(11)) == [10]
+        assert uploader.begin_part(0, range(11)) == left
         uploader.shutdown()
 
 
@@ -506,25 +454,18 @@ def test_an_output_is_the_same_however_its_path_is_spelled(
 
 
 def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder: Output, tmp_path: Path) -> None:
+    """Nor can workers of two numbers of workers, which would own the same parts there."""
     worker = {"rank": 0, "world_size": 2}
     uploader = open_uploader(folder, tmp_path / "cache", **worker)
-    with pytest.raises(ConfigError, match="--cache-dir"):
+    with pytest.raises(ConfigError, match=r"another process is writing.*--cache-dir"):
         open_uploader(folder, tmp_path / "cache", **worker)
+    with pytest.raises(ConfigError, match="another process is writing"):
+        open_uploader(folder, tmp_path / "cache", rank=1, world_size=3)
+    open_uploader(folder, tmp_path / "other", rank=1, world_size=3).shutdown()
     open_uploader(folder, tmp_path / "cache", rank=1, world_size=2).shutdown()  # another worker
     open_uploader(Output(tmp_path / "b"), tmp_path / "cache").shutdown()  # another output
     uploader.shutdown()
-    open_uploader(folder, tmp_path / "cache", **worker).shutdown()
-
-
-def test_the_lock_of_a_killed_run_holds_nobody_up(folder: Output, tmp_path: Path) -> None:
-    def work(_: IO[str]) -> None:
-        fill_parts(open_uploader(folder, tmp_path / "cache"), 15)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert Child(work).wait() == -signal.SIGKILL
-    assert run_uploader(folder, tmp_path / "cache", 25)["rows"] == 25
-    assert folder.rows() == stored(range(25))
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    open_uploader(folder, tmp_path / "cache", rank=0, world_size=3).shutdown()
 
 
 def test_what_a_killed_process_left_in_the_output_goes_after_a_day(
@@ -563,25 +504,16 @@ def test_bytes_are_on_the_disk_before_a_file_gets_its_name(
     assert (tmp_path / "out/data").stat().st_ino in synced
 
 
-def test_a_file_system_that_cannot_sync_folders_holds_parts_all_the_same(
-    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("strange", ["cannot sync folders", "is another than the cache's"])
+def test_a_file_system_that_does_less_holds_parts_all_the_same(
+    strange: str, folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = os.fsync
+    sync, rename = os.fsync, os.replace
 
     def fsync(file: Any) -> None:
         if Path(f"/proc/self/fd/{file}").is_dir():
             raise OSError(errno.EINVAL, "Invalid argument")
         sync(file)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    run_uploader(folder, tmp_path / "cache", 12)
-    assert folder.rows() == stored(range(12))
-
-
-def test_an_output_on_another_file_system_gets_copies(
-    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = os.replace
 
     def replace(source: Path, target: Path) -> None:
         if Path(source).parent.parts[-1] != Path(target).parent.parts[-1]:
@@ -591,9 +523,11 @@ def test_an_output_on_another_file_system_gets_copies(
     def link(*_: object, **__: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(os, "rename", replace)
-    monkeypatch.setattr(os, "link", link)
+    if strange == "cannot sync folders":
+        monkeypatch.setattr(os, "fsync", fsync)
+    else:
+        for name, instead in (("replace", replace), ("rename", replace), ("link", link)):
+            monkeypatch.setattr(os, name, instead)
     run_uploader(folder, tmp_path / "cache", 25)
     assert folder.rows() == stored(range(25))
     assert not list(tmp_path.rglob("*.tmp"))
@@ -629,14 +563,9 @@ def test_a_failing_disk_is_no_file_system_that_cannot_sync(
     def fsync(file: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    uploader = open_uploader(folder, tmp_path / "cache")
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "fsync", fsync)
-        with pytest.raises(HubError, match="Input/output error"):  # noqa: PT012 - either may tell
-            fill_parts(uploader, 12)
-            uploader.flush(final=True)
-    with contextlib.suppress(HubError):
-        uploader.shutdown()
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(HubError, match="Input/output error"):
+        run_uploader(folder, tmp_path / "cache", 12)
     assert folder.part_paths() == {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from extract_logits import (
     TeacherError,
     open_job,
     plan_extraction,
-    run_extraction,
     sample_job,
 )
 
@@ -78,6 +78,7 @@ def test_a_plan_foretells_the_run_and_writes_nothing(
     for word in ("rows", "stored tokens", "bytes on disk", "shards", "commits", "hours"):
         assert word in table
     assert f"{foretold['stored_tokens']:,}" in table
+    assert extract_logits.main([*argv, "--plan"]) == 0  # it does not look at the output
 
 
 def test_lengths_a_stream_and_measuring_give_the_same_sample(
@@ -153,35 +154,23 @@ def test_several_workers_share_the_hours_of_the_whole_job(
     assert planned["hours_each"] == pytest.approx(planned["hours"] / 4, rel=0.01)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_planned(
-    plan: Callable[..., dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_batch_that_does_not_fit_is_halved_and_one_without_usable_logits_refused(
+    plan: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:
-    real = extract_logits.Extraction.forward
+) -> None:  # fmt: skip
+    real, most = extract_logits.Extraction.forward, 700
 
     def small_device(run: extract_logits.Extraction, batch: Batch) -> Any:
-        if len(batch.rows) * max(row.input_ids.size for row in batch.rows) > 700:
+        if len(batch.rows) * max(row.input_ids.size for row in batch.rows) > most:
             raise torch.OutOfMemoryError("out of memory")
-        return real(run, batch)
+        host = real(run, batch).to_host()
+        host.usable[:] = most == 700
+        return SimpleNamespace(to_host=lambda: host)
 
     monkeypatch.setattr(extract_logits.Extraction, "forward", small_device)
-    planned = plan(limit=20, max_batch_tokens=1400)
-    assert planned["rows"] == 20
+    assert plan(limit=20, max_batch_tokens=1400)["rows"] == 20
     assert "going on with half of that" in caplog.text
-
-
-def test_a_teacher_without_usable_logits_is_refused(
-    plan: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = extract_logits.GPUBatchResult.to_host
-
-    def without(result: Any) -> Any:
-        host = real(result)
-        host.usable[:] = False
-        return host
-
-    monkeypatch.setattr(extract_logits.GPUBatchResult, "to_host", without)
+    most = 1400
     with pytest.raises(TeacherError, match="no usable logits"):
         plan(limit=4)
 
@@ -206,8 +195,3 @@ def test_a_plan_stops_at_a_signal(streaming: bool, make: Callable[..., Extractio
     job = open_job(make(limit=10, streaming=streaming))
     with pytest.raises(StopRequested):
         plan_extraction(job, should_stop=lambda: True)
-
-
-def test_a_plan_does_not_look_at_the_output(make: Callable[..., ExtractionConfig]) -> None:
-    run_extraction(make(plan=False, limit=3))
-    assert run_extraction(make(limit=3))["rows"] == 3

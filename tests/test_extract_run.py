@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from explore_logits import (
     SCHEMA,
     ConversationEncoder,
     load_chat_template,
-    load_logit_dataset,
     load_tokenizer,
     resolve_columns,
 )
@@ -56,18 +55,15 @@ def assert_same_rows(one: pa.Table, other: pa.Table) -> None:
     """Same rows; floats to rounding, quantized values within a step, ids but for near ties."""
     assert one["index"].to_pylist() == other["index"].to_pylist()
     for name in SCHEMA.names:
-        left, right = one[name].to_pylist(), other[name].to_pylist()
-        if name in ("top_min", "top_max", "sampled_min", "sampled_max", "logsumexp"):
-            for a, b in zip(left, right, strict=True):
+        for a, b in zip(one[name].to_pylist(), other[name].to_pylist(), strict=True):
+            if name in ("top_min", "top_max", "sampled_min", "sampled_max", "logsumexp"):
                 np.testing.assert_allclose(a, b, atol=2e-5)
-        elif name == "top_logits_quantized":
-            for a, b in zip(left, right, strict=True):
+            elif name == "top_logits_quantized":
                 assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max(initial=0) <= 1
-        elif name.endswith("_low"):
-            for a, b in zip(left, right, strict=True):
+            elif name.endswith("_low"):
                 assert np.mean(np.asarray(a) != np.asarray(b)) < 0.02, name
-        elif not name.startswith("sampled"):
-            assert left == right, name
+            elif not name.startswith("sampled"):
+                assert a == b, name
 
 
 def test_a_run_stores_every_row_and_says_so(extract: Extract) -> None:
@@ -82,6 +78,10 @@ def test_a_run_stores_every_row_and_says_so(extract: Extract) -> None:
     assert summary["bytes"] == sum(path.stat().st_size for path in files)
     assert summary["output"] == "./out"
     assert summary["tokens_per_second"] > 0
+    assert set(summary) >= {"skipped", "seconds"}
+    assert len(done.stdout.splitlines()) == 1
+    assert "tokens/s" in done.stderr
+    assert "buffer" in done.stderr
     assert table.schema.names == [*SCHEMA.names, "input_ids", "token_positions"]
     # batches of another shape and a stream store the same rows
     assert extract(**job, max_batch_size=1, output="./one").code == 0
@@ -90,33 +90,12 @@ def test_a_run_stores_every_row_and_says_so(extract: Extract) -> None:
         assert_same_rows(table, read_rows(other))
 
 
-def test_an_output_goes_on_only_as_the_same_job(extract: Extract, source: Path) -> None:
-    assert extract(limit=9, upload_every=2).code == 0
-    done = extract(limit=9, upload_every=2)
-    assert (done.code, "--resume" in done.stderr, "--force-restart" in done.stderr) == (2, 1, 1)
-    done = extract(limit=9, upload_every=2, resume=True, top_p=0.9)
-    assert done.code == 2
-    assert all(word in done.stderr.splitlines()[-1] for word in ("top_p", "0.98", "0.9"))
-    done = extract(limit=4, force_restart=True, top_p=0.9)
-    assert (done.code, done.summary["rows"], done.summary["shards"]) == (0, 4, 1)
-    assert Output("out").ids() == [0, 1, 2, 3]
-
-
 def test_the_runtime_limit_stops_resumably(extract: Extract, source: Path) -> None:
     done = extract(limit=8, max_runtime_minutes=0.0001)
     assert (done.code, done.summary["exit_code"]) == (75, 75)
     assert (done.summary["rows"] or 0) < 8  # null: it ended before it knew what the output holds
     assert extract(limit=8, resume=True).code == 0
     assert Output("out").ids() == list(range(8))
-
-
-def test_nothing_usable_is_an_error_and_not_an_empty_run(
-    extract: Extract, write_chats: Write
-) -> None:
-    write_chats([{"messages": [{"role": "user", "content": "hello?"}]}] * 3)
-    done = extract()
-    assert (done.code, "nothing to extract" in done.stderr) == (2, True)
-    assert not list(Path("out").rglob("*.parquet"))
 
 
 def broken_teacher(folder: Path, letter: str | None) -> Path:
@@ -132,6 +111,19 @@ def broken_teacher(folder: Path, letter: str | None) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("why", ["no_assistant", "unusable_logits"])
+def test_nothing_usable_is_an_error_and_not_an_empty_run(
+    why: str, extract: Extract, write_chats: Write, tmp_path: Path
+) -> None:
+    """Also where the teacher has run and parts are whole."""
+    write_chats([{"messages": chat("yes")[: 1 if why == "no_assistant" else 2]}] * 2)
+    job = {} if why == "no_assistant" else {"model": broken_teacher(tmp_path / "all", None)}
+    done = extract(**job, upload_every=1, max_batch_size=1)
+    assert done.code == 2
+    assert f"nothing to extract: skipped 2 {why}" in done.stderr.splitlines()[-1]
+    assert not [*Path("out").rglob("*.parquet"), *Path("cache").rglob("*.parquet")]
+
+
 def test_a_row_with_nan_logits_is_left_out_and_named(
     extract: Extract, write_chats: Write, tmp_path: Path
 ) -> None:
@@ -142,17 +134,6 @@ def test_a_row_with_nan_logits_is_left_out_and_named(
     assert "skipped conversation 4: unusable_logits" in done.stderr
     done = extract(model=broken_teacher(tmp_path / "all", None), max_batch_size=2, output="./no")
     assert (done.code, "no usable logits" in done.stderr) == (2, True)
-
-
-def test_a_job_of_which_every_row_is_unusable_leaves_no_output(
-    extract: Extract, source: Path, tmp_path: Path
-) -> None:
-    """Parts are whole, and there is still nothing to store."""
-    broken = broken_teacher(tmp_path / "all", None)
-    done = extract(model=broken, limit=2, upload_every=1, max_batch_size=1)
-    assert done.code == 2
-    assert "nothing to extract: skipped 2 unusable_logits" in done.stderr.splitlines()[-1]
-    assert not [*Path("out").rglob("*.parquet"), *Path("cache").rglob("*.parquet")]
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(
@@ -302,8 +283,7 @@ def test_a_terminal_that_knows_no_width_shows_the_bar(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "options",
     [
-        {"sampled_n": 0}, {"top_p": "1.0"}, {"logit_bits": 4},
-        {"top_p_max": 1, "sampled_n": 1, "logit_bits": 4},
+        {"top_p": "1.0"}, {"top_p_max": 1, "sampled_n": 1, "logit_bits": 4},
         {"sampled_n": 0, "top_p": "1e-9", "store_tokens": True, "include_end": True},
     ],
     ids=str,
@@ -317,125 +297,59 @@ def test_runs_at_the_edge_of_the_settings_and_of_ids_are_valid(
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert explore_logits.main(["out", "--validate"]) == 0
     assert json.loads(said.getvalue().splitlines()[-1])["violations"] == {}
-    table = next(load_logit_dataset("out").iter_shard(0, ["index"]))
-    assert sorted(table["index"].to_pylist()) == ids
-
-
-HALF_PAIR = (
-    '{"messages": [{"role": "user", "content": "hi \\ud800"}, '
-    '{"role": "assistant", "content": "yo \\udc00"}]}'
-)
+    assert Output("out").ids() == ids
 
 
 @pytest.mark.parametrize("way", ["stream", "table", "text"])
 def test_half_a_surrogate_pair_is_skipped_however_it_is_read(
     way: str, extract: Extract, write_chats: Write
 ) -> None:
-    row: Any = HALF_PAIR
-    if way == "text":
-        row = {"messages": json.dumps(json.loads(HALF_PAIR)["messages"])}
-    usable = chat("yes")
-    write_chats([{"messages": json.dumps(usable) if way == "text" else usable}, row])
+    chats = chat("yes"), chat("yo \udc00", "hi \ud800")
+    write_chats([{"messages": json.dumps(each) if way == "text" else each} for each in chats])
     done = extract(streaming=way == "stream")
     assert (done.code, done.summary["skipped"]) == (0, {"malformed": 1}), done.stderr
 
 
-# Imports once, then runs each line of arguments in a fork of its own.
-RUNNER = """
-import json, os, sys
-import datasets, transformers, extract_logits
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        code = extract_logits.main(json.loads(line))
-        sys.stdout.flush()
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print("code", os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
-@contextlib.contextmanager
-def runner(**env: str) -> Iterator[Callable[..., int]]:
-    """Start a process that runs `extract_logits.main` again and again, each time afresh."""
-    with subprocess.Popen(
-        [sys.executable, "-c", RUNNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    ) as process:  # fmt: skip
-
-        def run(*args: object) -> int:
-            assert process.stdin
-            assert process.stdout
-            process.stdin.write(json.dumps([str(arg) for arg in args]) + "\n")
-            process.stdin.flush()
-            return next(int(said[5:]) for said in process.stdout if said.startswith("code "))
-
-        yield run
-        assert process.stdin
-        process.stdin.close()
-
-
-def test_a_resumed_run_keeps_to_the_commits_it_began_with(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_to_the_commits_it_began_with(
+    hub: LoopbackHub, extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data"))
     lines = CHATS.read_text(encoding="utf-8").splitlines()[:6]
-    with LoopbackHub() as hub, contextlib.ExitStack() as stack:
-        run = stack.enter_context(
-            runner(
-                HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token, HF_HUB_OFFLINE="0",
-                HF_HOME=str(tmp_path / "hf"), HF_DATASETS_CACHE=str(tmp_path / "data"),
-            )
-        )  # fmt: skip
-        api = HfApi(endpoint=hub.endpoint, token=hub.token)
-        api.create_repo("tester/model")
-        api.create_repo("tester/chats", repo_type="dataset")
-        api.upload_folder(repo_id="tester/model", folder_path=TEACHER)
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.create_repo("tester/model")
+    api.create_repo("tester/chats", repo_type="dataset")
+    api.upload_folder(repo_id="tester/model", folder_path=TEACHER)
+    output = Output("tester/logits", hub)
+    job = {"model": "tester/model", "dataset": "tester/chats", "store_tokens": True}
+    job |= {"output": output.name}
 
-        def upload_chats(rows: list[str]) -> None:
-            api.upload_file(
-                repo_id="tester/chats",
-                repo_type="dataset",
-                path_in_repo="chats.jsonl",
-                path_or_fileobj="\n".join(rows).encode(),
-            )
-
-        def extract(*args: object) -> int:
-            return run(
-                *("--model", "tester/model", "--dataset", "tester/chats", "--store-tokens"),
-                *("--output", "tester/logits", "--cache-dir", tmp_path / "cache", *args),
-            )
-
-        upload_chats(lines)
-        assert extract("--limit", 3) == 0
-        settings = json.loads(hub.content("tester/logits", "extraction_config.json"))
-        assert settings["model_revision"] == api.model_info("tester/model").sha
-        assert settings["dataset_revision"] == api.dataset_info("tester/chats").sha
-
-        upload_chats(lines[::-1])
+    def upload(repo: str, kind: str, path: str, content: str) -> None:
         api.upload_file(
-            repo_id="tester/model", path_in_repo="chat_template.jinja", path_or_fileobj=b"{{ 1 }}"
+            repo_id=repo, repo_type=kind, path_in_repo=path, path_or_fileobj=content.encode()
         )
-        assert extract("--resume") == 0
-        resumed = json.loads(hub.content("tester/logits", "extraction_config.json"))
-        for name in ("limit", "options"):  # which a resumed run may raise
-            del settings[name], resumed[name]
-        assert resumed == settings
-        whole = read_outputs(hub, tmp_path)
+
+    upload("tester/chats", "dataset", "chats.jsonl", "\n".join(lines))
+    done = extract(**job, limit=3)
+    assert done.code == 0, done.stderr
+    settings = output.json("extraction_config.json")
+    assert settings["model_revision"] == api.model_info("tester/model").sha
+    assert settings["dataset_revision"] == api.dataset_info("tester/chats").sha
+    upload("tester/chats", "dataset", "chats.jsonl", "\n".join(lines[::-1]))
+    upload("tester/model", "model", "chat_template.jinja", "{{ 1 }}")
+    done = extract(**job, resume=True)
+    assert done.code == 0, done.stderr
+    resumed = output.json("extraction_config.json")
+    for name in ("limit", "options"):  # which a resumed run may raise
+        del settings[name], resumed[name]
+    assert resumed == settings
     tokenizer, columns = load_tokenizer(str(TEACHER)), resolve_columns(["messages"])
     encoder = ConversationEncoder(tokenizer, load_chat_template(None, tokenizer), columns)
-    alone = [encoder.encode(json.loads(line)).input_ids for line in lines]
-    assert whole == {number: ids.tolist() for number, ids in enumerate(alone)}
-
-
-def read_outputs(hub: LoopbackHub, folder: Path) -> dict[int, list[int]]:
-    """Return the token ids that the Hub output holds for each conversation."""
-    found: dict[int, list[int]] = {}
-    for name in hub.files("tester/logits"):
-        if name.endswith(".parquet"):
-            path = folder / Path(name).name
-            path.write_bytes(hub.content("tester/logits", name))
-            for row in pq.read_table(path, columns=["index", "input_ids"]).to_pylist():
-                assert row["index"] not in found
-                found[row["index"]] = row["input_ids"]
-    return found
+    for number, row in output.rows().items():
+        assert row["input_ids"] == encoder.encode(json.loads(lines[number])).input_ids.tolist()
+    assert output.ids() == list(range(6))
 
 
 # Templates that print the date --------------------------------------------------------------------
@@ -479,8 +393,8 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     done = extract(**dated, limit=4, resume=True)
     assert (done.code, done.summary["rows"]) == (0, 4), done.stderr
     tokenizer = load_tokenizer(str(model))
-    rows = next(load_logit_dataset("out").iter_shard(0, ["input_ids"]))["input_ids"].to_pylist()
-    assert {tokenizer.decode(ids)[:11] for ids in rows} == {"09 May 2030"}
+    rows = Output("out").rows().values()
+    assert {tokenizer.decode(row["input_ids"])[:11] for row in rows} == {"09 May 2030"}
     assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
     assert explore_logits.main(["out", "--sample", "0-3"]) == 0
 
@@ -488,25 +402,18 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
 def test_lengths_measured_on_another_day_are_those_of_the_run(
     extract: Extract, dated: dict[str, Any], today: Any, model: Path, tmp_path: Path
 ) -> None:
+    """But not of a job that began on another one."""
     today("2030-05-09")
     path = measure_lengths(model, tmp_path, dated["chat_template"])
     today("2030-09-30")
     done = extract(**dated, limit=4, tokenized_dataset=path)
     assert done.code == 0, done.stderr
     assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
-    rows = next(load_logit_dataset("out").iter_shard(0, ["index", "input_ids"])).to_pylist()
     lengths = explore_logits.read_lengths(str(path))
     by_index = dict(zip(lengths.index.tolist(), lengths.length.tolist(), strict=True))
-    assert all(len(row["input_ids"]) == by_index[row["index"]] for row in rows)
-
-
-def test_a_job_begun_on_another_day_than_its_lengths_says_so(
-    extract: Extract, dated: dict[str, Any], today: Any, model: Path, tmp_path: Path
-) -> None:
-    assert extract(**dated, limit=2).code == 0
-    today("2030-05-09")
-    path = measure_lengths(model, tmp_path, dated["chat_template"])
-    done = extract(**dated, limit=4, resume=True, tokenized_dataset=path)
+    for index, row in Output("out").rows().items():
+        assert len(row["input_ids"]) == by_index[index]
+    assert extract(**dated, limit=2, output="./other").code == 0
+    done = extract(**dated, limit=4, output="./other", resume=True, tokenized_dataset=path)
     assert done.code == 2
     assert "template_date: '2030-05-09' there" in done.stderr.splitlines()[-1]
-    assert extract(**dated, limit=4, resume=True).code == 0

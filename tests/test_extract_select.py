@@ -98,8 +98,12 @@ def test_a_stream_gives_the_parts_of_a_source_that_is_read_whole(options: dict[s
             texts = [[row["messages"] for row in part] for part in read]
             found.append(([part.ids.tolist() for part in parts], texts))
         assert found[0] == found[1]
+    ids, texts = map(flat, found[0])
     if options["index_col"]:
-        assert flat(found[0][1]) == [f"[{index}]" for index in flat(found[0][0])]
+        assert texts == [f"[{index}]" for index in ids]
+    if options["index_col"] and not {"random_sample", "sample_subject"} & set(options):
+        start = options.get("start_offset", 0)
+        assert ids == IDS[start:][: options.get("limit")]
 
 
 @pytest.mark.parametrize("options", SELECTIONS, ids=str)
@@ -193,16 +197,6 @@ def test_row_numbers_take_no_memory_however_many_they_are() -> None:
 # Lengths ------------------------------------------------------------------------------------------
 
 
-def test_lengths_are_looked_up_by_id() -> None:
-    known = KnownLengths("lengths", np.array([2, 5, 9]), np.array([20, 50, 90]))
-    assert known.length[known.places(np.array([9, 2]))].tolist() == [90, 20]
-    known.check(5, 50)
-    with pytest.raises(DataError, match="says 50 tokens for index 5, there are 51"):
-        known.check(5, 51)
-    with pytest.raises(DataError, match="lacks 1 of 2 conversations, such as index 4"):
-        known.places(np.array([2, 4]))
-
-
 def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path: Path) -> None:
     ids, path = [9, 2, 5], tmp_path / "lengths.parquet"
     columns = {"index": ids, "length": [10 * index for index in ids], "num_tokens": ids}
@@ -219,6 +213,8 @@ def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path: Pat
         assert known.length[places].tolist() == lengths
         if known.num_tokens is not None:
             assert known.num_tokens[places].tolist() == [2, 5, 9]
+        with pytest.raises(DataError, match="lacks 1 of 2 conversations, such as index 4"):
+            known.places(np.array([2, 4]))
 
 
 def test_settings_are_compared_by_content_where_that_is_known() -> None:
@@ -284,13 +280,12 @@ def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(
     assert [len(window.rows) for window in windows] == [40, 40, 40, 40, 40, 5]
     assert [row.index for window in windows for row in window.rows] == list(range(205))
     assert encoder.seen == list(range(205))
-
-
-def test_many_tokens_close_a_window_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 300)
+    monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 300)  # many tokens close a window too
     windows, _ = windows_of(100, Encoder())
     assert len(windows) > 5
     assert all(window.tokens - 10 * 52 < 300 for window in windows)
+    with pytest.raises(StopRequested):
+        windows_of(100, Encoder(), should_stop=lambda: True)
 
 
 def test_what_is_done_is_neither_read_nor_tokenized() -> None:
@@ -331,11 +326,6 @@ def test_lengths_of_another_source_are_refused() -> None:
     known = KnownLengths("lengths", ids, np.full(100, 7))
     with pytest.raises(DataError, match="says 7 tokens for index 0, there are 2"):
         windows_of(100, Encoder(), lengths=known)
-
-
-def test_a_stop_ends_reading() -> None:
-    with pytest.raises(StopRequested):
-        windows_of(100, Encoder(), should_stop=lambda: True)
 
 
 @pytest.mark.parametrize("processes", [0, 2])

@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from conftest import ROOT
@@ -61,37 +62,24 @@ def test_a_second_signal_leaves_at_once(number: int, code: int) -> None:
     assert child.wait(timeout_s=10) == code
 
 
-def test_a_lost_terminal_that_says_so_twice_asks_once() -> None:
-    with GracefulInterrupt() as interrupt:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0.01)
-        assert interrupt.signal == signal.SIGHUP
-
-
-def test_a_lost_terminal_does_not_stop_what_nohup_started() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+def test_a_lost_terminal_asks_once_and_does_not_stop_what_nohup_started() -> None:
+    for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        signal.signal(signal.SIGHUP, handler)
         with GracefulInterrupt() as interrupt:
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0.01)
-            assert not interrupt.stopping
-    finally:
-        signal.signal(signal.SIGHUP, before)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(0.01)
+            assert interrupt.stopping == stops
+            assert interrupt.signal == (signal.SIGHUP if stops else None)
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    seen = []
-
-    def enter() -> None:
+    def enter(_: int) -> tuple[bool, Any]:
         with GracefulInterrupt() as interrupt:
-            seen.append((interrupt.stopping, signal.getsignal(signal.SIGINT)))
+            return interrupt.stopping, signal.getsignal(signal.SIGINT)
 
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [(False, before)]
+    with ThreadPoolExecutor(1) as threads:
+        assert list(threads.map(enter, [0])) == [(False, signal.getsignal(signal.SIGINT))]
 
 
 def test_the_deadline_keeps_time_for_one_more_step_and_the_final_upload(
@@ -111,12 +99,7 @@ def test_the_deadline_keeps_time_for_one_more_step_and_the_final_upload(
     assert not deadline.due()
     clock[0] = 450
     assert deadline.due()
-
-
-def test_without_a_limit_the_deadline_never_comes() -> None:
-    deadline = TimedShutdown(None)
-    assert not deadline.due()
-    assert not deadline.due()
+    assert not TimedShutdown(None).due()
 
 
 def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() -> None:
@@ -135,8 +118,10 @@ def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() 
             time.sleep(60)  # a signal that came before
 
 
-@pytest.mark.parametrize("installed", [False, True])
-@pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
+@pytest.mark.parametrize(
+    ("script", "installed"),
+    [("extract_logits", True), ("compute_lengths", False), ("explore_logits", False)],
+)
 def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
     script: str, installed: bool, tmp_path: Path
 ) -> None:

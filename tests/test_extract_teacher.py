@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -25,6 +24,7 @@ from architectures import (
     tiny_model,
 )
 from transformers import Qwen2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 import extract_logits
 from extract_logits import (
@@ -70,14 +70,6 @@ def test_logits_are_those_of_the_plain_forward_one_conversation_at_a_time(family
     assert row.future <= 1e-6
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "mistral"])
-def test_padding_is_right_with_either_attention(family: str, attention: str) -> None:
-    row = measure(family, attn_implementation=attention)
-    assert (row.layout, row.attention) == ("padded", attention)
-    assert row.difference <= TOLERANCE
-
-
 def test_rows_that_turn_by_other_angles_do_not_share_a_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -87,21 +79,6 @@ def test_rows_that_turn_by_other_angles_do_not_share_a_pass(
         assert forced_difference(teacher, layout) <= TOLERANCE  # type: ignore[operator]
     monkeypatch.setattr(extract_logits, "rope_edge", lambda config: float("inf"))
     assert forced_difference(teacher, "padded") > 0.1  # type: ignore[operator]
-
-
-class StretchedQwen2(Qwen2ForCausalLM):
-    """A model whose logits depend on the length of the padded row."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        whole = self.model.forward
-
-        def forward(input_ids: Any = None, **kwargs: Any) -> Any:
-            outputs = whole(input_ids=input_ids, **kwargs)
-            outputs.last_hidden_state = outputs.last_hidden_state * (1 + input_ids.shape[1] / 50)
-            return outputs
-
-        self.model.forward = forward  # type: ignore[method-assign]
 
 
 class PooledQwen2(Qwen2ForCausalLM):
@@ -126,6 +103,13 @@ class PooledQwen2(Qwen2ForCausalLM):
         return hidden + (hidden * weights).sum(1, keepdim=True)
 
 
+class StretchedQwen2(PooledQwen2):
+    """A model whose logits depend on the length of the padded row."""
+
+    def mix(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        return hidden * (1 + hidden.shape[1] / 50)
+
+
 class CountingQwen2(PooledQwen2):
     """A causal model whose logits depend on how many tokens a row has."""
 
@@ -143,16 +127,28 @@ class InseparableQwen2(Qwen2ForCausalLM):
         return outputs
 
 
-def test_padding_has_a_mask_only_where_the_model_needs_one() -> None:
-    teacher = Teacher(CountingQwen2(tiny_model("qwen2").config))
-    assert teacher.layout == "masked"
+@pytest.mark.parametrize(
+    ("kind", "layout"), [(CountingQwen2, "masked"), (StretchedQwen2, "single")]
+)
+def test_where_padding_is_wrong_too_conversations_go_one_at_a_time(kind: Any, layout: str) -> None:
+    """And a mask is there only where the model needs one."""
+    teacher = Teacher(kind(tiny_model("qwen2").config))
+    assert teacher.layout == layout
+    assert layout == "masked" or "logits are off by" in teacher.layout_reason
     assert largest_difference(teacher) <= TOLERANCE
 
 
-def test_where_padding_is_wrong_too_conversations_go_one_at_a_time() -> None:
-    teacher = Teacher(StretchedQwen2(tiny_model("qwen2").config))
-    assert teacher.layout == "single"
-    assert "logits are off by" in teacher.layout_reason
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("qwen2", {"attn_implementation": "eager"}), ("gemma3_text", {"attn_implementation": "eager"}),
+     ("mixtral", {"output_router_logits": True}), ("gpt2", {"resid_pdrop": 0.5})],
+)  # fmt: skip
+def test_what_a_configuration_asks_for_beside_the_logits_does_no_harm(
+    family: str, settings: dict[str, Any]
+) -> None:
+    model = tiny_model(family, **settings).train()
+    teacher = Teacher(model)
+    assert teacher.layout == "padded"
     assert largest_difference(teacher) <= TOLERANCE
 
 
@@ -171,30 +167,11 @@ def test_a_model_without_logits_to_keep_is_handled() -> None:
             self, input_ids: Any, attention_mask: Any = None, use_cache: bool = False
         ) -> Any:
             hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=use_cache)[0]
-            return torch.nn.Module.__call__(_Wrap(), self.lm_head(hidden))
+            return CausalLMOutput(logits=self.lm_head(hidden))
 
     teacher = Teacher(Plain(tiny_model("qwen2").config))
     assert teacher.layout == "padded"
     assert largest_difference(teacher) <= TOLERANCE
-
-
-class _Wrap(torch.nn.Module):
-    def forward(self, logits: torch.Tensor) -> Any:
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        return CausalLMOutputWithPast(logits=logits)
-
-
-def test_router_logits_of_a_checkpoint_that_asks_for_them_do_no_harm() -> None:
-    teacher = Teacher(tiny_model("mixtral", output_router_logits=True))
-    assert largest_difference(teacher) <= TOLERANCE
-
-
-def test_logits_that_are_no_numbers_decide_nothing() -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight[5] = float("nan")
-    assert Teacher(model).layout == "padded"
 
 
 # --- the head ---------------------------------------------------------------------------------
@@ -227,7 +204,7 @@ def test_the_head_of_a_low_precision_model_is_not_rounded(family: str, dtype: to
     assert teacher.numerics["head_dtype"] == "float32"
 
 
-@pytest.mark.parametrize("rows", [5, extract_logits.CAST_ROWS - 1, extract_logits.CAST_ROWS + 7])
+@pytest.mark.parametrize("rows", [5, extract_logits.CAST_ROWS + 7])
 def test_the_product_by_casting_is_that_of_float64(rows: int) -> None:
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 64, generator=draw).bfloat16()
@@ -259,10 +236,7 @@ def test_padding_rows_of_the_vocabulary_never_come_back() -> None:
     got = torch.cat(list(teacher.iter_logits(sequences, positions)))
     assert got.shape == (27, 90)
     assert largest_difference(teacher) <= TOLERANCE
-
-
-def test_a_tokenizer_larger_than_the_model_leaves_the_models_ids() -> None:
-    assert Teacher(tiny_model("qwen2"), vocab_size=120).vocab_size == 96
+    assert Teacher(model, vocab_size=120).vocab_size == 96  # a tokenizer larger than the model
 
 
 # --- batches ----------------------------------------------------------------------------------
@@ -279,24 +253,7 @@ def test_chunks_are_in_row_order_and_as_large_as_asked(layout: str, chunk_tokens
     expected = [plain_logits(teacher.model, *row) for row in zip(sequences, positions, strict=True)]
     assert max(len(chunk) for chunk in chunks) <= chunk_tokens
     assert float((torch.cat(chunks) - torch.cat(expected)).abs().max()) <= TOLERANCE
-
-
-def test_a_batch_without_wanted_tokens_gives_nothing() -> None:
-    teacher = Teacher(tiny_model("qwen3"))
-    sequences, _ = conversations((12, 3))
-    assert list(teacher.iter_logits(sequences, [np.zeros(0, np.int32)] * 2)) == []
-    assert list(teacher.iter_logits([], [])) == []
-
-
-def test_the_same_batch_gives_the_same_logits_bit_by_bit() -> None:
-    teacher = Teacher(tiny_model("qwen3_moe"))
-    once, again = (torch.cat(list(teacher.iter_logits(*conversations()))) for _ in range(2))
-    assert torch.equal(once, again)
-
-
-def test_dropout_is_off_even_in_a_model_that_was_training() -> None:
-    model = tiny_model("gpt2", resid_pdrop=0.5).train()
-    assert largest_difference(Teacher(model)) <= TOLERANCE
+    assert list(teacher.iter_logits(sequences, [np.zeros(0, np.int32)] * 3)) == []
 
 
 def test_only_wanted_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,30 +280,28 @@ def test_an_id_beyond_the_embedding_is_refused_before_it_runs() -> None:
         list(teacher.iter_logits([np.array([1, 96], np.int32)], [np.array([1], np.int32)]))
 
 
-def test_running_out_of_memory_is_told_and_leaves_the_model_usable(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("ends", ["out of memory", "its reader stops"])
+def test_a_forward_that_does_not_end_leaves_the_model_as_it_was(
+    ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = Teacher(tiny_model("qwen2"))
-    mlp = teacher.model.model.layers[1].mlp
 
     def forward(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(mlp, "forward", forward)
-        with pytest.raises(torch.OutOfMemoryError):
-            list(teacher.iter_logits(*conversations()))
-    assert largest_difference(teacher) <= TOLERANCE
-
-
-def test_the_models_own_forward_is_back_when_the_reader_stops_early() -> None:
-    teacher = Teacher(tiny_model("qwen2"))
-    stream = teacher.iter_logits(*conversations(), chunk_tokens=3)
-    next(stream)
+    if ends == "out of memory":
+        with monkeypatch.context() as patch:
+            patch.setattr(teacher.model.model.layers[1].mlp, "forward", forward)
+            with pytest.raises(torch.OutOfMemoryError):
+                list(teacher.iter_logits(*conversations()))
+    else:
+        stream = teacher.iter_logits(*conversations(), chunk_tokens=3)
+        next(stream)
+        del stream
     for module in (teacher.model, teacher.model.model, teacher.model.lm_head):
         assert "forward" not in module.__dict__
-    del stream
     assert not torch.is_inference_mode_enabled()
+    assert largest_difference(teacher) <= TOLERANCE
 
 
 def test_weights_kept_on_disk_by_hooks_give_the_same_logits(tmp_path: Path) -> None:
@@ -374,11 +329,16 @@ def test_a_cpu_computes_in_float32_whatever_the_checkpoint_holds(saved_model: Pa
     assert largest_difference(teacher) <= TOLERANCE
 
 
-def test_the_dtype_and_attention_asked_for_are_used(saved_model: Path) -> None:
-    teacher = load_teacher(configure(saved_model, dtype="bfloat16", attn="eager"))
+def test_the_dtype_attention_and_length_asked_for_are_used(saved_model: Path) -> None:
+    asked = configure(saved_model, dtype="bfloat16", attn="eager", max_seq_len=256)
+    teacher = load_teacher(asked)
     assert teacher.dtype == torch.bfloat16
     assert teacher.numerics["weights"] == "bfloat16"
     assert teacher.numerics["attention"] == "eager"
+    with pytest.raises(TeacherError, match="--max-seq-len 257 is beyond the 256 positions"):
+        load_teacher(configure(saved_model, max_seq_len=257))
+    with pytest.raises(TeacherError, match="leave --attn at auto"):
+        load_teacher(configure(saved_model, attn="nonsense"))
 
 
 def test_the_numerics_are_json_and_the_log_says_them(
@@ -397,7 +357,6 @@ def test_the_numerics_are_json_and_the_log_says_them(
     ("name", "message"),
     [
         ("./nowhere", "^--model ./nowhere: no such folder$"),
-        ("~/nowhere-at-all", "^--model ~/nowhere-at-all: no such folder$"),
         ("no name of a model/at all/of the Hub", "cannot be loaded"),
         ("a-user/no-model", "^--model a-user/no-model cannot be loaded: .*check --model and --rev"),
         ("{}", "model_type"),  # from here on the config.json of a folder
@@ -416,22 +375,6 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     with pytest.raises(TeacherError, match=message) as caught:
         load_teacher(configure(tmp_path if name.startswith("{") else name))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "nonsense"])
-def test_attention_that_is_not_installed_is_refused_with_the_remedy(
-    saved_model: Path, attention: str
-) -> None:
-    if importlib.util.find_spec("flash_attn"):
-        pytest.skip("flash-attn is installed here")
-    with pytest.raises(TeacherError, match="leave --attn at auto"):
-        load_teacher(configure(saved_model, attn=attention))
-
-
-def test_a_length_beyond_the_models_positions_is_refused(saved_model: Path) -> None:
-    with pytest.raises(TeacherError, match="--max-seq-len 257 is beyond the 256 positions"):
-        load_teacher(configure(saved_model, max_seq_len=257))
-    assert load_teacher(configure(saved_model, max_seq_len=256)).max_seq_len == 256
 
 
 @pytest.mark.parametrize(
@@ -472,7 +415,7 @@ def test_auto_takes_the_best_device_that_is_there(
     assert str(resolve_device(name)) == device
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:2", "mps", "tpu", "cuda:x", ""])
+@pytest.mark.parametrize("name", ["cuda", "cuda:2", "tpu"])
 def test_a_device_that_is_not_there_is_refused_naming_those_that_are(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -1,7 +1,6 @@
 """The oracle and the tail's tests pass what is right and reject a fault of each kind.
 
-A run of a random teacher is right (`test_oracle_run.py` plants faults in the script); here one
-thing at a time is made wrong in what it has stored.
+A run of a random teacher is right; one thing at a time is made wrong in what it has stored.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tail_law
 from conftest import chat
-from tail_law import Case, LawViolation, check_tail_law
+from tail_law import LawViolation, check_tail_law
 from tiny_teachers import save_teacher
 
 import extract_logits
@@ -44,15 +43,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Records]:
     return folder / "out", oracle.load_reference(str(folder / "model")), records
 
 
-def check(run: Any, folder: Path, records: Records, schema: Any = None) -> oracle.Report:
+def check(run: Any, folder: Path, records: Records, columns: Any = None) -> oracle.Report:
     """Let the oracle look at other records in place of the run's."""
     output, teacher, _ = run
     (folder / "data").mkdir()
-    (folder / "extraction_config.json").write_bytes(
-        (output / "extraction_config.json").read_bytes()
-    )
+    said = (output / "extraction_config.json").read_bytes()
+    (folder / "extraction_config.json").write_bytes(said)
     there = pq.read_schema(output / "data/part-00000.parquet")
-    fields = schema or oracle.COLUMNS + oracle.TOKEN_COLUMNS
+    fields = columns or oracle.COLUMNS + oracle.TOKEN_COLUMNS
     table = pa.Table.from_pylist(records, schema=pa.schema(fields, metadata=there.metadata))
     pq.write_table(table, folder / "data" / "part-00000.parquet")
     return oracle.check_run(folder, *teacher, CHATS)
@@ -66,32 +64,13 @@ def test_a_right_run_passes_with_its_figures(run: Any, tmp_path: Path) -> None:
     assert report.tail_p_value > 1e-3
 
 
-def shift(name: str, row: int, by: float) -> Callable[[Records], Any]:
-    """Return how to change the fifth value of a column."""
-    return lambda records: records[row][name].__setitem__(4, records[row][name][4] + by)
-
-
-def swap(name: str, i: int, j: int) -> Callable[[Records], Any]:
-    def change(records: Records) -> None:
-        values = records[2][name]
-        values[i], values[j] = values[j], values[i]
-
-    return change
+def shift(name: str, by: float) -> Callable[[Records], Any]:
+    """Return how to change the fifth value of a column of the last row."""
+    return lambda records: records[2][name].__setitem__(4, records[2][name][4] + by)
 
 
 def roll(name: str) -> Callable[[Records], Any]:
     return lambda records: records[2].update({name: records[2][name][1:] + records[2][name][:1]})
-
-
-def high(at: int, byte: Callable[[int], int]) -> Callable[[Records], Any]:
-    """Return how to change a byte of the high bits of row 0."""
-
-    def change(records: Records) -> None:
-        data = bytearray(records[0]["top_indices_high"])
-        data[at] = byte(data[at])
-        records[0]["top_indices_high"] = bytes(data)
-
-    return change
 
 
 def swap_twins(records: Records) -> None:
@@ -107,13 +86,26 @@ def swap_twins(records: Records) -> None:
     raise AssertionError("no twins in the run")
 
 
-def draw_from_nucleus(records: Records) -> None:
-    records[0]["sampled_indices_low"][0] = records[0]["top_indices_low"][0]
+def draw(place: int, from_column: str) -> Callable[[Records], Any]:
+    """Return how to draw the first id of a column in place of another one."""
+    return lambda records: records[0]["sampled_indices_low"].__setitem__(
+        place, records[0][from_column][0]
+    )
 
 
 def fewer_bits(records: Records) -> None:
     q, step = records[0]["sampled_logits_quantized"], 65535 / 4095
     records[0]["sampled_logits_quantized"] = [round(round(v / step) * step) for v in q]
+
+
+def tail_sorted(records: Records) -> None:
+    for row in records:
+        names = ("sampled_logits_quantized", "sampled_indices_low")
+        for start in range(0, 6 * row["num_tokens"], 6):
+            part = slice(start, start + 6)
+            drawn = sorted(zip(*(row[name][part] for name in names), strict=True), reverse=True)
+            for name, values in zip(names, zip(*drawn, strict=True), strict=True):
+                row[name][part] = values
 
 
 def move_count(records: Records) -> None:
@@ -122,28 +114,28 @@ def move_count(records: Records) -> None:
     counts[t], counts[t + 1] = counts[t] - 1, counts[t + 1] + 1
 
 
+def high_bits(records: Records) -> None:
+    data = records[0]["top_indices_high"]
+    records[0]["top_indices_high"] = bytes([data[0] | 1]) + data[1:]
+
+
 FAULTS: list[tuple[Callable[[Records], Any], str]] = [
     (lambda records: records.pop(1), "row 1: missing"),
     (lambda records: records.append(records[1]), "row 1: stored twice"),
     (lambda records: [row.update(index=2 - row["index"]) for row in records], "num_tokens"),
     (roll("token_positions"), "token_positions"),
-    (roll("logsumexp"), "row 2 token 0: logsumexp"),
-    (shift("logsumexp", 2, 2e-5), "row 2 token 4: logsumexp"),
-    (swap("top_indices_low", 1, 2), "nats apart"),
+    (shift("logsumexp", 2e-5), "row 2 token 4: logsumexp"),
+    (roll("top_indices_low"), "nats apart"),
     (swap_twins, "the lower id comes first"),
-    (draw_from_nucleus, "in the nucleus and in the tail"),
-    (lambda records: records[0]["sampled_indices_low"].__setitem__(
-        1, records[0]["sampled_indices_low"][0]), "tail holds an id twice"),
+    (draw(0, "top_indices_low"), "in the nucleus and in the tail"),
+    (draw(1, "sampled_indices_low"), "tail holds an id twice"),
     (move_count, "wrong size"),
     (fewer_bits, "tail logit"),
-    (roll("sampled_min"), "tail min"),
-    (shift("top_min", 2, -1.0), "nucleus min"),
-    (high(0, lambda byte: byte | 1), "V is 300"),
-    (high(-1, lambda byte: byte | 0b11000000), "zero padded"),
-    (lambda records: records[2]["logsumexp"].pop(), "row 2: logsumexp has"),
+    (tail_sorted, "not drawn by its law"),
+    (shift("top_min", -1.0), "nucleus min"),
+    (high_bits, "V is 300"),
     (lambda records: records[2]["sampled_max"].__setitem__(0, None), "null in sampled_max"),
-    (lambda records: records[2]["top_max"].__setitem__(0, float("nan")), "nucleus max is nan"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fault", "reason"), FAULTS, ids=[reason for _, reason in FAULTS])
@@ -156,13 +148,9 @@ def test_a_fault_in_what_is_stored_is_rejected(
         check(run, tmp_path, records)
 
 
-@pytest.mark.parametrize("kind", ["missing", "order", "type"])
-def test_another_schema_is_rejected(run: Any, tmp_path: Path, kind: str) -> None:
-    whole = oracle.COLUMNS + oracle.TOKEN_COLUMNS
-    retyped = [(name, pa.large_binary() if t == pa.binary() else t) for name, t in whole]
-    columns = {"missing": oracle.COLUMNS, "order": whole[::-1], "type": retyped}[kind]
+def test_another_order_of_the_columns_is_rejected(run: Any, tmp_path: Path) -> None:
     with pytest.raises(oracle.Violation, match="column"):
-        check(run, tmp_path, run[2], columns)
+        check(run, tmp_path, run[2], oracle.TOKEN_COLUMNS + oracle.COLUMNS)
 
 
 def token_check(
@@ -172,23 +160,19 @@ def token_check(
     values = sorted((x[i] for i in stored), reverse=True)
     span = values[0] - values[-1] or 1.0
     q = [round((value - values[-1]) / span * 65535) for value in values]
+    top = oracle.Entries("nucleus", stored, q, values[-1], values[0])
     lse = oracle.oracle_token(np.array(x), 0.9, 4).logsumexp
-    token = oracle.StoredToken(stored, q, values[-1], values[0], [], [], 0.0, 0.0, lse)
-    how: dict[str, Any] = {"settings": oracle.Settings(0.9, 4, 0), "tolerance": tolerance}
-    return oracle.TokenCheck(token, np.array(x), where="row 0 token 0", **how).run()
+    token = oracle.StoredToken(top, oracle.Entries("tail", [], [], 0.0, 0.0), lse)
+    return oracle.TokenCheck(token, np.array(x), oracle.Settings(0.9, 4, 0), tolerance, "").run()
 
 
 def test_grace_is_counted_and_bounded(run: Any) -> None:
-    near = [2.0, 2.0 + 5e-6, -4.0]
+    near, far = [2.0, 2.0 + 5e-6, -4.0], [2.0, 2.0 + 4e-5, -4.0]
     assert token_check(near, [1, 0], oracle.SAME_LOGITS).near_ties == 0
     assert token_check(near, [0, 1], oracle.OTHER_FORWARD).near_ties == 2
-    far, high = [2.0, 2.0 + 4e-5, -4.0], [-30.0] * 69_999 + [5.0]
-    for x, ids, tolerance in (
-        (near, [0, 1], oracle.SAME_LOGITS), (far, [0, 1], oracle.OTHER_FORWARD),
-        (high, [69_999 & 65535], oracle.OTHER_FORWARD),
-    ):  # fmt: skip
+    for x, tolerance in ((near, oracle.SAME_LOGITS), (far, oracle.OTHER_FORWARD)):
         with pytest.raises(oracle.Violation, match="place 0"):
-            token_check(x, ids, tolerance)
+            token_check(x, [0, 1], tolerance)
     edge = [np.log(0.9 - 1e-6), np.log(0.05), np.log(0.05 + 1e-6)]
     assert token_check(edge, [0, 2], oracle.SAME_LOGITS).near_boundaries == 0
     assert token_check(edge, [0], oracle.OTHER_FORWARD).near_boundaries == 1
@@ -205,7 +189,6 @@ def test_grace_is_counted_and_bounded(run: Any) -> None:
 # The law of the tail ------------------------------------------------------------------------------
 
 SMALL = tail_law.make_cases(10_000)
-LARGE = tail_law.make_large_cases(600)
 
 
 def race(
@@ -244,42 +227,18 @@ def by_probability(*args: Any) -> np.ndarray:
 BIASED: dict[str, tail_law.Draw] = {
     "repeats filled uniformly": repeats_filled_uniformly,
     "sorted by probability": by_probability,
-    "sorted by id": lambda *args: np.sort(race(*args), axis=1),
     "noise of scale 0.95": lambda *args: race(*args, scale=0.95),
     "noise shared by two trials": lambda *args: race(*args, share=2),
     "probabilities floored": lambda *args: race(*args, weights=lambda x: x.clip(min=-87.5)),
-    "uniform outside the nucleus": lambda *args: race(*args, weights=np.zeros_like),
     "nucleus not left out": lambda *args: race(args[0], np.zeros_like(args[1]), *args[2:]),
 }
 
 
-@pytest.mark.parametrize("cases", [SMALL, LARGE], ids=["small rows", "large rows"])
-def test_the_gumbel_max_trick_passes(cases: list[Case]) -> None:
-    outcomes = check_tail_law(race, cases=cases)
-    for case in cases:  # within the number of tests that Bonferroni assumes
-        assert 5 <= sum(one.case == case.name for one in outcomes) <= tail_law.MAX_TESTS
+def test_the_gumbel_max_trick_passes() -> None:
+    check_tail_law(race, cases=[*SMALL, *tail_law.make_large_cases(600)])
 
 
 @pytest.mark.parametrize("fault", BIASED)
 def test_a_biased_sampler_is_rejected(fault: str) -> None:
     with pytest.raises(LawViolation):
         check_tail_law(BIASED[fault], cases=SMALL)
-
-
-@pytest.mark.parametrize("m", [1, 3])
-def test_inclusion_probabilities_agree_with_enumeration(m: int) -> None:
-    p = np.array([0.55, 0.3, 0.1, 0.0499, 0.0001])
-    enumerated = np.zeros(5)
-    for order, probability in tail_law.ordered_samples(p, m).items():
-        enumerated[list(order)] += probability
-    np.testing.assert_allclose(tail_law.inclusion_probs(np.log(p), m), enumerated, atol=1e-9)
-
-
-def test_both_ways_to_make_uniforms_agree() -> None:
-    flat = SMALL[-1]
-    case = Case(flat.name, flat.log_probs, flat.nucleus_n, flat.sampled_n, 500)
-    ranks = tail_law.ranks_of(case, race(case.log_probs, case.nucleus, case.sampled_n, 500, 3))
-    _, p = tail_law.tail_probs(case)
-    small = tail_law.uniforms_afresh(np.log(p), ranks, np.random.default_rng(4))
-    large = tail_law.uniforms_by_difference(p, ranks, np.random.default_rng(4))
-    np.testing.assert_allclose(small, large, atol=1e-9)
