@@ -21,13 +21,13 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("attack", SHORT, ids=lambda attack: f"{attack.script}: {attack.name}")
 def test_an_attack_ends_as_it_may(attack: attacks.Attack, ready: Path, tmp_path: Path) -> None:
-    verdict = attacks.run_attack(attack, tmp_path / "world", ready, seed=1, slack=3.0)
+    verdict = attacks.run_attack(attack, tmp_path / "world", ready, slack=3.0)
     assert not verdict.wrong, verdict.ended.stderr[-3000:]
 
 
 def test_what_must_not_be_is_found(ready: Path, tmp_path: Path) -> None:
     """A traceback, a token, an escape code, a lost row and a wrong exit are seen."""
-    world = attacks.World(tmp_path / "world", ready, 0)
+    world = attacks.World(tmp_path / "world", ready)
     world.held = {7}
     said = f"Traceback (most recent call last):\n{attacks.TOKEN}\x1b[31m"
     ended = attacks.Ended(1, "", said, 1e9, 1e9)

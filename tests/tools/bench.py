@@ -13,6 +13,7 @@ TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 TEACHER, CHATS = TESTS / "teacher" / "model", TESTS / "teacher" / "conversations.jsonl"
 sys.path[:0] = [str(ROOT), str(TESTS)]  # a tool is started from anywhere
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub speaks plain LFS
 
 
 def peak_bytes(pid: int | str = "self") -> int:
