@@ -2,7 +2,7 @@
 
     python tests/tools/mutants.py [--only REGEX] [--jobs 2]
 
-Works in copies under a temporary folder; the checkout is never written. First the tests that are to
+Works in copies in temporary folders; the checkout is never written. First the tests that are to
 notice something run without a fault and must pass. Prints a table: fault, the test that caught it,
 seconds. The last line is one JSON object, which names those that survived. Ends with exit code 1
 where fewer than 95 of 100 faults are caught: 57 of 60.
@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
 from bench import ROOT, print_head, print_row
@@ -260,54 +259,46 @@ def check_faults(faults: Sequence[Fault]) -> None:
                 sys.exit(f"no tests/{name}, which is to catch: {fault.says}")
 
 
-def copy_project(folder: Path) -> Path:
-    """Copy the scripts and what their tests read."""
-    folder.mkdir()
-    for source in (path for pattern in COPIED for path in ROOT.glob(pattern)):
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", ".*")
-            shutil.copytree(source, folder / source.name, ignore=ignored)
-        else:
-            shutil.copy(source, folder)
-    return folder
+def run_tests(fault: Fault | None, tests: Sequence[str], *options: str) -> tuple[int, str]:
+    """Run files of tests in a copy with a fault until one fails; return pytest's code and words."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "project"
+        folder.mkdir()
+        for source in (path for pattern in COPIED for path in ROOT.glob(pattern)):
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", ".*")
+                shutil.copytree(source, folder / source.name, ignore=ignored)
+            else:
+                shutil.copy(source, folder)
+        if fault:
+            script = folder / f"{fault.script}.py"
+            script.write_text(fault.plant(script.read_text()))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+        command += ["-m", "not slow", *options, *(f"tests/{name}" for name in tests)]
+        env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+        env |= {"TOKENIZERS_PARALLELISM": "false"}
+        with subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                said, _ = process.communicate(timeout=LIMIT_S)
+            except subprocess.TimeoutExpired:
+                return 1, f"FAILED tests/{tests[0]}::(no end within {LIMIT_S} s)"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return process.returncode, said
 
 
-def run_tests(folder: Path, tests: Sequence[str], *options: str) -> tuple[int, str]:
-    """Run files of tests in a copy until one fails; return pytest's exit code and what it said."""
-    for stale in ("__pycache__", ".hypothesis"):  # of another fault: sizes and seconds are alike
-        shutil.rmtree(folder / stale, ignore_errors=True)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow", *options, *(f"tests/{name}" for name in tests)]
-    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    env |= {"TOKENIZERS_PARALLELISM": "false"}
-    with subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            said, _ = process.communicate(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return 1, f"FAILED tests/{tests[0]}::(no end within {LIMIT_S} s)"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, said
-
-
-def try_fault(folder: Path, fault: Fault, *options: str) -> tuple[Fault, str, float]:
-    """Plant a fault in a copy, run its tests, and take it out again.
-
-    Returns:
-        The fault, the test that caught it ("" where all passed), and seconds.
+def try_fault(fault: Fault, *options: str) -> tuple[Fault, str, float]:
+    """Return a fault, the test that caught it ("" where all passed), and seconds.
 
     Raises:
         SystemExit: the tests could not be collected: no user would ever have met that fault.
     """
-    script, began = folder / f"{fault.script}.py", time.monotonic()
-    sound = script.read_text()
-    script.write_text(fault.plant(sound))
-    code, said = run_tests(folder, fault.tests, *options)
-    script.write_text(sound)
+    began = time.monotonic()
+    code, said = run_tests(fault, fault.tests, *options)
     failed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+::[^\s\[]+|\S+)", said, re.M)
     if code not in (0, 1, 5) or (code == 1 and not failed):
         sys.exit(f"{said[-3000:]}\n{fault.says}: pytest ended with exit code {code}")
@@ -324,22 +315,12 @@ def try_faults(
     """
     check_faults(faults)
     files = list(dict.fromkeys(name for fault in faults for name in fault.tests))
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(jobs) as pool:
-        copies: SimpleQueue[Path] = SimpleQueue()
-        for number in range(jobs):
-            copies.put(copy_project(Path(place) / f"{number}"))
-
-        def work(fault: Fault) -> tuple[Fault, str, float]:
-            folder = copies.get()
-            verdict = try_fault(folder, fault, *options)
-            copies.put(folder)
-            return verdict
-
-        spread = ("-n", str(jobs), "--dist", "loadfile") if jobs > 1 else ()
-        code, said = run_tests(Path(place) / "0", files, *options, *spread)
-        if code not in (0, 5):
-            sys.exit(f"{said[-3000:]}\nthe tests fail without a fault")
-        yield from pool.map(work, faults)
+    spread = ("-n", str(jobs), "--dist", "loadfile") if jobs > 1 else ()
+    code, said = run_tests(None, files, *options, *spread)
+    if code not in (0, 5):
+        sys.exit(f"{said[-3000:]}\nthe tests fail without a fault")
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda fault: try_fault(fault, *options), faults)
 
 
 def main() -> int:
