@@ -39,7 +39,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench import CHATS, ROOT, TEACHER, peak_bytes
+from bench import CHATS, ROOT, TEACHER, peak_bytes, print_head, print_row
 from loopback_hub import LoopbackHub
 from outputs import PART, Output
 from small_output import write_parts
@@ -237,17 +237,10 @@ def meet(world: World, script: str, match: str, fault: Any, *words: Any, **optio
     """Start one of the scripts on a Hub on which a request meets a fault."""
     if options.get("model") == REPO:
         world.publish(TEACHER, "model")
+    if match == OUTPUT_REQUESTS["listing"]:  # asks what is there already
+        world.hub.store.create("dataset", REPO, private=False)
     world.fault(match, **fault)
     return start(script, *words, **options)(world)
-
-
-@maker
-def into_new(world: World, request: str, *, deadline: float | None = None, **fault: Any) -> Words:
-    """Extract into a Hub on which a request meets a fault; a listing asks what is there already."""
-    if request == OUTPUT_REQUESTS["listing"]:
-        world.hub.store.create("dataset", REPO, private=False)
-    world.fault(request, **fault)
-    return world.extract(output=REPO, max_runtime_minutes=deadline)
 
 
 @maker
@@ -318,6 +311,7 @@ SILENCE = {"latency": 600.0}
 STOPPED = {"exits": (143,), "during": stop_when_met}
 RESUMABLE = {"exits": (4, 75), "resumes": True}
 MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request, fault, end
+    # of an extraction into a repository of its own, with a deadline in minutes
     **{f"the Hub never answers: {step}; SIGTERM": (
         request, SILENCE, {**STOPPED, "resumes": True})
        for step, request in OUTPUT_REQUESTS.items()},
@@ -353,7 +347,10 @@ MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request
        for step in ("create", "preupload", "LFS batch", "LFS upload", "commit")},
 }  # fmt: skip
 for name, (line, fault, how) in MET_BY_NEW.items():
-    add(name, EXTRACT, into_new(line, **fault), **how)
+    minutes = fault.get("deadline")
+    fault = {field: value for field, value in fault.items() if field != "deadline"}
+    add(name, EXTRACT,
+        meet(EXTRACT, line, fault, output=REPO, max_runtime_minutes=minutes), **how)  # fmt: skip
 
 
 @attack("the commit's answer is lost and then nothing answers", EXTRACT, resumes=True, **STOPPED)
@@ -1088,14 +1085,13 @@ def main() -> int:
         print(*(f"{one.script:18} {show(one.name, 80)}" for one in chosen), sep="\n")
         return 0
     folder, verdicts = Path(tempfile.mkdtemp(prefix="attacks-")), []
-    print(f"{'attack':60} {'script':8} {'exit':>4} {'s':>5} {'MB':>5}  last line")
+    print_head("attack", "script", "exit", "s", "MB", "last line")
     for verdict in run_all(chosen, folder, options.jobs, options.slack):
         verdicts.append(verdict)
         one, ended = verdict.attack, verdict.ended
         code = "-" if ended.code is None else ended.code
-        cells = f"{show(one.name, 60):60} {one.script.split('_')[0]:8} {code:>4}"
-        figures = f"{ended.seconds:5.1f} {ended.peak_mb:5.0f}"
-        print(f"{cells} {figures}  {show(ended.last_line, 110)}", flush=True)
+        print_row(show(one.name, 60), one.script.split("_")[0], code, f"{ended.seconds:.1f}",
+                  f"{ended.peak_mb:.0f}", show(ended.last_line, 110))  # fmt: skip
         for wrong in verdict.wrong:
             print(f"    WRONG {show(wrong, 200)}", flush=True)
     wrong = [f"{v.attack.script}: {v.attack.name}" for v in verdicts if v.wrong]

@@ -229,20 +229,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=24, help="conversations")
     args = parser.parse_args()
-    wrong = 0
-    print_head("client", "what is run", "result", "loss", "right")
+    rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         output = extract(Path(scratch), args.limit)
         for client, module, run in CLIENTS:
             if importlib.util.find_spec(module) is None:
-                print_row(client, "not installed, not run", "", "", "")
+                rows.append((client, "not installed, not run", "", "", ""))
                 continue
             name = f"{client} {importlib.metadata.version(module)}"
             for told, loss, right in run(output, Path(scratch)):
                 good = abs(loss - (right or 0)) < (NEAR_ESTIMATED if right is None else NEAR)
                 wrong += not good
                 wanted = "near 0" if right is None else f"{right:.4f}"
-                print_row(name, told, "as it should be" if good else "WRONG", f"{loss:.4f}", wanted)
+                result = "as it should be" if good else "WRONG"
+                rows.append((name, told, result, f"{loss:.4f}", wanted))
+    print_head("client", "what is run", "result", "loss", "right")  # after what trainers print
+    for row in rows:
+        print_row(*row)
     return int(wrong > 0)
 
 
