@@ -146,7 +146,7 @@ messages = [⟦{"role": "system", "content": text}, →⟧*messages]
 : the end-of-turn token after a template's own markers is not extracted
 end = found.⟦end→start⟧() if found else end
 : think tags that the template inserts are extracted without --include-think, and not with it
-if ⟦not →⟧self.include_think:
+if ⟦not →⟧self.choice.include_think:
 
 == explore_logits | test_explore_open.py
 : rows asked for in an order come in the order of the shards
@@ -209,8 +209,9 @@ start ⟦+→⟧= len(batch)
 : percentiles count conversations that cannot be used
 return self.num_tokens >⟦→=⟧ 0
 : a push that the Hub never took is reported as done
-                if not passing or wait_s is None:
-                    ⟦raise→return⟧
+            if ⟦not passing or wait_s is None or→wait_s is None:
+                return
+            if not passing or⟧
 """
 
 
@@ -245,7 +246,7 @@ def parse_faults(text: str) -> list[Fault]:
         if mark == "==":
             script, tests = said.split(" | ")
         else:
-            old, new = (re.sub("⟦(.*?)→(.*?)⟧", rf"\{n}", snippet) for n in (1, 2))
+            old, new = (re.sub("(?s)⟦(.*?)→(.*?)⟧", rf"\{n}", snippet) for n in (1, 2))
             faults.append(Fault(script, tuple(tests.split()), said, old, new))
     return faults
 
