@@ -130,7 +130,7 @@ chaos: .venv/.done
 mutants: .venv/.done
 	$(PY) tests/tools/mutants.py --jobs 2
 
-# make promises docs/promises.md: what is promised, and the tests that prove it (1 minute)
+# make promises docs/promises.md: what is promised, and the tests that prove it
 promises: .venv/.done
 	$(PY) tests/tools/promises.py
 

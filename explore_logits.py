@@ -1391,6 +1391,9 @@ def _compile_marked(source: str, *, inside: bool = True) -> tuple[Any, bool]:
 # What may write far more than it is given, by how large that is and by the numbers beside it.
 _AMPLIFIERS = {"*", "replace", "join", "sum", "center", "ljust", "rjust", "zfill", "expandtabs",
                "indent", "wordwrap", "tojson", "batch", "slice", "urlize", "to_bytes"}  # fmt: skip
+# What writes a list as text: one that holds another twice may be larger than it looks.
+_WRITERS = {"string", "upper", "lower", "capitalize", "title", "trim", "escape", "e", "forceescape",
+            "striptags", "pprint", "urlencode", "wordcount", "_str", ""}  # fmt: skip
 
 
 def _bound_work(plain: Any) -> Any:
@@ -1422,11 +1425,18 @@ def _bound_work(plain: Any) -> Any:
 
         return jinja2.pass_context(run)
 
+    def show(context: Any, value: Any) -> Any:
+        if isinstance(value, (list, tuple, Mapping)):
+            spend(context, "", [value], {})
+        return value
+
     environment.mark = object()
+    environment.finalize = jinja2.pass_context(show)
     environment.intercepted_binops = frozenset(("+", "%", "*", "**"))
     environment.call_binop, environment.call = binop, call
-    own = {n: bounded(n) for n in plain.filters if n in {*_AMPLIFIERS, "format"}}
-    environment.filters = {**plain.filters, **own, "_str": str}
+    plain.filters["_str"] = str
+    own = {n: bounded(n) for n in plain.filters if n in {*_AMPLIFIERS, *_WRITERS, "format"}}
+    environment.filters = {**plain.filters, **own}
     environment.globals = {k: v for k, v in plain.globals.items() if k != "lipsum"}
     return environment
 
@@ -1437,7 +1447,9 @@ def _written(name: str, values: Sequence[Any]) -> int:
     if name == "+" or (name == "*" and not sized):
         return sum(map(len, sized))
     if name in _AMPLIFIERS:
-        return math.prod(max(1, abs(v) if isinstance(v, int) else len(str(v))) for v in values)
+        return math.prod(max(1, abs(v) if isinstance(v, int) else _size(v)) for v in values)
+    if name in _WRITERS:
+        return _size(values[0])
     first, *others = values
     if name == "**":
         return int(abs(first)).bit_length() * int(abs(others[0]))
@@ -1448,7 +1460,20 @@ def _written(name: str, values: Sequence[Any]) -> int:
     widths = sum(map(int, re.findall(r"\d+", "".join(re.findall(r"[%:][^%:{}]*", first)))))
     if re.search(r"%[^a-zA-Z%]*\*|:[^}]*\{", first):
         widths += sum(abs(n) for n in others if isinstance(n, int))
-    return widths + (first.count("%") + first.count("{")) * sum(len(str(v)) for v in others)
+    return widths + (first.count("%") + first.count("{")) * sum(map(_size, others))
+
+
+def _size(value: Any) -> int:
+    """Return about how many characters it takes to write a value; of over a million items, many."""
+    size, seen, items = 0, 0, [value]
+    while items and seen < 10**6:
+        item, seen = items.pop(), seen + 1
+        if isinstance(item, Mapping):
+            items += [*item, *item.values()]
+        elif isinstance(item, (list, tuple)):
+            items += item
+        size += len(item) if hasattr(item, "__len__") else 1
+    return 10**12 if items else size
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ while it runs. A run must end by itself, in bounded time and memory, with an exi
 contract allows there, without a traceback, a raw control character or a byte of the access token
 anywhere: neither on the terminal nor in any file that it leaves. No row that the output held goes,
 none is there twice, an exit code of 0 means that all are there; and where an attack says so, a
-calm run with --resume completes the job afterwards.
+calm run with --resume completes the job afterwards. Worlds in which one failed are left there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -29,28 +28,24 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent.parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
+import pyarrow as pa
+import pyarrow.parquet as pq
+from bench import CHATS, ROOT, TEACHER, peak_bytes, print_head, print_row
+from loopback_hub import LoopbackHub
+from outputs import PART, Output
+from small_output import write_parts
 
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-from loopback_hub import LoopbackHub  # noqa: E402
-from outputs import Output  # noqa: E402
-from small_output import write_parts  # noqa: E402
+import extract_logits
 
-import extract_logits  # noqa: E402
-
-TEACHER = TESTS / "teacher" / "model"
-CHATS = TESTS / "teacher" / "conversations.jsonl"
 REPO = "tester/logits"
 TOKEN = "S3cret.0f-the-attacked"  # not what a token of the Hub looks like: it is hidden by itself
 SECRETS = (TOKEN, "hf_AttackAttackAttackAttack")
@@ -63,6 +58,13 @@ DEEP = "[" * 20_000 + "]" * 20_000
 EXTRACT, LENGTHS, EXPLORE = "extract_logits.py", "compute_lengths.py", "explore_logits.py"
 
 Words = Sequence[object]
+Process = subprocess.Popen[bytes]
+
+
+def show(text: str, width: int) -> str:
+    """Return text that fits a cell of the table."""
+    text = CONTROL.sub("?", text.replace("\n", " ")).encode(errors="backslashreplace").decode()
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 # The world of an attack ---------------------------------------------------------------------------
@@ -71,10 +73,10 @@ Words = Sequence[object]
 class World:
     """A folder that a run works in, with what it meets there."""
 
-    def __init__(self, folder: Path, ready: Path, seed: int, slack: float = 1.0) -> None:
+    def __init__(self, folder: Path, ready: Path, slack: float = 1.0) -> None:
         self.folder, self.ready, self.slack = folder, ready, slack
-        self.random = random.Random(seed)
         self.env: dict[str, str] = {}
+        self.file_bytes = -1  # that a file may have: a full disk
         self.held: set[int] = set()  # ids that the output holds before
         self.before: list[int] | None = None  # all ids, where nothing may change
         self.rows: set[int] | None = {0, 1}  # ids that a complete run stores; None: of no interest
@@ -89,11 +91,17 @@ class World:
         self.env |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
         return hub
 
+    @property
+    def has_hub(self) -> bool:
+        """Whether there is one."""
+        return "hub" in self.__dict__
+
     def write(self, name: str | bytes, content: str | bytes) -> Path:
         """Write a file."""
         path = self.folder / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        is_text = isinstance(content, str)
+        path.write_bytes(content.encode(errors="surrogateescape") if is_text else content)
         return path
 
     def chats(self, *rows: Any, name: str = "chats.jsonl") -> Path:
@@ -107,81 +115,66 @@ class World:
         self.write("model/chat_template.jinja", template)
         return self.folder / "model"
 
-    def output(self, name: str = "out") -> Path:
+    def output(self) -> Path:
         """Put an output of the usual source there: conversations 0..3 in two parts."""
         self.held, self.rows = {0, 1, 2, 3}, {0, 1, 2, 3}
-        shutil.copytree(self.ready, self.folder / name)
-        return self.folder / name
+        return Path(shutil.copytree(self.ready, self.folder / "out"))
 
-    def publish(self, folder: Path, repo: str = REPO, kind: str = "dataset") -> None:
+    def publish(self, folder: Path, kind: str = "dataset") -> None:
         """Put a folder onto the Hub."""
-        store = self.hub.store
-        found, _ = store.create(kind, repo, private=False)
-        entries = {}
-        for path in folder.rglob("*"):
-            if path.is_file():
-                data, name = path.read_bytes(), path.relative_to(folder).as_posix()
-                entry = store.put_blob(data)
-                if path.suffix in (".parquet", ".safetensors"):
-                    sha256 = hashlib.sha256(data).hexdigest()
-                    store.put_lfs(sha256, data)
-                    entry = type(entry)(entry.oid, len(data), sha256)
-                entries[name] = entry
-        store.commit(found, "Publish", entries, [])
+        store, entries = self.hub.store, {}
+        for path in filter(Path.is_file, folder.rglob("*")):
+            data = path.read_bytes()
+            entry = store.put_blob(data)
+            if path.suffix in (".parquet", ".safetensors"):
+                entry = replace(entry, size=len(data), lfs=hashlib.sha256(data).hexdigest())
+                store.put_lfs(entry.lfs, data)
+            entries[path.relative_to(folder).as_posix()] = entry
+        store.commit(store.create(kind, REPO, private=False)[0], "Publish", entries, [])
 
     def fault(self, match: str, **how: Any) -> None:
         """Let requests meet a fault, all that match where nothing else is said."""
         self.hub.fault(match, **{"count": 10**9, **how})
 
-    def extract(self, *words: object, **options: Any) -> list[object]:
-        """Return options of an extraction: two conversations into ./out."""
-        usual = {"model": TEACHER, "dataset": CHATS, "output": "./out", "cache_dir": "cache",
-                 "limit": 2}  # fmt: skip
+    def start(self, script: str, *words: object, **options: Any) -> list[object]:
+        """Return options of an extraction into ./out, or of a measurement of lengths."""
+        usual: dict[str, Any] = {"model": TEACHER, "dataset": CHATS}
+        if script == EXTRACT:
+            usual |= {"output": "./out", "cache_dir": "cache", "limit": 2}
+        else:
+            usual |= {"output_dir": "lengths", "num_proc": 1}
         if minutes := options.get("max_runtime_minutes"):  # a busy machine starts slowly
             options["max_runtime_minutes"] = minutes * self.slack
         return [*words, *name_options({**usual, **options})]
 
-    def resume(self, *words: object, **options: Any) -> list[object]:
+    def extract(self, *words: object, **options: Any) -> list[object]:
+        """Return options of an extraction: two conversations into ./out."""
+        return self.start(EXTRACT, *words, **options)
+
+    def resume(self, **options: Any) -> list[object]:
         """Return options that continue the output of `output`."""
         usual = {"limit": 4, "upload_every": 2, "store_tokens": True, "resume": True}
-        return self.extract(*words, **{**usual, **options})
-
-    def lengths(self, *words: object, **options: Any) -> list[object]:
-        """Return options of a measurement of lengths."""
-        usual = {"model": TEACHER, "dataset": CHATS, "output_dir": "lengths", "num_proc": 1}
-        return [*words, *name_options({**usual, **options})]
-
-    def start(self, script: str, **options: Any) -> list[object]:
-        """Return options of one of the two."""
-        return (self.extract if script == EXTRACT else self.lengths)(**options)
+        return self.extract(**{**usual, **options})
 
     def close(self) -> None:
         """End the Hub."""
-        if "hub" in self.__dict__:
+        if self.has_hub:
             self.hub.__exit__()
 
     def stored(self) -> list[int]:
         """Return the ids of all rows of the output, twice where they are there twice."""
         words = list(map(str, self.argv))
         name = words[words.index("--output") + 1] if "--output" in words else "./out"
-        if name.startswith("."):
-            place = Output(self.folder / name)
-        elif "hub" in self.__dict__:
-            place = Output(name, self.hub)
-        else:
+        if not name.startswith(".") and not self.has_hub:
             return []
+        local = name.startswith(".")
+        place = Output(self.folder / name) if local else Output(name, self.hub)
         found: list[int] = []
-        try:
-            names = sorted(place.files())
-        except OSError:  # a name that is none
-            return found
-        paths = [path for path in names if re.fullmatch(r"data/.*part-\d+\.parquet", path)]
-        for path in paths:
-            try:
-                table = pq.read_table(pa.BufferReader(place.read(path)), columns=["index"])
-            except (OSError, pa.ArrowException, KeyError):
-                continue  # damaged by the attack itself
-            found += table["index"].to_pylist()
+        with contextlib.suppress(OSError):  # a name that is none
+            for path in filter(PART.fullmatch, sorted(place.files())):
+                with contextlib.suppress(OSError, pa.ArrowException, KeyError):  # attacked itself
+                    table = pq.read_table(pa.BufferReader(place.read(path)), columns=["index"])
+                    found += table["index"].to_pylist()
         return found
 
 
@@ -200,34 +193,19 @@ def name_options(options: Mapping[str, Any]) -> list[object]:
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack.
-
-    Attributes:
-        name: what is hostile.
-        script: what is attacked.
-        prepare: makes the world and returns the options of the run.
-        exits: codes that it may end with.
-        says: a pattern that is found in the last line on stderr.
-        during: acts while the process runs.
-        resumes: whether a calm run with --resume completes the job afterwards.
-        check: what else must be so; returns what is wrong.
-        seconds, peak_mb: what the run may take.
-        traces: whether a library writes a traceback of its own into its log.
-        short: whether it belongs to the tests.
-    """
+    """What is hostile, what is attacked, and how that may end."""
 
     name: str
     script: str
-    prepare: Callable[[World], Words]
+    prepare: Callable[[World], Words]  # makes the world and returns the options of the run
     exits: tuple[int, ...] = (2,)
-    says: str = ""
-    during: Callable[[World, subprocess.Popen[bytes]], None] | None = None
-    resumes: bool = False
-    check: Callable[[World], str] | None = None
+    says: str = ""  # a pattern that is found in the last line on stderr
+    during: Callable[[World, Process], None] | None = None  # acts while the process runs
+    resumes: bool = False  # a calm run with --resume completes the job afterwards
+    check: Callable[[World], str] | None = None  # returns what else is wrong
     seconds: float = SECONDS
-    peak_mb: float = PEAK_MB
-    traces: bool = False
-    short: bool = False
+    traces: bool = False  # a library writes a traceback of its own into its log
+    short: bool = False  # belongs to the tests
 
 
 ATTACKS: list[Attack] = []
@@ -248,23 +226,52 @@ def maker(prepare: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     return lambda *args, **how: lambda *world: prepare(*world, *args, **how)
 
 
-def is_running(process: subprocess.Popen[bytes]) -> bool:
-    """Tell whether a process runs; its end is left to who measures it, unlike by `poll`."""
-    with contextlib.suppress(ChildProcessError):
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    return False
+@maker
+def start(world: World, script: str, *words: object, **options: Any) -> Words:
+    """Start one of the scripts with options like these, on a Hub of its own."""
+    return world.hub and (words if script == EXPLORE else world.start(script, *words, **options))
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> bool:
+@maker
+def meet(world: World, script: str, match: str, fault: Any, *words: Any, **options: Any) -> Words:
+    """Start one of the scripts on a Hub on which a request meets a fault."""
+    if options.get("model") == REPO:
+        world.publish(TEACHER, "model")
+    if match == OUTPUT_REQUESTS["listing"]:  # asks what is there already
+        world.hub.store.create("dataset", REPO, private=False)
+    world.fault(match, **fault)
+    return start(script, *words, **options)(world)
+
+
+@maker
+def from_hub(
+    world: World, script: str, request: str, *, deadline: float = 0.6, **fault: Any
+) -> Words:
+    """Read or continue an output on a Hub on which a request meets a fault."""
+    world.publish(world.output())
+    world.fault(request, **fault)
+    words = world.resume(output=REPO, max_runtime_minutes=deadline)
+    return words if script == EXTRACT else [REPO]
+
+
+@maker
+def after(world: World, change: Callable[[Path], Any], *words: object, limit: int = 4) -> Words:
+    """Continue an output that was changed by hand, or run on it by these words."""
+    change(world.output())
+    world.rows = set(range(limit))
+    return words or world.resume(limit=limit)
+
+
+def wait_for(condition: Callable[[], Any], process: Process) -> bool:
     """Wait until a condition holds while a process runs."""
-    while is_running(process):
+    while process.returncode is None:
         if condition():
             return True
         time.sleep(0.02)
     return False
 
 
-def stop_when_met(world: World, process: subprocess.Popen[bytes]) -> None:
+def stop_when_met(world: World, process: Process) -> None:
     """Send SIGTERM once the run waits for the Hub."""
     if wait_for(lambda: world.hub.faults_met, process):
         time.sleep(0.3)
@@ -292,67 +299,6 @@ NONSENSE = {
     "deep brackets": DEEP,
     "types": '{"sha": [1], "private": "x", "files": 7, "name": null, "siblings": 3, "id": {}}',
 }
-
-
-@maker
-def into_new(
-    world: World, request: str, *, there: bool = False, deadline: float | None = None, **fault: Any
-) -> Words:
-    """Extract into a Hub on which a request meets a fault."""
-    if there:
-        world.hub.store.create("dataset", REPO, private=False)
-    world.fault(request, **fault)
-    return world.extract(output=REPO, max_runtime_minutes=deadline)
-
-
-for step, line in OUTPUT_REQUESTS.items():
-    add(f"the Hub never answers: {step}; SIGTERM", EXTRACT,
-        into_new(line, there=step == "listing", latency=600.0), exits=(143,),
-        during=stop_when_met, resumes=True)  # fmt: skip
-    add(f"the Hub answers nonsense: {step}", EXTRACT,
-        into_new(line, there=step == "listing", text="[1, 2]", deadline=0.25),
-        exits=(0, 2, 4, 75), resumes=True)  # fmt: skip
-
-
-@attack("the commit's answer is lost and then nothing answers", EXTRACT, exits=(143,),
-        during=stop_when_met, resumes=True)  # fmt: skip
-def _(world: World) -> Words:
-    world.fault("POST .*/commit/", drop="after", count=1)
-    world.fault("commit/|paths-info|tree", latency=600.0, skip=1)
-    return world.extract(output=REPO)
-
-
-for name, repo_type in {"model": "models", "dataset": "datasets"}.items():
-    option = {name: "tester/thing"}
-    add(f"the Hub of the {name} never answers; SIGTERM", EXTRACT,
-        lambda world, kind=repo_type, option=option: (
-            world.fault(f"/(api/)?{kind}?", latency=600.0) or world.extract(**option)),
-        exits=(143,), during=stop_when_met, short=name == "model")  # fmt: skip
-    add(f"the Hub of the {name} never answers; SIGTERM", LENGTHS,
-        lambda world, option=option: (
-            world.fault("", latency=600.0) or world.lengths(**option)),
-        exits=(143,), during=stop_when_met, short=name == "model")  # fmt: skip
-
-
-for kind, match, how in (
-    ("Hub of the model never answers; deadline", "", {"exits": (2, 4, 75), "seconds": 40}),
-    ("weights of the model never come; SIGTERM", "safetensors",
-     {"exits": (143,), "during": stop_when_met}),
-    ("weights of the model never come; deadline", "safetensors", {"exits": (75,)}),
-):  # fmt: skip
-    add(f"the {kind}", EXTRACT,
-        lambda world, match=match, stopped="during" in how: (
-            world.publish(TEACHER, REPO, "model") or world.fault(match, latency=600.0) or
-            world.extract(model=REPO, max_runtime_minutes=None if stopped else 0.3)),
-        **how)  # fmt: skip
-
-
-@attack("the Hub never answers", EXPLORE, exits=(2,), seconds=200, says="logits")
-def _(world: World) -> Words:
-    world.fault("", latency=600.0)
-    return [REPO]
-
-
 WAITS = {
     "in 2099": {"Retry-After": "Tue, 01 Dec 2099 00:00:00 GMT"},
     "negative": {"Retry-After": "-5"},
@@ -360,13 +306,22 @@ WAITS = {
     "of 5,000 digits": {"Retry-After": "9" * 5000},
     "by a rate limit of ages": {"RateLimit": '"api";r=0;t=99999999999'},
 }
+ECHO = f"Authorization: Bearer {' '.join(SECRETS)}\r\n{ESCAPES}"
+SILENCE = {"latency": 600.0}
 STOPPED = {"exits": (143,), "during": stop_when_met}
 RESUMABLE = {"exits": (4, 75), "resumes": True}
 MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request, fault, end
+    # of an extraction into a repository of its own, with a deadline in minutes
+    **{f"the Hub never answers: {step}; SIGTERM": (
+        request, SILENCE, {**STOPPED, "resumes": True})
+       for step, request in OUTPUT_REQUESTS.items()},
+    **{f"the Hub answers nonsense: {step}": (
+        request, {"text": "[1, 2]", "deadline": 0.25}, {"exits": (0, 2, 4, 75), "resumes": True})
+       for step, request in OUTPUT_REQUESTS.items()},
     "the Hub never answers: repo info; deadline": (
-        "GET", {"latency": 600.0, "deadline": 0.3}, {"exits": (4, 75)}),
+        "GET", {**SILENCE, "deadline": 0.3}, {"exits": (4, 75)}),
     "the Hub never answers: LFS upload; deadline": (
-        "PUT /_lfs", {"latency": 600.0, "deadline": 0.3}, RESUMABLE),
+        "PUT /_lfs", {**SILENCE, "deadline": 0.3}, RESUMABLE),
     "the Hub answers a byte a second": (
         "GET /api/datasets", {"text": b" ", "times": 10**6, "pause_s": 1.0}, STOPPED),
     "nothing but HTTP 503 for commits, until the deadline": (
@@ -382,9 +337,43 @@ MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request
     **{f"nothing but HTTP {status}, until the deadline": (
         "/api/", {"status": status, "deadline": 0.3}, {"exits": (4, 75)})
        for status in (408, 409, 429, 500, 503)},
+    **{f"HTTP {status} echoes the token": (
+        "/api/(datasets|repos)", {"status": status, "message": ECHO}, {"exits": (4,)})
+       for status in (400, 401, 403, 404)},
+    **{f"HTTP 403 echoes the token: {step}": (
+        OUTPUT_REQUESTS[step],
+        {"status": 403, "message": ECHO, "deadline": 0.5 if step == "LFS upload" else None},
+        {"exits": (4, 75), "resumes": step == "commit"})
+       for step in ("create", "preupload", "LFS batch", "LFS upload", "commit")},
 }  # fmt: skip
 for name, (line, fault, how) in MET_BY_NEW.items():
-    add(name, EXTRACT, into_new(line, **fault), **how)
+    minutes = fault.get("deadline")
+    fault = {field: value for field, value in fault.items() if field != "deadline"}
+    add(name, EXTRACT,
+        meet(EXTRACT, line, fault, output=REPO, max_runtime_minutes=minutes), **how)  # fmt: skip
+
+
+@attack("the commit's answer is lost and then nothing answers", EXTRACT, resumes=True, **STOPPED)
+def _(world: World) -> Words:
+    world.fault("POST .*/commit/", drop="after", count=1)
+    world.fault("commit/|paths-info|tree", skip=1, **SILENCE)
+    return world.extract(output=REPO)
+
+
+for script in (EXTRACT, LENGTHS):
+    for kind in ("model", "dataset"):
+        add(f"the Hub of the {kind} never answers; SIGTERM", script,
+            meet(script, "", SILENCE, **{kind: "tester/thing"}),
+            short=kind == "model", **STOPPED)  # fmt: skip
+for name, match, minutes, how in (
+    ("the Hub of the model never answers; deadline", "", 0.3, {"exits": (2, 4, 75), "seconds": 40}),
+    ("the weights of the model never come; SIGTERM", "safetensors", None, STOPPED),
+    ("the weights of the model never come; deadline", "safetensors", 0.3, {"exits": (75,)}),
+):
+    add(name, EXTRACT,
+        meet(EXTRACT, match, SILENCE, model=REPO, max_runtime_minutes=minutes), **how)  # fmt: skip
+add("the Hub never answers", EXPLORE, meet(EXPLORE, "", SILENCE, REPO), seconds=200,
+    says="logits")  # fmt: skip
 
 
 # Time: templates and conversations
@@ -404,75 +393,62 @@ TEMPLATES = {
     "bad syntax and escape codes": "{{ " + ESCAPES + " }}",
     "raises with escape codes": "{{ raise_exception('" + ESCAPES + "') }}",
 }
-for kind, template in TEMPLATES.items():
-    exits = (2, 143) if kind == "loops for ever" else (2,)
-    for script in (EXTRACT, LENGTHS):
-        add(f"a template: {kind}", script,
-            lambda world, script=script, template=template: world.start(
-                script, model=world.teacher(template + OWN)),
-            exits=exits)  # fmt: skip
+CHAT = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]}
+LONG = {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(10**5)]}
 
 
-@attack("a template of the output that loops for ever", EXPLORE, exits=(0, 2))
-def _(world: World) -> Words:
-    world.output()
-    world.write("out/chat_template.jinja", TEMPLATES["loops for ever"] + OWN)
-    return ["out", "--sample", "0"]
+@maker
+def with_template(world: World, script: str, template: str) -> Words:
+    """Run with a teacher whose template does something else first."""
+    return world.start(script, model=world.teacher(template + OWN))
 
 
-def long_chat(count: int) -> dict[str, Any]:
-    """Return a conversation of many messages."""
-    turns = [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(count)]
-    return {"messages": turns}
+@maker
+def of_source(
+    world: World, script: str, *rows: Any, stored: set[int] | None = None, **options: Any
+) -> Words:
+    """Run over rows."""
+    world.rows = stored
+    return world.start(script, dataset=world.chats(*rows), **options)
 
 
 for script in (EXTRACT, LENGTHS):
-    add("a conversation of 100,000 messages", script,
-        lambda world, script=script: world.start(
-            script, dataset=world.chats(long_chat(100_000), long_chat(2))),
-        exits=(0,), check=lambda world: setattr(world, "rows", {1}) or "")  # fmt: skip
+    for kind, template in TEMPLATES.items():
+        add(f"a template: {kind}", script, with_template(script, template),
+            exits=(2, 143) if kind == "loops for ever" else (2,))  # fmt: skip
+    add("a conversation of 100,000 messages", script, of_source(script, LONG, CHAT, stored={1}),
+        exits=(0,))  # fmt: skip
+add("a template of the output that loops for ever", EXPLORE,
+    after(lambda out: (out / "chat_template.jinja").write_text(TEMPLATES["loops for ever"] + OWN),
+          "out", "--sample", "0"), exits=(0, 2))  # fmt: skip
 
 
 # Data: sources
 
-CHAT = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]}
-SOURCES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...]]] = {
-    "JSON 20,000 deep": (['{"messages": ' + DEEP + "}", CHAT], {}, (2,)),
-    "JSON 20,000 deep, a stream": (
-        ['{"messages": ' + DEEP + "}", CHAT], {"streaming": True}, (2,)),
-    "JSON 5,000 deep": (['{"messages": ' + "[" * 5000 + "]" * 5000 + "}", CHAT], {}, (2,)),
-    "objects 5,000 deep": (['{"a": ' * 5000 + "1" + "}" * 5000, CHAT], {}, (2,)),
-    "deep JSON as text in a cell": ([{"messages": "[" * 100_000}, CHAT], {}, (0,)),
+SOURCES: dict[str, tuple[list[Any], dict[str, Any], int]] = {  # rows, options, exit
+    "JSON 20,000 deep": (['{"messages": ' + DEEP + "}", CHAT], {}, 2),
+    "JSON 20,000 deep, a stream": (['{"messages": ' + DEEP + "}", CHAT], {"streaming": True}, 2),
+    "JSON 5,000 deep": (['{"messages": ' + "[" * 5000 + "]" * 5000 + "}", CHAT], {}, 2),
+    "objects 5,000 deep": (['{"a": ' * 5000 + "1" + "}" * 5000, CHAT], {}, 2),
+    "deep JSON as text in a cell": ([{"messages": "[" * 100_000}, CHAT], {}, 0),
     "roles with escape codes": (
-        [{"messages": [{"role": ESCAPES, "content": "a"}, *CHAT["messages"]]}, CHAT], {}, (0,)),
+        [{"messages": [{"role": ESCAPES, "content": "a"}, *CHAT["messages"]]}, CHAT], {}, 0),
     "content with escape codes": (
-        [{"messages": [{"role": "user", "content": ESCAPES}, *CHAT["messages"][1:]]}], {}, (0,)),
-    "columns with escape codes": ([{ESCAPES: "a"}], {}, (2,)),
-    "ids with escape codes": ([{**CHAT, "id": ESCAPES}], {"index_col": "id"}, (2,)),
-    "ids twice": ([{**CHAT, "id": 1}, {**CHAT, "id": 1}], {"index_col": "id"}, (2,)),
-    "ids beyond 32 bits": ([{**CHAT, "id": 2**70}], {"index_col": "id"}, (2,)),
-    "ids that are NaN": (['{"id": NaN, "messages": []}', CHAT], {"index_col": "id"}, (2,)),
-    "a number of 5,000 digits": (['{"messages": ' + "9" * 5000 + "}", CHAT], {}, (2,)),
-    "NUL bytes": (["\0\0\0\0", CHAT], {}, (2,)),
-    "no UTF-8": ([CHAT], {"dataset": "latin"}, (2,)),
+        [{"messages": [{"role": "user", "content": ESCAPES}, *CHAT["messages"][1:]]}], {}, 0),
+    "columns with escape codes": ([{ESCAPES: "a"}], {}, 2),
+    "ids with escape codes": ([{**CHAT, "id": ESCAPES}], {"index_col": "id"}, 2),
+    "ids twice": ([{**CHAT, "id": 1}, {**CHAT, "id": 1}], {"index_col": "id"}, 2),
+    "ids beyond 32 bits": ([{**CHAT, "id": 2**70}], {"index_col": "id"}, 2),
+    "ids that are NaN": (['{"id": NaN, "messages": []}', CHAT], {"index_col": "id"}, 2),
+    "a number of 5,000 digits": (['{"messages": ' + "9" * 5000 + "}", CHAT], {}, 2),
+    "NUL bytes": (["\0\0\0\0", CHAT], {}, 2),
+    "no UTF-8": ([CHAT, '{"a": "\udce9"}'], {}, 2),
     "arguments of templates 3,000 deep": (
-        [{**CHAT, "chat_template_kwargs": '{"a": ' * 3000 + "1" + "}" * 3000}, CHAT], {}, (0,)),
+        [{**CHAT, "chat_template_kwargs": '{"a": ' * 3000 + "1" + "}" * 3000}, CHAT], {}, 0),
 }  # fmt: skip
-
-
-@maker
-def of_source(world: World, script: str, rows: list[Any], options: Mapping[str, Any]) -> Words:
-    """Run over rows."""
-    world.rows = None
-    dataset = world.chats(*rows)
-    if options.get("dataset") == "latin":
-        dataset = world.write("latin.jsonl", json.dumps(CHAT).encode() + b'\n{"a": "\xe9"}\n')
-    return world.start(script, **{**options, "dataset": dataset})
-
-
-for kind, (rows, options, exits) in SOURCES.items():
+for kind, (rows, options, code) in SOURCES.items():
     for script in (EXTRACT, LENGTHS):
-        add(f"a source: {kind}", script, of_source(script, rows, options), exits=exits,
+        add(f"a source: {kind}", script, of_source(script, *rows, **options), exits=(code,),
             short=kind == "JSON 20,000 deep")  # fmt: skip
 
 
@@ -486,21 +462,11 @@ def _(world: World) -> Words:
     return world.extract(dataset="./chats")
 
 
-@attack("a source named by escape codes, HTML and the line of the card", EXTRACT, exits=(0,),
-        check=lambda world: check_card(world))  # fmt: skip
-def _(world: World) -> Words:
-    name = f"{ESCAPES}<img src=x onerror=1>\n# T\n{extract_logits.CARD_LINE}\n---\n|a|b|".replace(
-        "/", ""
-    )
-    return world.extract(dataset=world.chats(CHAT, CHAT, name=name + ".jsonl"), upload_every=1)
-
-
 def check_card(world: World) -> str:
     """Return what is wrong with the card of an output."""
     card = (world.folder / "out" / "README.md").read_text()
-    body = card.split("\n---\n", 1)[1]
     wrong = {
-        "an <img> is in the card": "<img" in body,
+        "an <img> is in the card": "<img" in card.split("\n---\n", 1)[1],
         "a title is in the card": "\n# T" in card,
         "the card's line is there twice": card.count(extract_logits.CARD_LINE) != 1,
         "a control character is in the card": bool(CONTROL.search(card)),
@@ -508,48 +474,50 @@ def check_card(world: World) -> str:
     return "; ".join(name for name, found in wrong.items() if found)
 
 
+@attack("a source named by escape codes, HTML and the line of the card", EXTRACT, exits=(0,),
+        check=check_card)  # fmt: skip
+def _(world: World) -> Words:
+    name = f"{ESCAPES}<img src=x onerror=1>\n# T\n{extract_logits.CARD_LINE}\n---\n|a|b|.jsonl"
+    dataset = world.chats(CHAT, CHAT, name=name.replace("/", ""))
+    return world.extract(dataset=dataset, upload_every=1)
+
+
 # Names and numbers on the command line
 
-NAMES = ["user/..", "user/x--y", "user/x.git", "üser/näme", "user/" + "x" * 120, "user/\udcff",
-         "user/a\nb", f"user/{ESCAPES}"]  # fmt: skip
-for name in NAMES:
-    shown = name.encode("ascii", "backslashreplace").decode()[:24]
-    shown = CONTROL.sub("?", shown.replace("\n", "\\n"))
-    add(f"--output {shown}", EXTRACT,
-        lambda world, name=name: world.hub and world.extract(output=name))  # fmt: skip
-    add(f"--model {shown}", EXTRACT,
-        lambda world, name=name: world.hub and world.extract(model=name))  # fmt: skip
-    add(f"--dataset {shown}", LENGTHS,
-        lambda world, name=name: world.hub and world.lengths(dataset=name))  # fmt: skip
-    add(f"OUTPUT {shown}", EXPLORE, lambda world, name=name: world.hub and [name])
+for name in ("user/..", "user/x--y", "user/x.git", "üser/näme", "user/" + "x" * 120,
+             "user/\udcff", "user/a\nb", f"user/{ESCAPES}"):  # fmt: skip
+    shown = show(name, 24)
+    add(f"--output {shown}", EXTRACT, start(EXTRACT, output=name))
+    add(f"--model {shown}", EXTRACT, start(EXTRACT, model=name))
+    add(f"--dataset {shown}", LENGTHS, start(LENGTHS, dataset=name))
+    add(f"OUTPUT {shown}", EXPLORE, start(EXPLORE, name))
 
 HUGE: dict[str, tuple[object, tuple[int, ...]]] = {
-    **{f"--{name}": (10**30, (0, 2)) for name in ("limit", "upload-every")},
-    "--start-offset": (10**30, (2,)), "--sampled-n": (10**30, (2,)),
-    "--max-seq-len": (10**30, (0, 2)), "--max-batch-tokens": (10**30, (0, 2)),
-    "--seed": (10**30, (2,)), "--world-size": ("9" * 5000, (2,)),
+    **{f"--{name}": (10**30, (0, 2))
+       for name in ("limit", "upload-every", "max-seq-len", "max-batch-tokens")},
+    **{f"--{name}": (10**30, (2,)) for name in ("start-offset", "sampled-n", "seed")},
     **{f"--{name}": ("1e308", (0, 2))
-       for name in ("max-runtime-minutes", "upload-size-mb", "plan-tokens")},
+       for name in ("max-runtime-minutes", "upload-size-mb", "plan --plan-tokens")},
+    "--rank 0 --world-size": ("9" * 5000, (2,)),
     "--template-kwargs": ("[" * 100_000, (2,)),
     "--batch-thresholds": ('{"' + "9" * 5000 + '": 1}', (2,)),
     "--sample-subject": ('{"a": ' * 5000 + "1" + "}" * 5000, (2,)),
     "--device": (f"cuda:{10**30}", (2,)), "--chat-template": ("/dev/zero", (2,)),
 }  # fmt: skip
-for option_name, (value, exits) in HUGE.items():
-    more = ["--rank", 0] if option_name == "--world-size" else []
-    more = ["--plan"] if option_name == "--plan-tokens" else more
-    add(f"{option_name} beyond all measure", EXTRACT,
-        lambda world, words=(option_name, value, *more): world.extract(*words),
-        exits=exits, short=option_name == "--chat-template")  # fmt: skip
+for flags, (value, exits) in HUGE.items():
+    name = flags.split()[-1]
+    add(f"{name} beyond all measure", EXTRACT,
+        start(EXTRACT, *flags.split(), value), exits=exits,
+        short=name == "--chat-template")  # fmt: skip
 for value in ("nan", "inf", "-inf"):
-    for option_name in ("--max-runtime-minutes", "--upload-size-mb", "--top-p", "--plan-rate"):
-        add(f"{option_name} {value}", EXTRACT,
-            lambda world, o=option_name, v=value: world.extract(o, v), exits=(2,))  # fmt: skip
+    for name in ("--max-runtime-minutes", "--upload-size-mb", "--top-p", "--plan-rate"):
+        add(f"{name} {value}", EXTRACT, start(EXTRACT, name, value))
 
 
 # What the output holds
 
-CHECKPOINTS: dict[str, bytes | int] = {
+SETTINGS, CHECKPOINT = "extraction_config.json", "checkpoint.json"
+CHECKPOINTS: dict[str, bytes | int] = {  # an int: a hole of that size
     "200,000 brackets": b"[" * 200_000,
     "nothing": b"",
     "null": b"null",
@@ -565,39 +533,33 @@ CHECKPOINTS: dict[str, bytes | int] = {
 
 
 @maker
-def with_file(world: World, path: str, content: bytes | int) -> Words:
-    """Continue an output in which a file is another; an int: a hole of that size."""
-    place = world.output() / path
-    place.unlink(missing_ok=True)
-    with place.open("wb") as file:
+def put(folder: Path, path: str, content: bytes | int) -> None:
+    """Write a file anew; an int: a hole of that size."""
+    (folder / path).unlink(missing_ok=True)
+    with (folder / path).open("wb") as file:
         file.write(content) if isinstance(content, bytes) else file.truncate(content)
-    return world.resume()
 
 
 @maker
-def spoil(world: World, path: str, section: str, name: str, value: Any) -> Words:
-    """Continue an output of which a JSON file says something else."""
-    place = world.output() / path
-    content = json.loads(place.read_text())
+def tell(folder: Path, path: str, section: str, name: str, value: Any) -> None:
+    """Let a JSON file say something else."""
+    content = json.loads((folder / path).read_text())
     (content[section] if section else content)[name] = value
-    place.write_text(json.dumps(content))
-    return world.resume()
+    (folder / path).write_text(json.dumps(content))
 
 
 for kind, content in CHECKPOINTS.items():
-    add(f"a checkpoint: {kind}", EXTRACT, with_file("checkpoint.json", content),
+    add(f"a checkpoint: {kind}", EXTRACT, after(put(CHECKPOINT, content)),
         exits=(0, 2) if kind == "3 GB" else (0,))  # fmt: skip
     if kind in ("200,000 brackets", "parts of wrong types", "60 MB of objects"):
-        add(f"a checkpoint: {kind}", EXPLORE,
-            lambda world, content=content: (
-                with_file("checkpoint.json", content)(world) and ["out", "--validate"]),
+        add(f"a checkpoint: {kind}", EXPLORE, after(put(CHECKPOINT, content), "out", "--validate"),
             exits=(0, 3, 1, 2))  # fmt: skip
 for column, value in {
     "rows": [float("nan"), float("inf")], "mass": [float("nan"), "x"], "ids": [None, DEEP],
     "bytes": [-1, True],
 }.items():  # fmt: skip
     add(f"a checkpoint whose {column} is absurd", EXTRACT,
-        spoil("checkpoint.json", "parts", column, value), exits=(0,))  # fmt: skip
+        after(tell(CHECKPOINT, "parts", column, value)), exits=(0,))  # fmt: skip
 
 SETTINGS_FAULTS: dict[str, list[Any]] = {
     "rows_per_part": ["x", 0, -1, 10**30, 1.5, True, [2]], "template_date": [5], "numerics": [3],
@@ -607,31 +569,27 @@ SETTINGS_FAULTS: dict[str, list[Any]] = {
 }  # fmt: skip
 for setting, values in SETTINGS_FAULTS.items():
     for value in values:
-        add(f"settings: {setting} is {value!r}", EXTRACT,
-            spoil("extraction_config.json", "", setting, value), exits=(0, 2))  # fmt: skip
-OPTION_FAULTS: dict[str, Any] = {
-    "a list": [], "types": {"model": 5, "dataset": [1], "limit": "x"},
-    "a limit of text": {"model": str(TEACHER), "dataset": str(CHATS), "limit": "4"},
-    "thresholds of text": {"model": str(TEACHER), "dataset": str(CHATS), "batch_thresholds": "x"},
+        add(f"settings: {setting} is {value!r}", EXTRACT, after(tell(SETTINGS, "", setting, value)),
+            exits=(0, 2))  # fmt: skip
+SAID = {"model": str(TEACHER), "dataset": str(CHATS)}
+for kind, value in {
+    "a list": [],
+    "types": {"model": 5, "dataset": [1], "limit": "x"},
+    "a limit of text": {**SAID, "limit": "4"},
+    "thresholds of text": {**SAID, "batch_thresholds": "x"},
     "escape codes": {"model": ESCAPES, "dataset": ESCAPES},
-    "places of the machine": {"model": str(TEACHER), "dataset": str(CHATS), "cache_dir": "/etc/x"},
-    "code of strangers": {"model": str(TEACHER), "dataset": str(CHATS), "trust_remote_code": True},
-}  # fmt: skip
-for kind, value in OPTION_FAULTS.items():
+    "places of the machine": {**SAID, "cache_dir": "/etc/x"},
+    "code of strangers": {**SAID, "trust_remote_code": True},
+}.items():
+    words = ("--output", "./out", "--resume", "--cache-dir", "cache")
     add(f"settings: options are {kind}", EXTRACT,
-        lambda world, value=value: (
-            spoil("extraction_config.json", "", "options", value)(world) and
-            ["--output", "./out", "--resume", "--cache-dir", "cache"]),
-        exits=(0, 2))  # fmt: skip
+        after(tell(SETTINGS, "", "options", value), *words), exits=(0, 2))  # fmt: skip
 for kind, content in {
     "brackets": b"[" * 200_000, "null": b"null", "no UTF-8": b"\xff", "3 GB": 3 * 2**30,
     "a number of 5,000 digits": b'{"limit": ' + b"9" * 5000 + b"}",
 }.items():  # fmt: skip
-    add(f"settings: {kind}", EXTRACT, with_file("extraction_config.json", content),
-        says="extraction_config.json")  # fmt: skip
-    add(f"settings: {kind}", EXPLORE,
-        lambda world, content=content: with_file("extraction_config.json", content)(world)
-        and ["out", "--stats"], exits=(0, 2))  # fmt: skip
+    add(f"settings: {kind}", EXTRACT, after(put(SETTINGS, content)), says=SETTINGS)
+    add(f"settings: {kind}", EXPLORE, after(put(SETTINGS, content), "out", "--stats"), exits=(0, 2))
 
 CARDS: dict[str, bytes | int] = {
     "YAML 50,000 deep": b"---\na: " + b"[" * 50_000 + b"\n---\n",
@@ -646,27 +604,17 @@ CARDS: dict[str, bytes | int] = {
     "30 MB": b"x\n" * 15_000_000,
     "3 GB": 3 * 2**30,
 }  # fmt: skip
-
-
-@maker
-def with_card(world: World, content: bytes | int) -> Words:
-    """Raise the limit of an output that has another card."""
-    words = with_file("README.md", content)(world)
-    world.rows = set(range(5))
-    return [*words, "--limit", 5]
-
-
 for kind, content in CARDS.items():
-    add(f"a card: {kind}", EXTRACT, with_card(content), exits=(0, 4) if kind == "3 GB" else (0,))
+    add(f"a card: {kind}", EXTRACT, after(put("README.md", content), limit=5),
+        exits=(0, 4) if kind == "3 GB" else (0,))  # fmt: skip
 
 
 @maker
-def without_checkpoint(world: World, change: Callable[[bytes], bytes]) -> Words:
-    """Continue an output without a checkpoint and with a part that is another."""
-    (world.output() / "checkpoint.json").unlink()
-    path = world.folder / "out" / "data" / "part-00000.parquet"
+def reshard(folder: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change a part that no checkpoint knows."""
+    (folder / "checkpoint.json").unlink()
+    path = folder / "data" / "part-00000.parquet"
     path.write_bytes(change(path.read_bytes()))
-    return world.resume()
 
 
 @maker
@@ -691,41 +639,40 @@ FOOTERS: dict[str, Callable[[bytes], bytes]] = {
     "says skipped rows of wrong types": with_metadata(b'{"number": 0, "skipped": 5}'),
 }
 for kind, change in FOOTERS.items():
-    add(f"a part that {kind}", EXTRACT, without_checkpoint(change), exits=(0,))
-    add(f"a part that {kind}", EXPLORE,
-        lambda world, change=change: without_checkpoint(change)(world) and ["out", "--validate"],
+    add(f"a part that {kind}", EXTRACT, after(reshard(change)), exits=(0,))
+    add(f"a part that {kind}", EXPLORE, after(reshard(change), "out", "--validate"),
         exits=(0, 1, 2, 3))  # fmt: skip
 
 
-def bomb(world: World, rows: int = 64, size: int = 64 * 2**20) -> Words:
+@maker
+def bomb(world: World, flag: str) -> Words:
     """Write rows that point at one large value of a dictionary."""
     write_parts(world.folder / "out")
     path = world.folder / "out" / "data" / "part-00000.parquet"
-    table = pa.concat_tables([pq.read_table(path).slice(0, 1)] * rows)
+    table = pa.concat_tables([pq.read_table(path).slice(0, 1)] * 64)
     at, name = table.schema.get_field_index("top_indices_high"), "top_indices_high"
-    large = pa.array([b"\0" * size], pa.binary())
-    table = table.set_column(at, name, pa.DictionaryArray.from_arrays([0] * rows, large))
+    large = pa.array([b"\0" * 64 * 2**20], pa.binary())
+    table = table.set_column(at, name, pa.DictionaryArray.from_arrays([0] * 64, large))
     pq.write_table(table, path, use_dictionary=[name], compression="zstd", store_schema=False,
                    dictionary_pagesize_limit=2**30)  # fmt: skip
-    return ["out"]
+    return ["out", flag]
 
 
 for flag in ("--stats", "--validate", "--sample=0"):
-    add(f"a part of few bytes that decodes to 4 GB, {flag}", EXPLORE,
-        lambda world, flag=flag: [*bomb(world), flag], exits=(0, 1, 2, 3))  # fmt: skip
+    add(f"a part of few bytes that decodes to 4 GB, {flag}", EXPLORE, bomb(flag),
+        exits=(0, 1, 2, 3))  # fmt: skip
 
 
 # What the cache holds
 
 
 @maker
-def with_cache(world: World, change: Callable[[Path], None], *, ends: str = "backup") -> Words:
+def with_cache(world: World, change: Callable[[Path], Any], name: str) -> Words:
     """Continue a job of which a part waits in the cache, changed by hand."""
     out = world.output()
     world.held = {2, 3}
     cache = world.folder / "cache" / extract_logits.cache_key(str(out))
     (cache / "pending").mkdir(parents=True)
-    name = {"backup": "backup_part", "part": "part", "pending": "pending/pending"}[ends]
     path = cache / f"{name}-00000.parquet"
     shutil.move(out / "data" / "part-00000.parquet", path)
     extract_logits.digest_path(path).write_text(extract_logits.digest_file(path))
@@ -742,39 +689,35 @@ def damage_pages(path: Path) -> None:
 
 
 @maker
-def replace_by(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-@maker
 def link_to(path: Path, target: str) -> None:
+    """Put a link in the place of a file."""
     path.unlink()
     path.symlink_to(target)
 
 
-CACHE_FAULTS: dict[str, Callable[[Path], None]] = {
+CACHED = {"backup": "backup_part", "part": "part", "pending": "pending/pending"}
+CACHE_FAULTS: dict[str, Callable[[Path], Any]] = {
     "has damaged pages": damage_pages,
-    "is empty": replace_by(b""),
-    "is noise": replace_by(b"PAR1" + b"\x9b" * 5000 + b"PAR1"),
-    "has no digest": lambda path: path.with_name(f"{path.name}.sha256").unlink(),
+    "is empty": lambda path: path.write_bytes(b""),
+    "is noise": lambda path: path.write_bytes(b"PAR1" + b"\x9b" * 5000 + b"PAR1"),
+    "has no digest": lambda path: extract_logits.digest_path(path).unlink(),
     "has a digest of noise": lambda path: (
-        path.with_name(f"{path.name}.sha256").write_bytes(b"\xff\xfe\xfd"), None)[1],
-    "is a folder": lambda path: (path.unlink(), path.mkdir())[1],
+        extract_logits.digest_path(path).write_bytes(b"\xff\xfe\xfd")),
+    "is a folder": lambda path: (path.unlink(), path.mkdir()),
     "is a link to nothing": link_to("nowhere"),
     "is a link to itself": link_to("backup_part-00000.parquet"),
     "is a link to /dev/zero": link_to("/dev/zero"),
 }  # fmt: skip
 for kind, damage in CACHE_FAULTS.items():
-    for ends in ("backup", "part", "pending"):
+    for ends, name in CACHED.items():
         if ends == "backup" or kind in ("has damaged pages", "is noise"):
-            add(f"a {ends} in the cache that {kind}", EXTRACT, with_cache(damage, ends=ends),
-                exits=(0,))  # fmt: skip
+            add(f"a {ends} in the cache that {kind}", EXTRACT, with_cache(damage, name), exits=(0,))
 
 
 # The machine
 
 
-def kill_child(world: World, process: subprocess.Popen[bytes]) -> None:
+def kill_child(world: World, process: Process) -> None:
     """Kill a process that the run has started, as the system does for want of memory."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
@@ -787,49 +730,45 @@ def kill_child(world: World, process: subprocess.Popen[bytes]) -> None:
                 os.kill(int(child), signal.SIGKILL)
 
 
-@attack("a process that tokenizes is killed", EXTRACT, exits=(4,), during=kill_child,
-        says="memory")  # fmt: skip
-def _(world: World) -> Words:
-    world.rows = None
-    return world.extract(dataset=world.chats(*[CHAT] * 6000), limit=6000, upload_every=50)
+add("a process that tokenizes is killed", EXTRACT,
+    of_source(EXTRACT, *[CHAT] * 6000, limit=6000, upload_every=50), exits=(4,), during=kill_child,
+    says="memory")  # fmt: skip
 
 
 @maker
-def remove_during(world: World, process: subprocess.Popen[bytes], name: str, sign: str) -> None:
+def remove_during(world: World, process: Process, name: str, sign: str) -> None:
     """Remove a folder again and again, once there is a sign of work."""
     wait_for(lambda: next(world.folder.glob(sign), None), process)
-    while is_running(process):
+    while process.returncode is None:
         shutil.rmtree(world.folder / name, ignore_errors=True)
         time.sleep(0.1)
 
 
-def many_parts(world: World) -> Words:
-    """Return the options of a run that takes a while."""
-    world.rows = None
-    dataset = world.chats(*[CHAT] * 300)
-    return world.extract(dataset=dataset, limit=300, upload_every=3, max_batch_size=1)
-
-
 # What was committed and is gone before it is looked for is looked for two minutes, a commit.
 for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*"), ("cache", "out/data/*")):
-    add(f"{name} is removed again and again, once there is {sign}", EXTRACT, many_parts,
+    add(f"{name} is removed again and again, once there is {sign}", EXTRACT,
+        of_source(EXTRACT, *[CHAT] * 300, limit=300, upload_every=3, max_batch_size=1),
         exits=(0, 2, 4), during=remove_during(name, sign), seconds=600.0)  # fmt: skip
 
-for option_name in ("output", "cache_dir"):
+
+@maker
+def at_place(world: World, option: str, place: str) -> Words:
+    """Write to a place that is none."""
+    (world.folder / "ring").symlink_to("ring")
+    local = option == "cache_dir" or place[0] in "/.~"
+    return world.extract(**{option: place if local else f"./{place}"})
+
+
+for option, exits in {"output": (2, 4), "cache_dir": (0, 2, 4)}.items():
     for place in ("/proc/here", "/dev/null/here", "/dev/full", "ring/here", "a" * 300, "./\udcff",
                   "~nobody-has-this/x"):  # fmt: skip
-        shown = place.encode("ascii", "backslashreplace").decode()[:16]
-        add(f"--{option_name} {shown}", EXTRACT,
-            lambda world, o=option_name, place=place: (
-                (world.folder / "ring").symlink_to("ring") or world.extract(
-                    **{o: place if o == "cache_dir" or place[0] in "/.~" else f"./{place}"})),
-            exits=(0, 2, 4) if option_name == "cache_dir" else (2, 4))  # fmt: skip
+        add(f"--{option} {show(place, 16)}", EXTRACT, at_place(option, place), exits=exits)
 
 
 @attack("files may have 20 kB (the disk is full)", EXTRACT, exits=(4,), says="make room",
         resumes=True)  # fmt: skip
 def _(world: World) -> Words:
-    world.env["ATTACK_FSIZE"] = "20000"
+    world.file_bytes = 20_000
     return world.extract(streaming=True)
 
 
@@ -844,16 +783,17 @@ threading.Thread.start = refuse
 """
 
 
+@maker
 def no_threads(world: World, *, after: int) -> Words:
     """Let the start of a thread fail, as with too low a limit of processes."""
     world.write("site/sitecustomize.py", NO_THREADS.format(after))
     world.env["PYTHONPATH"] = str(world.folder / "site")
-    return world.extract(output="./out")
+    return world.extract()
 
 
-for after, name in enumerate(("no thread is to be had", "no thread is to be had after the fifth")):
-    add(name, EXTRACT, lambda world, after=5 * after: no_threads(world, after=after),
-        exits=(2, 4), resumes=True)  # fmt: skip
+for count, when in {0: "", 5: " after the fifth"}.items():
+    add(f"no thread is to be had{when}", EXTRACT, no_threads(after=count), exits=(2, 4),
+        resumes=True)  # fmt: skip
 
 
 # Answers of strange size
@@ -863,22 +803,9 @@ BLOCK = 2**20
 
 def gzip_bomb(size: int) -> bytes:
     """Return few bytes of gzip that decode to many blanks."""
-    import zlib
-
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = packer.compress(b" " * BLOCK) + packer.flush(zlib.Z_FULL_FLUSH)
     return b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + block * (size // BLOCK)
-
-
-@maker
-def published(
-    world: World, script: str, request: str, *, deadline: float = 0.6, **fault: Any
-) -> Words:
-    """Read or continue an output on a Hub on which a request meets a fault."""
-    world.publish(world.output())
-    world.fault(request, **fault)
-    words = world.resume(output=REPO, max_runtime_minutes=deadline)
-    return words if script == EXTRACT else [REPO]
 
 
 GZIP = {"text": gzip_bomb(2 * 2**30), "headers": {"Content-Encoding": "gzip"}}
@@ -887,44 +814,32 @@ for script in (EXTRACT, EXPLORE):
         "repo info": rf"GET /api/datasets/{REPO}", "listing": "GET .*/tree/",
         "checkpoint": "GET .*/checkpoint.json", "settings": "GET .*/extraction_config.json",
     }.items():  # fmt: skip
-        add(f"an answer of 2 GB in gzip: {step}", script, published(script, line, **GZIP),
+        add(f"an answer of 2 GB in gzip: {step}", script, from_hub(script, line, **GZIP),
             exits=(0, 2, 4, 75), short=(script, step) == (EXPLORE, "settings"))  # fmt: skip
     for kind, text in NONSENSE.items():
         add(f"the Hub answers {kind} to every question", script,
-            published(script, "GET", text=text, deadline=0.3),
+            from_hub(script, "GET", text=text, deadline=0.3),
             exits=(2, 4, 75) if script == EXTRACT else (2,),
             short=(script, kind) == (EXPLORE, "deep brackets"))  # fmt: skip
 add("a listing of 2 GB", EXTRACT,
-    published(EXTRACT, "GET .*/tree/", text=b" " * BLOCK, times=2048),
-    exits=(2, 4, 75))  # fmt: skip
+    from_hub(EXTRACT, "GET .*/tree/", text=b" " * BLOCK, times=2048), exits=(2, 4, 75))  # fmt: skip
 add("an answer that is cut", EXTRACT,
-    published(EXTRACT, "GET .*/tree/", deadline=0.3, drop="body", drop_after=10),
+    from_hub(EXTRACT, "GET .*/tree/", deadline=0.3, drop="body", drop_after=10),
     exits=(4, 75))  # fmt: skip
 
 
 # Secrets
 
-ECHO = f"Authorization: Bearer {' '.join(SECRETS)}\r\n{ESCAPES}"
 for status in (400, 401, 403, 404, 500):
-    add(f"HTTP {status} echoes the token", EXPLORE,
-        lambda world, status=status: world.fault("", status=status, message=ECHO) or [REPO],
+    echo = {"status": status, "message": ECHO}
+    add(f"HTTP {status} echoes the token", EXPLORE, meet(EXPLORE, "", echo, REPO),
         seconds=120, short=status == 403)  # fmt: skip
     add(f"HTTP {status} echoes the token to the model", LENGTHS,
-        lambda world, status=status: (
-            world.fault("", status=status, message=ECHO) or world.lengths(model="tester/thing")),
-        seconds=120)  # fmt: skip
-    if status != 500:
-        add(f"HTTP {status} echoes the token", EXTRACT,
-            into_new("/api/(datasets|repos)", status=status, message=ECHO), exits=(4,))  # fmt: skip
-for step in ("create", "preupload", "LFS batch", "LFS upload", "commit"):
-    add(f"HTTP 403 echoes the token: {step}", EXTRACT,
-        into_new(OUTPUT_REQUESTS[step], status=403, message=ECHO,
-                 deadline=0.5 if step == "LFS upload" else None),
-        exits=(4, 75), resumes=step == "commit")  # fmt: skip
+        meet(LENGTHS, "", echo, model="tester/thing"), seconds=120)  # fmt: skip
 
 
 @maker
-def with_token(world: World, ending: str, script: str) -> Words:
+def with_token(world: World, script: str, ending: str) -> Words:
     """Meet a Hub with a token that goes on strangely."""
     world.hub.tokens = {}
     world.env["HF_TOKEN"] = TOKEN + ending
@@ -933,23 +848,22 @@ def with_token(world: World, ending: str, script: str) -> Words:
 
 ENDINGS = {"a line's end": "\nX", "an umlaut": "äX", "an escape code": "\x1b[31m"}
 for kind, ending in ENDINGS.items():
-    for script, exits in ((EXTRACT, (2, 4)), (EXPLORE, (2,))):
-        add(f"the token has {kind}", script, with_token(ending, script), exits=exits)
+    add(f"the token has {kind}", EXTRACT, with_token(EXTRACT, ending), exits=(2, 4))
+    add(f"the token has {kind}", EXPLORE, with_token(EXPLORE, ending))
 
 
 @attack("the Hub's client logs everything", EXTRACT, exits=(0,))
 def _(world: World) -> Words:
     world.hub.store.create("dataset", REPO, private=False)
-    world.env |= {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "DATASETS_VERBOSITY": "debug",
-                  "TRANSFORMERS_VERBOSITY": "debug"}  # fmt: skip
+    names = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+    world.env |= {"HF_DEBUG": "1", **dict.fromkeys(names, "debug")}
     return world.extract(output=REPO)
 
 
 @attack("a proxy with a password is not there", EXTRACT, exits=(4, 75))
 def _(world: World) -> Words:
-    world.env["HF_HUB_OFFLINE"] = "0"
     proxy = f"http://me:{TOKEN}@127.0.0.1:9"
-    world.env |= {"HTTPS_PROXY": proxy, "HF_ENDPOINT": "https://hub.test"}
+    world.env |= {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": proxy, "HF_ENDPOINT": "https://hub.test"}
     return world.extract(output=REPO, max_runtime_minutes=0.3)
 
 
@@ -997,19 +911,12 @@ class Verdict:
 
     attack: Attack
     ended: Ended
-    wrong: list[str] = field(default_factory=list)
-
-
-def limit_process(file_bytes: int | None) -> None:
-    """Limit what a process may take; in the child."""
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
-    if file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    wrong: list[str]
 
 
 def run(
     world: World, script: str, argv: Words, killed_after_s: float,
-    during: Callable[[World, subprocess.Popen[bytes]], None] | None = None,
+    during: Callable[[World, Process], None] | None = None,
 ) -> Ended:  # fmt: skip
     """Run a script to its end, or kill it; measure its time and its peak of memory."""
     env = {
@@ -1017,27 +924,26 @@ def run(
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(world.folder / "home"), "HF_TOKEN": TOKEN, **world.env,
     }  # fmt: skip
-    size = env.pop("ATTACK_FSIZE", None)
-    words = [os.fsencode(str(word)) for word in (ROOT / script, *argv)]
-    begun = time.monotonic()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (world.file_bytes, world.file_bytes))
+
+    words = [sys.executable, *(os.fsencode(str(word)) for word in (ROOT / script, *argv))]
+    begun, peak, killed = time.monotonic(), 0, False
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
-            [sys.executable, *words], stdout=out, stderr=err, cwd=world.folder, env=env,
-            start_new_session=True, stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: limit_process(int(size) if size else None),
+            words, stdout=out, stderr=err, cwd=world.folder, env=env, start_new_session=True,
+            stdin=subprocess.DEVNULL, preexec_fn=limit,
         )  # fmt: skip
         actor = threading.Thread(target=during or (lambda *_: None), args=(world, process))
         actor.start()
-        killer = threading.Timer(killed_after_s, os.killpg, (process.pid, signal.SIGKILL))
-        killer.start()
-        peak_kb = 0
-        while not (ended := os.waitpid(process.pid, os.WNOHANG))[0]:
-            peak_kb = read_peak_kb(process.pid) or peak_kb  # the last is of the script alone
+        while process.poll() is None:
+            peak = peak_bytes(process.pid) or peak
+            if killed := time.monotonic() - begun > killed_after_s:
+                process.kill()
             time.sleep(0.02)
-        status = ended[1]
         seconds = time.monotonic() - begun
-        killer.cancel()
-        process.returncode = code = os.waitstatus_to_exitcode(status)
         actor.join()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
@@ -1045,57 +951,40 @@ def run(
         for file in (out, err):
             file.seek(0)
             texts.append(file.read(50 * 2**20).decode(errors="surrogateescape"))
-    killed = code == -signal.SIGKILL and seconds >= killed_after_s - 1
-    return Ended(None if killed else code, *texts, seconds, peak_kb / 1024)
-
-
-def read_peak_kb(pid: int) -> int:
-    """Return the peak of a process's memory; `ru_maxrss` would count this one's before the exec."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) if found else 0
-    return 0
+    return Ended(None if killed else process.returncode, *texts, seconds, peak / 2**20)
 
 
 def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
     """Return what is wrong with the end of a run."""
-    said = ended.stdout + ended.stderr
-    wrong = []
-    if ended.code is None:
-        wrong.append("did not end")
-    elif ended.code not in attack.exits:
-        wrong.append(f"exit {ended.code}, not {'/'.join(map(str, attack.exits))}")
-    if "Traceback (most recent call last)" in said and not attack.traces:
-        wrong.append("a traceback")
-    if found := CONTROL.search(said):
-        wrong.append(f"a raw {found[0]!r} on the terminal")
-    if found := find_secret(world, said):
-        wrong.append(f"the token in {found}")
-    if (ended.code or 0) > 0 and not said.strip():
-        wrong.append("says nothing")
-    if attack.says and not re.search(attack.says, ended.last_line):
-        wrong.append(f"does not say {attack.says!r}")
-    if attack.script == EXTRACT and (lacking := find_lacking(ended)):
-        wrong.append(f"the last line lacks {', '.join(sorted(lacking))}")
-    if ended.seconds > attack.seconds * world.slack:
-        wrong.append(f"{ended.seconds:.0f} s")
-    if ended.peak_mb > attack.peak_mb:
-        wrong.append(f"{ended.peak_mb:.0f} MB")
-    return wrong + judge_rows(world, ended.code)
+    said, code = ended.stdout + ended.stderr, ended.code
+    control, secret = CONTROL.search(said), find_secret(world, said)
+    lacking = find_lacking(ended) if attack.script == EXTRACT else set()
+    wrong = {
+        "did not end": code is None,
+        f"exit {code}, not {'/'.join(map(str, attack.exits))}": code not in (None, *attack.exits),
+        "a traceback": "Traceback (most recent call last)" in said and not attack.traces,
+        f"a raw {control and control[0]!r} on the terminal": control,
+        f"the token in {secret}": secret,
+        "says nothing": (code or 0) > 0 and not said.strip(),
+        f"does not say {attack.says!r}": not re.search(attack.says, ended.last_line),
+        f"the last line lacks {', '.join(sorted(lacking))}": lacking,
+        f"{ended.seconds:.0f} s": ended.seconds > attack.seconds * world.slack,
+        f"{ended.peak_mb:.0f} MB": ended.peak_mb > PEAK_MB,
+    }
+    return [words for words, found in wrong.items() if found] + judge_rows(world, code)
 
 
-SAID = {"rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second", "output"}
+SUMMARY = {"rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second", "output"}
 
 
 def find_lacking(ended: Ended) -> set[str]:
     """Return what the last line of an extraction does not tell; a refused one tells nothing."""
-    lines = ended.stdout.splitlines()
     if ended.code in (None, 2, -signal.SIGKILL):
         return set()
     with contextlib.suppress(ValueError):
-        last = json.loads(lines[-1] if lines else "{}")
-        return set() if "plan" in last else SAID - last.keys()
-    return SAID
+        last = json.loads((ended.stdout.splitlines() or ["{}"])[-1])
+        return set() if "plan" in last else SUMMARY - last.keys()
+    return SUMMARY
 
 
 def judge_rows(world: World, code: int | None) -> list[str]:
@@ -1104,15 +993,14 @@ def judge_rows(world: World, code: int | None) -> list[str]:
     if world.before is not None:
         return [] if stored == world.before else ["another script changed the rows"]
     counts = Counter(stored)
-    wrong = []
-    if lost := world.held - counts.keys():
-        wrong.append(f"rows lost: {sorted(lost)}")
-    if twice := [index for index, count in counts.items() if count > 1]:
-        wrong.append(f"rows twice: {sorted(twice)}")
+    lost, twice = world.held - counts.keys(), [i for i, count in counts.items() if count > 1]
     complete = world.rows if code == 0 and "--output" in map(str, world.argv) else None
-    if complete is not None and counts.keys() != complete:
-        wrong.append(f"rows {sorted(counts)}, not {sorted(complete)}")
-    return wrong
+    wrong = {
+        f"rows lost: {sorted(lost)}": lost,
+        f"rows twice: {sorted(twice)}": twice,
+        f"rows {sorted(counts)}, not all": complete is not None and counts.keys() != complete,
+    }
+    return [words for words, found in wrong.items() if found]
 
 
 def find_secret(world: World, said: str) -> str:
@@ -1129,60 +1017,52 @@ def find_secret(world: World, said: str) -> str:
 
 def make_output(folder: Path) -> Path:
     """Extract conversations 0..3 in two parts, in peace."""
-    world = World(folder / "ready", folder / "none", 0)
+    world = World(folder / "ready", folder / "none")
     words = world.extract(limit=4, upload_every=2, store_tokens=True)
     ended = run(world, EXTRACT, words, 300.0)
     assert ended.code == 0, ended.stderr
     return world.folder / "out"
 
 
-def run_attack(attack: Attack, folder: Path, ready: Path, seed: int, slack: float = 1.0) -> Verdict:
+def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) -> Verdict:
     """Run an attack, and a calm run after it where it says so."""
-    world = World(folder, ready, seed, slack)
+    world = World(folder, ready, slack)
     try:
         world.argv = attack.prepare(world)
         world.before = None if attack.script == EXTRACT else world.stored()
         limit_s = max(KILLED_AFTER_S, attack.seconds) * slack
         ended = run(world, attack.script, world.argv, limit_s, attack.during)
-        verdict = Verdict(attack, ended)
-        more = attack.check(world) if attack.check else ""
-        verdict.wrong = judge(attack, world, ended) + ([more] if more else [])
-        if "hub" in world.__dict__ and world.hub.faults and not world.hub.faults_met:
-            verdict.wrong.append("the Hub was never asked")
+        wrong = judge(attack, world, ended)
+        if attack.check and (more := attack.check(world)):
+            wrong.append(more)
+        if world.has_hub and world.hub.faults and not world.hub.faults_met:
+            wrong.append("the Hub was never asked")
         if attack.resumes:
-            calm = resume_calmly(world, attack)
+            calm = resume_calmly(world)
             if calm.code != 0:
-                verdict.wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
-            verdict.wrong += judge_rows(world, calm.code)
-        return verdict
+                wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
+            wrong += judge_rows(world, calm.code)
+        return Verdict(attack, ended, wrong)
     finally:
         world.close()
 
 
-def resume_calmly(world: World, attack: Attack) -> Ended:
-    """Run the same command with --resume in a world without faults."""
-    if "hub" in world.__dict__:
+def resume_calmly(world: World) -> Ended:
+    """Run an extraction again with --resume, in a world without faults."""
+    if world.has_hub:
         world.hub.clear()
-    world.env.pop("ATTACK_FSIZE", None)
+    world.file_bytes = -1
     world.env.pop("PYTHONPATH", None)
-    words = list(world.argv)
-    if "--max-runtime-minutes" in words:
-        at = words.index("--max-runtime-minutes")
-        del words[at : at + 2]
-    if "--resume" not in words:
-        words.append("--resume")
-    return run(world, attack.script, words, 300.0)
+    return run(world, EXTRACT, [*world.argv, "--resume", "--max-runtime-minutes", 60], 300.0)
 
 
-def run_all(
-    attacks: Sequence[Attack], folder: Path, seed: int, jobs: int, slack: float
-) -> Iterator[Verdict]:
+def run_all(attacks: Sequence[Attack], folder: Path, jobs: int, slack: float) -> Iterator[Verdict]:
     """Run attacks, some at a time, and yield how they ended."""
     ready = make_output(folder)
 
     def work(number: int) -> Verdict:
         place = folder / f"{number:03d}"
-        verdict = run_attack(attacks[number], place, ready, seed + number, slack)
+        verdict = run_attack(attacks[number], place, ready, slack)
         if not verdict.wrong:
             shutil.rmtree(place, ignore_errors=True)
         return verdict
@@ -1192,58 +1072,40 @@ def run_all(
             yield done.result()
 
 
-def show(text: str, width: int) -> str:
-    """Return text that fits a cell of the table."""
-    text = CONTROL.sub("?", text.replace("\n", " ")).encode(errors="backslashreplace").decode()
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def main() -> int:
     """Print a table and a line of JSON; 1 when an attack ended as it must not."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--only", default="", help="attacks whose script and name match this")
     parser.add_argument("--list", action="store_true", help="print their names and stop")
-    parser.add_argument("--short", action="store_true", help="those that belong to the tests")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="attacks at the same time")
     parser.add_argument("--slack", type=float, default=1.0, help="times the seconds allowed")
-    parser.add_argument("--keep", type=Path, help="work in this folder, leave what failed there")
     options = parser.parse_args()
     chosen = [one for one in ATTACKS if re.search(options.only, f"{one.script} {one.name}")]
-    chosen = [one for one in chosen if one.short or not options.short]
     if options.list:
-        for one in chosen:
-            print(f"{one.script:18} {show(one.name, 80)}")
+        print(*(f"{one.script:18} {show(one.name, 80)}" for one in chosen), sep="\n")
         return 0
-    folder = (options.keep or Path(tempfile.mkdtemp(prefix="attacks-"))).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    verdicts = []
-    print(f"{'attack':60} {'script':8} {'exit':>4} {'s':>5} {'MB':>5}  last line")
-    for verdict in run_all(chosen, folder, options.seed, options.jobs, options.slack):
+    folder, verdicts = Path(tempfile.mkdtemp(prefix="attacks-")), []
+    print_head("attack", "script", "exit", "s", "MB", "last line")
+    for verdict in run_all(chosen, folder, options.jobs, options.slack):
         verdicts.append(verdict)
         one, ended = verdict.attack, verdict.ended
         code = "-" if ended.code is None else ended.code
-        cells = f"{show(one.name, 60):60} {one.script.split('_')[0]:8} {code:>4}"
-        figures = f"{ended.seconds:5.1f} {ended.peak_mb:5.0f}"
-        print(f"{cells} {figures}  {show(ended.last_line, 110)}", flush=True)
+        print_row(show(one.name, 60), one.script.split("_")[0], code, f"{ended.seconds:.1f}",
+                  f"{ended.peak_mb:.0f}", show(ended.last_line, 110))  # fmt: skip
         for wrong in verdict.wrong:
             print(f"    WRONG {show(wrong, 200)}", flush=True)
-    if not options.keep:
+    wrong = [f"{v.attack.script}: {v.attack.name}" for v in verdicts if v.wrong]
+    if wrong:
+        print(f"left for a look: {folder}")
+    else:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(summarize(verdicts)))
-    return int(any(verdict.wrong for verdict in verdicts))
-
-
-def summarize(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return the figures of all attacks."""
-    codes = Counter(str(verdict.ended.code) for verdict in verdicts)
-    return {
-        "attacks": len(verdicts),
-        "wrong": [f"{v.attack.script}: {v.attack.name}" for v in verdicts if v.wrong],
-        "exits": dict(sorted(codes.items())),
+    codes = Counter(str(v.ended.code) for v in verdicts)
+    print(json.dumps({
+        "attacks": len(verdicts), "wrong": wrong, "exits": dict(sorted(codes.items())),
         "most_seconds": round(max((v.ended.seconds for v in verdicts), default=0.0), 1),
         "most_mb": round(max((v.ended.peak_mb for v in verdicts), default=0.0)),
-    }
+    }))  # fmt: skip
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

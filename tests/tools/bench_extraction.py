@@ -15,24 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from bench import machine, peak_bytes, print_head, print_row
 
 import extract_logits as el
 
-ROWS, VOCAB, TOP_P, K, M, SEED = 256, 151_936, 0.98, 100, 24, 42
+ROWS, VOCAB, TOP_P, K, M = 256, 151_936, 0.98, 100, 24
+SIZES: dict[str, Any] = {"top_p": TOP_P, "top_p_max": K, "sampled_n": M, "seed": 42}
+SHAPES = ("trained", "flat")
 
 
 class Kept(NamedTuple):
@@ -87,9 +84,7 @@ def gumbel_noise(like: torch.Tensor) -> torch.Tensor:
 def extract(logits: torch.Tensor, *, reference: bool = False) -> Kept:
     """Run the project's extraction."""
     number = torch.arange(logits.shape[0], device=logits.device)
-    sizes = {"top_p": TOP_P, "top_p_max": K, "sampled_n": M, "seed": SEED}
-    place = number // 512, number % 512 + 1
-    got = el.extract_tokens(logits, *place, **sizes, reference=reference)
+    got = el.extract_tokens(logits, number // 512, number % 512 + 1, **SIZES, reference=reference)
     assert got.usable.all()
     return Kept(got.logsumexp, got.top_ids.long(), got.top_counts.long(), got.sampled_ids.long())
 
@@ -101,7 +96,6 @@ METHODS: dict[str, Callable[[torch.Tensor], Kept]] = {
     "reference": lambda logits: extract(logits, reference=True),
     "extraction": extract,
 }
-TIMES = dict(zip(METHODS, (3, 3, 3, 3, 15), strict=True))
 
 
 def check(name: str, logits: torch.Tensor, want: Kept, got: Kept) -> None:
@@ -129,45 +123,53 @@ def check(name: str, logits: torch.Tensor, want: Kept, got: Kept) -> None:
     assert total.abs() < 5, f"{name}: first draws are {total:.1f} deviations off"
 
 
-def best_times(logits: torch.Tensor) -> dict[str, float]:
-    """Check every method on these logits and return its best time in seconds, taken in turn."""
-    best = dict.fromkeys(METHODS, math.inf)
-    want = None
-    for turn in range(max(TIMES.values())):
-        for name, method in METHODS.items():
-            if turn < TIMES[name]:
-                start = time.perf_counter()
-                got = method(logits)
-                best[name] = min(best[name], time.perf_counter() - start)
-                want = want or got  # the full sort comes first
-                check(name, logits, want, got)
+def time_in_turn(
+    works: Mapping[str, Callable[[], Any]], times: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Return the best milliseconds of each, taken in turn."""
+    best = dict.fromkeys(works, math.inf)
+    for name, work in [*works.items()] * times:
+        started = clock()
+        work()
+        best[name] = min(best[name], 1e3 * (clock() - started))
     return best
+
+
+def best_times(logits: torch.Tensor) -> dict[str, float]:
+    """Check every method on these logits and return its best milliseconds."""
+    want = METHODS["full sort, float64"](logits)
+    for name, method in METHODS.items():
+        check(name, logits, want, method(logits))
+    works = {name: partial(method, logits) for name, method in METHODS.items()}
+    more = {"extraction": works["extraction"]}
+    return time_in_turn(works, 3, time.perf_counter) | time_in_turn(more, 15, time.perf_counter)
 
 
 def peak_memory_bytes(name: str) -> int:
     """Return what a method adds to the peak memory of a fresh process that holds the logits."""
     command = [sys.executable, __file__, "--peak-memory", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def print_own_peak(name: str) -> None:
     """Print by how many bytes one call raises this process's peak memory."""
     logits = make_logits("trained")
     METHODS["extraction"](logits[:2])  # the libraries' own buffers
-    before = peak_rss_bytes()
+    before = peak_bytes()
     METHODS[name](logits)
-    print(peak_rss_bytes() - before)
+    print(peak_bytes() - before)
 
 
-def peak_rss_bytes() -> int:
-    """Return this process's peak memory so far; ru_maxrss would count its parent's on Linux."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
+def compare_methods() -> dict[str, Any]:
+    """Print and return what each method takes, its multiple of the extraction's and its peak."""
+    times = {shape: best_times(make_logits(shape)) for shape in SHAPES}
+    peaks = {name: peak_memory_bytes(name) for name in METHODS}
+    print(f"\n{ROWS} rows × {VOCAB:,} float32, top_p {TOP_P}, K {K}, M {M}\n")
+    print_head("method", "trained rows, ms", "×", "extra peak MB", "flat rows, ms", "×")
+    for name, peak in peaks.items():
+        cells = [f"{ms[name]:,.0f} | {ms[name] / ms['extraction']:.1f}" for ms in times.values()]
+        print_row(name, cells[0], f"{peak / 1e6:,.0f}", cells[1])
+    return {"milliseconds": times, "peak_memory_bytes": peaks}
 
 
 def time_on_gpu(repeat: Callable[[], Any], times: int = 20) -> float:
@@ -194,12 +196,11 @@ def gpu_figures(kind: str) -> dict[str, float]:
     got, want = extract(logits), extract(host)
     assert torch.equal(got.sampled_ids.cpu(), want.sampled_ids)
     assert torch.equal(got.counts.cpu(), want.counts)
-    sizes = {"top_p_max": K, "sampled_n": M}
     read = el.read_kernel(logits.device)
     logits = logits.repeat(4, 1)
     target = torch.empty_like(logits)
     number = torch.arange(len(logits), device="cuda")
-    run = partial(el.extract_tokens, logits, number, number, top_p=TOP_P, seed=SEED, **sizes)
+    run = partial(el.extract_tokens, logits, number, number, **SIZES)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -217,36 +218,9 @@ def gpu_figures(kind: str) -> dict[str, float]:
     return figures | {"peak memory, MB": peak / 1e6, "kernel": float(read is not None)}
 
 
-def machine() -> dict[str, Any]:
-    """Name the hardware and the versions."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": el.np.__version__,
-    }
-
-
-def print_table(kind: str, times: dict[str, float], memory: dict[str, int]) -> None:
-    """Print one row per method: time, its multiple of the extraction's, peak memory."""
-    print(f"\n{ROWS} {kind} rows × {VOCAB:,} float32, top_p {TOP_P}, K {K}, M {M}")
-    print(f"{'method':<30}{'ms':>9}{'× extraction':>14}{'extra peak MB':>15}")
-    for name, seconds in times.items():
-        peak = f"{memory[name] / 1e6:15,.0f}" if name in memory else ""
-        print(f"{name:<30}{seconds * 1e3:9,.0f}{seconds / times['extraction']:14.1f}{peak}")
-
-
-def compile_figures(kind: str) -> dict[str, float]:
-    """Time the first look at the logits as it is and under torch.compile, in milliseconds."""
-    blocks = el.split_blocks(make_logits(kind))[0]
+def time_compiling() -> dict[str, float]:
+    """Return milliseconds of the first look at the logits as it is and under torch.compile."""
+    blocks = el.split_blocks(make_logits("trained"))[0]
 
     def look(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         top = values.amax(-1)
@@ -255,35 +229,28 @@ def compile_figures(kind: str) -> dict[str, float]:
     compiled = torch.compile(look)
     started = time.perf_counter()
     got = compiled(blocks)
-    seconds = time.perf_counter() - started
+    compiling = 1e3 * (time.perf_counter() - started)
     for ours, theirs in zip(got, el.sum_blocks(blocks), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-    best = dict.fromkeys(("as it is", "compiled"), math.inf)
-    for _ in range(15):
-        for name, work in (("as it is", el.sum_blocks), ("compiled", compiled)):
-            started = time.perf_counter()
-            work(blocks)
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - started))
-    return best | {"compiling": 1e3 * seconds}
+    ways = {"as it is": partial(el.sum_blocks, blocks), "compiled": partial(compiled, blocks)}
+    return {**time_in_turn(ways, 15, time.perf_counter), "compiling": compiling}
 
 
-def compact_figures() -> dict[str, dict[str, float]]:
+def compare_kinds() -> dict[str, dict[str, float]]:
     """Print and return CPU milliseconds per 1,000 rows of both kinds of rows, the best of 7."""
+    torch.set_num_threads(1)
     figures: dict[str, dict[str, float]] = {}
-    sizes: dict[str, Any] = {"top_p": TOP_P, "top_p_max": K, "sampled_n": M, "seed": SEED}
-    kinds = {"default": None, "--min-p 0.005": 0.005, "--min-p 0.01": 0.01}
-    print(f"\n| vocabulary | rows | {' | '.join(kinds)} |\n|---|---|---|---|---|")
+    kinds = {"default": None, "`--min-p 0.005`": 0.005, "`--min-p 0.01`": 0.01}
+    print_head("vocabulary", "rows", *kinds)
     for vocab in (49_152, VOCAB, 262_144):
-        for shape in ("trained", "flat"):
+        for shape in SHAPES:
             logits, number = make_logits(shape, vocab=vocab), torch.arange(ROWS)
-            best = dict.fromkeys(kinds, math.inf)
-            for name, min_p in list(kinds.items()) * 7:
-                begun = time.process_time()
-                el.extract_tokens(logits, number, number + 1, min_p=min_p, **sizes)
-                best[name] = min(best[name], (time.process_time() - begun) * 1e6 / ROWS)
-            figures[f"{vocab} {shape}"] = best
-            values = " | ".join(f"{value:.0f}" for value in best.values())
-            print(f"| {vocab:,} | {shape} | {values} |", flush=True)
+            run = partial(el.extract_tokens, logits, number, number + 1, **SIZES)
+            ways = {name: partial(run, min_p=min_p) for name, min_p in kinds.items()}
+            best = time_in_turn(ways, 7, time.process_time)
+            figures[f"{vocab} {shape}"] = {name: 1000 / ROWS * ms for name, ms in best.items()}
+            values = figures[f"{vocab} {shape}"].values()
+            print_row(f"{vocab:,}", shape, *(f"{value:.0f}" for value in values))
     return figures
 
 
@@ -298,30 +265,20 @@ def main() -> None:
         return
     torch.manual_seed(1)
     figures: dict[str, Any] = {"benchmark": "extraction", "machine": machine()}
-    print("\n".join(f"{name:8} {value}" for name, value in figures["machine"].items()))
     if args.compact:
-        torch.set_num_threads(1)
-        print(json.dumps({**figures, "CPU ms per 1,000 rows": compact_figures()}))
-        return
-    if args.compile:
-        figures["first look, ms"] = compile_figures("trained")
-        print(json.dumps(figures))
-        return
-    for kind in ("trained", "flat"):
-        times = best_times(make_logits(kind))
-        memory = {n: peak_memory_bytes(n) for n in METHODS} if kind == "trained" else {}
-        print_table(kind, times, memory)
-        figures[kind] = {"seconds": times, "peak_memory_bytes": memory}
-    if torch.cuda.is_available():
-        figures["gpu"] = {kind: gpu_figures(kind) for kind in ("trained", "flat")}
-        for kind, measured in figures["gpu"].items():
-            print(f"\non the GPU, {kind} rows, milliseconds per 1,000 positions")
-            print("\n".join(f"{name:16} {value:10.3f}" for name, value in measured.items()))
+        figures["CPU ms per 1,000 rows"] = compare_kinds()
+    elif args.compile:
+        figures["first look, ms"] = time_compiling()
     else:
-        print("\nno CUDA device: nothing was measured on one")
-    seconds = figures["trained"]["seconds"]
-    figures["ratio_full_sort"] = seconds["full sort, float64"] / seconds["extraction"]
-    figures["ratio_topk"] = seconds["topk, logsumexp, full noise"] / seconds["extraction"]
+        figures |= compare_methods()
+        if torch.cuda.is_available():
+            figures["gpu"] = {shape: gpu_figures(shape) for shape in SHAPES}
+            print("\non the GPU, milliseconds per 1,000 positions\n")
+            print_head("rows", *figures["gpu"]["flat"])
+            for shape, measured in figures["gpu"].items():
+                print_row(shape, *(f"{value:.3f}" for value in measured.values()))
+        else:
+            print("\nno CUDA device: nothing was measured on one")
     print(json.dumps(figures))
 
 

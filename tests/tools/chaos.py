@@ -21,7 +21,6 @@ import argparse
 import faulthandler
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import os
@@ -35,18 +34,15 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-TESTS = Path(__file__).resolve().parent.parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
-
-from forked import Child  # noqa: E402
+from bench import TESTS
+from forked import Child
 
 ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice", "runtime limit")
 FAULT_RATES = (0.0, 0.03, 0.1, 0.3)
@@ -54,32 +50,25 @@ TEAMS = (3, 2, 4)  # workers of one round after another
 EXPECTED_CODES = {0, 4, 75, 130, 143, -signal.SIGTERM, -signal.SIGINT}
 HANGS_S = 60.0  # of runs that take seconds
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Which parts a job has: the options, and `--limit` before and after it is raised."""
-
-    name: str
-    options: tuple[object, ...]
-    limits: tuple[int, int]
-    weight: int
-
-
-SHAPES = (
-    Shape("rows", ("--upload-every", 4), (14, 30), 6),
-    Shape("size", ("--upload-size-mb", 0.01), (14, 30), 3),
-    Shape("many", ("--upload-every", 70), (530, 600), 1),  # enough for processes that encode
-)
+# What tools that fork runs share ------------------------------------------------------------------
 
 
 @contextmanager
 def serve_hub(folder: Path) -> Iterator[str]:
-    """Run the loopback Hub in a process of its own and yield its address."""
-    command = [sys.executable, str(TESTS / "loopback_hub.py"), "--root", str(folder)]
+    """Run the loopback Hub in a process of its own and yield its address; it is ours from now on.
+
+    The clients share the machine with each other: a thread each.
+    """
+    command = [sys.executable, str(TESTS / "loopback_hub.py"), "--root", str(folder / "hub")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
         try:
-            yield server.stdout.readline().split()[1]
+            endpoint = server.stdout.readline().split()[1]
+            os.environ |= {
+                "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_loopback", "HF_HOME": str(folder / "home"),
+                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+            }  # fmt: skip
+            yield endpoint
         finally:
             server.kill()
 
@@ -89,14 +78,6 @@ def ask_hub(endpoint: str, path: str, content: Any = None) -> Any:
     data = None if content is None else json.dumps(content).encode()
     with urllib.request.urlopen(urllib.request.Request(endpoint + path, data)) as answer:
         return json.loads(answer.read())
-
-
-def loopback_environment(folder: Path, endpoint: str) -> dict[str, str]:
-    """Return the environment in which the clients speak to a loopback Hub and share the machine."""
-    return {
-        "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_loopback", "HF_HOME": str(folder / "home"),
-        "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
 
 
 def import_and_shorten_waits() -> Any:
@@ -109,29 +90,6 @@ def import_and_shorten_waits() -> Any:
     clock = SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.05)), time=time.time)
     setattr(sys.modules["huggingface_hub.utils._http"], "time", clock)  # noqa: B010
     return extract_logits
-
-
-def write_source(folder: Path, count: int) -> None:
-    """Write a tiny teacher and short conversations.
-
-    One in 11 has no assistant, one in 13 is too long, and four in a row are empty: a part of 4.
-    """
-    from tiny_teachers import save_teacher
-
-    save_teacher(folder / "model", 300)
-    with (folder / "chats.jsonl").open("w", encoding="utf-8") as file:
-        for n in range(count):
-            chat = [{"role": "user", "content": "?"}]
-            if n % 11 != 5:
-                text = f"{n}" + "z" * (300 if n % 13 == 7 else n % 9)
-                chat.append({"role": "assistant", "content": text})
-            file.write(json.dumps({"messages": [] if 8 <= n < 12 else chat}) + "\n")
-
-
-def name_source(folder: Path) -> list[object]:
-    """Return the options that name what `write_source` has written."""
-    files = ("--model", folder / "model", "--dataset", folder / "chats.jsonl")
-    return [*files, "--max-seq-len", 100, "--max-batch-size", 1]  # the same shapes in every run
 
 
 def start(script: Any, folder: Path, argv: Sequence[object], delay_s: float = 0.0) -> Child:
@@ -151,17 +109,27 @@ def start(script: Any, folder: Path, argv: Sequence[object], delay_s: float = 0.
     return Child(work)
 
 
-class Outputs:
-    """What outputs hold: the sha256 of each part, and the rows of a part once they are wanted."""
+def send_signals(signals: Iterable[tuple[float, int, Child]]) -> None:
+    """Send each signal at its time, in seconds from now, unless the run has ended."""
+    begun = time.monotonic()
+    for at_s, number, run in sorted(signals, key=lambda entry: entry[0]):
+        while time.monotonic() - begun < at_s and not run.ended():
+            time.sleep(0.002)
+        run.send(number)
+
+
+class Ledger:
+    """The parts of undisturbed runs, and what is wrong with those of others."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
-        self.known: dict[str, list[dict[str, Any]]] = {}  # rows by sha256
+        self.ids: dict[tuple[str, str], list[int]] = {}  # by path and sha256 of a part
+        self.parts_compared = self.parts_different = self.rows_lost = self.rows_twice = 0
 
     def hashes(self, output: str) -> dict[str, str]:
         """Return the sha256 of each part that an output lists."""
         if Path(output).is_absolute():
-            paths = [path for path in Path(output).glob("data/**/*.parquet") if path.is_file()]
+            paths = filter(Path.is_file, Path(output).glob("data/**/*.parquet"))
             return {
                 path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in paths
@@ -170,131 +138,102 @@ class Outputs:
         files = state["files"] if state else {}
         return {path: found for path, found in files.items() if path.startswith("data/")}
 
-    def rows(self, output: str, path: str, sha256: str) -> list[dict[str, Any]]:
-        """Return the rows of a part."""
+    def learn(self, folder: str) -> dict[str, str]:
+        """Take the parts of a folder for right; return their hashes."""
         import pyarrow.parquet as pq
 
-        if sha256 not in self.known:
-            if Path(output).is_absolute():
-                data = (Path(output) / path).read_bytes()
-            else:
-                url = f"{self.endpoint}/datasets/{output}/resolve/main/{path}"
-                with urllib.request.urlopen(url) as answer:
-                    data = answer.read()
-            file = pq.ParquetFile(io.BytesIO(data))  # without threads: this process forks
-            self.known[sha256] = file.read(use_threads=False).to_pylist()
-        return self.known[sha256]
-
-
-@dataclass
-class Tally:
-    """What happened so far."""
-
-    jobs: int = 0
-    runs: int = 0
-    kills: Counter[str] = field(default_factory=Counter)
-    codes: Counter[int] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    empty_caches: int = 0
-    parts_compared: int = 0
-    parts_different: int = 0
-    rows_lost: int = 0
-    rows_twice: int = 0
-    rows_different: int = 0
-    unexpected: list[str] = field(default_factory=list)
+        parts = self.hashes(folder)
+        for path, sha256 in parts.items():
+            with pq.ParquetFile(Path(folder) / path) as file:  # no threads: this process forks
+                ids = file.read(["index"], use_threads=False)["index"].to_pylist()
+            self.ids[path, sha256] = ids
+        return parts
 
     def compare(
-        self, outputs: Outputs, output: str, *, allowed: Mapping[str, set[str]],
-        rows: Mapping[int, Any], held: Mapping[str, str], needed: Mapping[str, str],
-    ) -> dict[str, str]:  # fmt: skip
-        """Count what is wrong with the parts of an output; return their hashes.
-
-        `allowed` are the parts of undisturbed runs, `rows` their rows; `held` were there before,
-        `needed` have to be there now, exactly these.
-        """
-        found = outputs.hashes(output)
-        counts: Counter[int] = Counter()
-        for path, sha256 in found.items():
-            there = outputs.rows(output, path, sha256)
-            counts.update(row["index"] for row in there)
-            if sha256 not in allowed.get(path, set()) or needed.get(path, sha256) != sha256:
-                self.parts_different += 1
-                self.rows_different += sum(row != rows.get(row["index"]) for row in there)
-        wanted = [(path, sha) for path, sha in {**held, **needed}.items() if path not in found]
-        gone = [row["index"] for path, sha in wanted for row in outputs.known.get(sha, [])]
-        kept = [row["index"] for sha in held.values() for row in outputs.known[sha]]
-        self.rows_lost += len({*gone, *kept} - counts.keys())
-        self.rows_twice += sum(count - 1 for count in counts.values())
-        self.parts_different += len(wanted)
+        self, output: str, held: Mapping[str, str], needed: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Count what is wrong with an output that held some parts before; return its hashes now."""
+        found = self.hashes(output)
+        strange = (found.items() - self.ids.keys()) | (needed.items() - found.items())
+        gone = held.keys() - found.keys()
+        counts = Counter(i for part in found.items() for i in self.ids.get(part, ()))
+        before = {i for part in held.items() for i in self.ids.get(part, ())}
         self.parts_compared += len(found)
+        self.parts_different += len(gone | {path for path, _ in strange})
+        self.rows_lost += len(before - counts.keys())
+        self.rows_twice += sum(count - 1 for count in counts.values())
         return found
 
-    @property
-    def bad(self) -> int:
-        """How much of this must not be."""
-        wrong = (self.parts_different, self.rows_lost, self.rows_twice, self.rows_different)
-        return sum(wrong) + len(self.unexpected)
+    def wrong(self) -> int:
+        """Return how much must not be."""
+        return self.parts_different + self.rows_lost + self.rows_twice
 
 
-@dataclass
-class Wanted:
-    """The parts that undisturbed runs write, by limit, and their rows by id."""
+# Jobs ---------------------------------------------------------------------------------------------
 
-    parts: dict[int, dict[str, str]]
-    rows: dict[int, dict[str, Any]]
-    seconds: float
 
-    @property
-    def allowed(self) -> dict[str, set[str]]:
-        """The hashes that each part may have."""
-        found: dict[str, set[str]] = {}
-        for parts in self.parts.values():
-            for path, sha256 in parts.items():
-                found.setdefault(path, set()).add(sha256)
-        return found
+@dataclass(frozen=True)
+class Shape:
+    """Which parts a job has: the options, and `--limit` before and after it is raised."""
+
+    name: str
+    options: tuple[object, ...]
+    limits: tuple[int, int]
+    weight: int
+
+
+SHAPES = (
+    Shape("rows", ("--upload-every", 4), (14, 30), 6),
+    Shape("size", ("--upload-size-mb", 0.01), (14, 30), 3),
+    Shape("many", ("--upload-every", 70), (530, 600), 1),  # enough for processes that encode
+)
+
+
+def write_source(folder: Path, count: int) -> None:
+    """Write a tiny teacher and short conversations.
+
+    One in 11 has no assistant, one in 13 is too long, and four in a row are empty: a part of 4.
+    """
+    from tiny_teachers import save_teacher
+
+    save_teacher(folder / "model", 300)
+    with (folder / "chats.jsonl").open("w", encoding="utf-8") as file:
+        for n in range(count):
+            chat = [{"role": "user", "content": "?"}]
+            if n % 11 != 5:
+                text = f"{n}" + "z" * (300 if n % 13 == 7 else n % 9)
+                chat.append({"role": "assistant", "content": text})
+            file.write(json.dumps({"messages": [] if 8 <= n < 12 else chat}) + "\n")
 
 
 class Driver:
     """Starts rounds of runs and ends them."""
 
     def __init__(self, script: Any, folder: Path, endpoint: str, seed: int) -> None:
-        self.script = script
-        self.folder = folder
-        self.outputs = Outputs(endpoint)
-        self.endpoint = endpoint
-        self.random = random.Random(seed)
-        self.tally = Tally()
+        self.script, self.folder, self.endpoint = script, folder, endpoint
+        self.random, self.ledger = random.Random(seed), Ledger(endpoint)
+        self.jobs = self.runs = self.empty_caches = 0
+        self.kinds, self.kills, self.codes = Counter[str](), Counter[str](), Counter[int]()
+        self.unexpected: list[str] = []
         count = max(max(shape.limits) for shape in SHAPES)
         assert Child(lambda _: write_source(folder, count)).wait() == 0  # its threads end with it
-        self.source = name_source(folder)
 
-    def run_alone(self, shape: Shape, output: str, limit: int) -> None:
-        """Run without disturbance, to its end."""
-        argv = [*self.source, *shape.options, "--output", output, "--limit", limit, "--resume"]
-        child = start(self.script, self.folder, [*argv, "--cache-dir", self.folder / "alone"])
-        assert child.wait() == 0, (self.folder / "log.txt").read_text()[-3000:]
+    def words(self, shape: Shape, output: str, limit: int) -> list[object]:
+        """Return the options of a job; batches have the same shapes in every run."""
+        source = ("--model", self.folder / "model", "--dataset", self.folder / "chats.jsonl")
+        return [*source, "--max-seq-len", 100, "--max-batch-size", 1, *shape.options,
+                "--output", output, "--limit", limit, "--resume"]  # fmt: skip
 
-    def learn(self, shape: Shape) -> Wanted:
-        """Run undisturbed, raising the limit, and where parts have fixed sizes at once, too."""
-        parts: dict[int, dict[str, str]] = {}
-        output = str(self.folder / f"wanted-{shape.name}")
+    def learn(self, shape: Shape) -> tuple[dict[int, dict[str, str]], float]:
+        """Run undisturbed, raising the limit; return the parts by limit, and seconds."""
+        parts, output = {}, str(self.folder / f"wanted-{shape.name}")
         for limit in shape.limits:
             begun = time.monotonic()
-            self.run_alone(shape, output, limit)
-            seconds = time.monotonic() - begun
-            parts[limit] = self.outputs.hashes(output)
-        found = [row for path, sha in parts[limit].items()
-                 for row in self.outputs.rows(output, path, sha)]  # fmt: skip
-        for path, sha in parts[shape.limits[0]].items():  # the last is longer now
-            if sha not in self.outputs.known:
-                rows = self.outputs.rows(output, path, parts[limit][path])
-                ids = [row for row in rows if row["index"] < shape.limits[0]]
-                self.outputs.known[sha] = ids
-        if shape.name != "size":
-            self.run_alone(shape, f"{output}-at-once", limit)
-            if self.outputs.hashes(f"{output}-at-once") != parts[limit]:
-                self.tally.unexpected.append(f"{shape.name}: a raised limit gives other parts")
-        return Wanted(parts, {row["index"]: row for row in found}, max(seconds, 0.2))
+            words = [*self.words(shape, output, limit), "--cache-dir", self.folder / "alone"]
+            code = start(self.script, self.folder, words).wait()
+            assert code == 0, (self.folder / "log.txt").read_text()[-3000:]
+            parts[limit] = self.ledger.learn(output)
+        return parts, max(time.monotonic() - begun, 0.2)
 
     def round(
         self, argv: Sequence[object], team: int, cache: Path, run_s: float, calm: float
@@ -306,11 +245,11 @@ class Driver:
         ranks = list(range(team))
         if team > 1 and self.random.random() < 0.3:
             ranks.append(self.random.randrange(team))  # started twice, on another machine
-            self.tally.kinds["started twice"] += 1
+            self.kinds["started twice"] += 1
         runs, signals = [], []
         for place, rank in enumerate(ranks):
             worker = ("--rank", rank, "--world-size", team) if team > 1 else ()
-            kept = cache if place < team else Path(f"{cache}-twin-{self.tally.runs}")
+            kept = cache if place < team else Path(f"{cache}-twin-{self.runs}")
             end = "none" if self.random.random() < calm else self.random.choice(ENDS)
             delay_s = self.random.uniform(0.0, run_s)
             limit = ("--max-runtime-minutes", delay_s / 60) if end == "runtime limit" else ()
@@ -318,14 +257,10 @@ class Driver:
             runs.append((rank, end, run))
             if end.startswith("SIG"):
                 number = signal.Signals[end.split()[0]]
-                at_s = time.monotonic() + delay_s
-                signals.append((at_s, number, run))
+                signals.append((delay_s, number, run))
                 if end.endswith("twice"):
-                    signals.append((at_s + self.random.uniform(0, 0.05), number, run))
-        for at_s, number, run in sorted(signals, key=lambda entry: entry[0]):
-            while time.monotonic() < at_s and not run.ended():
-                time.sleep(0.002)
-            run.send(number)
+                    signals.append((delay_s + self.random.uniform(0, 0.05), number, run))
+        send_signals(signals)
         stored = {rank for rank, end, run in runs if self.note(end, run) == 0}
         ask_hub(self.endpoint, "/_ctl/clear", {})
         return stored == set(range(team))
@@ -334,71 +269,65 @@ class Driver:
         """Wait for a run, count how it ended and return its code."""
         code = run.wait(HANGS_S)
         run.output.close()
-        self.tally.runs += 1
-        self.tally.codes[code] += 1
-        if code != 0:
-            self.tally.kills[end] += 1
+        self.runs += 1
+        self.codes[code] += 1
+        self.kills[end] += code != 0
         if code not in EXPECTED_CODES and (code, end) != (-signal.SIGKILL, "SIGKILL"):
             said = " after a minute: it hung" if code == -signal.SIGKILL else ""
-            self.tally.unexpected.append(f"{end}: exit code {code}{said}")
+            self.unexpected.append(f"{end}: exit code {code}{said}")
         return code
 
-    def job(self, shape: Shape, wanted: Wanted) -> None:
-        """Run one job to its end and compare its parts."""
-        tally = self.tally
-        tally.jobs += 1
+    def job(self, shape: Shape, parts: Mapping[int, dict[str, str]], run_s: float) -> None:
+        """Run one job to its end and compare its parts after every round."""
+        self.jobs += 1
         local, workers, grows = (self.random.random() < share for share in (0.25, 0.4, 0.4))
         kind = ("folder" if local else "Hub", "workers" if workers else "one process", shape.name)
-        tally.kinds.update([*kind, *["limit raised"] * grows])
-        name = f"job-{tally.jobs}"
+        self.kinds.update([*kind, *["limit raised"] * grows])
+        name = f"job-{self.jobs}"
         output = str(self.folder / name) if local else f"tester/{name}"
-        teams = itertools.cycle(TEAMS) if workers else itertools.repeat(1)
         low, high = shape.limits
         limit = low if grows else high
         caches: list[Path] = []
         held: dict[str, str] = {}
-        for number, team in enumerate(teams):
+        for number, team in enumerate(itertools.cycle(TEAMS if workers else (1,))):
             if not caches or self.random.random() < 0.5:
                 caches.append(self.folder / "caches" / f"{name}-{len(caches)}")
-                tally.empty_caches += 1
-            argv = [*self.source, *shape.options, "--output", output, "--limit", limit, "--resume"]
+                self.empty_caches += 1
             calm = 0.1 + 0.9 * number / (number + 6)
             cache = self.random.choice(caches[-3:])
-            complete = self.round(argv, team, cache, wanted.seconds, calm)
-            held = tally.compare(
-                self.outputs, output, allowed=wanted.allowed, rows=wanted.rows, held=held,
-                needed=wanted.parts[limit] if complete else {},
-            )  # fmt: skip
+            words = self.words(shape, output, limit)
+            complete = self.round(words, team, cache, run_s, calm)
+            held = self.ledger.compare(output, held, parts[limit] if complete else {})
             if complete and limit == high:
                 break
             if complete or (held and self.random.random() < 0.4):
                 limit = high
             if number == 40:
-                tally.unexpected.append(f"{name} ({', '.join(kind)}): not complete in 40 rounds")
+                self.unexpected.append(f"{name} ({', '.join(kind)}): not complete in 40 rounds")
                 break
 
 
 def run_chaos(runs: int, seed: int, folder: Path) -> tuple[dict[str, Any], bool]:
     """Run jobs until there were so many runs; return the figures and whether they are good."""
     begun = time.monotonic()
-    with serve_hub(folder / "hub") as endpoint:
-        os.environ |= loopback_environment(folder, endpoint)
+    with serve_hub(folder) as endpoint:
         driver = Driver(import_and_shorten_waits(), folder, endpoint, seed)
-        wanted = {shape.name: driver.learn(shape) for shape in SHAPES}
+        learned = {shape: driver.learn(shape) for shape in SHAPES}
         first = list(SHAPES)  # each at least once, if there are runs for it
-        while driver.tally.runs < runs:
+        while driver.runs < runs:
             weights = [shape.weight for shape in SHAPES]
             shape = first.pop(0) if first else driver.random.choices(SHAPES, weights)[0]
-            driver.job(shape, wanted[shape.name])
+            driver.job(shape, *learned[shape])
         faults = ask_hub(endpoint, "/_ctl/state")["faults_met"]
-    told: dict[str, Any] = dict(vars(driver.tally))
-    kills, codes = told.pop("kills"), told.pop("codes")
+    ledger = vars(driver.ledger)
     figures = {
-        **told, "kills": sum(kills.values()), "kills_by": dict(kills),
-        "exit_codes": {str(code): count for code, count in sorted(codes.items())},
-        "faults": faults, "seed": seed, "seconds": round(time.monotonic() - begun, 1),
+        **{name: getattr(driver, name) for name in ("jobs", "runs", "kinds", "empty_caches")},
+        **{name: value for name, value in ledger.items() if name.startswith(("parts", "rows"))},
+        "unexpected": driver.unexpected, "kills": driver.kills.total(), "kills_by": driver.kills,
+        "exit_codes": dict(sorted(driver.codes.items())), "faults": faults, "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
     }  # fmt: skip
-    return figures, not driver.tally.bad
+    return figures, not driver.ledger.wrong() and not driver.unexpected
 
 
 def main() -> int:
@@ -406,16 +335,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--runs", type=int, default=200, help="runs at least, over all jobs")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
     options = parser.parse_args()
-    folder = (options.keep or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     figures, good = run_chaos(options.runs, options.seed, folder)
-    if not good:
+    if good:
+        shutil.rmtree(folder)
+    else:
         log = (folder / "log.txt").read_text(errors="replace")
         sys.stderr.write("".join(re.findall(r"Traceback.*?(?=\n\S*\d\d:\d\d|\Z)", log, re.DOTALL)))
-    if not options.keep:
-        shutil.rmtree(folder)
+        sys.stderr.write(f"\nleft for a look: {folder}\n")
     print(json.dumps(figures))
     return int(not good)
 

@@ -24,20 +24,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import CHATS, TEACHER, print_head, print_row
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-import numpy as np  # noqa: E402 - the settings above come first
-import torch  # noqa: E402
-import yaml  # type: ignore[import-untyped]  # noqa: E402
-from conftest import CHATS, ROOT, TEACHER, load_example  # noqa: E402
-from datasets import load_from_disk  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments  # noqa: E402
+import numpy as np
+import torch
+import yaml  # type: ignore[import-untyped]
+from conftest import load_example, run_script
+from datasets import load_from_disk
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from explore_logits import (  # noqa: E402 - run as a script, from anywhere
+from explore_logits import (
     LogitIterableDataset,
     collate_logits,
     distillation_loss,
@@ -61,8 +61,8 @@ def extract(folder: Path, limit: int) -> Path:
     """Extract some conversations of the embedded teacher."""
     options = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", limit]
     options += ["--store-tokens", "--cache-dir", folder / "cache", "--output", folder / "logits"]
-    command = [sys.executable, ROOT / "extract_logits.py", *options]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    done = run_script("extract_logits.py", *options)
+    assert done.code == 0, done.stderr
     return folder / "logits"
 
 
@@ -71,14 +71,20 @@ def load_teacher() -> Any:
     return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
 
 
+def run_layers(student: Any, batch: Any) -> Any:
+    """Return the hidden states of a batch."""
+    with torch.no_grad():
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return student.model(**text).last_hidden_state
+
+
 def run_plain(output: Path, _: Path) -> Iterator[Found]:
     """Compare in a loop of one's own."""
     student = load_teacher()
     dataset: Any = LogitIterableDataset(output)
     batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=collate_logits)))
-    text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    hidden = run_layers(student, batch)
     with torch.no_grad():
-        hidden = student.model(**text).last_hidden_state
         logits = student.lm_head(hidden)
     yield "distillation_loss", float(distillation_loss(logits, batch)), 0.0
     hot = float(distillation_loss(logits, batch, temperature=2.0))
@@ -87,43 +93,35 @@ def run_plain(output: Path, _: Path) -> Iterator[Found]:
     yield "distillation_loss_from_hidden", float(loss), 0.0
 
 
-def logged_loss(trainer: Any) -> float:
-    """Train for the one step and return the loss that the trainer logs."""
-    trainer.train()
-    return float(trainer.state.log_history[0]["loss"])
-
-
 def run_transformers(output: Path, folder: Path) -> Iterator[Found]:
     """Run the Trainer of docs/examples/trainer.py."""
-    trainer_class = load_example("trainer").DistillationTrainer
     dataset = LogitIterableDataset(output)
+    arguments = TrainingArguments(output_dir=str(folder / "trainer"), **QUIET)
     ways = {"LogitIterableDataset": dataset, "as_datasets()": dataset.as_datasets()}
     for name, rows in ways.items():
-        arguments = TrainingArguments(output_dir=str(folder / "trainer"), **QUIET)
-        trainer = trainer_class(
-            load_teacher(), arguments, train_dataset=rows, data_collator=collate_logits
-        )
-        yield f"docs/examples/trainer.py, {name}", logged_loss(trainer), 0.0
+        loss = train_once(load_example("trainer").DistillationTrainer, arguments, rows)
+        yield f"docs/examples/trainer.py, {name}", loss, 0.0
 
 
 def run_trl(output: Path, folder: Path) -> Iterator[Found]:
     """Run the SFTTrainer of docs/examples/sft_trainer.py."""
     from trl import SFTConfig
 
-    arguments = SFTConfig(
-        output_dir=str(folder / "sft"),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        **QUIET,
-    )
-    trainer = load_example("sft_trainer").DistillationSFTTrainer(
-        load_teacher(),
-        arguments,
-        train_dataset=LogitIterableDataset(output).as_datasets(),
-        data_collator=collate_logits,
-        processing_class=AutoTokenizer.from_pretrained(TEACHER),
-    )
-    yield "docs/examples/sft_trainer.py, as_datasets()", logged_loss(trainer), 0.0
+    unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    arguments = SFTConfig(output_dir=str(folder / "sft"), **unprepared, **QUIET)
+    trainer_class = load_example("sft_trainer").DistillationSFTTrainer
+    tokenizer = {"processing_class": AutoTokenizer.from_pretrained(TEACHER)}
+    rows = LogitIterableDataset(output).as_datasets()
+    loss = train_once(trainer_class, arguments, rows, **tokenizer)
+    yield "docs/examples/sft_trainer.py, as_datasets()", loss, 0.0
+
+
+def train_once(trainer_class: Any, arguments: Any, rows: Any, **options: Any) -> float:
+    """Train for the one step and return the loss that the trainer logs."""
+    options |= {"train_dataset": rows, "data_collator": collate_logits}
+    trainer = trainer_class(load_teacher(), arguments, **options)
+    trainer.train()
+    return float(trainer.state.log_history[0]["loss"])
 
 
 def run_axolotl(output: Path, folder: Path) -> Iterator[Found]:
@@ -140,9 +138,7 @@ def run_axolotl(output: Path, folder: Path) -> Iterator[Found]:
         collate = DataCollatorForKD(AutoTokenizer.from_pretrained(TEACHER))
         batch = collate([rows[i] for i in range(8)])
         targets = [batch[f"target_{name}"] for name in ("token_ids", "logprobs", "mask")]
-        text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.no_grad():
-            hidden = student.model(**text).last_hidden_state
+        hidden = run_layers(student, batch)
         kernel = LigerFusedLinearKLTopKLogprobLoss(
             0.0, 1.0, temperature, 0.0, compiled=False, compute_ce_loss=False, normalize_topk=False
         )
@@ -233,12 +229,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=24, help="conversations")
     args = parser.parse_args()
-    lines, wrong = [], 0
+    rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         output = extract(Path(scratch), args.limit)
         for client, module, run in CLIENTS:
             if importlib.util.find_spec(module) is None:
-                lines.append(f"| {client} | not installed, not run | | | |")
+                rows.append((client, "not installed, not run", "", "", ""))
                 continue
             name = f"{client} {importlib.metadata.version(module)}"
             for told, loss, right in run(output, Path(scratch)):
@@ -246,9 +242,10 @@ def main() -> int:
                 wrong += not good
                 wanted = "near 0" if right is None else f"{right:.4f}"
                 result = "as it should be" if good else "WRONG"
-                lines.append(f"| {name} | {told} | {result} | {loss:.4f} | {wanted} |")
-    print("| client | what is run | result | loss | right |\n|---|---|---|---|---|")
-    print(*lines, sep="\n")
+                rows.append((name, told, result, f"{loss:.4f}", wanted))
+    print_head("client", "what is run", "result", "loss", "right")  # after what trainers print
+    for row in rows:
+        print_row(*row)
     return int(wrong > 0)
 
 

@@ -2,10 +2,10 @@
 
     python tests/tools/mutants.py [--only REGEX] [--jobs 2]
 
-Works in copies under a temporary folder; the checkout is never written. First the tests that are to
+Works in copies in temporary folders; the checkout is never written. First the tests that are to
 notice something run without a fault and must pass. Prints a table: fault, the test that caught it,
-seconds; then those that survived. The last line is one JSON object. Ends with exit code 1 where
-fewer than 95 of 100 faults are caught: 57 of 60.
+seconds. The last line is one JSON object, which names those that survived. Ends with exit code 1
+where fewer than 95 of 100 faults are caught: 57 of 60.
 """
 
 from __future__ import annotations
@@ -24,264 +24,198 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from bench import ROOT, print_head, print_row
+
 COPIED = ("*.py", "*.toml", "*.md", "*.cff", "Makefile", "LICENSE", "MANIFEST.in", "docs", "tests")
 LIMIT_S = 900  # a fault that makes the tests hang is caught then
 SHARE = 0.95  # of the faults have to be caught
 
 # == script | tests that cover the section, the likeliest first
 # : what is broken, as its victim would say it
-# - text that occurs once in the script
-# + what a tired engineer wrote instead
-# ? why it is left, where no test can tell
-FAULTS = """
+# text that occurs once in the script, with ⟦what is there→what a tired engineer wrote instead⟧
+FAULTS = r"""
 == extract_logits | test_extract_config.py
 : the workers' numbers may go up to their count: the last one takes nothing, the first ones too much
-- self.rank >= self.world_size
-+ self.rank > self.world_size
+self.rank >⟦=→⟧ self.world_size
 
 == extract_logits | test_extract_select.py
 : rows at random come from the beginning of the source in spite of --start-offset
-- order_at_random(ids[config.start_offset :], config.seed) + config.start_offset
-+ order_at_random(ids[config.start_offset :], config.seed)
+order_at_random(ids[config.start_offset :], config.seed)⟦ + config.start_offset→⟧
 : every --seed takes the same rows at random
-- mix_hash(np.asarray(ids, np.int64), seed=seed)
-+ mix_hash(np.asarray(ids, np.int64), seed=0)
+mix_hash(np.asarray(ids, np.int64), seed=⟦seed→0⟧)
 : lengths are joined by the order of rows and not by id
-- KnownLengths(name, measured.index[order], measured.length[order], stored)
-+ KnownLengths(name, measured.index[order], measured.length, stored)
+KnownLengths(name, measured.index[order], measured.length⟦[order]→⟧, stored)
 : a source that cannot be read to its end ends the run as if all were done
--         yield error
-+         return
+        ⟦yield error→return⟧
 : a conversation of exactly --max-seq-len tokens is dropped by its known length
-- np.flatnonzero(lengths <= limit)
-+ np.flatnonzero(lengths < limit)
+np.flatnonzero(lengths <⟦=→⟧ limit)
 
 == extract_logits | test_extract_batches.py
 : the middle conversation of a batch that did not fit is lost
-- Batch(self.rows[middle:])
-+ Batch(self.rows[middle + 1 :])
+Batch(self.rows[middle⟦→ + 1 ⟧:])
 
 == extract_logits | test_extract_teacher.py test_extract_run.py
 : position p's output is stored against token p
-- torch.from_numpy(np.asarray(token_positions[i], np.int64)) - 1 for i in part
-+ torch.from_numpy(np.asarray(token_positions[i], np.int64)) for i in part
+torch.from_numpy(np.asarray(token_positions[i], np.int64)) ⟦- 1 →⟧for i in part
 : the head of a bfloat16 teacher rounds its logits to bfloat16
-- return swapped_forward(head, product) if is_plain_linear(head) else nullcontext()
-+ return nullcontext()
+return ⟦swapped_forward(head, product) if is_plain_linear(head) else →⟧nullcontext()
 : rows of the head beyond the tokenizer get into nucleus, tail and log-sum-exp
-- min(rows, MAX_TOKEN_ID + 1, vocab_size or rows)
-+ min(rows, MAX_TOKEN_ID + 1)
+min(rows, MAX_TOKEN_ID + 1⟦, vocab_size or rows→⟧)
 
 == extract_logits | test_extract_faithful.py
 : a model that sees the answer is taken for a teacher
-- FORESIGHT = 1e-5
-+ FORESIGHT = 1e5
+FORESIGHT = ⟦1e-5→1e5⟧
 : weights that the checkpoint lacks are random and nobody says so
-- sorted((wrong | set(info["missing_keys"])) & set(own))
-+ sorted(wrong & set(own))
+sorted(⟦(wrong | set(info["missing_keys"]))→wrong⟧ & set(own))
 
 == extract_logits | test_extract_extraction.py
 : the nucleus leaves out the token that crosses top_p
-- torch.minimum(short + 1, possible)
-+ torch.minimum(short, possible)
+torch.minimum(short⟦ + 1→⟧, possible)
 : the range of quantization is that of all K candidates, not of the nucleus
-- last = width if counts is None else counts.unsqueeze(1)
-+ last = width
+last = width⟦ if counts is None else counts.unsqueeze(1)→⟧
 : the race of the tail favours blocks with the wrong sign of their weight
-- (noise.gather(1, blocks) - values.logsumexp(-1))
-+ (noise.gather(1, blocks) + values.logsumexp(-1))
+(noise.gather(1, blocks) ⟦-→+⟧ values.logsumexp(-1))
 : the order in which the tail was drawn is sorted away
-- ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1)
-+ ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1).sort(-1).values
+ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1)⟦→.sort(-1).values⟧
 : the same position of all conversations has the same random numbers
-- mix64_((state ^ index) + SPLITMIX_STEP)
-+ mix64_(state + SPLITMIX_STEP)
+mix64_(⟦(state ^ index)→state⟧ + SPLITMIX_STEP)
 
 == extract_logits | test_extract_compact.py
 : points of compact rows fall on what is kept and never on what is not
-- rest.scatter_add_(1, top_ids // BLOCK, chances.masked_fill_(kept, 0))
-+ rest.scatter_add_(1, top_ids // BLOCK, chances.masked_fill_(~kept, 0))
+rest.scatter_add_(1, top_ids // BLOCK, chances.masked_fill_(⟦→~⟧kept, 0))
 
 == extract_logits | test_extract_pack.py
 : the log-sum-exp goes through float32
-- as_list(result.logsumexp[tokens], sizes, np.float64)
-+ as_list(result.logsumexp[tokens].astype(np.float32), sizes, np.float64)
+as_list(result.logsumexp[tokens]⟦→.astype(np.float32)⟧, sizes, np.float64)
 : the columns top_min and top_max are swapped
-- "top_min": as_list(result.top_min[tokens]
-+ "top_min": as_list(result.top_max[tokens]
+"top_min": as_list(result.⟦top_min→top_max⟧[tokens]
 : a conversation with NaN at one token is stored, as its other tokens are fine
-- np.logical_and.reduceat(result.usable, starts)
-+ np.logical_or.reduceat(result.usable, starts)
+np.⟦logical_and→logical_or⟧.reduceat(result.usable, starts)
 : only the first result under way is waited for at the end
--         while self.pending:
--             self.deliver(
-+         if self.pending:
-+             self.deliver(
+        ⟦while→if⟧ self.pending:
+            self.deliver(
 
 == extract_logits | test_extract_parts.py
 : rows of a part stand in the order in which they were computed
-- return rows.take(order.astype(np.int64))
-+ return rows
+return rows⟦.take(order.astype(np.int64))→⟧
 : a damaged file of the cache is delivered
-- raise ValueError("its digest is another")
-+ logger.debug("its digest is another")
+⟦raise ValueError→logger.debug⟧("its digest is another")
 
 == extract_logits | test_extract_output.py test_extract_parts.py
 : a stale checkpoint is believed: a part of fewer conversations counts as done
-- return getattr(self.listed[number], "ids", None) == ids
-+ return self.listed[number] is not None
+return ⟦getattr(self.listed[number], "ids", None) == ids→self.listed[number] is not None⟧
 : an answer 429 ends the run, with its Retry-After unread
-- PASSING_STATUS = {408, 409, 412, 425, 429}
-+ PASSING_STATUS = {408, 409, 412, 425}
+PASSING_STATUS = {408, 409, 412, 425⟦, 429→⟧}
 : --private makes a public repository
-- self.name, repo_type="dataset", private=self.private, exist_ok=True
-+ self.name, repo_type="dataset", exist_ok=True
+self.name, repo_type="dataset", ⟦private=self.private, →⟧exist_ok=True
 
 == extract_logits | test_extract_stop.py
 : the runtime limit keeps no time for the last upload
-- self._longest_step_s + self.upload_s()
-+ self._longest_step_s
+self._longest_step_s⟦ + self.upload_s()→⟧
 
 == extract_logits | test_extract_run.py test_extract_output.py test_extract_parts.py
 : a run with undelivered shards ends with exit code 0
-- any(name.startswith("backup_") for name in left) or (complete and left)
-+ False
+⟦any(name.startswith("backup_") for name in left) or (complete and left)→False⟧
 
 == explore_logits | test_explore_cli.py test_explore_html.py test_explore_format.py
 : what a source or a Hub says acts on the terminal that shows the log
-- return hide_tokens(show_text(re.sub(r"\\s*\\n\\s*", " ", text.strip())))
-+ return hide_tokens(re.sub(r"\\s*\\n\\s*", " ", text.strip()))
-
+return hide_tokens(⟦show_text(→⟧re.sub(r"\s*\n\s*", " ", text.strip())⟦)→⟧)
 : an access token is printed with the message that holds it
-- return re.sub(r"\\b(hf|api_org)_\\w{6,}", "***", text)
-+ return text
+return ⟦re.sub(r"\b(hf|api_org)_\w{6,}", "***", text)→text⟧
 
 == explore_logits | test_explore_format.py
 : the high bits of ids are packed from the other end of the byte
-- quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
-+ quads[:, 3] | quads[:, 2] << 2 | quads[:, 1] << 4 | quads[:, 0] << 6
+quads[:, ⟦0→3⟧] | quads[:, ⟦1→2⟧] << 2 | quads[:, ⟦2→1⟧] << 4 | quads[:, ⟦3→0⟧] << 6
 : ids from 262,144 on wrap
-- if int(full.min()) < 0 or int(full.max()) > MAX_TOKEN_ID:
-+ if int(full.min()) < 0:
+if int(full.min()) < 0⟦ or int(full.max()) > MAX_TOKEN_ID→⟧:
 : logits come back with 65536 for 65535
-- np.asarray(q, np.float64) / 65535 * (high - low) + low
-+ np.asarray(q, np.float64) / 65536 * (high - low) + low
+np.asarray(q, np.float64) / ⟦65535→65536⟧ * (high - low) + low
 : quantization cuts instead of rounding
-- np.rint(np.rint(part * levels) * (65535 / levels))
-+ np.rint(np.floor(part * levels) * (65535 / levels))
+np.rint(np.⟦rint→floor⟧(part * levels) * (65535 / levels))
 
 == explore_logits | test_explore_source.py test_explore_conversation.py
 : the message of --system-col is left out
-- messages = [{"role": "system", "content": text}, *messages]
-+ messages = [*messages]
+messages = [⟦{"role": "system", "content": text}, →⟧*messages]
 
 == explore_logits | test_explore_conversation.py test_templates.py
 : the first token of a text, which nothing predicts, is extracted
--     inside[:1] = False
-+     inside[:0] = False
+    inside[:⟦1→0⟧] = False
 : the end-of-turn token after a template's own markers is not extracted
-- end = found.end() if found else end
-+ end = found.start() if found else end
+end = found.⟦end→start⟧() if found else end
 : think tags that the template inserts are extracted without --include-think, and not with it
-- if not self.choice.include_think:
-+ if self.choice.include_think:
+if ⟦not →⟧self.choice.include_think:
 
 == explore_logits | test_explore_open.py
 : rows asked for in an order come in the order of the shards
-- pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
-+ pa.concat_tables(tables)
+pa.concat_tables(tables)⟦.take(pa.array(np.argsort(np.concatenate(places))))→⟧
 : a file of a later format is read as if it were known
-- range(1, FORMAT_VERSION + 1)
-+ range(1, FORMAT_VERSION + 10)
+range(1, FORMAT_VERSION + ⟦1→10⟧)
 
 == explore_logits | test_extract_parts.py
 : a job goes on with another seed
-- NOT_OF_JOB = {"attn", "versions", "numerics", "limit", "options"}
-+ NOT_OF_JOB = {"attn", "versions", "numerics", "limit", "options", "seed"}
+NOT_OF_JOB = {"attn", "versions", "numerics", "limit", "options"⟦→, "seed"⟧}
 
 == explore_logits | test_explore_align.py test_explore_decode.py
 : ranks in the nucleus count from 0
-- np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts) + 1
-+ np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts + 1)
+np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts⟦) + 1→ + 1)⟧
 : the bound of a token that is not stored is the looser of two
-- np.minimum(left, block.top.low - block.logsumexp), left)
-+ np.maximum(left, block.top.low - block.logsumexp), left)
+np.⟦minimum→maximum⟧(left, block.top.low - block.logsumexp), left)
 : a conversation with more tokens than its row is put beside it
-- if positions.size != sample["num_tokens"]:
-+ if positions.size < sample["num_tokens"]:
+if positions.size ⟦!=→<⟧ sample["num_tokens"]:
 
 == explore_logits | test_explore_html.py
 : HTML in a conversation acts on the page
--         autoescape=True,
--         finalize
-+         autoescape=False,
-+         finalize
+        autoescape=⟦True→False⟧,
+        finalize
 
 == explore_logits | test_explore_validate.py
 : an id that occurs twice for a token is valid
-- twice[keys[1:][np.diff(keys) == 0] >> 18] = True
-+ twice[keys[1:][np.diff(keys) < 0] >> 18] = True
+twice[keys[1:][np.diff(keys) ⟦==→<⟧ 0] >> 18] = True
 : a nucleus that the cap cut is called broken
-- (mass < top_p - tolerance) & (top.counts < min(
-+ (mass < top_p - tolerance) & (top.counts <= min(
+(mass < top_p - tolerance) & (top.counts <⟦→=⟧ min(
 
 == explore_logits | test_explore_stats.py
 : a percentile may lie one size too low
-- max(math.ceil(q / 100 * self.tokens), 1)
-+ max(math.floor(q / 100 * self.tokens), 1)
+max(math.⟦ceil→floor⟧(q / 100 * self.tokens), 1)
 
 == explore_logits | test_explore_training.py test_explore_loss.py
 : a student is trained one position late
-- row["teacher_positions"] + (s - 1)
-+ row["teacher_positions"] + s
+row["teacher_positions"] + ⟦(s - 1)→s⟧
 : every epoch has the order of the first
-- np.random.default_rng([self.seed, self.epoch, *of])
-+ np.random.default_rng([self.seed, *of])
+np.random.default_rng([self.seed, ⟦self.epoch, →⟧*of])
 
 == explore_logits | test_explore_loss.py
 : the divergence is scaled by the temperature and not by its square
-- (alpha * temperature**2)
-+ (alpha * temperature)
+(alpha * temperature⟦**2→⟧)
 : the weights of the tail take the mass that was not drawn with the wrong sign
-- (log_times - undrawn * times + arrived.log().sum(0))
-+ (log_times + undrawn * times + arrived.log().sum(0))
+(log_times ⟦-→+⟧ undrawn * times + arrived.log().sum(0))
 
 == explore_logits | test_explore_cli.py test_explore_validate.py
 : --validate ends with exit code 0 whatever it finds
-- failed = not report.ok
-+ failed = False
+failed = ⟦not report.ok→False⟧
 
 == compute_lengths | test_compute_lengths.py
 : --index-col is dropped: lengths are written by row number
-- index = source_id(row, number, encoder.columns)
-+ index = number
+index = ⟦source_id(row, number, encoder.columns)→number⟧
 : rows of a stream have wrong numbers from the third batch on
-- start += len(batch)
-+ start = len(batch)
+start ⟦+→⟧= len(batch)
 : the last batches of a source measured in several processes are lost
--         while waiting:
-+         if waiting:
+        ⟦while→if⟧ waiting:
 : the columns length and num_tokens are swapped
-- [measured.index, measured.length, measured.num_tokens]
-+ [measured.index, measured.num_tokens, measured.length]
+[measured.index, measured.⟦length, measured.num_tokens→num_tokens, measured.length⟧]
 : percentiles count conversations that cannot be used
-- return self.num_tokens > 0
-+ return self.num_tokens >= 0
+return self.num_tokens >⟦→=⟧ 0
 : a push that the Hub never took is reported as done
--             if not passing or wait_s is None or
-+             if wait_s is None:
-+                 return
-+             if not passing or
+            if ⟦not passing or wait_s is None or→wait_s is None:
+                return
+            if not passing or⟧
 """
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """A planted fault: `old` becomes `new` in a script."""
 
     script: str
@@ -289,109 +223,92 @@ class Fault:
     says: str
     old: str
     new: str
-    left: str = ""
 
+    def plant(self, text: str) -> str:
+        """Return the script with the fault in it.
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the tests made of a fault."""
-
-    fault: Fault
-    caught_by: str  # a test; "" where all passed
-    seconds: float
+        Raises:
+            SystemExit: the text that it replaces is not there, or more than once: mend the table.
+        """
+        found = text.count(self.old)
+        if found != 1 or self.old == self.new:
+            sys.exit(f"{self.script}.py holds {found} times, not once: {self.old!r} ({self.says})")
+        return text.replace(self.old, self.new)
 
 
 def parse_faults(text: str) -> list[Fault]:
     """Return the faults of a table in the form of `FAULTS`."""
     faults: list[Fault] = []
     script, tests = "", ""
-    for block in re.split(r"\n(?=[:=])", text.strip()):
-        if block.startswith("=="):
-            script, tests = (part.strip() for part in block[2:].split("|"))
-            continue
-        parts: dict[str, list[str]] = {}
-        for line in filter(None, block.splitlines()):
-            parts.setdefault(line[0], []).append(line[2:])
-        said, old, new, left = ("\n".join(parts.get(mark, [])) for mark in ":-+?")
-        faults.append(Fault(script, tuple(tests.split()), said, old, new, left))
+    for block in re.split(r"\n+(?=: |== )", text.strip()):
+        first, _, snippet = block.partition("\n")
+        mark, _, said = first.partition(" ")
+        if mark == "==":
+            script, tests = said.split(" | ")
+        else:
+            old, new = (re.sub("(?s)⟦(.*?)→(.*?)⟧", rf"\{n}", snippet) for n in (1, 2))
+            faults.append(Fault(script, tuple(tests.split()), said, old, new))
     return faults
 
 
-def plant(text: str, fault: Fault) -> str:
-    """Return a script with the fault in it.
-
-    Raises:
-        SystemExit: the text that it replaces is not there, or more than once: mend the table.
-    """
-    found = text.count(fault.old)
-    if found != 1 or fault.old == fault.new:
-        sys.exit(f"{fault.script}.py holds {found} times, not once: {fault.old!r} ({fault.says})")
-    return text.replace(fault.old, fault.new)
-
-
-def check_faults(faults: Sequence[Fault], root: Path = ROOT) -> None:
+def check_faults(faults: Sequence[Fault]) -> None:
     """End where a fault cannot be planted, or names a file of tests that is not there."""
-    texts = {name: (root / f"{name}.py").read_text() for name in {f.script for f in faults}}
     for fault in faults:
-        plant(texts[fault.script], fault)
+        fault.plant((ROOT / f"{fault.script}.py").read_text())
         for name in fault.tests:
-            if not (root / "tests" / name).is_file():
+            if not (ROOT / "tests" / name).is_file():
                 sys.exit(f"no tests/{name}, which is to catch: {fault.says}")
 
 
-def copy_project(folder: Path) -> Path:
-    """Copy the scripts and what their tests read."""
-    folder.mkdir()
-    for source in (path for pattern in COPIED for path in ROOT.glob(pattern)):
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", ".*")
-            shutil.copytree(source, folder / source.name, ignore=ignored)
-        else:
-            shutil.copy(source, folder)
-    return folder
+def run_tests(fault: Fault | None, tests: Sequence[str], *options: str) -> tuple[int, str]:
+    """Run files of tests in a copy with a fault until one fails; return pytest's code and words."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "project"
+        folder.mkdir()
+        for source in (path for pattern in COPIED for path in ROOT.glob(pattern)):
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", ".*")
+                shutil.copytree(source, folder / source.name, ignore=ignored)
+            else:
+                shutil.copy(source, folder)
+        if fault:
+            script = folder / f"{fault.script}.py"
+            script.write_text(fault.plant(script.read_text()))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+        command += ["-m", "not slow", *options, *(f"tests/{name}" for name in tests)]
+        env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+        env |= {"TOKENIZERS_PARALLELISM": "false"}
+        with subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                said, _ = process.communicate(timeout=LIMIT_S)
+            except subprocess.TimeoutExpired:
+                return 1, f"FAILED tests/{tests[0]}::(no end within {LIMIT_S} s)"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return process.returncode, said
 
 
-def run_tests(folder: Path, tests: Sequence[str], *options: str) -> tuple[int, str]:
-    """Run files of tests in a copy until one fails; return pytest's exit code and what it said."""
-    for stale in ("__pycache__", ".hypothesis"):  # of another fault: sizes and seconds are alike
-        shutil.rmtree(folder / stale, ignore_errors=True)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow", *options, *(f"tests/{name}" for name in tests)]
-    env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    env |= {"TOKENIZERS_PARALLELISM": "false"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=folder, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            said, _ = process.communicate(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return 1, f"FAILED tests/{tests[0]}::(no end within {LIMIT_S} s)"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, said
-
-
-def try_fault(folder: Path, fault: Fault, *options: str) -> Verdict:
-    """Plant a fault in a copy, run its tests, and take it out again.
+def try_fault(fault: Fault, *options: str) -> tuple[Fault, str, float]:
+    """Return a fault, the test that caught it ("" where all passed), and seconds.
 
     Raises:
         SystemExit: the tests could not be collected: no user would ever have met that fault.
     """
-    script, began = folder / f"{fault.script}.py", time.monotonic()
-    sound = script.read_text()
-    script.write_text(plant(sound, fault))
-    code, said = run_tests(folder, fault.tests, *options)
-    script.write_text(sound)
+    began = time.monotonic()
+    code, said = run_tests(fault, fault.tests, *options)
     failed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+::[^\s\[]+|\S+)", said, re.M)
     if code not in (0, 1, 5) or (code == 1 and not failed):
         sys.exit(f"{said[-3000:]}\n{fault.says}: pytest ended with exit code {code}")
-    return Verdict(fault, failed[0] if code == 1 else "", time.monotonic() - began)
+    return fault, failed[0] if code == 1 else "", time.monotonic() - began
 
 
-def try_faults(faults: Sequence[Fault], *options: str, jobs: int = 1) -> Iterator[Verdict]:
+def try_faults(
+    faults: Sequence[Fault], *options: str, jobs: int = 1
+) -> Iterator[tuple[Fault, str, float]]:
     """Yield what becomes of each fault, in order, once the same tests pass without one.
 
     Raises:
@@ -399,22 +316,12 @@ def try_faults(faults: Sequence[Fault], *options: str, jobs: int = 1) -> Iterato
     """
     check_faults(faults)
     files = list(dict.fromkeys(name for fault in faults for name in fault.tests))
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(jobs) as pool:
-        copies: SimpleQueue[Path] = SimpleQueue()
-        for number in range(jobs):
-            copies.put(copy_project(Path(place) / f"{number}"))
-
-        def work(fault: Fault) -> Verdict:
-            folder = copies.get()
-            verdict = try_fault(folder, fault, *options)
-            copies.put(folder)
-            return verdict
-
-        spread = ("-n", str(jobs), "--dist", "loadfile") if jobs > 1 else ()
-        code, said = run_tests(Path(place) / "0", files, *options, *spread)
-        if code not in (0, 5):
-            sys.exit(f"{said[-3000:]}\nthe tests fail without a fault")
-        yield from pool.map(work, faults)
+    spread = ("-n", str(jobs), "--dist", "loadfile") if jobs > 1 else ()
+    code, said = run_tests(None, files, *options, *spread)
+    if code not in (0, 5):
+        sys.exit(f"{said[-3000:]}\nthe tests fail without a fault")
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda fault: try_fault(fault, *options), faults)
 
 
 def main() -> int:
@@ -425,20 +332,14 @@ def main() -> int:
     args = parser.parse_args()
     faults = [f for f in parse_faults(FAULTS) if re.search(args.only, f"{f.script} {f.says}")]
     began, survivors = time.monotonic(), []
-    print("| script | fault | caught by | s |\n|---|---|---|---:|", flush=True)
-    for verdict in try_faults(faults, jobs=args.jobs):
-        fault, by = verdict.fault, verdict.caught_by or f"nothing {fault_left(verdict.fault)}"
-        print(f"| {fault.script} | {fault.says} | {by} | {verdict.seconds:.0f} |", flush=True)
-        survivors += [] if verdict.caught_by else [fault.says]
+    print_head("script", "fault", "caught by", "s")
+    for fault, caught_by, seconds in try_faults(faults, jobs=args.jobs):
+        print_row(fault.script, fault.says, caught_by or "nothing", f"{seconds:.0f}")
+        survivors += [] if caught_by else [fault.says]
     caught = len(faults) - len(survivors)
     figures = {"faults": len(faults), "caught": caught, "survivors": survivors}
     print(json.dumps({**figures, "seconds": round(time.monotonic() - began)}))
     return int(caught < math.ceil(SHARE * len(faults)))
-
-
-def fault_left(fault: Fault) -> str:
-    """Return why a fault is left, in brackets, where the table says so."""
-    return f"({fault.left})" if fault.left else ""
 
 
 if __name__ == "__main__":

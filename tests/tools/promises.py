@@ -1,27 +1,24 @@
-"""Check that every promise has a test which runs here, and write docs/promises.md.
+"""Check that every promise has a test, and write docs/promises.md.
 
     python tests/tools/promises.py
 
 `promises.txt` beside this file holds a promise a line: a sentence, `|`, the tests that prove it as
-pytest names them. Ends with exit code 1 where a named test does not exist, where every test of a
-promise is skipped on this machine, and where a file of tests proves none.
+pytest names them. Ends with exit code 1 where a named test does not exist and where a file of tests
+proves none. That not all tests of a promise are skipped here, `tests/test_promises.py` sees.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
+from bench import ROOT, TESTS
 
-TESTS = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".txt")
-PAGE = TESTS.parent / "docs" / "promises.md"
+PAGE = ROOT / "docs" / "promises.md"
 ELSEWHERE = {"test_extract_vllm.py", "test_extract_kernels.py"}  # where vLLM, or Triton, is
 HEAD = """# Promises and their tests
 
@@ -51,17 +48,16 @@ def read_promises(text: str) -> list[Promise]:
     return promises
 
 
-def list_tests(folder: Path = TESTS) -> dict[str, bool]:
-    """Return all tests by name, and whether each is marked as slow; nothing is imported."""
+def list_tests() -> dict[str, bool]:
+    """Return all tests by name, and whether `make test` leaves them out; nothing is imported."""
     tests = {}
-    for path in sorted(folder.glob("test_*.py")):
+    for path in sorted(TESTS.glob("test_*.py")):
         text = path.read_text(encoding="utf-8")
-        all_slow = "\npytestmark = pytest.mark.slow\n" in text
+        apart = path.name in ELSEWHERE or "\npytestmark = pytest.mark.slow\n" in text
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                marks = map(ast.unparse, node.decorator_list)
-                is_slow = all_slow or any(".slow" in mark for mark in marks)
-                tests[f"{path.name}::{node.name}"] = is_slow
+                marks = " ".join(map(ast.unparse, node.decorator_list))
+                tests[f"{path.name}::{node.name}"] = apart or ".slow" in marks
     return tests
 
 
@@ -76,59 +72,36 @@ def find_faults(promises: Sequence[Promise], tests: Iterable[str]) -> list[str]:
 
 def find_idle(promises: Sequence[Promise], items: Iterable[Any]) -> list[str]:
     """Say which promises have no test that runs among those that pytest has collected."""
-    slow = {test for test, is_slow in list_tests().items() if is_slow}
-    running = {f"{i.path.name}::{i.originalname}" for i in items if not is_skipped(i)} | slow
-    return [
-        f"no test of it runs here: {promise.says}"
-        for promise in promises
-        if not running & set(promise.tests)
-        and not any(test.partition("::")[0] in ELSEWHERE for test in promise.tests)
-    ]
-
-
-def is_skipped(item: Any) -> bool:
-    """Tell whether a mark keeps a test from running on this machine."""
-    conditions = [mark.args[:1] for mark in item.iter_markers("skipif")]
-    return item.get_closest_marker("skip") is not None or any(map(any, conditions))
+    running = {test for test, is_apart in list_tests().items() if is_apart}
+    for item in items:
+        conditions = [mark.args[:1] for mark in item.iter_markers("skipif")]
+        if item.get_closest_marker("skip") is None and not any(map(any, conditions)):
+            running.add(f"{item.path.name}::{item.originalname}")
+    idle = (promise.says for promise in promises if running.isdisjoint(promise.tests))
+    return [f"no test of it runs here: {says}" for says in idle]
 
 
 def make_page(promises: Sequence[Promise]) -> str:
     """Return docs/promises.md."""
-    slow, lines, section = list_tests(), [HEAD], ""
+    apart, lines, section = list_tests(), [HEAD], ""
     for promise in promises:
         if promise.section != section:
             section = promise.section
             lines.append(f"\n## {section}\n\n| promise | tests |\n|---|---|\n")
-        shown = []
-        for test in promise.tests:
-            file = test.partition("::")[0]
-            apart = slow.get(test) or file in ELSEWHERE
-            shown.append(f"*`{test}`*" if apart else f"`{test}`")
-        lines.append(f"| {promise.says} | {'<br>'.join(shown)} |\n")
+        shown = "<br>".join(f"*`{t}`*" if apart.get(t) else f"`{t}`" for t in promise.tests)
+        lines.append(f"| {promise.says} | {shown} |\n")
     return "".join(lines)
-
-
-class Collector:
-    """Keeps what pytest has collected."""
-
-    items: Sequence[Any] = ()
-
-    def pytest_collection_finish(self, session: Any) -> None:
-        """Take over the tests."""
-        self.items = session.items
 
 
 def main() -> int:
     """Check the table and write the page."""
-    promises, collector = read_promises(TABLE.read_text(encoding="utf-8")), Collector()
-    with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(TESTS)], [collector])
-    faults = find_faults(promises, list_tests()) + find_idle(promises, collector.items)
-    print(*faults, sep="\n", end="\n" if faults else "")
-    if not faults:
-        PAGE.write_text(make_page(promises), encoding="utf-8")
-        print(f"{len(promises)} promises: {PAGE}")
-    return int(bool(faults))
+    promises = read_promises(TABLE.read_text(encoding="utf-8"))
+    if faults := find_faults(promises, list_tests()):
+        print(*faults, sep="\n")
+        return 1
+    PAGE.write_text(make_page(promises), encoding="utf-8")
+    print(f"{len(promises)} promises: {PAGE}")
+    return 0
 
 
 if __name__ == "__main__":

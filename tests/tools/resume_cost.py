@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,37 +19,32 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub speaks plain LFS
+from bench import peak_bytes
+from loopback_hub import LoopbackHub
+from outputs import Output, fill, finish, open_uploader
+from shard_rows import make_rows
 
 
 def measure_resume(parts: int) -> dict[str, Any]:
     """Fill a repository, and open it again from an empty cache."""
-    from loopback_hub import LoopbackHub
-    from outputs import Output, fill, open_uploader
-
     with LoopbackHub() as hub, tempfile.TemporaryDirectory() as cache:
         os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token}
         output = Output("tester/many", hub)
         uploader = open_uploader(output, Path(cache) / "first")
         for number in range(parts):
             fill(uploader, number, [number])
-        uploader.flush(final=True)
-        uploader.shutdown()
+        finish(uploader)
         hub.clear()
-        started, before = time.monotonic(), len(hub.log)
+        started = time.monotonic()
         uploader = open_uploader(output, Path(cache) / "second")
         left = sum(len(uploader.begin_part(number, [number])) for number in range(parts))
         seconds = time.monotonic() - started
         uploader.shutdown()
-        requests = hub.log[before:]
         return {
             "parts": parts,
             "rows_left": left,
-            "requests": len(requests),
-            "bytes": sum(int(request["sent"]) for request in requests),
+            "requests": len(hub.log),
+            "bytes": sum(int(request["sent"]) for request in hub.log),
             "checkpoint_bytes": len(output.read("checkpoint.json")),
             "seconds": round(seconds, 2),
         }
@@ -72,15 +65,13 @@ class PlainEncoder:
 
 def measure_rows(rows: int) -> dict[str, Any]:
     """Read, batch, store and deliver many tiny rows; time the first tenth and the last."""
-    import datasets
-    from outputs import Output, open_uploader
-    from shard_rows import make_rows
+    import datasets  # here: its Hub is the one of the environment that it is imported in
 
     from explore_logits import ConversationColumns
     from extract_logits import ConversationDataset, ExtractionConfig, prepare_dataset
 
     with tempfile.TemporaryDirectory() as place:
-        file, output = Path(place) / "rows.parquet", Output(Path(place) / "out")
+        file = Path(place) / "rows.parquet"
         ids = np.random.default_rng(1).permutation(rows).astype(np.int32)
         pq.write_table(pa.table({"id": ids, "messages": pa.array(["[]"] * rows)}), file)
         source = datasets.load_dataset(
@@ -88,36 +79,27 @@ def measure_rows(rows: int) -> dict[str, Any]:
         )
         config = ExtractionConfig(model="m", dataset="d", output="./o", index_col="id")
         columns = ConversationColumns(messages="messages", index="id")
-        selection = prepare_dataset(config, source, columns)
-        uploader = open_uploader(output, Path(place) / "local")
+        uploader = open_uploader(Output(Path(place) / "out"), Path(place) / "local")
         windows = ConversationDataset(
-            selection, PlainEncoder(), rows_per_part=5000, begin_part=uploader.begin_part
-        )
-        row, marks, done = make_rows([0], tokens=2), [(0, time.monotonic())], 0
+            prepare_dataset(config, source, columns), PlainEncoder(), rows_per_part=5000,
+            begin_part=uploader.begin_part,
+        )  # fmt: skip
+        row, times, done = make_rows([0], tokens=2), [time.monotonic()], [0]
         for window in windows:
             table = pa.concat_tables([row] * len(window.rows))
             indices = pa.array([encoded.index for encoded in window.rows], pa.int32())
             uploader.add_sample(table.set_column(0, "index", indices))
             uploader.flush()
-            done += len(window.rows)
-            marks.append((done, time.monotonic()))
-        uploader.flush(final=True)
-        uploader.shutdown()
+            done.append(done[-1] + len(window.rows))
+            times.append(time.monotonic())
+        tenth = np.interp([0, 0.1 * rows, 0.9 * rows, rows], done, times)  # seconds at these rows
         return {
             "rows": rows,
-            "stored": uploader.summary()["rows"],
-            "rows_per_second_first_tenth": round(rate(marks, 0.0, 0.1)),
-            "rows_per_second_last_tenth": round(rate(marks, 0.9, 1.0)),
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "stored": finish(uploader)["rows"],
+            "rows_per_second_first_tenth": round(0.1 * rows / (tenth[1] - tenth[0])),
+            "rows_per_second_last_tenth": round(0.1 * rows / (tenth[3] - tenth[2])),
+            "peak_mb": round(peak_bytes() / 2**20),
         }
-
-
-def rate(marks: list[tuple[int, float]], first: float, last: float) -> float:
-    """Return rows per second between two shares of all rows."""
-    total = marks[-1][0]
-    inside = [mark for mark in marks if first * total <= mark[0] <= last * total]
-    (rows_a, at_a), (rows_b, at_b) = inside[0], inside[-1]
-    return (rows_b - rows_a) / max(1e-9, at_b - at_a)
 
 
 def main() -> None:

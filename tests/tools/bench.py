@@ -1,0 +1,59 @@
+"""What the tools share: where things are, peak memory, tables in Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+TEACHER, CHATS = TESTS / "teacher" / "model", TESTS / "teacher" / "conversations.jsonl"
+sys.path[:0] = [str(ROOT), str(TESTS)]  # a tool is started from anywhere
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub speaks plain LFS
+
+
+def peak_bytes(pid: int | str = "self") -> int:
+    """Return a process's peak of memory, 0 where it has gone; Linux alone.
+
+    `ru_maxrss` would count what its parent held before the exec.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+)", status)
+    return 1024 * int(found[1]) if found else 0
+
+
+def machine() -> dict[str, Any]:
+    """Name the hardware and the versions that figures depend on."""
+    import numpy
+    import torch
+
+    path = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", path.read_text()) if path.exists() else []
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def print_head(*names: str) -> None:
+    """Print the head of a Markdown table."""
+    print_row(*names)
+    print("|" + "---|" * len(names), flush=True)
+
+
+def print_row(*cells: object) -> None:
+    """Print a line of a Markdown table, at once."""
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
