@@ -1,13 +1,11 @@
 """The page in a real browser: what it shows, how it is used, and that nothing in it can act.
 
 Needs chromium and chromedriver on the PATH (Debian: chromium chromium-driver) and selenium; the
-browser tests are skipped with that reason where they are missing. With SCREENSHOTS=DIR the pages
-are kept as pictures to look at.
+browser tests are skipped with that reason where they are missing.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -177,20 +175,6 @@ def test_a_page_without_conversations_still_shows_the_figures(tmp_path: Path) ->
     assert "<section id=" not in page
 
 
-def test_levels_differ_in_lightness_and_not_in_hue_alone() -> None:
-    blocks = re.findall(r"--b1: .*?}", explore.PAGE_CSS, flags=re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        colours = re.findall(r"--b[1-6]: #([0-9a-f]{6})", block)
-        light = [
-            sum(weight * int(colour[i : i + 2], 16) for weight, i in ((0.3, 0), (0.6, 2), (0.1, 4)))
-            for colour in colours
-        ]
-        steps = np.diff(light)
-        assert len(colours) == 6
-        assert (steps > 8).all() or (steps < -8).all(), light
-
-
 # In a browser -------------------------------------------------------------------------------------
 
 
@@ -219,7 +203,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def show(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """Load a page, and make sure at the end that nothing in it failed, fetched or ran wild."""
 
     def load(page: str, *, theme: str = "light", width: int = 1000) -> Any:
@@ -231,18 +215,10 @@ def show(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterat
         return browser
 
     yield load
-    keep_screenshot(browser, request.node.name)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.hacked") is None
     fetched = "return performance.getEntriesByType('resource').map(entry => entry.name)"
     assert browser.execute_script(fetched) == []
-
-
-def keep_screenshot(browser: Any, name: str) -> None:
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        browser.save_screenshot(str(Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', name)}.png"))
 
 
 def find(browser: Any, selector: str) -> Any:
