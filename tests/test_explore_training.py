@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CHATS, ROOT, TEACHER, load_example
+from conftest import ROOT, TEACHER, extract_chats, load_example
 from huggingface_hub import HfApi, HfFileSystem
 from loopback_hub import LoopbackHub
 from small_output import SETTINGS, random_rows, rows_to_table, write_output
@@ -48,17 +48,7 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the embedded teacher's logits of 24 conversations, without their tokens."""
-    return extract(tmp_path_factory.mktemp("extracted"), "--limit", 24, "--upload-every", 10)
-
-
-def extract(folder: Path, *options: object) -> Path:
-    """Extract logits of the embedded conversations into a folder."""
-    import extract_logits
-
-    words = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", *options]
-    words += ["--cache-dir", folder / "cache", "--output", folder / "logits"]
-    assert extract_logits.main([str(word) for word in words]) == 0
-    return folder / "logits"
+    return extract_chats(tmp_path_factory.mktemp("extracted"), "--limit", 24, "--upload-every", 10)
 
 
 def make_loader(dataset: Any, size: int = 3, **options: Any) -> Any:
@@ -575,7 +565,7 @@ def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
 ) -> None:
     """Steps and rate were chosen on other conversations: 0.211 to 0.187 on those from 200 on."""
     pytest.importorskip("torchao", reason="torchao rounds the student")
-    folder = extract(tmp_path, "--limit", 120, "--min-p", 0.005)
+    folder = extract_chats(tmp_path, "--limit", 120, "--min-p", 0.005)
     options = ["--bits", "2", "--steps", "20", "--learning-rate", "5e-4"]
     run_example("quantized_student", monkeypatch, folder, *options)
     before, after = map(float, re.findall(r"KL .*: (\d\.\d+)", capsys.readouterr().out))
