@@ -7,9 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import CHATS, ROOT, TEACHER, run_script
@@ -277,15 +275,3 @@ def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == (
         "explore-logits: cannot write the result: No space left on device; make room\n"
     )
-
-
-def test_another_dataset_than_the_runs_is_asked_about(
-    tmp_path: Path, write_chats: Callable[[list[Any]], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    source = write_chats([{"messages": []}] * 20)
-    settings = SETTINGS | {"model": str(TEACHER)}
-    rows = random_rows(20, settings=settings)
-    template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
-    out = write_output(tmp_path / "out", rows, settings=settings, chat_template=template)
-    assert main([str(out), "--dataset", str(source)]) == 2
-    assert "is it the run's (--dataset)?" in caplog.messages[-1]

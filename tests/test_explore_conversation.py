@@ -6,7 +6,6 @@ import cProfile
 import json
 import pickle
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import cache
@@ -400,20 +399,6 @@ def test_added_tokens_that_are_blank_do_not_count_as_ends(template: str) -> None
     assert encoded.end_of_turn == "<|end|>"
     taken = tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist())
     assert taken == "Birch bark.<|end|>Dune.<|end|>"
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_thousands_of_added_tokens_do_not_slow_it_down(template: str) -> None:
-    """Two seconds are allowed for 48,000 characters; trying every token at each takes minutes."""
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    tokenizer.add_tokens([f"<unused{n}>" for n in range(6000)] + ["<|start|>", "<|end|>"])
-    tokenizer.chat_template = template
-    prepared = prepare_template(tokenizer)
-    chat = [user("amber?"), says("Birch bark <and> more. " * 2000 + "<unused7> \n")]
-    began = time.process_time()
-    rendered = explore_logits.render_conversation(chat, prepared)
-    assert time.process_time() - began < 2
-    assert len(rendered.spans) == 1
 
 
 @pytest.mark.parametrize(
@@ -821,6 +806,10 @@ def test_the_sandbox_bounds_what_a_template_does(name: str) -> None:
     with pytest.raises(TemplateError, match=r"cannot be used \(the sandbox") as refused:
         prepare_template(tokenizer_for(PLAIN), HOSTILE[name] + PLAIN)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["loops", "width", "doubling", "join", "escape"])
+def test_a_row_that_the_sandbox_bounds_is_skipped(name: str) -> None:
     hidden = PLAIN + "{% if messages|length > 3 %}" + HOSTILE[name] + "{% endif %}"
     with pytest.raises(ConversationError, match="the sandbox of templates") as skipped:
         encode_conversation([*CHAT, *CHAT], tokenizer_for(PLAIN), chat_template=hidden)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_output import SETTINGS, pack_entries, random_logits, random_rows, rows_to_table
+from small_output import SETTINGS, random_logits, random_rows, rows_to_table
 
 import explore_logits as explore
 from explore_logits import (
@@ -71,30 +71,6 @@ def test_a_whole_row_decodes_as_the_plain_loop_does() -> None:
             mass = np.exp(np.array(top[t][1]) - row["logsumexp"][t]).sum()
             assert get_nucleus_probability_mass(sample, t) == masses[t] == pytest.approx(mass)
             assert dequantize_all_logits(sample, t)[0].tolist() == top[t][0] + tail[t][0]
-
-
-def test_rows_whose_packed_bits_end_inside_a_byte_do_not_run_into_the_next() -> None:
-    # Sizes 1..9 entries: every remainder modulo four, next to each other in one block.
-    rng = np.random.default_rng(5)
-    rows = []
-    for size in range(1, 10):
-        ids = [rng.choice(262_144, size=size, replace=False)]
-        logits = np.zeros((1, 262_144), np.float32)
-        logits[0, ids[0]] = np.arange(size, 0, -1)
-        row = {
-            "index": size,
-            "num_tokens": 1,
-            **pack_entries("top", ids, logits, SETTINGS),
-            "top_counts": [size],
-            **pack_entries("sampled", [ids[0][:0]], logits, SETTINGS | {"sampled_n": 0}),
-            "logsumexp": [12.0],
-        }
-        rows.append({**row, "sampled_min": [], "sampled_max": []})
-        sample = get_sample(rows, size - 1)
-        assert sample["top_indices"][0].tolist() == ids[0].tolist()
-    block = decode_rows(rows_to_table(rows))
-    assert block.top.counts.tolist() == list(range(1, 10))
-    assert block.tail.ids.size == 0
 
 
 @settings(max_examples=25, deadline=None)

@@ -144,16 +144,6 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile: ConversationAn
     assert shown.count('"') == 6  # the page's own quotes cannot end the attribute
 
 
-def test_figures_that_are_no_numbers_are_shown_all_the_same(
-    plain: list[ConversationAnalysis],
-) -> None:
-    nan = float("nan")
-    token = explore.replace(plain[0].tokens[0], probability=nan, log_probability=-float("inf"))
-    told = explore.describe_token(explore.replace(token, nucleus_mass=nan))
-    assert "log p " in told
-    assert "-inf" in told
-
-
 def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
     token = next(t for t in plain[0].tokens if t.where == "not stored")
     told = explore.describe_token(token)
@@ -166,13 +156,6 @@ def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
     lines = explore.list_predictions(stored.predictions, stored.id, bar=8)
     assert [line[0] for line in lines].index("▸") == stored.rank - 1
     assert "≤" not in explore.describe_token(stored)
-
-
-def test_a_page_without_conversations_still_shows_the_figures(tmp_path: Path) -> None:
-    stats = compute_dataset_stats(write_output(tmp_path, random_rows(4)))
-    page = render_page([], stats=stats)
-    assert "covered by nucleus" in page
-    assert "<section id=" not in page
 
 
 # In a browser -------------------------------------------------------------------------------------
@@ -378,18 +361,3 @@ def test_the_box_stays_on_the_screen_and_off_its_token(
             assert 0 <= left < right <= wide
             assert bottom <= above or top >= below, (t, block)
             assert 0 <= top < bottom <= 700
-
-
-def test_a_token_that_wraps_leaves_no_coloured_stub(
-    show: Any, plain: list[ConversationAnalysis], phone: None
-) -> None:
-    browser = show(render_page(plain[:1]))
-    script = """
-      return [...document.querySelectorAll(".tok")].map(node =>
-        [node.textContent, [...node.getClientRects()].map(box => box.width)]);
-    """
-    wrapped = browser.execute_script(script)
-    assert len(wrapped) > 100
-    for text, widths in wrapped:
-        assert not text.startswith(" ")
-        assert all(width > 4 for width in widths), (text, widths)

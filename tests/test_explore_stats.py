@@ -93,21 +93,6 @@ def test_a_device_counts_the_same_or_is_named(output: Path, device: str) -> None
         analyze_nucleus_sizes(output, device="nonsense")
 
 
-def test_sizes_are_read_from_one_column_alone(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    plain = explore.LogitDataset.iter_shard
-
-    def spy(self: Any, shard: int, columns: Any, **how: Any) -> Any:
-        asked.append(list(columns))
-        return plain(self, shard, columns, **how)
-
-    monkeypatch.setattr(explore.LogitDataset, "iter_shard", spy)
-    analyze_nucleus_sizes(output)
-    assert asked == [["top_counts"]] * 4
-
-
 # Whole outputs ------------------------------------------------------------------------------------
 
 
@@ -150,16 +135,6 @@ def test_without_text_nothing_is_said_about_the_actual_token(tmp_path: Path) -> 
     assert (stats.known, stats.agreement, stats.mean_log_probability) == (0, None, None)
     assert compute_dataset_stats(ROWS).capped is None, "rows alone do not say what the cap is"
     assert not any("actual" in label for label in stats.facts())
-
-
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(tmp_path: Path, bits: int) -> None:
-    settings = SETTINGS | {"logit_bits": bits, "top_p_max": 30}
-    rows = random_rows(40, settings=settings, tokens=20)
-    full = np.mean(np.concatenate([row["top_counts"] for row in rows]) == 30)
-    stats = compute_dataset_stats(write_output(tmp_path, rows, settings=settings))
-    assert full > 0.1
-    assert stats.capped == pytest.approx(full, rel=0.05)
 
 
 def test_bytes_per_token_are_the_files_divided_by_the_tokens(

@@ -33,7 +33,6 @@ from explore_logits import (
     flat_positions,
     get_sample,
     load_logit_dataset,
-    open_text,
 )
 
 STORED: dict[str, Any] = {**SETTINGS, "store_tokens": True}
@@ -382,17 +381,6 @@ def test_a_conversation_cut_before_its_first_extracted_token_stays_and_costs_not
     assert not logits.grad.any()
 
 
-def test_tokens_that_are_not_stored_are_rendered_again(extracted: Path) -> None:
-    dataset: Any = LogitIterableDataset(extracted, seed=0)
-    text = open_text(extracted)
-    rows = list(dataset)
-    assert len(rows) == 24
-    for row in rows[:6]:
-        encoded = text.encode(row["index"])
-        np.testing.assert_array_equal(row["input_ids"], encoded.input_ids)
-        np.testing.assert_array_equal(row["teacher_positions"], encoded.token_positions)
-
-
 def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -505,17 +493,6 @@ def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
 
 
-def test_alpha_mixes_the_texts_own_cross_entropy_into_the_trainers_loss(
-    extracted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    found = {}
-    for alpha in (1.0, 0.5, 0.0):
-        run_example("trainer", monkeypatch, extracted, "--steps", 1, "--alpha", alpha)
-        (found[alpha],) = logged_losses(capsys)
-    assert abs(found[0.0] - found[1.0]) > 0.1
-    assert found[0.5] == pytest.approx((found[0.0] + found[1.0]) / 2, abs=2e-3)
-
-
 def test_transformers_own_loader_takes_as_datasets(extracted: Path, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -560,6 +537,7 @@ def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> N
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
