@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import cProfile
 import json
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import explore_logits
 from explore_logits import (
@@ -552,39 +552,10 @@ def test_all_bytes_of_a_character_are_extracted(said: str) -> None:
     assert data.decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
 
 
-class SlowTokenizer(PreTrainedTokenizer):
-    """A tokenizer without offsets: the fast one's ids, pieces and decoding."""
-
-    def __init__(self, inner: Any, **options: Any) -> None:
-        self.inner = inner
-        super().__init__(**options)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.inner)
-
-    def get_vocab(self) -> dict[str, int]:
-        return dict(self.inner.get_vocab())
-
-    def _tokenize(self, text: str, **_: Any) -> list[str]:
-        return list(self.inner.tokenize(text))
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return int(self.inner.convert_tokens_to_ids(token))
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return str(self.inner.convert_ids_to_tokens(index))
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return str(self.inner.convert_tokens_to_string(tokens))
-
-
-@cache
-def slow_tokenizer() -> SlowTokenizer:
-    """Return a slow tokenizer with the plain template."""
-    tokenizer = SlowTokenizer(tokenizer_for(PLAIN))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
-    tokenizer.chat_template = PLAIN
+def slow_tokenizer() -> Any:
+    """Return a tokenizer that knows no offsets: those of the fast one must not be asked for."""
+    tokenizer = copy.deepcopy(tokenizer_for(PLAIN))
+    tokenizer.__class__ = type("SlowTokenizer", (type(tokenizer),), {"is_fast": False})
     return tokenizer
 
 
@@ -598,19 +569,16 @@ def slow_tokenizer() -> SlowTokenizer:
     ],
 )
 def test_a_slow_tokenizer_is_aligned_by_decoding(said: str) -> None:
-    messages = [user("amber 🌲?"), says(said)]
-    assert not slow_tokenizer().is_fast
-    slow = encode_conversation(messages, slow_tokenizer())
-    fast = encode_conversation(messages, tokenizer_for(PLAIN))
-    assert slow.input_ids.tolist() == fast.input_ids.tolist()
-    assert slow.token_positions.tolist() == fast.token_positions.tolist()
+    messages, fast = [user("amber 🌲?"), says(said)], tokenizer_for(PLAIN)
+    one, two = (encode_conversation(messages, each) for each in (fast, slow_tokenizer()))
+    assert one.input_ids.tolist() == two.input_ids.tolist()
+    assert one.token_positions.tolist() == two.token_positions.tolist()
 
 
-def test_a_slow_tokenizer_that_does_not_spell_the_text_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(slow_tokenizer(), "decode", lambda ids, **_: "x" * len(ids))
-    assert refusal(encode_conversation, CHAT, slow_tokenizer()) == "unaligned"
+def test_a_slow_tokenizer_that_does_not_spell_the_text_is_refused() -> None:
+    tokenizer = slow_tokenizer()
+    tokenizer.decode = lambda ids, **_: "x" * len(ids)
+    assert refusal(encode_conversation, CHAT, tokenizer) == "unaligned"
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -238,26 +238,3 @@ def test_what_is_no_probability_is_refused(logsumexp: float) -> None:
     damaged = {**ROWS[0], "logsumexp": [logsumexp] * ROWS[0]["num_tokens"]}
     with np.errstate(all="ignore"), pytest.raises(LogitsError, match="not finite"):
         compare_outputs([damaged], [ROWS[0]])
-
-
-def test_an_output_in_another_order_is_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = random_rows(200, settings=STORED, tokens=4)
-    order = np.random.default_rng(5).permutation(200)
-    one, two = (
-        write_output(tmp_path / name, chosen, settings=STORED, rows_per_shard=50, rows_per_group=50)
-        for name, chosen in (("one", rows), ("two", [rows[i] for i in order]))
-    )
-    read = []
-    plain = explore.pq.ParquetFile.read_row_groups
-
-    def spy(self: Any, row_groups: list[int], columns: list[str]) -> Any:
-        if "logsumexp" in columns:  # else ids and sizes alone
-            read.extend(row_groups)
-        return plain(self, row_groups, columns=columns)
-
-    monkeypatch.setattr(explore.pq.ParquetFile, "read_row_groups", spy)
-    seen = compare_outputs(one, two)
-    assert (seen.common_rows, seen.mean_divergence) == (200, 0)
-    assert read == [0] * 8  # the one group of each of two times four shards
