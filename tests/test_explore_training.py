@@ -493,31 +493,19 @@ def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
 
 
-def test_transformers_own_loader_takes_as_datasets(extracted: Path, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-    base = load_example("trainer").DistillationTrainer
-
-    class WithItsLoader(base):  # type: ignore[misc, valid-type]
-        get_train_dataloader = Trainer.get_train_dataloader
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=8, logging_steps=1,
-        learning_rate=1e-2, remove_unused_columns=False, report_to="none", save_strategy="no",
-        use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = WithItsLoader(
-        LlamaForCausalLM(LlamaConfig(vocab_size=5000, num_hidden_layers=1, **sizes)),
-        arguments,
-        train_dataset=LogitIterableDataset(extracted).as_datasets(),
-        data_collator=collate_logits,
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
+def test_transformers_own_loader_takes_as_datasets(
+    extracted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    example = load_example("trainer")
+    theirs = example.Trainer.get_train_dataloader
+    monkeypatch.setattr(example.DistillationTrainer, "get_train_dataloader", theirs)
+    made = LogitIterableDataset(extracted).as_datasets()
+    monkeypatch.setattr(example, "LogitIterableDataset", lambda *_, **__: made)
+    monkeypatch.setattr(sys, "argv", ["trainer", str(extracted), "--steps", "8"])
+    example.main()
+    losses = logged_losses(capsys)
+    assert len(losses) == 8
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
 
 
 @pytest.mark.slow
