@@ -134,6 +134,14 @@ def test_probabilities_down_to_exp_minus_1000_neither_underflow_nor_give_nan() -
         assert (weigh_tail(whole, [rest]) == 0).all(), "the sample is the whole tail"
 
 
+def test_many_more_nodes_give_the_same_weights() -> None:
+    rng = np.random.default_rng(3)
+    shares = rng.standard_normal((60, 24)) * rng.choice([0.3, 2, 6, 15], (60, 1)) - 12
+    rest = np.exp(shares).sum(1) * rng.choice([1.0001, 1.1, 3, 100], 60)
+    few, many = weigh_tail(shares, rest), weigh_tail(shares, rest, nodes=1024)
+    np.testing.assert_allclose(few, many, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_value_and_gradient_are_unbiased_at_temperature_1(kind: str, divergence: str) -> None:

@@ -176,6 +176,16 @@ def test_optional_columns_may_be_missing(tmp_path: Path) -> None:
         get_sample(table.drop_columns(["top_counts"]))
 
 
+def test_wider_types_are_accepted_where_nothing_is_lost() -> None:
+    table = rows_to_table(ROWS[:2])
+    place, wide = table.column_names.index("top_counts"), pa.large_list(pa.int64())
+    counts = table["top_counts"].cast(wide)
+    assert_same(get_sample(table.set_column(place, "top_counts", counts), 1), expected(1))
+    counts = pa.array([[300, *counts[0].as_py()[1:]], counts[1].as_py()], wide)
+    with pytest.raises(FormatError, match="top_counts"):
+        get_sample(table.set_column(place, "top_counts", counts))
+
+
 def test_stored_text_and_empty_tails_are_read() -> None:
     rows = random_rows(3, settings=SETTINGS | {"sampled_n": 0, "store_tokens": True})
     sample = get_sample(rows, 1)
@@ -205,6 +215,11 @@ def test_names_tell_the_split_and_the_order_of_shards(tmp_path: Path) -> None:
             assert shards == [f"{names[place]}.parquet" for place in order]
         with pytest.raises(OpenError, match=rf"no split 'eval'; it has {', '.join(there)}$"):
             load_logit_dataset(tmp_path / folder, "eval")
+    outer = write_output(tmp_path / "outer", ROWS[:4])
+    write_output(outer / "old", ROWS[:8])
+    assert len(load_logit_dataset(outer)) == 4
+    with pytest.raises(OpenError, match=r"name one of those below: \S*outer$"):
+        load_logit_dataset(write_output(tmp_path / "both/outer", ROWS[:4]).parent)
 
 
 def test_an_output_may_have_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
@@ -408,6 +423,7 @@ def test_a_later_format_is_refused_whatever_it_says(tmp_path: Path, version: byt
     write_table(tmp_path / "a.parquet", rows_to_table(ROWS[:1]), **named)
     with pytest.raises(FormatError, match=r"a\.parquet is in format .{,20}, formats up to 2 can"):
         get_sample(tmp_path)
+    assert explore.main([str(tmp_path), "--validate"]) == 3
 
 
 STRANGE = ["[" * 200_000, '{"top_p": NaN}', '{"top_p": ' + "9" * 5000 + "}", "null", "[1, 2]",
@@ -428,7 +444,14 @@ def test_settings_that_are_none_are_refused_in_one_line_by_file(tmp_path: Path, 
         _ = load_logit_dataset(tmp_path).settings
 
 
-COMMANDS = ([], ["--stats", "--text"], ["--validate"], ["--conversation", "3"], ["--token", "0"])
+COMMANDS = (
+    [],
+    ["--stats", "--text"],
+    ["--validate"],
+    ["--conversation", "3"],
+    ["--token", "0"],
+    ["--html", "page.html"],
+)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +468,10 @@ COMMANDS = ([], ["--stats", "--text"], ["--validate"], ["--conversation", "3"], 
     ],
     ids=lambda change: f"{change!s:.40}",
 )  # fmt: skip
-def test_no_strange_output_ends_in_a_traceback(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_no_strange_output_ends_in_a_traceback(
+    tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     ((name, value),) = change.items()
     settings = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
     rows = random_rows(3, settings=settings, tokens=4)

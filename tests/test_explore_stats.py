@@ -137,6 +137,16 @@ def test_without_text_nothing_is_said_about_the_actual_token(tmp_path: Path) -> 
     assert not any("actual" in label for label in stats.facts())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(tmp_path: Path, bits: int) -> None:
+    settings = SETTINGS | {"logit_bits": bits, "top_p_max": 30}
+    rows = random_rows(40, settings=settings, tokens=20)
+    full = np.mean(np.concatenate([row["top_counts"] for row in rows]) == 30)
+    stats = compute_dataset_stats(write_output(tmp_path, rows, settings=settings))
+    assert full > 0.1
+    assert stats.capped == pytest.approx(full, rel=0.05)
+
+
 def test_bytes_per_token_are_the_files_divided_by_the_tokens(
     output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +209,14 @@ def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(
     assert covered.sum() >= 8
     if noise > 0.1:  # 4e-5 nats drown in quantization
         assert bound[covered].sum() > 0.5 * truth[covered].sum()
+
+
+def test_two_teachers_that_never_agree_are_far_apart() -> None:
+    one, two = np.zeros((2, 4, 300), np.float32)
+    one[:, 5], two[:, 9] = 14.0, 14.0
+    seen = compare_outputs(rows_of([one], seed=1), rows_of([two], seed=2))
+    assert seen.mean_divergence > 4
+    assert seen.same_first == 0
 
 
 def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> None:
