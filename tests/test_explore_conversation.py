@@ -279,8 +279,6 @@ WHOLE_TURN = (  # a role header inside the markers
     "{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-
-
 MARKED_TURN = (
     "<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}<|end|>{% endgeneration %}\n{% else %}{{ m.content }}<|end|>\n{% endif %}"
@@ -291,8 +289,6 @@ MACRO = (
 )
 BLOCK = "{% for m in messages %}{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}{% endfor %}"
 TOOL = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
-THOUGHT = "<think>\nIvy\n</think>\n\nDune."
-EMPTY = "<think>\n\n</think>\n\nDune."
 LAST = [dict(message, trained=n == 3) for n, message in enumerate(CHAT)]
 # template, way by which turns are found, spans of CHAT or of another conversation
 TURNS: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
@@ -305,11 +301,12 @@ TURNS: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
     "messages copied": (COPIES, "loop", BOTH, CHAT),
     "think tags of the template": (THINKS, "loop", BOTH, CHAT),
     **{
-        f"think tags of the data, {kind}": (
+        f"{what} of the data, {kind}": (
             template, way, [f"{said}<|end|>"], [*CHAT[:1], says(said)])
         for kind, template, way in (
             ("plain", PLAIN, "loop"), ("marked", MARKED, "generation"), ("opened", THINKS, "loop"))
-        for said in (THOUGHT, EMPTY)
+        for what, said in (("a thought", "<think>\nIvy\n</think>\n\nDune."),
+                           ("empty think tags", "<think>\n\n</think>\n\nDune."))
     },
     "a header inside the markers": (
         WHOLE_TURN, "generation", [*BOTH, "Echo.<|end|>"], [*CHAT, says("Echo.")]),
