@@ -263,7 +263,7 @@ def test_output_is_a_folder_or_a_repository(
 
 
 def test_every_option_reaches_its_field() -> None:
-    assert parse_args(["--model", "m", "--dataset", "d"]) == LengthsConfig("m", "d")
+    assert parse_args(["--model", "m", "--dataset", "d"]) == LengthsConfig(model="m", dataset="d")
     config = parse_args(
         [
             "--model", "m", "--dataset", "d", "--subset", "s", "--split", "x", "--user-col", "u",
