@@ -100,6 +100,13 @@ SHAPES: dict[str, Messages] = {
 }  # fmt: skip
 
 SHAPES_WITH_TOOLS = ("tool", "tool, then more")
+
+
+def tools_of(shape: str) -> Messages | None:
+    """Return the tools that a conversation is rendered with."""
+    return TOOLS if shape in SHAPES_WITH_TOOLS else None
+
+
 _MARKUP = re.compile(
     r"<[|｜][^\s<>|｜'\"{}()]{1,40}[|｜]?>|<[a-z_]{2,20}\|>|<(?:start|end)_of_\w+>|</s>|<s>|<sop>|"
     r"\[gMASK\]"

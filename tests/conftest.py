@@ -77,6 +77,16 @@ def run_script(name: str, *args: object, cwd: Path | None = None, **env: str) ->
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+def extract_chats(folder: Path, *options: object) -> Path:
+    """Extract the embedded teacher's logits of its conversations; return the output's folder."""
+    import extract_logits
+
+    words = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", *options]
+    words += ["--cache-dir", folder / "cache", "--output", folder / "logits"]
+    assert extract_logits.main([str(word) for word in words]) == 0
+    return folder / "logits"
+
+
 @pytest.fixture(scope="session")
 def chats() -> list[dict[str, Any]]:
     """The embedded conversations."""

@@ -16,26 +16,27 @@ import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from chat_shapes import (
     SHAPES,
-    SHAPES_WITH_TOOLS,
     TOOLS,
     calls,
     result,
     says,
     stock,
     template_names,
+    tools_of,
     user,
 )
 from template_reference import assistant_spans, extracted_tokens
 
 from explore_logits import (
     ConversationError,
+    EncodedConversation,
     encode_conversation,
     prepare_template,
     render_conversation,
@@ -48,29 +49,26 @@ class Outcome(NamedTuple):
     way: str  # "generation", "loop", "replacing" or "refused"
     right: bool
     detail: str  # the reason, or what differs
+    encoded: EncodedConversation | None = None
 
 
 def try_shape(name: str, shape: str) -> Outcome:
     """Encode one conversation with one stock template and compare it with the reference."""
     tokenizer = stock(name)
-    tools = TOOLS if shape in SHAPES_WITH_TOOLS else None
     try:
-        encoded = encode_conversation(SHAPES[shape], tokenizer, tools=tools)
+        encoded = encode_conversation(SHAPES[shape], tokenizer, tools=tools_of(shape))
     except ConversationError as error:
         return Outcome("refused", error.reason == "refused_by_template", str(error))
     spans = assistant_spans(name, encoded.text)
     offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)
     expected = extracted_tokens(spans, offsets["offset_mapping"])
-    found = encoded.token_positions.tolist()
-    return Outcome(encoded.way, found == expected, describe(encoded, tokenizer, expected))
-
-
-def describe(encoded: Any, tokenizer: Any, expected: list[int]) -> str:
-    """Write what was extracted and what should have been."""
-    ids = encoded.input_ids
-    found = tokenizer.decode(ids[encoded.token_positions].tolist())
-    wanted = tokenizer.decode(ids[expected].tolist())
-    return f"found    {found!r}\nexpected {wanted!r}\nin       {encoded.text!r}"
+    found, wanted = (
+        tokenizer.decode(encoded.input_ids[at].tolist())
+        for at in (encoded.token_positions, expected)
+    )
+    detail = f"found    {found!r}\nexpected {wanted!r}\nin       {encoded.text!r}"
+    right = encoded.token_positions.tolist() == expected
+    return Outcome(encoded.way, right, detail, encoded)
 
 
 def table_row(name: str, outcomes: dict[str, Outcome]) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHATS, TEACHER, rows_of, run_script
+from conftest import CHATS, TEACHER, Finished, chat, rows_of, run_script
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 
@@ -28,7 +25,6 @@ from compute_lengths import (
     collect,
     find_percentiles,
     format_histogram,
-    format_report,
     get_transform_fn,
     main,
     measure_source,
@@ -39,7 +35,6 @@ from compute_lengths import (
 from explore_logits import (
     ConversationColumns,
     ConversationEncoder,
-    SourceError,
     hash_template,
     load_chat_template,
     load_tokenizer,
@@ -88,30 +83,35 @@ def as_dict(path: Path) -> dict[int, tuple[int, int]]:
     return dict(zip(table["index"], pairs, strict=True))
 
 
+@pytest.fixture
+def measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Run `main` in this process: the embedded teacher and conversations, into ./lengths."""
+
+    def run(*options: object, dataset: object = CHATS) -> Finished:
+        words = ["--model", TEACHER, "--dataset", dataset, "--output-dir", tmp_path / "lengths"]
+        capsys.readouterr()
+        code = main([str(word) for word in (*words, "--num-proc", 1, *options)])
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
 # As a user runs it --------------------------------------------------------------------------------
 
 
 def test_the_counts_are_what_extraction_would_take_and_are_reported(
-    tmp_path: Path,
-    expected: dict[int, tuple[int, int]],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, expected: dict[int, tuple[int, int]], measure: Callable[..., Finished]
 ) -> None:
-    code = main(
-        [
-            "--model", str(TEACHER), "--dataset", str(CHATS), "--index-col", "id",
-            "--output-dir", str(tmp_path), "--num-proc", "1",
-        ]
-    )  # fmt: skip
-    shown = capsys.readouterr().out
-    assert code == 0
-    assert as_dict(tmp_path / "lengths.parquet") == expected
+    done = measure("--index-col", "id")
+    assert done.code == 0
+    assert as_dict(tmp_path / "lengths/lengths.parquet") == expected
     totals = np.sum(list(expected.values()), axis=0).tolist()
-    summary = json.loads(shown.splitlines()[-1])
+    summary = done.summary
     assert [summary["total_length"], summary["total_num_tokens"]] == totals
     assert (summary["rows"], summary["usable"], summary["skipped"]) == (400, 400, {})
-    assert summary["output"] == str(tmp_path / "lengths.parquet")
-    assert "share up to here" in shown
-    assert re.search(r"num_tokens +[\d,]+", shown)
+    assert summary["output"] == str(tmp_path / "lengths/lengths.parquet")
+    assert "share up to here" in done.stdout
+    assert re.search(r"num_tokens +[\d,]+", done.stdout)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -136,50 +136,42 @@ def test_rows_of_a_stream_without_ids_have_their_numbers(
     assert [index for batch in batches for index in batch["index"]] == list(range(7))
 
 
-def test_the_file_says_what_it_was_measured_with(tmp_path: Path) -> None:
-    code = main(
-        [
-            "--model", str(TEACHER), "--dataset", str(CHATS), "--num-proc", "1",
-            "--output-dir", str(tmp_path), "--filename", "l.parquet", "--include-end",
-        ]
-    )  # fmt: skip
-    assert code == 0
-    lengths = read_lengths(str(tmp_path / "l.parquet"))
+def test_the_file_says_what_it_was_measured_with(
+    tmp_path: Path, measure: Callable[..., Finished]
+) -> None:
+    assert measure("--filename", "l.parquet", "--include-end").code == 0
+    path = tmp_path / "lengths/l.parquet"
+    lengths = read_lengths(str(path))
     template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
     assert lengths.index.tolist() == list(range(400))
-    settings = dict(lengths.settings)
-    assert settings.pop("dataset_revision") == source_revision(str(CHATS))
-    assert settings.pop("model_revision") == source_revision(str(TEACHER))
-    assert settings == {
+    assert lengths.settings == {
         "model": str(TEACHER), "dataset": str(CHATS), "subset": None,
         "split": "train", "messages_col": "messages", "user_col": None, "assistant_col": None,
         "system_col": None, "index_col": None, "chat_template_sha256": hash_template(template),
         "include_think": False, "include_end": True, "template_date": None, "context_col": None,
         "text_col": None, "turns": "all", "template_kwargs": None,
+        "dataset_revision": source_revision(str(CHATS)),
+        "model_revision": source_revision(str(TEACHER)),
     }  # fmt: skip
-    assert [field.name for field in pq.read_schema(tmp_path / "l.parquet")] == [
-        "index", "length", "num_tokens",
-    ]  # fmt: skip
-    assert {str(field.type) for field in pq.read_schema(tmp_path / "l.parquet")} == {"int32"}
-    assert list(tmp_path.glob(".*")) == []
+    fields_there = [(field.name, str(field.type)) for field in pq.read_schema(path)]
+    assert fields_there == [("index", "int32"), ("length", "int32"), ("num_tokens", "int32")]
+    assert [file.name for file in path.parent.iterdir()] == ["l.parquet"]
 
 
 def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(
     write_chats: Callable[[list[Any]], Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    measure: Callable[..., Finished],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    path = write_chats(
-        [{"messages": m} for m in (chat, None, [], chat[:1], chat, [{"role": "assistant"}])]
-    )
-    options = ["--model", str(TEACHER), "--dataset", str(path), "--output-dir", str(tmp_path)]
-    assert main([*options, "--num-proc", "1"]) == 0
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["skipped"] == {"null": 2, "empty": 1, "no_assistant": 1}
-    assert (summary["rows"], summary["usable"]) == (6, 2)
-    found = as_dict(tmp_path / "lengths.parquet")
+    said = chat("Hello.")
+    chats = (said, None, [], said[:1], said, [{"role": "assistant"}])
+    done = measure(dataset=write_chats([{"messages": messages} for messages in chats]))
+    assert done.code == 0
+    assert done.summary["skipped"] == {"null": 2, "empty": 1, "no_assistant": 1}
+    assert (done.summary["rows"], done.summary["usable"]) == (6, 2)
+    assert "2 of 6 conversations can be used; skipped: " in done.stdout
+    found = as_dict(tmp_path / "lengths/lengths.parquet")
     assert list(found) == [0, 1, 2, 3, 4, 5]
     assert [index for index, counts in found.items() if counts == (0, 0)] == [1, 2, 3, 5]
     assert found[0] == found[4]
@@ -189,34 +181,49 @@ def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dataset", "nowhere.jsonl"], "no such file"),
-        (["--split", "dev"], "it has train"),
-        (["--messages-col", "talk"], "the dataset has id"),
-        (["--index-col", "subject"], "not an integer"),
-        (["--model", "./nowhere"], "nowhere"),
-        (["--chat-template", "none.jinja"], r"none\.jinja"),
-        (["--push-to-hub"], "--output-repo"),
-        (["--output-repo", "a/b"], "--push-to-hub"),
-        (["--private"], "--push-to-hub"),
-        (["--output", "a/b"], "--output excludes"),
-        (["--text-col", "subject", "--turns", "last"], "--turns: --text-col uses no chat template"),
-        (["--text-col", "subject", "--messages-col", "messages"], "exclude each other"),
-        (["--template-kwargs", '{"tools": 1}'], "'tools' is no argument"),
-        (["--batch-size", "0"], "--batch-size 0"),
-        (["--num-proc", "-1"], "--num-proc -1"),
-        (["--filename", "a/b.parquet"], "--filename"),
-        (["--filename", "lengths.csv"], "--filename"),
-        (["--output-dir", str(CHATS)], "cannot write"),
+        ("--dataset nowhere.jsonl", "no such file"),
+        ("--split dev", "it has train"),
+        ("--messages-col talk", "the dataset has id"),
+        ("--index-col subject", "not an integer"),
+        ("--model ./nowhere", "nowhere"),
+        ("--chat-template none.jinja", r"none\.jinja"),
+        ("--push-to-hub", "--output-repo"),
+        ("--output-repo a/b", "--push-to-hub"),
+        ("--private", "--push-to-hub"),
+        ("--output a/b", "--output excludes"),
+        ("--text-col subject --turns last", "--turns: --text-col uses no chat template"),
+        ("--text-col subject --messages-col messages", "exclude each other"),
+        ('--template-kwargs {"tools":1}', "'tools' is no argument"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--num-proc -1", "--num-proc -1"),
+        ("--filename a/b.parquet", "--filename"),
+        ("--filename lengths.csv", "--filename"),
+        (f"--output-dir {CHATS}", "cannot write"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_one_line(
-    options: list[str], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    options: str, message: str, measure: Callable[..., Finished], caplog: pytest.LogCaptureFixture
 ) -> None:
-    argv = ["--model", str(TEACHER), "--dataset", str(CHATS), "--output-dir", str(tmp_path)]
-    assert main([*argv, "--num-proc", "1", *options]) == 2
+    assert measure(*options.split()).code == 2
     last = caplog.records[-1].getMessage()
     assert re.search(message, last)
     assert "\n" not in last
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": n, "messages": chat("Hello.")} for n in (4, 5, 4)], "index 4 occurs twice"),
+        ([{"id": n, "messages": None} for n in range(3)], "no conversation can be used: 3 null"),
+    ],
+)
+def test_rows_that_give_no_lengths_leave_no_file(
+    rows: list[Any], message: str, write_chats: Callable[[list[Any]], Path], tmp_path: Path,
+    measure: Callable[..., Finished], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    assert measure("--index-col", "id", dataset=write_chats(rows)).code == 2
+    assert message in caplog.text
+    assert not (tmp_path / "lengths").exists() or not list((tmp_path / "lengths").iterdir())
 
 
 def test_the_help_fits_80_columns_and_names_the_exit_codes(
@@ -252,49 +259,11 @@ def test_output_is_a_folder_or_a_repository(
     assert config.output_dir == ("data/lengths" if repo else place)
 
 
-def test_a_duplicate_id_is_refused(
-    write_chats: Callable[[list[Any]], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    path = write_chats([{"id": n, "messages": chat} for n in (4, 5, 4)])
-    options = ["--model", str(TEACHER), "--dataset", str(path), "--output-dir", str(tmp_path)]
-    assert main([*options, "--index-col", "id"]) == 2
-    assert "index 4 occurs twice" in caplog.text
-    assert not (tmp_path / "lengths.parquet").exists()
-
-
-def test_a_dataset_without_a_usable_conversation_is_refused(
-    write_chats: Callable[[list[Any]], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = write_chats([{"messages": None}] * 3)
-    options = ["--model", str(TEACHER), "--dataset", str(path), "--output-dir", str(tmp_path)]
-    assert main(options) == 2
-    assert "no conversation can be used: 3 null" in caplog.text
-    assert not (tmp_path / "lengths.parquet").exists()
-
-
 # Options ------------------------------------------------------------------------------------------
 
 
-def test_the_parser_and_the_dataclass_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed = parse_args(["--model", "m", "--dataset", "d"])
-    for entry in fields(LengthsConfig):
-        if entry.default is not MISSING:
-            assert getattr(parsed, entry.name) == entry.default, entry.name
-    seen: list[str] = []
-    add = argparse._ArgumentGroup.add_argument
-
-    def record(group: Any, flag: str, **how: Any) -> Any:
-        seen.append(flag)
-        return add(group, flag, **how)
-
-    monkeypatch.setattr(argparse._ArgumentGroup, "add_argument", record)
-    parse_args(["--model", "m", "--dataset", "d"])
-    flags = [flag for flag in seen if flag.startswith("--") and flag != "--help"]
-    assert flags == ["--" + entry.name.replace("_", "-") for entry in fields(LengthsConfig)]
-
-
 def test_every_option_reaches_its_field() -> None:
+    assert parse_args(["--model", "m", "--dataset", "d"]) == LengthsConfig(model="m", dataset="d")
     config = parse_args(
         [
             "--model", "m", "--dataset", "d", "--subset", "s", "--split", "x", "--user-col", "u",
@@ -332,17 +301,9 @@ def test_the_transform_maps_a_dataset(expected: dict[int, tuple[int, int]]) -> N
 
 
 def test_measuring_keeps_every_row_and_says_why_some_cannot_be_used() -> None:
-    question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
-    rows = [
-        {"id": 70, "messages": [question, answer]},
-        {"id": 71, "messages": None},
-        {"id": 72, "messages": [question]},
-    ]
-    encoded = ConversationEncoder(
-        load_tokenizer(str(TEACHER)),
-        load_chat_template(None, load_tokenizer(str(TEACHER))),
-        COLUMNS,
-    ).encode(rows[0])
+    said = chat("So.", "Why?")
+    rows = [{"id": 70 + n, "messages": m} for n, m in enumerate((said, None, said[:1]))]
+    encoded = make_encoder().encode(rows[0])
     batch = {name: [row[name] for row in rows] for name in rows[0]}
     measured = get_transform_fn(make_encoder())(batch, [500, 501, 502])
     assert measured["index"] == [70, 71, 72]
@@ -355,17 +316,6 @@ def test_measuring_keeps_every_row_and_says_why_some_cannot_be_used() -> None:
     assert measured["index"] == [500, 501, 502]
 
 
-def test_single_turn_columns_are_measured(tmp_path: Path) -> None:
-    path = tmp_path / "qa.csv"
-    path.write_text("question,answer\nWhy?,Because.\nHow?,\n", encoding="utf-8")
-    source = open_source(str(path))
-    columns = ConversationColumns(user="question", assistant="answer")
-    (batch,) = measure_source(source, make_encoder(columns), batch_size=9, workers=1)
-    assert batch["length"][0] > 0
-    assert batch["reason"] == [None, "null"]
-    assert batch["detail"][1] == "column 'answer' is null"
-
-
 class Fatal:
     """Kills the process that it is unpickled in."""
 
@@ -374,12 +324,11 @@ class Fatal:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_of_other_columns_are_measured_too(streaming: bool, tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+def test_rows_of_other_columns_are_measured_too(
+    streaming: bool, write_chats: Callable[[list[Any]], Path]
+) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    path = tmp_path / "r.jsonl"
-    rows = [{"messages": chat}, {"messages": chat, "tools": tools}]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = write_chats([{"messages": chat("So.")}, {"messages": chat("So."), "tools": tools}])
     source, encoder = open_conversations(make_config(dataset=str(path), streaming=streaming))
     (batch,) = measure_source(source, encoder, batch_size=9, workers=1)
     assert batch["reason"] == [None, None]
@@ -426,93 +375,74 @@ def test_the_histogram_counts_every_value_once() -> None:
     assert lines[-1].endswith("100.00%")
 
 
-def test_the_report_names_what_was_skipped() -> None:
-    measured = MeasuredSource(
-        np.arange(3, dtype=np.int32), np.array([10, 0, 300], np.int32),
-        np.array([4, 0, 100], np.int32), {"null": 1},
-    )  # fmt: skip
-    report = format_report(measured)
-    assert "2 of 3 conversations can be used; skipped: 1 null" in report
-
-
-def test_an_empty_source_is_refused() -> None:
-    with pytest.raises(SourceError, match="no rows"):
-        collect([])
-
-
 # The Hub ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A loopback Hub that `huggingface_hub` takes for the Hub; retries do not wait."""
+def push(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+    """Write a small lengths file and push it; the tries do not wait."""
+
+    def run() -> Path:
+        measured = MeasuredSource(*np.array([[0, 1], [10, 20], [3, 4]], np.int32), {})
+        config = make_config(output_repo="tester/lengths", push_to_hub=True, private=True)
+        settings = compute_lengths.describe_measure(config, make_encoder())
+        path = tmp_path / "lengths.parquet"
+        write_lengths(measured, settings, path)
+        push_lengths(config, measured, settings, path)
+        return path
+
     monkeypatch.setattr(compute_lengths.time, "sleep", lambda _: None)
-    with LoopbackHub() as server:
-        api = HfApi(endpoint=server.endpoint, token=server.token)
-        monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-        yield server
+    return run
 
 
-def push(tmp_path: Path) -> Path:
-    """Write a small lengths file and push it."""
-    measured = MeasuredSource(*np.array([[0, 1], [10, 20], [3, 4]], np.int32), {})
-    config = make_config(output_repo="tester/lengths", push_to_hub=True, private=True)
-    settings = compute_lengths.describe_measure(config, make_encoder())
-    path = tmp_path / "lengths.parquet"
-    write_lengths(measured, settings, path)
-    push_lengths(config, measured, settings, path)
-    return path
-
-
-def test_a_push_lands_in_one_commit_with_a_card(hub: LoopbackHub, tmp_path: Path) -> None:
-    path = push(tmp_path)
+def test_a_push_lands_in_one_commit_with_a_card(hub: LoopbackHub, push: Callable[[], Path]) -> None:
+    path = push()
     assert hub.content("tester/lengths", "data/lengths.parquet") == path.read_bytes()
     card = hub.content("tester/lengths", "README.md").decode()
     assert 'load_dataset("tester/lengths"' in card
     assert "path: data/lengths.parquet" in card
-    commits = [line for line in hub.log if "/commit/" in line["path"]]
-    assert len(commits) == 1
-    assert pq.read_table(io.BytesIO(path.read_bytes())).num_rows == 2
+    assert sum("/commit/" in line["path"] for line in hub.log) == 1
 
 
-def test_a_push_is_tried_again_when_the_hub_is_in_trouble(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_push_is_tried_again_when_the_hub_is_in_trouble(
+    hub: LoopbackHub, push: Callable[[], Path]
+) -> None:
     hub.fault("POST .*/commit/", status=503, count=2)
-    push(tmp_path)
+    push()
     assert "data/lengths.parquet" in hub.files("tester/lengths")
 
 
 @pytest.mark.parametrize("status", [403, 503])
 def test_a_push_that_the_hub_does_not_take_says_where_the_file_is_kept(
-    status: int, hub: LoopbackHub, tmp_path: Path
+    status: int, hub: LoopbackHub, push: Callable[[], Path], tmp_path: Path
 ) -> None:
     hub.fault("POST .*/commit/", status=status, count=99)
     with pytest.raises(LengthsError, match=r"kept as .*lengths\.parquet"):
-        push(tmp_path)
+        push()
     assert (tmp_path / "lengths.parquet").exists()
 
 
-def test_a_hub_dataset_is_measured_and_pushed_from_the_command_line(tmp_path: Path) -> None:
-    with LoopbackHub() as server:
-        api = HfApi(endpoint=server.endpoint, token=server.token)
-        api.create_repo("tester/chats", repo_type="dataset")
-        api.upload_file(
-            path_or_fileobj=CHATS, path_in_repo="train.jsonl", repo_id="tester/chats",
-            repo_type="dataset",
-        )  # fmt: skip
-        done = run_script(
-            "compute_lengths.py", "--model", TEACHER, "--dataset", "tester/chats", "--num-proc", 1,
-            "--output-dir", tmp_path, "--output-repo", "tester/lengths", "--push-to-hub",
-            HF_ENDPOINT=server.endpoint, HF_TOKEN=server.token, HF_HUB_OFFLINE="0",
-            HF_HOME=str(tmp_path / "home"),
-        )  # fmt: skip
-        assert done.code == 0, done.stderr
-        assert done.summary["repo"] == "tester/lengths"
-        assert "share up to here" in done.stdout
-        assert "measuring" in done.stderr
-        assert "measuring" not in done.stdout
-        assert done.summary["rows"] == 400
-        lengths = read_lengths(str(tmp_path / "lengths.parquet"))
-        sha = api.dataset_info("tester/chats").sha
-        assert lengths.settings["dataset_revision"] == sha
-        there = server.content("tester/lengths", "data/lengths.parquet")
-        assert there == (tmp_path / "lengths.parquet").read_bytes()
+def test_a_hub_dataset_is_measured_and_pushed_from_the_command_line(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    api = HfApi()
+    api.create_repo("tester/chats", repo_type="dataset")
+    some = b"".join(CHATS.read_bytes().splitlines(keepends=True)[:40])
+    api.upload_file(
+        path_or_fileobj=some, path_in_repo="train.jsonl", repo_id="tester/chats",
+        repo_type="dataset",
+    )  # fmt: skip
+    done = run_script(
+        "compute_lengths.py", "--model", TEACHER, "--dataset", "tester/chats", "--num-proc", 1,
+        "--output-dir", tmp_path, "--output-repo", "tester/lengths", "--push-to-hub",
+        HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"),
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert (done.summary["repo"], done.summary["rows"]) == ("tester/lengths", 40)
+    assert "share up to here" in done.stdout
+    assert "measuring" in done.stderr
+    assert "measuring" not in done.stdout
+    lengths = read_lengths(str(tmp_path / "lengths.parquet"))
+    assert lengths.settings["dataset_revision"] == api.dataset_info("tester/chats").sha
+    there = hub.content("tester/lengths", "data/lengths.parquet")
+    assert there == (tmp_path / "lengths.parquet").read_bytes()

@@ -7,15 +7,15 @@ import importlib
 import itertools
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHATS, ROOT, TEACHER
+from conftest import ROOT, extract_chats
 
 import extract_logits
 from explore_logits import ALL_FIELDS, dequantize_logits, pack_indices, quantize_logits
@@ -38,7 +38,7 @@ NOT_RUN = {
     r"python tests/tools/storage_table\.py.*": "minutes: make storage",
     r"python tests/tools/real_teacher\.py.*": "minutes; tests/test_real_teacher.py runs its parts",
     r"python docs/examples/quantized_student\.py.*": "a minute; tests/test_explore_training.py",
-    r"python tests/(tools/)?bench_\w+\.py.*": "minutes of both cores: make bench",
+    r"python tests/tools/bench_\w+\.py.*": "minutes of both cores: make bench",
     r"python tests/tools/(chaos|scale_table|resume_cost)\.py.*": "minutes; their tests run parts",
     r"python tests/(tools/frontier|sparse_batches)\.py.*": "minutes; their tests run parts",
     r"python docs/option_table\.py": "would write the README; its functions are tested below",
@@ -49,11 +49,7 @@ NOT_RUN = {
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Extract a few conversations as `make demo` does; returns the folder of the output."""
-    folder = tmp_path_factory.mktemp("demo")
-    words = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 6]
-    words += ["--store-tokens", "--cache-dir", folder / "cache", "--output", folder / "logits"]
-    assert extract_logits.main([str(word) for word in words]) == 0
-    return folder / "logits"
+    return extract_chats(tmp_path_factory.mktemp("demo"), "--limit", 6, "--store-tokens")
 
 
 def code_blocks(path: Path, language: str) -> Iterator[str]:
@@ -130,14 +126,15 @@ def test_reasons_are_needed() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page: Path, small_demo: Path, tmp_path: Path) -> None:
+def test_snippets_run(
+    page: Path, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(ROOT)
     for snippet in code_blocks(page, "python"):
         code = snippet.replace("demo/logits", str(small_demo)).replace('"demo/', f'"{tmp_path}/')
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+        assert capsys.readouterr().out.strip()
 
 
 def golden(name: str) -> dict[str, list[str]]:
@@ -203,15 +200,20 @@ def defined_names(path: Path) -> Iterator[str]:
             yield node.arg
 
 
-def unknown_names(text: str) -> list[str]:
-    """Return the names and files in backticks that exist nowhere in the project."""
+@cache
+def known_names() -> set[str]:
+    """Return what the scripts, tests, columns, extras and markers are called."""
     files = [ROOT / script for script in SCRIPTS]
     files += itertools.chain((ROOT / "tests").glob("*.py"), (ROOT / "docs").glob("*.py"))
     known = {name for path in files for name in defined_names(path)}
     known |= {field.name for field in ALL_FIELDS} | {path.stem for path in files}
     metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     known |= set(re.findall(r"^(\w+) = \[", metadata, re.M))  # extras
-    known |= set(re.findall(r'"(\w+): ', metadata)) | {"True", "False", "None"}  # markers
+    return known | set(re.findall(r'"(\w+): ', metadata)) | {"True", "False", "None"}  # markers
+
+
+def unknown_names(text: str) -> list[str]:
+    """Return the names and files in backticks that exist nowhere in the project."""
     unknown = []
     for quoted in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
         if " " in quoted:
@@ -219,7 +221,7 @@ def unknown_names(text: str) -> list[str]:
         if "/" in quoted or re.search(r"\.(py|md|toml|json|jinja|in|ipynb)$", quoted):
             missing = not list(ROOT.glob(quoted.rstrip("/")))
         elif re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", quoted):
-            missing = not set(quoted.removesuffix("()").split(".")) <= known
+            missing = not set(quoted.removesuffix("()").split(".")) <= known_names()
         else:
             continue
         if missing:
@@ -231,13 +233,8 @@ def test_the_guide_names_only_what_exists() -> None:
     text = (ROOT / "docs" / "AGENTS.md").read_text(encoding="utf-8")
     assert unknown_names(text) == []
     assert not re.search(r"\.py:\d|\blines? \d", text), "line numbers go stale: name functions"
-
-
-def test_a_name_that_exists_nowhere_is_found() -> None:
-    assert unknown_names("`extract_tokens` `no_such_function` `tests/none.py` `--limit 4`") == [
-        "no_such_function",
-        "tests/none.py",
-    ]
+    wrong = "`extract_tokens` `no_such_function` `tests/none.py` `--limit 4`"
+    assert unknown_names(wrong) == ["no_such_function", "tests/none.py"]
 
 
 def test_the_versions_agree() -> None:

@@ -25,7 +25,6 @@ from small_output import (
 import explore_logits as explore
 from explore_logits import (
     AlignmentError,
-    OpenError,
     SourceError,
     analyze_token_probabilities,
     compute_dataset_stats,
@@ -38,6 +37,8 @@ from explore_logits import (
 )
 
 VOCAB = 5000
+
+
 RUN = SETTINGS | {
     "model": str(TEACHER),
     "dataset": str(CHATS),
@@ -47,6 +48,9 @@ RUN = SETTINGS | {
     "index_col": "id",
     "vocab_size": VOCAB,
 }
+
+
+STORED = RUN | {"store_tokens": True}
 
 
 @pytest.fixture(scope="module")
@@ -231,28 +235,8 @@ def test_another_number_of_tokens_is_an_error_that_names_both(
     assert f"has {expected} to extract" in str(caught.value)
 
 
-def test_the_template_of_the_output_is_the_one_that_is_used(
-    output: Path, short_chats: list[dict[str, Any]], tmp_path: Path, tokenizer: Any
-) -> None:
-    rng = np.random.default_rng(5)
-    template = (
-        "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
-    )
-    chat = next(c for c in short_chats if all("tool_calls" not in m for m in c["messages"]))
-    encoded = encode_conversation(chat["messages"], tokenizer, chat_template=template)
-    part = random_logits(rng, encoded.token_positions.size, VOCAB)
-    rows = [extract_row(part, RUN, rng, index=chat["id"])]
-    made = write_output(tmp_path, rows, settings=RUN, chat_template=template)
-    analysis = execute_analysis(made, 0)
-    assert [token.id for token in analysis.tokens] == (
-        encoded.input_ids[encoded.token_positions].tolist()
-    )
-
-
 def test_stored_text_needs_no_source(tmp_path: Path, tokenizer: Any) -> None:
-    settings = RUN | {"store_tokens": True, "dataset": "./gone.jsonl"}
+    settings = STORED | {"dataset": "./gone.jsonl"}
     rows = random_rows(2, settings=settings, tokens=6)
     analysis = execute_analysis(write_output(tmp_path, rows, settings=settings), 1)
     ids = np.array(rows[1]["input_ids"])
@@ -263,42 +247,39 @@ def test_stored_text_needs_no_source(tmp_path: Path, tokenizer: Any) -> None:
         analyze_token_probabilities(get_sample(without), None, tokenizer)
 
 
-def test_a_source_or_model_that_moved_can_be_given(output: Path, tmp_path: Path) -> None:
-    moved = RUN | {"model": "./gone", "dataset": "./gone.jsonl"}
-    for name in ("data", "chat_template.jinja"):
-        (tmp_path / name).symlink_to(output / name)
-    (tmp_path / "extraction_config.json").write_text(json.dumps(moved))
-    with pytest.raises(OpenError):
-        execute_analysis(tmp_path, 0)
-    copy = write_output(tmp_path / "copy", random_rows(1, settings=moved), settings=moved)
-    text = open_text(copy, model=str(TEACHER), dataset=str(CHATS))
+def test_a_source_or_model_that_moved_can_be_given(tmp_path: Path) -> None:
+    moved = {"model": "./gone", "dataset": "./gone.jsonl"}
+    for name, where in moved.items():
+        settings = RUN | {name: where}
+        made = write_output(tmp_path / name, random_rows(1, settings=settings), settings=settings)
+        with pytest.raises(explore.LogitsError, match=f"{where}.*{name}="):
+            execute_analysis(made)
+    made = write_output(tmp_path / "both", random_rows(1, settings=RUN), settings=RUN | moved)
+    text = open_text(made, model=str(TEACHER), dataset=str(CHATS))
     assert text.encode(json.loads(CHATS.read_text().splitlines()[3])["id"]).input_ids.size > 3
-    with pytest.raises(explore.LogitsError, match="gone"):
-        open_text(copy)
 
 
-def test_a_source_or_template_that_changed_since_the_run_is_refused(tmp_path: Path) -> None:
+def test_the_source_and_template_are_the_runs_or_refused(tmp_path: Path, tokenizer: Any) -> None:
     source = tmp_path / "chats.jsonl"
     source.write_bytes(CHATS.read_bytes())
-    template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>\n{% endfor %}"
     settings = RUN | {
         "dataset": str(source),
         "dataset_revision": explore.source_revision(str(source)),
         "chat_template_sha256": explore.hash_template(template),
     }
-    made = write_output(
-        tmp_path / "out", random_rows(1, settings=settings), settings=settings,
-        chat_template=template,
-    )  # fmt: skip
-    index = json.loads(CHATS.read_text().splitlines()[3])["id"]
-    expected = open_text(made).encode(index).input_ids.tolist()
+    how = {"settings": settings, "chat_template": template}
+    made = write_output(tmp_path / "out", random_rows(1, settings=settings), **how)
+    chat = json.loads(CHATS.read_text().splitlines()[3])
+    index = chat["id"]
+    expected = encode_conversation(chat["messages"], tokenizer, chat_template=template)
+    assert open_text(made).encode(index).input_ids.tolist() == expected.input_ids.tolist()
     text = source.read_text(encoding="utf-8")
-    assert " the " in text
     source.write_text(text.replace(" the ", " and ", 1), encoding="utf-8")
-    with pytest.raises(explore.SourceError, match=r"changed since the run.*\(--dataset\)"):
+    with pytest.raises(SourceError, match=r"changed since the run.*\(--dataset\)"):
         open_text(made).encode(index)
-    assert open_text(made, dataset=str(CHATS)).encode(index).input_ids.tolist() == expected
-    with pytest.raises(explore.SourceError, match="changed since the run"):
+    assert open_text(made, dataset=str(CHATS)).encode(index).text == expected.text
+    with pytest.raises(SourceError, match="changed since the run"):
         next(iter(explore.LogitIterableDataset(made)))
     stored = settings | {"store_tokens": True}
     rows = random_rows(1, settings=stored)
@@ -310,17 +291,29 @@ def test_a_source_or_template_that_changed_since_the_run_is_refused(tmp_path: Pa
         open_text(made, dataset=str(CHATS)).encode(index)
 
 
-def test_figures_over_the_text_count_only_rows_that_fit(output: Path) -> None:
-    text = open_text(output)
-    stats = compute_dataset_stats(output, actual_tokens=text.actual_tokens)
-    assert stats.known == stats.tokens
+def test_figures_over_the_text_say_where_they_rest_on_bounds(output: Path) -> None:
+    stats = compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
     analyses = [execute_analysis(output, row) for row in range(6)]
     tokens = [token for analysis in analyses for token in analysis.tokens]
+    assert stats.known == stats.tokens == len(tokens)
     assert stats.in_nucleus == pytest.approx(np.mean([t.where == "nucleus" for t in tokens]))
     assert stats.agreement == pytest.approx(np.mean([t.rank == 1 for t in tokens]))
-    assert stats.mean_log_probability == pytest.approx(
-        np.mean([token.log_probability for token in tokens])
-    )
+    mean = np.mean([token.log_probability for token in tokens])
+    assert stats.mean_log_probability == pytest.approx(mean)
+    assert stats.bounded > 0
+    assert dict(stats.facts())["perplexity of the text"].startswith("≥ ")
+    exact = dataclasses.replace(stats, bounded=0)
+    assert dict(exact.facts())["perplexity of the text"][0].isdigit()
+    bounded = next(a for a in analyses if not all(token.exact for token in a.tokens))
+    shown = explore.visualize_conversation_probabilities(bounded)
+    assert "typical probability of a token ≤ " in " ".join(shown.split())
+    assert "typical probability of a token ≤ " in explore.render_page([bounded])
+    stored = [token for token in bounded.tokens if token.exact]
+    assert dataclasses.replace(bounded, tokens=stored).typical_probability[0].isdigit()
+    frame = bounded.to_pandas()
+    assert frame["log_probability"].mean() == pytest.approx(bounded.mean_log_probability)
+    empty = dataclasses.replace(bounded, tokens=[]).to_pandas()
+    assert list(empty.columns) == list(frame.columns)
 
 
 def test_rows_whose_text_is_another_count_as_unknown(
@@ -338,59 +331,6 @@ def test_rows_whose_text_is_another_count_as_unknown(
     gone = open_text(made, dataset="./gone.jsonl")
     with pytest.raises(SourceError, match="gone"):
         compute_dataset_stats(made, actual_tokens=gone.actual_tokens)
-
-
-def test_an_analysis_becomes_a_data_frame(output: Path) -> None:
-    analysis = execute_analysis(output, 2)
-    frame = analysis.to_pandas()
-    assert len(frame) == len(analysis.tokens)
-    assert frame["log_probability"].mean() == pytest.approx(analysis.mean_log_probability)
-    empty = dataclasses.replace(analysis, tokens=[])
-    assert list(empty.to_pandas().columns) == list(frame.columns)
-
-
-def test_a_slow_terminal_gets_marks_instead_of_colours(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    analysis = execute_analysis(output, 1)
-    plain = explore.visualize_conversation_probabilities(analysis)
-    assert "\x1b" not in plain
-    unlikely = [token for token in analysis.tokens if token.probability < 0.5]
-    assert plain.count("{") >= len(unlikely)
-    assert "{≤" in plain
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    coloured = explore.visualize_conversation_probabilities(analysis)
-    assert "\x1b[" in coloured
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert explore.visualize_conversation_probabilities(analysis) == plain
-
-
-def test_the_command_shows_a_row_beside_its_text(output: Path) -> None:
-    done = run_script("explore_logits.py", output, "--sample", "2", "--top", "3")
-    assert done.code == 0, done.stderr
-    assert "<|im_start|>assistant" in done.stdout
-    assert re.search("the [23] tokens that the teacher expected least:", done.stdout)
-    assert "\x1b" not in done.stdout
-    assert done.summary["sample"] == [2]
-
-
-def test_figures_that_rest_on_bounds_say_so(
-    output: Path, tmp_path: Path, tokenizer: Any, short_chats: list[dict[str, Any]]
-) -> None:
-    analysis = execute_analysis(output, 1)
-    assert not all(token.exact for token in analysis.tokens)
-    shown = explore.visualize_conversation_probabilities(analysis)
-    assert "typical probability of a token ≤ " in " ".join(shown.split())
-    assert "typical probability of a token ≤ " in explore.render_page([analysis])
-    stats = compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
-    assert stats.bounded > 0
-    assert dict(stats.facts())["perplexity of the text"].startswith("≥ ")
-    exact = dataclasses.replace(stats, bounded=0)
-    assert dict(exact.facts())["perplexity of the text"][0].isdigit()
-    stored = [token for token in analysis.tokens if token.exact]
-    known = dataclasses.replace(analysis, tokens=stored)
-    assert known.typical_probability[0].isdigit()
 
 
 def test_code_that_a_tokenizer_brings_runs_only_when_asked(
@@ -433,37 +373,29 @@ def test_a_hub_out_of_reach_is_asked_once_and_its_cache_used(tmp_path: Path, cac
     assert (told in done.stderr) == (not cached), done.stderr
 
 
-def test_a_message_names_what_a_notebook_can_pass(output: Path, tmp_path: Path) -> None:
-    for changes, remedy in (
-        ({"model": "./gone"}, "model="),
-        ({"dataset": "./gone.jsonl"}, "dataset="),
-    ):
-        settings = RUN | changes
-        made = tmp_path / remedy
-        write_output(made, random_rows(1, settings=settings), settings=settings)
-        with pytest.raises(explore.LogitsError, match=remedy):
-            execute_analysis(made)
-
-
-def test_the_command_shows_ids_where_the_text_is_gone(tmp_path: Path) -> None:
-    settings = RUN | {"model": "./gone"}
+def test_where_the_text_is_gone_ids_are_shown_and_why(
+    tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = STORED | {"model": "./gone"}
     rows = random_rows(3, settings=settings)
     made = write_output(tmp_path, rows, settings=settings)
-    done = run_script("explore_logits.py", made, "--sample", "1", "--token", "0")
-    assert done.code == 0, done.stderr
-    assert "showing ids only" in done.stderr
-    assert f"#{get_sample(rows, 1)['top_indices'][0][0]}" in done.stdout
-    page = run_script("explore_logits.py", made, "--html", tmp_path / "page.html")
-    assert page.code == 2
-    assert "the text is needed" in page.stderr
+    assert explore.main([str(made), "--sample", "1", "--token", "0"]) == 0
+    assert f"#{get_sample(rows, 1)['top_indices'][0][0]}" in capsys.readouterr().out
+    assert "showing ids only" in caplog.text
+    assert explore.main([str(made), "--html", str(tmp_path / "page.html")]) == 2
+    assert "the text is needed" in caplog.text
+    explore.quick_explore(made, tokens=1)
+    shown = capsys.readouterr().out
+    assert "ids only: " in shown
+    assert "model=" in shown
+    assert "; it is #" in shown, "the stored text tells the actual token"
 
 
 # Terminal -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("colour", [True, False])
-def test_no_word_is_broken_inside(
+@pytest.mark.parametrize(("width", "colour"), [(80, True), (120, False)])
+def test_words_stay_whole_and_are_coloured_or_marked(
     output: Path, width: int, colour: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
@@ -472,66 +404,49 @@ def test_no_word_is_broken_inside(
         monkeypatch.setenv("NO_COLOR", "1")
     for row in range(6):
         analysis = execute_analysis(output, row)
-        shown = re.sub(
-            "\x1b\\[[0-9;]*m", "", explore.visualize_conversation_probabilities(analysis)
-        )
+        coloured = explore.visualize_conversation_probabilities(analysis)
+        shown = re.sub("\x1b\\[[0-9;]*m", "", coloured)
+        assert (coloured != shown) == colour
         body = shown.split("\n\n", 1)[1]
         texts = explore.join_characters([text for text, _ in analysis.pieces])
         whole = explore.show_text("".join(texts))
         if colour:
             assert body.split() == whole.split(), "only spaces became line breaks"
+        else:
+            unlikely = [token for token in analysis.tokens if token.probability < 0.5]
+            assert shown.count("{") >= len(unlikely)
+            assert ("{≤" in shown) or all(token.exact for token in analysis.tokens)
         for line in shown.split("\n"):
             assert explore.count_columns(line) <= width or " " not in line.strip()
-    explore.quick_explore(output, 0)
-    assert all(len(line) <= width for line in capsys.readouterr().out.splitlines())
-
-
-def test_characters_made_of_several_tokens_are_written_whole() -> None:
-    texts = [" a", "⟨F0 9F⟩", "⟨98⟩", "⟨80⟩", "b", "⟨E2⟩", "c", " ⟨E2 9C⟩", "⟨93⟩"]
-    assert explore.join_characters(texts) == [
-        " a", "", "", "😀", "b", "⟨E2⟩", "c", "", " ✓",
-    ]  # fmt: skip
+    sample = explore.quick_explore(output, 1)
+    shown = capsys.readouterr().out
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert "its first 3 tokens:" in shown
+    assert "#" not in shown.split("tokens:")[1], "words are found from the output"
+    explore.print_top_tokens(sample, 0)
+    assert "#" not in capsys.readouterr().out
 
 
 def test_pipes_get_the_text_as_it_is(
     tmp_path: Path, chats: list[dict[str, Any]], tokenizer: Any
 ) -> None:
-    settings = RUN | {"store_tokens": True}
     foreign = [row for row in chats if sum(ord(c) > 0x2FF for c in json.dumps(
         row["messages"], ensure_ascii=False)) > 40][:2]  # fmt: skip
-    rows, texts = [], []
+    rows, texts, rng = [], [], np.random.default_rng(4)
     for row in foreign:
         encoded = encode_conversation(row["messages"], tokenizer)
-        rng = np.random.default_rng(row["id"])
         logits = random_logits(rng, encoded.token_positions.size, VOCAB)
         texts.append(encoded.text)
         rows.append(
-            extract_row(logits, settings, rng, index=row["id"])
+            extract_row(logits, STORED, rng, index=row["id"])
             | {"input_ids": encoded.input_ids.tolist()}
             | {"token_positions": encoded.token_positions.tolist()}
         )
-    made = write_output(tmp_path, rows, settings=settings)
+    made = write_output(tmp_path, rows, settings=STORED)
     done = run_script("explore_logits.py", made, "--sample", "0,1", LC_ALL="C", COLUMNS="")
     assert done.code == 0, done.stderr
+    assert done.summary["sample"] == [0, 1]
+    assert re.search("the [23] tokens that the teacher expected least:", done.stdout)
+    assert "\x1b" not in done.stdout
     body = re.sub(r"\{[^{}]*%\}", "", done.stdout)
-    for text in texts:
-        assert text.strip() in body
-
-
-def test_words_are_found_from_the_output(output: Path, capsys: Any) -> None:
-    sample = explore.quick_explore(output, 1)
-    shown = capsys.readouterr().out
-    assert "its first 3 tokens:" in shown
-    assert "#" not in shown.split("tokens:")[1]
-    explore.print_top_tokens(sample, 0)
-    assert "#" not in capsys.readouterr().out
-
-
-def test_without_its_model_ids_are_shown_and_why(tmp_path: Path, capsys: Any) -> None:
-    settings = RUN | {"model": "./gone", "store_tokens": True}
-    made = write_output(tmp_path, random_rows(1, settings=settings), settings=settings)
-    explore.quick_explore(made, tokens=1)
-    shown = capsys.readouterr().out
-    assert "ids only: " in shown
-    assert "model=" in shown
-    assert "; it is #" in shown, "the stored text tells the actual token"
+    assert all(text.strip() in body for text in texts)

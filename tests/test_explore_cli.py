@@ -5,22 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 from conftest import CHATS, ROOT, TEACHER, run_script
 from small_output import SETTINGS, random_rows, write_output
 
 import explore_logits
-from explore_logits import METADATA_VERSION, build_parser, main, parse_args, row_list
+from explore_logits import build_parser, main, parse_args, row_list
 
 STORED = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
+
+
 HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib", "seaborn", "huggingface_hub",
          "termcolor", "jinja2", "selenium")  # fmt: skip
 
@@ -43,6 +41,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_output(tmp_path_factory.mktemp("cli"), rows, settings=STORED)
 
 
+def run_python(script: str) -> str:
+    """Run a program beside the scripts and return what it prints."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 # The module itself --------------------------------------------------------------------------------
 
 
@@ -50,43 +54,39 @@ def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(
     output: Path,
 ) -> None:
     heavy = [name for name in HEAVY if name != "pandas"]  # pyarrow looks for it by itself
-    script = (
+    lines = run_python(
         f"import sys, explore_logits as e; print([m for m in {HEAVY} if m in sys.modules]);"
         f"name = {str(output)!r}; s = e.get_sample(name, 3);"
         "e.decode_top_tokens(s, 0); e.print_sample_info(s); e.validate_output(name);"
         f"print([m for m in {heavy} if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
+    ).splitlines()
     assert lines[0] == lines[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    ("module", "call", "remedy"),
-    [
-        ("matplotlib", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
-        ("seaborn", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
-        ("torch", "e.analyze_nucleus_sizes(d, device='cpu')", "pip install torch"),
-        ("huggingface_hub", "e.load_logit_dataset('user/name')", "pip install huggingface_hub"),
-        ("transformers", "e.load_tokenizer('user/name')", "pip install transformers"),
-        ("datasets", "e.open_source('user/name')", "pip install datasets"),
-    ],
-)
-def test_a_missing_package_is_named_with_what_brings_it(
-    output: Path, module: str, call: str, remedy: str
-) -> None:
-    script = (
-        f"import sys; sys.modules[{module!r}] = None\n"
-        f"import explore_logits as e\nd = {str(output)!r}\ns = e.get_sample(d)\n"
-        f"try:\n    {call}\nexcept e.LogitsError as error:\n    print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert f"{module} is needed" in done.stdout
-    assert remedy in done.stdout
+MISSING = [
+    ("matplotlib", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
+    ("seaborn", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
+    ("torch", "e.analyze_nucleus_sizes(d, device='cpu')", "pip install torch"),
+    ("torch", "e.LogitIterableDataset(d)", "pip install torch"),
+    ("torch", "e.distillation_loss(0, {})", "pip install torch"),
+    ("huggingface_hub", "e.load_logit_dataset('user/name')", "pip install huggingface_hub"),
+    ("transformers", "e.load_tokenizer('user/name')", "pip install transformers"),
+    ("datasets", "e.open_source('user/name')", "pip install datasets"),
+]
+
+
+def test_a_missing_package_is_named_with_what_brings_it(output: Path) -> None:
+    said = run_python(
+        f"import sys, explore_logits as e\nd = {str(output)!r}\ns = e.get_sample(d)\n"
+        f"for module, call, _ in {MISSING}:\n"
+        "    sys.modules[module] = None\n"
+        "    try:\n        eval(call)\n"
+        "    except e.LogitsError as error:\n        print(error)\n"
+        "    del sys.modules[module]\n"
+    ).splitlines()
+    for line, (module, _, remedy) in zip(said, MISSING, strict=True):
+        assert f"{module} is needed" in line
+        assert remedy in line
 
 
 def test_all_names_of_the_module_exist_and_are_sorted_out() -> None:
@@ -176,27 +176,36 @@ def test_lines_are_broken_between_words_and_wide_characters_count_twice(
         (["{output}", "--split", "test"], "no split 'test'; it has train"),
         (["{output}", "--token", "999"], "there is no token 999"),
         (["{output}", "--compare", "./nowhere"], "no such folder or file: ./nowhere"),
+        (["{output}", "--html", "{folder}"], "cannot write {folder}: Is a directory"),
+        (["{output}", "--plot", "{folder}"], "cannot write {folder}.png: Is a directory"),
+        (["{output}", "--plot", "{folder}.xyz"], "'xyz' is not supported"),
     ],
 )
-def test_what_is_not_there_exits_2_with_one_line(
+def test_what_is_not_there_or_cannot_be_written_exits_2_with_one_line(
     output: Path,
+    tmp_path: Path,
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert main([part.format(output=output) for part in arguments]) == 2
+    places = {"output": output, "folder": tmp_path / "a"}
+    for name in ("a", "a.png"):
+        (tmp_path / name).mkdir()
+    assert main([part.format(**places) for part in arguments]) == 2
     assert len(caplog.messages) == 1
-    assert message in caplog.messages[0]
+    assert message.format(**places) in caplog.messages[0]
     assert not capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.png"]
 
 
 def test_the_last_line_is_one_json_object_whatever_was_asked(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, picture = tmp_path / "new" / "page.html", tmp_path / "plot.png"
+    page, picture = tmp_path / "new" / "page.html", tmp_path / "plot"
+    said = ""
     for arguments in (
-        ["--sample", "1,-1"],
+        ["--sample", "1,-1", "--top", "4"],
         ["--stats"],
         ["--validate"],
         ["--compare", str(output)],
@@ -204,24 +213,20 @@ def test_the_last_line_is_one_json_object_whatever_was_asked(
         ["--conversation", "4", "--token", "0"],
     ):
         assert main([str(output), *arguments]) == 0
-        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        shown = capsys.readouterr().out
+        summary = json.loads(shown.splitlines()[-1])
         assert summary["output"] == str(output)
         assert summary["rows"] in (10, [10, 10])
+        said += shown
+        if "--plot" in arguments:
+            assert summary["plot"] == f"{picture}.png", "a picture without a kind is PNG"
     text = page.read_text(encoding="utf-8")
     assert text.count("<section id=") == 4
     assert "bytes per token" in text
-    assert picture.stat().st_size > 5000
-
-
-def test_a_row_is_shown_with_its_predictions(
-    output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(output), "--sample", "3", "--top", "4"]) == 0
-    shown = capsys.readouterr().out
-    assert "conversation 3:" in shown
-    assert "typical probability" in shown
-    assert set(shown) & set("█▏▎▍▌▋▊▉")
-    assert len(re.findall("^. 4 ", shown, re.M)) == 3
+    assert Path(f"{picture}.png").stat().st_size > 5000
+    assert "conversation 1:" in said
+    assert "typical probability" in said
+    assert set(said) & set("█▏▎▍▌▋▊▉")
 
 
 def test_the_script_runs_where_the_terminal_knows_ascii_only(output: Path) -> None:
@@ -270,50 +275,3 @@ def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == (
         "explore-logits: cannot write the result: No space left on device; make room\n"
     )
-
-
-@pytest.mark.parametrize("option", ["--html", "--plot"])
-def test_what_cannot_be_written_is_one_line(
-    option: str, output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "a.png").mkdir()
-    assert main([str(output), option, str(tmp_path / "a.png")]) == 2
-    assert caplog.messages == [f"explore-logits: cannot write {tmp_path / 'a.png'}: Is a directory"]
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_a_picture_without_a_kind_is_png_and_an_unknown_kind_is_refused(
-    output: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert main([str(output), "--plot", str(tmp_path / "sizes")]) == 0
-    assert json.loads(capsys.readouterr().out)["plot"] == str(tmp_path / "sizes.png")
-    assert main([str(output), "--plot", str(tmp_path / "sizes.xyz")]) == 2
-    assert "'xyz' is not supported" in caplog.messages[-1]
-
-
-def test_a_later_format_is_refused_and_not_misread(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (shard,) = (write_output(tmp_path, rows_per_shard=100) / "data").iterdir()
-    table = pq.read_table(shard)
-    metadata = {**table.schema.metadata, METADATA_VERSION: b"3"}
-    pq.write_table(table.replace_schema_metadata(metadata), shard)
-    for arguments in (["--sample", "0"], ["--stats"]):
-        assert main([str(tmp_path), *arguments]) == 2
-        assert "is in format 3, formats up to 2 can be read here" in caplog.messages[-1]
-    assert main([str(tmp_path), "--validate"]) == 3
-
-
-def test_another_dataset_than_the_runs_is_asked_about(
-    tmp_path: Path, write_chats: Callable[[list[Any]], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    source = write_chats([{"messages": []}] * 20)
-    settings = SETTINGS | {"model": str(TEACHER)}
-    rows = random_rows(20, settings=settings)
-    template = (TEACHER / "chat_template.jinja").read_text(encoding="utf-8")
-    out = write_output(tmp_path / "out", rows, settings=settings, chat_template=template)
-    assert main([str(out), "--dataset", str(source)]) == 2
-    assert "is it the run's (--dataset)?" in caplog.messages[-1]

@@ -20,7 +20,6 @@ from explore_logits import (
     collate_logits,
     compare_outputs,
     compute_dataset_stats,
-    decode_rows,
     dequantize_all_logits,
     dequantize_sampled_logits,
     dequantize_top_logits,
@@ -76,19 +75,6 @@ def test_a_sample_holds_what_the_row_stores(output: Path) -> None:
         assert logits_to_probs(everything, sample["logsumexp"][t]).sum() == pytest.approx(1)
     assert sample["top_counts"][4] == 0  # flat: no token has 1%
     assert "sampled_counts" not in get_sample(make_table(some_logits(), SIZES, min_p=None))
-
-
-def test_the_mean_over_seeds_is_the_distribution() -> None:
-    """400 seeds; bounds at 6 standard deviations, a false alarm in 1e5 (seeds fixed)."""
-    logits = some_logits(120)[:2]
-    exact = logits.double().softmax(-1).numpy()
-    total, runs = np.zeros(exact.shape), 400
-    for seed in range(runs):
-        block = decode_rows(make_table(logits, [2], min_p=0.05, seed=seed))
-        for part in (block.top, block.tail):
-            np.add.at(total, (part.owner, part.ids), part.probs)
-    assert np.abs(total / runs - exact).max() < 6 * 0.05 / 2 / np.sqrt(runs)
-    assert np.allclose(total.sum(1), runs)
 
 
 def test_a_token_without_a_logit_has_at_most_the_threshold(output: Path) -> None:
@@ -162,16 +148,15 @@ FAULTS = {
 }
 
 
-def test_what_the_extractor_wrote_is_valid(output: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8, 13, 16])
+def test_what_the_extractor_wrote_is_valid_and_exported(tmp_path: Path, bits: int) -> None:
+    table = make_table(some_logits(), SIZES, min_p=MIN_P, bits=bits)
+    output = write_output(tmp_path / "out", table)
     report = validate_output(output)
     assert report.ok, report
     assert (report.rows, report.tokens) == (3, 15)
-
-
-@pytest.mark.parametrize("bits", [4, 8, 13])
-def test_rows_of_fewer_bits_are_valid_too(tmp_path: Path, bits: int) -> None:
-    table = make_table(some_logits(), SIZES, min_p=MIN_P, bits=bits)
-    assert validate_output(write_output(tmp_path / "out", table)).ok
+    assert export_axolotl(output, tmp_path / "axolotl", k=8) == 3
+    assert export_distillkit(output, tmp_path / "distillkit", k=8) == 3
 
 
 @pytest.mark.parametrize("rule", FAULTS)
@@ -219,17 +204,6 @@ def test_the_gradient_of_the_loss_is_that_of_the_whole_distribution_on_average(
     assert leaf.grad.std(0).max() > 1e-3  # they do differ
 
 
-def test_the_loss_of_a_student_like_the_teacher_has_hardly_a_gradient(output: Path) -> None:
-    batch = make_batch(output)
-    student = some_logits().double().requires_grad_()
-    distillation_loss(student, batch).backward()
-    assert student.grad is not None
-    far = some_logits().flip(0).double().requires_grad_()
-    distillation_loss(far, batch).backward()
-    assert far.grad is not None
-    assert student.grad.norm() < 0.1 * far.grad.norm()
-
-
 @pytest.mark.parametrize("tail", ["ghost", "ignore"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_what_needs_no_tail_is_that_of_plain_rows(
@@ -260,8 +234,3 @@ def test_what_needs_the_logits_of_the_tail_is_refused(
 ) -> None:
     with pytest.raises(LogitsError, match=why):
         distillation_loss(some_logits(), make_batch(output), **options)
-
-
-def test_exports_hold_the_nuclei(output: Path, tmp_path: Path) -> None:
-    assert export_axolotl(output, tmp_path / "axolotl", k=8) == 3
-    assert export_distillkit(output, tmp_path / "distillkit", k=8) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_output import SETTINGS, pack_entries, random_logits, random_rows, rows_to_table
+from small_output import SETTINGS, random_logits, random_rows, rows_to_table
 
 import explore_logits as explore
 from explore_logits import (
@@ -57,47 +58,19 @@ def test_a_whole_row_decodes_as_the_plain_loop_does() -> None:
         assert sample["logsumexp"].tolist() == row["logsumexp"]
         assert {part.dtype for part in sample["top_indices"]} == {np.dtype(np.int32)}
         assert {part.dtype for part in sample["top_logits_quantized"]} == {np.dtype(np.uint16)}
-        for decode, tokens in ((dequantize_top_logits, top), (dequantize_sampled_logits, tail)):
-            ids, logits = decode(sample)
-            assert ids.tolist() == [token for part, _ in tokens for token in part]
-            np.testing.assert_allclose(logits, [x for _, part in tokens for x in part], rtol=1e-14)
         masses = get_nucleus_probability_mass(sample)
+        for decode, tokens in ((dequantize_top_logits, top), (dequantize_sampled_logits, tail)):
+            whole = [list(chain(*parts)) for parts in zip(*tokens, strict=True)]
+            for found, wanted in (
+                (decode(sample), whole),
+                *((decode(sample, t), tokens[t]) for t in range(len(tokens))),
+            ):
+                assert found[0].tolist() == wanted[0]
+                np.testing.assert_allclose(found[1], wanted[1], rtol=1e-14)
         for t in range(row["num_tokens"]):
-            assert sample["top_indices"][t].tolist() == top[t][0]
             mass = np.exp(np.array(top[t][1]) - row["logsumexp"][t]).sum()
             assert get_nucleus_probability_mass(sample, t) == masses[t] == pytest.approx(mass)
-            ids, logits = dequantize_top_logits(sample, t)
-            assert ids.tolist() == top[t][0]
-            np.testing.assert_allclose(logits, top[t][1], rtol=1e-14)
-            ids, logits = dequantize_sampled_logits(sample, t)
-            assert ids.tolist() == tail[t][0]
-            np.testing.assert_allclose(logits, tail[t][1], rtol=1e-14)
-            both, _ = dequantize_all_logits(sample, t)
-            assert both.tolist() == top[t][0] + tail[t][0]
-
-
-def test_rows_whose_packed_bits_end_inside_a_byte_do_not_run_into_the_next() -> None:
-    # Sizes 1..9 entries: every remainder modulo four, next to each other in one block.
-    rng = np.random.default_rng(5)
-    rows = []
-    for size in range(1, 10):
-        ids = [rng.choice(262_144, size=size, replace=False)]
-        logits = np.zeros((1, 262_144), np.float32)
-        logits[0, ids[0]] = np.arange(size, 0, -1)
-        row = {
-            "index": size,
-            "num_tokens": 1,
-            **pack_entries("top", ids, logits, SETTINGS),
-            "top_counts": [size],
-            **pack_entries("sampled", [ids[0][:0]], logits, SETTINGS | {"sampled_n": 0}),
-            "logsumexp": [12.0],
-        }
-        rows.append({**row, "sampled_min": [], "sampled_max": []})
-        sample = get_sample(rows, size - 1)
-        assert sample["top_indices"][0].tolist() == ids[0].tolist()
-    block = decode_rows(rows_to_table(rows))
-    assert block.top.counts.tolist() == list(range(1, 10))
-    assert block.tail.ids.size == 0
+            assert dequantize_all_logits(sample, t)[0].tolist() == top[t][0] + tail[t][0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -132,9 +105,6 @@ def test_a_sample_is_a_view_that_reads_like_a_dictionary() -> None:
         sample["index"] = 3  # type: ignore[index]
 
 
-# Probabilities ------------------------------------------------------------------------------------
-
-
 def test_probabilities_are_the_teachers_own() -> None:
     rng = np.random.default_rng(11)
     logits = random_logits(rng, 1, 600)[0].astype(np.float64)
@@ -145,7 +115,7 @@ def test_probabilities_are_the_teachers_own() -> None:
     assert logits_to_probs(np.zeros(0)).size == 0
 
 
-def test_the_top_tokens_are_the_first_of_the_nucleus() -> None:
+def test_the_top_tokens_are_the_first_of_the_nucleus(capsys: pytest.CaptureFixture[str]) -> None:
     sample = get_sample(ROWS, 2)
     predictions = decode_top_tokens(sample, 0, k=3)
     assert [p.id for p in predictions] == sample["top_indices"][0][:3].tolist()
@@ -153,6 +123,12 @@ def test_the_top_tokens_are_the_first_of_the_nucleus() -> None:
     assert predictions[0].probability == pytest.approx(
         float(np.exp(sample["top_max"][0] - sample["logsumexp"][0]))
     )
+    print_sample_info(sample)
+    print_top_tokens(sample, 0, k=4)
+    shown = capsys.readouterr().out
+    assert f"conversation 2: {sample['num_tokens']} tokens" in shown
+    assert f"#{sample['top_indices'][0][0]}" in shown
+    assert shown.count("%") > 6
 
 
 @pytest.mark.parametrize("t", [1, -2, 1000])
@@ -161,9 +137,6 @@ def test_a_token_that_is_not_there_is_an_error_that_says_how_many_there_are(t: i
     for decode in (dequantize_top_logits, dequantize_all_logits, decode_top_tokens):
         with pytest.raises(RowError, match="1 token,"):
             decode(sample, t)
-
-
-# Text of tokens -----------------------------------------------------------------------------------
 
 
 class Pieces:
@@ -196,23 +169,10 @@ def test_tokens_that_are_half_a_character_show_their_bytes() -> None:
     ]
 
 
-# Printing -----------------------------------------------------------------------------------------
-
-
-def test_printing_a_sample_says_sizes_and_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
-    sample = get_sample(ROWS, 2)
-    print_sample_info(sample)
-    print_top_tokens(sample, 0, k=4)
-    shown = capsys.readouterr().out
-    assert f"conversation 2: {sample['num_tokens']} tokens" in shown
-    assert f"#{sample['top_indices'][0][0]}" in shown
-    assert shown.count("%") > 6
-
-
 # Damage -------------------------------------------------------------------------------------------
 
 STRUCTURE = {
-    "num_tokens": {"num_tokens": 99},
+    "num_tokens": {"num_tokens": 2**31 - 1},
     "counts": {"top_counts": [1]},
     "sum of counts": {"top_counts": [255] * ROWS[3]["num_tokens"]},
     "low ids": {"top_indices_low": [1, 2, 3]},
@@ -237,15 +197,10 @@ STRUCTURE = {
 
 
 @pytest.mark.parametrize("change", STRUCTURE.values(), ids=STRUCTURE.keys())
-def test_a_row_whose_lists_do_not_fit_is_refused_by_number(change: dict[str, Any]) -> None:
-    rows = [*ROWS[:3], {**ROWS[3], **change}, *ROWS[4:6]]
-    with pytest.raises(FormatError, match="row 3: "):
+def test_a_row_whose_lists_do_not_fit_is_refused_by_its_number_in_the_whole(
+    change: dict[str, Any],
+) -> None:
+    rows = [*ROWS[:3], *random_rows(150, tokens=1), {**ROWS[3], **change}, *ROWS[4:6]]
+    with pytest.raises(FormatError, match="row 153: "):
         list(iter_samples(rows))
     assert get_sample(rows, 2)["index"] == 2
-
-
-def test_a_damaged_row_far_into_a_dataset_is_named_by_its_number_in_the_whole() -> None:
-    rows = random_rows(200, tokens=1)
-    rows[170]["logsumexp"] = []
-    with pytest.raises(FormatError, match="row 170: "):
-        list(iter_samples(rows))

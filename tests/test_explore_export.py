@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from small_output import SETTINGS, random_rows, write_output
+from sparse_batches import exact_block, make_row
 
 from explore_logits import (
     LogitsError,
@@ -80,29 +81,20 @@ def test_axolotls_older_trainer_gets_them_one_position_later(output: Path, tmp_p
         export_axolotl(output, tmp_path, at="here")
 
 
-def dense_batch() -> tuple[torch.Tensor, Any]:
-    """Return dense teachers of 40 tokens and a row that stores all of each in the nucleus."""
-    from sparse_batches import exact_block, make_row  # needs torch and extract_logits
-
-    teacher = 3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
-    return teacher, make_row(exact_block(teacher, top_p=1.0, top_p_max=16, sampled_n=24))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("temperature", "normalize"), [(1.0, False), (2.0, False), (2.0, True)])
 def test_axolotls_targets_are_tempered_and_normalised_as_its_kernel_takes_them(
     temperature: float, normalize: bool, output: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    teacher, row = dense_batch()
+    teacher = 3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    row = make_row(exact_block(teacher, top_p=1.0, top_p_max=16, sampled_n=24))
     monkeypatch.setattr("explore_logits.LogitIterableDataset", lambda *_, **__: [row])
     export_axolotl(output, tmp_path / "a", k=8, temperature=temperature, normalize=normalize)
     found = load(tmp_path / "a")[0]
     ids = torch.tensor(found["target_token_ids"])[:-1]
     log_p = (teacher / temperature).log_softmax(-1).gather(1, ids)
     log_p = log_p.log_softmax(-1) if normalize else log_p
-    torch.testing.assert_close(
-        torch.tensor(found["target_logprobs"])[:-1], log_p, atol=2e-5, rtol=0
-    )
+    log_probs = torch.tensor(found["target_logprobs"])[:-1]
+    torch.testing.assert_close(log_probs, log_p, atol=2e-5, rtol=0)
 
 
 def test_ids_where_nothing_is_are_the_least_likely_ones(output: Path, tmp_path: Path) -> None:
@@ -158,6 +150,12 @@ def test_distillkit_rows_decode_by_its_own_rules(output: Path, tmp_path: Path) -
     assert features["input_ids"] == datasets.List(datasets.Value("uint64"))
     nested = datasets.List(datasets.List(datasets.Value("uint8")))
     assert features["compressed_logprobs"] == features["bytepacked_indices"] == nested
+    lines = (tmp_path / "kit" / "compression_config.yaml").read_text().splitlines()
+    config = dict(line.split(": ") for line in lines)
+    assert config["d"] == str(STORED["vocab_size"])
+    assert config["k"] == config["exact_k"] == str(K)
+    assert config["exact_dtype"] == "float32"
+    assert (config["residual_bins"], config["delta_encoding"]) == ("[]", "false")
     for i, row in enumerate(load(tmp_path / "kit")):
         wanted = wanted_entries(output, i)
         size = len(row["input_ids"]) - 1
@@ -210,16 +208,3 @@ def test_distillkits_mask_and_length_can_be_had_as_its_trainer_wants_them(
             assert row[name][:size] == plain[name][:size]
         masked = {position for position in range(7) if row["labels"][position] >= 0}
         assert masked == {position for position in wanted_entries(output, i) if position < size}
-
-
-def test_distillkits_configuration_says_how_the_bytes_were_made(
-    output: Path, tmp_path: Path
-) -> None:
-    export_distillkit(output, tmp_path / "kit", k=K)
-    lines = (tmp_path / "kit" / "compression_config.yaml").read_text().splitlines()
-    config = dict(line.split(": ") for line in lines)
-    assert config["d"] == str(STORED["vocab_size"])
-    assert config["k"] == config["exact_k"] == str(K)
-    assert config["exact_dtype"] == "float32"
-    assert config["residual_bins"] == "[]"
-    assert config["delta_encoding"] == "false"

@@ -1,13 +1,11 @@
 """The page in a real browser: what it shows, how it is used, and that nothing in it can act.
 
 Needs chromium and chromedriver on the PATH (Debian: chromium chromium-driver) and selenium; the
-browser tests are skipped with that reason where they are missing. With SCREENSHOTS=DIR the pages
-are kept as pictures to look at.
+browser tests are skipped with that reason where they are missing.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -146,16 +144,6 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile: ConversationAn
     assert shown.count('"') == 6  # the page's own quotes cannot end the attribute
 
 
-def test_figures_that_are_no_numbers_are_shown_all_the_same(
-    plain: list[ConversationAnalysis],
-) -> None:
-    nan = float("nan")
-    token = explore.replace(plain[0].tokens[0], probability=nan, log_probability=-float("inf"))
-    told = explore.describe_token(explore.replace(token, nucleus_mass=nan))
-    assert "log p " in told
-    assert "-inf" in told
-
-
 def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
     token = next(t for t in plain[0].tokens if t.where == "not stored")
     told = explore.describe_token(token)
@@ -168,27 +156,6 @@ def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
     lines = explore.list_predictions(stored.predictions, stored.id, bar=8)
     assert [line[0] for line in lines].index("▸") == stored.rank - 1
     assert "≤" not in explore.describe_token(stored)
-
-
-def test_a_page_without_conversations_still_shows_the_figures(tmp_path: Path) -> None:
-    stats = compute_dataset_stats(write_output(tmp_path, random_rows(4)))
-    page = render_page([], stats=stats)
-    assert "covered by nucleus" in page
-    assert "<section id=" not in page
-
-
-def test_levels_differ_in_lightness_and_not_in_hue_alone() -> None:
-    blocks = re.findall(r"--b1: .*?}", explore.PAGE_CSS, flags=re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        colours = re.findall(r"--b[1-6]: #([0-9a-f]{6})", block)
-        light = [
-            sum(weight * int(colour[i : i + 2], 16) for weight, i in ((0.3, 0), (0.6, 2), (0.1, 4)))
-            for colour in colours
-        ]
-        steps = np.diff(light)
-        assert len(colours) == 6
-        assert (steps > 8).all() or (steps < -8).all(), light
 
 
 # In a browser -------------------------------------------------------------------------------------
@@ -219,7 +186,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def show(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """Load a page, and make sure at the end that nothing in it failed, fetched or ran wild."""
 
     def load(page: str, *, theme: str = "light", width: int = 1000) -> Any:
@@ -231,18 +198,10 @@ def show(browser: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Iterat
         return browser
 
     yield load
-    keep_screenshot(browser, request.node.name)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.hacked") is None
     fetched = "return performance.getEntriesByType('resource').map(entry => entry.name)"
     assert browser.execute_script(fetched) == []
-
-
-def keep_screenshot(browser: Any, name: str) -> None:
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        browser.save_screenshot(str(Path(folder) / f"{re.sub(r'[^a-z0-9]+', '_', name)}.png"))
 
 
 def find(browser: Any, selector: str) -> Any:
@@ -402,18 +361,3 @@ def test_the_box_stays_on_the_screen_and_off_its_token(
             assert 0 <= left < right <= wide
             assert bottom <= above or top >= below, (t, block)
             assert 0 <= top < bottom <= 700
-
-
-def test_a_token_that_wraps_leaves_no_coloured_stub(
-    show: Any, plain: list[ConversationAnalysis], phone: None
-) -> None:
-    browser = show(render_page(plain[:1]))
-    script = """
-      return [...document.querySelectorAll(".tok")].map(node =>
-        [node.textContent, [...node.getClientRects()].map(box => box.width)]);
-    """
-    wrapped = browser.execute_script(script)
-    assert len(wrapped) > 100
-    for text, widths in wrapped:
-        assert not text.startswith(" ")
-        assert all(width > 4 for width in widths), (text, widths)

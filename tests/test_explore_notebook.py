@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATS, ROOT, TEACHER, run_script
+from conftest import ROOT, extract_chats
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
@@ -16,13 +16,8 @@ NOTEBOOK = ROOT / "docs" / "explore.ipynb"
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("notebook")
-    done = run_script(
-        "extract_logits.py", "--model", TEACHER, "--dataset", CHATS, "--index-col", "id",
-        "--limit", 12, "--output", folder / "logits", "--cache-dir", folder / "cache",
-    )  # fmt: skip
-    assert done.code == 0, done.stderr
-    os.environ["LOGITS"] = str(folder / "logits")
+    logits = extract_chats(tmp_path_factory.mktemp("notebook"), "--limit", 12)
+    os.environ["LOGITS"] = str(logits)
     book = nbformat.read(NOTEBOOK, as_version=4)
     run = {"metadata": {"path": str(NOTEBOOK.parent)}}
     client = nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,14 +69,8 @@ def test_a_plot_returns_a_figure_with_labelled_axes(
     assert all(axis.get_ylabel() for axis in axes)
     assert axes[-1].get_xlabel()
     assert any(axis.get_title() for axis in axes)
-
-
-def test_axes_name_their_units() -> None:
-    labels = " ".join(
-        axis.get_xlabel() + axis.get_ylabel() for plot in PLOTS.values() for axis in plot().axes
-    )
-    for unit in ("(nats)", "(tokens)", "(%)"):
-        assert unit in labels
+    labels = " ".join(axis.get_xlabel() + axis.get_ylabel() for axis in axes)
+    assert re.search(r"\((nats|tokens|%)\)", labels)
 
 
 def test_the_plotted_sizes_are_the_samples() -> None:

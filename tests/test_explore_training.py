@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CHATS, ROOT, TEACHER, load_example, run_script
+from conftest import ROOT, TEACHER, extract_chats, load_example
+from huggingface_hub import HfApi, HfFileSystem
 from loopback_hub import LoopbackHub
 from small_output import SETTINGS, random_rows, rows_to_table, write_output
 from torch.utils.data import DataLoader, IterableDataset
 
-import explore_logits
 from explore_logits import (
     FormatError,
     LogitIterableDataset,
@@ -34,7 +33,6 @@ from explore_logits import (
     flat_positions,
     get_sample,
     load_logit_dataset,
-    open_text,
 )
 
 STORED: dict[str, Any] = {**SETTINGS, "store_tokens": True}
@@ -49,24 +47,24 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the embedded teacher's logits of 24 conversations, without their tokens."""
-    folder = tmp_path_factory.mktemp("extracted")
-    done = run_script(
-        "extract_logits.py",
-        *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24),
-        *("--upload-every", 10, "--cache-dir", folder / "cache", "--output", folder / "logits"),
-    )
-    assert done.code == 0, done.stderr
-    return folder / "logits"
+    return extract_chats(tmp_path_factory.mktemp("extracted"), "--limit", 24, "--upload-every", 10)
 
 
-def indices(dataset: Any) -> list[int]:
-    """Return the conversations that a dataset yields, in order."""
-    return [row["index"] for row in dataset]
+def make_loader(dataset: Any, size: int = 3, **options: Any) -> Any:
+    """Return PyTorch's loader of a dataset."""
+    return DataLoader(dataset, batch_size=size, collate_fn=collate_logits, **options)
 
 
-def loader_indices(loader: Any) -> list[int]:
-    """Return the conversations that a loader yields, in order."""
-    return [index for batch in loader for index in batch["index"].tolist()]
+def indices(rows: Any) -> list[int]:
+    """Return the conversations that a dataset or a loader yields, in order."""
+    return [int(index) for row in rows for index in np.atleast_1d(row["index"])]
+
+
+def assert_same(loader: Any, other: Any) -> None:
+    """Fail where two loaders give different batches."""
+    for found, wanted in zip(loader, other, strict=True):
+        assert found.keys() == wanted.keys()
+        assert all((found[name] == wanted[name]).all() for name in wanted)
 
 
 def test_a_row_holds_the_text_and_everything_stored_of_each_token(output: Path) -> None:
@@ -94,45 +92,32 @@ def test_a_row_holds_the_text_and_everything_stored_of_each_token(output: Path) 
 def test_a_batch_points_each_token_at_the_position_that_predicts_it(output: Path) -> None:
     rows = list(LogitIterableDataset(output, seed=None))[:5]
     batch = collate_logits(rows, pad_id=7)
-    count, longest = batch["input_ids"].shape
-    assert (count, longest) == (5, max(row["input_ids"].size for row in rows))
+    assert batch["input_ids"].shape == (5, max(row["input_ids"].size for row in rows))
     predicted = flat_positions(batch) + 1
-    actual = torch.cat(
-        [torch.from_numpy(row["input_ids"][row["teacher_positions"]]) for row in rows]
-    )
-    assert (batch["input_ids"].reshape(-1)[predicted] == actual).all()
-    assert (batch["labels"].reshape(-1)[predicted] == actual).all()
+    actual = np.concatenate([row["input_ids"][row["teacher_positions"]] for row in rows])
+    for name in ("input_ids", "labels"):
+        assert batch[name].reshape(-1)[predicted].tolist() == actual.tolist()
     assert int((batch["labels"] != -100).sum()) == predicted.numel()
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 7).all()
     assert batch["teacher_ids"].dtype == torch.int64
     there = batch["teacher_positions"] >= 0
     assert there.sum(1).tolist() == [row["teacher_positions"].size for row in rows]
     assert not batch["teacher_mask"][~there].any()
-    flat = batch["teacher_ids"][there]
-    assert (
-        flat == torch.cat([pad_entries(row["teacher_ids"], flat.shape[1]) for row in rows])
-    ).all()
+    flat, start = batch["teacher_ids"][there].numpy(), 0
+    for ids in (row["teacher_ids"] for row in rows):
+        np.testing.assert_array_equal(flat[start : start + len(ids), : ids.shape[1]], ids)
+        assert not flat[start : start + len(ids), ids.shape[1] :].any()
+        start += len(ids)
 
 
-def pad_entries(ids: np.ndarray, width: int) -> torch.Tensor:
-    """Return ids (N, E) with zeros up to a width."""
-    return torch.from_numpy(np.pad(ids, ((0, 0), (0, width - ids.shape[1]))))
-
-
-@pytest.mark.parametrize("tail", ["unbiased", "ghost"])
-def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(
-    output: Path, tail: str
-) -> None:
+def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(output: Path) -> None:
     rows = list(LogitIterableDataset(output, seed=None))[:6]
     whole = collate_logits(rows)
-    logits = torch.randn(
-        *whole["input_ids"].shape, STORED["vocab_size"], generator=torch.Generator().manual_seed(1)
-    )
-    each = distillation_loss(logits, whole, tail=tail, reduction="none")
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(*whole["input_ids"].shape, STORED["vocab_size"], generator=generator)
+    each = distillation_loss(logits, whole, reduction="none")
     pieces = [
-        distillation_loss(
-            logits[part], {k: v[part] for k, v in whole.items()}, tail=tail, reduction="none"
-        )
+        distillation_loss(logits[part], {k: v[part] for k, v in whole.items()}, reduction="none")
         for part in (slice(0, 2), slice(2, 6))
     ]
     torch.testing.assert_close(torch.cat(pieces), each)
@@ -189,21 +174,16 @@ def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output: Path, wo
 
     made = LogitIterableDataset(output, seed=3).as_datasets()
     assert isinstance(made, datasets.IterableDataset)
-    loader: Any = DataLoader(made, batch_size=3, num_workers=workers, collate_fn=collate_logits)
-    assert sorted(loader_indices(loader)) == list(range(20))
+    assert sorted(indices(make_loader(made, num_workers=workers))) == list(range(20))
     whole = indices(made)
-    rows = iter(made)
-    given = [next(rows)["index"] for _ in range(11)]
+    given = indices(itertools.islice(made, 11))
     again = LogitIterableDataset(output, seed=3).as_datasets()
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert given + indices(again) == whole
 
 
-def test_without_a_seed_rows_come_in_the_order_of_the_output(output: Path) -> None:
-    assert indices(LogitIterableDataset(output, seed=None)) == list(range(20))
-
-
 def test_a_seed_and_an_epoch_fix_an_order_that_holds_every_row_once(output: Path) -> None:
+    assert indices(LogitIterableDataset(output, seed=None)) == list(range(20))
     dataset = LogitIterableDataset(output, seed=3)
     first = indices(dataset)
     assert sorted(first) == list(range(20))
@@ -235,180 +215,85 @@ def test_ranks_and_workers_divide_the_rows_evenly(output: Path, world: int, work
     assert set(seen.values()) == {1}, "no row goes to two ranks"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_loader_gives_every_row_once(output: Path, workers: int) -> None:
-    dataset: Any = LogitIterableDataset(output, seed=5)
+def test_workers_give_every_row_once_and_those_that_live_on_see_the_next_epoch(
+    output: Path,
+) -> None:
+    dataset = LogitIterableDataset(output, seed=5)
     assert isinstance(dataset, IterableDataset)
     assert isinstance(dataset, LogitIterableDataset)
-    loader: Any = DataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=collate_logits)
-    assert sorted(loader_indices(loader)) == list(range(20))
-
-
-def test_workers_that_live_on_see_the_next_epoch(output: Path) -> None:
-    dataset: Any = LogitIterableDataset(output, seed=5)
-    loader: Any = DataLoader(
-        dataset, batch_size=3, num_workers=1, collate_fn=collate_logits, persistent_workers=True
-    )
-    first = loader_indices(loader)
+    loader = make_loader(dataset, num_workers=2, persistent_workers=True)
+    first = indices(loader)
     dataset.set_epoch(1)
-    assert loader_indices(loader) != first
+    second = indices(loader)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
 
 
 @pytest.mark.parametrize("batches", [1, 3, 7])
 def test_a_state_goes_on_with_exactly_what_was_left(output: Path, batches: int) -> None:
-    def make(dataset: Any) -> Any:
-        return DataLoader(dataset, batch_size=3, collate_fn=collate_logits)
-
-    whole = loader_indices(make(LogitIterableDataset(output, seed=2)))
+    whole = indices(make_loader(LogitIterableDataset(output, seed=2)))
     dataset: Any = LogitIterableDataset(output, seed=2)
-    given = loader_indices(itertools.islice(make(dataset), batches))
+    given = indices(itertools.islice(make_loader(dataset), batches))
     state = json.loads(json.dumps(dataset.state_dict()))
     again: Any = LogitIterableDataset(output, seed=2)
     again.load_state_dict(state)
-    assert given + loader_indices(make(again)) == whole
-    assert loader_indices(make(again)) == whole, "a state is used once"
+    assert given + indices(make_loader(again)) == whole
+    assert indices(make_loader(again)) == whole, "a state is used once"
     again.set_epoch(1)
-    assert sorted(loader_indices(make(again))) == sorted(whole), "the next epoch is a whole one"
+    assert sorted(indices(make_loader(again))) == sorted(whole), "the next epoch is a whole one"
 
 
-def test_a_state_can_be_taken_inside_the_loop(output: Path) -> None:
-    dataset: Any = LogitIterableDataset(output, seed=2)
-    rows: Iterator[dict[str, Any]] = iter(dataset)
-    before = [next(rows)["index"] for _ in range(11)]
-    again: Any = LogitIterableDataset(output, seed=2)
-    again.load_state_dict(dataset.state_dict())
-    assert before + indices(again) == indices(LogitIterableDataset(output, seed=2))
-
-
-def test_a_pass_that_was_broken_off_is_not_continued_unasked(output: Path) -> None:
+def test_a_state_is_taken_inside_the_loop_and_a_broken_pass_not_continued_unasked(
+    output: Path,
+) -> None:
     dataset: Any = LogitIterableDataset(output, seed=2)
     whole = indices(dataset)
-    rows = iter(dataset)
-    assert [next(rows)["index"] for _ in range(5)] == whole[:5]
-    assert indices(dataset) == whole
+    given = indices(itertools.islice(dataset, 11))
+    again: Any = LogitIterableDataset(output, seed=2)
+    again.load_state_dict(dataset.state_dict())
+    assert given + indices(again) == whole == indices(dataset)
 
 
-def start_state(dataset: Any) -> dict[str, Any]:
-    """Return the state of a pass that has just begun."""
-    iter(dataset)
-    state: dict[str, Any] = dataset.state_dict()
-    return state
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"seed": 1}, "seed 2, this is 1"),
-        ({"rank": 1, "world_size": 2}, "rank 0, this is 1"),
-        ({"world_size": 2}, "world_size 1, this is 2"),
-    ],
-)
-def test_a_state_of_another_division_is_refused(
-    output: Path, options: dict[str, Any], named: str
-) -> None:
+def test_a_state_of_another_division_or_output_is_refused(output: Path, tmp_path: Path) -> None:
     first: Any = LogitIterableDataset(output, seed=2)
-    other: Any = LogitIterableDataset(output, **{"seed": 2, **options})
-    with pytest.raises(LogitsError, match=named):
-        other.load_state_dict(start_state(first))
-
-
-def test_a_state_of_an_output_that_has_grown_is_refused(output: Path, tmp_path: Path) -> None:
-    state = start_state(LogitIterableDataset(output))
+    iter(first)
     more = write_output(tmp_path / "more", random_rows(30, settings=STORED), settings=STORED)
-    with pytest.raises(LogitsError, match="dataset_rows 20, this is 30"):
-        LogitIterableDataset(more).load_state_dict(state)
+    for place, options, named in (
+        (output, {"seed": 1}, "seed 2, this is 1"),
+        (output, {"seed": 2, "rank": 1, "world_size": 2}, "rank 0, this is 1"),
+        (output, {"seed": 2, "world_size": 2}, "world_size 1, this is 2"),
+        (more, {"seed": 2}, "dataset_rows 20, this is 30"),
+    ):
+        with pytest.raises(LogitsError, match=named):
+            LogitIterableDataset(place, **options).load_state_dict(first.state_dict())
 
 
 def test_a_state_that_only_workers_know_is_refused(output: Path) -> None:
     dataset: Any = LogitIterableDataset(output, seed=2)
-    loader: Any = DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=collate_logits)
-    next(iter(loader))
+    next(iter(make_loader(dataset, num_workers=1)))
     with pytest.raises(LogitsError, match="take torchdata's StatefulDataLoader"):
         dataset.state_dict()
 
 
-class FakeWorker:
-    """What `get_worker_info` says inside a worker."""
-
-    def __init__(self, number: int, count: int) -> None:
-        self.id, self.num_workers = number, count
-
-
-def test_inside_workers_states_work_as_a_stateful_data_loader_calls_them(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, given, left = [], [], []
-    for number in range(2):
-        monkeypatch.setattr(
-            torch.utils.data, "get_worker_info", lambda number=number: FakeWorker(number, 2)
-        )
-        whole += indices(LogitIterableDataset(output, seed=2))
-        dataset: Any = LogitIterableDataset(output, seed=2)
-        rows = iter(dataset)
-        given += [next(rows)["index"] for _ in range(3 + number)]
-        again: Any = LogitIterableDataset(output, seed=2)
-        again.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
-        left += indices(again)
-    assert sorted(whole) == sorted(given + left) == list(range(20))
-
-
-HUB_LOADER = """
-import json, sys, torch
-import huggingface_hub
-from torch.utils.data import DataLoader
-from explore_logits import LogitIterableDataset, collate_logits, get_sample, load_logit_dataset
-
-api = huggingface_hub.HfApi()
-api.create_repo("user/logits", repo_type="dataset")
-api.upload_folder(repo_id="user/logits", repo_type="dataset", folder_path=sys.argv[1])
-output = load_logit_dataset("user/logits")
-get_sample(output, 3)  # the parent has a file and a connection open when its workers begin
-sums = {}
-for workers in (0, 2):
-    loader = DataLoader(LogitIterableDataset(output, seed=4), batch_size=3,
-                        num_workers=workers, collate_fn=collate_logits)
-    sums[workers] = {
-        int(index): [float(ids[there].sum()), float(probs[there].double().sum())]
-        for batch in loader
-        for index, ids, probs, there in zip(*(
-            batch[name] for name in ("index", "teacher_ids", "teacher_log_probs", "teacher_mask")))
-    }
-print(json.dumps([sums[0], sums[2]]))
-"""
-
-
-def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, tmp_path: Path) -> None:
-    with LoopbackHub(root=str(tmp_path / "hub")) as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", HUB_LOADER, output],
-            capture_output=True, text=True, check=False, timeout=200,
-            env={
-                **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_loopback",
-                "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            },
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    wanted = {
-        str(row["index"]): [
-            float(row["teacher_ids"][row["teacher_mask"]].sum()),
-            float(row["teacher_log_probs"][row["teacher_mask"]].astype(np.float64).sum()),
-        ]
-        for row in LogitIterableDataset(output)
-    }
-    for found in json.loads(done.stdout.splitlines()[-1]):
-        assert found.keys() == wanted.keys()
-        for index, sums in found.items():
-            np.testing.assert_allclose(sums, wanted[index])
+def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, hub: LoopbackHub) -> None:
+    HfFileSystem.clear_instance_cache()
+    api = HfApi()
+    api.create_repo("user/logits", repo_type="dataset")
+    api.upload_folder(repo_id="user/logits", repo_type="dataset", folder_path=output)
+    # this process has a file and a connection open when its workers begin
+    assert get_sample(load_logit_dataset("user/logits"), 3)["index"] == 3
+    for workers in (0, 2):
+        there = make_loader(LogitIterableDataset("user/logits", seed=4), num_workers=workers)
+        here = make_loader(LogitIterableDataset(output, seed=4), num_workers=workers)
+        assert_same(there, here)
 
 
 def prepare(dataset: Any, **options: Any) -> Any:
     """Return a loader as accelerate prepares it, for one process."""
     from accelerate.data_loader import prepare_data_loader
 
-    loader: Any = DataLoader(dataset, batch_size=3, collate_fn=collate_logits)
     return prepare_data_loader(
-        loader, device=torch.device("cpu"), put_on_device=True,
+        make_loader(dataset), device=torch.device("cpu"), put_on_device=True,
         **{"num_processes": 1, "process_index": 0, **options},
     )  # fmt: skip
 
@@ -416,11 +301,8 @@ def prepare(dataset: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("dispatch", [None, False])
 def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: bool | None) -> None:
     dataset: Any = LogitIterableDataset(output, seed=2)
-    plain: Any = DataLoader(dataset, batch_size=3, collate_fn=collate_logits)
     loader = prepare(dataset, dispatch_batches=dispatch)
-    for found, wanted in zip(loader, plain, strict=True):
-        assert found.keys() == wanted.keys()
-        assert all((found[name] == wanted[name]).all() for name in wanted)
+    assert_same(loader, make_loader(dataset))
     loader.set_epoch(1)
     assert dataset.epoch == 1
 
@@ -430,7 +312,7 @@ def test_accelerate_divides_rows_among_processes_when_the_dataset_does_not(outpu
     for rank in range(2):
         dataset = LogitIterableDataset(output, seed=2, rank=0, world_size=1)
         loader = prepare(dataset, dispatch_batches=False, num_processes=2, process_index=rank)
-        seen.update(loader_indices(loader))
+        seen.update(indices(loader))
     assert set(seen) == set(range(20)), "20 rows fill 3 rounds of 6, and the last is filled up"
 
 
@@ -458,31 +340,16 @@ def test_torchdatas_loader_goes_on_from_its_own_state(output: Path) -> None:
             batch_size=3, num_workers=2, collate_fn=collate_logits,
         )  # fmt: skip
 
-    whole = loader_indices(make())
-    loader = make()
-    given = loader_indices(itertools.islice(loader, 3))
-    again = make()
+    whole, loader, again = indices(make()), make(), make()
+    given = indices(itertools.islice(loader, 3))
     again.load_state_dict(loader.state_dict())
-    assert given + loader_indices(again) == whole
+    assert given + indices(again) == whole
 
 
 def test_workers_that_are_spawned_read_and_render_as_this_process_does(extracted: Path) -> None:
-    dataset: Any = LogitIterableDataset(extracted, seed=1)
-    loader: Any = DataLoader(
-        dataset, batch_size=6, num_workers=1, collate_fn=collate_logits,
-        multiprocessing_context="spawn",
-    )  # fmt: skip
-    here: Any = DataLoader(dataset, batch_size=6, collate_fn=collate_logits)
-    for found, wanted in zip(loader, here, strict=True):
-        assert found.keys() == wanted.keys()
-        assert all((found[name] == wanted[name]).all() for name in wanted)
-
-
-def test_a_dataset_travels_to_a_process_that_was_started_anew(output: Path) -> None:
-    dataset: Any = LogitIterableDataset(output, seed=2, max_seq_len=9)
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert isinstance(copy, IterableDataset)
-    assert indices(copy) == indices(dataset)
+    dataset = LogitIterableDataset(extracted, seed=1, max_seq_len=200)
+    spawned = make_loader(dataset, 6, num_workers=1, multiprocessing_context="spawn")
+    assert_same(spawned, make_loader(dataset, 6))
 
 
 def test_long_conversations_are_cut_with_their_teacher(output: Path) -> None:
@@ -514,41 +381,23 @@ def test_a_conversation_cut_before_its_first_extracted_token_stays_and_costs_not
     assert not logits.grad.any()
 
 
-def test_tokens_that_are_not_stored_are_rendered_again(extracted: Path) -> None:
-    dataset: Any = LogitIterableDataset(extracted, seed=0)
-    text = open_text(extracted)
-    rows = list(dataset)
-    assert len(rows) == 24
-    for row in rows[:6]:
-        encoded = text.encode(row["index"])
-        np.testing.assert_array_equal(row["input_ids"], encoded.input_ids)
-        np.testing.assert_array_equal(row["teacher_positions"], encoded.token_positions)
-
-
 def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     teacher: Any = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
-    loader: Any = DataLoader(
-        LogitIterableDataset(extracted), batch_size=8, collate_fn=collate_logits
-    )
-    batch = next(iter(loader))
+    batch = next(iter(make_loader(LogitIterableDataset(extracted), 8)))
     with torch.no_grad():
         logits = teacher(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits[..., :5000]
-    for divergence in ("forward_kl", "jsd"):
-        for tail in ("unbiased", "ghost", "renormalized"):
-            each = distillation_loss(
-                logits, batch, divergence=divergence, tail=tail, reduction="none"
-            )
-            assert float(each.abs().max()) < 1e-3, (divergence, tail)
-    shifted = dict(batch)
-    assert (batch["teacher_positions"][:, 0] > 0).all()
-    shifted["teacher_positions"] = torch.where(
-        batch["teacher_positions"] < 0, -1, batch["teacher_positions"] - 1
-    )
-    assert float(distillation_loss(logits, shifted, tail="ghost")) > 1, "an offset would be seen"
+    for way in itertools.product(("forward_kl", "jsd"), ("unbiased", "ghost", "renormalized")):
+        options = dict(zip(("divergence", "tail"), way, strict=True))
+        each = distillation_loss(logits, batch, reduction="none", **options)
+        assert float(each.abs().max()) < 1e-3, way
+    positions = batch["teacher_positions"]
+    assert (positions[:, 0] > 0).all()
+    batch["teacher_positions"] = torch.where(positions < 0, -1, positions - 1)
+    assert float(distillation_loss(logits, batch, tail="ghost")) > 1, "an offset would be seen"
 
 
 def test_tails_of_different_sizes_in_one_output_are_refused(tmp_path: Path) -> None:
@@ -562,11 +411,6 @@ def test_tails_of_different_sizes_in_one_output_are_refused(tmp_path: Path) -> N
         list(LogitIterableDataset(folder, seed=None))
 
 
-def test_a_rank_outside_the_world_is_refused(output: Path) -> None:
-    with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
-        LogitIterableDataset(output, rank=2, world_size=2)
-
-
 def test_rank_and_world_size_come_from_the_environment(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,22 +418,8 @@ def test_rank_and_world_size_come_from_the_environment(
     monkeypatch.setenv("WORLD_SIZE", "2")
     dataset: Any = LogitIterableDataset(output)
     assert (dataset.rank, dataset.world_size, len(dataset)) == (1, 2, 10)
-
-
-def test_the_names_are_there_without_torch_and_using_them_says_what_is_missing() -> None:
-    script = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from explore_logits import LogitIterableDataset, LogitsError, distillation_loss\n"
-        "for use in (lambda: LogitIterableDataset('x'), lambda: distillation_loss(0, {})):\n"
-        "    try: use()\n"
-        "    except LogitsError as error: print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.stdout.count("torch is needed for this") == 2
-    assert {"LogitIterableDataset", "distillation_loss"} <= set(explore_logits.__all__)
+    with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
+        LogitIterableDataset(output, rank=2, world_size=2)
 
 
 def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
@@ -663,42 +493,19 @@ def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
 
 
-def test_alpha_mixes_the_texts_own_cross_entropy_into_the_trainers_loss(
+def test_transformers_own_loader_takes_as_datasets(
     extracted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    found = {}
-    for alpha in (1.0, 0.5, 0.0):
-        run_example("trainer", monkeypatch, extracted, "--steps", 1, "--alpha", alpha)
-        (found[alpha],) = logged_losses(capsys)
-    assert abs(found[0.0] - found[1.0]) > 0.1
-    assert found[0.5] == pytest.approx((found[0.0] + found[1.0]) / 2, abs=2e-3)
-
-
-def test_transformers_own_loader_takes_as_datasets(extracted: Path, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-    base = load_example("trainer").DistillationTrainer
-
-    class WithItsLoader(base):  # type: ignore[misc, valid-type]
-        get_train_dataloader = Trainer.get_train_dataloader
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=8, logging_steps=1,
-        learning_rate=1e-2, remove_unused_columns=False, report_to="none", save_strategy="no",
-        use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = WithItsLoader(
-        LlamaForCausalLM(LlamaConfig(vocab_size=5000, num_hidden_layers=1, **sizes)),
-        arguments,
-        train_dataset=LogitIterableDataset(extracted).as_datasets(),
-        data_collator=collate_logits,
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
+    example = load_example("trainer")
+    theirs = example.Trainer.get_train_dataloader
+    monkeypatch.setattr(example.DistillationTrainer, "get_train_dataloader", theirs)
+    made = LogitIterableDataset(extracted).as_datasets()
+    monkeypatch.setattr(example, "LogitIterableDataset", lambda *_, **__: made)
+    monkeypatch.setattr(sys, "argv", ["trainer", str(extracted), "--steps", "8"])
+    example.main()
+    losses = logged_losses(capsys)
+    assert len(losses) == 8
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
 
 
 @pytest.mark.slow
@@ -718,19 +525,14 @@ def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> N
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps and rate were chosen on other conversations: 0.211 to 0.187 on those from 200 on."""
     pytest.importorskip("torchao", reason="torchao rounds the student")
-    done = run_script(
-        "extract_logits.py",
-        *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 120),
-        *("--min-p", 0.005, "--cache-dir", tmp_path / "cache", "--output", tmp_path / "logits"),
-    )
-    assert done.code == 0, done.stderr
+    folder = extract_chats(tmp_path, "--limit", 120, "--min-p", 0.005)
     options = ["--bits", "2", "--steps", "20", "--learning-rate", "5e-4"]
-    monkeypatch.setattr(sys, "argv", ["quantized_student.py", str(tmp_path / "logits"), *options])
-    load_example("quantized_student").main()
+    run_example("quantized_student", monkeypatch, folder, *options)
     before, after = map(float, re.findall(r"KL .*: (\d\.\d+)", capsys.readouterr().out))
     assert after < 0.95 * before

@@ -1,7 +1,7 @@
 """Measure memory and time of a step from hidden states and head to a loss and its gradients.
 
-    python tests/bench_loss.py [--tokens 2048] [--vocab 151936] [--hidden 256] [--tail unbiased]
-                               [--ways cross-entropy logits hidden]
+    python tests/tools/bench_loss.py [--tokens 2048] [--vocab 151936] [--hidden 256]
+                                     [--tail unbiased] [--ways cross-entropy logits hidden]
 
 Ways: PyTorch's cross-entropy on the logits; `distillation_loss` on the logits;
 `distillation_loss_from_hidden`, which never holds them. Each runs in a process of its own, on one
@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 from sparse_batches import make_batch, teacher_row  # noqa: E402 - run as a script, from anywhere
 
