@@ -83,11 +83,15 @@ def taken(encoded: EncodedConversation, tokenizer: Any) -> str:
     return str(tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist()))
 
 
-def spans(messages: list[dict[str, Any]], template: Any, **options: Any) -> list[str]:
+def spans(
+    messages: list[dict[str, Any]], template: Any, tools: Any = None, **choice: Any
+) -> list[str]:
     """Return the stretches of text that are the assistant's; the template may be its source."""
     if isinstance(template, str):
         template = prepare_template(tokenizer_for(template))
-    rendered = explore_logits.render_conversation(messages, template, **options)
+    rendered = explore_logits.render_conversation(
+        messages, template, tools=tools, choice=explore_logits.Choice(**choice)
+    )
     return [rendered.text[a:b] for a, b in rendered.spans]
 
 
@@ -763,7 +767,13 @@ HOSTILE = {
     "bytes": "{{ 'a'.encode().ljust(1000000000) }}{{ (1).to_bytes(1000000000, 'big') }}",
     "sum": "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}",
     "escape": "{{ ''.__class__.__mro__ }}",
-}
+    **{
+        f"nested lists: {way}": "{% set ns = namespace(t=['a']) %}{% for a in range(40) %}"
+        "{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ " + way + " }}"
+        for way in ("ns.t", "{'a': ns.t}", "ns.t | upper", "ns.t ~ ''", "'%s' % ns.t",
+                    "'{}'.format(ns.t)", "ns.t | tojson", "ns.t | join")
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
