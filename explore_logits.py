@@ -535,8 +535,8 @@ def resolve_columns(names: Iterable[str], **options: str | None) -> Conversation
         if system is not None:
             raise SourceError("--system-col belongs to a conversation, not to --text-col")
         return ConversationColumns(text=text, index=index)
-    usual = [name for name in MESSAGE_COLUMNS if name in have and not asked]
-    for messages in [*filter(None, [given.get("messages_col")]), *usual]:
+    usual = next((name for name in MESSAGE_COLUMNS if name in have and not asked), None)
+    if messages := given.get("messages_col") or usual:
         return ConversationColumns(messages, system=system, index=index)
     for user, assistant in (pair,) if asked else (pair, *PAIR_COLUMNS):
         if user in have and assistant in have:
@@ -1400,14 +1400,18 @@ def _bound_work(plain: Any) -> Any:
     """Return the sandbox with its operators, filters and methods counted by what they write."""
     environment, jinja2 = plain.overlay(), import_extra("jinja2")
 
+    def count(context: Any, name: str, *values: Any) -> None:
+        work = _written(name, values)
+        context.parent["_marks"].spend(work if work > 10**6 else work // 100)
+
     def spend(context: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
         args = [list(value) if isinstance(value, Iterator) else value for value in args]
-        work = _written(name, [*args, *kwargs.values()])
-        context.parent["_marks"].spend(work if work > 10**6 else work // 100)
+        count(context, name, *args, *kwargs.values())
         return args
 
-    def binop(context: Any, operator: str, *sides: Any) -> Any:
-        return plain.binop_table[operator](*spend(context, operator, sides, {}))
+    def binop(context: Any, operator: str, left: Any, right: Any) -> Any:
+        count(context, operator, left, right)
+        return plain.binop_table[operator](left, right)
 
     def call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if function is environment.mark:
@@ -1427,7 +1431,7 @@ def _bound_work(plain: Any) -> Any:
 
     def show(context: Any, value: Any) -> Any:
         if isinstance(value, (list, tuple, Mapping)):
-            spend(context, "", [value], {})
+            count(context, "", value)
         return value
 
     environment.mark = object()
