@@ -93,9 +93,10 @@ CLIENTS = axolotl==0.19.0 addict liger-kernel==0.8.1  # their other needs are TR
 clients: .cache/clients/.done
 	PYTHONPATH=.cache/clients OMP_NUM_THREADS=1 $(PY) tests/tools/clients.py
 
-# make bench   what extraction and the stages around it cost, against plain ways (5 minutes)
+# make bench   what extraction and a whole run cost, against plain ways and the bare forward (5 minutes)
 bench: .venv/.done
 	$(PY) tests/tools/bench_extraction.py
+	$(PY) tests/tools/bench_pipeline.py
 
 # make bench-io  the same of decoding and of uploads (3 minutes)
 bench-io: .venv/.done
@@ -126,7 +127,7 @@ real: .cache/real/packages/.done
 chaos: .venv/.done
 	$(PY) tests/tools/chaos.py --runs 200 --seed 1
 
-# make mutants 60 faults planted in the scripts, and the test that catches each (40 minutes)
+# make mutants 60 faults planted in the scripts, and the test that catches each (10 minutes)
 mutants: .venv/.done
 	$(PY) tests/tools/mutants.py --jobs 2
 

@@ -157,12 +157,12 @@ def test_outcomes_are_delivered_in_order_in_the_thread_of_the_caller() -> None:
 
 
 def test_depth_results_are_processed_beside_the_caller_and_submit_waits_for_more() -> None:
-    gate, meeting = threading.Event(), threading.Barrier(3, timeout=30)
+    gate, last, meeting = threading.Event(), threading.Event(), threading.Barrier(3, timeout=30)
 
     def process(number: int) -> bool:
         if number < 2:
             meeting.wait()
-        return gate.wait(timeout=30)
+        return (last if number else gate).wait(timeout=30)
 
     delivered: list[bool] = []
     post = AsyncPostProcessor(process, delivered.append, depth=2)
@@ -176,7 +176,9 @@ def test_depth_results_are_processed_beside_the_caller_and_submit_waits_for_more
     gate.set()
     third.join(timeout=30)
     assert not third.is_alive()
-    post.flush()
+    assert delivered == [True]
+    threading.Timer(0.05, last.set).start()
+    post.flush()  # of two that are under way
     post.shutdown()
     assert delivered == [True] * 3
 

@@ -1,0 +1,221 @@
+"""What a whole run costs beside the teacher's bare forward, by the shape of the teacher.
+
+    python tests/tools/bench_pipeline.py    # three sizes on a GPU; a small one, 2 minutes of a CPU
+
+Teachers have the shape of models that people use and random weights, made on the device. Logits are
+"flat" as they come, "peaked" where the last norm is scaled until they spread like a trained one's.
+Conversations are long answers of the embedded ones. For each teacher and kind of rows it times
+
+- forward: the model's own layers over the run's batches, and the head in the model's type at the
+  wanted positions, nothing kept;
+- on the device: the same batches to nucleus, tail and log-sum-exp, as the run has them;
+- the run: what N conversations more take of it, from 2N and N of them; so start, loading and
+  first batches do not count, reading, packing and writing do.
+
+Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from bench import CHATS, TEACHER, machine, print_head, print_row
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import extract_logits as el
+
+SPREAD = 4.5  # nats, of a row's logits: a token is torn between some dozens of 150,000
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024,
+              "vocab_size": 32_000},
+    "0.5B": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 4864,
+             "vocab_size": 151_936, "tie_word_embeddings": True},
+    "8B": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12_288,
+           "vocab_size": 151_936},
+    "32B": {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 25_600,
+            "vocab_size": 151_936},
+}  # fmt: skip
+
+
+def make_folder(folder: Path, shape: str) -> None:
+    """Write what a run reads of a teacher beside its weights: the tokenizer has as many ids."""
+    shutil.copytree(TEACHER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.for_model("qwen3", max_position_embeddings=32_768, **SHAPES[shape])
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    known = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
+    new = range(known, SHAPES[shape]["vocab_size"])
+    tokenizer["model"]["vocab"] |= {f"filler {number}": number for number in new}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
+def make_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a model of a folder's configuration with random weights, made on the device."""
+    torch.manual_seed(0)
+    with device:
+        config = AutoConfig.from_pretrained(folder)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def spread_logits(model: Any) -> None:
+    """Scale the last norm until logits of random tokens spread like a trained model's."""
+    ids = torch.randint(5_000, (4, 64), device=model.device)
+    found = model(input_ids=ids).logits.float().std(-1).mean()
+    model.model.norm.weight.mul_(SPREAD / found)
+
+
+def write_chats(path: Path, count: int) -> None:
+    """Write conversations whose answers are two to thirty of the embedded ones."""
+    lines = CHATS.read_text(encoding="utf-8").splitlines()
+    texts = [m["content"] for line in lines for m in json.loads(line)["messages"]]
+    said = itertools.cycle(text for text in texts if isinstance(text, str) and text)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            answer = " ".join(itertools.islice(said, 2 + 7 * number % 29))
+            messages = [{"role": "user", "content": next(said)},
+                        {"role": "assistant", "content": answer}]  # fmt: skip
+            file.write(json.dumps({"id": number, "messages": messages}) + "\n")
+
+
+@contextmanager
+def timed(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Give a function that returns the seconds that the block took, the device's work included."""
+    started, taken = time.perf_counter(), [0.0]
+    yield lambda: taken[0]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    taken[0] = time.perf_counter() - started
+
+
+@torch.inference_mode()
+def forward(model: Any, batch: el.Batch) -> None:
+    """Run layers and head as one writes it: padded on the right, wanted positions alone."""
+    longest = max(row.input_ids.size for row in batch.rows)
+    ids = torch.zeros(len(batch.rows), longest, dtype=torch.int64)
+    for target, row in zip(ids, batch.rows, strict=True):
+        target[: row.input_ids.size] = torch.from_numpy(row.input_ids)
+    places = [torch.from_numpy(row.token_positions) + n * longest - 1
+              for n, row in enumerate(batch.rows)]  # fmt: skip
+    states = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    wanted = states.flatten(0, 1)[torch.cat(places).to(model.device)]
+    for part in wanted.split(2048):
+        model.lm_head(part)
+
+
+def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> dict[str, float]:
+    """Return the figures of one teacher and kind of rows."""
+    device = model.device
+
+    def run(count: int) -> tuple[float, dict[str, Any]]:
+        config = configure(folder, args, count, folder / f"{kind}-{count}")
+        with mock.patch.object(el, "make_teacher", give_teacher), timed(device) as seconds:
+            summary = el.run_extraction(config)
+        assert summary["exit_code"] == 0, summary
+        return seconds(), summary
+
+    def give_teacher(_: Any, __: Any, ___: Any, vocab_size: int | None) -> el.Teacher:
+        return el.Teacher(model, vocab_size=vocab_size)
+
+    config = configure(folder, args, args.conversations, folder / "unused")
+    job = el.open_job(config)
+    part = next(job.selection.parts(args.conversations))
+    pairs = zip(part.ids.tolist(), part.read(range(part.ids.size)), strict=True)
+    encoded = [job.encoder.encode(row, index) for index, row in pairs]
+    rows = [row for row in encoded if isinstance(row, el.EncodedRow)]
+    batches = list(el.token_budget_batches(config, rows, args.batch_tokens))
+    teacher = el.Teacher(model, vocab_size=job.vocab_size)
+    extraction = el.Extraction(job, mock.Mock())
+    extraction.teacher = teacher
+    best = {"forward": 1e9, "on the device": 1e9}
+    for _ in range(1 + args.repeats):  # the first warms up
+        with timed(device) as bare:
+            for batch in batches:
+                forward(model, batch)
+        with timed(device) as reduced:
+            for batch in batches:
+                extraction.forward(batch).to_host()
+        best = {"forward": min(best["forward"], bare()),
+                "on the device": min(best["on the device"], reduced())}  # fmt: skip
+    extraction.close()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run(8)
+    (few, one), (many, two) = run(args.conversations), run(2 * args.conversations)
+    tokens = two["tokens"] - one["tokens"]
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    return {
+        "stored tokens": tokens,
+        **best,
+        "the run": many - few,
+        "tokens/s": tokens / (many - few),
+        "peak memory, GB": peak,
+    }
+
+
+def configure(
+    folder: Path, args: argparse.Namespace, count: int, output: Path
+) -> el.ExtractionConfig:
+    """Return the options of a run over so many conversations."""
+    return el.ExtractionConfig(
+        model=str(folder / "teacher"), dataset=str(folder / "chats.jsonl"), index_col="id",
+        limit=count, output=str(output), cache_dir=str(folder / "cache"), device=args.device,
+        dtype=args.dtype, max_batch_tokens=args.batch_tokens, force_restart=True,
+    )  # fmt: skip
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=["0.5B", "8B", "32B"] if gpu else ["small"]
+    )
+    parser.add_argument("--conversations", type=int, default=600 if gpu else 24, help="N")
+    parser.add_argument("--batch-tokens", type=int, default=32_768 if gpu else 4_096)
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    print(json.dumps(machine()))
+    print_head("teacher", "logits", "stored tokens", "forward, s", "on the device, s", "the run, s",
+               "forward / run", "tokens/s", "peak memory, GB")  # fmt: skip
+    figures: dict[str, dict[str, float]] = {}
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            make_folder(folder / "teacher", shape)
+            write_chats(folder / "chats.jsonl", 2 * args.conversations)
+            device = el.resolve_device(args.device)
+            model = make_model(folder / "teacher", device, getattr(torch, args.dtype))
+            for kind in ("flat", "peaked"):
+                if kind == "peaked":
+                    spread_logits(model)
+                found = figures[f"{shape} {kind}"] = compare(folder, model, kind, args)
+                seconds = [found[name] for name in ("forward", "on the device", "the run")]
+                shown = [f"{value:.2f}" for value in seconds]
+                shown += [f"{seconds[0] / seconds[2]:.0%}", f"{found['tokens/s']:,.0f}"]
+                print_row(shape, kind, f"{found['stored tokens']:,}", *shown,
+                          f"{found['peak memory, GB']:.1f}")  # fmt: skip
+            del model
+    print(json.dumps({"pipeline": figures}))
+
+
+if __name__ == "__main__":
+    main()
