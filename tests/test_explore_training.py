@@ -525,7 +525,6 @@ def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> N
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
 def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
