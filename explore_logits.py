@@ -2760,9 +2760,11 @@ class LogitDataset:
                 )
 
         for group in map(footer.row_group, groups):
-            chunks = map(group.column, range(group.num_columns))
             # A value takes up to 8 bytes while it is decoded, whatever a dictionary makes of it.
-            check(sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks))
+            check(sum(
+                max(held.total_compressed_size, held.total_uncompressed_size, 8 * held.num_values)
+                for held in map(group.column, range(group.num_columns))
+            ))  # fmt: skip
         paths = [footer.schema.column(i).path for i in range(len(footer.schema.names))]
         with self.store.reading(name):
             table = self.store.read_groups(
