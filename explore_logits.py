@@ -2311,9 +2311,7 @@ class Store:
 
     def open(self, path: str) -> Any:
         """Open a file to read by ranges; nothing is fetched ahead or kept."""
-        if not self._is_inside(path):
-            raise OpenError(f"{path} leads outside {self.name} and is not read")
-        return self.files.open(f"{self.root}/{path}", "rb", cache_type="none")
+        return self.files.open(self._locate(path), "rb", cache_type="none")
 
     def read_footer(self, path: str) -> pq.FileMetaData:
         """Return the metadata of a Parquet file."""
@@ -2346,18 +2344,18 @@ class Store:
         options |= {"metadata": footer, "page_checksum_verification": True}
         known = footer.schema.to_arrow_schema().names
         wanted = [column for column in columns if column in known]
-        if not self.on_hub and self._is_inside(path):
-            with pa.OSFile(f"{self.root}/{path}") as source:
+        if not self.on_hub:
+            with pa.OSFile(self._locate(path)) as source:
                 file = pq.ParquetFile(source, **options)
                 return file.read_row_groups(list(groups), wanted).select(wanted)
         spans = []
-        for chunk in (group.column(i) for group in map(footer.row_group, groups)
-                      for i in range(group.num_columns)):  # fmt: skip
-            if chunk.path_in_schema.split(".")[0] in wanted:
-                start = chunk.data_page_offset
-                if chunk.has_dictionary_page:
-                    start = min(start, chunk.dictionary_page_offset)
-                spans.append((start, start + chunk.total_compressed_size))
+        for group in map(footer.row_group, groups):
+            for chunk in map(group.column, range(group.num_columns)):
+                if chunk.path_in_schema.split(".")[0] in wanted:
+                    start = chunk.data_page_offset
+                    if chunk.has_dictionary_page:
+                        start = min(start, chunk.dictionary_page_offset)
+                    spans.append((start, start + chunk.total_compressed_size))
         with contextlib.closing(self._open_spans(path, spans)) as source:
             file = pq.ParquetFile(source, pre_buffer=False, **options)
             return file.read_row_groups(list(groups), wanted, use_threads=False).select(wanted)
@@ -2379,7 +2377,7 @@ class Store:
                 file.seek(start)
                 parts[start, end] = file.read(end - start)
         return self.files.open(
-            f"{self.root}/{path}", "rb", cache_type="parts", cache_options={"data": parts}
+            self._locate(path), "rb", cache_type="parts", cache_options={"data": parts}
         )
 
     def read_text(self, path: str) -> str | None:
@@ -2423,6 +2421,12 @@ class Store:
                 raise
             said = f"{type(error).__name__}: {first_line(error)}"
             raise OpenError(f"{name}: what answers is not the Hub ({said})") from None
+
+    def _locate(self, path: str) -> str:
+        """Return where a file is, or raise OpenError where a link leads out."""
+        if not self._is_inside(path):
+            raise OpenError(f"{path} leads outside {self.name} and is not read")
+        return f"{self.root}/{path}"
 
     def _is_inside(self, path: str) -> bool:
         real = Path(os.path.realpath(f"{self.root}/{path}")) if self.inside else None

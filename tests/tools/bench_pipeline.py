@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 from bench import CHATS, TEACHER, machine, print_head, print_row
+from storage_table import encode_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import extract_logits as el
@@ -136,10 +137,7 @@ def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> di
 
     config = configure(folder, args, args.conversations, folder / "unused")
     job = el.open_job(config)
-    part = next(job.selection.parts(args.conversations))
-    pairs = zip(part.ids.tolist(), part.read(range(part.ids.size)), strict=True)
-    encoded = [job.encoder.encode(row, index) for index, row in pairs]
-    rows = [row for row in encoded if isinstance(row, el.EncodedRow)]
+    rows = encode_rows(job, args.conversations)
     batches = list(el.token_budget_batches(config, rows, args.batch_tokens))
     teacher = el.Teacher(model, vocab_size=job.vocab_size)
     extraction = el.Extraction(job, mock.Mock())

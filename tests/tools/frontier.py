@@ -41,25 +41,15 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 import torch
+from bench import CHATS, ROOT, TEACHER
+from storage_table import Rows, Scheme, estimate, plain_size, store, teacher_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/tools"), str(ROOT / "tests/teacher")]
+from explore_logits import decode_rows
 
-from make_conversations import make_training, write_jsonl  # noqa: E402 - a script, from anywhere
-from storage_table import (  # noqa: E402
-    CHATS,
-    TEACHER,
-    Rows,
-    Scheme,
-    estimate,
-    plain_size,
-    store,
-    teacher_rows,
-)
-
-from explore_logits import decode_rows  # noqa: E402
+sys.path.append(str(TEACHER.parent))
+from make_conversations import make_training, write_jsonl
 
 FIRST_SEED = 1000  # of the conversations; the teacher was trained on those of another
 ERROR_BATCHES = 6
@@ -122,6 +112,12 @@ def actual_tokens(source: Rows) -> np.ndarray:
     return np.concatenate([row.input_ids[row.token_positions] for row in source.rows])
 
 
+def tokens_of(source: Rows, chosen: Sequence[int]) -> np.ndarray:
+    """Return the numbers of some conversations' tokens."""
+    starts = source.starts
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+
+
 def hit(source: Rows, draws: int, seed: int, *, systematic: bool) -> scipy.sparse.csr_array:
     """Return how often draws from the whole distributions hit each token, (N, V)."""
     rng, parts = np.random.default_rng(seed), []
@@ -142,7 +138,7 @@ def hit(source: Rows, draws: int, seed: int, *, systematic: bool) -> scipy.spars
 def hit_bytes(hits: scipy.sparse.csr_array, source: Rows) -> int:
     """Return the size of ids and hits in a Parquet file of the rows' conversations."""
     assert hits.shape[1] <= 1 << 16, "more ids than 16 bits hold"
-    ends = np.cumsum([0] + [row.token_positions.size for row in source.rows])
+    ends = source.starts
     columns = {
         "ids": (hits.indptr[ends], hits.indices.astype(np.uint16)),
         "hits": (hits.indptr[ends], hits.data.astype(np.uint8)),
@@ -209,8 +205,7 @@ def read_states(
     rows = [source.rows[i] for i in chosen]
     starts = np.cumsum([0] + [row.input_ids.size for row in rows])
     places = [s + row.token_positions - 1 for s, row in zip(starts[:-1], rows, strict=True)]
-    ends = np.cumsum([row.token_positions.size for row in source.rows])
-    tokens = [np.arange(ends[i] - source.rows[i].token_positions.size, ends[i]) for i in chosen]
+    tokens = tokens_of(source, chosen)
     ids, positions = (
         torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
         for parts in (
@@ -219,7 +214,7 @@ def read_states(
         )
     )
     states = student.model(input_ids=ids, position_ids=positions, use_cache=False)
-    return states.last_hidden_state[0][np.concatenate(places)], np.concatenate(tokens)
+    return states.last_hidden_state[0][np.concatenate(places)], tokens
 
 
 def iter_batches(source: Rows, setup: Setup, seed: int) -> Iterator[Sequence[int]]:
@@ -328,9 +323,8 @@ class Texts:
 
 def pick(source: Rows, chosen: Sequence[int]) -> Rows:
     """Return some conversations of a source."""
-    ends = np.cumsum([0] + [row.token_positions.size for row in source.rows])
-    tokens = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in chosen])
-    return Rows(source.name, [source.rows[i] for i in chosen], source.logits[tokens])
+    rows = [source.rows[i] for i in chosen]
+    return Rows(source.name, rows, source.logits[tokens_of(source, chosen)])
 
 
 def run(texts: Texts, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:

@@ -82,9 +82,22 @@ class Rows:
         """Return whole distributions, float64."""
         return self.logits[tokens].double().softmax(-1).numpy()
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Where the tokens of each conversation begin, and where the last ends."""
+        return np.cumsum([0] + [row.token_positions.size for row in self.rows])
+
     def slices(self) -> list[slice]:
         """Cut the tokens into runs whose distributions may be held at once."""
         return el.row_slices(len(self.logits), max(1, 2**24 // self.logits.shape[1]))
+
+
+def encode_rows(job: el.Job, count: int) -> list[el.EncodedRow]:
+    """Return the tokens of a job's first conversations, those that can be used."""
+    part = next(job.selection.parts(count))
+    pairs = zip(part.ids.tolist(), part.read(range(part.ids.size)), strict=True)
+    encoded = [job.encoder.encode(row, index) for index, row in pairs]
+    return [row for row in encoded if isinstance(row, el.EncodedRow)]
 
 
 def teacher_rows(name: str, model: Path, chats: Path, count: int) -> Rows:
@@ -94,10 +107,7 @@ def teacher_rows(name: str, model: Path, chats: Path, count: int) -> Rows:
         random_sample=True,
     )  # fmt: skip
     job = el.open_job(config)
-    part = next(job.selection.parts(count))
-    pairs = zip(part.ids.tolist(), part.read(range(part.ids.size)), strict=True)
-    encoded = [job.encoder.encode(row, index) for index, row in pairs]
-    rows = [row for row in encoded if isinstance(row, el.EncodedRow)]
+    rows = encode_rows(job, count)
     teacher = el.load_teacher(config, vocab_size=job.vocab_size)
     ids, positions = [row.input_ids for row in rows], [row.token_positions for row in rows]
     return Rows(name, rows, torch.cat(list(teacher.iter_logits(ids, positions))))
