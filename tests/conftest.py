@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 from hypothesis import settings
 from loopback_hub import LoopbackHub
 from outputs import Output
+from processes import Finished, run_process
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -47,34 +46,10 @@ def rows_of(count: int, **columns: list[Any]) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A script that has run to its end."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The JSON object on the last line of stdout."""
-        result: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
-        return result
-
-
 def run_script(name: str, *args: object, cwd: Path | None = None, **env: str) -> Finished:
     """Run one of the three scripts as a user would, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, args)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-        cwd=cwd or ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    return run_process([sys.executable, ROOT / name, *args], cwd=cwd or ROOT, env=alone)
 
 
 def extract_chats(folder: Path, *options: object) -> Path:

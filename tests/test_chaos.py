@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_process
 from small_output import random_rows, write_parts
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
@@ -21,9 +20,9 @@ SHORT = [attack for attack in attacks.ATTACKS if attack.short]
 
 def test_runs_killed_and_disturbed_at_random_give_the_parts_of_undisturbed_ones() -> None:
     command = [sys.executable, chaos.__file__, "--runs", "24", "--seed", "7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    figures = json.loads(done.stdout.splitlines()[-1])
+    done = run_process(command, timeout_s=500)
+    assert done.code == 0, done.stdout + done.stderr[-4000:]
+    figures = done.summary
     assert figures["runs"] >= 24
     assert figures["kills"] >= 5
     assert figures["parts_compared"] > 0

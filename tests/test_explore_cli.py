@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHATS, ROOT, TEACHER, run_script
+from processes import run_process
 from small_output import SETTINGS, random_rows, write_output
 
 import explore_logits
@@ -43,8 +44,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_python(script: str) -> str:
     """Run a program beside the scripts and return what it prints."""
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = run_process([sys.executable, "-c", script], cwd=ROOT)
+    assert done.code == 0, done.stderr
+    return done.stdout
 
 
 # The module itself --------------------------------------------------------------------------------
@@ -259,19 +261,15 @@ print("result")
 @pytest.mark.parametrize("way", ["2> /dev/full", "2>&-", "2> >(true)"])
 def test_what_nobody_can_take_is_dropped(way: str) -> None:
     command = f"sleep 0.05; exec {sys.executable} -c '{WRITE_TO_BOTH}' {way}"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "result\n")
+    done = run_process(["bash", "-c", command], cwd=ROOT)
+    assert (done.code, done.stdout) == (0, "result\n")
 
 
 def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = subprocess.run(
-            [sys.executable, ROOT / "explore_logits.py", write_output(tmp_path), "--validate"],
-            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
-    assert done.returncode == 2
+        command = [sys.executable, ROOT / "explore_logits.py", write_output(tmp_path), "--validate"]
+        done = run_process(command, stdout=full)
+    assert done.code == 2
     assert done.stderr == (
         "explore-logits: cannot write the result: No space left on device; make room\n"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(executable_path=chromedriver)
+    socket.setdefaulttimeout(60)  # the driver takes it over; by itself it waits for ever
     driver = webdriver.Chrome(options=options, service=service)
+    socket.setdefaulttimeout(None)
     yield driver
     driver.quit()
 

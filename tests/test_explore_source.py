@@ -6,7 +6,6 @@ import csv
 import gzip
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
+from processes import run_process
 
 from explore_logits import (
     LENGTHS_SCHEMA,
@@ -478,7 +478,8 @@ def test_memory_stays_flat_while_a_stream_grows_tenfold(tmp_path: Path) -> None:
         for kind in ("jsonl", "parquet")
     ]
     command = [sys.executable, "-c", WATCH, *paths]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_process(command, cwd=ROOT)
+    assert done.code == 0, done.stderr
     _, small, lines, parquet = map(int, done.stdout.split())
     assert lines - small < 30, f"peak memory grew from {small} to {lines} MB (JSON lines)"
     assert parquet - lines < 30, f"peak memory grew from {lines} to {parquet} MB (Parquet)"

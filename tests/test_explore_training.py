@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import pickle
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from conftest import ROOT, TEACHER, extract_chats, load_example
 from huggingface_hub import HfApi, HfFileSystem
 from loopback_hub import LoopbackHub
+from processes import run_process
 from small_output import SETTINGS, random_rows, rows_to_table, write_output
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -510,16 +509,12 @@ def test_transformers_own_loader_takes_as_datasets(
 
 @pytest.mark.slow
 def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *(ROOT / "docs" / "examples" / "trainer.py", extracted, "--steps", "8"),
-            *("--save", tmp_path / "student"),
-        ],
-        capture_output=True, text=True, cwd=ROOT, check=False, timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [ROOT / "docs" / "examples" / "trainer.py", extracted, "--steps", "8"]
+    command += ["--save", tmp_path / "student"]
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = run_process(command, timeout_s=500, cwd=ROOT, env=env)
+    assert done.code == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", done.stdout)]
     assert len(losses) == 8
     assert losses[-1] < losses[0]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CHATS, ROOT, TEACHER
+from processes import run_process
 
 import extract_logits
 
@@ -113,16 +111,17 @@ def test_help_shows_every_option_in_80_columns(
 
 
 def test_help_is_shown_without_docstrings_too() -> None:
-    command = [sys.executable, "-OO", str(ROOT / "extract_logits.py"), "--help"]
-    assert b"--top-p-max" in subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    done = run_process([sys.executable, "-OO", ROOT / "extract_logits.py", "--help"])
+    assert done.code == 0
+    assert "--top-p-max" in done.stdout
 
 
 def test_a_run_does_not_end_because_its_log_is_full(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "extract_logits.py", "--model", TEACHER]
     command += ["--dataset", CHATS, "--limit", "2", "--output", tmp_path / "out"]
     command += ["--cache-dir", tmp_path / "cache"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = subprocess.run(command, env=env, stderr=full, stdout=subprocess.PIPE, check=False)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["rows"] == 2
+        done = run_process(command, env=env, stderr=full)
+    assert done.code == 0
+    assert done.summary["rows"] == 2

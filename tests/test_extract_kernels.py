@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import run_process
 from test_extract_extraction import CASES
 
 NO_TRITON = pytest.mark.skipif(
@@ -90,20 +90,10 @@ for arch, dtypes in {80: ["fp32"], 90: ["fp32", "bf16"], 100: ["fp16"]}.items():
 def run_with_triton(code: str, tmp_path: Path, interpret: str) -> tuple[list[str], str]:
     """Run code in a fresh process, as Triton reads its environment once; return what it prints."""
     paths = ["tests", ".", os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "TRITON_CACHE_DIR": str(tmp_path),
-            "TRITON_INTERPRET": interpret,
-        },
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    env = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path)}
+    env |= {"TRITON_INTERPRET": interpret}
+    done = run_process([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=env)
+    assert done.code == 0, done.stderr
     return done.stdout.splitlines(), done.stderr
 
 

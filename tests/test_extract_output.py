@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 from conftest import Extract, rows_of, run_script
 from loopback_hub import LoopbackHub
 from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
+from processes import run_process
 from shard_rows import SETTINGS, make_rows, stored
 
 import extract_logits
@@ -643,12 +643,9 @@ def test_names_from_strangers_stay_names_on_the_card(place: Output, tmp_path: Pa
 
 def run_python(code: str, hub: LoopbackHub, tmp_path: Path) -> str:
     """Run code in a process whose Hub is the loopback one, and return what it prints."""
-    home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "PATH": ""}
-    env = {**home, "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    done = run_process([sys.executable, "-c", code], env={**env, "HF_TOKEN": ""}, cwd=tmp_path)
+    assert done.code == 0, done.stderr
     return done.stdout
 
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Extract, chat, rows_of
-from forked import Child
 from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
+from processes import Child
 from shard_rows import SETTINGS, make_row, make_rows, make_schema, stored
 
 from extract_logits import ConfigError, HubError

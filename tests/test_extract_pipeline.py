@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ import pytest
 import torch
 from architectures import VOCAB, tiny_model
 from conftest import ROOT
+from processes import run_process
 
 import extract_logits
 from extract_logits import Batch, EncodedRow, Teacher, gpu_process_batch
@@ -93,10 +92,9 @@ def test_each_packing_thread_copies_on_one_stream_of_its_own(
 def test_the_benchmark_of_whole_runs_compares_a_run_with_the_bare_forward() -> None:
     tool = ROOT / "tests/tools/bench_pipeline.py"
     words = ["--conversations", "3", "--repeats", "1", "--batch-tokens", "1024"]
-    done = subprocess.run([sys.executable, tool, *words, "--device", "cpu"],
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])["pipeline"]
+    done = run_process([sys.executable, tool, *words, "--device", "cpu"])
+    assert done.code == 0, done.stderr[-3000:]
+    found = done.summary["pipeline"]
     assert found.keys() == {"small flat", "small peaked"}
     for figures in found.values():
         assert figures["stored tokens"] > 100

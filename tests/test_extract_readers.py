@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from loopback_hub import LoopbackHub
+from processes import run_process
 from small_output import SETTINGS, random_rows, rows_to_table
 
 from extract_logits import StreamingHFUploader, choose_encodings, write_part
@@ -133,9 +132,8 @@ def test_every_reader_reads_an_output_on_the_hub(hub: LoopbackHub, tmp_path: Pat
     uploader.flush(final=True)
     uploader.shutdown()
     home = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
-    env, code = {**os.environ, **home, "HF_HUB_OFFLINE": "0"}, [sys.executable, "-c", OVER_THE_HUB]
-    done = subprocess.run(code, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_process([sys.executable, "-c", OVER_THE_HUB], env={**home, "HF_HUB_OFFLINE": "0"})
+    assert done.code == 0, done.stderr
     want = [
         {k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()}
         for row in table.to_pylist()

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import pytest
 from conftest import ROOT
-from forked import Child
+from processes import Child
 
 import extract_logits
 from extract_logits import GracefulInterrupt, TimedShutdown

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import run_process
 
 pytest.importorskip("vllm", reason="vLLM needs an environment of its own: make vllm")
 
@@ -33,11 +32,10 @@ def command(output: Path, engine: str, *more: str) -> list[str]:
 
 
 def run(output: Path, engine: str, *more: str) -> dict[str, Any]:
-    done = subprocess.run(command(output, engine, *more), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{engine}: {summary['seconds']} s, {summary['tokens']} tokens")
-    return summary
+    done = run_process(command(output, engine, *more), timeout_s=800)
+    assert done.code == 0, done.stderr[-3000:]
+    print(f"{engine}: {done.summary['seconds']} s, {done.summary['tokens']} tokens")
+    return done.summary
 
 
 def samples(output: Path) -> dict[int, Any]:
@@ -82,8 +80,8 @@ def test_settings_say_which_engine_and_a_run_by_the_other_is_refused(
     assert settings["engine"] == "vllm"
     assert settings["numerics"]["versions"]["vllm"]
     other = command(outputs["vllm"], "transformers", "--resume")
-    done = subprocess.run(other, capture_output=True, text=True)
-    assert done.returncode == 2
+    done = run_process(other)
+    assert done.code == 2
     assert "engine" in done.stderr.splitlines()[-1]
 
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from bench import CHATS, TEACHER
 from chaos import ask_hub, import_and_shorten_waits, serve_hub
-from forked import Child
+from processes import Child
 
 COPIES, LATENCY_S = 6, 0.2  # of the 400 embedded conversations
 

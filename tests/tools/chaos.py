@@ -42,7 +42,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from bench import TESTS
-from forked import Child
+from processes import Child
 
 ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice", "runtime limit")
 FAULT_RATES = (0.0, 0.03, 0.1, 0.3)

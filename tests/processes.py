@@ -1,0 +1,134 @@
+"""Processes that tests start. Each ends: at the latest with its time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import IO, Any
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has run to its end."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON object on the last line of stdout."""
+        result: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
+        return result
+
+
+def run_process(
+    command: Iterable[object], *, timeout_s: float = 300.0, env: dict[str, str] | None = None,
+    **options: Any,
+) -> Finished:  # fmt: skip
+    """Run a command as the leader of a process group.
+
+    What it says goes to files: a pipe would be open as long as any process that it has started.
+
+    Args:
+        env: added to that of this process.
+        options: of `subprocess.Popen`; a file for stdout or stderr is not read.
+
+    Raises:
+        AssertionError: it did not end in time; says where every Python of the group stood.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        process = subprocess.Popen(
+            list(map(str, command)), start_new_session=True, **{**streams, **options},
+            env={**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})},
+        )  # fmt: skip
+        in_time = True
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            in_time = False
+            os.killpg(process.pid, signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+    assert in_time, f"no end in {timeout_s:.0f} s: {process.args}\n{said[1][-20000:]}"
+    return Finished(process.returncode, *said)
+
+
+class Child:
+    """A fork of this process: starts in milliseconds, with everything imported.
+
+    It does some work, writes text and leaves.
+
+    Args:
+        work: gets a stream to write to; an int that it returns is the exit code.
+    """
+
+    def __init__(self, work: Callable[[IO[str]], int | None]) -> None:
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reader)
+            os.setpgid(0, 0)  # a Ctrl-C at the terminal is ours to pass on
+            self._work(work, writer)
+        os.close(writer)
+        self.output = os.fdopen(reader)
+        self._status: int | None = None
+
+    @staticmethod
+    def _work(work: Callable[[IO[str]], int | None], writer: int) -> None:
+        code = 1
+        try:
+            with os.fdopen(writer, "w", buffering=1) as stream:
+                code = work(stream) or 0
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            os._exit(code)
+
+    def ended(self) -> bool:
+        """Tell whether the child has ended."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status is not None
+
+    def send(self, number: int) -> None:
+        """Send a signal, if the child still lives."""
+        if not self.ended():
+            os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        """Return the exit code, negative for a signal; kill the child at the timeout."""
+        end = time.monotonic() + timeout_s
+        while not self.ended():
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.005)
+        assert self._status is not None
+        return self._status
+
+    def finish(self) -> tuple[int, str]:
+        """Return the exit code and what the child wrote, once it has left."""
+        with self.output:
+            code = self.wait()
+            return code, self.output.read()
