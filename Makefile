@@ -53,7 +53,8 @@ notebook: demo/logits/checkpoint.json
 
 # make test    the tests
 test: .venv/.done
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile -m "not slow" -q
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -m "not slow" \
+	  -n 2 --dist loadfile --max-worker-restart 0
 
 # make oldest  the teachers of every family with the oldest transformers that is supported (1 minute)
 OLDEST = transformers==5.16.1 'huggingface_hub>=1.31,<2'

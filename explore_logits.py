@@ -1471,11 +1471,10 @@ def _size(value: Any) -> int:
     """Return about how many characters it takes to write a value; of over a million items, many."""
     size, seen, items = 0, 0, [value]
     while items and seen < 10**6:
-        item, seen = items.pop(), seen + 1
-        if isinstance(item, Mapping):
-            items += [*item, *item.values()]
-        elif isinstance(item, (list, tuple)):
-            items += item
+        item = items.pop()
+        if isinstance(item, (Mapping, list, tuple)):
+            items += [*item, *item.values()] if isinstance(item, Mapping) else item
+            seen += len(item)
         size += len(item) if hasattr(item, "__len__") else 1
     return 10**12 if items else size
 
