@@ -804,6 +804,7 @@ WINDOW_ROWS = 4096  # conversations that are sorted by length together, in whole
 WINDOW_TOKENS = 2_000_000  # or so many tokens: their rows wait in about 1 GB until parts are whole
 CHUNK_ROWS = 64  # conversations that a worker process encodes at a time
 MOST_WORKERS = 16  # processes that tokenize, each about 100,000 tokens a second
+STUCK_S = 1800  # without a chunk of theirs; a chunk takes a second, and a minute at its worst
 
 
 @dataclass(frozen=True)
@@ -993,7 +994,7 @@ def run_ahead(
     Raises:
         LogitsError, StopRequested: what `make` or `batches` raised, after all that came before, or
             `should_stop` said so.
-        RuntimeError: a worker process was killed (`explain_want`).
+        RuntimeError: a worker process was killed, or none gives anything (`explain_want`).
     """
     if not processes:
         yield from (make(batch) for batch in batches if not stop_if(should_stop))
@@ -1006,9 +1007,11 @@ def run_ahead(
         num_workers=processes,
         prefetch_factor=max(2, -(-ahead // processes)),
         worker_init_fn=leave_signals_to_parent,
+        timeout=STUCK_S,
         # A fork server would stand between worker and run, and die of a signal to the group.
         multiprocessing_context="fork" if sys.platform == "linux" else None,
     )
+    others, failure = {*multiprocessing.active_children()}, ""
     results = iter(loader)
     try:
         for made in results:
@@ -1016,8 +1019,17 @@ def run_ahead(
                 raise made
             stop_if(should_stop)
             yield made
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        failure = str(error)  # without the traceback, which holds on to the workers
     finally:  # the last reference: the workers end now, not when a traceback is collected
         del loader, results
+        for stuck in {*multiprocessing.active_children()} - others:
+            stuck.kill()  # the end of this process would wait for it
+            stuck.join()
+    if failure:
+        raise RuntimeError(failure)
 
 
 def end_with_error(batches: Iterable[Any]) -> Iterator[Any]:
@@ -5240,6 +5252,11 @@ def explain_want(error: RuntimeError) -> HubError:
         return HubError(
             "the system gives no more threads: raise the limit of processes (ulimit -u), then "
             "continue with --resume"
+        )
+    if "DataLoader timed out" in str(error):  # a fork may come at a bad moment of a thread
+        return HubError(
+            f"the processes that tokenize gave nothing for {STUCK_S / 60:.0f} minutes: continue "
+            "with --resume"
         )
     if "DataLoader worker" in str(error):  # torch says so wherever the run just is
         return HubError(

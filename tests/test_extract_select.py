@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -339,6 +342,19 @@ def test_errors_come_after_all_that_came_before(processes: int) -> None:
     with pytest.raises(LogitsError, match="the source is broken"):
         made.extend(ahead)
     assert made == [[n] for n in range(5)]
+
+
+def test_workers_that_are_stuck_end_the_run_and_do_not_hold_it_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as by a lock that a thread held at the fork: a stopped process heeds no SIGTERM."""
+    monkeypatch.setattr(extract_logits, "STUCK_S", 2)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    ahead = run_ahead(lambda _: os.kill(os.getpid(), signal.SIGSTOP), [[1]], processes=1)
+    with pytest.raises(RuntimeError) as caught:
+        next(ahead)
+    assert "continue with --resume" in str(extract_logits.explain_want(caught.value))
+    assert not multiprocessing.active_children()
 
 
 # One conversation ---------------------------------------------------------------------------------
