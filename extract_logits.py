@@ -681,10 +681,15 @@ def shuffle_stream(
         chosen = iter(wanted.tolist())
         following, found = next(chosen, None), 0
         for at, pair in enumerate(rows()):
-            if at == following:
+            if at == following and pair[0] == ids[at]:
                 starts[found], found = file.tell(), found + 1
                 pickle.dump(pair, file, pickle.HIGHEST_PROTOCOL)
                 following = next(chosen, None)
+        if found < order.size:
+            raise DataError(
+                f"{config.dataset} gave other rows when it was read again: it has changed; begin "
+                "again, or leave out --streaming"
+            )
         for place in np.searchsorted(wanted, order).tolist():
             file.seek(int(starts[place]))
             yield pickle.load(file)

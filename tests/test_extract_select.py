@@ -357,6 +357,20 @@ def test_workers_that_are_stuck_end_the_run_and_do_not_hold_it_up(
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("again", [rows_of(IDS[:-1]), rows_of([1, *IDS[1:]])])
+def test_a_stream_that_has_changed_when_it_is_read_again_is_refused(again: list[Any]) -> None:
+    chosen = select(rows_of(IDS), streaming=True, random_sample=True, index_col="id")
+    passes = iter([rows_of(IDS), again])
+
+    class Source:
+        def __iter__(self) -> Any:
+            return iter(next(passes))
+
+    object.__setattr__(chosen, "source", Source())
+    with pytest.raises(DataError, match="it has changed"):
+        flat(ids_of(chosen))
+
+
 # One conversation ---------------------------------------------------------------------------------
 
 
