@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from extract_logits import ConfigError, ExtractionConfig, build_parser, parse_args
+from extract_logits import ConfigError, ExtractionConfig, parse_args
 
 REQUIRED = {"model": "m", "dataset": "d", "output": "./o"}
 TASKS = {"executor": "local", "tasks": 3}
@@ -63,18 +63,6 @@ def test_every_option_keeps_its_name_and_default() -> None:
     declared = {entry.name: entry.default for entry in fields(ExtractionConfig)}
     assert {name for name, default in declared.items() if default is MISSING} == set(REQUIRED)
     assert {name: declared[name] for name in DEFAULTS} == DEFAULTS
-
-
-def test_the_parser_is_the_dataclass() -> None:
-    actions = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
-    assert list(actions) == [entry.name for entry in fields(ExtractionConfig)]
-    for entry in fields(ExtractionConfig):
-        action = actions[entry.name]
-        assert action.option_strings == ["--" + entry.name.replace("_", "-")]
-        assert action.required == (entry.name == "output"), entry.name  # --resume knows the others
-        assert action.default == (None if entry.default is MISSING else entry.default), entry.name
-        assert str(action.help).startswith(entry.metadata["help"]), entry.name
-    assert parse_args(ARGV) == ExtractionConfig(**REQUIRED)
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in fields(ExtractionConfig)])

@@ -195,18 +195,6 @@ def test_a_quantized_head_is_refused(leaf: str, engine: StandIn, saved: Path) ->
         load_teacher(configure(saved))
 
 
-def test_quantized_layers_are_vllms_and_leave_the_head_as_it_is(
-    engine: StandIn, saved: Path
-) -> None:
-    layer, low = "model__layers__0__mlp__up_proj__", torch.ones(48, 32).to(torch.float8_e4m3fn)
-    edit_weights(saved, **{f"{layer}weight_scale_inv": torch.ones(1, 1), f"{layer}weight": low})
-    described = json.loads((saved / "config.json").read_text())
-    described["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (saved / "config.json").write_text(json.dumps(described))
-    config = configure(saved)
-    load_head(config, load_model_config(config), CPU)
-
-
 def test_the_families_that_are_let_in_are_those_of_the_table() -> None:
     text = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
     table = text.partition("\n## vLLM\n")[2].partition("\n## ")[0]

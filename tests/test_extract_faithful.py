@@ -20,10 +20,10 @@ import torch
 from architectures import EYES, SMALL, VISION, conversations, largest_difference, tiny_model
 from safetensors.torch import load_file, save_file
 from test_extract_teacher import TOLERANCE, PooledQwen2, configure
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import extract_logits
-from extract_logits import Teacher, TeacherError, load_model_config, load_teacher
+from extract_logits import Teacher, TeacherError, load_teacher
 
 Weights = dict[str, torch.Tensor]
 
@@ -87,23 +87,6 @@ def test_a_model_that_sees_later_tokens_is_refused(
     assert "is not causal: other tokens at the end change the logits before them by" in said
 
 
-@pytest.mark.parametrize(
-    ("kind", "sizes", "says"),
-    [
-        ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 96},
-         "has no causal language model of that kind"),
-        ("vit", {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 48}, "is a vit"),
-    ],
-)  # fmt: skip
-def test_a_kind_without_a_language_model_is_named(
-    kind: str, sizes: dict[str, Any], says: str, tmp_path: Path
-) -> None:
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
-    said = refusal(save(tmp_path, model, architectures=["BartForConditionalGeneration"]))
-    assert says in said
-    assert "attn" not in said
-
-
 class BlockQwen2(PooledQwen2):
     """A diffusion model's layout: a token sees its block of four to the end, and no later one."""
 
@@ -127,21 +110,6 @@ def test_looking_ahead_is_found_however_far_and_in_any_precision(
 ) -> None:
     with pytest.raises(TeacherError, match="is not causal"):
         Teacher(kind(tiny_model("qwen2").config).to(dtype))
-
-
-def test_experts_that_flip_in_low_precision_are_no_foresight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Where neighbours change a row by rounding, all rows change so: none has seen its future."""
-    real = Teacher._probe
-    draw = torch.Generator().manual_seed(0)
-
-    def noisy(self: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [x + 0.02 * torch.randn(x.shape, generator=draw) for x in real(self, rows)]
-
-    model = tiny_model("mixtral").to(torch.bfloat16)
-    monkeypatch.setattr(Teacher, "_probe", noisy)
-    assert Teacher(model).layout == "padded"
 
 
 # --- 2: all of the checkpoint -----------------------------------------------------------------
@@ -207,33 +175,6 @@ def test_a_checkpoint_that_is_not_wholly_the_models_is_refused(
     assert re.search(says, refusal(folder))
 
 
-def test_float8_with_the_scales_that_its_configuration_names_is_read(tmp_path: Path) -> None:
-    """Transformers multiplies it out on a CPU, and the numerics say that it did."""
-
-    def in_blocks(weights: Weights) -> None:
-        for name in [name for name in weights if name.endswith("proj.weight")]:
-            rows, columns = weights[name].shape
-            blocks = weights[name].reshape(rows // 16, 16, columns // 16, 16)
-            scale = blocks.abs().amax((1, 3)) / 448
-            low = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-            weights[name] = low.reshape(rows, columns)
-            weights[f"{name}_scale_inv"] = scale
-
-    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-    folder = save(tmp_path, tiny_model("llama"), in_blocks, quantization_config=settings)
-    try:
-        teacher = load_teacher(configure(folder, dtype="float32"))
-    except TeacherError as error:
-        if "'NoneType' object has no attribute 'get'" in str(error):
-            pytest.skip("this version of transformers fails to")
-        raise
-    assert (teacher.numerics["weights"], teacher.numerics["quantization"]) == ("float32", None)
-    plain = tiny_model("llama").model.layers[0].mlp.up_proj.weight.detach()
-    read = teacher.model.model.layers[0].mlp.up_proj.weight.detach()
-    assert 0 < float((read - plain).abs().max()) < 0.07 * float(plain.abs().max())
-    assert largest_difference(teacher) <= TOLERANCE
-
-
 APART = {
     "model.layers.2.self_attn.q_proj.weight": (32, 32),
     "mtp.layers.0.self_attn.q_proj.weight": (32, 32), "mtp.norm.weight": (32,),
@@ -295,15 +236,6 @@ def test_attention_that_differs_from_eager_gives_way_or_is_refused_when_forced(
     assert teacher.numerics["attention"] == "eager"
     assert largest_difference(teacher) <= TOLERANCE
     assert Teacher(tiny_model("llama"), forced_attention=True).numerics["attention"] == "sdpa"
-
-
-def test_falcon_keeps_the_attention_that_adds_alibi_once() -> None:
-    """Its eager attention adds alibi to the scores and, with the mask, once more."""
-    model = tiny_model("falcon, alibi")
-    assert Teacher(model).numerics["attention"] == "sdpa"
-    extract_logits.set_attention(model, "eager")
-    with pytest.raises(TeacherError, match="against sdpa"):
-        Teacher(model, forced_attention=True)
 
 
 # --- 4: heads ----------------------------------------------------------------------------------
@@ -399,33 +331,6 @@ def test_an_adapter_without_peft_names_it_and_beside_a_whole_model_it_is_refused
     )
     assert f"is an adapter of {base}: pip install peft" in refusal(lora)
     assert "has an adapter beside a whole model" in refusal(base)
-
-
-@pytest.mark.parametrize(
-    ("method", "package"),
-    [("bitsandbytes", "bitsandbytes"), ("awq", "gptqmodel"), ("compressed-tensors", "compressed")],
-)
-def test_a_missing_quantization_library_is_named_before_anything_is_read(
-    method: str, package: str, tmp_path: Path
-) -> None:
-    if importlib.util.find_spec(package.replace("compressed", "compressed_tensors")):
-        pytest.skip(f"{package} is installed here")
-    quantization = {"quant_method": method, "load_in_4bit": method == "bitsandbytes", "bits": 4}
-    folder = save(tmp_path, tiny_model("llama"), quantization_config=quantization)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(TeacherError) as caught:
-        load_model_config(configure(folder))
-    assert package in str(caught.value).lower()
-    assert "network" not in str(caught.value)
-
-
-def test_files_that_hold_no_weights_to_read_are_refused_in_one_line(tmp_path: Path) -> None:
-    folder = save(tmp_path / "model", tiny_model("llama"))
-    (folder / "model.safetensors").write_bytes(b"not a header")
-    assert "cannot be loaded" in refusal(folder)
-    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
-    for given in (folder, folder / "model-q4.gguf", Path("user/model-GGUF/model.gguf")):
-        assert "is GGUF, which is not read" in refusal(given)
 
 
 # --- 8: several devices ------------------------------------------------------------------------

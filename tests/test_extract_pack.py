@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 
-import explore_logits
 from explore_logits import SCHEMA, shard_schema
 from extract_logits import (
     AsyncPostProcessor,
@@ -17,8 +15,6 @@ from extract_logits import (
     EncodedRow,
     GPUBatchResult,
     cpu_postprocess_batch,
-    pack_indices,
-    packed_schema,
 )
 
 HIGHEST_ID = 2**18 - 1
@@ -118,42 +114,7 @@ def test_packing_equals_a_loop_over_tokens(
         assert row == wanted
 
 
-@pytest.mark.parametrize("store_tokens", [False, True])
-def test_the_schema_is_that_of_a_shard_with_two_figures_behind(store_tokens: bool) -> None:
-    schema = shard_schema(store_tokens=store_tokens, settings={"seed": 1})
-    rng = np.random.default_rng(0)
-    batch, result = random_batch(rng, [2, 3]), random_result(rng, 5, 4, 2)
-    table = cpu_postprocess_batch(result, batch, schema=schema).table
-    assert table.schema.equals(packed_schema(schema), check_metadata=True)
-    assert table.column_names[-2:] == ["_mass", "_actual"]
-    assert table.select(schema.names).schema.equals(schema, check_metadata=True)
-    table.validate(full=True)
-    assert not any(column.null_count for column in table.columns)
-    assert pack_indices is explore_logits.pack_indices
-
-
 # In the background --------------------------------------------------------------------------------
-
-
-def test_outcomes_are_delivered_in_order_in_the_thread_of_the_caller() -> None:
-    delivered: list[tuple[int, bool]] = []
-    threads = set()
-
-    def process(number: int, delay_s: float) -> int:
-        threads.add(threading.current_thread())
-        time.sleep(delay_s)
-        return number
-
-    def deliver(number: int) -> None:
-        delivered.append((number, threading.current_thread() is threading.main_thread()))
-
-    post = AsyncPostProcessor(process, deliver)
-    for number in range(20):
-        post.submit(number, 0.003 * (number % 3))
-    post.flush()
-    post.shutdown()
-    assert delivered == [(number, True) for number in range(20)]
-    assert threading.main_thread() not in threads
 
 
 def test_depth_results_are_processed_beside_the_caller_and_submit_waits_for_more() -> None:

@@ -80,18 +80,6 @@ def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(
     assert Output("at-once").hashes() == folder.hashes()
 
 
-def test_a_lower_limit_takes_nothing_away(
-    extract: Extract, write_chats: Write, folder: Output
-) -> None:
-    write_chats(rows_of(20))
-    assert extract(limit=14, upload_every=4).code == 0
-    before = folder.hashes()
-    done = extract(limit=6, upload_every=4, resume=True)
-    assert done.code in (0, 2)
-    assert folder.hashes() == before
-    assert "Traceback" not in done.stderr
-
-
 def test_workers_of_any_number_write_the_parts_of_one(
     extract: Extract, write_chats: Write, folder: Output
 ) -> None:
@@ -176,14 +164,6 @@ def test_a_size_is_turned_into_rows_once(
     assert folder.json("extraction_config.json")["rows_per_part"] == rows
     assert [len(ids) for ids in folder.parts().values()][:-1] == [rows] * (89 // rows)
     assert dict(list(before.items())[:-1]).items() <= folder.hashes().items()
-
-
-def test_parts_of_a_terabyte_can_be_resumed(extract: Extract, write_chats: Write) -> None:
-    write_chats(rows_of(3))
-    job = {"upload_size_mb": 1e6, "top_p_max": 1, "sampled_n": 0, "resume": True}
-    assert extract(**job).code == 0
-    done = extract(**job)
-    assert (done.code, done.summary["new_rows"]) == (0, 0), done.stderr
 
 
 # The file -----------------------------------------------------------------------------------------
@@ -296,24 +276,6 @@ def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(
     assert place.parts() == {0: [0, 1, 3, 4, 6, 7, 9]}
     assert place.rows() == stored(place.ids())
     assert place.record(0)["skipped"] == dict.fromkeys("258", "unusable_logits")
-    assert cached(tmp_path) == []
-
-
-def test_parts_that_closed_but_were_not_delivered_are_delivered_by_the_next_run(
-    place: Output, tmp_path: Path
-) -> None:
-    uploader = open_uploader(place, tmp_path / "cache")
-    for number in range(2):
-        uploader.begin_part(number, range(10 * number, 10 * number + 10))
-    uploader.add_sample(make_rows(range(20)))  # never flushed
-    uploader.shutdown()
-    assert place.part_paths() == {}
-    assert cached(tmp_path) == ["part-00000.parquet", "part-00001.parquet"]
-    uploader = open_uploader(place, tmp_path / "cache")
-    uploader.load_pending_into_buffer()
-    assert fill_parts(uploader, 20) == []
-    finish(uploader)
-    assert place.rows() == stored(range(20))
     assert cached(tmp_path) == []
 
 
@@ -468,18 +430,6 @@ def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder: Output, tmp_pa
     open_uploader(folder, tmp_path / "cache", rank=0, world_size=3).shutdown()
 
 
-def test_what_a_killed_process_left_in_the_output_goes_after_a_day(
-    folder: Output, tmp_path: Path
-) -> None:
-    old, new = (tmp_path / f"out/data/.part-00009.parquet.{n}.tmp" for n in (1, 2))
-    for path in (old, new):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"PAR1 half")
-    os.utime(old, (1, 1))
-    run_uploader(folder, tmp_path / "cache", 10)
-    assert (old.exists(), new.exists()) == (False, True)
-
-
 # Disks --------------------------------------------------------------------------------------------
 
 
@@ -555,18 +505,6 @@ def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
         assert "\n" not in said
     assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
     assert folder.rows() == stored(range(30))
-
-
-def test_a_failing_disk_is_no_file_system_that_cannot_sync(
-    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fsync(file: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(HubError, match="Input/output error"):
-        run_uploader(folder, tmp_path / "cache", 12)
-    assert folder.part_paths() == {}
 
 
 def test_figures_of_the_card_are_those_of_the_rows(place: Output, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,35 +56,6 @@ def test_a_batch_asks_the_device_for_no_value(
         ids = torch.zeros(2, 3, dtype=torch.long, device=no_numbers)
         with pytest.raises((RuntimeError, NotImplementedError)):
             tiny_model("gpt2", **padding).to(no_numbers)(ids)
-
-
-def test_a_value_asked_for_is_noticed(no_numbers: torch.device) -> None:
-    logits = torch.zeros(3, 200, device=no_numbers)
-    for ask in (lambda: logits.sum().item(), lambda: logits[logits > 0]):
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            ask()
-
-
-def test_each_packing_thread_copies_on_one_stream_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made: list[torch.device] = []
-
-    def make(device: torch.device) -> object:
-        made.append(device)
-        return object()
-
-    monkeypatch.setattr(torch.cuda, "Stream", make)
-    device, meeting = torch.device("cuda:0"), threading.Barrier(2, timeout=30)
-
-    def fetch(_: int) -> Any:
-        meeting.wait()
-        return extract_logits.copy_stream(device)
-
-    with ThreadPoolExecutor(2) as threads:
-        streams = list(threads.map(fetch, range(10)))
-    assert len(set(streams)) == 2
-    assert made == [device, device]
 
 
 def test_the_benchmark_of_whole_runs_compares_a_run_with_the_bare_forward() -> None:

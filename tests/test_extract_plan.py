@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +13,10 @@ import pytest
 import torch
 from conftest import CHATS, TEACHER, chat
 
-import compute_lengths
 import extract_logits
 from extract_logits import (
     Batch,
-    DataError,
     ExtractionConfig,
-    StopRequested,
     TeacherError,
     open_job,
     plan_extraction,
@@ -81,22 +78,6 @@ def test_a_plan_foretells_the_run_and_writes_nothing(
     assert extract_logits.main([*argv, "--plan"]) == 0  # it does not look at the output
 
 
-def test_lengths_a_stream_and_measuring_give_the_same_sample(
-    make: Callable[..., ExtractionConfig], small: dict[str, str]
-) -> None:
-    config = compute_lengths.LengthsConfig(**small, num_proc=1, output_dir="lengths")
-    compute_lengths.compute_lengths(config)
-    options: list[dict[str, Any]] = [
-        {}, {"streaming": True}, {"tokenized_dataset": "lengths/lengths.parquet"},
-    ]  # fmt: skip
-    figures = []
-    for given in options:
-        sample = sample_job(open_job(make(limit=40, **given)), lambda: False)
-        assert (sample.selected, sample.measured) == (40, 40)
-        figures.append([sample.rows, sample.tokens, sample.stored_tokens])
-    assert figures[0] == figures[1] == figures[2]
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_sample_stands_for_a_large_job(
     streaming: bool, make: Callable[..., ExtractionConfig], monkeypatch: pytest.MonkeyPatch
@@ -114,35 +95,6 @@ def test_a_sample_stands_for_a_large_job(
     assert planned["rows"] == exact.rows
     assert planned["measured_rows"] == 100
     assert planned["tokens"] == pytest.approx(exact.tokens, rel=0.2)
-
-
-def test_skipped_conversations_are_foretold_by_reason(
-    plan: Callable[..., dict[str, Any]], write_chats: Callable[[list[Any]], Path]
-) -> None:
-    rows = [{"messages": chat("x" * n)} for n in range(1, 11)]
-    rows[2]["messages"] = rows[2]["messages"][:1]
-    rows[5]["messages"] = []
-    planned = plan(dataset=str(write_chats(rows)))
-    assert planned["rows"] == 8
-    assert planned["skipped"] == {"empty": 1, "no_assistant": 1}
-
-
-def test_a_column_of_lengths_is_believed_and_the_sample_says_how_much_is_stored(
-    plan: Callable[..., dict[str, Any]],
-) -> None:
-    measured, planned = plan(limit=12), plan(limit=12, length_col="size")
-    assert planned["rows"] == 12
-    assert planned["tokens"] != measured["tokens"]
-    share = measured["stored_tokens"] / measured["tokens"]
-    assert planned["stored_tokens"] / planned["tokens"] == pytest.approx(share, rel=0.02)
-
-
-def test_shards_are_counted_by_the_rows_of_a_part(plan: Callable[..., dict[str, Any]]) -> None:
-    assert plan(upload_every=100)["shards"] == 4
-    assert plan(upload_every=133)["shards"] == 4
-    sized = plan(upload_size_mb=0.1)
-    assert 4 < sized["shards"] < 400
-    assert plan(upload_every=100, plan_tokens=1e9)["shards"] > 1000
 
 
 def test_several_workers_share_the_hours_of_the_whole_job(
@@ -173,25 +125,3 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_without_usable_logits_refus
     most = 1400
     with pytest.raises(TeacherError, match="no usable logits"):
         plan(limit=4)
-
-
-def test_nothing_to_extract_is_refused_before_the_teacher_is_loaded(
-    plan: Callable[..., dict[str, Any]],
-    write_chats: Callable[[list[Any]], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def never(*_: Any, **__: Any) -> Iterator[Any]:
-        raise AssertionError("the teacher was loaded")
-
-    monkeypatch.setattr(extract_logits, "load_teacher", never)
-    rows = [{"messages": [{"role": "user", "content": "anyone?"}]}] * 3
-    for streaming in (False, True):
-        with pytest.raises(DataError, match="nothing to extract: skipped 3 no_assistant"):
-            plan(dataset=str(write_chats(rows)), streaming=streaming)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_plan_stops_at_a_signal(streaming: bool, make: Callable[..., ExtractionConfig]) -> None:
-    job = open_job(make(limit=10, streaming=streaming))
-    with pytest.raises(StopRequested):
-        plan_extraction(job, should_stop=lambda: True)

@@ -5,11 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CHATS, ROOT, TEACHER, Extract, chat, rows_of
+from conftest import CHATS, TEACHER, Extract, chat, rows_of
 from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 from outputs import Output
 from tiny_teachers import tiny_model, tiny_tokenizer
 
-import compute_lengths
 import explore_logits
 import extract_logits
 from explore_logits import (
@@ -185,37 +179,6 @@ def test_bad_conversations_and_their_neighbours(
     assert done.summary["skipped"] == {"unusable_logits": len(bad)}
 
 
-def test_loading_the_teacher_is_no_step_that_the_runtime_limit_keeps_time_for(
-    extract: Extract, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-    real = extract_logits.load_teacher
-
-    def load_slowly(*args: Any, **options: Any) -> Any:
-        clock[0] += 8 * 60
-        return real(*args, **options)
-
-    monkeypatch.setattr(extract_logits, "load_teacher", load_slowly)
-    monkeypatch.setattr(extract_logits.time, "monotonic", lambda: clock[0])
-    done = extract(limit=5, max_runtime_minutes=15)
-    assert (done.code, done.summary["rows"]) == (0, 5), done.stderr
-
-
-def test_the_runtime_limit_ends_waiting_for_an_output_out_of_reach(
-    extract: Extract, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def out_of_reach(*_: Any) -> None:
-        raise extract_logits.PassingError("HTTP 503")
-
-    monkeypatch.setattr(extract_logits.Folder, "commit", out_of_reach)
-    monkeypatch.setattr(extract_logits, "RETRY_WAITS_S", (100.0,) * 3)
-    started = time.monotonic()
-    done = extract(limit=3, max_runtime_minutes=0.05)
-    assert done.code in (4, 75), done.stderr
-    assert not done.summary["rows"]
-    assert time.monotonic() - started < 60
-
-
 def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
     extract: Extract, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -239,45 +202,6 @@ def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
     monkeypatch.setattr(extract_logits.Folder, "commit", take)
     done = extract(limit=6, **job)
     assert (done.code, done.summary["rows"], done.summary["undelivered"]) == (0, 6, [])
-
-
-def test_a_reader_of_the_log_that_is_gone_does_not_change_how_a_signal_ends_the_run(
-    tmp_path: Path,
-) -> None:
-    reading, writing = os.pipe()
-    child = subprocess.Popen(
-        [
-            *(sys.executable, str(ROOT / "extract_logits.py")),
-            *("--model", str(TEACHER), "--dataset", str(CHATS), "--output", str(tmp_path / "out")),
-            *("--cache-dir", str(tmp_path / "cache"), "--max-batch-size", "1"),
-        ],
-        stdout=writing,
-        stderr=writing,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    os.close(writing)
-    seen = b""
-    while b"INFO teacher" not in seen:
-        new = os.read(reading, 4096)
-        assert new, seen
-        seen += new
-    os.close(reading)  # the same Ctrl-C has ended a `tee`
-    child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 130
-
-
-def test_a_terminal_that_knows_no_width_shows_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.openpty()  # of 0 columns
-    with os.fdopen(writer, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        bar = extract_logits.open_bar(10)
-        bar.update(10)
-        bar.close()
-        shown = b""
-        while b"10/10" not in shown:
-            assert b"\n" not in shown
-            shown += os.read(reader, 4096)
-    os.close(reader)
 
 
 @pytest.mark.parametrize(
@@ -369,13 +293,6 @@ def today(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda day: monkeypatch.setattr(explore_logits, "date_of_today", lambda: day)
 
 
-def measure_lengths(model: Path, folder: Path, template: Path) -> Path:
-    options = ("--model", model, "--dataset", "chats.jsonl", "--num-proc", 1)
-    options += ("--chat-template", template, "--output-dir", folder)
-    assert compute_lengths.main([str(option) for option in options]) == 0
-    return folder / "lengths.parquet"
-
-
 @pytest.mark.parametrize("stored", ["shards", "pending rows"])
 def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     extract: Extract, dated: dict[str, Any], today: Any, model: Path, stored: str,
@@ -397,23 +314,3 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     assert {tokenizer.decode(row["input_ids"])[:11] for row in rows} == {"09 May 2030"}
     assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
     assert explore_logits.main(["out", "--sample", "0-3"]) == 0
-
-
-def test_lengths_measured_on_another_day_are_those_of_the_run(
-    extract: Extract, dated: dict[str, Any], today: Any, model: Path, tmp_path: Path
-) -> None:
-    """But not of a job that began on another one."""
-    today("2030-05-09")
-    path = measure_lengths(model, tmp_path, dated["chat_template"])
-    today("2030-09-30")
-    done = extract(**dated, limit=4, tokenized_dataset=path)
-    assert done.code == 0, done.stderr
-    assert explore_logits.load_extraction_config("out")["template_date"] == "2030-05-09"
-    lengths = explore_logits.read_lengths(str(path))
-    by_index = dict(zip(lengths.index.tolist(), lengths.length.tolist(), strict=True))
-    for index, row in Output("out").rows().items():
-        assert len(row["input_ids"]) == by_index[index]
-    assert extract(**dated, limit=2, output="./other").code == 0
-    done = extract(**dated, limit=4, output="./other", resume=True, tokenized_dataset=path)
-    assert done.code == 2
-    assert "template_date: '2030-05-09' there" in done.stderr.splitlines()[-1]

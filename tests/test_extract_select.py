@@ -34,7 +34,6 @@ from extract_logits import (
     SkippedRow,
     StopRequested,
     find_lengths,
-    list_differences,
     mix_hash,
     prepare_dataset,
     run_ahead,
@@ -161,13 +160,6 @@ def test_bad_ids_are_named(ids: list[Any], says: str, streaming: bool) -> None:
         ids_of(select(rows_of(ids), index_col="id", streaming=streaming))
 
 
-def test_what_cannot_be_selected_is_refused() -> None:
-    with pytest.raises(DataError, match="none of its 12 rows"):
-        select(rows_of(IDS), start_offset=12)
-    with pytest.raises(DataError, match=r"no column 'topic'.*subject"):
-        select(rows_of(IDS), subject_col="topic", sample_subject={"*": 1})
-
-
 @given(ids=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=300))
 def test_a_set_of_ids_tells_each_repetition(ids: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -176,22 +168,6 @@ def test_a_set_of_ids_tells_each_repetition(ids: list[int]) -> None:
         for index in ids:
             assert seen.add(index) == (index not in plain)
             plain.add(index)
-
-
-def test_row_numbers_take_no_memory_however_many_they_are() -> None:
-    class Rows:
-        column_names = ("messages",)
-
-        def __len__(self) -> int:
-            return 2**31
-
-        def select_columns(self, _: Any) -> Rows:
-            return self
-
-    config = ExtractionConfig(model="m", dataset="d", output="./o", start_offset=5)
-    selection = prepare_dataset(config, Rows(), ConversationColumns(messages="messages"))
-    assert isinstance(selection.ids, range)
-    assert next(selection.parts(3)).ids.tolist() == [5, 6, 7]
 
 
 # Lengths ------------------------------------------------------------------------------------------
@@ -215,17 +191,6 @@ def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path: Pat
             assert known.num_tokens[places].tolist() == [2, 5, 9]
         with pytest.raises(DataError, match="lacks 1 of 2 conversations, such as index 4"):
             known.places(np.array([2, 4]))
-
-
-def test_settings_are_compared_by_content_where_that_is_known() -> None:
-    there = {"model": "./a", "model_revision": "sha256:1", "top_p": 0.9, "dataset": "u/d",
-             "dataset_revision": "f" * 40}  # fmt: skip
-    assert list_differences(there, {**there, "model": "/b/a"}) == []
-    changed = list_differences(there, {**there, "model_revision": "sha256:2", "top_p": 0.5})
-    assert len(changed) == 2
-    assert "0.9 there, 0.5 now" in changed[1]
-    assert list_differences(there, {**there, "dataset": "u/e"})
-    assert list_differences(there, {**there, "dataset_revision": "main"}) == []
 
 
 # Windows ------------------------------------------------------------------------------------------

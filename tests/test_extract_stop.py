@@ -9,9 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 from conftest import ROOT
@@ -71,15 +70,6 @@ def test_a_lost_terminal_asks_once_and_does_not_stop_what_nohup_started() -> Non
                 time.sleep(0.01)
             assert interrupt.stopping == stops
             assert interrupt.signal == (signal.SIGHUP if stops else None)
-
-
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
-    def enter(_: int) -> tuple[bool, Any]:
-        with GracefulInterrupt() as interrupt:
-            return interrupt.stopping, signal.getsignal(signal.SIGINT)
-
-    with ThreadPoolExecutor(1) as threads:
-        assert list(threads.map(enter, [0])) == [(False, signal.getsignal(signal.SIGINT))]
 
 
 def test_the_deadline_keeps_time_for_one_more_step_and_the_final_upload(

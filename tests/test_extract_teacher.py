@@ -17,7 +17,6 @@ from architectures import (
     VISION,
     Row,
     conversations,
-    forced_difference,
     largest_difference,
     measure,
     plain_logits,
@@ -68,17 +67,6 @@ def test_logits_are_those_of_the_plain_forward_one_conversation_at_a_time(family
     assert row.difference <= TOLERANCE
     assert (row.head, row.layout) == ("chunked", "padded")
     assert row.future <= 1e-6
-
-
-def test_rows_that_turn_by_other_angles_do_not_share_a_pass(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """LongRoPE switches by the longest row of a pass: 40 tokens are beyond its edge of 32."""
-    teacher = Teacher(tiny_model("phi3, longrope"))
-    for layout in ("padded", "masked"):
-        assert forced_difference(teacher, layout) <= TOLERANCE  # type: ignore[operator]
-    monkeypatch.setattr(extract_logits, "rope_edge", lambda config: float("inf"))
-    assert forced_difference(teacher, "padded") > 0.1  # type: ignore[operator]
 
 
 class PooledQwen2(Qwen2ForCausalLM):
@@ -256,30 +244,6 @@ def test_chunks_are_in_row_order_and_as_large_as_asked(layout: str, chunk_tokens
     assert list(teacher.iter_logits(sequences, [np.zeros(0, np.int32)] * 3)) == []
 
 
-def test_only_wanted_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No logits of all positions are ever there: the head sees chunks, and one token a row."""
-    teacher = Teacher(tiny_model("gemma2"))
-    seen: list[int] = []
-
-    def product(hidden: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-        seen.append(len(hidden))
-        return float32_product(hidden, weight, bias)
-
-    handle = teacher.model.lm_head.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].shape[0] * args[0].shape[1])
-    )
-    monkeypatch.setattr(extract_logits, "float32_product", product)
-    list(teacher.iter_logits(*conversations(), chunk_tokens=10))
-    handle.remove()
-    assert max(seen) <= 10
-
-
-def test_an_id_beyond_the_embedding_is_refused_before_it_runs() -> None:
-    teacher = Teacher(tiny_model("qwen2"))
-    with pytest.raises(TeacherError, match="token id 96 is beyond the 96 rows"):
-        list(teacher.iter_logits([np.array([1, 96], np.int32)], [np.array([1], np.int32)]))
-
-
 @pytest.mark.parametrize("ends", ["out of memory", "its reader stops"])
 def test_a_forward_that_does_not_end_leaves_the_model_as_it_was(
     ends: str, monkeypatch: pytest.MonkeyPatch
@@ -377,18 +341,6 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("family", "positions"),
-    [("qwen2", 300), ("gpt2", 300), ("mpt", 256), ("bloom", None), ("mamba2", None)],
-)
-def test_the_longest_conversation_is_read_from_the_configuration(
-    family: str, positions: int | None
-) -> None:
-    """BLOOM's linear biases and a recurrent state have no last position."""
-    named = {"max_position_embeddings": positions if family in ("qwen2", "gpt2") else None}
-    assert extract_logits.max_positions(tiny_model(family, **named).config) == positions
-
-
 def fake_devices(monkeypatch: pytest.MonkeyPatch, *, gpus: int, mps: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -413,15 +365,6 @@ def test_auto_takes_the_best_device_that_is_there(
     fake_devices(monkeypatch, gpus=gpus, mps=mps)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert str(resolve_device(name)) == device
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:2", "tpu"])
-def test_a_device_that_is_not_there_is_refused_naming_those_that_are(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    fake_devices(monkeypatch, gpus=2 if ":" in name else 0, mps=False)
-    with pytest.raises(TeacherError, match=r"not on this machine; there is cpu"):
-        resolve_device(name)
 
 
 def test_the_table_in_the_documentation_is_that_of_this_code() -> None:
