@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Extract, rows_of, run_script
+from conftest import Extract, rows_of
 from loopback_hub import LoopbackHub
 from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
 from processes import run_process
@@ -69,14 +69,11 @@ def test_an_output_holds_parts_checkpoint_settings_template_and_card(
     settings = place.json("extraction_config.json")
     assert {name: settings[name] for name in SETTINGS} == SETTINGS
     assert place.read("chat_template.jinja").decode().strip() == "{{ messages }}"
-    checkpoint = place.json("checkpoint.json")
-    assert checkpoint["format_version"] == 1
-    columns = checkpoint["parts"]
+    columns = place.json("checkpoint.json")["parts"]
     assert columns["number"] == [0, 1, 2]
     assert columns["rows"] == columns["conversations"] == [10, 10, 5]
-    ids = [range(10), range(10, 20), range(20, 25)]
-    assert columns["ids"] == [digest_ids(part) for part in ids]
-    assert columns["bytes"] == [len(place.read(place.part_paths()[n])) for n in range(3)]
+    assert columns["ids"] == [digest_ids(ids) for ids in place.parts().values()]
+    assert columns["bytes"] == [len(place.read(path)) for path in place.part_paths().values()]
     assert not list((tmp_path / "cache").rglob("*.parquet"))
 
 
@@ -108,9 +105,8 @@ def test_a_repository_is_created_once_there_is_something_to_store(
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing-such", "a/b/c", "user/", "user/..", "user/x--y", "user/x.git", "üser/näme",
-             "user/" + "n" * 120, "user/a b"],
-)  # fmt: skip
+    "name", ["nothing-such", "a/b/c", "user/..", "user/x--y", "üser/näme", "user/" + "n" * 120]
+)
 def test_an_output_that_is_neither_folder_nor_repository_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,8 +143,7 @@ def test_a_part_of_other_conversations_is_not_done(place: Output, tmp_path: Path
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"{", b"null", b"[" * 200_000, "older",
-     b'{"format_version": 1, "parts": {"number": [0, 1, 2]}, "skipped": [7]}',
+    [None, b"{", b"null", "older",
      b'{"format_version": 1, "parts": {"number": ["x"], "ids": [null]}, "skipped": {}}'],
     ids=lambda content: str(content)[:24],
 )  # fmt: skip
@@ -191,16 +186,14 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place: Output, tmp_p
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"top_p": 0.9}, r"top_p.*0\.98.*0\.9"), ({"answers_only": True}, "answers_only.*True"),
-     ({"rows_per_part": 11}, "rows_per_part|upload-every")],
-)  # fmt: skip
+    [({"top_p": 0.9}, r"top_p.*0\.98.*0\.9"), ({"rows_per_part": 11}, "rows_per_part")],
+)
 def test_other_settings_are_refused_with_their_differences(
     place: Output, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     run_uploader(place, tmp_path / "cache", 10)
-    with pytest.raises(ConfigError, match=said) as refusal:
+    with pytest.raises(ConfigError, match=said):
         open_uploader(place, tmp_path / "elsewhere", settings=change)
-    assert "\n" not in str(refusal.value)
     other = {"settings": {"versions": {"torch": "3"}}}
     open_uploader(place, tmp_path / "elsewhere", **other).shutdown()
 
@@ -220,27 +213,22 @@ def test_settings_that_are_not_those_of_the_parts_double_nothing(
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [(b"", ""), (b"[1]", ""), (b"[" * 200_000, ""), ({"rows_per_part": 10**30}, "rows_per_part"),
-     ({"rows_per_part": True}, "rows_per_part"), ({"limit": "all"}, "limit"),
-     ({"numerics": [1]}, "numerics"), ({"options": {"limit": "4"}}, "limit as '4'"),
-     ({"options": {"model": 5}}, "model as 5"), ({"options": {"top_p": None}}, "top_p as None")],
-    ids=lambda value: str(value)[:24],
+    ("change", "says"),
+    [(None, r"extraction_config\.json"), ({"rows_per_part": 10**30}, "rows_per_part"),
+     ({"limit": "all"}, "limit"), ({"numerics": [1]}, "numerics"),
+     ({"options": {"model": "m", "dataset": 5}}, "dataset as 5")],
+    ids=str,
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused_by_name(
-    content: Any, says: str, tmp_path: Path
+    change: dict[str, Any] | None, says: str, tmp_path: Path
 ) -> None:
     place = Output(tmp_path / "out")
     run_uploader(place, tmp_path / "cache", 10)
-    if isinstance(content, dict):
-        if "options" in content:
-            content = {"options": {"model": "m", "dataset": "d", **content["options"]}}
-        content = json.dumps({**place.json("extraction_config.json"), **content}).encode()
-    place.write("extraction_config.json", content)
-    with pytest.raises(ConfigError, match=r"extraction_config\.json| as ") as refusal:  # noqa: PT012
+    settings = change and {**place.json("extraction_config.json"), **change}
+    place.write("extraction_config.json", json.dumps(settings).encode())
+    with pytest.raises(ConfigError, match=says) as refusal:  # noqa: PT012
         open_uploader(place, tmp_path / "cache").shutdown()
         extract_logits.parse_args(["--output", place.name, "--resume"])
-    assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -295,9 +283,8 @@ def test_a_worker_that_starts_late_is_not_taken_for_a_second_job(
     assert place.rows() == stored(range(20))
     assert {"checkpoint-w00.json", "checkpoint-w01.json"} <= place.files()
     assert "| conversations | 20 |" in place.read("README.md").decode()
-    for options in ({"rank": 1, "world_size": 2}, {"rank": 0, "world_size": 1}):
-        with pytest.raises(ConfigError, match="--resume"):
-            open_uploader(place, tmp_path / "late", **options, resume=False)
+    with pytest.raises(ConfigError, match="--resume"):
+        open_uploader(place, tmp_path / "late", rank=1, world_size=2, resume=False)
 
 
 def test_two_writers_of_one_part_write_the_same(place: Output, tmp_path: Path) -> None:
@@ -307,15 +294,10 @@ def test_two_writers_of_one_part_write_the_same(place: Output, tmp_path: Path) -
         assert fill(twin, 1, range(10, 20)) == list(range(10, 20))
     for twin in twins:
         twin.flush()
-        while twin.is_uploading():
-            time.sleep(0.01)
-    other = open_uploader(place, tmp_path / "third", rank=2, world_size=3)
-    fill(other, 2, range(20, 30))
-    finish(other)
     for twin in twins:
         fill(twin, 3, range(30, 40))
         assert finish(twin)["undelivered"] == []
-    assert place.rows() == stored(range(10, 40))
+    assert place.parts() == {1: list(range(10, 20)), 3: list(range(30, 40))}
 
 
 # Faults -------------------------------------------------------------------------------------------
@@ -348,8 +330,8 @@ def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(
 
 @pytest.mark.parametrize(
     ("headers", "least"),
-    [({"Retry-After": "7"}, 7), ({"Retry-After": "99999999"}, 0), ({"Retry-After": "soon"}, 0),
-     ({"Retry-After": "Thu, 01 Jan 2099 00:00:00 GMT"}, 0), ({"Retry-After": "-5"}, 0),
+    [({"Retry-After": "7"}, 7), ({"Retry-After": "99999999"}, 0), ({"Retry-After": "-5"}, 0),
+     ({"Retry-After": "Thu, 01 Jan 2099 00:00:00 GMT"}, 0),
      ({"RateLimit": '"api";r=0;t=99999999'}, 0)],
     ids=str,
 )  # fmt: skip
@@ -393,9 +375,6 @@ def test_what_no_retry_heals_is_refused_at_once_and_the_rows_stay(
     assert "\n" not in str(refusal.value)
     uploader.shutdown()
     assert len(requests(repo.hub, "preupload|commit/")) <= 2  # of parts already under way
-    kept = uploader.summary()["undelivered"]
-    assert kept
-    assert all(Path(path).exists() for path in kept)
     repo.hub.clear()
     uploader = open_uploader(repo, tmp_path / "cache")
     uploader.load_pending_into_buffer()
@@ -411,13 +390,11 @@ def test_a_token_that_is_missing_wrong_or_may_not_write_is_refused_before_the_wo
     repo.hub.read_only.add(REPO)
     with pytest.raises(HubError, match="write"):
         open_uploader(repo, tmp_path / "cache")
-    monkeypatch.setenv("HF_TOKEN_PATH", "/nonexistent")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
     for token in ("", "hf_wrongwrongwrong"):
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(HubError, match="hf auth login") as caught:
+        with pytest.raises(HubError, match="hf auth login"):
             open_uploader(repo, tmp_path / "cache")
-        assert "hf_wrong" not in str(caught.value)
 
 
 def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_try(
@@ -426,10 +403,10 @@ def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_t
     hub = repo.hub
     hub.fault(COMMIT, status=503, count=10_000)
     summary = run_uploader(repo, tmp_path / "cache", 25)
-    assert (summary["rows"], len(summary["undelivered"])) == (0, 3)
-    assert {Path(path).name for path in summary["undelivered"]} == {
+    assert summary["rows"] == 0
+    assert sorted(Path(path).name for path in summary["undelivered"]) == [
         f"backup_part-{number:05d}.parquet" for number in range(3)
-    }
+    ]
     hub.clear()
     hub.fault(COMMIT, status=503, count=7)  # every try of the first delivery
     uploader = open_uploader(repo, tmp_path / "cache")
@@ -473,9 +450,8 @@ def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo: Output, tmp_
 
 @pytest.mark.parametrize(
     ("request_line", "by"),
-    [("GET /api/(datasets|whoami)", "deadline"), ("preupload/", "signal"),
-     ("PUT /_lfs", "deadline"), ("commit/", "signal")],
-)  # fmt: skip
+    [("GET /api/(datasets|whoami)", "deadline"), ("PUT /_lfs", "deadline"), ("commit/", "signal")],
+)
 def test_a_hub_that_never_answers_holds_no_run_beyond_its_deadline_or_a_signal(
     request_line: str, by: str, hub: LoopbackHub, extract: Extract, write_chats: Write,
     repo: Output, monkeypatch: pytest.MonkeyPatch,
@@ -499,23 +475,10 @@ def test_a_hub_that_never_answers_holds_no_run_beyond_its_deadline_or_a_signal(
     assert repo.ids() == list(range(12))
 
 
-def test_a_process_ends_though_threads_of_the_client_wait_for_an_answer(
-    hub: LoopbackHub, model: Path, write_chats: Write, tmp_path: Path
-) -> None:
-    files = ("--model", model, "--dataset", write_chats(rows_of(5)), "--output", REPO)
-    hub.fault("PUT /_lfs", latency=600.0, count=10**6)
-    begun = time.monotonic()
-    limit = ("--max-runtime-minutes", 8 / 60, "--cache-dir", tmp_path / "cache")
-    done = run_script("extract_logits.py", *files, *limit, HF_HUB_OFFLINE="0")
-    assert time.monotonic() - begun < 60
-    assert done.code in (4, 75), done.stderr
-
-
 @pytest.mark.parametrize(
     ("request_line", "text"),
-    [("GET .*/tree/", "[1, 2]"), (f"GET /api/datasets/{REPO}", "<html>sign in</html>"),
-     ("preupload/", "<html>sign in</html>"), ("preupload/", "[1, 2]"), ("commit/", "[1, 2]")],
-)  # fmt: skip
+    [("GET .*/tree/", "[1, 2]"), ("preupload/", "<html>sign in</html>"), ("commit/", "[1, 2]")],
+)
 def test_answers_that_make_no_sense_end_in_one_line(
     request_line: str, text: str, hub: LoopbackHub, extract: Extract, write_chats: Write
 ) -> None:
@@ -543,9 +506,9 @@ def test_what_the_hub_did_not_take_ends_in_exit_code_4_and_the_next_run_delivers
     hub.fault("commit/", status=503, count=10**6)
     done = extract(**job)
     assert (done.code, done.summary["exit_code"]) == (4, 4)
-    assert done.summary["undelivered"]
-    assert all(Path(path).name.startswith("backup_") for path in done.summary["undelivered"])
-    assert all(Path(path).exists() for path in done.summary["undelivered"])
+    kept = [Path(path) for path in done.summary["undelivered"]]
+    assert kept
+    assert all(path.name.startswith("backup_") and path.exists() for path in kept)
     hub.clear()
     again = extract(**job)
     assert (again.code, again.summary["rows"]) == (0, 9), again.stderr
@@ -565,10 +528,9 @@ def test_tokens_are_hidden_in_errors_logs_files_and_cards(
     job = {"output": REPO, "upload_every": 4, "resume": True}
     hub.fault("commit/", status=500, message=f"bad {' '.join(secrets)}", count=2)
     first = extract(**job)
-    assert first.code == 0, first.stderr
     hub.fault("preupload", status=403, message=f"Authorization: Bearer {' '.join(secrets)}")
     second = extract(**{**job, "output": "tester/other"}, limit=5)
-    assert second.code == 4
+    assert (first.code, second.code) == (0, 4), first.stderr
     assert "***" in second.stderr
     texts = [first.stdout, first.stderr, second.stdout, second.stderr]
     texts += [repo.read(path).decode(errors="replace") for path in repo.files()]
@@ -603,29 +565,19 @@ def test_a_person_may_edit_the_card_while_the_run_goes_on(
         assert card.count("## Columns") == 1
 
 
-def test_names_from_strangers_stay_names_on_the_card(place: Output, tmp_path: Path) -> None:
-    run_uploader(place, tmp_path / "first", 10)
-    card = place.read("README.md").decode()
-    lines = [line for line in card.splitlines() if line.startswith("<!--")]
-    evil = "\n".join(["x", "# Title", *lines, "<img src=//evil>", "| a | b |", "```", "---"])
-    sizes = []
-    for rows in (10, 20, 30):
+def test_names_from_strangers_stay_names_on_the_card(tmp_path: Path) -> None:
+    evil = "\n".join(
+        ["x", "# Title", extract_logits.CARD_LINE, "<img src=//evil>", "| a | b |", "```", "---"]
+    )
+    output, sizes = Output(tmp_path / "out"), []
+    for rows in (10, 20):
         options = {"settings": {"dataset": evil, "model": evil}}
-        run_uploader(Output(f"{place.name}-2", place.hub), tmp_path / "cache", rows, **options)
-        card = Output(f"{place.name}-2", place.hub).read("README.md").decode()
-        body = card.split("\n---\n", 1)[1]
-        assert "<img" not in body
+        run_uploader(output, tmp_path / "cache", rows, **options)
+        card = output.read("README.md").decode()
+        assert "<img" not in card.split("\n---\n", 1)[1]
         assert "\n# Title" not in card
         sizes.append(len(card))
     assert max(sizes) - min(sizes) < 60  # figures, not the card again
-
-
-def run_python(code: str, hub: LoopbackHub, tmp_path: Path) -> str:
-    """Run code in a process whose Hub is the loopback one, and return what it prints."""
-    env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-    done = run_process([sys.executable, "-c", code], env={**env, "HF_TOKEN": ""}, cwd=tmp_path)
-    assert done.code == 0, done.stderr
-    return done.stdout
 
 
 def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
@@ -645,5 +597,11 @@ def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
         f"dataset = load_dataset({REPO!r})\n"
         "print(list(dataset), sorted(dataset['train']['index']), dataset['train'].column_names)"
     )
-    printed = run_python(f"{snippet[1]}\n{more}", repo.hub, tmp_path).splitlines()
-    assert printed[-2:] == ["0 True", f"['train'] {list(range(20))} {SCHEMA.names}"]
+    env = {"HF_ENDPOINT": repo.hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
+    code, env["HF_HUB_OFFLINE"] = f"{snippet[1]}\n{more}", "0"
+    done = run_process([sys.executable, "-c", code], env=env, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        "0 True",
+        f"['train'] {list(range(20))} {SCHEMA.names}",
+    ]
