@@ -14,6 +14,7 @@ import oracle
 import pytest
 import tail_law
 import torch
+from architectures import VOCAB, tiny_model
 
 import extract_logits as el
 from explore_logits import quantize_logits
@@ -340,12 +341,12 @@ class FixedTeacher:
         return iter(self.logits.split(self.chunk))
 
 
-def fixed_batch() -> el.Batch:
+def fixed_batch(vocab: int = 700) -> el.Batch:
     rng = np.random.default_rng(3)
     rows = []
     for index, n in ((11, 5), (4, 1), (90, 8)):
         at = np.sort(rng.choice(np.arange(1, 20), n, replace=False)).astype(np.int32)
-        rows.append(el.EncodedRow(index, rng.integers(0, 700, 20).astype(np.int32), at))
+        rows.append(el.EncodedRow(index, rng.integers(0, vocab, 20).astype(np.int32), at))
     return el.Batch(rows)
 
 
@@ -380,3 +381,30 @@ def test_the_host_copy_is_the_same_in_every_field_and_takes_one_transfer(
     assert len(transfers) == 1
     for name, value in vars(result).items():
         np.testing.assert_array_equal(getattr(host, name), value.numpy(), strict=True)
+
+
+@pytest.fixture
+def no_numbers(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that knows shapes alone: whoever asks it for a value gets an error."""
+    for sizes in (el.WEIGHED_AT_ONCE, el.HELD_AT_ONCE):
+        monkeypatch.setitem(sizes, "meta", sizes["cuda"])
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
+def test_a_batch_asks_the_device_for_no_value(
+    family: str, no_numbers: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a model that looks for padding in its ids, which transformers would do."""
+    monkeypatch.setattr(el, "HEAD_CHUNK_BYTES", 4 * VOCAB * 10)
+    padding = {"pad_token_id": 0} if family == "gpt2" else {}
+    teacher = el.Teacher(tiny_model(family, **padding))  # checked where there are numbers
+    teacher.layout = "padded"
+    teacher.model.to(no_numbers)
+    teacher.device = no_numbers
+    batch = fixed_batch(VOCAB)
+    result = el.gpu_process_batch(teacher, batch, top_p=0.9, top_p_max=20, sampled_n=7, seed=1)
+    assert result.top_ids.device == no_numbers
+    assert (result.top_ids.shape, result.sampled_q.shape) == ((14, 20), (14, 7))
+    with pytest.raises((RuntimeError, NotImplementedError)):  # it would have been noticed
+        result.top_ids.sum().item()

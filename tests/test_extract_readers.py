@@ -48,11 +48,6 @@ def load(path: Path, **how: Any) -> Any:
     return datasets.load_dataset("parquet", data_files=str(path), split="train", **how)
 
 
-def read_by_duckdb(path: Path) -> list[dict[str, Any]]:
-    found = duckdb.read_parquet(str(path))
-    return [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
-
-
 READERS: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
     "pyarrow": lambda path: pq.read_table(path).to_pylist(),
     "pandas": lambda path: pd.read_parquet(path).to_dict("records"),
@@ -60,7 +55,7 @@ READERS: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
     "a stream": lambda path: load(path, streaming=True),
     "polars": lambda path: pl.read_parquet(path).to_dicts(),
     "lazy polars": lambda path: pl.scan_parquet(path).collect(engine="streaming").to_dicts(),
-    "duckdb": read_by_duckdb,
+    "duckdb": lambda path: duckdb.read_parquet(str(path)).df().to_dict("records"),
 }
 
 
