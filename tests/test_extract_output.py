@@ -10,12 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Extract, rows_of
+from conftest import Extract, Write, rows_of
 from loopback_hub import LoopbackHub
 from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
 from processes import run_process
@@ -27,7 +26,6 @@ from extract_logits import ConfigError, HubError
 
 REPO = "tester/logits"
 COMMIT = f"POST /api/datasets/{REPO}/commit/"
-Write = Callable[[list[Any]], Path]
 
 
 @pytest.fixture

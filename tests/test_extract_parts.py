@@ -8,26 +8,18 @@ import json
 import os
 import random
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Extract, chat, rows_of
+from conftest import Extract, Write, chat, rows_of
 from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
 from processes import Child
 from shard_rows import SETTINGS, make_row, make_rows, stored
 
 from extract_logits import ConfigError, HubError
-
-Write = Callable[[list[Any]], Path]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Output:
-    return Output(tmp_path / "out")
 
 
 def some_unusable(count: int) -> list[dict[str, Any]]:
