@@ -77,19 +77,6 @@ def test_thresholds_may_have_the_string_keys_of_json() -> None:
         assert [len(batch) for batch in sampler] == [1, 1, 4, 4, 6]
 
 
-@pytest.mark.parametrize(("count", "budget"), [(2000, 131_072), (20_000, 16_384)])
-def test_little_is_padding_however_few_conversations_fill_large_batches(
-    count: int, budget: int
-) -> None:
-    """Lengths as chat datasets have them: median 450 tokens, 1 in 100 above 4,600."""
-    draw = np.random.default_rng(3)
-    lengths = draw.lognormal(np.log(450), 1.0, count).astype(int).clip(8, 32_768)
-    sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=budget)
-    padded = sum(len(batch) * int(lengths[batch].max()) for batch in sampler.batches)
-    assert lengths.sum() / padded > 0.98
-    assert lengths.sum() / len(sampler) > min(budget, 8192) / 2  # and batches stay large
-
-
 def test_the_device_sets_the_token_budget_where_options_do_not() -> None:
     few = {"batch_thresholds": {100: 50}}
     for options, device, size in (

@@ -7,16 +7,13 @@ import errno
 import json
 import os
 import random
-import resource
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Extract, Write, chat, rows_of
-from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
-from processes import Child
+from outputs import Output, digest_ids, fill, finish, open_uploader, run_uploader
 from shard_rows import SETTINGS, make_row, make_rows, stored
 
 from extract_logits import ConfigError, HubError
@@ -49,16 +46,12 @@ def test_part_p_holds_the_pth_slice_of_the_selection_in_its_order(
     assert done.summary["shards"] == 5
 
 
-@pytest.mark.parametrize(
-    ("options", "limits"), [({}, (10, 17)), ({"random_sample": True, "seed": 5}, (8, 13))]
-)
 def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(
-    extract: Extract, write_chats: Write, folder: Output, limits: tuple[int, int],
-    options: dict[str, Any],
-) -> None:  # fmt: skip
+    extract: Extract, write_chats: Write, folder: Output
+) -> None:
     write_chats(rows_of(40))
-    few, many = limits
-    job = {"upload_every": 4, "max_batch_size": 1, **options}
+    few, many = 10, 17
+    job = {"upload_every": 4, "max_batch_size": 1, "random_sample": True}
     assert extract(**job, limit=few).code == 0
     before, ids = folder.hashes(), folder.ids()
     done = extract(**job, limit=many, resume=True)
@@ -328,20 +321,6 @@ def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(
         path.parent.mkdir(exist_ok=True)
 
 
-def test_strange_files_in_the_cache_are_survived(folder: Output, tmp_path: Path) -> None:
-    path = leave_in_cache("pending", folder, tmp_path / "cache")
-    cache = path.parent.parent
-    (cache / "part-00001.parquet.123.tmp").write_bytes(b"PAR1 half")
-    (cache / "notes.txt").write_text("mine")
-    pq.write_table(make_rows(range(50, 60)), cache / "pending" / "pending-00009.parquet")
-    pq.write_table(make_rows(range(60, 70)), cache / "pending" / "foreign.parquet")
-    pq.write_table(pa.table({"x": [1]}), cache / "part-00003.parquet")
-    folder.write("data/.part-00000.parquet.1.tmp", b"PAR1 half")
-    run_uploader(folder, tmp_path / "cache", 20)
-    assert folder.parts() == {0: list(range(10)), 1: list(range(10, 20))}
-    assert (cache / "notes.txt").exists()
-
-
 def test_rows_of_other_settings_in_the_cache_are_never_delivered(
     folder: Output, tmp_path: Path
 ) -> None:
@@ -426,10 +405,10 @@ def test_bytes_are_on_the_disk_before_a_file_gets_its_name(
     assert (tmp_path / "out/data").stat().st_ino in synced
 
 
-@pytest.mark.parametrize("strange", ["cannot sync folders", "is another than the cache's"])
 def test_a_file_system_that_does_less_holds_parts_all_the_same(
-    strange: str, folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It cannot sync folders, and is another than the cache's."""
     sync, rename = os.fsync, os.replace
 
     def fsync(file: int) -> None:
@@ -442,35 +421,11 @@ def test_a_file_system_that_does_less_holds_parts_all_the_same(
             raise OSError(errno.EXDEV, "Invalid cross-device link")
         rename(source, target)
 
-    if strange == "cannot sync folders":
-        monkeypatch.setattr(os, "fsync", fsync)
-    else:
-        for name in ("replace", "rename", "link"):
-            monkeypatch.setattr(os, name, move)
+    for name, instead in (("fsync", fsync), ("replace", move), ("rename", move), ("link", move)):
+        monkeypatch.setattr(os, name, instead)
     run_uploader(folder, tmp_path / "cache", 25)
     assert folder.rows() == stored(range(25))
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
-    folder: Output, tmp_path: Path
-) -> None:
-    def work(output: IO[str], limit: int) -> None:
-        uploader = open_uploader(folder, tmp_path / "cache")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            fill_parts(uploader, 30)
-            finish(uploader)
-        except HubError as error:
-            output.write(str(error))
-        with contextlib.suppress(HubError):
-            uploader.shutdown()
-
-    for limit in (3000, 12_000):  # less than a pending file, and less than a part
-        code, said = Child(lambda output, limit=limit: work(output, limit)).finish()
-        assert (code, "File too large" in said, "\n" in said) == (0, True, False), said
-    assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
-    assert folder.rows() == stored(range(30))
 
 
 def test_figures_of_the_card_are_those_of_the_rows(place: Output, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-"""`--plan` of `extract_logits.py`: what a run would read, store and take; nothing is written."""
+"""`--plan` and `--verify-mask` of `extract_logits.py`: what a run would do, before it does."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,15 @@ import torch
 from conftest import CHATS, TEACHER, Extract, Write, chat
 
 import extract_logits
-from extract_logits import ExtractionConfig, Job, open_job, plan_extraction, sample_job
+from extract_logits import (
+    ConfigError,
+    ExtractionConfig,
+    Job,
+    confirm_masks,
+    open_job,
+    plan_extraction,
+    sample_job,
+)
 
 
 @pytest.fixture
@@ -79,3 +90,46 @@ def test_a_batch_that_does_not_fit_is_halved(
     monkeypatch.setattr(extract_logits.Extraction, "forward", small_device)
     assert plan_extraction(make_job(limit=20, max_batch_tokens=1400))["rows"] == 20
     assert max(sizes) > 700
+
+
+# --verify-mask ------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path, write_chats: Write) -> Job:
+    """Six conversations, of which the first two cannot be used."""
+    chats = [[], chat("")[:1], *(chat(f"ANSWER-{n}") for n in range(2, 6))]
+    source = write_chats([{"messages": messages} for messages in chats])
+    files = {"model": model, "dataset": source, "output": tmp_path / "out"}
+    options = {name: str(path) for name, path in {**files, "cache_dir": tmp_path / "cache"}.items()}
+    return open_job(ExtractionConfig(**options, verify_mask=True))
+
+
+def test_the_first_usable_conversations_are_shown(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert confirm_masks(job)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [f"ANSWER-{n}" in err for n in range(2, 6)] == [True, True, True, False]
+    assert "[Y/n]" not in err
+
+
+@pytest.mark.parametrize(
+    ("answer", "goes_on"), [("\n", True), ("YES\n", True), ("n\n", False), ("", False)]
+)
+def test_on_a_terminal_the_answer_decides(
+    job: Job, answer: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal(2 * answer))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert confirm_masks(job) == goes_on
+    if not goes_on:  # and it leaves nothing behind
+        with pytest.raises(ConfigError, match="--verify-mask"):
+            extract_logits.run_extraction(job.config)
+        assert not {"out", "cache"} & set(os.listdir(tmp_path))

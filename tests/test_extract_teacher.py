@@ -144,19 +144,6 @@ def test_where_padding_is_wrong_too_conversations_go_one_at_a_time(
     assert largest_difference(teacher) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [("mixtral", {"output_router_logits": True}), ("gpt2", {"resid_pdrop": 0.5})],
-)
-def test_what_a_configuration_asks_for_beside_the_logits_does_no_harm(
-    family: str, settings: dict[str, Any]
-) -> None:
-    model = tiny_model(family, **settings).train()
-    teacher = Teacher(model)
-    assert teacher.layout == "padded"
-    assert largest_difference(teacher) <= TOLERANCE
-
-
 # --- the head ---------------------------------------------------------------------------------
 
 
