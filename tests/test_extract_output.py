@@ -119,12 +119,8 @@ def test_an_output_that_is_neither_folder_nor_repository_is_refused(
 def test_resume_from_an_empty_cache_knows_what_is_done(place: Output, tmp_path: Path) -> None:
     run_uploader(place, tmp_path / "cache", 25)
     before = place.hashes()
-    uploader = open_uploader(place, tmp_path / "elsewhere")
-    known = uploader.get_resume_info().parts
-    assert sorted(known) == [0, 1, 2]
-    assert [known[n].ids for n in sorted(known)] == [place.record(n)["ids"] for n in sorted(known)]
-    assert fill_parts(uploader, 31) == list(range(20, 31))  # the last part is a longer one now
-    finish(uploader)
+    asked = run_uploader(place, tmp_path / "elsewhere", 31)["asked"]
+    assert asked == list(range(20, 31))  # the last part is a longer one now
     assert place.rows() == stored(range(31))
     assert dict(list(before.items())[:2]).items() <= place.hashes().items()
 
@@ -149,9 +145,7 @@ def test_a_checkpoint_that_is_missing_broken_or_old_loses_nothing(
     folder.write("checkpoint.json", older if state == "old" else b"null")
     if state == "missing":
         folder.delete("checkpoint.json")
-    uploader = open_uploader(folder, tmp_path / "elsewhere")
-    assert fill_parts(uploader, 25) == []
-    finish(uploader)
+    assert run_uploader(folder, tmp_path / "elsewhere", 25)["asked"] == []
     assert folder.hashes() == hashes
     run_uploader(folder, tmp_path / "elsewhere", 28)
     folder.delete("data/part-00002.parquet")
@@ -347,10 +341,7 @@ def test_what_no_retry_heals_is_refused_at_once_and_the_rows_stay(
     uploader.shutdown()
     assert len(requests(repo.hub, "preupload|commit/")) <= 2  # of parts already under way
     repo.hub.clear()
-    uploader = open_uploader(repo, tmp_path / "cache")
-    uploader.load_pending_into_buffer()
-    assert set(fill_parts(uploader, 15)) <= set(range(10, 15))
-    finish(uploader)
+    assert set(run_uploader(repo, tmp_path / "cache", 15)["asked"]) <= set(range(10, 15))
     assert repo.rows() == stored(range(15))
 
 
@@ -380,10 +371,8 @@ def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_t
     ]
     hub.clear()
     hub.fault(COMMIT, status=503, count=7)  # every try of the first delivery
-    uploader = open_uploader(repo, tmp_path / "cache")
-    uploader.load_pending_into_buffer()
-    assert fill_parts(uploader, 40) == [*range(20, 40)][-20:]
-    assert finish(uploader)["undelivered"] == []
+    summary = run_uploader(repo, tmp_path / "cache", 40)
+    assert (summary["asked"], summary["undelivered"]) == (list(range(20, 40)), [])
     assert repo.rows() == stored(range(40))
     assert not list(tmp_path.glob("cache/**/*.parquet"))
 
@@ -540,7 +529,5 @@ def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
     code, env["HF_HUB_OFFLINE"] = f"{snippet[1]}\n{more}", "0"
     done = run_process([sys.executable, "-c", code], env=env, cwd=tmp_path)
     assert done.code == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == [
-        "0 True",
-        f"['train'] {list(range(20))} {SCHEMA.names}",
-    ]
+    loaded = f"['train'] {list(range(20))} {SCHEMA.names}"
+    assert done.stdout.splitlines()[-2:] == ["0 True", loaded]
