@@ -234,9 +234,6 @@ def test_attention_that_differs_from_eager_gives_way_or_is_refused_when_forced(
     assert Teacher(tiny_model("llama"), forced_attention=True).numerics["attention"] == "sdpa"
 
 
-# --- 4: heads ----------------------------------------------------------------------------------
-
-
 def test_a_head_that_transformers_loads_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +250,7 @@ def test_a_head_that_transformers_loads_otherwise_is_refused(
     assert "the head of the loaded model is not lm_head.weight of the checkpoint" in refusal(folder)
 
 
-# --- 5: ids ------------------------------------------------------------------------------------
+# --- 4: ids, checkpoints that see and read, adapters --------------------------------------------
 
 
 def test_ids_beyond_the_format_do_not_refuse_a_teacher_that_has_them() -> None:
@@ -270,18 +267,12 @@ def test_ids_beyond_the_format_do_not_refuse_a_teacher_that_has_them() -> None:
     assert extract_logits.check_vocabulary(configure("m"), tokenizer) == 2**18
 
 
-# --- 6: checkpoints that see and read ----------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", VISION)
 def test_text_runs_through_a_vision_language_checkpoint(family: str, tmp_path: Path) -> None:
     folder = save(tmp_path, tiny_model(family))
     teacher = load_teacher(configure(folder), vocab_size=90)
     assert (teacher.head, teacher.layout) == ("chunked", "padded")
     assert largest_difference(teacher) <= TOLERANCE
-
-
-# --- 7: adapters, libraries, GGUF --------------------------------------------------------------
 
 
 def test_an_adapter_is_added_to_its_base(tmp_path: Path) -> None:
@@ -324,40 +315,3 @@ def test_an_adapter_without_peft_names_it_and_beside_a_whole_model_it_is_refused
     )
     assert f"is an adapter of {base}: pip install peft" in refusal(lora)
     assert "has an adapter beside a whole model" in refusal(base)
-
-
-# --- 8: several devices ------------------------------------------------------------------------
-
-
-class OnMps(torch.Tensor):
-    """A CPU tensor that says it is elsewhere, and mixes with tensors there only."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("mps")
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
-        if any(type(x) is torch.Tensor for x in flat):
-            raise RuntimeError("Expected all tensors on one device")
-        with torch._C.DisableTorchFunctionSubclass():
-            got = function(*args, **(kwargs or {}))
-        if not isinstance(got, torch.Tensor):
-            return got
-        name = getattr(function, "__name__", "")
-        leaves = name == "cpu" or (name == "to" and str(args[1]) == "cpu")
-        return got.as_subclass(torch.Tensor if leaves else cls)
-
-
-def test_a_head_on_another_device_than_the_last_layer_multiplies_there() -> None:
-    """A tied head stays with the embedding, on the first GPU; the last norm is on another."""
-    hidden, weight = torch.randn(3, 8), torch.randn(20, 8)
-    far = hidden.as_subclass(OnMps)
-    with pytest.raises(RuntimeError, match="one device"):
-        torch.nn.functional.linear(far, weight)
-    got = extract_logits.float32_product(far, weight, None)
-    assert type(got) is torch.Tensor
-    assert torch.equal(got, hidden @ weight.T)

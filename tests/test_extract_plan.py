@@ -7,12 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import CHATS, TEACHER, Extract, Write, chat
 
 import extract_logits
@@ -73,23 +70,6 @@ def test_several_workers_share_the_hours_of_the_whole_job(make_job: Callable[...
     assert planned["rows"] == 40
     assert planned["hours"] == pytest.approx(planned["stored_tokens"] / 36_000, rel=0.01)
     assert planned["hours_each"] == pytest.approx(planned["hours"] / 4, rel=0.01)
-
-
-def test_a_batch_that_does_not_fit_is_halved(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, sizes = extract_logits.Extraction.forward, []
-
-    def small_device(run: Any, batch: Any) -> Any:
-        sizes.append(len(batch.rows) * max(row.input_ids.size for row in batch.rows))
-        if sizes[-1] > 700:
-            raise torch.OutOfMemoryError("out of memory")
-        host = real(run, batch).to_host()
-        return SimpleNamespace(to_host=lambda: host)
-
-    monkeypatch.setattr(extract_logits.Extraction, "forward", small_device)
-    assert plan_extraction(make_job(limit=20, max_batch_tokens=1400))["rows"] == 20
-    assert max(sizes) > 700
 
 
 # --verify-mask ------------------------------------------------------------------------------------

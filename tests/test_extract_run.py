@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -178,16 +177,6 @@ def test_runs_at_the_edge_of_the_settings_and_of_ids_are_valid(
     assert extract(index_col="id", **options).code == 0
     assert explore_logits.validate_output("out").ok
     assert Output("out").ids() == ids
-
-
-@pytest.mark.parametrize("way", ["stream", "table", "text"])
-def test_half_a_surrogate_pair_is_skipped_however_it_is_read(
-    way: str, extract: Extract, write_chats: Write
-) -> None:
-    chats = chat("yes"), chat("yo \udc00", "hi \ud800")
-    write_chats([{"messages": json.dumps(each) if way == "text" else each} for each in chats])
-    done = extract(streaming=way == "stream")
-    assert (done.code, done.summary["skipped"]) == (0, {"malformed": 1}), done.stderr
 
 
 def test_a_resumed_run_keeps_to_the_commits_it_began_with(
