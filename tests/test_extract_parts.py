@@ -250,31 +250,6 @@ def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(
     assert cached(tmp_path) == []
 
 
-def test_workers_that_share_a_cache_leave_each_others_files_alone(
-    place: Output, tmp_path: Path
-) -> None:
-    """A task that starts late, as the third of three on two places, finds parts of the others."""
-    share = {"cache": tmp_path / "cache", "world_size": 2}
-    workers = [open_uploader(place, **share, rank=rank) for rank in range(2)]
-    for rank, uploader in enumerate(workers):
-        for number in (rank, rank + 2):
-            uploader.begin_part(number, range(10 * number, 10 * number + 10))
-        uploader.add_sample(make_rows(range(10 * rank, 10 * rank + 10)))  # whole, not delivered
-        uploader.add_sample(make_rows(range(10 * rank + 20, 10 * rank + 25)))
-    workers[0].shutdown()
-    before = cached(tmp_path)
-    late = open_uploader(place, **share, rank=0)
-    late.load_pending_into_buffer()
-    assert fill(late, 0, range(10)) == []
-    assert fill(late, 2, range(20, 30)) == list(range(25, 30))
-    finish(late)
-    assert set(cached(tmp_path)) >= {name for name in before if "-00001" in name}
-    fill(workers[1], 3, range(30, 40))
-    finish(workers[1])
-    assert place.rows() == stored(range(40))
-    assert cached(tmp_path) == []
-
-
 def leave_in_cache(kind: str, output: Output, cache: Path) -> Path:
     """Leave ten rows in the cache as a run does that is stopped at some point; return the file."""
     before = set(cache.glob("*/**/*.parquet"))
