@@ -264,41 +264,6 @@ def test_neighbouring_conversations_and_seeds_are_independent_trials(
     tail_law.check_tail_law(sampler(reference=reference, vary=vary), cases=cases)
 
 
-def race_all_blocks(
-    logits: torch.Tensor, counts: torch.Tensor, states: torch.Tensor, m: int
-) -> list[list[int]]:
-    """The fast path's draw with every block in the race, row by row in plain float64."""
-
-    def clocks_of(state: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return el.exponential_clocks(state, ids).log()
-
-    tails = []
-    for row, count, state in zip(logits, counts.tolist(), states, strict=True):
-        x = row.double()
-        top = el.top_k_ids(row.unsqueeze(0), 100)[0]
-        arrivals = torch.full_like(x, math.inf)
-        arrivals[top[count:]] = clocks_of(state, top[count:]) - x[top[count:]]
-        x[top] = -math.inf
-        for block, ids in enumerate(torch.arange(x.numel()).split(64)):
-            ids = ids[x[ids] > -math.inf]
-            if ids.numel():
-                start = clocks_of(state, torch.tensor([2**32 + block])) - x[ids].logsumexp(0)
-                clocks = clocks_of(state, ids) - x[ids]
-                later = clocks + (-torch.expm1(clocks.min() - clocks)).log()
-                arrivals[ids] = torch.logaddexp(start, later)
-        tails.append(arrivals.argsort()[:m].tolist())
-    return tails
-
-
-@pytest.mark.parametrize("case", ["flat", "minus_infinity", "trained_bfloat16"])
-def test_blocks_left_out_of_the_race_never_hold_a_winner(case: str) -> None:
-    logits = CASES[case]()
-    got = extract(logits)
-    rows = torch.arange(logits.shape[0])
-    states = el.row_states(rows // 7, rows % 7 + 1, seed=42)
-    assert got.sampled_ids.tolist() == race_all_blocks(logits, got.top_counts, states, 24)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_what_a_cpu_gives(logits: torch.Tensor) -> None:

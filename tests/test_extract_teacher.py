@@ -175,26 +175,20 @@ def test_the_head_of_a_low_precision_model_is_not_rounded(family: str, dtype: to
 
 
 @pytest.mark.parametrize("rows", [5, extract_logits.CAST_ROWS + 7])
-def test_the_product_by_casting_is_that_of_float64(rows: int) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_product_by_casting_is_that_of_float64(device: str, rows: int) -> None:
+    """And a GPU multiplies 16 bits into float32."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 64, generator=draw).bfloat16()
-    weight = torch.randn(rows, 64, generator=draw).bfloat16()
-    bias = torch.randn(rows, generator=draw).bfloat16()
+    hidden, weight, bias = (
+        torch.randn(shape, generator=draw).bfloat16().to(device)
+        for shape in ((3, 64), (rows, 64), (rows,))
+    )
     expected = hidden.double() @ weight.double().T + bias.double()
     got = float32_product(hidden, weight, bias)
     assert got.dtype == torch.float32
     assert float((got - expected).abs().max()) < 2e-5  # sums near 30 in float32
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_multiplies_bfloat16_into_float32() -> None:
-    device = torch.device("cuda")
-    hidden = torch.randn(64, 256, device=device).bfloat16()
-    weight = torch.randn(1000, 256, device=device).bfloat16()
-    expected = hidden.double() @ weight.double().T
-    assert extract_logits.multiplies_into_float32(device, torch.bfloat16)
-    assert float((float32_product(hidden, weight, None) - expected).abs().max()) < 1e-3
 
 
 def test_padding_rows_of_the_vocabulary_never_come_back() -> None:
