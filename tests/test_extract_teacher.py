@@ -188,7 +188,8 @@ def test_the_product_by_casting_is_that_of_float64(device: str, rows: int) -> No
     expected = hidden.double() @ weight.double().T + bias.double()
     got = float32_product(hidden, weight, bias)
     assert got.dtype == torch.float32
-    assert float((got - expected).abs().max()) < 2e-5  # sums near 30 in float32
+    near = {"cpu": 2e-5, "cuda": 1e-3}[device]  # of sums near 30
+    assert float((got - expected).abs().max()) < near
 
 
 def test_padding_rows_of_the_vocabulary_never_come_back() -> None:
