@@ -68,8 +68,11 @@ def chats() -> list[dict[str, Any]]:
     return [json.loads(line) for line in CHATS.read_text(encoding="utf-8").splitlines()]
 
 
+Write = Callable[[list[Any]], Path]
+
+
 @pytest.fixture
-def write_chats(tmp_path: Path) -> Callable[[list[Any]], Path]:
+def write_chats(tmp_path: Path) -> Write:
     """Write rows to a .jsonl file; a str goes in as it is."""
 
     def write(rows: list[Any]) -> Path:
@@ -141,6 +144,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_TOKEN", server.token)
         yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Output:
+    """An output in ./out, which is not there yet."""
+    return Output(tmp_path / "out")
 
 
 @pytest.fixture(params=["folder", "hub"])

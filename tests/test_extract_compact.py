@@ -8,25 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
 
 import extract_logits
-from extract_logits import (
-    ConfigError,
-    ExtractedTokens,
-    ExtractionConfig,
-    extract_tokens,
-    parse_args,
-)
-
-REQUIRED = {"model": "m", "dataset": "d", "output": "./o"}
+from extract_logits import ConfigError, ExtractedTokens, extract_tokens, parse_args
 
 
-def compact(logits: torch.Tensor, min_p: float, *, seed: int = 7, **how: Any) -> ExtractedTokens:
-    """Extract compact rows of conversations 0, 1, …"""
-    index = torch.arange(logits.shape[0])
-    sizes = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24}
-    return extract_tokens(logits, index, index + 3, seed=seed, min_p=min_p, **sizes, **how)
+def compact(logits: torch.Tensor, min_p: float, **how: Any) -> ExtractedTokens:
+    """Extract compact rows of conversations `first`, `first` + 1, …"""
+    index = torch.arange(logits.shape[0]) + how.pop("first", 0)
+    usual = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24, "seed": 7}
+    return extract_tokens(logits, index, index + 3, min_p=min_p, **usual | how)
 
 
 def points(tokens: ExtractedTokens, row: int) -> list[int]:
@@ -41,16 +32,18 @@ def chances(logits: torch.Tensor) -> np.ndarray:
     return weights / weights.sum()
 
 
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 SHAPES = {
-    "peaked": lambda v: torch.randn(v, generator=torch.Generator().manual_seed(1)) * 8,
-    "natural": lambda v: torch.randn(v, generator=torch.Generator().manual_seed(2)) * 3,
+    "peaked": lambda v: normal(1, v) * 8,
+    "natural": lambda v: normal(2, v) * 3,
     "flat": lambda v: torch.linspace(0, 0.01, v),
     "one for all": lambda v: torch.where(torch.arange(v) == 1, 0.0, -math.inf),
     "a rest of 1e-12": lambda v: torch.where(torch.arange(v) == 1, 30.0, 2.0),
     "ties": lambda v: (torch.arange(v) % 5).float() * 2,
-    "bfloat16": lambda v: (
-        torch.randn(v, generator=torch.Generator().manual_seed(3)) * 4
-    ).bfloat16(),
+    "bfloat16": lambda v: (normal(3, v) * 4).bfloat16(),
     "1e-30": lambda v: torch.where(torch.arange(v) % 7 == 1, 0.0, -69.0),
 }
 
@@ -110,40 +103,17 @@ def test_every_token_is_hit_as_often_as_its_probability_says(
     assert np.all(hits[~tail] == 0)
 
 
-def test_points_of_a_large_vocabulary_have_the_law() -> None:
-    """Chi-squared over 20 groups of tokens by probability; false alarms once in 1e6 (seed 7).
-
-    Points of a row exclude each other, so the statistic is conservative.
-    """
-    vocab, rows, min_p = 151_936, 400, 0.02
-    generator = torch.Generator().manual_seed(5)
-    row = torch.randn(vocab, generator=generator) * 2.5
-    row[:30] += 9
-    tokens = compact(row.expand(rows, -1), min_p)
-    p = chances(row)
-    tail = np.where(p < min_p, p, 0)
-    drawn = np.concatenate([points(tokens, n) for n in range(rows)])
-    order = np.random.default_rng(3).permutation(vocab)
-    groups = np.empty(vocab, int)
-    groups[order] = np.minimum((np.cumsum(tail[order]) / tail.sum() * 20).astype(int), 19)
-    seen = np.bincount(groups[drawn], minlength=20)
-    wanted = np.bincount(groups, weights=tail, minlength=20) / tail.sum() * drawn.size
-    assert ((seen - wanted) ** 2 / wanted).sum() < chi2.isf(1e-6, 19)
-
-
 def test_numbers_depend_on_seed_conversation_and_position_alone() -> None:
-    logits = torch.randn(6, 900, generator=torch.Generator().manual_seed(4))
+    logits = normal(4, 6, 900)
     whole, other = compact(logits, 0.01), compact(logits, 0.01, seed=8)
-    index = torch.arange(6)
-    sizes: dict[str, Any] = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24, "min_p": 0.01}
-    alone = extract_tokens(logits[4:5], index[4:5], index[4:5] + 3, seed=7, **sizes)
+    alone = compact(logits[4:5], 0.01, first=4)
     assert points(alone, 0) == points(whole, 4) != points(other, 4)
 
 
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_mean_nothing_are_not_usable(bad: float, reference: bool) -> None:
-    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(6))
+    logits = normal(6, 3, 200)
     logits[1, 150] = bad
     logits[2] = -math.inf
     tokens = compact(logits, 0.01, reference=reference)
@@ -151,12 +121,10 @@ def test_logits_that_mean_nothing_are_not_usable(bad: float, reference: bool) ->
     assert tokens.sampled_counts[1:].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("option", ["top_p", "top_p_max", "sampled_n"])
+@pytest.mark.parametrize("option", ["--top-p 0.98", "--top-p-max 1", "--sampled-n 24"])
 def test_options_of_the_other_rows_are_refused_beside_it(option: str) -> None:
-    with pytest.raises(ConfigError, match="--min-p alone says what is kept"):
-        ExtractionConfig(**REQUIRED, min_p=0.01, **{option: 1})
-    default = str(getattr(ExtractionConfig(**REQUIRED), option))
+    """Their defaults, too."""
     command = ["--model", "m", "--dataset", "d", "--output", "./o", "--min-p", "0.01"]
     with pytest.raises(ConfigError, match="--min-p alone says what is kept"):
-        parse_args([*command, "--" + option.replace("_", "-"), default])
+        parse_args([*command, *option.split()])
     assert parse_args(command).min_p == 0.01

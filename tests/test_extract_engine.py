@@ -40,9 +40,9 @@ class StandIn:
 
     def __init__(self, model: Any) -> None:
         self.model, self.calls = model, []
-        sizes = SimpleNamespace(max_model_len=256, quantization=None)
         config = SimpleNamespace(
-            model_config=sizes, cache_config=SimpleNamespace(cache_dtype="auto")
+            model_config=SimpleNamespace(max_model_len=256, quantization=None),
+            cache_config=SimpleNamespace(cache_dtype="auto"),
         )
         self.llm_engine = SimpleNamespace(vllm_config=config)
 
@@ -81,7 +81,7 @@ def engine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return stand_in
 
 
-@pytest.mark.parametrize("family", ["llama", "llama, tied", "gemma2", "cohere", "granite", "gpt2"])
+@pytest.mark.parametrize("family", ["llama, tied", "gemma2", "cohere", "granite", "gpt2"])
 def test_the_head_apart_is_that_of_the_whole_model(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     whole = Teacher(tiny_model(family))
@@ -95,9 +95,6 @@ def test_the_head_apart_is_that_of_the_whole_model(family: str, tmp_path: Path) 
     apart.layout = ""
     same = apart._head_logits(states, apart._outputs)
     assert torch.equal(same, whole._head_logits(states, outputs))
-    assert sum(p.numel() for p in head.parameters()) < sum(
-        p.numel() for p in whole.model.parameters()
-    )
 
 
 def test_conversations_go_in_windows_and_nothing_after_the_last_wanted_token(
@@ -120,12 +117,9 @@ def test_conversations_go_in_windows_and_nothing_after_the_last_wanted_token(
 
 @pytest.mark.parametrize(
     ("states", "message"),
-    [
-        (lambda s: s * 1.5, "do not fit the head"),
-        (lambda s: s[:-1], "states of"),
-        (lambda s: torch.cat([s, s])[: len(s)].roll(1, 0), "do not fit the head"),
-    ],
-)
+    [(lambda s: s * 1.5, "do not fit the head"), (lambda s: s.roll(1, 0), "do not fit the head"),
+     (lambda s: s[:-1], "states of")],
+)  # fmt: skip
 def test_states_that_do_not_fit_the_head_are_refused(
     states: Any, message: str, engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +139,7 @@ def test_layers_that_see_later_tokens_are_refused(
         load_teacher(configure(saved))
 
 
-def test_vllm_that_fails_or_is_not_there_is_one_line(
+def test_vllm_that_fails_is_one_line(
     engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(arguments: dict[str, Any]) -> None:
@@ -154,9 +148,6 @@ def test_vllm_that_fails_or_is_not_there_is_one_line(
     monkeypatch.setattr(extract_logits, "start_vllm", fail)
     with pytest.raises(TeacherError, match=r"^--model .*vLLM RuntimeError: no room .*$"):
         load_teacher(configure(saved))
-    monkeypatch.setattr(extract_logits.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TeacherError, match=r"the extra vllm \(pip install -e '\.\[vllm\]'\)"):
-        load_model_config(configure(saved))
 
 
 @pytest.mark.parametrize(
@@ -180,31 +171,14 @@ def test_a_family_that_was_not_compared_needs_a_word(
     load_model_config(configure(tmp_path, **{**asked, **remedy}))
 
 
-def edit_weights(saved: Path, **changes: torch.Tensor) -> None:
-    """Change tensors of a checkpoint; `__` stands for a dot."""
-    path = saved / "model.safetensors"
-    changed = {name.replace("__", "."): tensor for name, tensor in changes.items()}
-    save_file({**load_file(path), **changed}, path, {"format": "pt"})
-
-
 @pytest.mark.parametrize("leaf", ["qweight", "weight_scale", "weight"])
 def test_a_quantized_head_is_refused(leaf: str, engine: StandIn, saved: Path) -> None:
     low = torch.ones(96, 32).to(torch.float8_e4m3fn)
-    edit_weights(saved, **{f"lm_head__{leaf}": low if leaf == "weight" else torch.ones(96, 1)})
+    weights = load_file(saved / "model.safetensors")
+    weights[f"lm_head.{leaf}"] = low if leaf == "weight" else torch.ones(96, 1)
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(TeacherError, match="the head is quantized"):
         load_teacher(configure(saved))
-
-
-def test_quantized_layers_are_vllms_and_leave_the_head_as_it_is(
-    engine: StandIn, saved: Path
-) -> None:
-    layer, low = "model__layers__0__mlp__up_proj__", torch.ones(48, 32).to(torch.float8_e4m3fn)
-    edit_weights(saved, **{f"{layer}weight_scale_inv": torch.ones(1, 1), f"{layer}weight": low})
-    described = json.loads((saved / "config.json").read_text())
-    described["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (saved / "config.json").write_text(json.dumps(described))
-    config = configure(saved)
-    load_head(config, load_model_config(config), CPU)
 
 
 def test_the_families_that_are_let_in_are_those_of_the_table() -> None:

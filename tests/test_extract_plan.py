@@ -1,197 +1,115 @@
-"""`--plan` of `extract_logits.py`: what a run would read, store and take; nothing is written."""
+"""`--plan` and `--verify-mask` of `extract_logits.py`: what a run would do, before it does."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import io
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import CHATS, TEACHER, chat
+from conftest import CHATS, TEACHER, Extract, Write, chat
 
-import compute_lengths
 import extract_logits
 from extract_logits import (
-    Batch,
-    DataError,
+    ConfigError,
     ExtractionConfig,
-    StopRequested,
-    TeacherError,
+    Job,
+    confirm_masks,
     open_job,
     plan_extraction,
     sample_job,
 )
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, str]:
-    """A random teacher of 300 tokens and 400 short conversations."""
-    folder = tmp_path_factory.mktemp("small")
-    sizes = np.random.default_rng(2).lognormal(3, 0.8, 400).astype(int).clip(1, 300).tolist()
-    lines = [json.dumps({"messages": chat("x" * size), "size": size + 40}) for size in sizes]
-    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
-    return {"model": str(model), "dataset": str(folder / "chats.jsonl")}
-
-
 @pytest.fixture
-def make(small: dict[str, str]) -> Callable[..., ExtractionConfig]:
-    def configure(**options: Any) -> ExtractionConfig:
-        return ExtractionConfig(**{**small, "output": "./out", "plan": True, **options})
-
-    return configure
-
-
-@pytest.fixture
-def plan(make: Callable[..., ExtractionConfig]) -> Callable[..., dict[str, Any]]:
-    return lambda **options: plan_extraction(open_job(make(**options)))
+def make_job(model: Path, write_chats: Write) -> Callable[..., Job]:
+    """Open jobs of a random teacher of 300 tokens and 400 short conversations."""
+    sizes = np.random.default_rng(2).lognormal(3, 0.8, 400).astype(int).clip(1, 300)
+    source = write_chats([{"messages": chat("x" * size)} for size in sizes])
+    files = {"model": str(model), "dataset": str(source), "output": "./out"}
+    return lambda **options: open_job(ExtractionConfig(**files, plan=True, **options))
 
 
-def test_a_plan_foretells_the_run_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    argv = ["--model", str(TEACHER), "--dataset", str(CHATS), "--output", "./out"]
-    argv += ["--limit", "12", "--upload-every", "5", "--max-batch-tokens", "1024"]
-    assert extract_logits.main([*argv, "--plan"]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
-    foretold = json.loads(lines[-1])
-    assert list((tmp_path / "here").iterdir()) == []
-
-    assert extract_logits.main(argv) == 0
-    stored = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+def test_a_plan_foretells_the_run_and_writes_nothing(extract: Extract, tmp_path: Path) -> None:
+    job = {"model": TEACHER, "dataset": CHATS, "upload_every": 5, "max_batch_tokens": 1024}
+    planned = extract(**job, limit=12, plan=True)
+    assert list(tmp_path.iterdir()) == []
+    foretold, stored = planned.summary, extract(**job, limit=12).summary
     assert foretold["rows"] == stored["rows"] == 12
     assert foretold["stored_tokens"] == stored["tokens"]
     assert foretold["shards"] == stored["shards"] == 3
     assert foretold["commits"] == 4
     assert foretold["bytes"] == pytest.approx(stored["bytes"], rel=0.05)
     assert foretold["output"] == "./out"
-    table = "\n".join(lines[:-1])
-    for word in ("rows", "stored tokens", "bytes on disk", "shards", "commits", "hours"):
-        assert word in table
-    assert f"{foretold['stored_tokens']:,}" in table
-    assert extract_logits.main([*argv, "--plan"]) == 0  # it does not look at the output
-
-
-def test_lengths_a_stream_and_measuring_give_the_same_sample(
-    make: Callable[..., ExtractionConfig], small: dict[str, str]
-) -> None:
-    config = compute_lengths.LengthsConfig(**small, num_proc=1, output_dir="lengths")
-    compute_lengths.compute_lengths(config)
-    options: list[dict[str, Any]] = [
-        {}, {"streaming": True}, {"tokenized_dataset": "lengths/lengths.parquet"},
-    ]  # fmt: skip
-    figures = []
-    for given in options:
-        sample = sample_job(open_job(make(limit=40, **given)), lambda: False)
-        assert (sample.selected, sample.measured) == (40, 40)
-        figures.append([sample.rows, sample.tokens, sample.stored_tokens])
-    assert figures[0] == figures[1] == figures[2]
+    for word in ("bytes on disk", "hours", f"{foretold['stored_tokens']:,}"):
+        assert word in planned.stdout
+    assert extract(**job, limit=12, plan=True).code == 0  # it does not look at the output
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_sample_stands_for_a_large_job(
-    streaming: bool, make: Callable[..., ExtractionConfig], monkeypatch: pytest.MonkeyPatch
+    streaming: bool, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """100 of 400 rows; the sample is fixed by the ids, so the deviation never flickers."""
-    exact = sample_job(open_job(make()), lambda: False)
+    exact = sample_job(make_job(), lambda: False)
     monkeypatch.setattr(extract_logits, "PLAN_ROWS", 100)
-    job = open_job(make(streaming=streaming))
-    sample = sample_job(job, lambda: False)
+    sample, again = (sample_job(make_job(streaming=s), lambda: False) for s in (streaming, False))
     assert (sample.selected, sample.measured) == (400, 100)
-    again = sample_job(open_job(make()), lambda: False)
-    ids = [row.index for row in sample.encoded]
-    assert sorted(ids) == [row.index for row in again.encoded]
-    planned = plan_extraction(job)
-    assert planned["rows"] == exact.rows
-    assert planned["measured_rows"] == 100
+    ids, others = ({row.index for row in found.encoded} for found in (sample, again))
+    assert ids == others
+    planned = plan_extraction(make_job(streaming=streaming))
+    assert (planned["rows"], planned["measured_rows"]) == (exact.rows, 100)
     assert planned["tokens"] == pytest.approx(exact.tokens, rel=0.2)
 
 
-def test_skipped_conversations_are_foretold_by_reason(
-    plan: Callable[..., dict[str, Any]], write_chats: Callable[[list[Any]], Path]
-) -> None:
-    rows = [{"messages": chat("x" * n)} for n in range(1, 11)]
-    rows[2]["messages"] = rows[2]["messages"][:1]
-    rows[5]["messages"] = []
-    planned = plan(dataset=str(write_chats(rows)))
-    assert planned["rows"] == 8
-    assert planned["skipped"] == {"empty": 1, "no_assistant": 1}
-
-
-def test_a_column_of_lengths_is_believed_and_the_sample_says_how_much_is_stored(
-    plan: Callable[..., dict[str, Any]],
-) -> None:
-    measured, planned = plan(limit=12), plan(limit=12, length_col="size")
-    assert planned["rows"] == 12
-    assert planned["tokens"] != measured["tokens"]
-    share = measured["stored_tokens"] / measured["tokens"]
-    assert planned["stored_tokens"] / planned["tokens"] == pytest.approx(share, rel=0.02)
-
-
-def test_shards_are_counted_by_the_rows_of_a_part(plan: Callable[..., dict[str, Any]]) -> None:
-    assert plan(upload_every=100)["shards"] == 4
-    assert plan(upload_every=133)["shards"] == 4
-    sized = plan(upload_size_mb=0.1)
-    assert 4 < sized["shards"] < 400
-    assert plan(upload_every=100, plan_tokens=1e9)["shards"] > 1000
-
-
-def test_several_workers_share_the_hours_of_the_whole_job(
-    plan: Callable[..., dict[str, Any]],
-) -> None:
-    planned = plan(limit=40, plan_rate=10.0, rank=3, world_size=4)
+def test_several_workers_share_the_hours_of_the_whole_job(make_job: Callable[..., Job]) -> None:
+    planned = plan_extraction(make_job(limit=40, plan_rate=10.0, rank=3, world_size=4))
     assert planned["rows"] == 40
     assert planned["hours"] == pytest.approx(planned["stored_tokens"] / 36_000, rel=0.01)
     assert planned["hours_each"] == pytest.approx(planned["hours"] / 4, rel=0.01)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_one_without_usable_logits_refused(
-    plan: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    real, most = extract_logits.Extraction.forward, 700
-
-    def small_device(run: extract_logits.Extraction, batch: Batch) -> Any:
-        if len(batch.rows) * max(row.input_ids.size for row in batch.rows) > most:
-            raise torch.OutOfMemoryError("out of memory")
-        host = real(run, batch).to_host()
-        host.usable[:] = most == 700
-        return SimpleNamespace(to_host=lambda: host)
-
-    monkeypatch.setattr(extract_logits.Extraction, "forward", small_device)
-    assert plan(limit=20, max_batch_tokens=1400)["rows"] == 20
-    assert "going on with half of that" in caplog.text
-    most = 1400
-    with pytest.raises(TeacherError, match="no usable logits"):
-        plan(limit=4)
+# --verify-mask ------------------------------------------------------------------------------------
 
 
-def test_nothing_to_extract_is_refused_before_the_teacher_is_loaded(
-    plan: Callable[..., dict[str, Any]],
-    write_chats: Callable[[list[Any]], Path],
-    monkeypatch: pytest.MonkeyPatch,
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def job(tmp_path: Path, model: Path, write_chats: Write) -> Job:
+    """Six conversations, of which the first two cannot be used."""
+    chats = [[], chat("")[:1], *(chat(f"ANSWER-{n}") for n in range(2, 6))]
+    source = write_chats([{"messages": messages} for messages in chats])
+    files = {"model": model, "dataset": source, "output": tmp_path / "out"}
+    options = {name: str(path) for name, path in {**files, "cache_dir": tmp_path / "cache"}.items()}
+    return open_job(ExtractionConfig(**options, verify_mask=True))
+
+
+def test_the_first_usable_conversations_are_shown(
+    job: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def never(*_: Any, **__: Any) -> Iterator[Any]:
-        raise AssertionError("the teacher was loaded")
-
-    monkeypatch.setattr(extract_logits, "load_teacher", never)
-    rows = [{"messages": [{"role": "user", "content": "anyone?"}]}] * 3
-    for streaming in (False, True):
-        with pytest.raises(DataError, match="nothing to extract: skipped 3 no_assistant"):
-            plan(dataset=str(write_chats(rows)), streaming=streaming)
+    assert confirm_masks(job)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [f"ANSWER-{n}" in err for n in range(2, 6)] == [True, True, True, False]
+    assert "[Y/n]" not in err
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_plan_stops_at_a_signal(streaming: bool, make: Callable[..., ExtractionConfig]) -> None:
-    job = open_job(make(limit=10, streaming=streaming))
-    with pytest.raises(StopRequested):
-        plan_extraction(job, should_stop=lambda: True)
+@pytest.mark.parametrize(
+    ("answer", "goes_on"), [("\n", True), ("YES\n", True), ("n\n", False), ("", False)]
+)
+def test_on_a_terminal_the_answer_decides(
+    job: Job, answer: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal(2 * answer))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert confirm_masks(job) == goes_on
+    if not goes_on:  # and it leaves nothing behind
+        with pytest.raises(ConfigError, match="--verify-mask"):
+            extract_logits.run_extraction(job.config)
+        assert not {"out", "cache"} & set(os.listdir(tmp_path))

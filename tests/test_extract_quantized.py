@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHATS, TEACHER
+from conftest import TEACHER, extract_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from explore_logits import iter_samples, load_logit_dataset
-from extract_logits import ExtractionConfig, load_teacher, main
+from extract_logits import ExtractionConfig, load_teacher
 
 pytest.importorskip("torchao", reason="torchao quantizes the teacher")
 VOCAB = 5_000  # entries of the tokenizer; the rows beyond are padding
@@ -43,10 +43,7 @@ def own_logsumexp(folder: Path, input_ids: list[int], positions: list[int]) -> n
 def test_the_logits_are_those_of_the_quantized_teacher_and_the_numerics_say_so(
     quantized: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "logits"
-    words = ["--model", quantized, "--limit", 3, "--dataset", CHATS, "--index-col", "id"]
-    words += ["--store-tokens", "--cache-dir", tmp_path / "cache", "--output", output]
-    assert main([str(word) for word in words]) == 0
+    output = extract_chats(tmp_path, "--model", quantized, "--limit", 3, "--store-tokens")
     config = ExtractionConfig(model=str(quantized), dataset="d.jsonl", output="./o")
     numerics = load_teacher(config).numerics
     assert numerics["quantization"]["quant_method"] == "torchao"
