@@ -315,3 +315,101 @@ def test_an_adapter_without_peft_names_it_and_beside_a_whole_model_it_is_refused
     )
     assert f"is an adapter of {base}: pip install peft" in refusal(lora)
     assert "has an adapter beside a whole model" in refusal(base)
+
+
+def test_experts_that_flip_in_low_precision_are_no_foresight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where neighbours change a row by rounding, all rows change so: none has seen its future."""
+    real = Teacher._probe
+    draw = torch.Generator().manual_seed(0)
+
+    def noisy(self: Any, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [x + 0.02 * torch.randn(x.shape, generator=draw) for x in real(self, rows)]
+
+    model = tiny_model("mixtral").to(torch.bfloat16)
+    monkeypatch.setattr(Teacher, "_probe", noisy)
+    assert Teacher(model).layout == "padded"
+
+
+def test_float8_with_the_scales_that_its_configuration_names_is_read(tmp_path: Path) -> None:
+    """Transformers multiplies it out on a CPU, and the numerics say that it did."""
+
+    def in_blocks(weights: Weights) -> None:
+        for name in [name for name in weights if name.endswith("proj.weight")]:
+            rows, columns = weights[name].shape
+            blocks = weights[name].reshape(rows // 16, 16, columns // 16, 16)
+            scale = blocks.abs().amax((1, 3)) / 448
+            low = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            weights[name] = low.reshape(rows, columns)
+            weights[f"{name}_scale_inv"] = scale
+
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    folder = save(tmp_path, tiny_model("llama"), in_blocks, quantization_config=settings)
+    try:
+        teacher = load_teacher(configure(folder, dtype="float32"))
+    except TeacherError as error:
+        if "'NoneType' object has no attribute 'get'" in str(error):
+            pytest.skip("this version of transformers fails to")
+        raise
+    assert (teacher.numerics["weights"], teacher.numerics["quantization"]) == ("float32", None)
+    plain = tiny_model("llama").model.layers[0].mlp.up_proj.weight.detach()
+    read = teacher.model.model.layers[0].mlp.up_proj.weight.detach()
+    assert 0 < float((read - plain).abs().max()) < 0.07 * float(plain.abs().max())
+    assert largest_difference(teacher) <= TOLERANCE
+
+
+class OnMps(torch.Tensor):
+    """A CPU tensor that says it is elsewhere, and mixes with tensors there only."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("mps")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+        if any(type(x) is torch.Tensor for x in flat):
+            raise RuntimeError("Expected all tensors on one device")
+        with torch._C.DisableTorchFunctionSubclass():
+            got = function(*args, **(kwargs or {}))
+        if not isinstance(got, torch.Tensor):
+            return got
+        name = getattr(function, "__name__", "")
+        leaves = name == "cpu" or (name == "to" and str(args[1]) == "cpu")
+        return got.as_subclass(torch.Tensor if leaves else cls)
+
+
+def test_a_head_on_another_device_than_the_last_layer_multiplies_there() -> None:
+    """A tied head stays with the embedding, on the first GPU; the last norm is on another."""
+    hidden, weight = torch.randn(3, 8), torch.randn(20, 8)
+    far = hidden.as_subclass(OnMps)
+    with pytest.raises(RuntimeError, match="one device"):
+        torch.nn.functional.linear(far, weight)
+    got = extract_logits.float32_product(far, weight, None)
+    assert type(got) is torch.Tensor
+    assert torch.equal(got, hidden @ weight.T)
+
+
+def test_logits_on_mps_are_extracted_on_the_cpu_with_the_actual_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return tensor.as_subclass(OnMps) if device.type == "mps" else tensor
+
+    monkeypatch.setattr(extract_logits, "send", send)
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    rows = [extract_logits.EncodedRow(4, np.arange(7, dtype=np.int32), np.arange(1, 7))]
+    options = {"top_p": 0.9, "top_p_max": 20, "sampled_n": 5, "seed": 1}
+    near, far = (
+        extract_logits.gpu_process_batch(
+            SimpleNamespace(iter_logits=lambda *_, kind=kind: (
+                chunk.as_subclass(kind) for chunk in logits.split(4))),
+            extract_logits.Batch(rows), **options,
+        ).to_host()
+        for kind in (torch.Tensor, OnMps)
+    )  # fmt: skip
+    for name, value in vars(near).items():
+        np.testing.assert_array_equal(value, getattr(far, name), err_msg=name)

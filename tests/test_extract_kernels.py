@@ -82,3 +82,38 @@ def test_the_kernel_gives_what_plain_torch_gives(tmp_path: Path) -> None:
 def test_a_kernel_that_differs_is_not_used_and_it_is_said_once(tmp_path: Path) -> None:
     _, said = run_with_triton(REFUSED, tmp_path, "1")
     assert said.count("logits are read by plain torch, slower: no kernel") == 1
+
+
+COMPILED = """
+import extract_logits as el
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton.language
+el.tl = triton.language
+kernel = triton.jit(el.weigh_kernel)
+for arch, dtypes in {80: ["fp32"], 90: ["fp32", "bf16"], 100: ["fp16"]}.items():
+    for dtype in dtypes:
+        types = {"logits": "*" + dtype, "row_stride": "i32", "maxima": "*fp32", "sums": "*fp32"}
+        types |= {"vocab": "i32", "count": "i32", "GROUP": "constexpr"}
+        made = triton.compile(
+            ASTSource(
+                kernel,
+                types,
+                constexprs={"GROUP": 32},
+                attrs={(i,): [["tt.divisibility", 16]] for i in range(5)},
+            ),
+            target=GPUTarget("cuda", arch, 32),
+        )
+        loads = [line for line in made.asm["ptx"].splitlines() if "ld.global" in line]
+        assert loads and all(".v4." in line for line in loads), loads
+        print(arch, dtype)
+"""
+
+
+@NO_TRITON
+def test_the_kernel_compiles_for_cards_that_are_not_here_and_reads_16_bytes_at_a_time(
+    tmp_path: Path,
+) -> None:
+    lines, _ = run_with_triton(COMPILED, tmp_path, "0")
+    assert len(lines) == 4

@@ -522,3 +522,60 @@ def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
     assert done.code == 0, done.stderr
     loaded = f"['train'] {list(range(20))} {SCHEMA.names}"
     assert done.stdout.splitlines()[-2:] == ["0 True", loaded]
+
+
+def test_a_damaged_part_without_a_checkpoint_is_written_again(
+    place: Output, tmp_path: Path
+) -> None:
+    run_uploader(place, tmp_path / "cache", 20)
+    place.write("data/part-00001.parquet", place.read("data/part-00001.parquet")[:-50])
+    place.delete("checkpoint.json")
+    run_uploader(place, tmp_path / "cache", 20)
+    assert place.rows() == stored(range(20))
+
+
+def test_a_worker_that_starts_late_is_not_taken_for_a_second_job(
+    place: Output, tmp_path: Path
+) -> None:
+    run_workers(place, tmp_path / "cache", 2, resume=False)
+    assert place.rows() == stored(range(20))
+    assert {"checkpoint-w00.json", "checkpoint-w01.json"} <= place.files()
+    assert "| conversations | 20 |" in place.read("README.md").decode()
+    for options in ({"rank": 1, "world_size": 2}, {"rank": 0, "world_size": 1}):
+        with pytest.raises(ConfigError, match="--resume"):
+            open_uploader(place, tmp_path / "late", **options, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "text"),
+    [("GET .*/tree/", "[1, 2]"), (f"GET /api/datasets/{REPO}", "<html>sign in</html>"),
+     ("preupload/", "<html>sign in</html>"), ("preupload/", "[1, 2]"), ("commit/", "[1, 2]")],
+)  # fmt: skip
+def test_answers_that_make_no_sense_end_in_one_line(
+    request_line: str, text: str, hub: LoopbackHub, extract: Extract, write_chats: Write
+) -> None:
+    write_chats(rows_of(6))
+    hub.fault(request_line, text=text, count=10**6)
+    done = extract(output=REPO, upload_every=4, resume=True)
+    assert "Traceback" not in done.stderr
+    assert done.code in (0, 2, 4)  # 0 where nobody needs the answer
+    hub.clear()
+    assert extract(output=REPO, upload_every=4, resume=True).code == 0
+    assert Output(REPO, hub).ids() == list(range(6))
+
+
+def test_names_from_strangers_stay_names_on_the_card(place: Output, tmp_path: Path) -> None:
+    run_uploader(place, tmp_path / "first", 10)
+    card = place.read("README.md").decode()
+    lines = [line for line in card.splitlines() if line.startswith("<!--")]
+    evil = "\n".join(["x", "# Title", *lines, "<img src=//evil>", "| a | b |", "```", "---"])
+    sizes = []
+    for rows in (10, 20, 30):
+        options = {"settings": {"dataset": evil, "model": evil}}
+        run_uploader(Output(f"{place.name}-2", place.hub), tmp_path / "cache", rows, **options)
+        card = Output(f"{place.name}-2", place.hub).read("README.md").decode()
+        body = card.split("\n---\n", 1)[1]
+        assert "<img" not in body
+        assert "\n# Title" not in card
+        sizes.append(len(card))
+    assert max(sizes) - min(sizes) < 60  # figures, not the card again

@@ -7,13 +7,15 @@ import errno
 import json
 import os
 import random
+import resource
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import Extract, Write, chat, rows_of
 from outputs import Output, digest_ids, fill, finish, open_uploader, run_uploader
+from processes import Child
 from shard_rows import SETTINGS, make_row, make_rows, stored
 
 from extract_logits import ConfigError, HubError
@@ -412,3 +414,66 @@ def test_figures_of_the_card_are_those_of_the_rows(place: Output, tmp_path: Path
     assert f"| nuclei of the largest size allowed | {share:.2%} |" in card
     assert "| probability covered by the nucleus | 0.9900 on average |" in card
     assert "| probability of the actual token | 0.5000 on average |" in card
+
+
+def test_a_lower_limit_takes_nothing_away(
+    extract: Extract, write_chats: Write, folder: Output
+) -> None:
+    write_chats(rows_of(20))
+    assert extract(limit=14, upload_every=4).code == 0
+    before = folder.hashes()
+    done = extract(limit=6, upload_every=4, resume=True)
+    assert done.code in (0, 2)
+    assert folder.hashes() == before
+    assert "Traceback" not in done.stderr
+
+
+def test_workers_that_share_a_cache_leave_each_others_files_alone(
+    place: Output, tmp_path: Path
+) -> None:
+    """A task that starts late, as the third of three on two places, finds parts of the others."""
+    workers = [
+        open_uploader(place, tmp_path / "cache", rank=rank, world_size=2) for rank in range(2)
+    ]
+    for rank, uploader in enumerate(workers):
+        for number in (rank, rank + 2):
+            uploader.begin_part(number, range(10 * number, 10 * number + 10))
+        uploader.add_sample(make_rows(range(10 * rank, 10 * rank + 10)))  # whole, not delivered
+        uploader.add_sample(make_rows(range(10 * rank + 20, 10 * rank + 25)))
+    workers[0].shutdown()
+    before = cached(tmp_path)
+    late = open_uploader(place, tmp_path / "cache", rank=0, world_size=2)
+    late.load_pending_into_buffer()
+    assert fill(late, 0, range(10)) == []
+    assert fill(late, 2, range(20, 30)) == list(range(25, 30))
+    finish(late)
+    assert set(cached(tmp_path)) >= {name for name in before if "-00001" in name}
+    fill(workers[1], 3, range(30, 40))
+    finish(workers[1])
+    assert place.rows() == stored(range(40))
+    assert cached(tmp_path) == []
+
+
+def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
+    folder: Output, tmp_path: Path
+) -> None:
+    def work(output: IO[str], limit: int) -> None:
+        uploader = open_uploader(folder, tmp_path / "cache")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            for number in range(3):
+                fill(uploader, number, range(10 * number, 10 * number + 10))
+            finish(uploader)
+        except HubError as error:
+            output.write(str(error))
+        with contextlib.suppress(HubError):
+            uploader.shutdown()
+
+    for limit in (3000, 12_000):  # less than a pending file, and less than a part
+        code, said = Child(lambda output, limit=limit: work(output, limit)).finish()
+        assert code == 0, said
+        assert "File too large" in said
+        assert "make room" in said
+        assert "\n" not in said
+    assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
+    assert folder.rows() == stored(range(30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,13 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
     rows = Output("out").rows().values()
     assert {tokenizer.decode(row["input_ids"])[:11] for row in rows} == {"09 May 2030"}
     assert explore_logits.main(["out", "--sample", "0-3"]) == 0
+
+
+@pytest.mark.parametrize("way", ["stream", "table", "text"])
+def test_half_a_surrogate_pair_is_skipped_however_it_is_read(
+    way: str, extract: Extract, write_chats: Write
+) -> None:
+    chats = chat("yes"), chat("yo \udc00", "hi \ud800")
+    write_chats([{"messages": json.dumps(each) if way == "text" else each} for each in chats])
+    done = extract(streaming=way == "stream")
+    assert (done.code, done.summary["skipped"]) == (0, {"malformed": 1}), done.stderr

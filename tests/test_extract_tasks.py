@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,3 +249,25 @@ def test_a_signal_stops_the_group_and_the_job_can_be_resumed(tmp_path: Path) -> 
     again = run_process(group_command(*options), env=ALONE)
     assert again.code == 0, again.stderr
     assert len(Output(tmp_path / "out").rows()) == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("sinfo"), reason="no Slurm here")
+def test_tasks_on_slurm_store_every_row_once(tmp_path: Path) -> None:
+    needs("datatrove")
+    up = subprocess.run(["sinfo", "-h", "-t", "idle"], capture_output=True, text=True, timeout=20)
+    if not up.stdout.split():
+        pytest.skip(f"Slurm has no idle node: {up.stdout}{up.stderr}")
+    options = {"partition": up.stdout.split()[0].rstrip("*"), "time": "00:10:00"}
+    options |= {"gpus_per_task": 0, "cpus_per_task": 1, "mem_per_cpu_gb": 1}  # type: ignore[dict-item]
+    job = ["--executor", "slurm", "--tasks", 2, "--executor-options", json.dumps(options)]
+    done = run_tasks(tmp_path, *job)
+    assert done.code == 0, done.stderr
+    assert done.summary["tasks_submitted"] == 2
+    end = time.monotonic() + 240
+    logs = Path(done.summary["logs"])
+    while len(list(logs.glob("completions/*"))) < 2 and time.monotonic() < end:
+        time.sleep(1)
+    ids = Output(tmp_path / "out").ids()
+    out = "".join(path.read_text() for path in logs.glob("slurm_logs/*"))
+    assert len(set(ids)) == len(ids) == 12, out

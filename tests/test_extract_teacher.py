@@ -333,3 +333,24 @@ def test_the_table_in_the_documentation_is_that_of_this_code() -> None:
     if f"transformers {transformers.__version__}, November" in page.read_text():
         rows = {family: measured(family) for family in documented}
         assert documented == {name: [row.layout, row.attention] for name, row in rows.items()}
+
+
+def test_a_head_that_cannot_be_run_apart_falls_back_to_the_plain_forward() -> None:
+    teacher = Teacher(InseparableQwen2(tiny_model("qwen2").config))
+    assert (teacher.head, teacher.layout) == ("forward", "single")
+    assert largest_difference(teacher) <= TOLERANCE
+    low = Teacher(InseparableQwen2(tiny_model("qwen2").config).to(torch.bfloat16))
+    (logits,) = low.iter_logits(*conversations((20,)))
+    assert not torch.equal(logits, logits.bfloat16().float())  # not rounded by the head
+
+
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [("qwen2", 300), ("gpt2", 300), ("mpt", 256), ("bloom", None), ("mamba2", None)],
+)
+def test_the_longest_conversation_is_read_from_the_configuration(
+    family: str, positions: int | None
+) -> None:
+    """BLOOM's linear biases and a recurrent state have no last position."""
+    named = {"max_position_embeddings": positions if family in ("qwen2", "gpt2") else None}
+    assert extract_logits.max_positions(tiny_model(family, **named).config) == positions
