@@ -102,7 +102,7 @@ bench: .venv/.done
 bench-io: .venv/.done
 	$(PY) tests/tools/bench_decode.py
 	$(PY) tests/tools/bench_upload.py
-	$(PY) tests/tools/bench_loader.py
+	$(PY) tests/tools/bench_decode.py --loader
 	$(PY) tests/tools/bench_loss.py
 
 # make oracle  every row of the embedded conversations against the slow second extractor (5 minutes)

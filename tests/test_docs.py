@@ -39,7 +39,7 @@ NOT_RUN = {
     r"python tests/tools/real_teacher\.py.*": "minutes; tests/test_real_teacher.py runs its parts",
     r"python docs/examples/quantized_student\.py.*": "a minute; tests/test_explore_training.py",
     r"python tests/tools/bench_\w+\.py.*": "minutes of both cores: make bench",
-    r"python tests/tools/(chaos|scale_table|resume_cost)\.py.*": "minutes; their tests run parts",
+    r"python tests/tools/(chaos|scale_table)\.py.*": "minutes; their tests run parts",
     r"python tests/(tools/frontier|sparse_batches)\.py.*": "minutes; their tests run parts",
     r"python docs/option_table\.py": "would write the README; its functions are tested below",
     r"python .*(OUTPUT|FOLDER).*": "stands for an output of the reader's",

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -30,9 +29,9 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,16 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\
 ESCAPES = "\x1b[31mred\x07\x9b2J\u202e"
 DEEP = "[" * 20_000 + "]" * 20_000
 EXTRACT, LENGTHS, EXPLORE = "extract_logits.py", "compute_lengths.py", "explore_logits.py"
+READ: dict[str, Any] = {"model": TEACHER, "dataset": CHATS}
+USUAL: dict[str, dict[str, Any]] = {
+    EXTRACT: {**READ, "output": "./out", "cache_dir": "cache", "limit": 2},
+    LENGTHS: {**READ, "output_dir": "lengths", "num_proc": 1},
+}
+PARTS = {"limit": 4, "upload_every": 2, "store_tokens": True}  # of the output that is continued
 
 Words = Sequence[object]
 Process = subprocess.Popen[bytes]
+Preparing = Callable[["World"], Words]  # makes a world and returns the options of the run
 
 
 def show(text: str, width: int) -> str:
@@ -81,12 +87,13 @@ class World:
         self.before: list[int] | None = None  # all ids, where nothing may change
         self.rows: set[int] | None = {0, 1}  # ids that a complete run stores; None: of no interest
         self.argv: Words = ()
+        self.open = contextlib.ExitStack()  # what ends with this world
         folder.mkdir()
 
     @cached_property
     def hub(self) -> LoopbackHub:
         """A Hub of its own, in place of the real one."""
-        hub = LoopbackHub(self.folder / "hub").__enter__()
+        hub = self.open.enter_context(LoopbackHub(self.folder / "hub"))
         hub.tokens = {TOKEN: "tester"}
         self.env |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
         return hub
@@ -124,68 +131,53 @@ class World:
         """Put a folder onto the Hub."""
         store, entries = self.hub.store, {}
         for path in filter(Path.is_file, folder.rglob("*")):
-            data = path.read_bytes()
-            entry = store.put_blob(data)
-            if path.suffix in (".parquet", ".safetensors"):
-                entry = replace(entry, size=len(data), lfs=hashlib.sha256(data).hexdigest())
-                store.put_lfs(entry.lfs, data)
-            entries[path.relative_to(folder).as_posix()] = entry
+            large = path.suffix in (".parquet", ".safetensors")
+            put = store.put_lfs if large else store.put_blob
+            entries[path.relative_to(folder).as_posix()] = put(path.read_bytes())
         store.commit(store.create(kind, REPO, private=False)[0], "Publish", entries, [])
 
     def fault(self, match: str, **how: Any) -> None:
         """Let requests meet a fault, all that match where nothing else is said."""
         self.hub.fault(match, **{"count": 10**9, **how})
 
-    def start(self, script: str, *words: object, **options: Any) -> list[object]:
-        """Return options of an extraction into ./out, or of a measurement of lengths."""
-        usual: dict[str, Any] = {"model": TEACHER, "dataset": CHATS}
-        if script == EXTRACT:
-            usual |= {"output": "./out", "cache_dir": "cache", "limit": 2}
-        else:
-            usual |= {"output_dir": "lengths", "num_proc": 1}
-        if minutes := options.get("max_runtime_minutes"):  # a busy machine starts slowly
-            options["max_runtime_minutes"] = minutes * self.slack
-        return [*words, *name_options({**usual, **options})]
+    def start(self, script: str, *words: object, **options: Any) -> Words:
+        """Return options of a run: two conversations into ./out, or their lengths, or these words.
 
-    def extract(self, *words: object, **options: Any) -> list[object]:
-        """Return options of an extraction: two conversations into ./out."""
+        Keywords are options, `x=True` a bare one, None one that is left out.
+        """
+        usual = {**USUAL[script], **options} if script in USUAL else {}
+        if minutes := usual.get("max_runtime_minutes"):  # a busy machine starts slowly
+            usual["max_runtime_minutes"] = minutes * self.slack
+        found = list(words)
+        for name, value in usual.items():
+            if value is not None:
+                found += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
+        return found
+
+    def extract(self, *words: object, **options: Any) -> Words:
+        """Return options of an extraction."""
         return self.start(EXTRACT, *words, **options)
 
-    def resume(self, **options: Any) -> list[object]:
+    def resume(self, **options: Any) -> Words:
         """Return options that continue the output of `output`."""
-        usual = {"limit": 4, "upload_every": 2, "store_tokens": True, "resume": True}
-        return self.extract(**{**usual, **options})
-
-    def close(self) -> None:
-        """End the Hub."""
-        if self.has_hub:
-            self.hub.__exit__()
+        return self.extract(**{**PARTS, "resume": True, **options})
 
     def stored(self) -> list[int]:
         """Return the ids of all rows of the output, twice where they are there twice."""
-        words = list(map(str, self.argv))
+        words, found = list(map(str, self.argv)), list[int]()
         name = words[words.index("--output") + 1] if "--output" in words else "./out"
-        if not name.startswith(".") and not self.has_hub:
+        if name.startswith("."):
+            place = Output(self.folder / name)
+        elif self.has_hub:
+            place = Output(name, self.hub)
+        else:
             return []
-        local = name.startswith(".")
-        place = Output(self.folder / name) if local else Output(name, self.hub)
-        found: list[int] = []
         with contextlib.suppress(OSError):  # a name that is none
             for path in filter(PART.fullmatch, sorted(place.files())):
                 with contextlib.suppress(OSError, pa.ArrowException, KeyError):  # attacked itself
                     table = pq.read_table(pa.BufferReader(place.read(path)), columns=["index"])
                     found += table["index"].to_pylist()
         return found
-
-
-def name_options(options: Mapping[str, Any]) -> list[object]:
-    """Return keywords as options, `x=True` a bare one, None and False one that is left out."""
-    words: list[object] = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words.append("--" + name.replace("_", "-"))
-            words += [] if value is True else [value]
-    return words
 
 
 # Attacks ------------------------------------------------------------------------------------------
@@ -197,7 +189,7 @@ class Attack:
 
     name: str
     script: str
-    prepare: Callable[[World], Words]  # makes the world and returns the options of the run
+    prepare: Preparing
     exits: tuple[int, ...] = (2,)
     says: str = ""  # a pattern that is found in the last line on stderr
     during: Callable[[World, Process], None] | None = None  # acts while the process runs
@@ -211,12 +203,12 @@ class Attack:
 ATTACKS: list[Attack] = []
 
 
-def add(name: str, script: str, prepare: Callable[[World], Words], **how: Any) -> None:
+def add(name: str, script: str, prepare: Preparing, **how: Any) -> None:
     """Enter an attack in the register."""
     ATTACKS.append(Attack(name, script, prepare, **how))
 
 
-def attack(name: str, script: str, **how: Any) -> Callable[[Callable[[World], Words]], Any]:
+def attack(name: str, script: str, **how: Any) -> Callable[[Preparing], None]:
     """Enter a function that prepares a world in the register."""
     return lambda prepare: add(name, script, prepare, **how)
 
@@ -229,7 +221,7 @@ def maker(prepare: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
 @maker
 def start(world: World, script: str, *words: object, **options: Any) -> Words:
     """Start one of the scripts with options like these, on a Hub of its own."""
-    return world.hub and (words if script == EXPLORE else world.start(script, *words, **options))
+    return world.hub and world.start(script, *words, **options)
 
 
 @maker
@@ -240,13 +232,11 @@ def meet(world: World, script: str, match: str, fault: Any, *words: Any, **optio
     if match == OUTPUT_REQUESTS["listing"]:  # asks what is there already
         world.hub.store.create("dataset", REPO, private=False)
     world.fault(match, **fault)
-    return start(script, *words, **options)(world)
+    return world.start(script, *words, **options)
 
 
 @maker
-def from_hub(
-    world: World, script: str, request: str, *, deadline: float = 0.6, **fault: Any
-) -> Words:
+def from_hub(world: World, script: str, request: str, deadline: float = 0.6, **fault: Any) -> Words:
     """Read or continue an output on a Hub on which a request meets a fault."""
     world.publish(world.output())
     world.fault(request, **fault)
@@ -310,8 +300,8 @@ ECHO = f"Authorization: Bearer {' '.join(SECRETS)}\r\n{ESCAPES}"
 SILENCE = {"latency": 600.0}
 STOPPED = {"exits": (143,), "during": stop_when_met}
 RESUMABLE = {"exits": (4, 75), "resumes": True}
-MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request, fault, end
-    # of an extraction into a repository of its own, with a deadline in minutes
+MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # request, fault and deadline, end of an extraction into a repository of its own
     **{f"the Hub never answers: {step}; SIGTERM": (
         request, SILENCE, {**STOPPED, "resumes": True})
        for step, request in OUTPUT_REQUESTS.items()},
@@ -342,15 +332,15 @@ MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request
        for status in (400, 401, 403, 404)},
     **{f"HTTP 403 echoes the token: {step}": (
         OUTPUT_REQUESTS[step],
-        {"status": 403, "message": ECHO, "deadline": 0.5 if step == "LFS upload" else None},
-        {"exits": (4, 75), "resumes": step == "commit"})
-       for step in ("create", "preupload", "LFS batch", "LFS upload", "commit")},
+        {"status": 403, "message": ECHO, "deadline": 0.5}, {"exits": (4, 75)})
+       for step in ("create", "preupload", "LFS batch", "LFS upload")},
+    "HTTP 403 echoes the token: commit": (
+        "POST .*/commit/", {"status": 403, "message": ECHO}, {"exits": (4, 75), "resumes": True}),
 }  # fmt: skip
-for name, (line, fault, how) in MET_BY_NEW.items():
-    minutes = fault.get("deadline")
-    fault = {field: value for field, value in fault.items() if field != "deadline"}
-    add(name, EXTRACT,
-        meet(EXTRACT, line, fault, output=REPO, max_runtime_minutes=minutes), **how)  # fmt: skip
+for name, (request, fault, how) in MET_BY_NEW.items():
+    minutes = fault.pop("deadline", None)
+    met = meet(EXTRACT, request, fault, output=REPO, max_runtime_minutes=minutes)
+    add(name, EXTRACT, met, **how)
 
 
 @attack("the commit's answer is lost and then nothing answers", EXTRACT, resumes=True, **STOPPED)
@@ -365,13 +355,12 @@ for script in (EXTRACT, LENGTHS):
         add(f"the Hub of the {kind} never answers; SIGTERM", script,
             meet(script, "", SILENCE, **{kind: "tester/thing"}),
             short=kind == "model", **STOPPED)  # fmt: skip
-for name, match, minutes, how in (
-    ("the Hub of the model never answers; deadline", "", 0.3, {"exits": (2, 4, 75), "seconds": 40}),
-    ("the weights of the model never come; SIGTERM", "safetensors", None, STOPPED),
-    ("the weights of the model never come; deadline", "safetensors", 0.3, {"exits": (75,)}),
-):
-    add(name, EXTRACT,
-        meet(EXTRACT, match, SILENCE, model=REPO, max_runtime_minutes=minutes), **how)  # fmt: skip
+add("the Hub of the model never answers; deadline", EXTRACT,
+    meet(EXTRACT, "", SILENCE, model=REPO, max_runtime_minutes=0.3), exits=(2, 4, 75),
+    seconds=40)  # fmt: skip
+for ending, minutes, how in (("SIGTERM", None, STOPPED), ("deadline", 0.3, {"exits": (75,)})):
+    met = meet(EXTRACT, "safetensors", SILENCE, model=REPO, max_runtime_minutes=minutes)
+    add(f"the weights of the model never come; {ending}", EXTRACT, met, **how)
 add("the Hub never answers", EXPLORE, meet(EXPLORE, "", SILENCE, REPO), seconds=200,
     says="logits")  # fmt: skip
 
@@ -380,8 +369,7 @@ add("the Hub never answers", EXPLORE, meet(EXPLORE, "", SILENCE, REPO), seconds=
 
 OWN = (TEACHER / "chat_template.jinja").read_text()
 TEMPLATES = {
-    "loops for ever": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
-    "{% endfor %}",
+    "loops for ever": "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2,
     "a billion blanks by %": "{{ '%1000000000d' % 1 }}",
     "a billion blanks by format": "{{ '{:>9999999999}'.format(1) }}",
     "a long string": "{{ 'a' * 10**11 }}",
@@ -428,7 +416,6 @@ add("a template of the output that loops for ever", EXPLORE,
 SOURCES: dict[str, tuple[list[Any], dict[str, Any], int]] = {  # rows, options, exit
     "JSON 20,000 deep": (['{"messages": ' + DEEP + "}", CHAT], {}, 2),
     "JSON 20,000 deep, a stream": (['{"messages": ' + DEEP + "}", CHAT], {"streaming": True}, 2),
-    "JSON 5,000 deep": (['{"messages": ' + "[" * 5000 + "]" * 5000 + "}", CHAT], {}, 2),
     "objects 5,000 deep": (['{"a": ' * 5000 + "1" + "}" * 5000, CHAT], {}, 2),
     "deep JSON as text in a cell": ([{"messages": "[" * 100_000}, CHAT], {}, 0),
     "roles with escape codes": (
@@ -521,12 +508,10 @@ CHECKPOINTS: dict[str, bytes | int] = {  # an int: a hole of that size
     "200,000 brackets": b"[" * 200_000,
     "nothing": b"",
     "null": b"null",
-    "a list": b"[1]",
     "parts of wrong types": b'{"format_version": 1, "job": 3, "parts": 7, "skipped": []}',
     "a version of 5,000 digits": b'{"format_version": ' + b"9" * 5000 + b"}",
     "no UTF-8": b"\xff\xfe" * 50,
     "escape codes": b'{"job": "' + ESCAPES.encode() + b'"}',
-    "a number of 6,000 digits": b'{"parts": {"number": [' + b"9" * 6000 + b"]}}",
     "60 MB of objects": b'{"parts": [' + b"{}," * 20_000_000 + b"{}]}",
     "3 GB": 3 * 2**30,
 }
@@ -593,7 +578,6 @@ for kind, content in {
 
 CARDS: dict[str, bytes | int] = {
     "YAML 50,000 deep": b"---\na: " + b"[" * 50_000 + b"\n---\n",
-    "YAML 3,000 deep": b"---\na: " + b"[" * 3000 + b"]" * 3000 + b"\n---\n",
     "YAML of aliases": b"---\n" + b"\n".join(
         b"a%d: &a%d [%s]" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9 if n else [b"1"] * 9))
         for n in range(12)) + b"\n---\n",
@@ -633,7 +617,6 @@ FOOTERS: dict[str, Callable[[bytes], bytes]] = {
     "announces a footer of 4 GB": lambda data: data[:-8] + b"\xff\xff\xff\xffPAR1",
     "has a footer of noise": lambda data: data[:-300] + b"\x9b" * 292 + data[-8:],
     "says brackets of itself": with_metadata(b"[" * 200_000),
-    "says a list of itself": with_metadata(b"[1]"),
     "says null of itself": with_metadata(b"null"),
     "says a number of 5,000 digits": with_metadata(b'{"number": ' + b"9" * 5000 + b"}"),
     "says skipped rows of wrong types": with_metadata(b'{"number": 0, "skipped": 5}'),
@@ -848,8 +831,8 @@ def with_token(world: World, script: str, ending: str) -> Words:
 
 ENDINGS = {"a line's end": "\nX", "an umlaut": "äX", "an escape code": "\x1b[31m"}
 for kind, ending in ENDINGS.items():
-    add(f"the token has {kind}", EXTRACT, with_token(EXTRACT, ending), exits=(2, 4))
-    add(f"the token has {kind}", EXPLORE, with_token(EXPLORE, ending))
+    for script, exits in ((EXTRACT, (2, 4)), (EXPLORE, (2,))):
+        add(f"the token has {kind}", script, with_token(script, ending), exits=exits)
 
 
 @attack("the Hub's client logs everything", EXTRACT, exits=(0,))
@@ -901,8 +884,7 @@ class Ended:
     @property
     def last_line(self) -> str:
         """What it said in the end."""
-        lines = [line for line in re.split("[\r\n]+", self.stderr) if line.strip()]
-        return lines[-1] if lines else ""
+        return ["", *filter(str.strip, re.split("[\r\n]+", self.stderr))][-1]
 
 
 @dataclass
@@ -982,7 +964,7 @@ def find_lacking(ended: Ended) -> set[str]:
     if ended.code in (None, 2, -signal.SIGKILL):
         return set()
     with contextlib.suppress(ValueError):
-        last = json.loads((ended.stdout.splitlines() or ["{}"])[-1])
+        last = json.loads(["{}", *ended.stdout.splitlines()][-1])
         return set() if "plan" in last else SUMMARY - last.keys()
     return SUMMARY
 
@@ -1018,8 +1000,7 @@ def find_secret(world: World, said: str) -> str:
 def make_output(folder: Path) -> Path:
     """Extract conversations 0..3 in two parts, in peace."""
     world = World(folder / "ready", folder / "none")
-    words = world.extract(limit=4, upload_every=2, store_tokens=True)
-    ended = run(world, EXTRACT, words, 300.0)
+    ended = run(world, EXTRACT, world.extract(**PARTS), 300.0)
     assert ended.code == 0, ended.stderr
     return world.folder / "out"
 
@@ -1027,7 +1008,7 @@ def make_output(folder: Path) -> Path:
 def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) -> Verdict:
     """Run an attack, and a calm run after it where it says so."""
     world = World(folder, ready, slack)
-    try:
+    with world.open:
         world.argv = attack.prepare(world)
         world.before = None if attack.script == EXTRACT else world.stored()
         limit_s = max(KILLED_AFTER_S, attack.seconds) * slack
@@ -1043,8 +1024,6 @@ def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) ->
                 wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
             wrong += judge_rows(world, calm.code)
         return Verdict(attack, ended, wrong)
-    finally:
-        world.close()
 
 
 def resume_calmly(world: World) -> Ended:

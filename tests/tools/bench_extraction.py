@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench import machine, peak_bytes, print_head, print_row
+from bench import machine, peak_bytes, print_head, print_row, run_apart
 
 import extract_logits as el
 
@@ -145,14 +143,8 @@ def best_times(logits: torch.Tensor) -> dict[str, float]:
     return time_in_turn(works, 3, time.perf_counter) | time_in_turn(more, 15, time.perf_counter)
 
 
-def peak_memory_bytes(name: str) -> int:
-    """Return what a method adds to the peak memory of a fresh process that holds the logits."""
-    command = [sys.executable, __file__, "--peak-memory", name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def print_own_peak(name: str) -> None:
-    """Print by how many bytes one call raises this process's peak memory."""
+    """Print by how many bytes one call raises the peak of a fresh process that holds the logits."""
     logits = make_logits("trained")
     METHODS["extraction"](logits[:2])  # the libraries' own buffers
     before = peak_bytes()
@@ -163,7 +155,7 @@ def print_own_peak(name: str) -> None:
 def compare_methods() -> dict[str, Any]:
     """Print and return what each method takes, its multiple of the extraction's and its peak."""
     times = {shape: best_times(make_logits(shape)) for shape in SHAPES}
-    peaks = {name: peak_memory_bytes(name) for name in METHODS}
+    peaks = {name: run_apart(__file__, "--peak-memory", name) for name in METHODS}
     print(f"\n{ROWS} rows × {VOCAB:,} float32, top_p {TOP_P}, K {K}, M {M}\n")
     print_head("method", "trained rows, ms", "×", "extra peak MB", "flat rows, ms", "×")
     for name, peak in peaks.items():

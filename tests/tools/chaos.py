@@ -134,8 +134,7 @@ class Ledger:
                 path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in paths
             }
-        state = ask_hub(self.endpoint, "/_ctl/state")["repos"].get(f"datasets/{output}")
-        files = state["files"] if state else {}
+        files = ask_hub(self.endpoint, "/_ctl/state")["files"].get(output, {})
         return {path: found for path, found in files.items() if path.startswith("data/")}
 
     def learn(self, folder: str) -> dict[str, str]:

@@ -17,14 +17,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import CHATS, TEACHER, print_head, print_row
+from bench import TEACHER, print_head, print_row
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -32,8 +31,9 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
-from conftest import load_example, run_script
+from conftest import extract_chats, load_example
 from datasets import load_from_disk
+from processes import run_process
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -55,15 +55,6 @@ QUIET: dict[str, Any] = {
 }  # fmt: skip
 
 Found = tuple[str, float, float | None]  # what is run, its loss, the right one; None: an estimate
-
-
-def extract(folder: Path, limit: int) -> Path:
-    """Extract some conversations of the embedded teacher."""
-    options = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", limit]
-    options += ["--store-tokens", "--cache-dir", folder / "cache", "--output", folder / "logits"]
-    done = run_script("extract_logits.py", *options)
-    assert done.code == 0, done.stderr
-    return folder / "logits"
 
 
 def load_teacher() -> Any:
@@ -191,37 +182,31 @@ def train_distillkit(rows: Path, missing: str, exported: Path) -> float:
     compressor = yaml.safe_load((exported / "compression_config.yaml").read_text())
     kl = {"function": "kl", "weight": 1.0, "temperature": 1.0}
     config = {
-        "model": str(TEACHER),
-        "model_kwargs": {"dtype": "float32"},
-        "use_flash_attention": False,
-        "output_path": str(rows.parent / "kit-student"),
-        "sequence_length": 256,
+        "model": str(TEACHER), "model_kwargs": {"dtype": "float32"}, "use_flash_attention": False,
+        "output_path": str(rows.parent / "kit-student"), "sequence_length": 256,
         "dataset": {"train_dataset": {"disk_path": str(rows)}, "prepacked": True},
         "teacher": {"kind": "dataset", "logprob_compressor": compressor},
         "loss_functions": [{**kl, "missing_probability_handling": missing}],
         "training_args": {**QUIET, "per_device_train_batch_size": 32},
-    }
+    }  # fmt: skip
     file = rows.parent / "kit.yaml"
     file.write_text(yaml.safe_dump(config))
-    (loss,) = re.findall(
-        r"distillation_loss/1_kl': '?([\d.e-]+|nan|inf)", start("distillkit.main", file)
-    )
+    said = start("distillkit.main", file)
+    (loss,) = re.findall(r"distillation_loss/1_kl': '?([\d.e-]+|nan|inf)", said)
     return float(loss)
 
 
 def start(module: str, *words: object) -> str:
     """Run a module's command and return what it prints."""
-    command = [sys.executable, "-m", module, *map(str, words)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = run_process([sys.executable, "-m", module, *words], timeout_s=1800)
+    assert done.code == 0, done.stderr
+    return done.stdout
 
 
-CLIENTS: list[tuple[str, str, Callable[[Path, Path], Iterator[Found]]]] = [
-    ("PyTorch", "torch", run_plain),
-    ("transformers", "transformers", run_transformers),
-    ("TRL", "trl", run_trl),
-    ("axolotl", "axolotl", run_axolotl),
-    ("DistillKit", "distillkit", run_distillkit),
-]
+CLIENTS: dict[str, Callable[[Path, Path], Iterator[Found]]] = {
+    "PyTorch": run_plain, "transformers": run_transformers, "TRL": run_trl, "axolotl": run_axolotl,
+    "DistillKit": run_distillkit,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -231,8 +216,9 @@ def main() -> int:
     args = parser.parse_args()
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as scratch:
-        output = extract(Path(scratch), args.limit)
-        for client, module, run in CLIENTS:
+        output = extract_chats(Path(scratch), "--limit", args.limit, "--store-tokens")
+        for client, run in CLIENTS.items():
+            module = {"PyTorch": "torch"}.get(client, client.lower())
             if importlib.util.find_spec(module) is None:
                 rows.append((client, "not installed, not run", "", "", ""))
                 continue
