@@ -408,9 +408,11 @@ def tail_uniforms(
     x: np.ndarray, order: np.ndarray, nucleus: list[int], drawn: list[int], rng: np.random.Generator
 ) -> list[float]:
     """Return one number per draw, independent and uniform exactly when the law is right."""
-    tail = order[~np.isin(order, nucleus)]  # likeliest first
-    ranks = [[int(np.flatnonzero(tail == token_id)[0]) for token_id in drawn]]
-    return uniforms_afresh(x[tail], np.array(ranks, np.int64), rng)[0].tolist()
+    outside, rank = np.ones(len(order), bool), np.zeros(len(order), np.int64)
+    outside[nucleus] = False
+    tail = order[outside[order]]  # likeliest first
+    rank[tail] = np.arange(len(tail))
+    return uniforms_afresh(x[tail], rank[None, drawn], rng)[0].tolist()
 
 
 def tail_p_value(uniforms: list[list[float]]) -> float:

@@ -78,21 +78,15 @@ def exact_block(
     there = np.arange(found.top_ids.shape[1]) < counts[:, None]
     nothing, zeros = np.zeros(0, np.uint16), np.zeros(count, np.float32)
     logsumexp = found.logsumexp.numpy()
-    parts = [
-        ExactEntries(
-            to_starts(sizes), ids.astype(np.int32), nothing, zeros, zeros, logsumexp,
-            exact=logits.astype(np.float64),
-        )
-        for sizes, ids, logits in (
-            (counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there]),
-            (
-                np.full(count, sampled_n),
-                found.sampled_ids.numpy().reshape(-1),
-                found.sampled_logits.numpy().reshape(-1),
-            ),
-        )
-    ]  # fmt: skip
-    return TokenBlock(np.arange(count), np.array([0, count]), parts[0], parts[1])
+
+    def entries(counts: np.ndarray, ids: np.ndarray, logits: np.ndarray) -> ExactEntries:
+        plain = (to_starts(counts), ids.astype(np.int32), nothing, zeros, zeros, logsumexp)
+        return ExactEntries(*plain, exact=logits.astype(np.float64))
+
+    top = entries(counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there])
+    drawn = (found.sampled_ids.numpy().reshape(-1), found.sampled_logits.numpy().reshape(-1))
+    tail = entries(np.full(count, sampled_n), *drawn)
+    return TokenBlock(np.arange(count), np.array([0, count]), top, tail)
 
 
 def quantized_block(exact: TokenBlock, *, bits: int) -> TokenBlock:

@@ -103,9 +103,7 @@ def make_large_cases(trials: int = 4_000) -> list[Case]:
         ("exp(-700), large", vanishing, 1, 24, 0.5),
         ("exp(-760) after ordinary ones, large", ordinary, 1, 24, 0.5),
     ]
-    cases = as_cases(rows, rng, trials)
-    in_blocks = Case("uneven blocks", float32_row(uneven), 3, 24, trials)
-    return [*cases, in_blocks]
+    return [*as_cases(rows, rng, trials), Case("uneven blocks", float32_row(uneven), 3, 24, trials)]
 
 
 def as_cases(
@@ -213,15 +211,13 @@ def ranks_of(case: Case, drawn: np.ndarray) -> np.ndarray:
     rank = np.full(len(case.log_probs), -1)
     rank[ids] = np.arange(len(ids))
     wanted = (case.trials, case.sampled_n)
-    if drawn.shape != wanted:
-        raise LawViolation(f"{case.name}: drew {drawn.shape}, not {wanted}")
-    if drawn.min() < 0 or drawn.max() >= len(rank):
-        raise LawViolation(f"{case.name}: ids from {drawn.min()} to {drawn.max()}")
+    if drawn.shape != wanted or drawn.min() < 0 or drawn.max() >= len(rank):
+        said = f"drew {drawn.shape} ids from {drawn.min()} to {drawn.max()}, not {wanted}"
+        raise LawViolation(f"{case.name}: {said}")
     ranks = rank[drawn]
     if (ranks < 0).any():
         raise LawViolation(f"{case.name}: drew a token of the nucleus")
-    ordered = np.sort(ranks, axis=1)
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
+    if (np.diff(np.sort(ranks, axis=1)) == 0).any():
         raise LawViolation(f"{case.name}: drew a token twice")
     return ranks
 

@@ -21,17 +21,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from chat_shapes import (
-    SHAPES,
-    TOOLS,
-    calls,
-    result,
-    says,
-    stock,
-    template_names,
-    tools_of,
-    user,
-)
+from chat_shapes import SHAPES, TOOLS, calls, result, says, stock, template_names, tools_of, user
 from template_reference import assistant_spans, extracted_tokens
 
 from explore_logits import (
@@ -61,14 +51,10 @@ def try_shape(name: str, shape: str) -> Outcome:
         return Outcome("refused", error.reason == "refused_by_template", str(error))
     spans = assistant_spans(name, encoded.text)
     offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)
-    expected = extracted_tokens(spans, offsets["offset_mapping"])
-    found, wanted = (
-        tokenizer.decode(encoded.input_ids[at].tolist())
-        for at in (encoded.token_positions, expected)
-    )
-    detail = f"found    {found!r}\nexpected {wanted!r}\nin       {encoded.text!r}"
-    right = encoded.token_positions.tolist() == expected
-    return Outcome(encoded.way, right, detail, encoded)
+    expected, found = extracted_tokens(spans, offsets["offset_mapping"]), encoded.token_positions
+    said, wanted = (tokenizer.decode(encoded.input_ids[at].tolist()) for at in (found, expected))
+    detail = f"found    {said!r}\nexpected {wanted!r}\nin       {encoded.text!r}"
+    return Outcome(encoded.way, found.tolist() == expected, detail, encoded)
 
 
 def table_row(name: str, outcomes: dict[str, Outcome]) -> str:
@@ -120,11 +106,8 @@ def main() -> int:
             total[outcome.way if outcome.right else "wrong"] += 1
             if not outcome.right:
                 print(f"{name}, {shape}: {outcome.way}\n{outcome.detail}", file=sys.stderr)
-    took = {
-        "plain": milliseconds("llama3_1"),
-        "reasoning": milliseconds("qwen3", reasoning=True),
-        "gpt-oss tools": milliseconds("gptoss", tools=True),
-    }
+    took = {"plain": milliseconds("llama3_1"), "reasoning": milliseconds("qwen3", reasoning=True),
+            "gpt-oss tools": milliseconds("gptoss", tools=True)}  # fmt: skip
     counts = {"templates": len(template_names()), "shapes": len(SHAPES), **total}
     print(json.dumps({**counts, "milliseconds": took}))
     return int(total["wrong"] > 0)

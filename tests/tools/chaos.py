@@ -76,7 +76,8 @@ def serve_hub(folder: Path) -> Iterator[str]:
 def ask_hub(endpoint: str, path: str, content: Any = None) -> Any:
     """Send a request to the loopback Hub, past the faults."""
     data = None if content is None else json.dumps(content).encode()
-    with urllib.request.urlopen(urllib.request.Request(endpoint + path, data)) as answer:
+    request = urllib.request.Request(endpoint + path, data)
+    with urllib.request.urlopen(request, timeout=HANGS_S) as answer:
         return json.loads(answer.read())
 
 

@@ -79,15 +79,15 @@ class Table:
             *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24),
             *("--upload-every", 3, "--max-batch-size", 1, "--output", output, "--resume"),
         ]
-        children = []
-        for rank, count, _, delay_s in workers:
+        runs = []
+        for one in workers:
             own = ("--cache-dir", self.folder / "caches" / f"{next(self.caches)}")
-            argv = [*words, *own, "--rank", rank, "--world-size", count]
-            children.append(start(self.script, self.folder, argv, delay_s))
-        both = list(zip(workers, children, strict=True))
-        send_signals((w.kill_after_s, signal.SIGKILL, run) for w, run in both if w.kill_after_s)
-        codes = [run.wait() for run in children]
-        stored = {one[:2] for one, code in zip(workers, codes, strict=True) if code == 0}
+            argv = [*words, *own, "--rank", one.rank, "--world-size", one.world_size]
+            runs.append((one, start(self.script, self.folder, argv, one.delay_s)))
+        send_signals((one.kill_after_s, signal.SIGKILL, run) for one, run in runs
+                     if one.kill_after_s)  # fmt: skip
+        codes = [run.wait() for _, run in runs]
+        stored = {one[:2] for one, run in runs if run.wait() == 0}
         counts = {one.world_size for one in workers}
         return codes, any({(rank, n) for rank in range(n)} <= stored for n in counts)
 
