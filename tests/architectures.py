@@ -251,7 +251,6 @@ def markdown(head: str, rows: Iterable[Iterable[Any]], missing: str) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows in Markdown."""
     head = "architecture|padded|with a mask|later tokens|chosen|attention|max difference|head"
     return markdown(head, (list(asdict(row).values())[:-1] for row in rows), "refused")
 
@@ -353,7 +352,6 @@ def measure_engine(family: str) -> EngineRow:
 
 
 def engine_table(rows: list[EngineRow]) -> str:
-    """Return the rows in Markdown."""
     head = "architecture|max difference, float32|KL, bfloat16|KL of transformers, bfloat16"
     return markdown(head, (list(asdict(row).values())[:-1] for row in rows), "—")
 

@@ -21,31 +21,20 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from explore_logits import (  # noqa: E402 - run as a script, from anywhere
-    DIVERGENCES,
-    TAILS,
-    Entries,
-    TokenBlock,
-    collate_logits,
-    distillation_loss,
-    quantize_logits,
-    sparse_teacher,
-    to_starts,
-)
+import explore_logits as ex  # noqa: E402 - run as a script, from anywhere
 from extract_logits import extract_tokens  # noqa: E402
 
 ROWS = ("peaked", "natural", "flat")
 
 
 @dataclass(frozen=True, eq=False)
-class ExactEntries(Entries):
+class ExactEntries(ex.Entries):
     """Entries whose logits were never quantized."""
 
     exact: np.ndarray = None  # type: ignore[assignment]
 
     @property
     def logits(self) -> np.ndarray:  # type: ignore[override]
-        """Return the logits, flattened."""
         return self.exact
 
 
@@ -68,7 +57,7 @@ def student_row(teacher: Tensor, *, noise: float = 1.0, seed: int = 1) -> Tensor
 
 def exact_block(
     logits: Tensor, *, top_p: float = 0.98, top_p_max: int = 100, sampled_n: int = 24, seed: int = 0
-) -> TokenBlock:
+) -> ex.TokenBlock:
     """Extract (N, V) logits, row i under index i."""
     count = logits.shape[0]
     place = torch.arange(count), torch.ones(count, dtype=torch.int64)
@@ -80,25 +69,25 @@ def exact_block(
     logsumexp = found.logsumexp.numpy()
 
     def entries(counts: np.ndarray, ids: np.ndarray, logits: np.ndarray) -> ExactEntries:
-        plain = (to_starts(counts), ids.astype(np.int32), nothing, zeros, zeros, logsumexp)
+        plain = (ex.to_starts(counts), ids.astype(np.int32), nothing, zeros, zeros, logsumexp)
         return ExactEntries(*plain, exact=logits.astype(np.float64))
 
     top = entries(counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there])
     drawn = (found.sampled_ids.numpy().reshape(-1), found.sampled_logits.numpy().reshape(-1))
     tail = entries(np.full(count, sampled_n), *drawn)
-    return TokenBlock(np.arange(count), np.array([0, count]), top, tail)
+    return ex.TokenBlock(np.arange(count), np.array([0, count]), top, tail)
 
 
-def quantized_block(exact: TokenBlock, *, bits: int) -> TokenBlock:
+def quantized_block(exact: ex.TokenBlock, *, bits: int) -> ex.TokenBlock:
     """Return the block that is read when its logits have been stored with so many bits."""
     parts = []
     for entries in (exact.top, exact.tail):
-        q, low, high = quantize_logits(entries.logits, entries.counts, bits=bits)
-        parts.append(Entries(entries.starts, entries.ids, q, low, high, entries.logsumexp, bits))
+        q, low, high = ex.quantize_logits(entries.logits, entries.counts, bits=bits)
+        parts.append(ex.Entries(entries.starts, entries.ids, q, low, high, entries.logsumexp, bits))
     return dataclasses.replace(exact, top=parts[0], tail=parts[1])
 
 
-def make_row(block: TokenBlock) -> dict[str, Any]:
+def make_row(block: ex.TokenBlock) -> dict[str, Any]:
     """Return a conversation to train on whose tokens are those of a block."""
     count = block.tail.counts.size
     return {
@@ -106,13 +95,13 @@ def make_row(block: TokenBlock) -> dict[str, Any]:
         "input_ids": np.zeros(count + 1, np.int32),
         "labels": np.zeros(count + 1, np.int64),
         "teacher_positions": np.arange(1, count + 1),
-        **sparse_teacher(block),
+        **ex.sparse_teacher(block),
     }
 
 
 def make_batch(logits: Tensor, **settings: Any) -> dict[str, Tensor]:
     """Return a batch of one conversation whose token i was predicted by `logits[i]`."""
-    batch: dict[str, Tensor] = collate_logits([make_row(exact_block(logits, **settings))])
+    batch: dict[str, Tensor] = ex.collate_logits([make_row(exact_block(logits, **settings))])
     return batch
 
 
@@ -145,12 +134,10 @@ class Estimates:
 
     @property
     def bias(self) -> float:
-        """Mean error of the value."""
         return float(self.values.mean() - self.true)
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of one estimate."""
         return float(self.values.std())
 
     def sigmas(self) -> tuple[float, float]:
@@ -174,7 +161,7 @@ def estimate(
     (true_gradient,) = torch.autograd.grad(true, one)
     # float64 logits keep float64, so that what is seen is the estimator and not rounding
     many = student.double().repeat(draws, 1).requires_grad_()
-    values = distillation_loss(
+    values = ex.distillation_loss(
         many, batch, divergence=divergence, tail=tail, temperature=temperature, reduction="none"
     )
     (gradients,) = torch.autograd.grad(values.sum(), many)
@@ -202,7 +189,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for kind in ROWS:
         batch = make_batch(teacher_row(kind, 1_000).repeat(draws, 1))
-        for divergence, tail in itertools.product(DIVERGENCES, TAILS):
+        for divergence, tail in itertools.product(ex.DIVERGENCES, ex.TAILS):
             made = estimate(kind, divergence, tail, draws=draws, batch=batch)
             error = 1.96 * made.deviation / draws**0.5
             print(

@@ -223,7 +223,6 @@ def ranks_of(case: Case, drawn: np.ndarray) -> np.ndarray:
 
 
 def p_values(case: Case, draw: Draw, seed: int) -> Iterator[tuple[str, float]]:
-    """Draw and yield the p-value of every test."""
     drawn = draw(case.log_probs, case.nucleus, case.sampled_n, case.trials, seed)
     ranks = ranks_of(case, np.asarray(drawn).astype(np.int64))
     ids, p = tail_probs(case)

@@ -31,14 +31,12 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: object, cwd: Path = ROOT) -> str:
-    """Run a command that must succeed; return what it says."""
     done = run_process(command, cwd=cwd, timeout_s=600)
     assert done.code == 0, done.stderr
     return done.stdout.strip()
 
 
 def only(folder: Path, pattern: str) -> Path:
-    """Return the one file of that pattern."""
     (path,) = folder.glob(pattern)
     return path
 

@@ -31,7 +31,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -101,11 +101,9 @@ class World:
 
     @property
     def has_hub(self) -> bool:
-        """Whether there is one."""
         return "hub" in self.__dict__
 
     def write(self, name: str | bytes, content: str | bytes) -> Path:
-        """Write a file."""
         path = self.folder / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         is_text = isinstance(content, str)
@@ -118,7 +116,6 @@ class World:
         return self.write(name, "\n".join(lines) + "\n")
 
     def teacher(self, template: str) -> Path:
-        """Copy the teacher, with another template."""
         shutil.copytree(TEACHER, self.folder / "model")
         self.write("model/chat_template.jinja", template)
         return self.folder / "model"
@@ -156,7 +153,6 @@ class World:
         return found
 
     def extract(self, *words: object, **options: Any) -> Words:
-        """Return options of an extraction."""
         return self.start(EXTRACT, *words, **options)
 
     def resume(self, **options: Any) -> Words:
@@ -205,12 +201,10 @@ ATTACKS: list[Attack] = []
 
 
 def add(name: str, script: str, prepare: Preparing, **how: Any) -> None:
-    """Enter an attack in the register."""
     ATTACKS.append(Attack(name, script, prepare, **how))
 
 
 def attack(name: str, script: str, **how: Any) -> Callable[[Preparing], None]:
-    """Enter a function that prepares a world in the register."""
     return lambda prepare: add(name, script, prepare, **how)
 
 
@@ -220,9 +214,12 @@ def maker(prepare: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
 
 
 @maker
-def start(world: World, script: str, *words: object, **options: Any) -> Words:
+def start(
+    world: World, script: str, *words: object, env: dict[str, str] | None = None, **options: Any
+) -> Words:
     """Start one of the scripts with options like these, on a Hub of its own."""
-    return world.hub and world.start(script, *words, **options)
+    world.env |= {"HF_ENDPOINT": world.hub.endpoint, **(env or {})}
+    return world.start(script, *words, **options)
 
 
 @maker
@@ -387,7 +384,6 @@ LONG = {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a"} for 
 
 @maker
 def with_template(world: World, script: str, template: str) -> Words:
-    """Run with a teacher whose template does something else first."""
     return world.start(script, model=world.teacher(template + OWN))
 
 
@@ -395,7 +391,6 @@ def with_template(world: World, script: str, template: str) -> Words:
 def of_source(
     world: World, script: str, *rows: Any, stored: set[int] | None = None, **options: Any
 ) -> Words:
-    """Run over rows."""
     world.rows = stored
     return world.start(script, dataset=world.chats(*rows), **options)
 
@@ -668,7 +663,6 @@ def damage_pages(path: Path) -> None:
 
 @maker
 def link_to(path: Path, target: str) -> None:
-    """Put a link in the place of a file."""
     path.unlink()
     path.symlink_to(target)
 
@@ -810,40 +804,22 @@ for status in (400, 401, 403, 404, 500):
         meet(LENGTHS, "", echo, model="tester/thing"), seconds=120)  # fmt: skip
 
 
-@maker
-def with_token(world: World, script: str, ending: str) -> Words:
-    """Meet a Hub with a token that goes on strangely."""
-    world.hub.tokens = {}
-    world.env["HF_TOKEN"] = TOKEN + ending
-    return world.extract(output=REPO) if script == EXTRACT else [REPO]
-
-
 ENDINGS = {"a line's end": "\nX", "an umlaut": "äX", "an escape code": "\x1b[31m"}
 for kind, ending in ENDINGS.items():
-    for script, exits in ((EXTRACT, (2, 4)), (EXPLORE, (2,))):
-        add(f"the token has {kind}", script, with_token(script, ending), exits=exits)
-
-
-@attack("the Hub's client logs everything", EXTRACT, exits=(0,))
-def _(world: World) -> Words:
-    world.hub.store.create("dataset", REPO, private=False)
-    names = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
-    world.env |= {"HF_DEBUG": "1", **dict.fromkeys(names, "debug")}
-    return world.extract(output=REPO)
-
-
-@attack("a proxy with a password is not there", EXTRACT, exits=(4, 75))
-def _(world: World) -> Words:
-    proxy = f"http://me:{TOKEN}@127.0.0.1:9"
-    world.env |= {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": proxy, "HF_ENDPOINT": "https://hub.test"}
-    return world.extract(output=REPO, max_runtime_minutes=0.3)
-
-
-@attack("tasks of an executor fail with an echo of the token", EXTRACT, exits=(4, 75), seconds=90,
-        traces=True)  # fmt: skip
-def _(world: World) -> Words:
-    world.fault("POST .*/commit/", status=403, message=ECHO)
-    return world.extract("--executor", "local", "--tasks", 2, "--workers", 1, output=REPO)
+    env = {"HF_TOKEN": TOKEN + ending}
+    add(f"the token has {kind}", EXTRACT, start(EXTRACT, output=REPO, env=env), exits=(2, 4))
+    add(f"the token has {kind}", EXPLORE, start(EXPLORE, REPO, env=env))
+names = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+add("the Hub's client logs everything", EXTRACT,
+    start(EXTRACT, output=REPO, env={"HF_DEBUG": "1", **dict.fromkeys(names, "debug")}),
+    exits=(0,))  # fmt: skip
+proxy = {"HTTPS_PROXY": f"http://me:{TOKEN}@127.0.0.1:9", "HF_ENDPOINT": "https://hub.test"}
+add("a proxy with a password is not there", EXTRACT,
+    start(EXTRACT, output=REPO, max_runtime_minutes=0.3, env=proxy), exits=(4, 75))  # fmt: skip
+add("tasks of an executor fail with an echo of the token", EXTRACT,
+    meet(EXTRACT, "POST .*/commit/", {"status": 403, "message": ECHO}, "--executor", "local",
+         "--tasks", 2, "--workers", 1, output=REPO),
+    exits=(4, 75), seconds=90, traces=True)  # fmt: skip
 
 
 @attack("the script of a batch system, with the token in the environment", EXTRACT, exits=(0,),
@@ -862,27 +838,16 @@ def _(world: World) -> Words:
 
 @dataclass
 class Ended:
-    """How a run ended."""
-
     code: int | None  # None: it was killed for its time
     stdout: str
     stderr: str
     seconds: float
     peak_mb: float
+    wrong: list[str] = field(default_factory=list)
 
     @property
     def last_line(self) -> str:
-        """What it said in the end."""
         return ["", *filter(str.strip, re.split("[\r\n]+", self.stderr))][-1]
-
-
-@dataclass
-class Verdict:
-    """An attack, how it ended, and what is wrong with that."""
-
-    attack: Attack
-    ended: Ended
-    wrong: list[str]
 
 
 def run(
@@ -994,46 +959,44 @@ def make_output(folder: Path) -> Path:
     return world.folder / "out"
 
 
-def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) -> Verdict:
-    """Run an attack, and a calm run after it where it says so."""
+def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) -> Ended:
+    """Run an attack, and where it says so a run with --resume after it, without faults."""
     world = World(folder, ready, slack)
     with world.open:
         world.argv = attack.prepare(world)
         world.before = None if attack.script == EXTRACT else world.stored()
         limit_s = max(KILLED_AFTER_S, attack.seconds) * slack
         ended = run(world, attack.script, world.argv, limit_s, attack.during)
-        wrong = judge(attack, world, ended)
+        ended.wrong = judge(attack, world, ended)
         if attack.check and (more := attack.check(world)):
-            wrong.append(more)
+            ended.wrong.append(more)
         if world.has_hub and world.hub.faults and not world.hub.faults_met:
-            wrong.append("the Hub was never asked")
+            ended.wrong.append("the Hub was never asked")
         if attack.resumes:
-            calm = resume_calmly(world)
+            if world.has_hub:
+                world.hub.clear()
+            world.file_bytes = -1
+            world.env.pop("PYTHONPATH", None)
+            words = [*world.argv, "--resume", "--max-runtime-minutes", 60]
+            calm = run(world, EXTRACT, words, 300.0)
             if calm.code != 0:
-                wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
-            wrong += judge_rows(world, calm.code)
-        return Verdict(attack, ended, wrong)
+                ended.wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
+            ended.wrong += judge_rows(world, calm.code)
+        return ended
 
 
-def resume_calmly(world: World) -> Ended:
-    """Run an extraction again with --resume, in a world without faults."""
-    if world.has_hub:
-        world.hub.clear()
-    world.file_bytes = -1
-    world.env.pop("PYTHONPATH", None)
-    return run(world, EXTRACT, [*world.argv, "--resume", "--max-runtime-minutes", 60], 300.0)
-
-
-def run_all(attacks: Sequence[Attack], folder: Path, jobs: int, slack: float) -> Iterator[Verdict]:
+def run_all(
+    attacks: Sequence[Attack], folder: Path, jobs: int, slack: float
+) -> Iterator[tuple[Attack, Ended]]:
     """Run attacks, some at a time, and yield how they ended."""
     ready = make_output(folder)
 
-    def work(number: int) -> Verdict:
+    def work(number: int) -> tuple[Attack, Ended]:
         place = folder / f"{number:03d}"
-        verdict = run_attack(attacks[number], place, ready, slack)
-        if not verdict.wrong:
+        ended = run_attack(attacks[number], place, ready, slack)
+        if not ended.wrong:
             shutil.rmtree(place, ignore_errors=True)
-        return verdict
+        return attacks[number], ended
 
     with ThreadPoolExecutor(jobs) as pool:
         for done in as_completed([pool.submit(work, number) for number in range(len(attacks))]):
@@ -1052,26 +1015,25 @@ def main() -> int:
     if options.list:
         print(*(f"{one.script:18} {show(one.name, 80)}" for one in chosen), sep="\n")
         return 0
-    folder, verdicts = Path(tempfile.mkdtemp(prefix="attacks-")), []
+    folder, done = Path(tempfile.mkdtemp(prefix="attacks-")), []
     print_head("attack", "script", "exit", "s", "MB", "last line")
-    for verdict in run_all(chosen, folder, options.jobs, options.slack):
-        verdicts.append(verdict)
-        one, ended = verdict.attack, verdict.ended
+    for one, ended in run_all(chosen, folder, options.jobs, options.slack):
+        done.append((one, ended))
         code = "-" if ended.code is None else ended.code
         print_row(show(one.name, 60), one.script.split("_")[0], code, f"{ended.seconds:.1f}",
                   f"{ended.peak_mb:.0f}", show(ended.last_line, 110))  # fmt: skip
-        for wrong in verdict.wrong:
-            print(f"    WRONG {show(wrong, 200)}", flush=True)
-    wrong = [f"{v.attack.script}: {v.attack.name}" for v in verdicts if v.wrong]
+        for said in ended.wrong:
+            print(f"    WRONG {show(said, 200)}", flush=True)
+    wrong = [f"{one.script}: {one.name}" for one, ended in done if ended.wrong]
     if wrong:
         print(f"left for a look: {folder}")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    codes = Counter(str(v.ended.code) for v in verdicts)
+    codes = Counter(str(ended.code) for _, ended in done)
     print(json.dumps({
-        "attacks": len(verdicts), "wrong": wrong, "exits": dict(sorted(codes.items())),
-        "most_seconds": round(max((v.ended.seconds for v in verdicts), default=0.0), 1),
-        "most_mb": round(max((v.ended.peak_mb for v in verdicts), default=0.0)),
+        "attacks": len(done), "wrong": wrong, "exits": dict(sorted(codes.items())),
+        "most_seconds": round(max((ended.seconds for _, ended in done), default=0.0), 1),
+        "most_mb": round(max((ended.peak_mb for _, ended in done), default=0.0)),
     }))  # fmt: skip
     return int(bool(wrong))
 

@@ -69,7 +69,6 @@ def machine() -> dict[str, Any]:
 
 
 def print_head(*names: str) -> None:
-    """Print the head of a Markdown table."""
     print_row(*names)
     print("|" + "---|" * len(names), flush=True)
 

@@ -34,21 +34,7 @@ import torch
 from bench import cpu_seconds, machine
 from small_output import random_rows, rows_to_table, write_output
 
-from explore_logits import (
-    LogitIterableDataset,
-    Sample,
-    collate_logits,
-    compare_outputs,
-    decode_rows,
-    dequantize_top_logits,
-    iter_blocks,
-    logits_to_probs,
-    pack_indices,
-    shard_schema,
-    sparse_teacher,
-    validate_output,
-    weigh_tail,
-)
+import explore_logits as ex
 
 TOKENS, ROW_TOKENS, EVERY, FAULTS = 1_000_000, 1000, 20, 10_000
 LOADED = 50_000  # tokens
@@ -60,7 +46,7 @@ def write_rows(
     """Write an output of random rows that stores its tokens; return its one shard."""
     rng = np.random.default_rng(0)
     settings: dict[str, Any] = {"min_p": 0.01} if compact else {"top_p_max": 100, "sampled_n": tail}
-    schema = shard_schema(store_tokens=True, compact=compact, settings=settings)
+    schema = ex.shard_schema(store_tokens=True, compact=compact, settings=settings)
     path = folder / "data" / "part-00000.parquet"
     path.parent.mkdir(parents=True)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -76,7 +62,7 @@ def random_row(rng: np.random.Generator, tokens: int, tail: int, compact: bool) 
     points = np.minimum(rng.geometric(1 / 9, tokens), 100) if compact else np.full(tokens, tail)
     row: dict[str, Any] = {"num_tokens": tokens, "top_counts": counts, "sampled_counts": points}
     for part, size in (("top", int(counts.sum())), ("sampled", int(points.sum()))):
-        low, high = pack_indices(rng.integers(0, 151_936, size))
+        low, high = ex.pack_indices(rng.integers(0, 151_936, size))
         row[f"{part}_indices_low"], row[f"{part}_indices_high"] = low, high
         row[f"{part}_logits_quantized"] = rng.integers(0, 65536, size)
     row["top_max"], row["top_min"] = np.full(tokens, 20.0), np.full(tokens, 10.0)
@@ -92,7 +78,7 @@ def random_row(rng: np.random.Generator, tokens: int, tail: int, compact: bool) 
 def decode_at_once(path: Path, sums: dict[int, float]) -> int:
     """Add a checksum of each row by its index; return the number of entries."""
     entries = 0
-    for block in iter_blocks(path):
+    for block in ex.iter_blocks(path):
         check = block.top.probs + block.top.ids
         first = block.top.starts[block.row_starts[:-1]]
         sums |= zip(block.index.tolist(), np.add.reduceat(check, first).tolist(), strict=True)
@@ -103,13 +89,13 @@ def decode_at_once(path: Path, sums: dict[int, float]) -> int:
 def decode_by_token(path: Path) -> tuple[float, dict[int, float]]:
     """Return seconds for all rows and checksums, from a loop over the tokens of some rows."""
     seconds, sums = 0.0, {}
-    for block in iter_blocks(path):
+    for block in ex.iter_blocks(path):
         for row in np.flatnonzero(block.index % EVERY == 0):
-            sample, check = Sample(block.row(row)), 0.0
+            sample, check = ex.Sample(block.row(row)), 0.0
             start = time.process_time()
             for t in range(sample["num_tokens"]):
-                ids, logits = dequantize_top_logits(sample, t)
-                probs = logits_to_probs(logits, sample["logsumexp"][t])
+                ids, logits = ex.dequantize_top_logits(sample, t)
+                probs = ex.logits_to_probs(logits, sample["logsumexp"][t])
                 check += float(probs.sum()) + float(ids.sum(dtype=np.int64))
             seconds += time.process_time() - start
             sums[int(block.index[row])] = check
@@ -141,7 +127,7 @@ def time_validation(folder: Path) -> float:
     for number in range(1, FAULTS):
         shutil.copyfile(first, first.with_name(f"part-{number:05d}.parquet"))
     start = time.process_time()
-    report = validate_output(folder)
+    report = ex.validate_output(folder)
     assert report.counts["length"] >= FAULTS
     return time.process_time() - start
 
@@ -153,14 +139,13 @@ def time_comparison(folder: Path) -> float:
     for name, chosen in (("one", rows), ("two", [rows[i] for i in order])):
         write_output(folder / name, chosen, rows_per_shard=500, rows_per_group=500)
     start = time.process_time()
-    seen = compare_outputs(folder / "one", folder / "two")
+    seen = ex.compare_outputs(folder / "one", folder / "two")
     assert seen.common_rows == len(rows)
     assert not seen.max_divergence
     return time.process_time() - start
 
 
 def measure_loader(folder: Path) -> dict[str, Any]:
-    """Time the loader on both kinds of rows, and the weights of the tail."""
     torch.set_num_threads(1)
     shard = write_rows(folder / "default", LOADED)
     write_rows(folder / "compact", LOADED, compact=True)
@@ -174,8 +159,8 @@ def measure_loader(folder: Path) -> dict[str, Any]:
 
 def time_loader(folder: Path) -> int:
     """Return tokens per processor second of a data loader without workers."""
-    dataset: Any = LogitIterableDataset(folder)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=collate_logits)
+    dataset: Any = ex.LogitIterableDataset(folder)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=ex.collate_logits)
     start = time.process_time()
     done = sum(int((batch["teacher_positions"] >= 0).sum()) for batch in loader)
     return round(done / (time.process_time() - start))
@@ -183,18 +168,17 @@ def time_loader(folder: Path) -> int:
 
 def time_weights(path: Path) -> tuple[int, float]:
     """Return tokens per processor second of the weights alone, and their largest error."""
-    block = decode_rows(pq.read_table(path).slice(0, 64))
+    block = ex.decode_rows(pq.read_table(path).slice(0, 64))
     tail = block.tail.logits.reshape(len(block.logsumexp), -1) - block.logsumexp[:, None]
-    rest = np.exp(sparse_teacher(block)["teacher_log_rest"].astype(np.float64))
-    seconds = cpu_seconds(lambda: weigh_tail(tail, rest))
+    rest = np.exp(ex.sparse_teacher(block)["teacher_log_rest"].astype(np.float64))
+    seconds = cpu_seconds(lambda: ex.weigh_tail(tail, rest))
     few = tail[:2_000], rest[:2_000]
-    error = float((weigh_tail(*few) - weigh_tail(*few, nodes=1_024)).abs().max())
+    error = float((ex.weigh_tail(*few) - ex.weigh_tail(*few, nodes=1_024)).abs().max())
     assert error < 1e-6, f"the quadrature is off by {error}"
     return round(len(tail) / seconds), error
 
 
 def main() -> None:
-    """Run a benchmark and print its JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loader", action="store_true", help="time a worker of a loader instead")
     measure = measure_loader if parser.parse_args().loader else measure_decoding

@@ -75,12 +75,10 @@ def extract_plainly(logits: torch.Tensor, *, rows: int, sort: bool) -> Kept:
 
 
 def gumbel_noise(like: torch.Tensor) -> torch.Tensor:
-    """Return Gumbel noise of the same shape, float64."""
     return -torch.log(-torch.log(torch.rand(like.shape, dtype=torch.float64)))
 
 
 def extract(logits: torch.Tensor, *, reference: bool = False) -> Kept:
-    """Run the project's extraction."""
     number = torch.arange(logits.shape[0], device=logits.device)
     got = el.extract_tokens(logits, number // 512, number % 512 + 1, **SIZES, reference=reference)
     assert got.usable.all()

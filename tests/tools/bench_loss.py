@@ -60,7 +60,6 @@ def measure(way: str, tokens: int, vocab: int, size: int, tail: str) -> dict[str
 
 
 def main() -> None:
-    """Measure every way in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=151_936)

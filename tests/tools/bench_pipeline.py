@@ -164,7 +164,6 @@ def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> di
 
 
 def configure(folder: Path, args: Any, count: int, output: Path) -> el.ExtractionConfig:
-    """Return the options of a run over so many conversations."""
     return el.ExtractionConfig(
         model=str(folder / "teacher"), dataset=str(folder / "chats.jsonl"), index_col="id",
         limit=count, output=str(output), cache_dir=str(folder / "cache"), device=args.device,

@@ -84,7 +84,6 @@ def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[fl
 
 
 def measure_latency() -> dict[str, Any]:
-    """Run with and without latency."""
     times: dict[str, list[tuple[float, float]]] = {"none": [], "latency": []}
     with tempfile.TemporaryDirectory() as place, serve_hub(Path(place)) as endpoint:
         folder, script = Path(place), import_and_shorten_waits()
@@ -137,7 +136,6 @@ class PlainEncoder:
     max_seq_len = None
 
     def encode_all(self, rows: Any) -> list[Any]:
-        """Return encoded rows."""
         from extract_logits import EncodedRow
 
         ids, wanted = np.arange(3, dtype=np.int32), np.asarray([1, 2], np.int32)
@@ -183,7 +181,6 @@ def measure_rows(rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", type=int)
     parser.add_argument("--rows", type=int)

@@ -37,14 +37,7 @@ from processes import run_process
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from explore_logits import (
-    LogitIterableDataset,
-    collate_logits,
-    distillation_loss,
-    distillation_loss_from_hidden,
-    export_axolotl,
-    export_distillkit,
-)
+import explore_logits as ex
 
 NEAR = 2e-3  # nats; logits are stored in 16 bits
 NEAR_ESTIMATED = 0.1  # at temperature 2; where packed conversations see each other
@@ -58,12 +51,10 @@ Found = tuple[str, float, float | None]  # what is run, its loss, the right one;
 
 
 def load_teacher() -> Any:
-    """Return the teacher, as the student that has learned everything."""
     return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
 
 
 def run_layers(student: Any, batch: Any) -> Any:
-    """Return the hidden states of a batch."""
     with torch.no_grad():
         text = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return student.model(**text).last_hidden_state
@@ -72,21 +63,21 @@ def run_layers(student: Any, batch: Any) -> Any:
 def run_plain(output: Path, _: Path) -> Iterator[Found]:
     """Compare in a loop of one's own."""
     student = load_teacher()
-    dataset: Any = LogitIterableDataset(output)
-    batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=collate_logits)))
+    dataset: Any = ex.LogitIterableDataset(output)
+    batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=ex.collate_logits)))
     hidden = run_layers(student, batch)
     with torch.no_grad():
         logits = student.lm_head(hidden)
-    yield "distillation_loss", float(distillation_loss(logits, batch)), 0.0
-    hot = float(distillation_loss(logits, batch, temperature=2.0))
+    yield "distillation_loss", float(ex.distillation_loss(logits, batch)), 0.0
+    hot = float(ex.distillation_loss(logits, batch, temperature=2.0))
     yield "distillation_loss(temperature=2)", hot, None
-    loss = distillation_loss_from_hidden(hidden, student.lm_head.weight, batch)
+    loss = ex.distillation_loss_from_hidden(hidden, student.lm_head.weight, batch)
     yield "distillation_loss_from_hidden", float(loss), 0.0
 
 
 def run_transformers(output: Path, folder: Path) -> Iterator[Found]:
     """Run the Trainer of docs/examples/trainer.py."""
-    dataset = LogitIterableDataset(output)
+    dataset = ex.LogitIterableDataset(output)
     arguments = TrainingArguments(output_dir=str(folder / "trainer"), **QUIET)
     ways = {"LogitIterableDataset": dataset, "as_datasets()": dataset.as_datasets()}
     for name, rows in ways.items():
@@ -102,14 +93,14 @@ def run_trl(output: Path, folder: Path) -> Iterator[Found]:
     arguments = SFTConfig(output_dir=str(folder / "sft"), **unprepared, **QUIET)
     trainer_class = load_example("sft_trainer").DistillationSFTTrainer
     tokenizer = {"processing_class": AutoTokenizer.from_pretrained(TEACHER)}
-    rows = LogitIterableDataset(output).as_datasets()
+    rows = ex.LogitIterableDataset(output).as_datasets()
     loss = train_once(trainer_class, arguments, rows, **tokenizer)
     yield "docs/examples/sft_trainer.py, as_datasets()", loss, 0.0
 
 
 def train_once(trainer_class: Any, arguments: Any, rows: Any, **options: Any) -> float:
     """Train for the one step and return the loss that the trainer logs."""
-    options |= {"train_dataset": rows, "data_collator": collate_logits}
+    options |= {"train_dataset": rows, "data_collator": ex.collate_logits}
     trainer = trainer_class(load_teacher(), arguments, **options)
     trainer.train()
     return float(trainer.state.log_history[0]["loss"])
@@ -124,7 +115,7 @@ def run_axolotl(output: Path, folder: Path) -> Iterator[Found]:
     for temperature, normalize in ((1.0, False), (1.0, True), (2.0, False), (2.0, True)):
         made = folder / f"axolotl-{temperature:g}-{normalize}"
         options = {"temperature": temperature, "normalize": normalize}
-        export_axolotl(output, made, k=64, **options)  # type: ignore[arg-type]
+        ex.export_axolotl(output, made, k=64, **options)  # type: ignore[arg-type]
         rows: Any = load_from_disk(str(made))
         collate = DataCollatorForKD(AutoTokenizer.from_pretrained(TEACHER))
         batch = collate([rows[i] for i in range(8)])
@@ -156,8 +147,8 @@ def lost_by_scaling(student: Any, hidden: Any, targets: Any, temperature: float)
 def run_distillkit(output: Path, folder: Path) -> Iterator[Found]:
     """Run DistillKit's two commands on exports; its mask fits a divergence alone."""
     fitted, loose, packed = (folder / f"kit-{name}" for name in ("fitted", "loose", "packed"))
-    export_distillkit(output, fitted, k=64, labels_at="predicting", max_length=256)
-    export_distillkit(output, loose, k=64, labels_at="predicting")
+    ex.export_distillkit(output, fitted, k=64, labels_at="predicting", max_length=256)
+    ex.export_distillkit(output, loose, k=64, labels_at="predicting")
     start("distillkit.pack_logits", "--dataset", loose, "--max-len", 256, "--output", packed)
     told = "export_distillkit(labels_at='predicting'"
     held = [held_by_distillkit(row) for row in load_from_disk(str(fitted))]
@@ -197,7 +188,6 @@ def train_distillkit(rows: Path, missing: str, exported: Path) -> float:
 
 
 def start(module: str, *words: object) -> str:
-    """Run a module's command and return what it prints."""
     done = run_process([sys.executable, "-m", module, *words], timeout_s=1800)
     assert done.code == 0, done.stderr
     return done.stdout

@@ -104,7 +104,6 @@ class Setup:
 
 
 def actual_tokens(source: Rows) -> np.ndarray:
-    """Return the tokens (N,) that the text holds."""
     return np.concatenate([row.input_ids[row.token_positions] for row in source.rows])
 
 
@@ -310,7 +309,6 @@ class Texts:
 
 
 def pick(source: Rows, chosen: Sequence[int]) -> Rows:
-    """Return some conversations of a source."""
     rows = [source.rows[i] for i in chosen]
     return Rows(source.name, rows, source.logits[tokens_of(source, chosen)])
 
@@ -342,7 +340,6 @@ def run(texts: Texts, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error."""
     return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
