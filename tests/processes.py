@@ -128,7 +128,7 @@ class Child:
         end = time.monotonic() + timeout_s
         while not self.ended():
             if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
             time.sleep(0.005)
         assert self._status is not None
         return self._status

@@ -129,10 +129,9 @@ class World:
         """Put a folder onto the Hub."""
         store, entries = self.hub.store, {}
         for path in filter(Path.is_file, folder.rglob("*")):
-            large = path.suffix in (".parquet", ".safetensors")
-            put = store.put_lfs if large else store.put_blob
-            entries[path.relative_to(folder).as_posix()] = put(path.read_bytes())
-        store.commit(store.create(kind, REPO, private=False)[0], "Publish", entries, [])
+            entry = store.put(path.read_bytes(), lfs=path.suffix in (".parquet", ".safetensors"))
+            entries[path.relative_to(folder).as_posix()] = entry
+        store.commit(store.create(kind, REPO, private=False)[0], "Publish", entries)
 
     def fault(self, match: str, **how: Any) -> None:
         """Let requests meet a fault, all that match where nothing else is said."""
