@@ -147,7 +147,7 @@ frontier: .venv/.done
 
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
 scale: .venv/.done
-	$(PY) tests/tools/scale_table.py
+	$(PY) tests/tools/chaos.py --table --seed 1
 	$(PY) -m pytest -q -m slow tests/test_extract_tasks.py
 
 # make lint    ruff and mypy
