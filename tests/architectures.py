@@ -200,9 +200,9 @@ def plain_logits(model: Any, sequence: np.ndarray, positions: np.ndarray) -> tor
     return logits[torch.from_numpy(positions.astype(np.int64)) - 1].float()
 
 
-def largest_difference(teacher: Teacher, lengths: tuple[int, ...] = LENGTHS) -> float:
+def largest_difference(teacher: Teacher) -> float:
     """Return the largest difference of the teacher's logits from the plain forward's."""
-    sequences, positions = conversations(lengths, teacher.vocab_size)
+    sequences, positions = conversations(vocab_size=teacher.vocab_size)
     plain = [plain_logits(teacher.model, *row) for row in zip(sequences, positions, strict=True)]
     got = torch.cat(list(teacher.iter_logits(sequences, positions, chunk_tokens=16)))
     return float((got - torch.cat(plain)[:, : teacher.vocab_size]).abs().max())

@@ -542,7 +542,8 @@ SAID = {"model": str(TEACHER), "dataset": str(CHATS)}
 for kind, value in {
     "a list": [],
     "types": {"model": 5, "dataset": [1], "limit": "x"},
-    "text": {**SAID, "limit": "4", "batch_thresholds": "x"},
+    "a limit of text": {**SAID, "limit": "4"},
+    "thresholds of text": {**SAID, "batch_thresholds": "x"},
     "escape codes": {"model": ESCAPES, "dataset": ESCAPES},
     "places of the machine": {**SAID, "cache_dir": "/etc/x"},
     "code of strangers": {**SAID, "trust_remote_code": True},
