@@ -41,9 +41,9 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def run_apart(*command: object, timeout_s: float = 3600.0) -> Any:
+def run_apart(*command: object) -> Any:
     """Run a Python program to its end in a process of its own; return its last line, as JSON."""
-    done = run_process([sys.executable, *command], timeout_s=timeout_s, stderr=None)
+    done = run_process([sys.executable, *command], timeout_s=3600, stderr=None)
     if done.code:
         sys.exit(f"ended with {done.code}: {' '.join(map(str, command))}")
     return json.loads(done.stdout.splitlines()[-1])

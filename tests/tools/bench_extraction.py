@@ -39,10 +39,10 @@ class Kept(NamedTuple):
     sampled_ids: torch.Tensor  # (N, M)
 
 
-def make_logits(kind: str, rows: int = ROWS, vocab: int = VOCAB) -> torch.Tensor:
+def make_logits(kind: str, vocab: int = VOCAB) -> torch.Tensor:
     """Return rows shaped like a trained model's, from sure to torn, or nearly flat ones."""
     generator = torch.Generator().manual_seed(7)
-    logits = torch.empty(rows, vocab)
+    logits = torch.empty(ROWS, vocab)
     fall = torch.arange(vocab).float().log1p_()
     for row in logits:
         slope = 0.05 if kind == "flat" else 0.5 + 5.5 * torch.rand((), generator=generator)
@@ -162,17 +162,17 @@ def compare_methods() -> dict[str, Any]:
     return {"milliseconds": times, "peak_memory_bytes": peaks}
 
 
-def time_on_gpu(repeat: Callable[[], Any], times: int = 20) -> float:
-    """Return the mean seconds of work on the device, after a warm-up."""
+def time_on_gpu(repeat: Callable[[], Any]) -> float:
+    """Return the mean seconds of 20 times work on the device, after a warm-up."""
     for _ in range(3):
         repeat()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(times):
+    for _ in range(20):
         repeat()
     end.record()
     torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1000 / times
+    return float(start.elapsed_time(end)) / 1000 / 20
 
 
 def gpu_figures(kind: str) -> dict[str, float]:
