@@ -125,7 +125,7 @@ bench: .venv/.done
 bench-io: .venv/.done
 	$(PY) tests/tools/bench_decode.py
 	$(PY) tests/tools/bench_upload.py
-	$(PY) tests/tools/bench_loader.py
+	$(PY) tests/tools/bench_decode.py --loader
 	$(PY) tests/tools/bench_loss.py
 
 # make oracle  every row of the embedded conversations against the slow second extractor (5 minutes)
@@ -170,7 +170,7 @@ frontier: .venv/.done
 
 # make scale   workers killed, doubled and changed in number, on a folder and a Hub (3 minutes)
 scale: .venv/.done
-	$(PY) tests/tools/scale_table.py
+	$(PY) tests/tools/chaos.py --table --seed 1
 	$(PY) -m pytest -q -m slow tests/test_extract_tasks.py
 
 # make lint    ruff and mypy

@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from processes import run_process
 
 import extract_logits
 from extract_logits import Teacher
@@ -105,10 +107,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-TEXT = {"text_config": SMALL, "image_token_id": 95, "video_token_id": 94}
-TEXT |= {"vision_start_token_id": 93, "vision_end_token_id": 92}
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-QWEN = {**TEXT, "text_config": {**SMALL, "rope_parameters": SECTIONS}}
+QWEN = {
+    "image_token_id": 95, "video_token_id": 94, "vision_start_token_id": 93,
+    "vision_end_token_id": 92, "text_config": {**SMALL, "rope_parameters": SECTIONS},
+}  # fmt: skip
 EYES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 EYES |= {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
 DEEP = {"depth": 1, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "patch_size": 14}
@@ -197,9 +200,9 @@ def plain_logits(model: Any, sequence: np.ndarray, positions: np.ndarray) -> tor
     return logits[torch.from_numpy(positions.astype(np.int64)) - 1].float()
 
 
-def largest_difference(teacher: Teacher, lengths: tuple[int, ...] = LENGTHS) -> float:
+def largest_difference(teacher: Teacher) -> float:
     """Return the largest difference of the teacher's logits from the plain forward's."""
-    sequences, positions = conversations(lengths, teacher.vocab_size)
+    sequences, positions = conversations(vocab_size=teacher.vocab_size)
     plain = [plain_logits(teacher.model, *row) for row in zip(sequences, positions, strict=True)]
     got = torch.cat(list(teacher.iter_logits(sequences, positions, chunk_tokens=16)))
     return float((got - torch.cat(plain)[:, : teacher.vocab_size]).abs().max())
@@ -233,20 +236,23 @@ def measure(family: str, **changes: Any) -> Row:
     )
 
 
+def markdown(head: str, rows: Iterable[Iterable[Any]], missing: str) -> str:
+    """Return a table; numbers with one digit, `missing` in the place of None."""
+
+    def show(value: Any) -> str:
+        if value is None:
+            return missing
+        return f"{value:.0e}" if isinstance(value, float) else str(value)
+
+    names = head.split("|")
+    lines = [" | ".join(map(show, row)) for row in rows]
+    return "\n".join([f"| {' | '.join(names)} |", "|---" * len(names) + "|",
+                      *(f"| {line} |" for line in lines)])  # fmt: skip
+
+
 def table(rows: list[Row]) -> str:
-    """Return the rows in Markdown."""
-    lines = [
-        "| architecture | padded | with a mask | later tokens | chosen | attention "
-        "| max difference | head |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        forced = " | ".join(
-            "refused" if off is None else f"{off:.0e}" for off in (row.padded, row.masked)
-        )
-        chosen = f"{row.layout} | {row.attention} | {row.difference:.0e} | {row.head}"
-        lines.append(f"| {row.architecture} | {forced} | {row.future:.0e} | {chosen} |")
-    return "\n".join(lines)
+    head = "architecture|padded|with a mask|later tokens|chosen|attention|max difference|head"
+    return markdown(head, (list(asdict(row).values())[:-1] for row in rows), "refused")
 
 
 def time_start() -> dict[str, float]:
@@ -346,19 +352,8 @@ def measure_engine(family: str) -> EngineRow:
 
 
 def engine_table(rows: list[EngineRow]) -> str:
-    """Return the rows in Markdown."""
-
-    def show(value: float | None) -> str:
-        return "—" if value is None else f"{value:.0e}"
-
-    lines = [
-        "| architecture | max difference, float32 | KL, bfloat16 | KL of transformers, bfloat16 |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        numbers = map(show, (row.difference, row.divergence, row.plain_divergence))
-        lines.append(f"| {row.architecture} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+    head = "architecture|max difference, float32|KL, bfloat16|KL of transformers, bfloat16"
+    return markdown(head, (list(asdict(row).values())[:-1] for row in rows), "—")
 
 
 def measure_engines(families: list[str]) -> list[EngineRow]:
@@ -366,13 +361,13 @@ def measure_engines(families: list[str]) -> list[EngineRow]:
     rows = []
     for family in families:
         command = [sys.executable, __file__, "--engine", "vllm", "--alone", "--json", family]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_process(command, timeout_s=600)
         try:
             (found,) = json.loads(done.stdout.splitlines()[-1])
             row = EngineRow(**found)
         except (IndexError, ValueError):
-            last = (done.stderr.strip().splitlines() or [""])[-1]
-            row = EngineRow(family, None, None, None, f"exit {done.returncode}: {last}")
+            last = ["", *done.stderr.strip().splitlines()][-1]
+            row = EngineRow(family, None, None, None, f"exit {done.code}: {last}")
         print(row.architecture, row.problem or "ran", file=sys.stderr, flush=True)
         rows.append(row)
     return rows

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.stats import kstest
+from tail_law import uniforms_afresh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 IDS, REALS = pa.list_(pa.uint16()), pa.list_(pa.float32())
@@ -147,12 +148,10 @@ def require(condition: bool, where: str, what: str) -> None:
 def check_schema(file: Path, settings: Settings) -> None:
     """Require the exact names, order and types, and that the shard explains itself."""
     schema = pq.read_schema(file)
-    expected = COLUMNS + (TOKEN_COLUMNS if settings.store_tokens else [])
-    require(schema.names == [n for n, _ in expected], file.name, f"columns are {schema.names}")
-    for column, (name, wanted) in zip(schema, expected, strict=True):
-        kind = column.type
-        same = kind == wanted or (pa.types.is_list(kind) and kind.value_type == wanted.value_type)
-        require(same, file.name, f"column {name} is {kind}, not {wanted}")
+    expected = pa.schema(COLUMNS + (TOKEN_COLUMNS if settings.store_tokens else []))
+    require(schema.names == expected.names, file.name, f"columns are {schema.names}")
+    for column, wanted in zip(schema, expected, strict=True):
+        require(column.type.equals(wanted.type), file.name, f"column {column}, not {wanted.type}")
     texts = [value.decode("utf-8", "replace") for value in (schema.metadata or {}).values()]
     explained = any('"top_p"' in text and '"seed"' in text for text in texts)
     require(explained, file.name, "the settings are not in the key-value metadata")
@@ -225,10 +224,9 @@ def read_run(output: Path, settings: Settings) -> dict[int, StoredRow]:
 
 
 def oracle_token(logits_row: np.ndarray, top_p: float, top_p_max: int) -> OracleToken:
-    """Return log-sum-exp and nucleus of one row of logits, in float64, by the definition.
+    """Return log-sum-exp and nucleus of one row of logits (V,), in float64, by the definition.
 
-    Args:
-        logits_row: (V,) any float dtype; -inf is probability zero and never in the nucleus.
+    A logit of -inf is probability zero and never in the nucleus.
     """
     x = np.asarray(logits_row, dtype=np.float64)
     peak = float(x.max())
@@ -409,24 +407,12 @@ class TokenCheck:
 def tail_uniforms(
     x: np.ndarray, order: np.ndarray, nucleus: list[int], drawn: list[int], rng: np.random.Generator
 ) -> list[float]:
-    """Return one number per draw, independent and uniform exactly when the law is right.
-
-    Each draw is placed in the distribution function of what is left, from likely to unlikely,
-    at a random point inside its own step. Source: Rosenblatt 1952, "Remarks on a multivariate
-    transformation".
-    """
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    left = x[order].copy()  # (V,) descending
-    left[place[nucleus]] = -math.inf
-    numbers = []
-    for token_id in drawn:
-        at = int(place[token_id])
-        weights = np.exp(left - left.max())  # by the largest left: nothing underflows that counts
-        before = float(weights[:at].sum())
-        numbers.append((before + rng.random() * float(weights[at])) / float(weights.sum()))
-        left[at] = -math.inf
-    return numbers
+    """Return one number per draw, independent and uniform exactly when the law is right."""
+    outside, rank = np.ones(len(order), bool), np.zeros(len(order), np.int64)
+    outside[nucleus] = False
+    tail = order[outside[order]]  # likeliest first
+    rank[tail] = np.arange(len(tail))
+    return uniforms_afresh(x[tail], rank[None, drawn], rng)[0].tolist()
 
 
 def tail_p_value(uniforms: list[list[float]]) -> float:
@@ -496,12 +482,7 @@ class RunCheck:
 def check_run(
     output: Path, model: Any, tokenizer: Any, conversations: Mapping[int, list[dict[str, Any]]]
 ) -> Report:
-    """Check every row of `output` and return the figures.
-
-    Args:
-        output: folder with data/*.parquet and extraction_config.json.
-        model: causal LM of transformers, float32 weights.
-        conversations: messages by the index their row must have.
+    """Check every row of a folder against the messages of its index; return the figures.
 
     Raises:
         Violation: naming the first row and token that is wrong.
@@ -516,11 +497,7 @@ def check_run(
 
 
 def read_conversations(dataset: Path, said: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """Read the conversations of a .jsonl file by index.
-
-    Args:
-        said: `extraction_config.json` of a run, for the names of the columns.
-    """
+    """Read the conversations of a .jsonl file by index; `said` by a run are names of columns."""
     records = map(json.loads, filter(str.strip, dataset.read_text(encoding="utf-8").split("\n")))
     index_col = said.get("index_col")
     return {

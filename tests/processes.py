@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Any
+
+CHILD_S = 150  # that a fork may live
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class Child:
         if self.pid == 0:
             os.close(reader)
             os.setpgid(0, 0)  # a Ctrl-C at the terminal is ours to pass on
+            end = threading.Timer(CHILD_S, os.kill, (os.getpid(), signal.SIGKILL))
+            end.daemon = True
+            end.start()  # or who reads from a child that hangs would wait for ever
             self._work(work, writer)
         os.close(writer)
         self.output = os.fdopen(reader)
@@ -122,7 +128,7 @@ class Child:
         end = time.monotonic() + timeout_s
         while not self.ended():
             if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
             time.sleep(0.005)
         assert self._status is not None
         return self._status
@@ -131,4 +137,6 @@ class Child:
         """Return the exit code and what the child wrote, once it has left."""
         with self.output:
             code = self.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)  # what it has left behind holds the pipe open
             return code, self.output.read()

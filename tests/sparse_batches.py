@@ -7,7 +7,6 @@ are not quantized here, so that what is measured is the estimator alone.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import sys
 from dataclasses import dataclass
@@ -21,31 +20,20 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from explore_logits import (  # noqa: E402 - run as a script, from anywhere
-    DIVERGENCES,
-    TAILS,
-    Entries,
-    TokenBlock,
-    collate_logits,
-    distillation_loss,
-    quantize_logits,
-    sparse_teacher,
-    to_starts,
-)
+import explore_logits as ex  # noqa: E402 - run as a script, from anywhere
 from extract_logits import extract_tokens  # noqa: E402
 
-ROWS = ("peaked", "natural", "flat")
+ROWS, VOCAB = ("peaked", "natural", "flat"), 1_000
 
 
 @dataclass(frozen=True, eq=False)
-class ExactEntries(Entries):
+class ExactEntries(ex.Entries):
     """Entries whose logits were never quantized."""
 
     exact: np.ndarray = None  # type: ignore[assignment]
 
     @property
     def logits(self) -> np.ndarray:  # type: ignore[override]
-        """Return the logits, flattened."""
         return self.exact
 
 
@@ -60,15 +48,14 @@ def teacher_row(kind: str, vocab: int, *, seed: int = 0) -> Tensor:
     return torch.from_numpy(logits[rng.permutation(vocab)].astype(np.float32))
 
 
-def student_row(teacher: Tensor, *, noise: float = 1.0, seed: int = 1) -> Tensor:
+def student_row(teacher: Tensor) -> Tensor:
     """Return (V,) float32 logits of a student that has half understood its teacher."""
-    generator = torch.Generator().manual_seed(seed)
-    return 0.8 * teacher + noise * torch.randn(teacher.shape, generator=generator)
+    return 0.8 * teacher + torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1))
 
 
 def exact_block(
     logits: Tensor, *, top_p: float = 0.98, top_p_max: int = 100, sampled_n: int = 24, seed: int = 0
-) -> TokenBlock:
+) -> ex.TokenBlock:
     """Extract (N, V) logits, row i under index i."""
     count = logits.shape[0]
     place = torch.arange(count), torch.ones(count, dtype=torch.int64)
@@ -78,33 +65,18 @@ def exact_block(
     there = np.arange(found.top_ids.shape[1]) < counts[:, None]
     nothing, zeros = np.zeros(0, np.uint16), np.zeros(count, np.float32)
     logsumexp = found.logsumexp.numpy()
-    parts = [
-        ExactEntries(
-            to_starts(sizes), ids.astype(np.int32), nothing, zeros, zeros, logsumexp,
-            exact=logits.astype(np.float64),
-        )
-        for sizes, ids, logits in (
-            (counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there]),
-            (
-                np.full(count, sampled_n),
-                found.sampled_ids.numpy().reshape(-1),
-                found.sampled_logits.numpy().reshape(-1),
-            ),
-        )
-    ]  # fmt: skip
-    return TokenBlock(np.arange(count), np.array([0, count]), parts[0], parts[1])
+
+    def entries(counts: np.ndarray, ids: np.ndarray, logits: np.ndarray) -> ExactEntries:
+        plain = (ex.to_starts(counts), ids.astype(np.int32), nothing, zeros, zeros, logsumexp)
+        return ExactEntries(*plain, exact=logits.astype(np.float64))
+
+    top = entries(counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there])
+    drawn = (found.sampled_ids.numpy().reshape(-1), found.sampled_logits.numpy().reshape(-1))
+    tail = entries(np.full(count, sampled_n), *drawn)
+    return ex.TokenBlock(np.arange(count), np.array([0, count]), top, tail)
 
 
-def quantized_block(exact: TokenBlock, *, bits: int) -> TokenBlock:
-    """Return the block that is read when its logits have been stored with so many bits."""
-    parts = []
-    for entries in (exact.top, exact.tail):
-        q, low, high = quantize_logits(entries.logits, entries.counts, bits=bits)
-        parts.append(Entries(entries.starts, entries.ids, q, low, high, entries.logsumexp, bits))
-    return dataclasses.replace(exact, top=parts[0], tail=parts[1])
-
-
-def make_row(block: TokenBlock) -> dict[str, Any]:
+def make_row(block: ex.TokenBlock) -> dict[str, Any]:
     """Return a conversation to train on whose tokens are those of a block."""
     count = block.tail.counts.size
     return {
@@ -112,13 +84,13 @@ def make_row(block: TokenBlock) -> dict[str, Any]:
         "input_ids": np.zeros(count + 1, np.int32),
         "labels": np.zeros(count + 1, np.int64),
         "teacher_positions": np.arange(1, count + 1),
-        **sparse_teacher(block),
+        **ex.sparse_teacher(block),
     }
 
 
 def make_batch(logits: Tensor, **settings: Any) -> dict[str, Tensor]:
     """Return a batch of one conversation whose token i was predicted by `logits[i]`."""
-    batch: dict[str, Tensor] = collate_logits([make_row(exact_block(logits, **settings))])
+    batch: dict[str, Tensor] = ex.collate_logits([make_row(exact_block(logits, **settings))])
     return batch
 
 
@@ -151,12 +123,10 @@ class Estimates:
 
     @property
     def bias(self) -> float:
-        """Mean error of the value."""
         return float(self.values.mean() - self.true)
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of one estimate."""
         return float(self.values.std())
 
     def sigmas(self) -> tuple[float, float]:
@@ -168,23 +138,21 @@ class Estimates:
 
 
 def estimate(
-    kind: str, divergence: str, tail: str, *, draws: int = 2_000, vocab: int = 1_000,
-    temperature: float = 1.0, seed: int = 0, batch: dict[str, Tensor] | None = None,
+    kind: str, divergence: str, tail: str, *, draws: int = 2_000,
+    batch: dict[str, Tensor] | None = None,
 ) -> Estimates:  # fmt: skip
     """Estimate a divergence, and its gradient, from `draws` tails of the same teacher row."""
-    teacher, student = teacher_row(kind, vocab), student_row(teacher_row(kind, vocab))
-    if batch is None:
-        batch = make_batch(teacher.repeat(draws, 1), seed=seed)
+    teacher = teacher_row(kind, VOCAB)
+    student = student_row(teacher)
+    batch = batch or make_batch(teacher.repeat(draws, 1))
     one = student.double().requires_grad_()
-    true = dense_loss(one[None], teacher.double()[None], divergence, temperature)[0]
+    true = dense_loss(one[None], teacher.double()[None], divergence)[0]
     (true_gradient,) = torch.autograd.grad(true, one)
     # float64 logits keep float64, so that what is seen is the estimator and not rounding
     many = student.double().repeat(draws, 1).requires_grad_()
-    values = distillation_loss(
-        many, batch, divergence=divergence, tail=tail, temperature=temperature, reduction="none"
-    )
+    values = ex.distillation_loss(many, batch, divergence=divergence, tail=tail, reduction="none")
     (gradients,) = torch.autograd.grad(values.sum(), many)
-    way = torch.randn(vocab, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    way = torch.randn(VOCAB, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     off = gradients.mean(0) - true_gradient
     return Estimates(
         true=float(true.detach()),
@@ -203,14 +171,13 @@ def relative_distance(gradients: Tensor, true: Tensor) -> float:
 
 def main() -> None:
     """Print bias and deviation of every estimator as Markdown; a minute."""
-    draws = 2_000
     print("| row | divergence | tail | true | bias | deviation | gradient: bias | deviation |")
     print("|---|---|---|---|---|---|---|---|")
     for kind in ROWS:
-        batch = make_batch(teacher_row(kind, 1_000).repeat(draws, 1))
-        for divergence, tail in itertools.product(DIVERGENCES, TAILS):
-            made = estimate(kind, divergence, tail, draws=draws, batch=batch)
-            error = 1.96 * made.deviation / draws**0.5
+        batch = make_batch(teacher_row(kind, VOCAB).repeat(2_000, 1))
+        for divergence, tail in itertools.product(ex.DIVERGENCES, ex.TAILS):
+            made = estimate(kind, divergence, tail, batch=batch)
+            error = 1.96 * made.deviation / made.values.size**0.5
             print(
                 f"| {kind} | {divergence} | {tail} | {made.true:.4f} | "
                 f"{made.bias:+.5f} ± {error:.5f} | {made.deviation:.5f} | "

@@ -21,26 +21,10 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from chat_shapes import (
-    SHAPES,
-    TOOLS,
-    calls,
-    result,
-    says,
-    stock,
-    template_names,
-    tools_of,
-    user,
-)
+from chat_shapes import SHAPES, TOOLS, calls, result, says, stock, template_names, tools_of, user
 from template_reference import assistant_spans, extracted_tokens
 
-from explore_logits import (
-    ConversationError,
-    EncodedConversation,
-    encode_conversation,
-    prepare_template,
-    render_conversation,
-)
+import explore_logits as ex
 
 
 class Outcome(NamedTuple):
@@ -49,30 +33,25 @@ class Outcome(NamedTuple):
     way: str  # "generation", "loop", "replacing" or "refused"
     right: bool
     detail: str  # the reason, or what differs
-    encoded: EncodedConversation | None = None
+    encoded: ex.EncodedConversation | None = None
 
 
 def try_shape(name: str, shape: str) -> Outcome:
     """Encode one conversation with one stock template and compare it with the reference."""
     tokenizer = stock(name)
     try:
-        encoded = encode_conversation(SHAPES[shape], tokenizer, tools=tools_of(shape))
-    except ConversationError as error:
+        encoded = ex.encode_conversation(SHAPES[shape], tokenizer, tools=tools_of(shape))
+    except ex.ConversationError as error:
         return Outcome("refused", error.reason == "refused_by_template", str(error))
     spans = assistant_spans(name, encoded.text)
     offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)
-    expected = extracted_tokens(spans, offsets["offset_mapping"])
-    found, wanted = (
-        tokenizer.decode(encoded.input_ids[at].tolist())
-        for at in (encoded.token_positions, expected)
-    )
-    detail = f"found    {found!r}\nexpected {wanted!r}\nin       {encoded.text!r}"
-    right = encoded.token_positions.tolist() == expected
-    return Outcome(encoded.way, right, detail, encoded)
+    expected, found = extracted_tokens(spans, offsets["offset_mapping"]), encoded.token_positions
+    said, wanted = (tokenizer.decode(encoded.input_ids[at].tolist()) for at in (found, expected))
+    detail = f"found    {said!r}\nexpected {wanted!r}\nin       {encoded.text!r}"
+    return Outcome(encoded.way, found.tolist() == expected, detail, encoded)
 
 
 def table_row(name: str, outcomes: dict[str, Outcome]) -> str:
-    """Write a template's line of the table."""
     used = [o for o in outcomes.values() if o.way != "refused"]
     ways = "/".join(sorted({o.way for o in used})) or "none"
     refused = {shape: o.detail for shape, o in outcomes.items() if o.way == "refused"}
@@ -88,7 +67,6 @@ def try_template(name: str) -> dict[str, Outcome]:
 
 
 def build_table() -> str:
-    """Return the table of all stock templates, in Markdown."""
     head = ["| template | way | right | refused by the template | what it says |", "|---" * 5 + "|"]
     return "\n".join([*head, *(table_row(name, try_template(name)) for name in template_names())])
 
@@ -101,11 +79,11 @@ def milliseconds(name: str, *, tools: bool = False, reasoning: bool = False) -> 
         chat += [user(f"amber {n}? " * 8)]
         chat += [calls("", town=f"Lima {n}"), result("Rainy, 7.")] if tools else []
         chat += [says(f"Birch {n} bark. " * 20, **thought)]
-    template = prepare_template(stock(name))
+    template = ex.prepare_template(stock(name))
     times = []
     for _ in range(7):
         began = time.process_time()
-        render_conversation(chat, template, tools=TOOLS if tools else None)
+        ex.render_conversation(chat, template, tools=TOOLS if tools else None)
         times.append(time.process_time() - began)
     return round(1000 * min(times), 2)
 
@@ -120,11 +98,8 @@ def main() -> int:
             total[outcome.way if outcome.right else "wrong"] += 1
             if not outcome.right:
                 print(f"{name}, {shape}: {outcome.way}\n{outcome.detail}", file=sys.stderr)
-    took = {
-        "plain": milliseconds("llama3_1"),
-        "reasoning": milliseconds("qwen3", reasoning=True),
-        "gpt-oss tools": milliseconds("gptoss", tools=True),
-    }
+    took = {"plain": milliseconds("llama3_1"), "reasoning": milliseconds("qwen3", reasoning=True),
+            "gpt-oss tools": milliseconds("gptoss", tools=True)}  # fmt: skip
     counts = {"templates": len(template_names()), "shapes": len(SHAPES), **total}
     print(json.dumps({**counts, "milliseconds": took}))
     return int(total["wrong"] > 0)

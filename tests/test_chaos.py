@@ -60,8 +60,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("attack", SHORT, ids=lambda attack: f"{attack.script}: {attack.name}")
 def test_an_attack_ends_as_it_may(attack: attacks.Attack, ready: Path, tmp_path: Path) -> None:
-    verdict = attacks.run_attack(attack, tmp_path / "world", ready, slack=3.0)
-    assert not verdict.wrong, verdict.ended.stderr[-3000:]
+    ended = attacks.run_attack(attack, tmp_path / "world", ready, slack=3.0)
+    assert not ended.wrong, ended.stderr[-3000:]
 
 
 def test_what_must_not_be_is_found(ready: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from processes import run_process
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +26,17 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "DIST" in os.environ:
         return ROOT / os.environ["DIST"]
     folder = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--outdir", str(folder)]
-    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
+    run(sys.executable, "-m", "build", "--outdir", folder)
     return folder
 
 
+def run(*command: object, cwd: Path = ROOT) -> str:
+    done = run_process(command, cwd=cwd, timeout_s=600)
+    assert done.code == 0, done.stderr
+    return done.stdout.strip()
+
+
 def only(folder: Path, pattern: str) -> Path:
-    """Return the one file of that pattern."""
     (path,) = folder.glob(pattern)
     return path
 
@@ -49,34 +53,23 @@ def test_the_sdist_holds_what_is_tracked_and_nothing_else(dist: Path) -> None:
     with tarfile.open(only(dist, "*.tar.gz")) as sdist:
         files = {m.name.partition("/")[2] for m in sdist.getmembers() if m.isfile()}
     made = {"PKG-INFO", "setup.cfg"} | {f for f in files if ".egg-info/" in f}
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    tracked = set(listed.stdout.splitlines())
+    tracked = set(run("git", "ls-files").splitlines())
     assert files - made - tracked == set()
-    left_out = {name for name in tracked - files if not re.match(r"\.", name)}
-    assert left_out == set()
+    assert {name for name in tracked - files if not re.match(r"\.", name)} == set()
 
 
 def test_the_wheel_runs_in_a_clean_environment(dist: Path, tmp_path: Path) -> None:
     # The dependencies are those of this environment, by a path file: torch is not installed twice.
     venv.create(tmp_path / "env", with_pip=False)
     site = only(tmp_path / "env", "lib/python*/site-packages")
-    wheel = str(only(dist, "*.whl"))
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
     python = tmp_path / "env" / "bin" / "python"
-    command = [*install[:3], "--python", str(python), *install[3:], wheel]
-    subprocess.run(command, check=True, capture_output=True)
+    options = ("--python", python, "install", "-q", "--no-deps", "--no-index")
+    run(sys.executable, "-m", "pip", *options, only(dist, "*.whl"))
     assert {path.name for path in site.glob("*.py")} == MODULES
     (site / "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     for name in ("compute-lengths", "extract-logits", "explore-logits"):
-        done = subprocess.run(
-            [tmp_path / "env" / "bin" / name, "--help"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("usage: ")
-        assert "--split" in done.stdout
-    where = [python, "-c", "import extract_logits; print(extract_logits.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert Path(found.stdout.strip()).parent == site
+        said = run(tmp_path / "env" / "bin" / name, "--help", cwd=tmp_path)
+        assert said.startswith("usage: ")
+        assert "--split" in said
+    where = "import extract_logits; print(extract_logits.__file__)"
+    assert Path(run(python, "-c", where, cwd=tmp_path)).parent == site

@@ -20,13 +20,10 @@ from tiny_teachers import save_teacher
 
 import extract_logits
 
+BRIEF = {"role": "system", "content": "Be brief."}
 SHORT = [
     chat("Four. 四", "Two and two?"),
-    [
-        {"role": "system", "content": "Be brief."},
-        *chat("Hi", "Hello"),
-        *chat("A marker.\n", "<|im_start|> is what?"),
-    ],
+    [BRIEF, *chat("Hi", "Hello"), *chat("A marker.\n", "<|im_start|> is what?")],
     chat("…", "Say nothing."),
 ]
 
@@ -57,13 +54,11 @@ def check(model: Path, dataset: Path, output: Path) -> oracle.Report:
 
 
 @pytest.fixture(scope="module")
-def every_kind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def every_kind(chats: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write conversations of every subject, with tools and with reasoning, 24 in all."""
-    lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    reasoning = [r for r in records if "reasoning_content" in json.dumps(r["messages"])][:3]
-    tools = [r for r in records if "tool_calls" in json.dumps(r["messages"])][:4]
-    chosen = {r["id"]: r for r in [*reasoning, *tools, *records[::22]]}
+    reasoning = [r for r in chats if "reasoning_content" in json.dumps(r["messages"])][:3]
+    tools = [r for r in chats if "tool_calls" in json.dumps(r["messages"])][:4]
+    chosen = {r["id"]: r for r in [*reasoning, *tools, *chats[::22]]}
     folder = tmp_path_factory.mktemp("source")
     return write_conversations(folder / "some.jsonl", list(chosen.values())[:24])
 
@@ -71,10 +66,8 @@ def every_kind(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_of_a_run_of_the_embedded_teacher_is_right(
     every_kind: Path, tmp_path: Path
 ) -> None:
-    output = run_command(
-        EMBEDDED, every_kind, tmp_path,
-        "--index-col", "id", "--store-tokens", "--upload-every", "9",
-    )  # fmt: skip
+    options = ["--index-col", "id", "--store-tokens", "--upload-every", "9"]
+    output = run_command(EMBEDDED, every_kind, tmp_path, *options)
     report = check(EMBEDDED, every_kind, output)
     assert report.rows == 24
     assert len(list(output.glob("data/*.parquet"))) >= 3

@@ -62,12 +62,10 @@ def test_the_suite_runs_as_by_a_user_and_its_rows_are_right(
 def spoil_row(output: Path) -> None:
     """Let the first row's log-sum-exps be 0.01 too large."""
     (part,) = (output / "data").glob("*.parquet")
-    records = pq.read_table(part)
-    rows = records["logsumexp"].to_pylist()
-    rows[0] = [value + 0.01 for value in rows[0]]
-    place = records.column_names.index("logsumexp")
-    field = records.schema.field("logsumexp")
-    pq.write_table(records.set_column(place, field, [rows]), part)
+    table = pq.read_table(part)
+    records = table.to_pylist()
+    records[0]["logsumexp"] = [value + 0.01 for value in records[0]["logsumexp"]]
+    pq.write_table(table.from_pylist(records, table.schema), part)
 
 
 def test_points_of_one_u_pass_and_others_do_not() -> None:

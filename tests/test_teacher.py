@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from conftest import TEACHER as MODEL
 
-TEACHER = Path(__file__).parent / "teacher"
-MODEL = TEACHER / "model"
+TEACHER = MODEL.parent
 sys.path.insert(0, str(TEACHER))
 
 import make_conversations  # noqa: E402
@@ -26,40 +24,32 @@ SCRIPTS = ["ARABIC", "ARMENIAN", "CJK", "CYRILLIC", "DEVANAGARI", "GEORGIAN", "G
 SCRIPTS += ["HEBREW", "HIRAGANA", "KATAKANA", "THAI"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL)
+Chats = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+def teacher() -> tuple[Any, Any]:
+    return oracle.load_reference(str(MODEL))
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    lines = (TEACHER / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def encoded(chats: Chats, teacher: tuple[Any, Any]) -> list[train_teacher.Encoded]:
+    return train_teacher.encode_all(chats, teacher[1], longest=1_024)
 
 
-@pytest.fixture(scope="module")
-def encoded(rows: list[dict[str, Any]], tokenizer: Any) -> list[train_teacher.Encoded]:
-    return train_teacher.encode_all(rows, tokenizer, longest=1_024)
-
-
-def test_committed_conversations_are_what_the_script_writes(rows: list[dict[str, Any]]) -> None:
-    assert rows == make_conversations.make_held_out()
+def test_committed_conversations_are_what_the_script_writes(chats: Chats) -> None:
+    assert chats == make_conversations.make_held_out()
 
 
 def test_conversations_hold_every_kind_of_turn_length_and_script(
-    rows: list[dict[str, Any]], encoded: list[train_teacher.Encoded]
+    chats: Chats, encoded: list[train_teacher.Encoded]
 ) -> None:
-    for row in rows:
+    for row in chats:
         assert list(row) == ["id", "subject", "messages"]
         assert row["messages"][-1]["role"] == "assistant"
-    assert len({row["id"] for row in rows} - set(range(400))) == 400  # unique, no row numbers
-    turns = [turn for row in rows for turn in row["messages"]]
-    sizes = [len(row["messages"]) for row in rows]
+    assert len({row["id"] for row in chats} - set(range(400))) == 400  # unique, no row numbers
+    turns = [turn for row in chats for turn in row["messages"]]
+    sizes = [len(row["messages"]) for row in chats]
     assert sizes.count(2) > 100
     assert sum(size > 4 for size in sizes) > 50
     for role in ("system", "tool"):
@@ -76,27 +66,28 @@ def test_conversations_hold_every_kind_of_turn_length_and_script(
     assert lengths.max() > 400
 
 
-def test_no_held_out_conversation_is_trained_on(rows: list[dict[str, Any]]) -> None:
-    held_out = {make_conversations.key_of(row["messages"]) for row in rows}
+def test_no_held_out_conversation_is_trained_on(chats: Chats) -> None:
+    held_out = {make_conversations.key_of(row["messages"]) for row in chats}
     training = make_conversations.make_training(seed=1, count=2_000)
     assert not held_out & {make_conversations.key_of(row["messages"]) for row in training}
 
 
 def test_held_out_loss_is_as_stated_and_far_below_the_unigram_entropy(
-    model: PreTrainedModel, encoded: list[train_teacher.Encoded]
+    teacher: tuple[Any, Any], encoded: list[train_teacher.Encoded]
 ) -> None:
     assert (MODEL / "model.safetensors").stat().st_size <= 6_000_000
     readme = (TEACHER / "README.md").read_text(encoding="utf-8")
     (stated,) = (json.loads(line) for line in readme.splitlines() if line.startswith('{"'))
-    measured = train_teacher.evaluate(model, encoded)
+    measured = train_teacher.evaluate(teacher[0], encoded)
     assert measured["held_out_loss"] < measured["unigram_entropy"] - MARGIN_NATS
     for name, value in measured.items():
         assert stated[name] == pytest.approx(value, abs=0.002), name
 
 
 def test_nuclei_spread_from_one_token_to_beyond_the_cap(
-    model: PreTrainedModel, encoded: list[train_teacher.Encoded], tokenizer: Any
+    teacher: tuple[Any, Any], encoded: list[train_teacher.Encoded]
 ) -> None:
+    model, tokenizer = teacher
     sizes = train_teacher.nucleus_sizes(model, encoded[:60], vocab_size=len(tokenizer))
     shares = [np.mean((sizes >= low) & (sizes < high)) for low, high in BANDS]
     assert min(shares) > 0.01, dict(zip(BANDS, shares, strict=True))

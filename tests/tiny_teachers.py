@@ -39,7 +39,7 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(
-    vocab_size: int, *, padding: int = 0, spread: float = 4.0, twins: int = 0, seed: int = 0
+    vocab_size: int, *, padding: int = 0, twins: int = 0, seed: int = 0
 ) -> LlamaForCausalLM:
     """Return a Llama of two layers and width 16.
 
@@ -49,7 +49,6 @@ def tiny_model(
 
     Args:
         padding: embedding rows beyond the tokenizer's highest id, with the largest logits of all.
-        spread: standard deviation of a row of logits, in nats.
         twins: pairs of ids (i, i + twins) whose logits are equal bit by bit.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +64,7 @@ def tiny_model(
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
         model.model.embed_tokens.weight.mul_(5.0)
         head = model.lm_head.weight
-        head.mul_(spread / 0.8)  # a normed hidden state of width 16 has length 4
+        head.mul_(5.0)  # a row of logits spreads by 4 nats: a normed state of width 16 is 4 long
         head[vocab_size:].mul_(3.0)
         head[twins : 2 * twins] = head[:twins]
     return model

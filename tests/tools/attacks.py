@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -30,10 +29,11 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,17 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\
 ESCAPES = "\x1b[31mred\x07\x9b2J\u202e"
 DEEP = "[" * 20_000 + "]" * 20_000
 EXTRACT, LENGTHS, EXPLORE = "extract_logits.py", "compute_lengths.py", "explore_logits.py"
+READ: dict[str, Any] = {"model": TEACHER, "dataset": CHATS}
+USUAL: dict[str, dict[str, Any]] = {
+    EXTRACT: {**READ, "output": "./out", "cache_dir": "cache", "limit": 2},
+    LENGTHS: {**READ, "output_dir": "lengths", "num_proc": 1},
+}
+PARTS = {"limit": 4, "upload_every": 2, "store_tokens": True}  # of the output that is continued
 
 Words = Sequence[object]
 Process = subprocess.Popen[bytes]
+Preparing = Callable[["World"], Words]  # makes a world and returns the options of the run
+Acting = Callable[["World", Process], None]
 
 
 def show(text: str, width: int) -> str:
@@ -81,23 +89,22 @@ class World:
         self.before: list[int] | None = None  # all ids, where nothing may change
         self.rows: set[int] | None = {0, 1}  # ids that a complete run stores; None: of no interest
         self.argv: Words = ()
+        self.open = contextlib.ExitStack()  # what ends with this world
         folder.mkdir()
 
     @cached_property
     def hub(self) -> LoopbackHub:
         """A Hub of its own, in place of the real one."""
-        hub = LoopbackHub(self.folder / "hub").__enter__()
+        hub = self.open.enter_context(LoopbackHub(self.folder / "hub"))
         hub.tokens = {TOKEN: "tester"}
         self.env |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
         return hub
 
     @property
     def has_hub(self) -> bool:
-        """Whether there is one."""
         return "hub" in self.__dict__
 
     def write(self, name: str | bytes, content: str | bytes) -> Path:
-        """Write a file."""
         path = self.folder / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         is_text = isinstance(content, str)
@@ -110,7 +117,6 @@ class World:
         return self.write(name, "\n".join(lines) + "\n")
 
     def teacher(self, template: str) -> Path:
-        """Copy the teacher, with another template."""
         shutil.copytree(TEACHER, self.folder / "model")
         self.write("model/chat_template.jinja", template)
         return self.folder / "model"
@@ -124,68 +130,51 @@ class World:
         """Put a folder onto the Hub."""
         store, entries = self.hub.store, {}
         for path in filter(Path.is_file, folder.rglob("*")):
-            data = path.read_bytes()
-            entry = store.put_blob(data)
-            if path.suffix in (".parquet", ".safetensors"):
-                entry = replace(entry, size=len(data), lfs=hashlib.sha256(data).hexdigest())
-                store.put_lfs(entry.lfs, data)
+            entry = store.put(path.read_bytes(), lfs=path.suffix in (".parquet", ".safetensors"))
             entries[path.relative_to(folder).as_posix()] = entry
-        store.commit(store.create(kind, REPO, private=False)[0], "Publish", entries, [])
+        store.commit(store.create(kind, REPO, private=False)[0], "Publish", entries)
 
     def fault(self, match: str, **how: Any) -> None:
         """Let requests meet a fault, all that match where nothing else is said."""
         self.hub.fault(match, **{"count": 10**9, **how})
 
-    def start(self, script: str, *words: object, **options: Any) -> list[object]:
-        """Return options of an extraction into ./out, or of a measurement of lengths."""
-        usual: dict[str, Any] = {"model": TEACHER, "dataset": CHATS}
-        if script == EXTRACT:
-            usual |= {"output": "./out", "cache_dir": "cache", "limit": 2}
-        else:
-            usual |= {"output_dir": "lengths", "num_proc": 1}
-        if minutes := options.get("max_runtime_minutes"):  # a busy machine starts slowly
-            options["max_runtime_minutes"] = minutes * self.slack
-        return [*words, *name_options({**usual, **options})]
+    def start(self, script: str, *words: object, **options: Any) -> Words:
+        """Return options of a run: two conversations into ./out, or their lengths, or these words.
 
-    def extract(self, *words: object, **options: Any) -> list[object]:
-        """Return options of an extraction: two conversations into ./out."""
+        Keywords are options, `x=True` a bare one, None one that is left out.
+        """
+        usual = {**USUAL[script], **options} if script in USUAL else {}
+        if minutes := usual.get("max_runtime_minutes"):  # a busy machine starts slowly
+            usual["max_runtime_minutes"] = minutes * self.slack
+        found = list(words)
+        for name, value in usual.items():
+            if value is not None:
+                found += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
+        return found
+
+    def extract(self, *words: object, **options: Any) -> Words:
         return self.start(EXTRACT, *words, **options)
 
-    def resume(self, **options: Any) -> list[object]:
+    def resume(self, **options: Any) -> Words:
         """Return options that continue the output of `output`."""
-        usual = {"limit": 4, "upload_every": 2, "store_tokens": True, "resume": True}
-        return self.extract(**{**usual, **options})
-
-    def close(self) -> None:
-        """End the Hub."""
-        if self.has_hub:
-            self.hub.__exit__()
+        return self.extract(**{**PARTS, "resume": True, **options})
 
     def stored(self) -> list[int]:
         """Return the ids of all rows of the output, twice where they are there twice."""
-        words = list(map(str, self.argv))
+        words, found = list(map(str, self.argv)), list[int]()
         name = words[words.index("--output") + 1] if "--output" in words else "./out"
-        if not name.startswith(".") and not self.has_hub:
+        if name.startswith("."):
+            place = Output(self.folder / name)
+        elif self.has_hub:
+            place = Output(name, self.hub)
+        else:
             return []
-        local = name.startswith(".")
-        place = Output(self.folder / name) if local else Output(name, self.hub)
-        found: list[int] = []
         with contextlib.suppress(OSError):  # a name that is none
             for path in filter(PART.fullmatch, sorted(place.files())):
                 with contextlib.suppress(OSError, pa.ArrowException, KeyError):  # attacked itself
                     table = pq.read_table(pa.BufferReader(place.read(path)), columns=["index"])
                     found += table["index"].to_pylist()
         return found
-
-
-def name_options(options: Mapping[str, Any]) -> list[object]:
-    """Return keywords as options, `x=True` a bare one, None and False one that is left out."""
-    words: list[object] = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            words.append("--" + name.replace("_", "-"))
-            words += [] if value is True else [value]
-    return words
 
 
 # Attacks ------------------------------------------------------------------------------------------
@@ -197,10 +186,10 @@ class Attack:
 
     name: str
     script: str
-    prepare: Callable[[World], Words]  # makes the world and returns the options of the run
+    prepare: Preparing
     exits: tuple[int, ...] = (2,)
     says: str = ""  # a pattern that is found in the last line on stderr
-    during: Callable[[World, Process], None] | None = None  # acts while the process runs
+    during: Acting = lambda *_: None  # acts while the process runs
     resumes: bool = False  # a calm run with --resume completes the job afterwards
     check: Callable[[World], str] | None = None  # returns what else is wrong
     seconds: float = SECONDS
@@ -211,13 +200,11 @@ class Attack:
 ATTACKS: list[Attack] = []
 
 
-def add(name: str, script: str, prepare: Callable[[World], Words], **how: Any) -> None:
-    """Enter an attack in the register."""
+def add(name: str, script: str, prepare: Preparing, **how: Any) -> None:
     ATTACKS.append(Attack(name, script, prepare, **how))
 
 
-def attack(name: str, script: str, **how: Any) -> Callable[[Callable[[World], Words]], Any]:
-    """Enter a function that prepares a world in the register."""
+def attack(name: str, script: str, **how: Any) -> Callable[[Preparing], None]:
     return lambda prepare: add(name, script, prepare, **how)
 
 
@@ -227,9 +214,12 @@ def maker(prepare: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
 
 
 @maker
-def start(world: World, script: str, *words: object, **options: Any) -> Words:
+def start(
+    world: World, script: str, *words: object, env: dict[str, str] | None = None, **options: Any
+) -> Words:
     """Start one of the scripts with options like these, on a Hub of its own."""
-    return world.hub and (words if script == EXPLORE else world.start(script, *words, **options))
+    world.env |= {"HF_ENDPOINT": world.hub.endpoint, **(env or {})}
+    return world.start(script, *words, **options)
 
 
 @maker
@@ -240,13 +230,11 @@ def meet(world: World, script: str, match: str, fault: Any, *words: Any, **optio
     if match == OUTPUT_REQUESTS["listing"]:  # asks what is there already
         world.hub.store.create("dataset", REPO, private=False)
     world.fault(match, **fault)
-    return start(script, *words, **options)(world)
+    return world.start(script, *words, **options)
 
 
 @maker
-def from_hub(
-    world: World, script: str, request: str, *, deadline: float = 0.6, **fault: Any
-) -> Words:
+def from_hub(world: World, script: str, request: str, deadline: float = 0.6, **fault: Any) -> Words:
     """Read or continue an output on a Hub on which a request meets a fault."""
     world.publish(world.output())
     world.fault(request, **fault)
@@ -294,14 +282,12 @@ OUTPUT_REQUESTS = {  # that an extraction into a new repository makes, in their 
 NONSENSE = {
     "a list": "[1, 2]",
     "an object": "{}",
-    "null": "null",
     "a page": "<html>sign in</html>",
     "deep brackets": DEEP,
     "types": '{"sha": [1], "private": "x", "files": 7, "name": null, "siblings": 3, "id": {}}',
 }
 WAITS = {
     "in 2099": {"Retry-After": "Tue, 01 Dec 2099 00:00:00 GMT"},
-    "negative": {"Retry-After": "-5"},
     "no number": {"Retry-After": "\u00b2 soon"},
     "of 5,000 digits": {"Retry-After": "9" * 5000},
     "by a rate limit of ages": {"RateLimit": '"api";r=0;t=99999999999'},
@@ -310,18 +296,17 @@ ECHO = f"Authorization: Bearer {' '.join(SECRETS)}\r\n{ESCAPES}"
 SILENCE = {"latency": 600.0}
 STOPPED = {"exits": (143,), "during": stop_when_met}
 RESUMABLE = {"exits": (4, 75), "resumes": True}
-MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request, fault, end
-    # of an extraction into a repository of its own, with a deadline in minutes
+MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # request, fault and deadline, end of an extraction into a repository of its own
     **{f"the Hub never answers: {step}; SIGTERM": (
         request, SILENCE, {**STOPPED, "resumes": True})
        for step, request in OUTPUT_REQUESTS.items()},
     **{f"the Hub answers nonsense: {step}": (
         request, {"text": "[1, 2]", "deadline": 0.25}, {"exits": (0, 2, 4, 75), "resumes": True})
        for step, request in OUTPUT_REQUESTS.items()},
-    "the Hub never answers: repo info; deadline": (
-        "GET", {**SILENCE, "deadline": 0.3}, {"exits": (4, 75)}),
-    "the Hub never answers: LFS upload; deadline": (
-        "PUT /_lfs", {**SILENCE, "deadline": 0.3}, RESUMABLE),
+    **{f"the Hub never answers: {step}; deadline": (
+        OUTPUT_REQUESTS[step], {**SILENCE, "deadline": 0.3}, RESUMABLE)
+       for step in ("repo info", "LFS upload")},
     "the Hub answers a byte a second": (
         "GET /api/datasets", {"text": b" ", "times": 10**6, "pause_s": 1.0}, STOPPED),
     "nothing but HTTP 503 for commits, until the deadline": (
@@ -341,16 +326,13 @@ MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # request
         "/api/(datasets|repos)", {"status": status, "message": ECHO}, {"exits": (4,)})
        for status in (400, 401, 403, 404)},
     **{f"HTTP 403 echoes the token: {step}": (
-        OUTPUT_REQUESTS[step],
-        {"status": 403, "message": ECHO, "deadline": 0.5 if step == "LFS upload" else None},
-        {"exits": (4, 75), "resumes": step == "commit"})
+        OUTPUT_REQUESTS[step], {"status": 403, "message": ECHO, "deadline": 0.5}, RESUMABLE)
        for step in ("create", "preupload", "LFS batch", "LFS upload", "commit")},
 }  # fmt: skip
-for name, (line, fault, how) in MET_BY_NEW.items():
-    minutes = fault.get("deadline")
-    fault = {field: value for field, value in fault.items() if field != "deadline"}
-    add(name, EXTRACT,
-        meet(EXTRACT, line, fault, output=REPO, max_runtime_minutes=minutes), **how)  # fmt: skip
+for name, (request, fault, how) in MET_BY_NEW.items():
+    minutes = fault.pop("deadline", None)
+    met = meet(EXTRACT, request, fault, output=REPO, max_runtime_minutes=minutes)
+    add(name, EXTRACT, met, **how)
 
 
 @attack("the commit's answer is lost and then nothing answers", EXTRACT, resumes=True, **STOPPED)
@@ -360,18 +342,16 @@ def _(world: World) -> Words:
     return world.extract(output=REPO)
 
 
-for script in (EXTRACT, LENGTHS):
-    for kind in ("model", "dataset"):
-        add(f"the Hub of the {kind} never answers; SIGTERM", script,
-            meet(script, "", SILENCE, **{kind: "tester/thing"}),
-            short=kind == "model", **STOPPED)  # fmt: skip
-for name, match, minutes, how in (
-    ("the Hub of the model never answers; deadline", "", 0.3, {"exits": (2, 4, 75), "seconds": 40}),
-    ("the weights of the model never come; SIGTERM", "safetensors", None, STOPPED),
-    ("the weights of the model never come; deadline", "safetensors", 0.3, {"exits": (75,)}),
-):
-    add(name, EXTRACT,
-        meet(EXTRACT, match, SILENCE, model=REPO, max_runtime_minutes=minutes), **how)  # fmt: skip
+for script, kind in product((EXTRACT, LENGTHS), ("model", "dataset")):
+    add(f"the Hub of the {kind} never answers; SIGTERM", script,
+        meet(script, "", SILENCE, **{kind: "tester/thing"}), short=kind == "model",
+        **STOPPED)  # fmt: skip
+add("the Hub of the model never answers; deadline", EXTRACT,
+    meet(EXTRACT, "", SILENCE, model=REPO, max_runtime_minutes=0.3), exits=(2, 4, 75),
+    seconds=40)  # fmt: skip
+for ending, minutes, how in (("SIGTERM", None, STOPPED), ("deadline", 0.3, {"exits": (75,)})):
+    met = meet(EXTRACT, "safetensors", SILENCE, model=REPO, max_runtime_minutes=minutes)
+    add(f"the weights of the model never come; {ending}", EXTRACT, met, **how)
 add("the Hub never answers", EXPLORE, meet(EXPLORE, "", SILENCE, REPO), seconds=200,
     says="logits")  # fmt: skip
 
@@ -380,8 +360,7 @@ add("the Hub never answers", EXPLORE, meet(EXPLORE, "", SILENCE, REPO), seconds=
 
 OWN = (TEACHER / "chat_template.jinja").read_text()
 TEMPLATES = {
-    "loops for ever": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
-    "{% endfor %}",
+    "loops for ever": "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2,
     "a billion blanks by %": "{{ '%1000000000d' % 1 }}",
     "a billion blanks by format": "{{ '{:>9999999999}'.format(1) }}",
     "a long string": "{{ 'a' * 10**11 }}",
@@ -399,7 +378,6 @@ LONG = {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a"} for 
 
 @maker
 def with_template(world: World, script: str, template: str) -> Words:
-    """Run with a teacher whose template does something else first."""
     return world.start(script, model=world.teacher(template + OWN))
 
 
@@ -407,17 +385,13 @@ def with_template(world: World, script: str, template: str) -> Words:
 def of_source(
     world: World, script: str, *rows: Any, stored: set[int] | None = None, **options: Any
 ) -> Words:
-    """Run over rows."""
     world.rows = stored
     return world.start(script, dataset=world.chats(*rows), **options)
 
 
-for script in (EXTRACT, LENGTHS):
-    for kind, template in TEMPLATES.items():
-        add(f"a template: {kind}", script, with_template(script, template),
-            exits=(2, 143) if kind == "loops for ever" else (2,))  # fmt: skip
-    add("a conversation of 100,000 messages", script, of_source(script, LONG, CHAT, stored={1}),
-        exits=(0,))  # fmt: skip
+for script, (kind, template) in product((EXTRACT, LENGTHS), TEMPLATES.items()):
+    add(f"a template: {kind}", script, with_template(script, template),
+        exits=(2, 143) if kind == "loops for ever" else (2,))  # fmt: skip
 add("a template of the output that loops for ever", EXPLORE,
     after(lambda out: (out / "chat_template.jinja").write_text(TEMPLATES["loops for ever"] + OWN),
           "out", "--sample", "0"), exits=(0, 2))  # fmt: skip
@@ -426,10 +400,9 @@ add("a template of the output that loops for ever", EXPLORE,
 # Data: sources
 
 SOURCES: dict[str, tuple[list[Any], dict[str, Any], int]] = {  # rows, options, exit
+    "a conversation of 100,000 messages": ([LONG, CHAT], {"stored": {1}}, 0),
     "JSON 20,000 deep": (['{"messages": ' + DEEP + "}", CHAT], {}, 2),
     "JSON 20,000 deep, a stream": (['{"messages": ' + DEEP + "}", CHAT], {"streaming": True}, 2),
-    "JSON 5,000 deep": (['{"messages": ' + "[" * 5000 + "]" * 5000 + "}", CHAT], {}, 2),
-    "objects 5,000 deep": (['{"a": ' * 5000 + "1" + "}" * 5000, CHAT], {}, 2),
     "deep JSON as text in a cell": ([{"messages": "[" * 100_000}, CHAT], {}, 0),
     "roles with escape codes": (
         [{"messages": [{"role": ESCAPES, "content": "a"}, *CHAT["messages"]]}, CHAT], {}, 0),
@@ -446,14 +419,12 @@ SOURCES: dict[str, tuple[list[Any], dict[str, Any], int]] = {  # rows, options, 
     "arguments of templates 3,000 deep": (
         [{**CHAT, "chat_template_kwargs": '{"a": ' * 3000 + "1" + "}" * 3000}, CHAT], {}, 0),
 }  # fmt: skip
-for kind, (rows, options, code) in SOURCES.items():
-    for script in (EXTRACT, LENGTHS):
-        add(f"a source: {kind}", script, of_source(script, *rows, **options), exits=(code,),
-            short=kind == "JSON 20,000 deep")  # fmt: skip
+for script, (kind, (rows, options, code)) in product((EXTRACT, LENGTHS), SOURCES.items()):
+    add(f"a source: {kind}", script, of_source(script, *rows, **options), exits=(code,),
+        short=kind == "JSON 20,000 deep")  # fmt: skip
 
 
-@attack("a source: files in a ring of links, one named by no UTF-8", EXTRACT, exits=(0, 2),
-        short=True)  # fmt: skip
+@attack("a source: a ring of links, a file named by no UTF-8", EXTRACT, exits=(0, 2), short=True)
 def _(world: World) -> Words:
     world.rows = None
     world.write(b"chats/\xff\x1b[31m.jsonl", json.dumps(CHAT) + "\n")
@@ -474,8 +445,7 @@ def check_card(world: World) -> str:
     return "; ".join(name for name, found in wrong.items() if found)
 
 
-@attack("a source named by escape codes, HTML and the line of the card", EXTRACT, exits=(0,),
-        check=check_card)  # fmt: skip
+@attack("a source named by codes, HTML, the card's line", EXTRACT, exits=(0,), check=check_card)
 def _(world: World) -> Words:
     name = f"{ESCAPES}<img src=x onerror=1>\n# T\n{extract_logits.CARD_LINE}\n---\n|a|b|.jsonl"
     dataset = world.chats(CHAT, CHAT, name=name.replace("/", ""))
@@ -484,34 +454,35 @@ def _(world: World) -> Words:
 
 # Names and numbers on the command line
 
-for name in ("user/..", "user/x--y", "user/x.git", "üser/näme", "user/" + "x" * 120,
-             "user/\udcff", "user/a\nb", f"user/{ESCAPES}"):  # fmt: skip
+for name in ("user/..", "user/x--y", "üser/näme", "user/" + "x" * 120, "user/\udcff", "user/a\nb",
+             f"user/{ESCAPES}"):  # fmt: skip
     shown = show(name, 24)
     add(f"--output {shown}", EXTRACT, start(EXTRACT, output=name))
     add(f"--model {shown}", EXTRACT, start(EXTRACT, model=name))
     add(f"--dataset {shown}", LENGTHS, start(LENGTHS, dataset=name))
     add(f"OUTPUT {shown}", EXPLORE, start(EXPLORE, name))
 
-HUGE: dict[str, tuple[object, tuple[int, ...]]] = {
-    **{f"--{name}": (10**30, (0, 2))
-       for name in ("limit", "upload-every", "max-seq-len", "max-batch-tokens")},
-    **{f"--{name}": (10**30, (2,)) for name in ("start-offset", "sampled-n", "seed")},
-    **{f"--{name}": ("1e308", (0, 2))
-       for name in ("max-runtime-minutes", "upload-size-mb", "plan --plan-tokens")},
-    "--rank 0 --world-size": ("9" * 5000, (2,)),
-    "--template-kwargs": ("[" * 100_000, (2,)),
-    "--batch-thresholds": ('{"' + "9" * 5000 + '": 1}', (2,)),
-    "--sample-subject": ('{"a": ' * 5000 + "1" + "}" * 5000, (2,)),
-    "--device": (f"cuda:{10**30}", (2,)), "--chat-template": ("/dev/zero", (2,)),
+HUGE: dict[str, object] = {
+    **dict.fromkeys(("--limit", "--upload-every", "--max-seq-len", "--max-batch-tokens",
+                     "--start-offset", "--sampled-n", "--seed"), 10**30),
+    **dict.fromkeys(("--max-runtime-minutes", "--upload-size-mb", "--plan --plan-tokens"), "1e308"),
+    "--rank 0 --world-size": "9" * 5000,
+    "--template-kwargs": "[" * 100_000,
+    "--batch-thresholds": '{"' + "9" * 5000 + '": 1}',
+    "--sample-subject": '{"a": ' * 5000 + "1" + "}" * 5000,
+    "--device": f"cuda:{10**30}",
+    "--chat-template": "/dev/zero",
 }  # fmt: skip
-for flags, (value, exits) in HUGE.items():
+GENEROUS = re.compile("limit|every|max-|mb|plan")  # may be as large as one likes
+for flags, value in HUGE.items():
     name = flags.split()[-1]
-    add(f"{name} beyond all measure", EXTRACT,
-        start(EXTRACT, *flags.split(), value), exits=exits,
+    exits = (0, 2) if GENEROUS.search(name) else (2,)
+    add(f"{name} beyond all measure", EXTRACT, start(EXTRACT, *flags.split(), value), exits=exits,
         short=name == "--chat-template")  # fmt: skip
-for value in ("nan", "inf", "-inf"):
-    for name in ("--max-runtime-minutes", "--upload-size-mb", "--top-p", "--plan-rate"):
-        add(f"{name} {value}", EXTRACT, start(EXTRACT, name, value))
+for value, name in product(
+    ("nan", "inf", "-inf"), ("--max-runtime-minutes", "--upload-size-mb", "--top-p", "--plan-rate")
+):
+    add(f"{name} {value}", EXTRACT, start(EXTRACT, name, value))
 
 
 # What the output holds
@@ -521,12 +492,10 @@ CHECKPOINTS: dict[str, bytes | int] = {  # an int: a hole of that size
     "200,000 brackets": b"[" * 200_000,
     "nothing": b"",
     "null": b"null",
-    "a list": b"[1]",
     "parts of wrong types": b'{"format_version": 1, "job": 3, "parts": 7, "skipped": []}',
     "a version of 5,000 digits": b'{"format_version": ' + b"9" * 5000 + b"}",
     "no UTF-8": b"\xff\xfe" * 50,
     "escape codes": b'{"job": "' + ESCAPES.encode() + b'"}',
-    "a number of 6,000 digits": b'{"parts": {"number": [' + b"9" * 6000 + b"]}}",
     "60 MB of objects": b'{"parts": [' + b"{}," * 20_000_000 + b"{}]}",
     "3 GB": 3 * 2**30,
 }
@@ -561,16 +530,14 @@ for column, value in {
     add(f"a checkpoint whose {column} is absurd", EXTRACT,
         after(tell(CHECKPOINT, "parts", column, value)), exits=(0,))  # fmt: skip
 
-SETTINGS_FAULTS: dict[str, list[Any]] = {
-    "rows_per_part": ["x", 0, -1, 10**30, 1.5, True, [2]], "template_date": [5], "numerics": [3],
-    "model_revision": [[1]], "dataset_revision": [{"a": 1}], "limit": ["all"], "model": [7],
-    "versions": [None], "chat_template_sha256": [3], "vocab_size": ["many"],
-    "format_version": [99],
-}  # fmt: skip
-for setting, values in SETTINGS_FAULTS.items():
-    for value in values:
-        add(f"settings: {setting} is {value!r}", EXTRACT, after(tell(SETTINGS, "", setting, value)),
-            exits=(0, 2))  # fmt: skip
+for setting, value in (
+    *(("rows_per_part", value) for value in ("x", 0, -1, 10**30, 1.5, True, [2])),
+    ("template_date", 5), ("numerics", 3), ("model_revision", [1]), ("dataset_revision", {"a": 1}),
+    ("limit", "all"), ("model", 7), ("versions", None), ("chat_template_sha256", 3),
+    ("vocab_size", "many"), ("format_version", 99),
+):  # fmt: skip
+    add(f"settings: {setting} is {value!r}", EXTRACT, after(tell(SETTINGS, "", setting, value)),
+        exits=(0, 2))  # fmt: skip
 SAID = {"model": str(TEACHER), "dataset": str(CHATS)}
 for kind, value in {
     "a list": [],
@@ -593,7 +560,6 @@ for kind, content in {
 
 CARDS: dict[str, bytes | int] = {
     "YAML 50,000 deep": b"---\na: " + b"[" * 50_000 + b"\n---\n",
-    "YAML 3,000 deep": b"---\na: " + b"[" * 3000 + b"]" * 3000 + b"\n---\n",
     "YAML of aliases": b"---\n" + b"\n".join(
         b"a%d: &a%d [%s]" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9 if n else [b"1"] * 9))
         for n in range(12)) + b"\n---\n",
@@ -612,7 +578,7 @@ for kind, content in CARDS.items():
 @maker
 def reshard(folder: Path, change: Callable[[bytes], bytes]) -> None:
     """Change a part that no checkpoint knows."""
-    (folder / "checkpoint.json").unlink()
+    (folder / CHECKPOINT).unlink()
     path = folder / "data" / "part-00000.parquet"
     path.write_bytes(change(path.read_bytes()))
 
@@ -633,9 +599,7 @@ FOOTERS: dict[str, Callable[[bytes], bytes]] = {
     "announces a footer of 4 GB": lambda data: data[:-8] + b"\xff\xff\xff\xffPAR1",
     "has a footer of noise": lambda data: data[:-300] + b"\x9b" * 292 + data[-8:],
     "says brackets of itself": with_metadata(b"[" * 200_000),
-    "says a list of itself": with_metadata(b"[1]"),
     "says null of itself": with_metadata(b"null"),
-    "says a number of 5,000 digits": with_metadata(b'{"number": ' + b"9" * 5000 + b"}"),
     "says skipped rows of wrong types": with_metadata(b'{"number": 0, "skipped": 5}'),
 }
 for kind, change in FOOTERS.items():
@@ -690,7 +654,6 @@ def damage_pages(path: Path) -> None:
 
 @maker
 def link_to(path: Path, target: str) -> None:
-    """Put a link in the place of a file."""
     path.unlink()
     path.symlink_to(target)
 
@@ -701,17 +664,15 @@ CACHE_FAULTS: dict[str, Callable[[Path], Any]] = {
     "is empty": lambda path: path.write_bytes(b""),
     "is noise": lambda path: path.write_bytes(b"PAR1" + b"\x9b" * 5000 + b"PAR1"),
     "has no digest": lambda path: extract_logits.digest_path(path).unlink(),
-    "has a digest of noise": lambda path: (
-        extract_logits.digest_path(path).write_bytes(b"\xff\xfe\xfd")),
+    "has a digest of noise": lambda path: extract_logits.digest_path(path).write_bytes(b"\xff\xfe"),
     "is a folder": lambda path: (path.unlink(), path.mkdir()),
     "is a link to nothing": link_to("nowhere"),
     "is a link to itself": link_to("backup_part-00000.parquet"),
     "is a link to /dev/zero": link_to("/dev/zero"),
 }  # fmt: skip
-for kind, damage in CACHE_FAULTS.items():
-    for ends, name in CACHED.items():
-        if ends == "backup" or kind in ("has damaged pages", "is noise"):
-            add(f"a {ends} in the cache that {kind}", EXTRACT, with_cache(damage, name), exits=(0,))
+for (kind, damage), (ends, name) in product(CACHE_FAULTS.items(), CACHED.items()):
+    if ends == "backup" or kind in ("has damaged pages", "is noise"):
+        add(f"a {ends} in the cache that {kind}", EXTRACT, with_cache(damage, name), exits=(0,))
 
 
 # The machine
@@ -720,14 +681,11 @@ for kind, damage in CACHE_FAULTS.items():
 def kill_child(world: World, process: Process) -> None:
     """Kill a process that the run has started, as the system does for want of memory."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-
-    def found() -> list[str]:
-        return children.read_text().split() if children.exists() else []
-
-    while wait_for(found, process):
-        for child in found():
-            with contextlib.suppress(ProcessLookupError):
+    while wait_for(children.exists, process):
+        with contextlib.suppress(OSError):  # it has gone by itself
+            for child in children.read_text().split():
                 os.kill(int(child), signal.SIGKILL)
+        time.sleep(0.02)
 
 
 add("a process that tokenizes is killed", EXTRACT,
@@ -745,7 +703,7 @@ def remove_during(world: World, process: Process, name: str, sign: str) -> None:
 
 
 # What was committed and is gone before it is looked for is looked for two minutes, a commit.
-for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*"), ("cache", "out/data/*")):
+for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*")):
     add(f"{name} is removed again and again, once there is {sign}", EXTRACT,
         of_source(EXTRACT, *[CHAT] * 300, limit=300, upload_every=3, max_batch_size=1),
         exits=(0, 2, 4), during=remove_during(name, sign), seconds=600.0)  # fmt: skip
@@ -759,14 +717,13 @@ def at_place(world: World, option: str, place: str) -> Words:
     return world.extract(**{option: place if local else f"./{place}"})
 
 
-for option, exits in {"output": (2, 4), "cache_dir": (0, 2, 4)}.items():
-    for place in ("/proc/here", "/dev/null/here", "/dev/full", "ring/here", "a" * 300, "./\udcff",
-                  "~nobody-has-this/x"):  # fmt: skip
+for place in ("/proc/here", "/dev/null/here", "/dev/full", "ring/here", "a" * 300, "./\udcff",
+              "~nobody-has-this/x"):  # fmt: skip
+    for option, exits in (("output", (2, 4)), ("cache_dir", (0, 2, 4))):
         add(f"--{option} {show(place, 16)}", EXTRACT, at_place(option, place), exits=exits)
 
 
-@attack("files may have 20 kB (the disk is full)", EXTRACT, exits=(4,), says="make room",
-        resumes=True)  # fmt: skip
+@attack("files may have 20 kB (a full disk)", EXTRACT, exits=(4,), says="make room", resumes=True)
 def _(world: World) -> Words:
     world.file_bytes = 20_000
     return world.extract(streaming=True)
@@ -791,8 +748,8 @@ def no_threads(world: World, *, after: int) -> Words:
     return world.extract()
 
 
-for count, when in {0: "", 5: " after the fifth"}.items():
-    add(f"no thread is to be had{when}", EXTRACT, no_threads(after=count), exits=(2, 4),
+for count in (0, 5):
+    add(f"no thread is to be had after {count}", EXTRACT, no_threads(after=count), exits=(2, 4),
         resumes=True)  # fmt: skip
 
 
@@ -810,22 +767,19 @@ def gzip_bomb(size: int) -> bytes:
 
 GZIP = {"text": gzip_bomb(2 * 2**30), "headers": {"Content-Encoding": "gzip"}}
 for script in (EXTRACT, EXPLORE):
-    for step, line in {
-        "repo info": rf"GET /api/datasets/{REPO}", "listing": "GET .*/tree/",
-        "checkpoint": "GET .*/checkpoint.json", "settings": "GET .*/extraction_config.json",
-    }.items():  # fmt: skip
-        add(f"an answer of 2 GB in gzip: {step}", script, from_hub(script, line, **GZIP),
-            exits=(0, 2, 4, 75), short=(script, step) == (EXPLORE, "settings"))  # fmt: skip
+    for request in (f"GET /api/datasets/{REPO}", "GET .*/tree/", f"GET .*/{CHECKPOINT}",
+                    f"GET .*/{SETTINGS}"):  # fmt: skip
+        add(f"an answer of 2 GB in gzip: {request}", script, from_hub(script, request, **GZIP),
+            exits=(0, 2, 4, 75), short=script == EXPLORE and SETTINGS in request)  # fmt: skip
     for kind, text in NONSENSE.items():
         add(f"the Hub answers {kind} to every question", script,
             from_hub(script, "GET", text=text, deadline=0.3),
             exits=(2, 4, 75) if script == EXTRACT else (2,),
             short=(script, kind) == (EXPLORE, "deep brackets"))  # fmt: skip
-add("a listing of 2 GB", EXTRACT,
-    from_hub(EXTRACT, "GET .*/tree/", text=b" " * BLOCK, times=2048), exits=(2, 4, 75))  # fmt: skip
-add("an answer that is cut", EXTRACT,
-    from_hub(EXTRACT, "GET .*/tree/", deadline=0.3, drop="body", drop_after=10),
-    exits=(4, 75))  # fmt: skip
+LARGE = from_hub(EXTRACT, "GET .*/tree/", text=b" " * BLOCK, times=2048)
+add("a listing of 2 GB", EXTRACT, LARGE, exits=(2, 4, 75))
+CUT = from_hub(EXTRACT, "GET .*/tree/", deadline=0.3, drop="body", drop_after=10)
+add("an answer that is cut", EXTRACT, CUT, exits=(4, 75))
 
 
 # Secrets
@@ -838,44 +792,25 @@ for status in (400, 401, 403, 404, 500):
         meet(LENGTHS, "", echo, model="tester/thing"), seconds=120)  # fmt: skip
 
 
-@maker
-def with_token(world: World, script: str, ending: str) -> Words:
-    """Meet a Hub with a token that goes on strangely."""
-    world.hub.tokens = {}
-    world.env["HF_TOKEN"] = TOKEN + ending
-    return world.extract(output=REPO) if script == EXTRACT else [REPO]
-
-
 ENDINGS = {"a line's end": "\nX", "an umlaut": "äX", "an escape code": "\x1b[31m"}
 for kind, ending in ENDINGS.items():
-    add(f"the token has {kind}", EXTRACT, with_token(EXTRACT, ending), exits=(2, 4))
-    add(f"the token has {kind}", EXPLORE, with_token(EXPLORE, ending))
+    env = {"HF_TOKEN": TOKEN + ending}
+    add(f"the token has {kind}", EXTRACT, start(EXTRACT, output=REPO, env=env), exits=(2, 4))
+    add(f"the token has {kind}", EXPLORE, start(EXPLORE, REPO, env=env))
+names = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+add("the Hub's client logs everything", EXTRACT,
+    start(EXTRACT, output=REPO, env={"HF_DEBUG": "1", **dict.fromkeys(names, "debug")}),
+    exits=(0,))  # fmt: skip
+proxy = {"HTTPS_PROXY": f"http://me:{TOKEN}@127.0.0.1:9", "HF_ENDPOINT": "https://hub.test"}
+add("a proxy with a password is not there", EXTRACT,
+    start(EXTRACT, output=REPO, max_runtime_minutes=0.3, env=proxy), exits=(4, 75))  # fmt: skip
+add("tasks of an executor fail with an echo of the token", EXTRACT,
+    meet(EXTRACT, "POST .*/commit/", {"status": 403, "message": ECHO}, "--executor", "local",
+         "--tasks", 2, "--workers", 1, output=REPO),
+    exits=(4, 75), seconds=90, traces=True)  # fmt: skip
 
 
-@attack("the Hub's client logs everything", EXTRACT, exits=(0,))
-def _(world: World) -> Words:
-    world.hub.store.create("dataset", REPO, private=False)
-    names = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
-    world.env |= {"HF_DEBUG": "1", **dict.fromkeys(names, "debug")}
-    return world.extract(output=REPO)
-
-
-@attack("a proxy with a password is not there", EXTRACT, exits=(4, 75))
-def _(world: World) -> Words:
-    proxy = f"http://me:{TOKEN}@127.0.0.1:9"
-    world.env |= {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": proxy, "HF_ENDPOINT": "https://hub.test"}
-    return world.extract(output=REPO, max_runtime_minutes=0.3)
-
-
-@attack("tasks of an executor fail with an echo of the token", EXTRACT, exits=(4, 75), seconds=90,
-        traces=True)  # fmt: skip
-def _(world: World) -> Words:
-    world.fault("POST .*/commit/", status=403, message=ECHO)
-    return world.extract("--executor", "local", "--tasks", 2, "--workers", 1, output=REPO)
-
-
-@attack("the script of a batch system, with the token in the environment", EXTRACT, exits=(0,),
-        seconds=90)  # fmt: skip
+@attack("a script of a batch system, the token in its environment", EXTRACT, exits=(0,), seconds=90)
 def _(world: World) -> Words:
     world.rows = None
     path = world.write("bin/sbatch", "#!/bin/sh\necho Submitted batch job 1\n")
@@ -890,34 +825,21 @@ def _(world: World) -> Words:
 
 @dataclass
 class Ended:
-    """How a run ended."""
-
     code: int | None  # None: it was killed for its time
     stdout: str
     stderr: str
     seconds: float
     peak_mb: float
+    wrong: list[str] = field(default_factory=list)
 
     @property
     def last_line(self) -> str:
-        """What it said in the end."""
-        lines = [line for line in re.split("[\r\n]+", self.stderr) if line.strip()]
-        return lines[-1] if lines else ""
-
-
-@dataclass
-class Verdict:
-    """An attack, how it ended, and what is wrong with that."""
-
-    attack: Attack
-    ended: Ended
-    wrong: list[str]
+        return ["", *filter(str.strip, re.split("[\r\n]+", self.stderr))][-1]
 
 
 def run(
-    world: World, script: str, argv: Words, killed_after_s: float,
-    during: Callable[[World, Process], None] | None = None,
-) -> Ended:  # fmt: skip
+    world: World, script: str, argv: Words, killed_after_s: float, during: Acting = lambda *_: None
+) -> Ended:
     """Run a script to its end, or kill it; measure its time and its peak of memory."""
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -932,11 +854,10 @@ def run(
     words = [sys.executable, *(os.fsencode(str(word)) for word in (ROOT / script, *argv))]
     begun, peak, killed = time.monotonic(), 0, False
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(
-            words, stdout=out, stderr=err, cwd=world.folder, env=env, start_new_session=True,
-            stdin=subprocess.DEVNULL, preexec_fn=limit,
-        )  # fmt: skip
-        actor = threading.Thread(target=during or (lambda *_: None), args=(world, process))
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        process = subprocess.Popen(words, cwd=world.folder, env=env, start_new_session=True,
+                                   preexec_fn=limit, **streams)  # fmt: skip
+        actor = threading.Thread(target=during, args=(world, process))
         actor.start()
         while process.poll() is None:
             peak = peak_bytes(process.pid) or peak
@@ -982,7 +903,7 @@ def find_lacking(ended: Ended) -> set[str]:
     if ended.code in (None, 2, -signal.SIGKILL):
         return set()
     with contextlib.suppress(ValueError):
-        last = json.loads((ended.stdout.splitlines() or ["{}"])[-1])
+        last = json.loads(["{}", *ended.stdout.splitlines()][-1])
         return set() if "plan" in last else SUMMARY - last.keys()
     return SUMMARY
 
@@ -1018,54 +939,49 @@ def find_secret(world: World, said: str) -> str:
 def make_output(folder: Path) -> Path:
     """Extract conversations 0..3 in two parts, in peace."""
     world = World(folder / "ready", folder / "none")
-    words = world.extract(limit=4, upload_every=2, store_tokens=True)
-    ended = run(world, EXTRACT, words, 300.0)
+    ended = run(world, EXTRACT, world.extract(**PARTS), 300.0)
     assert ended.code == 0, ended.stderr
     return world.folder / "out"
 
 
-def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) -> Verdict:
-    """Run an attack, and a calm run after it where it says so."""
+def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) -> Ended:
+    """Run an attack, and where it says so a run with --resume after it, without faults."""
     world = World(folder, ready, slack)
-    try:
+    with world.open:
         world.argv = attack.prepare(world)
         world.before = None if attack.script == EXTRACT else world.stored()
         limit_s = max(KILLED_AFTER_S, attack.seconds) * slack
         ended = run(world, attack.script, world.argv, limit_s, attack.during)
-        wrong = judge(attack, world, ended)
+        ended.wrong = judge(attack, world, ended)
         if attack.check and (more := attack.check(world)):
-            wrong.append(more)
+            ended.wrong.append(more)
         if world.has_hub and world.hub.faults and not world.hub.faults_met:
-            wrong.append("the Hub was never asked")
+            ended.wrong.append("the Hub was never asked")
         if attack.resumes:
-            calm = resume_calmly(world)
+            if world.has_hub:
+                world.hub.clear()
+            world.file_bytes = -1
+            world.env.pop("PYTHONPATH", None)
+            words = [*world.argv, "--resume", "--max-runtime-minutes", 60]
+            calm = run(world, EXTRACT, words, 300.0)
             if calm.code != 0:
-                wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
-            wrong += judge_rows(world, calm.code)
-        return Verdict(attack, ended, wrong)
-    finally:
-        world.close()
+                ended.wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
+            ended.wrong += judge_rows(world, calm.code)
+        return ended
 
 
-def resume_calmly(world: World) -> Ended:
-    """Run an extraction again with --resume, in a world without faults."""
-    if world.has_hub:
-        world.hub.clear()
-    world.file_bytes = -1
-    world.env.pop("PYTHONPATH", None)
-    return run(world, EXTRACT, [*world.argv, "--resume", "--max-runtime-minutes", 60], 300.0)
-
-
-def run_all(attacks: Sequence[Attack], folder: Path, jobs: int, slack: float) -> Iterator[Verdict]:
+def run_all(
+    attacks: Sequence[Attack], folder: Path, jobs: int, slack: float
+) -> Iterator[tuple[Attack, Ended]]:
     """Run attacks, some at a time, and yield how they ended."""
     ready = make_output(folder)
 
-    def work(number: int) -> Verdict:
+    def work(number: int) -> tuple[Attack, Ended]:
         place = folder / f"{number:03d}"
-        verdict = run_attack(attacks[number], place, ready, slack)
-        if not verdict.wrong:
+        ended = run_attack(attacks[number], place, ready, slack)
+        if not ended.wrong:
             shutil.rmtree(place, ignore_errors=True)
-        return verdict
+        return attacks[number], ended
 
     with ThreadPoolExecutor(jobs) as pool:
         for done in as_completed([pool.submit(work, number) for number in range(len(attacks))]):
@@ -1084,26 +1000,25 @@ def main() -> int:
     if options.list:
         print(*(f"{one.script:18} {show(one.name, 80)}" for one in chosen), sep="\n")
         return 0
-    folder, verdicts = Path(tempfile.mkdtemp(prefix="attacks-")), []
+    folder, done = Path(tempfile.mkdtemp(prefix="attacks-")), []
     print_head("attack", "script", "exit", "s", "MB", "last line")
-    for verdict in run_all(chosen, folder, options.jobs, options.slack):
-        verdicts.append(verdict)
-        one, ended = verdict.attack, verdict.ended
+    for one, ended in run_all(chosen, folder, options.jobs, options.slack):
+        done.append((one, ended))
         code = "-" if ended.code is None else ended.code
         print_row(show(one.name, 60), one.script.split("_")[0], code, f"{ended.seconds:.1f}",
                   f"{ended.peak_mb:.0f}", show(ended.last_line, 110))  # fmt: skip
-        for wrong in verdict.wrong:
-            print(f"    WRONG {show(wrong, 200)}", flush=True)
-    wrong = [f"{v.attack.script}: {v.attack.name}" for v in verdicts if v.wrong]
+        for said in ended.wrong:
+            print(f"    WRONG {show(said, 200)}", flush=True)
+    wrong = [f"{one.script}: {one.name}" for one, ended in done if ended.wrong]
     if wrong:
         print(f"left for a look: {folder}")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    codes = Counter(str(v.ended.code) for v in verdicts)
+    codes = Counter(str(ended.code) for _, ended in done)
     print(json.dumps({
-        "attacks": len(verdicts), "wrong": wrong, "exits": dict(sorted(codes.items())),
-        "most_seconds": round(max((v.ended.seconds for v in verdicts), default=0.0), 1),
-        "most_mb": round(max((v.ended.peak_mb for v in verdicts), default=0.0)),
+        "attacks": len(done), "wrong": wrong, "exits": dict(sorted(codes.items())),
+        "most_seconds": round(max((ended.seconds for _, ended in done), default=0.0), 1),
+        "most_mb": round(max((ended.peak_mb for _, ended in done), default=0.0)),
     }))  # fmt: skip
     return int(bool(wrong))
 

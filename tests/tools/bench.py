@@ -1,11 +1,14 @@
-"""What the tools share: where things are, peak memory, tables in Markdown."""
+"""What the tools share: where things are, time, peak memory, tables in Markdown."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ TEACHER, CHATS = TESTS / "teacher" / "model", TESTS / "teacher" / "conversations
 sys.path[:0] = [str(ROOT), str(TESTS)]  # a tool is started from anywhere
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub speaks plain LFS
 
+from processes import run_process  # noqa: E402 - beside the tests
 
-def peak_bytes(pid: int | str = "self") -> int:
-    """Return a process's peak of memory, 0 where it has gone; Linux alone.
+
+def peak_bytes(pid: int | str = "self", name: str = "VmHWM") -> int:
+    """Return a process's peak of memory, 0 where it has gone, or VmRSS, what it holds; Linux alone.
 
     `ru_maxrss` would count what its parent held before the exec.
     """
@@ -25,8 +30,23 @@ def peak_bytes(pid: int | str = "self") -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    found = re.search(r"VmHWM:\s+(\d+)", status)
+    found = re.search(rf"{name}:\s+(\d+)", status)
     return 1024 * int(found[1]) if found else 0
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """Return the processor seconds that some work takes: other jobs hardly matter."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def run_apart(*command: object) -> Any:
+    """Run a Python program to its end in a process of its own; return its last line, as JSON."""
+    done = run_process([sys.executable, *command], timeout_s=3600, stderr=None)
+    if done.code:
+        sys.exit(f"ended with {done.code}: {' '.join(map(str, command))}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine() -> dict[str, Any]:
@@ -49,7 +69,6 @@ def machine() -> dict[str, Any]:
 
 
 def print_head(*names: str) -> None:
-    """Print the head of a Markdown table."""
     print_row(*names)
     print("|" + "---|" * len(names), flush=True)
 

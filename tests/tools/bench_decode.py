@@ -1,4 +1,4 @@
-"""Decode the nuclei of 1,000,000 stored tokens, all at once and token by token.
+"""Decode the nuclei of 1,000,000 stored tokens, all at once and token by token; and load to train.
 
     python tests/tools/bench_decode.py
 
@@ -7,59 +7,116 @@ for the million tokens by whole rows (ids, logits and probabilities), and for th
 over tokens, which is timed on every 20th row, must give the same sums, and is scaled up. Then
 seconds for `validate_output` of 10,000 faulty shards of one row each, and for `compare_outputs` of
 two outputs of 2,000 rows in different orders.
+
+    python tests/tools/bench_decode.py --loader
+
+How many tokens one worker decodes, weighs and batches in a second of its processor, of rows by
+default and of compact ones; and of the weights of the tail alone, which the loss computes and which
+must be those of the quadrature with 1,024 nodes.
+
+All rows are random: nuclei of 1 to 100 entries, 28 on average, 24 tail tokens; of compact ones 9
+and 9 on average.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from bench import machine
-from bench_loader import write_rows
+import torch
+from bench import cpu_seconds, machine
 from small_output import random_rows, rows_to_table, write_output
 
-from explore_logits import (
-    Sample,
-    compare_outputs,
-    dequantize_top_logits,
-    iter_blocks,
-    logits_to_probs,
-    validate_output,
-)
+import explore_logits as ex
 
 TOKENS, ROW_TOKENS, EVERY, FAULTS = 1_000_000, 1000, 20, 10_000
+LOADED = 50_000  # tokens
 
 
-def decode_at_once(path: Path) -> tuple[float, dict[int, float], int]:
-    """Return seconds, a checksum of each row by its index, and the number of entries."""
-    start, sums, entries = time.process_time(), {}, 0
-    for block in iter_blocks(path):
+def write_rows(
+    folder: Path, tokens: int, *, row_tokens: int = 400, tail: int = 24, compact: bool = False
+) -> Path:
+    """Write an output of random rows that stores its tokens; return its one shard."""
+    rng = np.random.default_rng(0)
+    settings: dict[str, Any] = {"min_p": 0.01} if compact else {"top_p_max": 100, "sampled_n": tail}
+    schema = ex.shard_schema(store_tokens=True, compact=compact, settings=settings)
+    path = folder / "data" / "part-00000.parquet"
+    path.parent.mkdir(parents=True)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for index in range(max(tokens // row_tokens, 1)):
+            row = {"index": index, **random_row(rng, row_tokens, tail, compact)}
+            writer.write_table(schema.empty_table().from_pylist([row], schema))
+    return path
+
+
+def random_row(rng: np.random.Generator, tokens: int, tail: int, compact: bool) -> dict[str, Any]:
+    """Return one row; a nucleus covers 0.6 to 0.98, and the tail lies below it."""
+    counts = np.minimum(rng.geometric(1 / (9 if compact else 34), tokens), 100)
+    points = np.minimum(rng.geometric(1 / 9, tokens), 100) if compact else np.full(tokens, tail)
+    row: dict[str, Any] = {"num_tokens": tokens, "top_counts": counts, "sampled_counts": points}
+    for part, size in (("top", int(counts.sum())), ("sampled", int(points.sum()))):
+        low, high = ex.pack_indices(rng.integers(0, 151_936, size))
+        row[f"{part}_indices_low"], row[f"{part}_indices_high"] = low, high
+        row[f"{part}_logits_quantized"] = rng.integers(0, 65536, size)
+    row["top_max"], row["top_min"] = np.full(tokens, 20.0), np.full(tokens, 10.0)
+    row["sampled_max"] = rng.uniform(8, 10, tokens)
+    row["sampled_min"] = row["sampled_max"] - rng.uniform(2, 8, tokens)
+    if compact or not tail:
+        row |= {f"sampled_{name}": [] for name in ("logits_quantized", "min", "max")}
+    row["logsumexp"] = 20.0 + np.log(counts) + rng.uniform(0.02, 0.5, tokens)
+    row["input_ids"] = rng.integers(0, 151_936, 2 * tokens)
+    return row | {"token_positions": np.arange(tokens, 2 * tokens)}
+
+
+def decode_at_once(path: Path, sums: dict[int, float]) -> int:
+    """Add a checksum of each row by its index; return the number of entries."""
+    entries = 0
+    for block in ex.iter_blocks(path):
         check = block.top.probs + block.top.ids
         first = block.top.starts[block.row_starts[:-1]]
         sums |= zip(block.index.tolist(), np.add.reduceat(check, first).tolist(), strict=True)
         entries += check.size
-    return time.process_time() - start, sums, entries
+    return entries
 
 
 def decode_by_token(path: Path) -> tuple[float, dict[int, float]]:
     """Return seconds for all rows and checksums, from a loop over the tokens of some rows."""
     seconds, sums = 0.0, {}
-    for block in iter_blocks(path):
+    for block in ex.iter_blocks(path):
         for row in np.flatnonzero(block.index % EVERY == 0):
-            sample, check = Sample(block.row(row)), 0.0
+            sample, check = ex.Sample(block.row(row)), 0.0
             start = time.process_time()
             for t in range(sample["num_tokens"]):
-                ids, logits = dequantize_top_logits(sample, t)
-                probs = logits_to_probs(logits, sample["logsumexp"][t])
+                ids, logits = ex.dequantize_top_logits(sample, t)
+                probs = ex.logits_to_probs(logits, sample["logsumexp"][t])
                 check += float(probs.sum()) + float(ids.sum(dtype=np.int64))
             seconds += time.process_time() - start
             sums[int(block.index[row])] = check
     return seconds * EVERY, sums
+
+
+def measure_decoding(folder: Path) -> dict[str, Any]:
+    """Decode in both ways, then validate and compare."""
+    path = write_rows(folder / "whole", TOKENS, row_tokens=ROW_TOKENS, tail=0)
+    start, all_sums = time.process_time(), dict[int, float]()
+    entries = decode_at_once(path, all_sums)
+    at_once_s = time.process_time() - start
+    by_token_s, sums = decode_by_token(path)
+    assert all(np.isclose(sums[index], all_sums[index], rtol=1e-9) for index in sums)
+    return {
+        "benchmark": "decode", "tokens": TOKENS, "entries": entries,
+        "at_once_s": round(at_once_s, 3), "by_token_s": round(by_token_s, 3),
+        "ratio": round(by_token_s / at_once_s, 1), "faulty_shards": FAULTS,
+        "validate_s": round(time_validation(folder / "faulty"), 2),
+        "compare_permuted_s": round(time_comparison(folder), 2),
+    }  # fmt: skip
 
 
 def time_validation(folder: Path) -> float:
@@ -70,7 +127,7 @@ def time_validation(folder: Path) -> float:
     for number in range(1, FAULTS):
         shutil.copyfile(first, first.with_name(f"part-{number:05d}.parquet"))
     start = time.process_time()
-    report = validate_output(folder)
+    report = ex.validate_output(folder)
     assert report.counts["length"] >= FAULTS
     return time.process_time() - start
 
@@ -82,27 +139,51 @@ def time_comparison(folder: Path) -> float:
     for name, chosen in (("one", rows), ("two", [rows[i] for i in order])):
         write_output(folder / name, chosen, rows_per_shard=500, rows_per_group=500)
     start = time.process_time()
-    seen = compare_outputs(folder / "one", folder / "two")
+    seen = ex.compare_outputs(folder / "one", folder / "two")
     assert seen.common_rows == len(rows)
     assert not seen.max_divergence
     return time.process_time() - start
 
 
+def measure_loader(folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    shard = write_rows(folder / "default", LOADED)
+    write_rows(folder / "compact", LOADED, compact=True)
+    weights, error = time_weights(shard)
+    return {
+        "benchmark": "loader", "tokens_per_cpu_s": time_loader(folder / "default"),
+        "tokens_per_cpu_s_compact": time_loader(folder / "compact"),
+        "tokens_per_cpu_s_weights_alone": weights, "weight_error": error,
+    }  # fmt: skip
+
+
+def time_loader(folder: Path) -> int:
+    """Return tokens per processor second of a data loader without workers."""
+    dataset: Any = ex.LogitIterableDataset(folder)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=ex.collate_logits)
+    start = time.process_time()
+    done = sum(int((batch["teacher_positions"] >= 0).sum()) for batch in loader)
+    return round(done / (time.process_time() - start))
+
+
+def time_weights(path: Path) -> tuple[int, float]:
+    """Return tokens per processor second of the weights alone, and their largest error."""
+    block = ex.decode_rows(pq.read_table(path).slice(0, 64))
+    tail = block.tail.logits.reshape(len(block.logsumexp), -1) - block.logsumexp[:, None]
+    rest = np.exp(ex.sparse_teacher(block)["teacher_log_rest"].astype(np.float64))
+    seconds = cpu_seconds(lambda: ex.weigh_tail(tail, rest))
+    few = tail[:2_000], rest[:2_000]
+    error = float((ex.weigh_tail(*few) - ex.weigh_tail(*few, nodes=1_024)).abs().max())
+    assert error < 1e-6, f"the quadrature is off by {error}"
+    return round(len(tail) / seconds), error
+
+
 def main() -> None:
-    """Run the benchmark and print its JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loader", action="store_true", help="time a worker of a loader instead")
+    measure = measure_loader if parser.parse_args().loader else measure_decoding
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        path = write_rows(folder / "whole", TOKENS, row_tokens=ROW_TOKENS, tail=0)
-        at_once_s, all_sums, entries = decode_at_once(path)
-        by_token_s, sums = decode_by_token(path)
-        assert all(np.isclose(sums[index], all_sums[index], rtol=1e-9) for index in sums)
-        print(json.dumps({
-            "benchmark": "decode", "tokens": TOKENS, "entries": entries,
-            "at_once_s": round(at_once_s, 3), "by_token_s": round(by_token_s, 3),
-            "ratio": round(by_token_s / at_once_s, 1), "faulty_shards": FAULTS,
-            "validate_s": round(time_validation(folder / "faulty"), 2),
-            "compare_permuted_s": round(time_comparison(folder), 2), **machine(),
-        }))  # fmt: skip
+        print(json.dumps({**measure(Path(place)), **machine()}))
 
 
 if __name__ == "__main__":

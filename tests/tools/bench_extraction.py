@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench import machine, peak_bytes, print_head, print_row
+from bench import machine, peak_bytes, print_head, print_row, run_apart
 
 import extract_logits as el
 
@@ -41,10 +39,10 @@ class Kept(NamedTuple):
     sampled_ids: torch.Tensor  # (N, M)
 
 
-def make_logits(kind: str, rows: int = ROWS, vocab: int = VOCAB) -> torch.Tensor:
+def make_logits(kind: str, vocab: int = VOCAB) -> torch.Tensor:
     """Return rows shaped like a trained model's, from sure to torn, or nearly flat ones."""
     generator = torch.Generator().manual_seed(7)
-    logits = torch.empty(rows, vocab)
+    logits = torch.empty(ROWS, vocab)
     fall = torch.arange(vocab).float().log1p_()
     for row in logits:
         slope = 0.05 if kind == "flat" else 0.5 + 5.5 * torch.rand((), generator=generator)
@@ -77,12 +75,10 @@ def extract_plainly(logits: torch.Tensor, *, rows: int, sort: bool) -> Kept:
 
 
 def gumbel_noise(like: torch.Tensor) -> torch.Tensor:
-    """Return Gumbel noise of the same shape, float64."""
     return -torch.log(-torch.log(torch.rand(like.shape, dtype=torch.float64)))
 
 
 def extract(logits: torch.Tensor, *, reference: bool = False) -> Kept:
-    """Run the project's extraction."""
     number = torch.arange(logits.shape[0], device=logits.device)
     got = el.extract_tokens(logits, number // 512, number % 512 + 1, **SIZES, reference=reference)
     assert got.usable.all()
@@ -145,14 +141,8 @@ def best_times(logits: torch.Tensor) -> dict[str, float]:
     return time_in_turn(works, 3, time.perf_counter) | time_in_turn(more, 15, time.perf_counter)
 
 
-def peak_memory_bytes(name: str) -> int:
-    """Return what a method adds to the peak memory of a fresh process that holds the logits."""
-    command = [sys.executable, __file__, "--peak-memory", name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def print_own_peak(name: str) -> None:
-    """Print by how many bytes one call raises this process's peak memory."""
+    """Print by how many bytes one call raises the peak of a fresh process that holds the logits."""
     logits = make_logits("trained")
     METHODS["extraction"](logits[:2])  # the libraries' own buffers
     before = peak_bytes()
@@ -163,7 +153,7 @@ def print_own_peak(name: str) -> None:
 def compare_methods() -> dict[str, Any]:
     """Print and return what each method takes, its multiple of the extraction's and its peak."""
     times = {shape: best_times(make_logits(shape)) for shape in SHAPES}
-    peaks = {name: peak_memory_bytes(name) for name in METHODS}
+    peaks = {name: run_apart(__file__, "--peak-memory", name) for name in METHODS}
     print(f"\n{ROWS} rows × {VOCAB:,} float32, top_p {TOP_P}, K {K}, M {M}\n")
     print_head("method", "trained rows, ms", "×", "extra peak MB", "flat rows, ms", "×")
     for name, peak in peaks.items():
@@ -172,17 +162,17 @@ def compare_methods() -> dict[str, Any]:
     return {"milliseconds": times, "peak_memory_bytes": peaks}
 
 
-def time_on_gpu(repeat: Callable[[], Any], times: int = 20) -> float:
-    """Return the mean seconds of work on the device, after a warm-up."""
+def time_on_gpu(repeat: Callable[[], Any]) -> float:
+    """Return the mean seconds of 20 times work on the device, after a warm-up."""
     for _ in range(3):
         repeat()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(times):
+    for _ in range(20):
         repeat()
     end.record()
     torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1000 / times
+    return float(start.elapsed_time(end)) / 1000 / 20
 
 
 def gpu_figures(kind: str) -> dict[str, float]:

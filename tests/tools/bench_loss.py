@@ -13,37 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from bench import cpu_seconds, peak_bytes, print_head, print_row, run_apart
+from sparse_batches import make_batch, teacher_row
 from torch import Tensor
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-
-from sparse_batches import make_batch, teacher_row  # noqa: E402 - run as a script, from anywhere
-
-from explore_logits import (  # noqa: E402
-    TAILS,
-    distillation_loss,
-    distillation_loss_from_hidden,
-)
+from explore_logits import TAILS, distillation_loss, distillation_loss_from_hidden
 
 WAYS = {
     "cross-entropy": "cross-entropy on the logits",
     "logits": "distillation_loss on the logits",
     "hidden": "distillation_loss_from_hidden",
 }
-
-
-def resident_bytes(name: str) -> int:
-    """Return VmRSS, what this process holds, or VmHWM, the most that it has held."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.findall(rf"{name}:\s+(\d+)", status)[0])
 
 
 def step(way: str, hidden: Tensor, head: Tensor, batch: dict[str, Tensor], tail: str) -> None:
@@ -68,16 +53,13 @@ def measure(way: str, tokens: int, vocab: int, size: int, tail: str) -> dict[str
     for count in (8, tokens):  # the first loads code
         hidden = torch.randn(count, size).requires_grad_()
         batch = make_batch(teacher_row("natural", 1_000).repeat(count, 1))
-        before = resident_bytes("VmRSS")
+        before = peak_bytes(name="VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        started_s = time.process_time()
-        step(way, hidden, head, batch, tail)
-        seconds = time.process_time() - started_s
-    return {"gigabytes": (resident_bytes("VmHWM") - before) / 1e9, "seconds": seconds}
+        seconds = cpu_seconds(partial(step, way, hidden, head, batch, tail))
+    return {"gigabytes": (peak_bytes() - before) / 1e9, "seconds": seconds}
 
 
 def main() -> None:
-    """Measure every way in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=151_936)
@@ -87,18 +69,14 @@ def main() -> None:
     parser.add_argument("--here", choices=WAYS, help="measure one way in this process")
     args = parser.parse_args()
     if args.here:
-        found = measure(args.here, args.tokens, args.vocab, args.hidden, args.tail)
-        print(json.dumps(found))
+        print(json.dumps(measure(args.here, args.tokens, args.vocab, args.hidden, args.tail)))
         return
-    print("| tokens | hidden | what is run | peak, GB | gradients in it | seconds |")
-    print("|---|---|---|---|---|---|")
+    print_head("tokens", "hidden", "what is run", "peak, GB", "gradients in it", "seconds")
     gradients = 4e-9 * args.hidden * (args.tokens + args.vocab)
     for way in args.ways:
-        command = [sys.executable, __file__, *sys.argv[1:], "--here", way]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        figures = f"{found['gigabytes']:.2f} | {gradients:.2f} | {found['seconds']:.1f}"
-        print(f"| {args.tokens:,} | {args.hidden} | {WAYS[way]} | {figures} |", flush=True)
+        found = run_apart(__file__, *sys.argv[1:], "--here", way)
+        print_row(f"{args.tokens:,}", args.hidden, WAYS[way], f"{found['gigabytes']:.2f}",
+                  f"{gradients:.2f}", f"{found['seconds']:.1f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -142,16 +142,16 @@ def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> di
     teacher = el.Teacher(model, vocab_size=job.vocab_size)
     extraction = el.Extraction(job, mock.Mock())
     extraction.teacher = teacher
-    best = {"forward": 1e9, "on the device": 1e9}
-    for _ in range(1 + args.repeats):  # the first warms up
-        with timed(device) as bare:
+    ways: dict[str, Callable[[el.Batch], Any]] = {
+        "forward": lambda batch: forward(model, batch),
+        "on the device": lambda batch: extraction.forward(batch).to_host(),
+    }
+    best = dict.fromkeys(ways, 1e9)
+    for name, way in [*ways.items()] * (1 + args.repeats):  # the first warms up
+        with timed(device) as seconds:
             for batch in batches:
-                forward(model, batch)
-        with timed(device) as reduced:
-            for batch in batches:
-                extraction.forward(batch).to_host()
-        best = {"forward": min(best["forward"], bare()),
-                "on the device": min(best["on the device"], reduced())}  # fmt: skip
+                way(batch)
+        best[name] = min(best[name], seconds())
     extraction.close()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -159,19 +159,11 @@ def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> di
     (few, one), (many, two) = run(args.conversations), run(2 * args.conversations)
     tokens = two["tokens"] - one["tokens"]
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-    return {
-        "stored tokens": tokens,
-        **best,
-        "the run": many - few,
-        "tokens/s": tokens / (many - few),
-        "peak memory, GB": peak,
-    }
+    return {"stored tokens": tokens, **best, "the run": many - few,
+            "tokens/s": tokens / (many - few), "peak memory, GB": peak}  # fmt: skip
 
 
-def configure(
-    folder: Path, args: argparse.Namespace, count: int, output: Path
-) -> el.ExtractionConfig:
-    """Return the options of a run over so many conversations."""
+def configure(folder: Path, args: Any, count: int, output: Path) -> el.ExtractionConfig:
     return el.ExtractionConfig(
         model=str(folder / "teacher"), dataset=str(folder / "chats.jsonl"), index_col="id",
         limit=count, output=str(output), cache_dir=str(folder / "cache"), device=args.device,

@@ -1,15 +1,19 @@
-"""How much longer a run takes when every request to the Hub takes 200 ms.
+"""What delivery to a Hub costs: latency, a resume over many parts, memory over many rows.
 
-    python tests/tools/bench_upload.py        # ends in one line of JSON
+    python tests/tools/bench_upload.py                  # how much longer a run takes by 200 ms
+    python tests/tools/bench_upload.py --parts 5000     # requests and bytes of a resume
+    python tests/tools/bench_upload.py --rows 1000000   # ids and tiny rows, into a folder
 
-The same run into a loopback Hub, without latency and with it, in turn, twice each; each a process
-of its own that has its imports done. Reported: the best time of each; the part of it that the run
-waits for the uploader (opening the output, room in the queue, the end), which other load on the
-machine hardly changes; and by how much the run gets longer, by either.
+Each ends in one line of JSON. The first is the same run into a loopback Hub, without latency on
+every request and with it, in turn, twice each, each a process of its own that has its imports done.
+Reported: the best time of each; the part of it that the run waits for the uploader (opening the
+output, room in the queue, the end), which other load on the machine hardly changes; and by how much
+the run gets longer, by either. The others run no teacher: rows are made up (tests/shard_rows.py).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -18,11 +22,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from bench import CHATS, TEACHER
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from bench import CHATS, TEACHER, peak_bytes
 from chaos import ask_hub, import_and_shorten_waits, serve_hub
+from loopback_hub import LoopbackHub
+from outputs import Output, fill, finish, open_uploader
 from processes import Child
+from shard_rows import make_rows
 
 COPIES, LATENCY_S = 6, 0.2  # of the 400 embedded conversations
+
+
+# Latency ------------------------------------------------------------------------------------------
 
 
 def copy_conversations(path: Path) -> None:
@@ -32,7 +45,7 @@ def copy_conversations(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measure(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+def note_seconds(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
     """Return the function, noting how long each call takes."""
 
     def timed(*args: Any, **options: Any) -> Any:
@@ -58,7 +71,7 @@ def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[fl
         waited: list[float] = []
         for method in ("__init__", "flush", "shutdown"):
             plain = getattr(script.StreamingHFUploader, method)
-            setattr(script.StreamingHFUploader, method, measure(plain, waited))
+            setattr(script.StreamingHFUploader, method, note_seconds(plain, waited))
         begun = time.monotonic()
         code = int(script.main([str(word) for word in argv]))
         output.write(json.dumps([time.monotonic() - begun, sum(waited)]))
@@ -70,8 +83,7 @@ def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[fl
     return run_s, waited_s
 
 
-def main() -> None:
-    """Run, print the figures."""
+def measure_latency() -> dict[str, Any]:
     times: dict[str, list[tuple[float, float]]] = {"none": [], "latency": []}
     with tempfile.TemporaryDirectory() as place, serve_hub(Path(place)) as endpoint:
         folder, script = Path(place), import_and_shorten_waits()
@@ -84,13 +96,101 @@ def main() -> None:
                 ask_hub(endpoint, "/_ctl/fault", fault)
             name = f"{kind}-{len(times[kind])}"
             times[kind].append(time_run(script, folder, name))
-    run = {kind: min(run_s for run_s, _ in runs) for kind, runs in times.items()}
-    waited = {kind: min(waited_s for _, waited_s in runs) for kind, runs in times.items()}
-    print(json.dumps({
+    run, waited = ({kind: min(run[n] for run in runs) for kind, runs in times.items()}
+                   for n in range(2))  # fmt: skip
+    return {
         "latency_ms": 1000 * LATENCY_S, "run_s": run, "waited_s": waited,
         "longer_by_clock": round(run["latency"] / run["none"] - 1, 4),
         "longer_by_waiting": round((waited["latency"] - waited["none"]) / run["none"], 4),
-    }))  # fmt: skip
+    }  # fmt: skip
+
+
+# Many parts, many rows ----------------------------------------------------------------------------
+
+
+def measure_resume(parts: int) -> dict[str, Any]:
+    """Fill a repository, and open it again from an empty cache."""
+    with LoopbackHub() as hub, tempfile.TemporaryDirectory() as cache:
+        os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token}
+        output = Output("tester/many", hub)
+        uploader = open_uploader(output, Path(cache) / "first")
+        for number in range(parts):
+            fill(uploader, number, [number])
+        finish(uploader)
+        hub.clear()
+        started = time.monotonic()
+        uploader = open_uploader(output, Path(cache) / "second")
+        left = sum(len(uploader.begin_part(number, [number])) for number in range(parts))
+        seconds = time.monotonic() - started
+        uploader.shutdown()
+        return {
+            "parts": parts, "rows_left": left, "requests": len(hub.log),
+            "bytes": sum(int(request["sent"]) for request in hub.log),
+            "checkpoint_bytes": len(output.read("checkpoint.json")), "seconds": round(seconds, 2),
+        }  # fmt: skip
+
+
+class PlainEncoder:
+    """Stands for the tokenizer: every conversation is three tokens, two of them extracted."""
+
+    max_seq_len = None
+
+    def encode_all(self, rows: Any) -> list[Any]:
+        from extract_logits import EncodedRow
+
+        ids, wanted = np.arange(3, dtype=np.int32), np.asarray([1, 2], np.int32)
+        return [EncodedRow(index, ids, wanted) for index, _ in rows]
+
+
+def measure_rows(rows: int) -> dict[str, Any]:
+    """Read, batch, store and deliver many tiny rows; time the first tenth and the last."""
+    import datasets  # here: its Hub is the one of the environment that it is imported in
+
+    from explore_logits import ConversationColumns
+    from extract_logits import ConversationDataset, ExtractionConfig, prepare_dataset
+
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "rows.parquet"
+        ids = np.random.default_rng(1).permutation(rows).astype(np.int32)
+        pq.write_table(pa.table({"id": ids, "messages": pa.array(["[]"] * rows)}), file)
+        source = datasets.load_dataset(
+            "parquet", data_files=str(file), split="train", cache_dir=f"{place}/cache"
+        )
+        config = ExtractionConfig(model="m", dataset="d", output="./o", index_col="id")
+        columns = ConversationColumns(messages="messages", index="id")
+        uploader = open_uploader(Output(Path(place) / "out"), Path(place) / "local")
+        windows = ConversationDataset(
+            prepare_dataset(config, source, columns), PlainEncoder(), rows_per_part=5000,
+            begin_part=uploader.begin_part,
+        )  # fmt: skip
+        row, times, done = make_rows([0], tokens=2), [time.monotonic()], [0]
+        for window in windows:
+            table = pa.concat_tables([row] * len(window.rows))
+            indices = pa.array([encoded.index for encoded in window.rows], pa.int32())
+            uploader.add_sample(table.set_column(0, "index", indices))
+            uploader.flush()
+            done.append(done[-1] + len(window.rows))
+            times.append(time.monotonic())
+        tenth = np.interp([0, 0.1 * rows, 0.9 * rows, rows], done, times)  # seconds at these rows
+        return {
+            "rows": rows, "stored": finish(uploader)["rows"],
+            "rows_per_second_first_tenth": round(0.1 * rows / (tenth[1] - tenth[0])),
+            "rows_per_second_last_tenth": round(0.1 * rows / (tenth[3] - tenth[2])),
+            "peak_mb": round(peak_bytes() / 2**20),
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", type=int)
+    parser.add_argument("--rows", type=int)
+    args = parser.parse_args()
+    if args.parts:
+        print(json.dumps(measure_resume(args.parts)))
+    if args.rows:
+        print(json.dumps(measure_rows(args.rows)))
+    if not (args.parts or args.rows):
+        print(json.dumps(measure_latency()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,13 @@ stored; half of the time from an empty cache, else from that of one of the earli
 After every round the output holds what it held before, and no part that an undisturbed run does not
 write: the same names with the same sha256. In the end it holds all of them.
 
+    python tests/tools/chaos.py --table      # a table, then one line of JSON
+
+Every job extracts the same embedded conversations by workers with caches of their own; after a
+kill, and whenever the number of workers changes, caches are empty, as on another machine. A job
+ends when every worker of a round says that its parts are stored; then the output has to hold the
+parts of an undisturbed run by one process.
+
 Each run is a process of its own, forked with the imports done. The waits between tries are
 shortened; nothing else is changed.
 """
@@ -39,9 +46,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from bench import TESTS
+from bench import CHATS, TEACHER, TESTS, print_head, print_row
 from processes import Child
 
 ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice", "runtime limit")
@@ -76,7 +83,8 @@ def serve_hub(folder: Path) -> Iterator[str]:
 def ask_hub(endpoint: str, path: str, content: Any = None) -> Any:
     """Send a request to the loopback Hub, past the faults."""
     data = None if content is None else json.dumps(content).encode()
-    with urllib.request.urlopen(urllib.request.Request(endpoint + path, data)) as answer:
+    request = urllib.request.Request(endpoint + path, data)
+    with urllib.request.urlopen(request, timeout=HANGS_S) as answer:
         return json.loads(answer.read())
 
 
@@ -134,8 +142,7 @@ class Ledger:
                 path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in paths
             }
-        state = ask_hub(self.endpoint, "/_ctl/state")["repos"].get(f"datasets/{output}")
-        files = state["files"] if state else {}
+        files = ask_hub(self.endpoint, "/_ctl/state")["files"].get(output, {})
         return {path: found for path, found in files.items() if path.startswith("data/")}
 
     def learn(self, folder: str) -> dict[str, str]:
@@ -330,12 +337,121 @@ def run_chaos(runs: int, seed: int, folder: Path) -> tuple[dict[str, Any], bool]
     return figures, not driver.ledger.wrong() and not driver.unexpected
 
 
+# Workers killed, doubled and changed in number, as a table --------------------------------------
+
+COLUMNS = ("launcher", "job", "output", "runs", "kills", "lost", "twice", "different")
+OUTPUTS = {"folder": "", "Hub": "tester"}  # by the folder or owner that an output is in
+
+
+class Worker(NamedTuple):
+    """One process of a round."""
+
+    rank: int
+    world_size: int
+    kill_after_s: float | None = None  # SIGKILL, unless it has ended
+    delay_s: float = 0.0
+
+
+Rounds = Sequence[Sequence[Worker]]  # teams that run one after another
+
+
+def team(count: int, **options: Any) -> list[Worker]:
+    """Return the workers of a whole round."""
+    return [Worker(rank, count, **options) for rank in range(count)]
+
+
+def make_jobs(seed: int, run_s: float) -> dict[str, Rounds]:
+    """Return the jobs of the table; kills come at random moments of a run of `run_s` seconds."""
+    chance = random.Random(seed)
+
+    def killed(count: int) -> list[Worker]:
+        return [Worker(rank, count, chance.uniform(0.2, 1.0) * run_s) for rank in range(count)]
+
+    return {
+        **{f"{n} worker{'s' * (n > 1)}": [team(n)] for n in (1, 2, 3, 4)},
+        "2 workers, one killed": [[Worker(0, 2), Worker(1, 2, 0.6 * run_s)], team(2)],
+        "3 → 2 → 4 workers, all killed": [killed(3), killed(2), team(4)],
+        "2 workers, each started twice": [[*team(2), *team(2, delay_s=0.05)]],
+        "2 and 3 workers at the same time": [[*team(2), *team(3)]],
+    }
+
+
+class Table:
+    """Runs jobs in a folder, each as the line of a table."""
+
+    def __init__(self, folder: Path, endpoint: str) -> None:
+        self.folder, self.endpoint = folder, endpoint
+        self.script, self.caches = import_and_shorten_waits(), itertools.count()
+        begun = time.monotonic()
+        self.run_team(str(folder / "wanted"), team(1))
+        self.run_s = time.monotonic() - begun
+
+    def run_team(self, output: str, workers: Sequence[Worker]) -> tuple[list[int], bool]:
+        """Run a round; return exit codes, and whether some process of each rank stored its part."""
+        words = [
+            *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24),
+            *("--upload-every", 3, "--max-batch-size", 1, "--output", output, "--resume"),
+        ]
+        runs = []
+        for one in workers:
+            own = ("--cache-dir", self.folder / "caches" / f"{next(self.caches)}")
+            argv = [*words, *own, "--rank", one.rank, "--world-size", one.world_size]
+            runs.append((one, start(self.script, self.folder, argv, one.delay_s)))
+        send_signals((one.kill_after_s, signal.SIGKILL, run) for one, run in runs
+                     if one.kill_after_s)  # fmt: skip
+        codes = [run.wait() for _, run in runs]
+        stored = {one[:2] for one, run in runs if run.wait() == 0}
+        counts = {one.world_size for one in workers}
+        return codes, any({(rank, n) for rank in range(n)} <= stored for n in counts)
+
+    def line(self, job: str, rounds: Rounds, kind: str, output: str) -> dict[str, Any]:
+        """Run a job to its end; count what is wrong with its parts after every round."""
+        begun, ledger, unexpected = time.monotonic(), Ledger(self.endpoint), []
+        wanted = ledger.learn(str(self.folder / "wanted"))
+        held: dict[str, str] = {}
+        codes: list[int] = []
+        for number, workers in enumerate([*rounds, *[rounds[-1]] * 3]):  # who refused starts again
+            ended, complete = self.run_team(output, workers)
+            codes += ended
+            held = ledger.compare(output, held, wanted if complete else {})
+            if complete and number >= len(rounds) - 1:
+                break
+        else:
+            unexpected.append(f"not complete after {number + 1} rounds")
+        return {
+            "launcher": "processes", "job": job, "output": kind, "runs": len(codes),
+            "kills": codes.count(-signal.SIGKILL), "lost": ledger.rows_lost,
+            "twice": ledger.rows_twice, "different": ledger.parts_different, "exit_codes": codes,
+            "seconds": round(time.monotonic() - begun, 1), "unexpected": unexpected,
+        }  # fmt: skip
+
+
+def print_table(seed: int, chosen: str | None) -> int:
+    """Print a table and its figures; return how many jobs are not as they should be."""
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="scale-") as place, serve_hub(Path(place)) as endpoint:
+        table = Table(Path(place), endpoint)
+        print_head(*COLUMNS)
+        for number, (job, rounds) in enumerate(make_jobs(seed, table.run_s).items()):
+            for kind, parent in OUTPUTS.items() if chosen in (None, job) else ():
+                lines.append(table.line(job, rounds, kind, f"{parent or place}/job-{number}"))
+                print_row(*(lines[-1][name] for name in COLUMNS))
+    wrong = ("lost", "twice", "different", "unexpected")
+    bad = sum(any(line[name] for name in wrong) for line in lines)
+    print(json.dumps({"lines": lines, "bad": bad}))
+    return bad
+
+
 def main() -> int:
     """Print the figures; 1 when anything is lost, twice or different, or a run ended in a bug."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--runs", type=int, default=200, help="runs at least, over all jobs")
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--table", action="store_true", help="the table of jobs instead")
+    parser.add_argument("--job", help="only this one of the table")
     options = parser.parse_args()
+    if options.table:
+        return int(print_table(options.seed, options.job) > 0)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     figures, good = run_chaos(options.runs, options.seed, folder)
     if good:

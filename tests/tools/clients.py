@@ -17,14 +17,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import CHATS, TEACHER, print_head, print_row
+from bench import TEACHER, print_head, print_row
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -32,19 +31,13 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
-from conftest import load_example, run_script
+from conftest import extract_chats, load_example
 from datasets import load_from_disk
+from processes import run_process
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from explore_logits import (
-    LogitIterableDataset,
-    collate_logits,
-    distillation_loss,
-    distillation_loss_from_hidden,
-    export_axolotl,
-    export_distillkit,
-)
+import explore_logits as ex
 
 NEAR = 2e-3  # nats; logits are stored in 16 bits
 NEAR_ESTIMATED = 0.1  # at temperature 2; where packed conversations see each other
@@ -57,22 +50,11 @@ QUIET: dict[str, Any] = {
 Found = tuple[str, float, float | None]  # what is run, its loss, the right one; None: an estimate
 
 
-def extract(folder: Path, limit: int) -> Path:
-    """Extract some conversations of the embedded teacher."""
-    options = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", limit]
-    options += ["--store-tokens", "--cache-dir", folder / "cache", "--output", folder / "logits"]
-    done = run_script("extract_logits.py", *options)
-    assert done.code == 0, done.stderr
-    return folder / "logits"
-
-
 def load_teacher() -> Any:
-    """Return the teacher, as the student that has learned everything."""
     return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
 
 
 def run_layers(student: Any, batch: Any) -> Any:
-    """Return the hidden states of a batch."""
     with torch.no_grad():
         text = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return student.model(**text).last_hidden_state
@@ -81,21 +63,21 @@ def run_layers(student: Any, batch: Any) -> Any:
 def run_plain(output: Path, _: Path) -> Iterator[Found]:
     """Compare in a loop of one's own."""
     student = load_teacher()
-    dataset: Any = LogitIterableDataset(output)
-    batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=collate_logits)))
+    dataset: Any = ex.LogitIterableDataset(output)
+    batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=ex.collate_logits)))
     hidden = run_layers(student, batch)
     with torch.no_grad():
         logits = student.lm_head(hidden)
-    yield "distillation_loss", float(distillation_loss(logits, batch)), 0.0
-    hot = float(distillation_loss(logits, batch, temperature=2.0))
+    yield "distillation_loss", float(ex.distillation_loss(logits, batch)), 0.0
+    hot = float(ex.distillation_loss(logits, batch, temperature=2.0))
     yield "distillation_loss(temperature=2)", hot, None
-    loss = distillation_loss_from_hidden(hidden, student.lm_head.weight, batch)
+    loss = ex.distillation_loss_from_hidden(hidden, student.lm_head.weight, batch)
     yield "distillation_loss_from_hidden", float(loss), 0.0
 
 
 def run_transformers(output: Path, folder: Path) -> Iterator[Found]:
     """Run the Trainer of docs/examples/trainer.py."""
-    dataset = LogitIterableDataset(output)
+    dataset = ex.LogitIterableDataset(output)
     arguments = TrainingArguments(output_dir=str(folder / "trainer"), **QUIET)
     ways = {"LogitIterableDataset": dataset, "as_datasets()": dataset.as_datasets()}
     for name, rows in ways.items():
@@ -111,14 +93,14 @@ def run_trl(output: Path, folder: Path) -> Iterator[Found]:
     arguments = SFTConfig(output_dir=str(folder / "sft"), **unprepared, **QUIET)
     trainer_class = load_example("sft_trainer").DistillationSFTTrainer
     tokenizer = {"processing_class": AutoTokenizer.from_pretrained(TEACHER)}
-    rows = LogitIterableDataset(output).as_datasets()
+    rows = ex.LogitIterableDataset(output).as_datasets()
     loss = train_once(trainer_class, arguments, rows, **tokenizer)
     yield "docs/examples/sft_trainer.py, as_datasets()", loss, 0.0
 
 
 def train_once(trainer_class: Any, arguments: Any, rows: Any, **options: Any) -> float:
     """Train for the one step and return the loss that the trainer logs."""
-    options |= {"train_dataset": rows, "data_collator": collate_logits}
+    options |= {"train_dataset": rows, "data_collator": ex.collate_logits}
     trainer = trainer_class(load_teacher(), arguments, **options)
     trainer.train()
     return float(trainer.state.log_history[0]["loss"])
@@ -133,7 +115,7 @@ def run_axolotl(output: Path, folder: Path) -> Iterator[Found]:
     for temperature, normalize in ((1.0, False), (1.0, True), (2.0, False), (2.0, True)):
         made = folder / f"axolotl-{temperature:g}-{normalize}"
         options = {"temperature": temperature, "normalize": normalize}
-        export_axolotl(output, made, k=64, **options)  # type: ignore[arg-type]
+        ex.export_axolotl(output, made, k=64, **options)  # type: ignore[arg-type]
         rows: Any = load_from_disk(str(made))
         collate = DataCollatorForKD(AutoTokenizer.from_pretrained(TEACHER))
         batch = collate([rows[i] for i in range(8)])
@@ -165,8 +147,8 @@ def lost_by_scaling(student: Any, hidden: Any, targets: Any, temperature: float)
 def run_distillkit(output: Path, folder: Path) -> Iterator[Found]:
     """Run DistillKit's two commands on exports; its mask fits a divergence alone."""
     fitted, loose, packed = (folder / f"kit-{name}" for name in ("fitted", "loose", "packed"))
-    export_distillkit(output, fitted, k=64, labels_at="predicting", max_length=256)
-    export_distillkit(output, loose, k=64, labels_at="predicting")
+    ex.export_distillkit(output, fitted, k=64, labels_at="predicting", max_length=256)
+    ex.export_distillkit(output, loose, k=64, labels_at="predicting")
     start("distillkit.pack_logits", "--dataset", loose, "--max-len", 256, "--output", packed)
     told = "export_distillkit(labels_at='predicting'"
     held = [held_by_distillkit(row) for row in load_from_disk(str(fitted))]
@@ -191,37 +173,30 @@ def train_distillkit(rows: Path, missing: str, exported: Path) -> float:
     compressor = yaml.safe_load((exported / "compression_config.yaml").read_text())
     kl = {"function": "kl", "weight": 1.0, "temperature": 1.0}
     config = {
-        "model": str(TEACHER),
-        "model_kwargs": {"dtype": "float32"},
-        "use_flash_attention": False,
-        "output_path": str(rows.parent / "kit-student"),
-        "sequence_length": 256,
+        "model": str(TEACHER), "model_kwargs": {"dtype": "float32"}, "use_flash_attention": False,
+        "output_path": str(rows.parent / "kit-student"), "sequence_length": 256,
         "dataset": {"train_dataset": {"disk_path": str(rows)}, "prepacked": True},
         "teacher": {"kind": "dataset", "logprob_compressor": compressor},
         "loss_functions": [{**kl, "missing_probability_handling": missing}],
         "training_args": {**QUIET, "per_device_train_batch_size": 32},
-    }
+    }  # fmt: skip
     file = rows.parent / "kit.yaml"
     file.write_text(yaml.safe_dump(config))
-    (loss,) = re.findall(
-        r"distillation_loss/1_kl': '?([\d.e-]+|nan|inf)", start("distillkit.main", file)
-    )
+    said = start("distillkit.main", file)
+    (loss,) = re.findall(r"distillation_loss/1_kl': '?([\d.e-]+|nan|inf)", said)
     return float(loss)
 
 
 def start(module: str, *words: object) -> str:
-    """Run a module's command and return what it prints."""
-    command = [sys.executable, "-m", module, *map(str, words)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = run_process([sys.executable, "-m", module, *words], timeout_s=1800)
+    assert done.code == 0, done.stderr
+    return done.stdout
 
 
-CLIENTS: list[tuple[str, str, Callable[[Path, Path], Iterator[Found]]]] = [
-    ("PyTorch", "torch", run_plain),
-    ("transformers", "transformers", run_transformers),
-    ("TRL", "trl", run_trl),
-    ("axolotl", "axolotl", run_axolotl),
-    ("DistillKit", "distillkit", run_distillkit),
-]
+CLIENTS: dict[str, Callable[[Path, Path], Iterator[Found]]] = {
+    "PyTorch": run_plain, "transformers": run_transformers, "TRL": run_trl, "axolotl": run_axolotl,
+    "DistillKit": run_distillkit,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -231,8 +206,9 @@ def main() -> int:
     args = parser.parse_args()
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as scratch:
-        output = extract(Path(scratch), args.limit)
-        for client, module, run in CLIENTS:
+        output = extract_chats(Path(scratch), "--limit", args.limit, "--store-tokens")
+        for client, run in CLIENTS.items():
+            module = {"PyTorch": "torch"}.get(client, client.lower())
             if importlib.util.find_spec(module) is None:
                 rows.append((client, "not installed, not run", "", "", ""))
                 continue

@@ -41,7 +41,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 import torch
-from bench import CHATS, ROOT, TEACHER
+from bench import CHATS, ROOT, TEACHER, print_head, print_row
 from storage_table import Rows, Scheme, estimate, plain_size, store, teacher_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -81,11 +81,7 @@ ARMS = (
     Arm("32 + 24, 8 bits", Scheme(top_p_max=32, bits=8)),
     Arm("100 + 8, 8 bits", Scheme(sampled_n=8, bits=8)),
     *(Arm(f"min-p {t:g}", Scheme(min_p=t, bits=8)) for t in (0.005, 0.01, 0.02, 0.05)),
-    *(
-        Arm(f"top {k}{', ghost' if ghost else ''}", top_k(k), ghost=ghost)
-        for k in (16, 64)
-        for ghost in (False, True)
-    ),
+    *(Arm(f"top {k}{how}", top_k(k), ghost=bool(how)) for k in (16, 64) for how in ("", ", ghost")),
     *(Arm(f"{n} draws", draws=n) for n in (12, 50)),
     *(Arm(f"{n} points", draws=n, systematic=True) for n in (50, 100, 200)),
 )
@@ -108,7 +104,6 @@ class Setup:
 
 
 def actual_tokens(source: Rows) -> np.ndarray:
-    """Return the tokens (N,) that the text holds."""
     return np.concatenate([row.input_ids[row.token_positions] for row in source.rows])
 
 
@@ -139,17 +134,14 @@ def hit_bytes(hits: scipy.sparse.csr_array, source: Rows) -> int:
     """Return the size of ids and hits in a Parquet file of the rows' conversations."""
     assert hits.shape[1] <= 1 << 16, "more ids than 16 bits hold"
     ends = source.starts
-    columns = {
-        "ids": (hits.indptr[ends], hits.indices.astype(np.uint16)),
-        "hits": (hits.indptr[ends], hits.data.astype(np.uint8)),
-        "counts": (ends, np.diff(hits.indptr).astype(np.uint8)),
-    }
-    lists = {
-        name: pa.ListArray.from_arrays(starts.astype(np.int32), values)
-        for name, (starts, values) in columns.items()
-    }
-    index = pa.array([row.index for row in source.rows], pa.int32())
-    return plain_size(pa.table({"index": index, **lists}), compression="zstd", compression_level=2)
+    columns = {"index": pa.array([row.index for row in source.rows], pa.int32())}
+    for name, starts, values in (
+        ("ids", hits.indptr[ends], hits.indices.astype(np.uint16)),
+        ("hits", hits.indptr[ends], hits.data.astype(np.uint8)),
+        ("counts", ends, np.diff(hits.indptr).astype(np.uint8)),
+    ):
+        columns[name] = pa.ListArray.from_arrays(starts.astype(np.int32), values)
+    return plain_size(pa.table(columns), compression="zstd", compression_level=2)
 
 
 def keep(source: Rows, arm: Arm, seed: int) -> tuple[Told, float]:
@@ -205,16 +197,12 @@ def read_states(
     rows = [source.rows[i] for i in chosen]
     starts = np.cumsum([0] + [row.input_ids.size for row in rows])
     places = [s + row.token_positions - 1 for s, row in zip(starts[:-1], rows, strict=True)]
-    tokens = tokens_of(source, chosen)
-    ids, positions = (
-        torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
-        for parts in (
-            [row.input_ids for row in rows],
-            [np.arange(row.input_ids.size) for row in rows],
-        )
-    )
-    states = student.model(input_ids=ids, position_ids=positions, use_cache=False)
-    return states.last_hidden_state[0][np.concatenate(places)], tokens
+    ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    positions = np.concatenate([np.arange(row.input_ids.size) for row in rows])
+    inputs = {"input_ids": torch.from_numpy(ids)[None],
+              "position_ids": torch.from_numpy(positions)[None]}  # fmt: skip
+    states = student.model(**inputs, use_cache=False).last_hidden_state
+    return states[0][np.concatenate(places)], tokens_of(source, chosen)
 
 
 def iter_batches(source: Rows, setup: Setup, seed: int) -> Iterator[Sequence[int]]:
@@ -304,12 +292,11 @@ class Texts:
 
     def of_seed(self, seed: int) -> Rows:
         """Return a seed's conversations."""
-        count = self.setup.conversations
+        count, first = self.setup.conversations, self.setup.held_out
         if self.chats is not None:
-            others = np.random.default_rng(seed).permutation(
-                range(self.setup.held_out, len(self._every.rows))
-            )
-            return pick(self._every, sorted(others[:count]))
+            others = range(first, len(self._every.rows))
+            drawn = np.random.default_rng(seed).permutation(others)[:count]
+            return pick(self._every, sorted(drawn))
         path = self.folder / f"conversations-{seed}.jsonl"
         write_jsonl(path, make_training(FIRST_SEED + seed, count))
         return teacher_rows(f"seed {seed}", self.teacher, path, count)
@@ -322,7 +309,6 @@ class Texts:
 
 
 def pick(source: Rows, chosen: Sequence[int]) -> Rows:
-    """Return some conversations of a source."""
     rows = [source.rows[i] for i in chosen]
     return Rows(source.name, rows, source.logits[tokens_of(source, chosen)])
 
@@ -346,17 +332,14 @@ def run(texts: Texts, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
             found[f"{arm.name}/{seed}"] = figures
             path.write_text(json.dumps(found))
             print(f"{arm.name}/{seed}", figures, file=sys.stderr, flush=True)
+    every = {arm.name: [found[f"{arm.name}/{seed}"] for seed in range(seeds)] for arm in arms}
     return {
-        arm.name: {
-            name: [found[f"{arm.name}/{seed}"][name] for seed in range(seeds)]
-            for name in found[f"{arm.name}/0"]
-        }
-        for arm in arms
+        arm: {name: [one[name] for one in figures] for name in figures[0]}
+        for arm, figures in every.items()
     }
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error."""
     return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
@@ -378,21 +361,17 @@ def recommend(figures: dict[str, Any], arms: Sequence[Arm]) -> str | None:
 
 def print_table(figures: dict[str, Any], best: str | None) -> None:
     """Print every arm as Markdown, differences with the standard errors of pairs."""
-    print("| kept | bytes a token | held-out KL | above dense | above the recommended "
-          "| rare tokens' loss | above dense | gradient | by row |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
+    print_head("kept", "bytes a token", "held-out KL", "above dense", "above the recommended",
+               "rare tokens' loss", "above dense", "gradient", "by row")  # fmt: skip
     for arm, found in figures.items():
         means = {name: float(np.mean(values)) for name, values in found.items()}
-        pairs = (("kl", "dense"), ("kl", best or "dense"), ("rare", "dense"))
         above = [
             "" if arm == other else "{:+.4f} ± {:.4f}".format(*compare(figures, name, arm, other))
-            for name, other in pairs
+            for name, other in (("kl", "dense"), ("kl", best or "dense"), ("rare", "dense"))
         ]
-        print(
-            f"| {arm} | {means['bytes']:,.1f} | {means['kl']:.4f} | {above[0]} | {above[1]} "
-            f"| {means['rare']:.3f} | {above[2]} | {means['gradient']:.1%} "
-            f"| {means['by_row']:.0%} |"
-        )
+        print_row(arm, f"{means['bytes']:,.1f}", f"{means['kl']:.4f}", *above[:2],
+                  f"{means['rare']:.3f}", above[2], f"{means['gradient']:.1%}",
+                  f"{means['by_row']:.0%}")  # fmt: skip
 
 
 def draw(figures: dict[str, Any], arms: Sequence[Arm], path: Path) -> None:
@@ -425,13 +404,12 @@ def draw(figures: dict[str, Any], arms: Sequence[Arm], path: Path) -> None:
                               fontsize=8, textcoords="offset points",
                               ha="right" if left else "left")  # fmt: skip
         top = compare(figures, name, "text", "dense")[0]
-        axes.axhline(top, color="#777", ls=":")
-        axes.text(6.2, top, "the text alone, 0 bytes", va="bottom", color="#555", fontsize=8)
-        axes.axhline(0, color="#777", ls="--")
-        axes.text(6.2, 0, "dense, 20,000 bytes", va="bottom", color="#555", fontsize=8)
-        axes.set(xscale="log", xlim=(6, 420), xlabel="bytes a token", title=title)
+        for level, said in ((top, "the text alone, 0 bytes"), (0, "dense, 20,000 bytes")):
+            axes.axhline(level, color="#777", ls="--")
+            axes.text(6.2, level, said, va="bottom", color="#555", fontsize=8)
         axes.set_yscale("symlog", linthresh=linear)
-        axes.set_ylim(-1.5 * linear, 3 * top)
+        axes.set(xscale="log", xlim=(6, 420), xlabel="bytes a token", title=title,
+                 ylim=(-1.5 * linear, 3 * top))  # fmt: skip
         axes.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
         axes.grid(color="#eee")
     panels[0].set_ylabel("nats a token above the dense teacher's student")

@@ -11,14 +11,10 @@ where fewer than 95 of 100 faults are caught: 57 of 60.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import ROOT, print_head, print_row
+from processes import run_process
 
 COPIED = ("*.py", "*.toml", "*.md", "*.cff", "Makefile", "LICENSE", "MANIFEST.in", "docs", "tests")
 LIMIT_S = 900  # a fault that makes the tests hang is caught then
@@ -276,20 +273,13 @@ def run_tests(fault: Fault | None, tests: Sequence[str], *options: str) -> tuple
             script.write_text(fault.plant(script.read_text()))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
         command += ["-m", "not slow", *options, *(f"tests/{name}" for name in tests)]
-        env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+        env = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
         env |= {"TOKENIZERS_PARALLELISM": "false"}
-        with subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                said, _ = process.communicate(timeout=LIMIT_S)
-            except subprocess.TimeoutExpired:
-                return 1, f"FAILED tests/{tests[0]}::(no end within {LIMIT_S} s)"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        return process.returncode, said
+        try:
+            done = run_process(command, timeout_s=LIMIT_S, cwd=folder, env=env)
+        except AssertionError:
+            return 1, f"FAILED tests/{tests[0]}::(no end within {LIMIT_S} s)"
+        return done.code, done.stdout + done.stderr
 
 
 def try_fault(fault: Fault, *options: str) -> tuple[Fault, str, float]:

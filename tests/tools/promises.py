@@ -37,7 +37,6 @@ class Promise(NamedTuple):
 
 
 def read_promises(text: str) -> list[Promise]:
-    """Return the promises of a table, in its order."""
     promises, section = [], ""
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("#"):
@@ -82,7 +81,6 @@ def find_idle(promises: Sequence[Promise], items: Iterable[Any]) -> list[str]:
 
 
 def make_page(promises: Sequence[Promise]) -> str:
-    """Return docs/promises.md."""
     apart, lines, section = list_tests(), [HEAD], ""
     for promise in promises:
         if promise.section != section:
@@ -94,7 +92,6 @@ def make_page(promises: Sequence[Promise]) -> str:
 
 
 def main() -> int:
-    """Check the table and write the page."""
     promises = read_promises(TABLE.read_text(encoding="utf-8"))
     if faults := find_faults(promises, list_tests()):
         print(*faults, sep="\n")

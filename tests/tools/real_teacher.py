@@ -22,9 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +36,7 @@ import oracle
 import pyarrow.parquet as pq
 import torch
 import yaml
+from processes import run_process
 
 from explore_logits import DatasetStats, compute_dataset_stats
 
@@ -157,15 +156,12 @@ def write_chats(path: Path, chats: list[Chat]) -> None:
 
 def run(script: str, *words: object) -> dict[str, Any]:
     """Run one of the three scripts; returns the JSON object of its last line."""
-    command = [sys.executable, str(bench.ROOT / script), *map(str, words)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False, env=env
-    )
-    if done.returncode:
-        raise SystemExit(f"{script} ended with {done.returncode}: {' '.join(command)}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, bench.ROOT / script, *words]
+    done = run_process(command, timeout_s=3600, env=env, stderr=None)
+    if done.code:
+        raise SystemExit(f"{script} ended with {done.code}: {' '.join(map(str, command))}")
+    return done.summary
 
 
 @dataclass(frozen=True)
@@ -182,16 +178,12 @@ class Stored:
         """Return what the table and the last line say; shares between 0 and 1."""
         stats = self.stats
         return {
-            "text": self.source,
-            "rows kept": self.kind,
-            "tokens": stats.tokens,
-            "bytes a token": round(stats.bytes_per_token or 0.0, 1),
-            "planned": self.planned,
+            "text": self.source, "rows kept": self.kind, "tokens": stats.tokens,
+            "bytes a token": round(stats.bytes_per_token or 0.0, 1), "planned": self.planned,
             "nucleus": round(stats.nucleus.mean, 1),
             "cut": None if stats.capped is None else round(stats.capped, 4),
-            "covers": round(stats.mean_mass, 4),
-            "likeliest": round(stats.mean_first, 4),
-        }
+            "covers": round(stats.mean_mass, 4), "likeliest": round(stats.mean_first, 4),
+        }  # fmt: skip
 
 
 def run_text(work: Path, teacher: Path, source: str, chats: Path, limit: int) -> list[Stored]:
