@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -37,19 +36,10 @@ from explore_logits import (
 )
 
 VOCAB = 5000
-
-
 RUN = SETTINGS | {
-    "model": str(TEACHER),
-    "dataset": str(CHATS),
-    "messages_col": "messages",
-    "user_col": None,
-    "assistant_col": None,
-    "index_col": "id",
-    "vocab_size": VOCAB,
-}
-
-
+    "model": str(TEACHER), "dataset": str(CHATS), "messages_col": "messages", "user_col": None,
+    "assistant_col": None, "index_col": "id", "vocab_size": VOCAB,
+}  # fmt: skip
 STORED = RUN | {"store_tokens": True}
 
 
@@ -130,7 +120,7 @@ def test_probability_and_rank_are_exact_or_bound_the_truth(
     assert {"nucleus", "not stored"} <= set(places)
 
 
-@pytest.mark.parametrize("bits", [16, 15, 6])
+@pytest.mark.parametrize("bits", [16, 6])
 def test_no_token_of_the_vocabulary_escapes_its_bound(bits: int) -> None:
     settings = SETTINGS | {"vocab_size": 300, "logit_bits": bits, "top_p": 0.9, "top_p_max": 20}
     rng = np.random.default_rng(23)
@@ -205,34 +195,30 @@ def test_everything_is_found_from_the_output_itself(
 def test_a_conversation_that_was_not_extracted_is_shown_as_such(
     output: Path, chats: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    missing = execute_analysis(output, conversation=chats[0]["id"])
+    gone = chats[0]["id"]
+    missing = execute_analysis(output, conversation=gone)
     assert missing.tokens == []
     assert "not in the output" in missing.note
     assert all(t is None for _, t in missing.pieces)
-    assert len(missing.pieces) > 5
-    shown = explore.visualize_conversation_probabilities(missing)
-    assert "not extracted" in shown
+    assert "not extracted" in explore.visualize_conversation_probabilities(missing)
     with pytest.raises(SourceError, match="no conversation 999999"):
         execute_analysis(output, conversation=999_999)
-    gone = chats[0]["id"]
     rows = [{**row, "index": gone + 1 + i} for i, row in enumerate(random_rows(3, settings=RUN))]
     made = write_parts(tmp_path, rows, settings=RUN, skipped={gone: "too_long"})
-    missing = execute_analysis(made, conversation=gone)
-    assert missing.note == "this conversation gave no row: too_long"
+    assert execute_analysis(made, conversation=gone).note.endswith("gave no row: too_long")
 
 
 def test_another_number_of_tokens_is_an_error_that_names_both(
     output: Path, short_chats: list[dict[str, Any]], tokenizer: Any
 ) -> None:
     sample = get_sample(output, 0)
-    messages = [dict(message) for message in short_chats[0]["messages"]]
-    messages[-1] = {**messages[-1], "content": "Quite another answer, and a longer one at that."}
-    expected = encode_conversation(messages, tokenizer).token_positions.size
-    assert expected != sample["num_tokens"]
-    with pytest.raises(AlignmentError) as caught:
-        analyze_token_probabilities(sample, messages, tokenizer)
-    assert f"holds {sample['num_tokens']} tokens" in str(caught.value)
-    assert f"has {expected} to extract" in str(caught.value)
+    *before, last = short_chats[0]["messages"]
+    for content in ("Quite another answer, and a longer one at that.", "Short."):
+        messages = [*before, {**last, "content": content}]
+        expected = encode_conversation(messages, tokenizer).token_positions.size
+        both = f"holds {sample['num_tokens']} tokens.*has {expected} to extract"
+        with pytest.raises(AlignmentError, match=both):
+            analyze_token_probabilities(sample, messages, tokenizer)
 
 
 def test_stored_text_needs_no_source(tmp_path: Path, tokenizer: Any) -> None:
@@ -249,13 +235,12 @@ def test_stored_text_needs_no_source(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_a_source_or_model_that_moved_can_be_given(tmp_path: Path) -> None:
     moved = {"model": "./gone", "dataset": "./gone.jsonl"}
+    made = write_output(tmp_path, random_rows(1, settings=RUN), settings=RUN | moved)
+    given = {"model": str(TEACHER), "dataset": str(CHATS)}
     for name, where in moved.items():
-        settings = RUN | {name: where}
-        made = write_output(tmp_path / name, random_rows(1, settings=settings), settings=settings)
         with pytest.raises(explore.LogitsError, match=f"{where}.*{name}="):
-            execute_analysis(made)
-    made = write_output(tmp_path / "both", random_rows(1, settings=RUN), settings=RUN | moved)
-    text = open_text(made, model=str(TEACHER), dataset=str(CHATS))
+            execute_analysis(made, **{**given, name: None})
+    text = open_text(made, **given)
     assert text.encode(json.loads(CHATS.read_text().splitlines()[3])["id"]).input_ids.size > 3
 
 
@@ -302,18 +287,14 @@ def test_figures_over_the_text_say_where_they_rest_on_bounds(output: Path) -> No
     assert stats.mean_log_probability == pytest.approx(mean)
     assert stats.bounded > 0
     assert dict(stats.facts())["perplexity of the text"].startswith("≥ ")
-    exact = dataclasses.replace(stats, bounded=0)
-    assert dict(exact.facts())["perplexity of the text"][0].isdigit()
     bounded = next(a for a in analyses if not all(token.exact for token in a.tokens))
-    shown = explore.visualize_conversation_probabilities(bounded)
-    assert "typical probability of a token ≤ " in " ".join(shown.split())
-    assert "typical probability of a token ≤ " in explore.render_page([bounded])
-    stored = [token for token in bounded.tokens if token.exact]
-    assert dataclasses.replace(bounded, tokens=stored).typical_probability[0].isdigit()
+    for shown in (
+        explore.visualize_conversation_probabilities(bounded),
+        explore.render_page([bounded]),
+    ):
+        assert "typical probability of a token ≤ " in " ".join(shown.split())
     frame = bounded.to_pandas()
     assert frame["log_probability"].mean() == pytest.approx(bounded.mean_log_probability)
-    empty = dataclasses.replace(bounded, tokens=[]).to_pandas()
-    assert list(empty.columns) == list(frame.columns)
 
 
 def test_rows_whose_text_is_another_count_as_unknown(
@@ -328,9 +309,6 @@ def test_rows_whose_text_is_another_count_as_unknown(
     made = write_output(tmp_path, rows, settings=RUN)
     stats = compute_dataset_stats(made, actual_tokens=open_text(made).actual_tokens)
     assert (stats.known, stats.rows) == (fits, 3)
-    gone = open_text(made, dataset="./gone.jsonl")
-    with pytest.raises(SourceError, match="gone"):
-        compute_dataset_stats(made, actual_tokens=gone.actual_tokens)
 
 
 def test_code_that_a_tokenizer_brings_runs_only_when_asked(
@@ -384,11 +362,6 @@ def test_where_the_text_is_gone_ids_are_shown_and_why(
     assert "showing ids only" in caplog.text
     assert explore.main([str(made), "--html", str(tmp_path / "page.html")]) == 2
     assert "the text is needed" in caplog.text
-    explore.quick_explore(made, tokens=1)
-    shown = capsys.readouterr().out
-    assert "ids only: " in shown
-    assert "model=" in shown
-    assert "; it is #" in shown, "the stored text tells the actual token"
 
 
 # Terminal -----------------------------------------------------------------------------------------
@@ -415,38 +388,31 @@ def test_words_stay_whole_and_are_coloured_or_marked(
         else:
             unlikely = [token for token in analysis.tokens if token.probability < 0.5]
             assert shown.count("{") >= len(unlikely)
-            assert ("{≤" in shown) or all(token.exact for token in analysis.tokens)
         for line in shown.split("\n"):
             assert explore.count_columns(line) <= width or " " not in line.strip()
-    sample = explore.quick_explore(output, 1)
+    explore.quick_explore(output, 1)
     shown = capsys.readouterr().out
     assert all(len(line) <= width for line in shown.splitlines())
-    assert "its first 3 tokens:" in shown
     assert "#" not in shown.split("tokens:")[1], "words are found from the output"
-    explore.print_top_tokens(sample, 0)
-    assert "#" not in capsys.readouterr().out
 
 
 def test_pipes_get_the_text_as_it_is(
     tmp_path: Path, chats: list[dict[str, Any]], tokenizer: Any
 ) -> None:
-    foreign = [row for row in chats if sum(ord(c) > 0x2FF for c in json.dumps(
-        row["messages"], ensure_ascii=False)) > 40][:2]  # fmt: skip
     rows, texts, rng = [], [], np.random.default_rng(4)
-    for row in foreign:
-        encoded = encode_conversation(row["messages"], tokenizer)
+    for chat in chats:
+        encoded = encode_conversation(chat["messages"], tokenizer)
+        if sum(ord(c) > 0x2FF for c in encoded.text) <= 40 or len(rows) == 2:
+            continue
         logits = random_logits(rng, encoded.token_positions.size, VOCAB)
+        row = extract_row(logits, STORED, rng, index=chat["id"])
+        positions = encoded.token_positions.tolist()
+        rows.append(row | {"input_ids": encoded.input_ids.tolist(), "token_positions": positions})
         texts.append(encoded.text)
-        rows.append(
-            extract_row(logits, STORED, rng, index=row["id"])
-            | {"input_ids": encoded.input_ids.tolist()}
-            | {"token_positions": encoded.token_positions.tolist()}
-        )
     made = write_output(tmp_path, rows, settings=STORED)
     done = run_script("explore_logits.py", made, "--sample", "0,1", LC_ALL="C", COLUMNS="")
     assert done.code == 0, done.stderr
     assert done.summary["sample"] == [0, 1]
-    assert re.search("the [23] tokens that the teacher expected least:", done.stdout)
     assert "\x1b" not in done.stdout
     body = re.sub(r"\{[^{}]*%\}", "", done.stdout)
     assert all(text.strip() in body for text in texts)

@@ -39,6 +39,22 @@ from explore_logits import (
 LIMIT = 4.5  # standard errors
 
 
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    """Return normal numbers that are the same in every run."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_gradients(
+    found: torch.Tensor, wanted: torch.Tensor, leaves: Any, **tolerances: float
+) -> None:
+    """Fail where two losses, or lists of them, have other gradients; weighed one by one."""
+    outer = randn(*found.shape, seed=11) if found.shape else None
+    grads = [torch.autograd.grad(loss, leaves, outer) for loss in (found, wanted)]
+    for one, two in zip(*grads, strict=True):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one.float(), two.float(), **tolerances)
+
+
 def set_probability(probs: np.ndarray, sample: list[int]) -> float:
     """Return the probability of drawing a set without replacement, over all orders of it."""
     total = 0.0
@@ -51,32 +67,6 @@ def set_probability(probs: np.ndarray, sample: list[int]) -> float:
     return total
 
 
-def brute_force_weights(probs: np.ndarray, chosen: list[int]) -> np.ndarray:
-    """Return log-weights from the probability of the sample with and without each token."""
-    whole = set_probability(probs, chosen)
-    weights = []
-    for i in chosen:
-        without = probs.copy()
-        without[i] = 0
-        weights.append(set_probability(without, [j for j in chosen if j != i]) / whole)
-    return np.log(weights)
-
-
-@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 8.0])
-def test_weights_are_those_of_brute_force_enumeration(spread: float) -> None:
-    rng = np.random.default_rng(int(spread * 10))
-    for _ in range(25):
-        vocab = int(rng.integers(3, 9))
-        size = int(rng.integers(1, min(vocab, 6)))
-        probs = np.exp(rng.standard_normal(vocab) * spread)
-        probs *= rng.choice([1e-6, 0.02, 0.9]) / probs.sum()
-        chosen = rng.choice(vocab, size, replace=False).tolist()
-        if 1 - probs[chosen].sum() / probs.sum() < 1e-7:
-            continue  # differences of such numbers are what enumeration itself cannot tell
-        found = weigh_tail(np.log(probs[chosen])[None], [probs.sum()])[0].numpy()
-        np.testing.assert_allclose(found, brute_force_weights(probs, chosen), atol=1e-7)
-
-
 def every_tail(teacher: torch.Tensor, nucleus: int, size: int) -> tuple[Any, np.ndarray]:
     """Return a batch of every tail sample there is of one row, and the probability of each."""
     log_p = teacher.double().log_softmax(-1).numpy()
@@ -86,18 +76,15 @@ def every_tail(teacher: torch.Tensor, nucleus: int, size: int) -> tuple[Any, np.
     chances = np.array([set_probability(rest, tail) for tail in tails])
     ids = np.stack([np.concatenate([top, order[nucleus:][tail]]) for tail in tails])
     sampled = np.broadcast_to(np.arange(nucleus + size) >= nucleus, ids.shape)
+    count = len(tails)
     row = {
-        "index": 0,
-        "input_ids": np.zeros(len(tails) + 1, np.int32),
-        "labels": np.zeros(len(tails) + 1, np.int64),
-        "teacher_positions": np.arange(1, len(tails) + 1),
-        "teacher_ids": ids,
-        "teacher_log_probs": log_p[ids],
-        "teacher_mask": np.ones(ids.shape, np.bool_),
-        "teacher_tail_mask": sampled,
-        "teacher_log_rest": np.full(len(tails), np.log(rest.sum())),
-        "teacher_points": np.zeros(len(tails), np.bool_),
-    }
+        "index": 0, "input_ids": np.zeros(count + 1, np.int32),
+        "labels": np.zeros(count + 1, np.int64), "teacher_positions": np.arange(1, count + 1),
+        "teacher_ids": ids, "teacher_log_probs": log_p[ids],
+        "teacher_mask": np.ones(ids.shape, np.bool_), "teacher_tail_mask": sampled,
+        "teacher_log_rest": np.full(count, np.log(rest.sum())),
+        "teacher_points": np.zeros(count, np.bool_),
+    }  # fmt: skip
     return collate_logits([row]), chances
 
 
@@ -146,9 +133,7 @@ def test_many_more_nodes_give_the_same_weights() -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_value_and_gradient_are_unbiased_at_temperature_1(kind: str, divergence: str) -> None:
     found = estimate(kind, divergence, "unbiased")
-    value, slope = found.sigmas()
-    assert abs(value) < LIMIT
-    assert abs(slope) < LIMIT
+    assert max(map(abs, found.sigmas())) < LIMIT
 
 
 def test_the_other_ways_to_count_the_tail_are_seen_to_be_biased() -> None:
@@ -170,9 +155,7 @@ def test_the_ghost_token_never_exceeds_the_true_divergence() -> None:
 def test_all_ways_agree_with_the_dense_loss_when_the_whole_vocabulary_is_stored(
     divergence: str, tail: str, temperature: float
 ) -> None:
-    teacher = torch.randn(7, 40, generator=torch.Generator().manual_seed(1))
-    student = torch.randn(7, 40, generator=torch.Generator().manual_seed(2)).double()
-    student.requires_grad_()
+    teacher, student = randn(7, 40, seed=1), randn(7, 40, seed=2).double().requires_grad_()
     sampled = 24 if tail in ("unbiased", "renormalized") else 0
     batch = make_batch(teacher, top_p=1.0, top_p_max=40 - sampled, sampled_n=sampled)
     found = distillation_loss(
@@ -180,8 +163,7 @@ def test_all_ways_agree_with_the_dense_loss_when_the_whole_vocabulary_is_stored(
     )
     true = dense_loss(student, teacher.double(), divergence, temperature)
     torch.testing.assert_close(found, true, atol=2e-5, rtol=0)
-    gradients = [torch.autograd.grad(loss.sum(), student)[0] for loss in (found, true)]
-    torch.testing.assert_close(*gradients, atol=2e-5, rtol=0)
+    assert_same_gradients(found, true, [student], atol=4e-5, rtol=0)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -199,7 +181,7 @@ def test_gradients_pass_gradcheck(divergence: str, tail: str, temperature: float
 def test_chunks_reductions_and_layouts_give_the_same_loss() -> None:
     teacher = torch.stack([teacher_row("natural", 300, seed=i) for i in range(9)])
     batch = make_batch(teacher)
-    grid = torch.randn(1, 10, 300, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    grid = randn(1, 10, 300, seed=4).requires_grad_()
     each = distillation_loss(grid, batch, reduction="none", chunk_tokens=4)
     flat = distillation_loss(grid[0, :9], batch, reduction="none")
     assert each.shape == (9,)
@@ -217,7 +199,7 @@ def test_a_student_whose_padding_is_cut_off_has_the_loss_of_one_without(
     divergence: str, tail: str
 ) -> None:
     batch = make_batch(torch.stack([teacher_row(kind, 200) for kind in ROWS]), top_p_max=20)
-    short = torch.randn(3, 200, generator=torch.Generator().manual_seed(6))
+    short = randn(3, 200, seed=6)
     long = torch.nn.functional.pad(short, (0, 56), value=-torch.inf).requires_grad_()
     loss = distillation_loss(long, batch, divergence=divergence, tail=tail)
     (gradient,) = torch.autograd.grad(loss, long)
@@ -226,26 +208,6 @@ def test_a_student_whose_padding_is_cut_off_has_the_loss_of_one_without(
     if divergence != "reverse_kl":  # whose stand-in for the tail spreads over the padding too
         wanted = distillation_loss(short, batch, divergence=divergence, tail=tail)
         torch.testing.assert_close(loss.detach(), wanted)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_an_embedding_with_padding_is_pushed_away_from_it_as_by_the_dense_teacher(
-    divergence: str,
-) -> None:
-    teacher = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
-    batch = make_batch(teacher, top_p=1.0, top_p_max=16, sampled_n=24)
-    student = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
-    student = (student * (divergence == "forward_kl")).requires_grad_()
-    found = distillation_loss(student, batch, divergence=divergence)
-    (gradient,) = torch.autograd.grad(found, student)
-    assert (gradient[:, 40:] > 0).all(), "a step down the gradient lowers them"
-    if divergence == "forward_kl":  # the others have a stand-in for the tail
-        padded = torch.nn.functional.pad(teacher, (0, 24), value=-1e4)
-        wanted = dense_loss(student, padded, divergence).mean()
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            gradient, torch.autograd.grad(wanted, student)[0], atol=1e-5, rtol=0
-        )
 
 
 def improbable_batch() -> dict[str, torch.Tensor]:
@@ -260,8 +222,7 @@ def test_what_is_sure_wrong_or_improbable_gives_finite_losses_and_gradients(scal
     plain = make_batch(torch.stack([teacher_row(kind, 60) for kind in ROWS]), top_p_max=20)
     for way in itertools.product((plain, improbable_batch()), DIVERGENCES, TAILS, (0.5, 1.0, 4.0)):
         batch, divergence, tail, temperature = way
-        student = scale * torch.randn(3, 60, generator=torch.Generator().manual_seed(6))
-        student.requires_grad_()
+        student = (scale * randn(3, 60, seed=6)).requires_grad_()
         loss = distillation_loss(
             student, batch, divergence=divergence, tail=tail, temperature=temperature
         )
@@ -295,18 +256,15 @@ def test_half_precision_is_widened_and_its_gradient_does_not_underflow_before_it
         ((1, 3, 200), {}, r"shape \(1, 3, 200\) are not at the positions"),
         ((2, 200), {}, "2 rows of student logits for 1 token"),
         ((1, 20), {}, "beyond the student's 20 logits"),
-        ((1, 200), {"temperature": 0}, "temperature 0 is not positive"),
-        ((1, 200), {"divergence": "kl"}, "forward_kl"),
+        ((1, 200), {"temperature": 0}, "temperature 0"),
         ((1, 200), {"tail": "topk"}, "renormalized"),
-        ((1, 200), {"reduction": "avg"}, "mean"),
     ],
 )
 def test_what_does_not_fit_the_batch_or_is_no_choice_is_refused(
     shape: tuple[int, ...], options: dict[str, Any], message: str
 ) -> None:
-    batch = make_batch(teacher_row("flat", 200)[None])
     with pytest.raises(LogitsError, match=message):
-        distillation_loss(torch.zeros(shape), batch, **options)
+        distillation_loss(torch.zeros(shape), make_batch(teacher_row("flat", 200)[None]), **options)
     none = make_batch(teacher_row("natural", 200)[None], top_p_max=20, sampled_n=0)
     with pytest.raises(LogitsError, match="--sampled-n"):
         distillation_loss(torch.zeros(1, 200), none)
@@ -318,51 +276,36 @@ def test_from_hidden_states_the_loss_and_every_gradient_are_those_of_the_logits(
     divergence: str, options: dict[str, Any]
 ) -> None:
     batch = make_batch(torch.stack([teacher_row("natural", 200, seed=i) for i in range(7)]))
-    generator = torch.Generator().manual_seed(3)
-    parts = [torch.randn(*shape, generator=generator) for shape in ((1, 8, 16), (200, 16), (200,))]
-    leaves = [part.requires_grad_() for part in parts]
+    shapes = ((1, 8, 16), (200, 16), (200,))
+    leaves = [randn(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
     hidden, head, bias = leaves
-    weights = torch.linspace(0.1, 2, 7)
+    how: dict[str, Any] = {"divergence": divergence, "weights": torch.linspace(0.1, 2, 7)}
+    how |= {"reduction": "none", **options}
     logits = torch.tanh(torch.nn.functional.linear(hidden, head, bias) / 5) * 5
-    wanted = distillation_loss(
-        logits, batch, divergence=divergence, reduction="none", weights=weights, **options
-    )
+    wanted = distillation_loss(logits, batch, **how)
     found = distillation_loss_from_hidden(
         hidden, head, batch, head_bias=bias, transform=lambda x: torch.tanh(x / 5) * 5,
-        divergence=divergence, reduction="none", weights=weights, chunk_tokens=3, **options,
+        chunk_tokens=3, **how,
     )  # fmt: skip
     torch.testing.assert_close(found, wanted)
-    outer = torch.randn(7, generator=generator)
-    for a, b in zip(
-        torch.autograd.grad(found, leaves, outer),
-        torch.autograd.grad(wanted, leaves, outer),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert_same_gradients(found, wanted, leaves, atol=1e-5, rtol=1e-4)
 
 
 def test_bfloat16_states_give_the_gradient_of_their_own_logits() -> None:
     batch = make_batch(torch.stack([teacher_row("natural", 200, seed=i) for i in range(7)]))
-    generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(7, 16, generator=generator).bfloat16().requires_grad_()
-    head = torch.randn(200, 16, generator=generator).requires_grad_()
+    hidden = randn(7, 16, seed=3).bfloat16().requires_grad_()
+    head = randn(200, 16, seed=4).requires_grad_()
     loss = distillation_loss_from_hidden(hidden, head, batch, chunk_tokens=2)
     wanted = distillation_loss(hidden @ head.bfloat16().T, batch)
     torch.testing.assert_close(loss, wanted, atol=1e-4, rtol=1e-4)
-    for a, b in zip(
-        torch.autograd.grad(loss, (hidden, head)),
-        torch.autograd.grad(wanted, (hidden, head)),
-        strict=True,
-    ):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a.float(), b.float(), atol=3e-3, rtol=3e-2)
+    assert_same_gradients(loss, wanted, [hidden, head], atol=3e-3, rtol=3e-2)
 
 
 def test_the_texts_own_cross_entropy_is_pytorchs_and_mixes_by_alpha() -> None:
     teacher = torch.stack([teacher_row("natural", 200, seed=i) for i in range(6)])
     batch = make_batch(teacher)
     batch["labels"] = torch.randint(0, 200, (1, 7), generator=torch.Generator().manual_seed(1))
-    logits = torch.randn(1, 7, 200, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    logits = randn(1, 7, 200, seed=2).requires_grad_()
     actual = batch["labels"][0, 1:]
     entropy = torch.nn.functional.cross_entropy(logits[0, :6], actual, label_smoothing=0.1)
     only_text = distillation_loss(logits, batch, alpha=0.0, label_smoothing=0.1, temperature=2.0)
@@ -370,31 +313,25 @@ def test_the_texts_own_cross_entropy_is_pytorchs_and_mixes_by_alpha() -> None:
     mixed = distillation_loss(logits, batch, alpha=0.7, label_smoothing=0.1)
     wanted = 0.7 * distillation_loss(logits, batch) + 0.3 * entropy
     torch.testing.assert_close(mixed, wanted)
-    for a, b in zip(
-        torch.autograd.grad(mixed, logits), torch.autograd.grad(wanted, logits), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    assert_same_gradients(mixed, wanted, [logits])
 
 
 def test_weights_of_tokens_weigh_sum_and_mean() -> None:
     batch = make_batch(torch.stack([teacher_row("flat", 200, seed=i) for i in range(5)]))
-    logits = torch.randn(5, 200, generator=torch.Generator().manual_seed(2))
+    logits = randn(5, 200, seed=2)
     each = distillation_loss(logits, batch, reduction="none")
     weights = torch.tensor([[0.0, 1.0, 2.0, 0.5, 0.0]])
     summed = (each * weights[0]).sum()
     for given in (weights, weights[0]):
-        found = distillation_loss(logits, batch, weights=given)
-        torch.testing.assert_close(found, summed / 3.5)
-        torch.testing.assert_close(
-            distillation_loss(logits, batch, weights=given, reduction="sum"), summed
-        )
+        for reduction, wanted in (("mean", summed / 3.5), ("sum", summed)):
+            found = distillation_loss(logits, batch, weights=given, reduction=reduction)
+            torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_tail_can_be_weighed_apart_from_what_a_ghost_sees(divergence: str) -> None:
-    teacher = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
-    batch = make_batch(teacher, top_p=1.0, top_p_max=16, sampled_n=24)
-    student = torch.randn(4, 40, generator=torch.Generator().manual_seed(2))
+    batch = make_batch(randn(4, 40, seed=1), top_p=1.0, top_p_max=16, sampled_n=24)
+    student = randn(4, 40, seed=2)
     whole = distillation_loss(student, batch, divergence=divergence)
     ghost = distillation_loss(student, batch, divergence=divergence, tail="ghost")
     for weight in (0.0, 1.0, 3.0):
@@ -425,8 +362,8 @@ class LiveBytes(TorchDispatchMode):
 def test_from_hidden_states_no_more_is_held_than_some_chunks_and_the_gradients() -> None:
     tokens, vocab, size = 128, 20_000, 8
     batch = make_batch(teacher_row("natural", 200).repeat(tokens, 1))
-    hidden = torch.randn(tokens, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    head = torch.randn(vocab, size, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    hidden = randn(tokens, size, seed=1).requires_grad_()
+    head = randn(vocab, size, seed=2).requires_grad_()
     found = {}
     for chunk in (4, tokens):
         with LiveBytes() as counted:

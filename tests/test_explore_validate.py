@@ -27,7 +27,6 @@ from explore_logits import (
     METADATA_PART,
     ValidationReport,
     hash_ids,
-    load_extraction_config,
     pack_indices,
     unpack_indices,
     validate_output,
@@ -35,8 +34,6 @@ from explore_logits import (
 
 STORED = SETTINGS | {"store_tokens": True}
 ROWS = random_rows(18, settings=STORED, seed=8)
-
-
 SHARD, ROW = "data/part-00001.parquet", 5  # where the damage is done: row 13 of the output
 Row = dict[str, Any]
 HURT: Row = ROWS[8 + ROW]
@@ -104,8 +101,7 @@ DAMAGE: dict[str, tuple[str, Row]] = {
         f"{name} too short": ("length", {name: HURT[name][:-1]})
         for name in (
             "top_counts", "top_indices_low", "top_indices_high", "top_logits_quantized", "top_min",
-            "top_max", "logsumexp", "sampled_indices_low", "sampled_logits_quantized",
-            "sampled_min", "token_positions")
+            "logsumexp", "sampled_indices_low", "token_positions")
     },
     "fewer tail tokens than drawn": ("tail count", {
         **ids("sampled", TAIL_IDS[:half]),
@@ -189,24 +185,18 @@ def retype(table: pa.Table) -> pa.Table:
 
 FILE_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "truncated": ("unreadable", lambda s: s.write_bytes(s.read_bytes()[:-200])),
-    "empty file": ("unreadable", lambda s: s.write_bytes(b"")),
     "no Parquet at all": ("unreadable", lambda s: s.write_text("hello " * 100)),
-    "damaged pages": (
-        "unreadable",
-        lambda s: s.write_bytes(s.read_bytes()[:40] + bytes(360) + s.read_bytes()[400:]),
-    ),
+    "damaged pages": ("unreadable", lambda s: s.write_bytes(
+        s.read_bytes()[:40] + bytes(360) + s.read_bytes()[400:])),
     "no rows": ("empty", lambda s: rewrite(s, lambda t: t.slice(0, 0))),
     "a column missing": ("columns", lambda s: rewrite(s, lambda t: t.drop_columns(["top_max"]))),
     "another order": ("columns", lambda s: rewrite(s, lambda t: t.select(t.column_names[::-1]))),
-    "a column more": ("columns", lambda s: rewrite(s, lambda t: t.append_column("x", t["index"]))),
     "another type": ("type", lambda s: rewrite(s, retype)),
     "no metadata": ("metadata", lambda s: describe(s, None)),
     "another run's settings": ("settings", lambda s: describe(s, {"seed": 43, "top_p": 0.9})),
-    "the shard twice": (
-        "twice",
-        lambda s: (s.parent / "part-00007.parquet").write_bytes(s.read_bytes()),
-    ),
-}
+    "the shard twice": ("twice", lambda s: s.with_name("part-00007.parquet").write_bytes(
+        s.read_bytes())),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "damage"), FILE_DAMAGE.values(), ids=FILE_DAMAGE.keys())
@@ -223,16 +213,15 @@ def test_damage_to_a_file_is_caught_and_named(
 @pytest.mark.parametrize(
     "change",
     [{"top_p": "most"}, {"logit_bits": 10**9}, {"vocab_size": [5]}, {"top_p_max": True},
-     {"sampled_n": -1}, {"top_p": float("nan")}, {"model": 7}, {"messages_col": ["a"]}],
+     {"sampled_n": -1}, {"top_p": float("nan")}, {"model": 7}],
 )  # fmt: skip
 def test_absurd_settings_are_refused_by_name(tmp_path: Path, change: Row) -> None:
-    output = write_output(tmp_path, ROWS, settings=STORED)
+    output, (name,) = write_output(tmp_path, ROWS, settings=STORED), change
     describe(output / SHARD, change)
     report = validate_output(output)
-    assert report.counts == {"settings": 1}
-    assert next(iter(change)) in str(report)
-    assert report.rows == 18
-    with pytest.raises(explore.FormatError, match=next(iter(change))):
+    assert (report.counts, report.rows) == ({"settings": 1}, 18)
+    assert name in str(report)
+    with pytest.raises(explore.FormatError, match=name):
         explore.compute_dataset_stats([output / SHARD])
     assert explore.get_sample([output / SHARD])["index"] == 8
 
@@ -261,19 +250,19 @@ def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path: Path) ->
     output = write_output(tmp_path, ROWS, settings=STORED)
     sizes = {f"data/{path.name}": path.stat().st_size for path in (output / "data").iterdir()}
     shards = {path: {"bytes": size} for path, size in sizes.items()}
-    for change, wrong in (
-        ({}, []),
-        ({SHARD: {"bytes": 5}}, [SHARD]),
-        ({"data/part-00009.parquet": {"bytes": 5}}, ["data/part-00009.parquet"]),
+    more = "data/part-00009.parquet"
+    fewer = {path: size for path, size in shards.items() if path != SHARD}
+    for listed, wrong in (
+        (shards, []),
+        (shards | {SHARD: {"bytes": 5}}, [SHARD]),
+        (shards | {more: {"bytes": 5}}, [more]),
+        (fewer, [SHARD]),
+        (3, ["checkpoint.json"]),
     ):
-        (output / "checkpoint.json").write_text(json.dumps({"shards": shards | change}))
+        (output / "checkpoint.json").write_text(json.dumps({"shards": listed}))
         report = validate_output(output)
         assert [violation.shard for violation in report.violations] == wrong
         assert set(report.counts) <= {"checkpoint"}
-    del shards[SHARD]
-    for text in (json.dumps({"shards": shards}), "[]", "{"):
-        (output / "checkpoint.json").write_text(text)
-        assert validate_output(output).counts == {"checkpoint": 1}
 
 
 def test_several_kinds_of_damage_are_all_reported(tmp_path: Path) -> None:
@@ -314,27 +303,6 @@ def change_part(shard: Path, **changes: Any) -> None:
     part = {**json.loads(table.schema.metadata[METADATA_PART]), **changes}
     metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), shard)
-
-
-def test_what_a_writer_added_after_the_schema_is_read_as_well(tmp_path: Path) -> None:
-    """Such entries stand in the footer alone, not in the copy of the schema that Arrow reads."""
-    output = in_parts(tmp_path)
-    sizes = {}
-    for shard in output.glob("data/*.parquet"):
-        table = pq.read_table(shard)
-        entries = table.schema.metadata
-        table = table.replace_schema_metadata(None)
-        with pq.ParquetWriter(shard, table.schema) as writer:
-            writer.write_table(table)
-            writer.add_key_value_metadata(entries)
-        assert not pq.read_schema(shard).metadata
-        sizes[int(shard.stem.removeprefix("part-"))] = shard.stat().st_size
-    checkpoint = json.loads((output / "checkpoint.json").read_text())
-    checkpoint["parts"]["bytes"] = [sizes[number] for number in checkpoint["parts"]["number"]]
-    (output / "checkpoint.json").write_text(json.dumps(checkpoint))
-    (output / "extraction_config.json").unlink()
-    assert validate_output(output).violations == []
-    assert load_extraction_config(output)["rows_per_part"] == 6
 
 
 def test_a_sound_output_in_parts_has_no_violations(tmp_path: Path) -> None:
@@ -395,13 +363,11 @@ def test_without_an_order_that_is_known_only_whole_parts_are_compared_with_their
 
 def test_a_checkpoint_that_lists_other_parts_is_named(tmp_path: Path) -> None:
     output = in_parts(tmp_path)
-    content = json.loads((output / "checkpoint.json").read_text())["parts"]
-    records = [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)]
-    for record in records:
-        record["skipped"] = {}
+    columns = json.loads((output / "checkpoint.json").read_text())["parts"]
+    names, rows = list(columns), zip(*columns.values(), strict=True)
+    records = [{**dict(zip(names, row, strict=True)), "skipped": {}} for row in rows]
     for change in ({"bytes": 5}, {"ids": "0" * 16}, {"tokens": 1}):
-        changed = [{**r, **(change if r["number"] == 1 else {})} for r in records]
-        write_checkpoint(output, changed, "")
+        write_checkpoint(output, put(records, (1, records[1] | change)), "")
         report = validate_output(output)
         assert report.counts == {"checkpoint": 1}, str(report)
         assert report.violations[0].shard == SHARD
