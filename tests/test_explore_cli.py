@@ -52,10 +52,7 @@ def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(
 
 MISSING = [
     ("matplotlib", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
-    ("seaborn", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
-    ("torch", "e.analyze_nucleus_sizes(d, device='cpu')", "pip install torch"),
     ("torch", "e.LogitIterableDataset(d)", "pip install torch"),
-    ("torch", "e.distillation_loss(0, {})", "pip install torch"),
     ("huggingface_hub", "e.load_logit_dataset('user/name')", "pip install huggingface_hub"),
     ("transformers", "e.load_tokenizer('user/name')", "pip install transformers"),
     ("datasets", "e.open_source('user/name')", "pip install datasets"),

@@ -12,35 +12,8 @@ import torch
 from conftest import TEACHER
 from small_output import SETTINGS, write_parts
 
-from explore_logits import (
-    LogitIterableDataset,
-    LogitsError,
-    analyze_nucleus_sizes,
-    collate_logits,
-    compare_outputs,
-    compute_dataset_stats,
-    dequantize_all_logits,
-    dequantize_sampled_logits,
-    dequantize_top_logits,
-    distillation_loss,
-    execute_analysis,
-    export_axolotl,
-    export_distillkit,
-    get_sample,
-    iter_samples,
-    load_logit_dataset,
-    load_tokenizer,
-    logits_to_probs,
-    main,
-    plot_logit_distribution,
-    plot_nucleus_sizes,
-    plot_nucleus_vs_sampled,
-    print_sample_info,
-    print_top_tokens,
-    shard_schema,
-    validate_output,
-    visualize_conversation_probabilities,
-)
+import explore_logits as explore
+from explore_logits import compare_outputs, distillation_loss, load_logit_dataset, logits_to_probs
 from extract_logits import (
     Batch,
     EncodedRow,
@@ -77,7 +50,7 @@ def make_rows(
     tokens = extract_tokens(logits, index, position, seed=7, min_p=min_p, **kept)
     actual = logits.gather(1, (position % logits.shape[1]).unsqueeze(1)).squeeze(1).float()
     result = quantize_tokens(tokens, actual, bits=bits).to_host()
-    schema = shard_schema(store_tokens=True, compact=min_p is not None, settings={})
+    schema = explore.shard_schema(store_tokens=True, compact=min_p is not None, settings={})
     packed = cpu_postprocess_batch(result, Batch(encoded), schema=schema)
     assert not packed.unusable
     return packed.table.select(schema.names).to_pylist()
@@ -104,26 +77,26 @@ def output(tmp_path: Path) -> Path:
 
 
 def test_a_sample_holds_what_the_row_stores(output: Path) -> None:
-    sample = get_sample(load_logit_dataset(output), 0)
+    sample = explore.get_sample(load_logit_dataset(output), 0)
     exact = some_logits()[:5].double().softmax(-1).numpy()
     for t in range(5):
-        ids, logits = dequantize_top_logits(sample, t)
+        ids, logits = explore.dequantize_top_logits(sample, t)
         assert set(ids) == set(np.flatnonzero(exact[t] >= MIN_P))
         assert np.allclose(logits_to_probs(logits, sample["logsumexp"][t]), exact[t, ids], 1e-4)
-        points, stands = dequantize_sampled_logits(sample, t)
+        points, stands = explore.dequantize_sampled_logits(sample, t)
         assert points.size == sample["sampled_counts"][t] == sample["sampled_indices"][t].size
         assert np.all(logits_to_probs(stands, sample["logsumexp"][t]) <= MIN_P * 1.01)
-        _, everything = dequantize_all_logits(sample, t)
+        _, everything = explore.dequantize_all_logits(sample, t)
         assert logits_to_probs(everything, sample["logsumexp"][t]).sum() == pytest.approx(1)
     assert sample["top_counts"][4] == 0  # flat: no token has 1%
 
 
 def test_a_token_without_a_logit_has_at_most_the_threshold(output: Path) -> None:
-    dataset, words = load_logit_dataset(output), load_tokenizer(str(TEACHER))
+    dataset, words = load_logit_dataset(output), explore.load_tokenizer(str(TEACHER))
     exact = some_logits().double().softmax(-1).numpy()
     seen = set()
     for row, first in ((0, 0), (2, 6)):
-        for token in execute_analysis(dataset, row, tokenizer=words).tokens:
+        for token in explore.execute_analysis(dataset, row, tokenizer=words).tokens:
             p = exact[first + token.t, token.id]
             seen.add(token.where)
             assert token.exact == (token.where == "nucleus") == (p >= MIN_P)
@@ -134,23 +107,23 @@ def test_a_token_without_a_logit_has_at_most_the_threshold(output: Path) -> None
 
 
 def test_every_way_to_show_them_works(output: Path, tmp_path: Path) -> None:
-    dataset, words = load_logit_dataset(output), load_tokenizer(str(TEACHER))
-    for sample in iter_samples(dataset):
-        print_sample_info(sample)
+    dataset, words = load_logit_dataset(output), explore.load_tokenizer(str(TEACHER))
+    for sample in explore.iter_samples(dataset):
+        explore.print_sample_info(sample)
         for t in range(sample["num_tokens"]):
-            print_top_tokens(sample, t)
-            plot_logit_distribution(sample, t)
-        plot_nucleus_vs_sampled(sample)
-        plot_nucleus_sizes(sample)
-        analysis = execute_analysis(dataset, sample["index"], tokenizer=words)
-        page = visualize_conversation_probabilities(analysis, True)
+            explore.print_top_tokens(sample, t)
+            explore.plot_logit_distribution(sample, t)
+        explore.plot_nucleus_vs_sampled(sample)
+        explore.plot_nucleus_sizes(sample)
+        analysis = explore.execute_analysis(dataset, sample["index"], tokenizer=words)
+        page = explore.visualize_conversation_probabilities(analysis, True)
         assert "&lt;1.0%" in page or sample["num_tokens"] == 1
-    stats = compute_dataset_stats(dataset)
+    stats = explore.compute_dataset_stats(dataset)
     assert (stats.tokens, stats.capped) == (15, None)
-    assert analyze_nucleus_sizes(dataset).min == 0
+    assert explore.analyze_nucleus_sizes(dataset).min == 0
     assert stats.mean_mass + stats.mean_tail_mass == pytest.approx(1)
     page = str(tmp_path / "p.html")
-    assert main([str(output), "--model", str(TEACHER), "--stats", "--html", page]) == 0
+    assert explore.main([str(output), "--model", str(TEACHER), "--stats", "--html", page]) == 0
 
 
 def test_compared_with_plain_rows_of_the_same_teacher_they_do_not_differ(
@@ -169,11 +142,11 @@ def test_compared_with_plain_rows_of_the_same_teacher_they_do_not_differ(
 @pytest.mark.parametrize("bits", [4, 8, 13, 16])
 def test_what_the_extractor_wrote_is_valid_and_exported(tmp_path: Path, bits: int) -> None:
     output = write(tmp_path / "out", bits=bits)
-    report = validate_output(output)
+    report = explore.validate_output(output)
     assert report.ok, report
     assert (report.rows, report.tokens) == (3, 15)
-    assert export_axolotl(output, tmp_path / "axolotl", k=8) == 3
-    assert export_distillkit(output, tmp_path / "distillkit", k=8) == 3
+    assert explore.export_axolotl(output, tmp_path / "axolotl", k=8) == 3
+    assert explore.export_distillkit(output, tmp_path / "distillkit", k=8) == 3
 
 
 # rule: row, column, what its list becomes
@@ -194,7 +167,7 @@ def test_what_breaks_their_rules_is_named(tmp_path: Path, rule: str) -> None:
     else:
         row, column, change = FAULTS[rule]
         rows[row][column] = change(rows[row][column])
-    report = validate_output(write(tmp_path / "out", rows=rows))
+    report = explore.validate_output(write(tmp_path / "out", rows=rows))
     assert rule in report.counts, report
 
 
@@ -202,7 +175,8 @@ def test_what_breaks_their_rules_is_named(tmp_path: Path, rule: str) -> None:
 
 
 def make_batch(output: Path) -> dict[str, Any]:
-    return collate_logits(list(LogitIterableDataset(output, seed=None, rank=0, world_size=1)))
+    rows = explore.LogitIterableDataset(output, seed=None, rank=0, world_size=1)
+    return explore.collate_logits(list(rows))
 
 
 @pytest.mark.parametrize("min_p", [0.02, 0.1])
@@ -256,5 +230,5 @@ def test_what_needs_no_tail_is_that_of_plain_rows(
     ],
 )
 def test_what_needs_the_logits_of_the_tail_is_refused(output: Path, options: Any) -> None:
-    with pytest.raises(LogitsError, match="needs the tail's logits"):
+    with pytest.raises(explore.LogitsError, match="needs the tail's logits"):
         distillation_loss(some_logits(), make_batch(output), **options)

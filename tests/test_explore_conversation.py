@@ -18,23 +18,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import explore_logits
-from explore_logits import (
-    ConversationColumns,
-    ConversationEncoder,
-    ConversationError,
-    EncodedConversation,
-    LogitsError,
-    TemplateError,
-    encode_conversation,
-    format_mask_preview,
-    load_chat_template,
-    load_tokenizer,
-    prepare_template,
-    read_conversation,
-)
+import explore_logits as explore
+from explore_logits import TemplateError, encode_conversation, load_chat_template, read_conversation
 
-MESSAGES = ConversationColumns(messages="messages")
+MESSAGES = explore.ConversationColumns(messages="messages")
 PROMPT = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 
 
@@ -68,12 +55,12 @@ CHAT = [user("amber?"), says("Birch bark."), user("cedar?"), says("Dune.")]
 BOTH = ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
-def encoder_for(template: str, **options: Any) -> ConversationEncoder:
+def encoder_for(template: str, **options: Any) -> explore.ConversationEncoder:
     """Return an encoder of rows with messages."""
-    return ConversationEncoder(tokenizer_for(template), template, MESSAGES, **options)
+    return explore.ConversationEncoder(tokenizer_for(template), template, MESSAGES, **options)
 
 
-def taken(encoded: EncodedConversation, tokenizer: Any) -> str:
+def taken(encoded: explore.EncodedConversation, tokenizer: Any) -> str:
     """Return the extracted tokens as text."""
     return str(tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist()))
 
@@ -83,16 +70,16 @@ def spans(
 ) -> list[str]:
     """Return the stretches of text that are the assistant's; the template may be its source."""
     if isinstance(template, str):
-        template = prepare_template(tokenizer_for(template))
-    rendered = explore_logits.render_conversation(
-        messages, template, tools=tools, choice=explore_logits.Choice(**choice)
+        template = explore.prepare_template(tokenizer_for(template))
+    rendered = explore.render_conversation(
+        messages, template, tools=tools, choice=explore.Choice(**choice)
     )
     return [rendered.text[a:b] for a, b in rendered.spans]
 
 
 def refusal(function: Any, *args: Any, **options: Any) -> str:
     """Return the reason for which a conversation is refused."""
-    with pytest.raises(ConversationError) as refused:
+    with pytest.raises(explore.ConversationError) as refused:
         function(*args, **options)
     return refused.value.reason
 
@@ -163,26 +150,16 @@ def test_a_conversation_that_cannot_be_used_says_why(value: Any, reason: str) ->
     assert refusal(read_conversation, {"messages": value}, MESSAGES) == reason
 
 
-@pytest.mark.parametrize(
-    ("question", "answer", "system", "expected"),
-    [
-        ("a", "b", "c", [{"role": "system", "content": "c"}, user("a"), says("b")]),
-        ("a", "b", None, [user("a"), says("b")]),
-        (6, 42.5, None, [user("6"), says("42.5")]),
-        (None, "b", None, "null"),
-        ("a", " ", None, "empty"),
-        ("a", ["b"], None, "malformed"),
-    ],
-)
-def test_single_turn_columns_make_a_conversation(
-    question: Any, answer: Any, system: Any, expected: Any
-) -> None:
-    columns = ConversationColumns(user="q", assistant="a", system="s")
-    row = {"q": question, "a": answer, "s": system}
-    if isinstance(expected, str):
-        assert refusal(read_conversation, row, columns) == expected
-    else:
+def test_single_turn_columns_make_a_conversation() -> None:
+    columns = explore.ConversationColumns(user="q", assistant="a", system="s")
+    for values, expected in (
+        (("a", "b", "c"), [{"role": "system", "content": "c"}, user("a"), says("b")]),
+        ((6, 42.5, None), [user("6"), says("42.5")]),
+    ):
+        row = dict(zip("qas", values, strict=True))
         assert read_conversation(row, columns).messages == expected
+    for answer, reason in ((None, "null"), (" ", "empty"), (["b"], "malformed")):
+        assert refusal(read_conversation, {"q": "a", "a": answer}, columns) == reason
 
 
 def test_tools_come_from_a_list_or_from_json() -> None:
@@ -192,7 +169,7 @@ def test_tools_come_from_a_list_or_from_json() -> None:
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools == [tool]
     for value in (None, "[]", []):
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools is None
-    with pytest.raises(ConversationError):
+    with pytest.raises(explore.ConversationError):
         read_conversation({"messages": CHAT, "tools": [1]}, MESSAGES)
 
 
@@ -227,7 +204,7 @@ def test_arguments_of_the_template_come_from_the_option_and_the_row(given: Any) 
     encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": given})
     assert encoded.text.startswith(f"Effort {'low' if given else 'high'}, 3. ")
     assert encoder.settings()["template_kwargs"] == {"effort": "high", "depth": 3}
-    again = ConversationEncoder.of(encoder.settings(), encoder.tokenizer, template)
+    again = explore.ConversationEncoder.of(encoder.settings(), encoder.tokenizer, template)
     assert again == encoder
     for wrong in ("low", [1], {"messages": []}):
         row = {"messages": CHAT, "chat_template_kwargs": wrong}
@@ -236,11 +213,11 @@ def test_arguments_of_the_template_come_from_the_option_and_the_row(given: Any) 
 
 def test_plain_text_is_extracted_from_the_second_token_on() -> None:
     tokenizer = tokenizer_for(PLAIN)
-    encoder = ConversationEncoder(tokenizer, "", ConversationColumns(text="text"))
+    encoder = explore.ConversationEncoder(tokenizer, "", explore.ConversationColumns(text="text"))
     encoded = encoder.encode({"text": "Birch bark. <|end|> dune"})
     assert encoded.input_ids.tolist() == tokenizer("Birch bark. <|end|> dune")["input_ids"]
     assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
-    assert ConversationEncoder.of(encoder.settings(), tokenizer, "") == encoder
+    assert explore.ConversationEncoder.of(encoder.settings(), tokenizer, "") == encoder
     for value, reason in ((None, "null"), (" ", "empty"), ([1], "malformed"), ("B", "no_tokens")):
         assert refusal(encoder.encode, {"text": value}) == reason
 
@@ -347,19 +324,10 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template: str) -> N
     assert spans(LAST, chosen)[-1] == BOTH[1]
 
 
-def test_added_tokens_that_are_blank_do_not_count_as_ends() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
-    tokenizer.add_tokens(["\n", "\n\n", "  ", "Birch"])
-    encoded = encode_conversation(CHAT, tokenizer, chat_template=PLAIN)
-    assert encoded.end_of_turn == "<|end|>"
-    assert taken(encoded, tokenizer) == "".join(BOTH)
-
-
 def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
     template = each("### {{ m.role }}\n{{ m.content }}\n### End{{ '\n' }}")
     template += "{% if add_generation_prompt %}### assistant\n{% endif %}"
-    prepared = prepare_template(AutoTokenizer.from_pretrained(TEACHER), template)
+    prepared = explore.prepare_template(AutoTokenizer.from_pretrained(TEACHER), template)
     assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
 
 
@@ -409,8 +377,8 @@ def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str,
         text += f"{content}<|end|>\n"
     messages = [{"role": role, "content": content} for role, content in turns]
     for template in (PLAIN, MARKED):
-        rendered = explore_logits.render_conversation(
-            messages, prepare_template(tokenizer_for(template))
+        rendered = explore.render_conversation(
+            messages, explore.prepare_template(tokenizer_for(template))
         )
         assert rendered.text == text
         assert rendered.spans == wanted
@@ -482,7 +450,7 @@ def test_of_named_templates_the_one_that_transformers_takes_is_taken() -> None:
 
 def test_a_refusal_of_the_template_is_quoted_and_survives_the_way_out_of_a_process() -> None:
     template = PLAIN + "{% if messages|length > 2 %}{{ raise_exception('\x1b[2Jno') }}{% endif %}"
-    with pytest.raises(ConversationError, match=r"␛\[2Jno") as refused:
+    with pytest.raises(explore.ConversationError, match=r"␛\[2Jno") as refused:
         encode_conversation(CHAT, tokenizer_for(template))
     error = pickle.loads(pickle.dumps(refused.value))
     assert (error.reason, str(error)) == ("refused_by_template", str(refused.value))
@@ -507,30 +475,26 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Path
     assert load_chat_template(None, tokenizer_for(PLAIN)) == PLAIN
     folder = copy_teacher(tmp_path / "teacher")
     with pytest.raises(TemplateError, match=r"no chat template.*--chat-template"):
-        load_chat_template(None, load_tokenizer(str(folder)))
+        load_chat_template(None, explore.load_tokenizer(str(folder)))
     (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": MARKED}))
     for place in (tmp_path / "t.jinja", folder / "chat_template.json"):
         assert load_chat_template(str(place), tokenizer_for(PLAIN)) == MARKED
-    assert load_chat_template(None, load_tokenizer(str(folder))) == MARKED, "beside the tokenizer"
+    beside = explore.load_tokenizer(str(folder))
+    assert load_chat_template(None, beside) == MARKED
     with pytest.raises(TemplateError, match=r"none\.jinja"):
         load_chat_template(str(tmp_path / "none.jinja"), tokenizer_for(PLAIN))
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(LogitsError, match="nowhere"):
-        load_tokenizer(str(tmp_path / "nowhere"))
-    (tmp_path / "tekken.json").write_text("{}")
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(LogitsError, match=r"mistral-common|tokenizer\.json"):
-        load_tokenizer(str(tmp_path))
+    with pytest.raises(explore.LogitsError, match="nowhere"):
+        explore.load_tokenizer(str(tmp_path / "nowhere"))
     auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
     folder = copy_teacher(tmp_path / "teacher", auto_map=auto, tokenizer_class="Own")
-    source = "import no_such_package_x\nfrom transformers import PreTrainedTokenizer as Own\n"
-    (folder / "tokenization_own.py").write_text(source)
+    (folder / "tokenization_own.py").write_text("import no_such_package_x\n")
     for trust, message in ((False, "--trust-remote-code"), (True, "pip install no_such_package_x")):
-        with pytest.raises(LogitsError, match=message):
-            load_tokenizer(str(folder), trust_remote_code=trust)
+        with pytest.raises(explore.LogitsError, match=message):
+            explore.load_tokenizer(str(folder), trust_remote_code=trust)
 
 
 # Together -----------------------------------------------------------------------------------------
@@ -539,7 +503,8 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Pa
 def test_the_preview_marks_the_extracted_tokens_and_nothing_in_it_acts() -> None:
     tokenizer = tokenizer_for(PLAIN)
     chat = [user("amber\x1b[2J?" + "amber " * 5000), says("Birch\nbark.")]
-    shown = format_mask_preview(encode_conversation(chat, tokenizer), tokenizer, max_run_chars=100)
+    encoded = encode_conversation(chat, tokenizer)
+    shown = explore.format_mask_preview(encoded, tokenizer, max_run_chars=100)
     assert "⟦Birch⟧\n⟦bark.<|end|>⟧" in shown
     assert len(shown) < 600
     assert "\x1b" not in shown
@@ -553,21 +518,19 @@ def test_what_is_far_too_long_is_refused_by_its_first_piece(
     short = encode_conversation(chat[:20], tokenizer).input_ids.tolist()
     again = encode_conversation(chat[:20], tokenizer, max_tokens=len(short) // 3)
     assert again.input_ids.tolist() == short
-    monkeypatch.setattr(explore_logits, "_TurnReader", None)
+    monkeypatch.setattr(explore, "_TurnReader", None)
     assert refusal(encode_conversation, chat, tokenizer, max_tokens=1024) == "too_long"
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED, THINKS])
-def test_the_work_is_in_proportion_to_the_messages(template: str) -> None:
+def test_the_work_is_in_proportion_to_the_messages() -> None:
     """Counted in calls, which no busy machine changes: 8 times the turns, 10 times the calls."""
-    prepared = prepare_template(tokenizer_for(template))
-
-    def calls_for(turns: int) -> int:
+    calls = []
+    for turns in (100, 800):
         profile = cProfile.Profile()
-        profile.runcall(explore_logits.render_conversation, CHAT[:2] * turns, prepared)
-        return sum(entry.callcount for entry in profile.getstats())
-
-    assert calls_for(800) < 10 * calls_for(100)
+        given = CHAT[:2] * turns, explore.prepare_template(tokenizer_for(THINKS))
+        profile.runcall(explore.render_conversation, *given)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[1] < 10 * calls[0]
 
 
 def repeat(work: str, times: int = 99999) -> str:
@@ -605,7 +568,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_sandbox_bounds_what_a_template_does(name: str) -> None:
     with pytest.raises(TemplateError, match=r"cannot be used \(the sandbox") as refused:
-        prepare_template(tokenizer_for(PLAIN), HOSTILE[name] + PLAIN)
+        explore.prepare_template(tokenizer_for(PLAIN), HOSTILE[name] + PLAIN)
     assert "\n" not in str(refused.value)
 
 
@@ -624,26 +587,20 @@ def test_widths_and_numbers_that_people_write_are_not_refused() -> None:
     assert spans(CHAT, template) == BOTH
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "a\n{% for %}",
-        "{% if a %}" * 3000 + "{% endif %}" * 3000,
-        "{% for a in b %}" * 30 + "{% endfor %}" * 30,
-        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    ],
-    ids=["syntax", "ifs", "loops", "parentheses"],
-)
-def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(
-    template: str, tmp_path: Path
-) -> None:
-    (tmp_path / "t.jinja").write_text(template + PLAIN, encoding="utf-8")
-    with pytest.raises(TemplateError, match=r"t\.jinja.*--chat-template") as refused:
-        load_chat_template(str(tmp_path / "t.jinja"), tokenizer_for(PLAIN))
-    assert "\n" not in str(refused.value)
+def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(tmp_path: Path) -> None:
+    path, deep = tmp_path / "t.jinja", 3000
+    for template in (
+        "{% for %}",
+        "{% if a %}" * deep + "{% endif %}" * deep,
+        "{{ " + "(" * deep + "1" + ")" * deep + " }}",
+    ):
+        path.write_text(template + PLAIN, encoding="utf-8")
+        with pytest.raises(TemplateError, match=r"t\.jinja.*--chat-template") as refused:
+            load_chat_template(str(path), tokenizer_for(PLAIN))
+        assert "\n" not in str(refused.value)
 
 
 def test_a_macro_that_calls_itself_is_refused() -> None:
     endless = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN
     with pytest.raises(TemplateError, match="recursion"):
-        prepare_template(tokenizer_for(PLAIN), endless)
+        explore.prepare_template(tokenizer_for(PLAIN), endless)

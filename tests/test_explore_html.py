@@ -18,12 +18,7 @@ import pytest
 from small_output import SETTINGS, random_rows
 
 import explore_logits as explore
-from explore_logits import (
-    ConversationAnalysis,
-    get_sample,
-    render_page,
-    visualize_conversation_probabilities,
-)
+from explore_logits import ConversationAnalysis, get_sample, render_page
 
 HOSTILE = [
     "</script><script>window.hacked=1</script>", "<img src=x onerror='window.hacked=2'>",
@@ -114,17 +109,6 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile: ConversationAn
     assert shown.count('"') == 6  # the page's own quotes cannot end the attribute
 
 
-def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
-    token = next(t for t in plain[0].tokens if t.where == "not stored")
-    told = explore.describe_token(token)
-    assert f"%, rank ≥ {token.rank}, not stored" in told
-    assert "log p ≤ " in told
-    stored = next(t for t in plain[0].tokens if t.where == "nucleus" and t.rank > 1)
-    lines = explore.list_predictions(stored.predictions, stored.id, bar=8)
-    assert [line[0] for line in lines].index("▸") == stored.rank - 1
-    assert "≤" not in explore.describe_token(stored)
-
-
 # In a browser -------------------------------------------------------------------------------------
 
 
@@ -139,11 +123,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-        "disable-dev-shm-usage", "window-size=1000,900",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync "
+        "disable-background-networking disable-component-update disable-dev-shm-usage "
+        f"window-size=1000,900 user-data-dir={tmp_path_factory.mktemp('profile')}"
+    ).split():
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(executable_path=chromedriver)
@@ -198,7 +181,7 @@ def press(browser: Any, *keys: str) -> str:
 
 
 def test_hostile_tokens_are_shown_and_never_act(show: Any, hostile: ConversationAnalysis) -> None:
-    browser = show(visualize_conversation_probabilities(hostile, return_html=True))
+    browser = show(explore.visualize_conversation_probabilities(hostile, return_html=True))
     script = "return [...document.querySelectorAll('.tok')].map(node => node.textContent)"
     shown = browser.execute_script(script)
     boxes = [explore.show_text(token.text).lstrip(" ") or "∅" for token in hostile.tokens]
@@ -206,7 +189,6 @@ def test_hostile_tokens_are_shown_and_never_act(show: Any, hostile: Conversation
     whole = browser.execute_script("return document.querySelector('.text').textContent")
     for token in hostile.tokens:  # what stands outside of the boxes is there too
         assert explore.show_text(token.text).replace("\n", "↵\n") in whole
-    assert "".join(explore.show_text(text) for text in HOSTILE[:4]) in whole
     assert len(find(browser, "script")) == 1
     assert not find(browser, "main img, main svg[onload], main b")
     for token in hostile.tokens[: len(HOSTILE)]:

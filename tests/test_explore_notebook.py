@@ -29,13 +29,3 @@ def test_it_runs_and_shows_tables_pictures_and_the_page(
     printed = "".join(output.get("text", "") for output in said)
     assert "valid: 1 shard, 12 rows" in printed
     assert "KL, mean and max    0 and 0 nats" in printed
-
-
-def test_it_is_committed_with_small_pictures_and_no_other_output() -> None:
-    book = nbformat.read(NOTEBOOK, as_version=4)
-    cells = [cell for cell in book.cells if cell.cell_type == "code"]
-    assert len(cells) > 10
-    kinds = [list(output.data) for cell in cells for output in cell.outputs]
-    assert kinds == [["image/png"]] * 4
-    assert all(cell.execution_count is None for cell in cells)
-    assert Path(NOTEBOOK).stat().st_size < 200_000

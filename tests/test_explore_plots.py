@@ -14,13 +14,7 @@ import pytest
 from small_output import SETTINGS, random_rows
 
 import explore_logits as explore
-from explore_logits import (
-    get_sample,
-    plot_logit_distribution,
-    plot_nucleus_size_analysis,
-    plot_nucleus_sizes,
-    plot_nucleus_vs_sampled,
-)
+from explore_logits import get_sample, plot_nucleus_sizes, plot_nucleus_vs_sampled
 
 matplotlib.use("Agg")
 ROWS = random_rows(12, tokens=40, seed=3)
@@ -28,13 +22,13 @@ SAMPLE = max((get_sample(ROWS, row) for row in range(12)), key=lambda s: s["num_
 NO_TAIL = get_sample(random_rows(2, settings=SETTINGS | {"sampled_n": 0}), 1)
 ONE_TOKEN = get_sample(random_rows(1, tokens=1), 0)
 PLOTS: dict[str, Callable[[], Any]] = {
-    "logits": lambda: plot_logit_distribution(SAMPLE, 3),
+    "logits": lambda: explore.plot_logit_distribution(SAMPLE, 3),
     "nucleus against tail": lambda: plot_nucleus_vs_sampled(SAMPLE),
     "nucleus against tail of a token": lambda: plot_nucleus_vs_sampled(SAMPLE, 2),
     "no tail": lambda: plot_nucleus_vs_sampled(NO_TAIL),
     "sizes": lambda: plot_nucleus_sizes(SAMPLE),
     "sizes of one token": lambda: plot_nucleus_sizes(ONE_TOKEN),
-    "size analysis of an output": lambda: plot_nucleus_size_analysis(ROWS, max_samples=5),
+    "size analysis of an output": lambda: explore.plot_nucleus_size_analysis(ROWS, max_samples=5),
 }
 
 
@@ -80,5 +74,5 @@ def test_hostile_text_is_a_label_like_any_other(tmp_path: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the font has no picture of an escape
-        figure = plot_logit_distribution(SAMPLE, 0, tokenizer=Vocabulary())
+        figure = explore.plot_logit_distribution(SAMPLE, 0, tokenizer=Vocabulary())
         figure.savefig(tmp_path / "plot.png")

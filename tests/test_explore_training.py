@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,8 @@ from processes import run_process
 from small_output import SETTINGS, random_rows, write_output
 from torch.utils.data import DataLoader, IterableDataset
 
-from explore_logits import (
-    FormatError,
-    LogitIterableDataset,
-    LogitsError,
-    collate_logits,
-    dequantize_all_logits,
-    distillation_loss,
-    flat_positions,
-    get_sample,
-    load_logit_dataset,
-)
+import explore_logits as explore
+from explore_logits import LogitIterableDataset, LogitsError, collate_logits, distillation_loss
 
 STORED: dict[str, Any] = {**SETTINGS, "store_tokens": True}
 
@@ -66,16 +58,16 @@ def assert_same(loader: Any, other: Any) -> None:
 
 
 def test_a_row_holds_the_text_and_everything_stored_of_each_token(output: Path) -> None:
-    dataset = load_logit_dataset(output)
+    dataset = explore.load_logit_dataset(output)
     for i, row in enumerate(LogitIterableDataset(output, seed=None)):
-        sample = get_sample(dataset, i)
+        sample = explore.get_sample(dataset, i)
         assert row["index"] == sample["index"]
         np.testing.assert_array_equal(row["input_ids"], sample["input_ids"])
         extracted = np.flatnonzero(row["labels"] != -100)
         np.testing.assert_array_equal(extracted, sample["token_positions"])
         np.testing.assert_array_equal(row["labels"][extracted], row["input_ids"][extracted])
         for t in range(sample["num_tokens"]):
-            ids, logits = dequantize_all_logits(sample, t)
+            ids, logits = explore.dequantize_all_logits(sample, t)
             there = row["teacher_mask"][t]
             np.testing.assert_array_equal(row["teacher_ids"][t][there], ids)
             log_probs = logits - sample["logsumexp"][t]
@@ -91,7 +83,7 @@ def test_a_batch_points_each_token_at_the_position_that_predicts_it(output: Path
     rows = list(LogitIterableDataset(output, seed=None))[:5]
     batch = collate_logits(rows, pad_id=7)
     assert batch["input_ids"].shape == (5, max(row["input_ids"].size for row in rows))
-    predicted = flat_positions(batch) + 1
+    predicted = explore.flat_positions(batch) + 1
     actual = np.concatenate([row["input_ids"][row["teacher_positions"]] for row in rows])
     for name in ("input_ids", "labels"):
         assert batch[name].reshape(-1)[predicted].tolist() == actual.tolist()
@@ -105,19 +97,6 @@ def test_a_batch_points_each_token_at_the_position_that_predicts_it(output: Path
         width = row["teacher_ids"].shape[1]
         np.testing.assert_array_equal(found[:, :width], row["teacher_ids"])
         assert not found[:, width:].any()
-
-
-def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(output: Path) -> None:
-    rows = list(LogitIterableDataset(output, seed=None))[:6]
-    whole = collate_logits(rows)
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(*whole["input_ids"].shape, STORED["vocab_size"], generator=generator)
-    each = distillation_loss(logits, whole, reduction="none")
-    pieces = [
-        distillation_loss(logits[part], {k: v[part] for k, v in whole.items()}, reduction="none")
-        for part in (slice(0, 2), slice(2, 6))
-    ]
-    torch.testing.assert_close(torch.cat(pieces), each)
 
 
 def test_a_batch_is_cut_and_filled_to_the_length_that_is_wanted(output: Path) -> None:
@@ -188,19 +167,11 @@ def test_a_seed_and_an_epoch_fix_an_order_that_holds_every_row_once(output: Path
 @pytest.mark.parametrize(("world", "workers"), [(1, 3), (3, 1), (2, 2), (4, 3)])
 def test_ranks_and_workers_divide_the_rows_evenly(output: Path, world: int, workers: int) -> None:
     seen: Counter[int] = Counter()
-    sizes = []
     for rank in range(world):
         dataset: Any = LogitIterableDataset(output, rank=rank, world_size=world)
-        mine = [
-            (shard, row)
-            for worker in range(workers)
-            for shard, rows in dataset.iter_runs(worker, workers)
-            for row in rows.tolist()
-        ]
-        sizes.append(len(mine))
-        seen.update(8 * shard + row for shard, row in mine)
-    assert len(set(sizes)) == 1, "every rank takes as many steps"
-    assert sizes[0] == 20 // world
+        runs = [run for worker in range(workers) for run in dataset.iter_runs(worker, workers)]
+        seen.update(8 * shard + int(row) for shard, rows in runs for row in rows)
+        assert seen.total() == (rank + 1) * (20 // world), "every rank takes as many steps"
     assert set(seen.values()) == {1}, "no row goes to two ranks"
 
 
@@ -256,7 +227,7 @@ def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, hub: Lo
     api.create_repo("user/logits", repo_type="dataset")
     api.upload_folder(repo_id="user/logits", repo_type="dataset", folder_path=output)
     # this process has a file and a connection open when its workers begin
-    assert get_sample(load_logit_dataset("user/logits"), 3)["index"] == 3
+    assert explore.get_sample(explore.load_logit_dataset("user/logits"), 3)["index"] == 3
     for workers in (0, 2):
         there = make_loader(LogitIterableDataset("user/logits", seed=4), workers=workers)
         here = make_loader(LogitIterableDataset(output, seed=4), workers=workers)
@@ -276,16 +247,21 @@ def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: boo
     assert dataset.epoch == 1
 
 
-def test_under_accelerate_ranks_are_not_taken_from_the_environment(
+def test_ranks_come_from_the_environment_but_not_under_accelerate(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from accelerate import PartialState
 
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    dataset = LogitIterableDataset(output)
+    assert (dataset.rank, dataset.world_size, len(indices(dataset))) == (1, 2, 10)
+    with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
+        LogitIterableDataset(output, rank=2, world_size=2)
     monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": 2})
     with pytest.raises(LogitsError, match="divides the rows of a loader"):
-        next(iter(LogitIterableDataset(output)))
+        next(iter(dataset))
     assert len(indices(LogitIterableDataset(output, rank=1, world_size=2))) == 10
 
 
@@ -338,10 +314,9 @@ def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: 
 
     teacher: Any = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     batch = next(iter(make_loader(LogitIterableDataset(extracted), 8)))
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        logits = teacher(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits[..., :5000]
+        logits = teacher(**given).logits[..., :5000]
     for way in itertools.product(("forward_kl", "jsd"), ("unbiased", "ghost", "renormalized")):
         options = dict(zip(("divergence", "tail"), way, strict=True))
         each = distillation_loss(logits, batch, reduction="none", **options)
@@ -355,85 +330,73 @@ def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: 
 def test_tails_of_different_sizes_in_one_output_are_refused(tmp_path: Path) -> None:
     rows = random_rows(4, settings=STORED) + random_rows(4, settings={**STORED, "sampled_n": 5})
     folder = write_output(tmp_path, rows, settings=STORED)
-    with pytest.raises(FormatError, match="differ in size"):
+    with pytest.raises(explore.FormatError, match="differ in size"):
         list(LogitIterableDataset(folder, seed=None))
 
 
-def test_rank_and_world_size_come_from_the_environment(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    dataset: Any = LogitIterableDataset(output)
-    assert (dataset.rank, dataset.world_size, len(dataset)) == (1, 2, 10)
-    with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
-        LogitIterableDataset(output, rank=2, world_size=2)
+@pytest.fixture
+def run_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[float]]:
+    """Run a program of docs/examples in this process; return the losses that it prints."""
+
+    def run(name: str, *args: object) -> list[float]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        load_example(name).main()
+        return find_losses(capsys.readouterr().out)
+
+    return run
 
 
-def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
-    """Run a program of docs/examples in this process."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-    load_example(name).main()
+def find_losses(shown: str) -> list[float]:
+    """Return the losses that a loop or a Trainer has printed."""
+    return [float(x) for x in re.findall(r"(?:'loss': '?|loss |KL .*: )([0-9.]+)", shown)]
 
 
 def test_the_plain_loop_learns_and_goes_on_with_the_next_batch(
-    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    extracted: Path, tmp_path: Path, run_example: Any
 ) -> None:
-    run_example("plain_loop", monkeypatch, extracted, "--steps", 8)
-    whole = capsys.readouterr().out.splitlines()
-    place = tmp_path / "student.pt"
-    for steps in (3, 5):  # the epoch ends after 6
-        run_example("plain_loop", monkeypatch, extracted, "--steps", steps, "--checkpoint", place)
-    parts = capsys.readouterr().out.splitlines()
-    told = [[line.partition("epoch")[2] for line in lines] for lines in (whole, parts)]
-    assert told[0] == told[1]
-    losses = [float(line.split()[-1]) for line in whole]
-    assert [line.split()[3] for line in whole] == ["0"] * 6 + ["1"] * 2
-    assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.3
+    whole = run_example("plain_loop", extracted, "--steps", 8)
+    place = ("--checkpoint", tmp_path / "student.pt")
+    first, rest = (run_example("plain_loop", extracted, "--steps", n, *place) for n in (3, 5))
+    assert first + rest == whole, "the epoch ends after 6"
+    assert np.mean(whole[-2:]) < np.mean(whole[:2]) - 0.3
 
 
 def test_the_trainer_takes_the_same_step_whether_it_accumulates_or_not(
-    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    extracted: Path, tmp_path: Path, run_example: Any
 ) -> None:
     from safetensors.torch import load_file
 
-    students = []
+    students, losses = [], []
     for size, times in ((8, 1), (4, 2), (2, 4)):
         options = ("--batch-size", size, "--accumulate", times, "--save", tmp_path / f"{size}")
-        run_example("trainer", monkeypatch, extracted, "--steps", 1, *options)
+        losses += run_example("trainer", extracted, "--steps", 1, *options)
         students.append(load_file(tmp_path / f"{size}" / "model.safetensors"))
     for other in students[1:]:
         far = [float((other[name] - students[0][name]).abs().max()) for name in other]
         assert max(far) < 2e-4, "Adam's first step is 3e-3 long; a wrong divisor would not show"
-    losses = logged_losses(capsys.readouterr().out)
     assert max(losses) - min(losses) < 0.01, "but it shows in the loss"
-    run_example("plain_loop", monkeypatch, extracted, "--steps", 2)
-    by_batch = [float(x) for x in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
+    by_batch = run_example("plain_loop", extracted, "--steps", 2)
     # Of other conversations: a wrong divisor would be a factor of 2 at least.
     assert min(by_batch) - 0.3 < losses[0] < max(by_batch) + 0.3
 
 
-def logged_losses(shown: str) -> list[float]:
-    """Return the losses that a Trainer has printed."""
-    return [float(x) for x in re.findall(r"'loss': '?([0-9.]+)", shown)]
-
-
 @pytest.mark.parametrize("name", ["trainer", "sft_trainer"])
 def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
-    name: str, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    name: str, extracted: Path, tmp_path: Path, run_example: Any
 ) -> None:
     if name == "sft_trainer":
         pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
-    losses = {}
-    for folder, steps in (("whole", [8]), ("parts", [3, 8])):
-        save = ("--save", tmp_path / folder, "--save-steps", 3)
-        run_example(name, monkeypatch, extracted, "--steps", steps[0], *save)
-        for more in steps[1:]:
-            run_example(name, monkeypatch, extracted, "--steps", more, "--resume", *save)
-        losses[folder] = logged_losses(capsys.readouterr().out)
-    assert len(losses["whole"]) == 8, "the epoch ends after 6"
-    assert losses["parts"] == pytest.approx(losses["whole"], abs=2e-3)
-    assert len({round(loss, 2) for loss in losses["whole"]}) > 5, "no two batches are alike"
+
+    def train(folder: str, steps: int, *options: str) -> Any:
+        save = ("--save", tmp_path / folder, "--save-steps", 3, *options)
+        return run_example(name, extracted, "--steps", steps, *save)
+
+    whole = train("whole", 8)
+    assert len(whole) == 8, "the epoch ends after 6"
+    assert train("parts", 3) + train("parts", 8, "--resume") == pytest.approx(whole, abs=2e-3)
+    assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
 
 
 @pytest.mark.slow
@@ -444,18 +407,17 @@ def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> N
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = run_process(command, timeout_s=500, cwd=ROOT, env=env)
     assert done.code == 0, done.stderr
-    losses = logged_losses(done.stdout)
+    losses = find_losses(done.stdout)
     assert len(losses) == 8
     assert losses[-1] < losses[0]
 
 
 def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_example: Any
 ) -> None:
     """Steps and rate were chosen on other conversations: 0.211 to 0.187 on those from 200 on."""
     pytest.importorskip("torchao", reason="torchao rounds the student")
     folder = extract_chats(tmp_path, "--limit", 120, "--min-p", 0.005)
-    options = ["--bits", "2", "--steps", "20", "--learning-rate", "5e-4"]
-    run_example("quantized_student", monkeypatch, folder, *options)
-    before, after = map(float, re.findall(r"KL .*: (\d\.\d+)", capsys.readouterr().out))
+    options = ("--bits", 2, "--steps", 20, "--learning-rate", 5e-4)
+    before, *_, after = run_example("quantized_student", folder, *options)
     assert after < 0.95 * before

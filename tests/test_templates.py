@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from chat_shapes import SHAPES, TOOLS, calls, says, stock, template_names, user
+from chat_shapes import SHAPES, says, stock, template_names, user
 from template_reference import words_of
 from template_table import build_table, try_template
 from transformers.utils import chat_template_utils as utils
@@ -69,23 +68,6 @@ def test_text_is_what_transformers_renders_and_nothing_is_said_to_be_hidden(name
         assert encoded.notes == ()
         if shape in (*shapes, *REASONED) and not prepare_template(stock(name)).parts:
             assert encoded.text == stock(name).apply_chat_template(SHAPES[shape], tokenize=False)
-
-
-ASKED, SAID = user("amber?"), says("Birch bark.")
-HIDDEN: list[tuple[str, list[dict[str, Any]], Any, str]] = [
-    ("phi3", [ASKED, SAID], TOOLS, "the tools"),
-    ("qwen3", [{"role": "developer", "content": "Heath."}, ASKED, SAID], None, "developer"),
-    ("lfm2", [ASKED, calls("")], None, "tool calls"),
-    ("phi3_5", [ASKED, calls()], None, "tool calls"),
-]
-
-
-@pytest.mark.parametrize(("name", "chat", "tools", "hidden"), HIDDEN)
-def test_what_a_template_does_not_show_is_noted(
-    name: str, chat: list[dict[str, Any]], tools: Any, hidden: str
-) -> None:
-    (note,) = encode_conversation(chat, stock(name), tools=tools).notes
-    assert hidden in note
 
 
 @pytest.mark.parametrize("name", NAMES)
