@@ -23,8 +23,6 @@ from explore_logits import TemplateError, encode_conversation, load_chat_templat
 
 MESSAGES = explore.ConversationColumns(messages="messages")
 PROMPT = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-
-
 HEAD, SAID = "<|start|>{{ m.role }}\n", "{{ m.content }}<|end|>\n"
 MARKS = "{% generation %}", "{% endgeneration %}"
 

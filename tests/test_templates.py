@@ -20,7 +20,7 @@ from explore_logits import (
 )
 
 NAMES = template_names()
-# Older versions hide reasoning from some templates, see the test of the same tokens.
+# Older versions of transformers hide the reasoning from some templates.
 REASONED = (
     ("reasoning apart", "reasoning at times") if hasattr(utils, "_alias_reasoning_fields") else ()
 )
