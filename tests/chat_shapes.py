@@ -16,20 +16,11 @@ from transformers import AutoTokenizer
 Messages = list[dict[str, Any]]
 
 TEACHER = Path(__file__).parent / "teacher" / "model"
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "find_weather",
-            "description": "Weather of a town",
-            "parameters": {
-                "type": "object",
-                "properties": {"town": {"type": "string", "description": "name"}},
-                "required": ["town"],
-            },
-        },
-    }
-]
+TOOLS = [{"type": "function", "function": {
+    "name": "find_weather", "description": "Weather of a town",
+    "parameters": {"type": "object", "required": ["town"], "properties": {
+        "town": {"type": "string", "description": "name"}}},
+}}]  # fmt: skip
 
 
 def user(text: str) -> dict[str, Any]:

@@ -25,15 +25,10 @@ def make_row(index: int, tokens: int | None = None) -> dict[str, Any]:
     row: dict[str, Any] = {"index": index, "num_tokens": tokens}
     for kind, sizes in (("top", counts), ("sampled", np.full(tokens, 4))):
         total = int(sizes.sum())
-        low, high = pack_indices(rng.integers(0, 2**18, total))
-        quantized, vmin, vmax = quantize_logits(rng.normal(size=total), sizes)
-        row |= {
-            f"{kind}_indices_low": low,
-            f"{kind}_indices_high": high,
-            f"{kind}_logits_quantized": quantized,
-            f"{kind}_min": vmin,
-            f"{kind}_max": vmax,
-        }
+        ids = pack_indices(rng.integers(0, 2**18, total))
+        parts = (*ids, *quantize_logits(rng.normal(size=total), sizes))
+        names = ("indices_low", "indices_high", "logits_quantized", "min", "max")
+        row |= {f"{kind}_{name}": part for name, part in zip(names, parts, strict=True)}
     row["top_counts"] = counts.astype(np.uint8)
     row["logsumexp"] = rng.normal(size=tokens) + 20
     row["_mass"], row["_actual"] = 0.99 * tokens, 0.5 * tokens

@@ -117,7 +117,8 @@ def rows_to_table(
     rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str, Any] = SETTINGS
 ) -> pa.Table:
     """Return rows as a table with the schema and metadata of a shard."""
-    schema = shard_schema(store_tokens=settings["store_tokens"], settings=settings)
+    how = {"store_tokens": settings["store_tokens"], "compact": "min_p" in settings}
+    schema = shard_schema(**how, settings=settings)
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
 
 
@@ -182,7 +183,7 @@ def describe_part(
         "number": number, "ids": hash_ids(ids), "conversations": len(ids),
         "skipped": {str(i): skipped[i] for i in ids if i in skipped}, "rows": len(here),
         "tokens": int(counts.size), "nucleus": int(counts.sum()),
-        "capped": int((counts == settings["top_p_max"]).sum()), "mass": 0.9 * counts.size,
+        "capped": int((counts == settings.get("top_p_max", 256)).sum()), "mass": 0.9 * counts.size,
         "actual": 0.5 * counts.size,
     }  # fmt: skip
 

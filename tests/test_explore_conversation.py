@@ -7,8 +7,6 @@ import cProfile
 import json
 import pickle
 import re
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +18,47 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import explore_logits
-from explore_logits import (
-    ConversationColumns,
-    ConversationEncoder,
-    ConversationError,
-    EncodedConversation,
-    LogitsError,
-    TemplateError,
-    encode_conversation,
-    format_mask_preview,
-    load_chat_template,
-    load_tokenizer,
-    prepare_template,
-    read_conversation,
-    token_positions_of,
-)
+import explore_logits as explore
+from explore_logits import TemplateError, encode_conversation, load_chat_template, read_conversation
 
-MESSAGES = ConversationColumns(messages="messages")
+MESSAGES = explore.ConversationColumns(messages="messages")
+PROMPT = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+HEAD, SAID = "<|start|>{{ m.role }}\n", "{{ m.content }}<|end|>\n"
+MARKS = "{% generation %}", "{% endgeneration %}"
 
 
-PLAIN = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
+def each(turn: str, of: str = "messages") -> str:
+    """Return a loop of a template that writes a turn for each message."""
+    return f"{{% for m in {of} %}}{turn}{{% endfor %}}"
 
 
-MARKED = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}<|end|>\n{% endgeneration %}{% else %}{{ m.content }}<|end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
+def branch(assistant: str, other: str = HEAD + SAID) -> str:
+    """Return a turn that is written otherwise for the assistant."""
+    return "{% if m.role == 'assistant' %}" + assistant + "{% else %}" + other + "{% endif %}"
 
 
-THINKS = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last "
-    "and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-
-
+PLAIN = each(HEAD + SAID) + PROMPT
+MARKED = each(HEAD + branch(SAID.join(MARKS), SAID)) + PROMPT
+THINKS = each(
+    HEAD + "{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}<think>\n\n"
+    "</think>\n\n{% endif %}" + SAID
+) + PROMPT  # fmt: skip
 GATHERED = (  # writes nothing while it passes over the messages
-    "{% set ns = namespace(text='') %}{% for m in messages %}{% set ns.text = ns.text + "
-    "'<|start|>' + m.role + '\n' + m.content + '<|end|>\n' %}{% endfor %}{{ ns.text }}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    "{% set ns = namespace(text='') %}"
+    + each("{% set ns.text = ns.text + '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' %}")
+    + "{{ ns.text }}"
+    + PROMPT
 )
-
-
 CHAT = [user("amber?"), says("Birch bark."), user("cedar?"), says("Dune.")]
-
-
 BOTH = ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
-def encoder_for(template: str, **options: Any) -> ConversationEncoder:
+def encoder_for(template: str, **options: Any) -> explore.ConversationEncoder:
     """Return an encoder of rows with messages."""
-    return ConversationEncoder(tokenizer_for(template), template, MESSAGES, **options)
+    return explore.ConversationEncoder(tokenizer_for(template), template, MESSAGES, **options)
 
 
-def taken(encoded: EncodedConversation, tokenizer: Any) -> str:
+def taken(encoded: explore.EncodedConversation, tokenizer: Any) -> str:
     """Return the extracted tokens as text."""
     return str(tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist()))
 
@@ -88,16 +68,16 @@ def spans(
 ) -> list[str]:
     """Return the stretches of text that are the assistant's; the template may be its source."""
     if isinstance(template, str):
-        template = prepare_template(tokenizer_for(template))
-    rendered = explore_logits.render_conversation(
-        messages, template, tools=tools, choice=explore_logits.Choice(**choice)
+        template = explore.prepare_template(tokenizer_for(template))
+    rendered = explore.render_conversation(
+        messages, template, tools=tools, choice=explore.Choice(**choice)
     )
     return [rendered.text[a:b] for a, b in rendered.spans]
 
 
 def refusal(function: Any, *args: Any, **options: Any) -> str:
     """Return the reason for which a conversation is refused."""
-    with pytest.raises(ConversationError) as refused:
+    with pytest.raises(explore.ConversationError) as refused:
         function(*args, **options)
     return refused.value.reason
 
@@ -108,7 +88,6 @@ def refusal(function: Any, *args: Any, **options: Any) -> str:
 @pytest.mark.parametrize(
     "value",
     [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
         '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]',
         {"role": ["user", "assistant"], "content": ["a", "b"]},
@@ -123,37 +102,32 @@ def test_both_dialects_and_every_way_of_storing_them_give_the_same_messages(valu
     assert read_conversation({"messages": value}, MESSAGES).messages == [user("a"), says("b")]
 
 
-@pytest.mark.parametrize(
-    ("role", "names"),
-    [
-        ("user", "user human Human HUMAN prompter"),
+def test_roles_are_known_by_their_usual_names_in_any_case() -> None:
+    for role, names in (
+        ("user", "user human HUMAN prompter"),
         ("assistant", "assistant Assistant gpt bot model function_call tool_call"),
         ("tool", "tool observation function tool_response Function"),
         ("system", "system System"),
         ("critic", "critic"),
-    ],
-)
-def test_roles_are_known_by_their_usual_names_in_any_case(role: str, names: str) -> None:
-    row = {"messages": [{"from": name, "value": "x"} for name in names.split()]}
-    assert {message["role"] for message in read_conversation(row, MESSAGES).messages} == {role}
+    ):
+        row = {"messages": [{"from": name, "value": "x"} for name in names.split()]}
+        assert {said["role"] for said in read_conversation(row, MESSAGES).messages} == {role}
 
 
 def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None:
-    parts = [
+    thought = [
         {"type": "reasoning", "text": "the user "},
         {"type": "thinking", "thinking": "greets"},
-        {"type": "text", "text": "y"},
-        {"type": "output_text", "text": "o"},
     ]
-    asked = [{"type": "input_text", "text": "h"}, "i"]
-    row = {"messages": [user("") | {"content": asked}, says("") | {"content": parts}]}
+    parts = [*thought, {"type": "text", "text": "y"}, {"type": "output_text", "text": "o"}]
+    asked = user("") | {"content": [{"type": "input_text", "text": "h"}, "i"]}
+    row = {"messages": [asked, says("") | {"content": parts}]}
     expected = [user("hi"), says("yo", reasoning_content="the user greets")]
     assert read_conversation(row, MESSAGES).messages == expected
-    thinks = {"messages": [user("hi"), says("") | {"content": parts[:2]}]}
+    thinks = {"messages": [user("hi"), says("") | {"content": thought}]}
     assert "content" not in read_conversation(thinks, MESSAGES).messages[1]
     twice = {"messages": [user("hi"), says("", reasoning="other") | {"content": parts}]}
-    with pytest.raises(ConversationError, match="reasoning twice"):
-        read_conversation(twice, MESSAGES)
+    assert refusal(read_conversation, twice, MESSAGES) == "malformed"
 
 
 @pytest.mark.parametrize(
@@ -161,15 +135,11 @@ def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None
     [
         (None, "null"),
         ([], "empty"),
-        ("hello", "malformed"),
         (7, "malformed"),
-        (["hello"], "malformed"),
         ([{"content": "a"}], "malformed"),
         ([user("a"), {"role": "assistant", "content": None}], "null"),
         ([user("a"), says(" \n")], "empty"),
-        ([user("a"), says("b", content=3)], "malformed"),
         ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
-        ([user("a") | {"content": [{"type": "image_url", "text": ""}]}, says("b")], "not_text"),
         ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
         ({"role": "user", "content": "hi"}, "malformed"),
     ],
@@ -178,28 +148,16 @@ def test_a_conversation_that_cannot_be_used_says_why(value: Any, reason: str) ->
     assert refusal(read_conversation, {"messages": value}, MESSAGES) == reason
 
 
-@pytest.mark.parametrize(
-    ("question", "answer", "system", "expected"),
-    [
-        ("a", "b", "c", [{"role": "system", "content": "c"}, user("a"), says("b")]),
-        ("a", "b", None, [user("a"), says("b")]),
-        ("a", "b", "  ", [user("a"), says("b")]),
-        (6, 42.5, None, [user("6"), says("42.5")]),
-        (None, "b", None, "null"),
-        (float("nan"), "b", None, "null"),
-        ("a", " ", None, "empty"),
-        ("a", ["b"], None, "malformed"),
-    ],
-)
-def test_single_turn_columns_make_a_conversation(
-    question: Any, answer: Any, system: Any, expected: Any
-) -> None:
-    columns = ConversationColumns(user="q", assistant="a", system="s")
-    row = {"q": question, "a": answer, "s": system}
-    if isinstance(expected, str):
-        assert refusal(read_conversation, row, columns) == expected
-    else:
+def test_single_turn_columns_make_a_conversation() -> None:
+    columns = explore.ConversationColumns(user="q", assistant="a", system="s")
+    for values, expected in (
+        (("a", "b", "c"), [{"role": "system", "content": "c"}, user("a"), says("b")]),
+        ((6, 42.5, None), [user("6"), says("42.5")]),
+    ):
+        row = dict(zip("qas", values, strict=True))
         assert read_conversation(row, columns).messages == expected
+    for answer, reason in ((None, "null"), (" ", "empty"), (["b"], "malformed")):
+        assert refusal(read_conversation, {"q": "a", "a": answer}, columns) == reason
 
 
 def test_tools_come_from_a_list_or_from_json() -> None:
@@ -209,7 +167,7 @@ def test_tools_come_from_a_list_or_from_json() -> None:
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools == [tool]
     for value in (None, "[]", []):
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools is None
-    with pytest.raises(ConversationError):
+    with pytest.raises(explore.ConversationError):
         read_conversation({"messages": CHAT, "tools": [1]}, MESSAGES)
 
 
@@ -244,7 +202,7 @@ def test_arguments_of_the_template_come_from_the_option_and_the_row(given: Any) 
     encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": given})
     assert encoded.text.startswith(f"Effort {'low' if given else 'high'}, 3. ")
     assert encoder.settings()["template_kwargs"] == {"effort": "high", "depth": 3}
-    again = ConversationEncoder.of(encoder.settings(), encoder.tokenizer, template)
+    again = explore.ConversationEncoder.of(encoder.settings(), encoder.tokenizer, template)
     assert again == encoder
     for wrong in ("low", [1], {"messages": []}):
         row = {"messages": CHAT, "chat_template_kwargs": wrong}
@@ -253,11 +211,11 @@ def test_arguments_of_the_template_come_from_the_option_and_the_row(given: Any) 
 
 def test_plain_text_is_extracted_from_the_second_token_on() -> None:
     tokenizer = tokenizer_for(PLAIN)
-    encoder = ConversationEncoder(tokenizer, "", ConversationColumns(text="text"))
+    encoder = explore.ConversationEncoder(tokenizer, "", explore.ConversationColumns(text="text"))
     encoded = encoder.encode({"text": "Birch bark. <|end|> dune"})
     assert encoded.input_ids.tolist() == tokenizer("Birch bark. <|end|> dune")["input_ids"]
     assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
-    assert ConversationEncoder.of(encoder.settings(), tokenizer, "") == encoder
+    assert explore.ConversationEncoder.of(encoder.settings(), tokenizer, "") == encoder
     for value, reason in ((None, "null"), (" ", "empty"), ([1], "malformed"), ("B", "no_tokens")):
         assert refusal(encoder.encode, {"text": value}) == reason
 
@@ -265,33 +223,25 @@ def test_plain_text_is_extracted_from_the_second_token_on() -> None:
 # What is extracted: the stock templates, in test_templates.py, have the rest ----------------------
 
 AHEAD = (  # writes a tool's message at the one before it
-    "{% for m in messages %}{% if m.role != 'tool' %}"
-    "<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
-    "{% if loop.nextitem is defined and loop.nextitem.role == 'tool' %}<|start|>tool\n"
-    "{{ messages[loop.index0 + 1].content }}<|end|>\n{% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
+    each(
+        "{% if m.role != 'tool' %}" + HEAD + SAID + "{% set next = loop.nextitem %}"
+        "{% if next is defined and next.role == 'tool' %}<|start|>tool\n"
+        "{{ messages[loop.index0 + 1].content }}<|end|>\n{% endif %}{% endif %}"
+    ) + PROMPT
+)  # fmt: skip
 COPIES = (  # joins what one role says in two messages, so that later messages are others
-    "{% set ns = namespace(all=[]) %}{% for m in messages %}{% if ns.all and "
-    "ns.all[-1].role == m.role %}{% set ns.all = ns.all[:-1] + [{'role': m.role, 'content': "
-    "ns.all[-1].content + '\n' + m.content}] %}{% else %}{% set ns.all = ns.all + [m] %}"
-    "{% endif %}{% endfor %}" + PLAIN.replace("in messages", "in ns.all")
+    "{% set ns = namespace(all=[]) %}"
+    + each(
+        "{% if ns.all and ns.all[-1].role == m.role %}{% set ns.all = ns.all[:-1] + [{'role': "
+        "m.role, 'content': ns.all[-1].content + '\n' + m.content}] %}"
+        "{% else %}{% set ns.all = ns.all + [m] %}{% endif %}"
+    )
+    + each(HEAD + SAID, "ns.all")
+    + PROMPT
 )
-WHOLE_TURN = (  # a role header inside the markers
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|start|>assistant\n"
-    "{{ m.content }}<|end|>\n{% endgeneration %}{% else %}<|start|>{{ m.role }}\n"
-    "{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-MARKED_TURN = (
-    "<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content }}<|end|>{% endgeneration %}\n{% else %}{{ m.content }}<|end|>\n{% endif %}"
-)
-MACRO = (
-    "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}"
-    "{% for m in messages %}{{ turn(m) }}{% endfor %}"
-)
-BLOCK = "{% for m in messages %}{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}{% endfor %}"
+MARKED_TURN = HEAD + branch("{{ m.content }}<|end|>".join(MARKS) + "\n", SAID)
+MACRO = "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}" + each("{{ turn(m) }}")
+BLOCK = each("{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}")
 TOOL = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
 LAST = [dict(message, trained=n == 3) for n, message in enumerate(CHAT)]
 # template, way by which turns are found, spans of CHAT or of another conversation
@@ -299,11 +249,13 @@ TURNS: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
     "plain": (PLAIN, "loop", BOTH, CHAT),
     "marked": (MARKED, "generation", BOTH, CHAT),
     "gathered": (GATHERED, "replacing", BOTH, CHAT),
-    "no generation prompt": (PLAIN[: PLAIN.index("{% if add")], "loop", BOTH, CHAT),
     "a message written ahead": (AHEAD, "replacing", [BOTH[0], "Elm.<|end|>", BOTH[1]], TOOL),
-    "nothing written ahead": (AHEAD, "loop", BOTH, CHAT),
-    "messages copied": (COPIES, "loop", BOTH, CHAT),
     "think tags of the template": (THINKS, "loop", BOTH, CHAT),
+    "blanks of the data after them": (
+        THINKS, "loop", ["\nDune.<|end|>"], [CHAT[0], says("\nDune.")]),
+    "blanks that the template strips": (
+        THINKS.replace("m.content }}", "m.content.lstrip('\n') }}"), "loop", ["Dune.<|end|>"],
+        [CHAT[0], says("\nDune.")]),
     **{
         f"{what} of the data, {kind}": (
             template, way, [f"{said}<|end|>"], [*CHAT[:1], says(said)])
@@ -313,37 +265,30 @@ TURNS: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
                            ("empty think tags", "<think>\n\n</think>\n\nDune."))
     },
     "a header inside the markers": (
-        WHOLE_TURN, "generation", [*BOTH, "Echo.<|end|>"], [*CHAT, says("Echo.")]),
+        each(branch(f"<|start|>assistant\n{SAID}".join(MARKS))) + PROMPT, "generation",
+        [*BOTH, "Echo.<|end|>"], [*CHAT, says("Echo.")]),
     "an end outside of the markers": (
-        MARKED.replace("<|end|>\n{% endgeneration %}", "{% endgeneration %}<|end|>\n"),
-        "generation", BOTH, CHAT),
+        MARKED.replace("<|end|>\n" + MARKS[1], MARKS[1] + "<|end|>\n"), "generation", BOTH, CHAT),
     "nothing marked": (
         MARKED.replace("== 'assistant'", "== 'assistant' and m.trained"), "loop", BOTH, CHAT),
     "content outside of the markers": (
-        MARKED.replace("{{ m.content }}<|end|>\n{% endgeneration %}",
-                       "{% endgeneration %}{{ m.content }}<|end|>\n"), "loop", BOTH, CHAT),
+        MARKED.replace(SAID + MARKS[1], MARKS[1] + SAID), "loop", BOTH, CHAT),
     "turns that are not marked": (
         MARKED.replace("== 'assistant'", "== 'assistant' and loop.last"),
         "generation", BOTH[1:], CHAT),
     "markers in a macro": (MACRO, "generation", BOTH, CHAT),
     "markers in a block": (BLOCK, "generation", BOTH, CHAT),
     "no end": (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-        "{# <|user|><|assistant|> #}", "loop", ["Birch bark.", "Dune."], CHAT),
+        each("<|{{ m.role }}|>{{ m.content }}") + "{# <|user|><|assistant|> #}",
+        "loop", ["Birch bark.", "Dune."], CHAT),
     "mistral": (
-        "{{ bos_token }}{% for m in messages %}"
-        "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
-        "{% else %}{{ ' ' + m.content|trim + eos_token }}{% endif %}{% endfor %}",
+        "{{ bos_token }}" + each(branch("{{ ' ' + m.content|trim + eos_token }}",
+                                        "[INST] {{ m.content }}[/INST]")),
         "loop", [" Birch bark.<eos>", " Dune.<eos>"], CHAT),
-    "zephyr": (
-        "{% for m in messages %}\n{{ '<|' + m.role + '|>\n' + m.content + eos_token }}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
-        "{% endfor %}", "loop", ["Birch bark.<eos>", "Dune.<eos>"], CHAT),
     "vicuna": (
-        "Hello.{% for m in messages %}"
-        "{% if m.role == 'user' %}{{ ' USER: ' + m.content }}{% else %}"
-        "{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
+        "Hello." + each(branch("{{ ' ASSISTANT: ' + m.content + eos_token }}",
+                               "{{ ' USER: ' + m.content }}"))
+        + "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
         "loop", [" Birch bark.<eos>", " Dune.<eos>"], CHAT),
 }  # fmt: skip
 
@@ -356,12 +301,6 @@ def test_turns_are_found_whatever_the_template_does(name: str) -> None:
     assert taken(encoded, tokenizer_for(template)) == "".join(expected)
     assert encoded.way == way
     assert encoded.end_of_turn == (None if name == "no end" else re.search("<.*$", expected[0])[0])
-
-
-def test_marks_inside_a_block_never_change_what_is_written() -> None:
-    counted = tokenizer_for(BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"))
-    text = encode_conversation(CHAT, counted).text
-    assert text.startswith("<|start|>user\namber?<|end|>\n28<|start|>")
 
 
 def test_messages_that_the_template_joins_are_told_apart() -> None:
@@ -383,57 +322,11 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template: str) -> N
     assert spans(LAST, chosen)[-1] == BOTH[1]
 
 
-def test_blanks_of_the_data_after_inserted_think_tags_are_kept() -> None:
-    chat = [user("amber?"), says("\nDune.")]
-    assert spans(chat, THINKS) == ["\nDune.<|end|>"]
-    stripped = THINKS.replace("{{ m.content }}", "{{ m.content.lstrip('\n') }}")
-    assert spans(chat, stripped) == ["Dune.<|end|>"]
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_added_tokens_that_are_blank_do_not_count_as_ends(template: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
-    tokenizer.add_tokens(["\n", "\n\n", "  ", "Birch"])
-    tokenizer.chat_template = template
-    encoded = encode_conversation(CHAT, tokenizer)
-    assert encoded.end_of_turn == "<|end|>"
-    taken = tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist())
-    assert taken == "Birch bark.<|end|>Dune.<|end|>"
-
-
-@pytest.mark.parametrize(
-    ("end", "after"), [("\n### End", "\n"), ("</s>", " "), ("<|x|>", "\n<|y|>")]
-)
-def test_an_end_of_turn_that_is_plain_text_is_found_too(end: str, after: str) -> None:
-    template = PLAIN.replace("<|end|>\n{% endfor %}", end + "{{ '\n' }}{% endfor %}") + (
-        after if after.strip() else ""
-    )
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    prepared = prepare_template(tokenizer, template.replace("<|start|>", "### "))
-    assert spans(CHAT, prepared) == [f"Birch bark.{end}", f"Dune.{end}"]
-
-
-class Clock(datetime):
-    """Stands in for `datetime`: a minute passes whenever somebody looks."""
-
-    looks = 0
-
-    @classmethod
-    def now(cls, tz: Any = None) -> Clock:
-        """Return the next minute."""
-        cls.looks += 1
-        return cls(2024, 7, 26, cls.looks // 60 % 24, cls.looks % 60, tzinfo=tz)
-
-
-def test_a_clock_that_goes_on_while_the_text_is_looked_at_does_no_harm(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(explore_logits, "datetime", Clock)
-    clock = "{{ strftime_now('%H:%M') }}"
-    for source in (clock + PLAIN + clock, clock + GATHERED):
-        template = prepare_template(tokenizer_for(source))
-        assert all(spans(CHAT, template) == BOTH for _ in range(70))
+def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
+    template = each("### {{ m.role }}\n{{ m.content }}\n### End{{ '\n' }}")
+    template += "{% if add_generation_prompt %}### assistant\n{% endif %}"
+    prepared = explore.prepare_template(AutoTokenizer.from_pretrained(TEACHER), template)
+    assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
 
 
 def test_a_given_date_is_what_the_template_prints() -> None:
@@ -445,31 +338,23 @@ def test_a_given_date_is_what_the_template_prints() -> None:
 
 
 def test_the_first_token_is_never_extracted() -> None:
-    turn = "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
-    template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    template = each("{{ m.content }}<|end|>".join(MARKS))
     encoded = encode_conversation([says("Birch bark.")], tokenizer_for(template))
-    assert encoded.token_positions[0] == 1
-    assert encoded.token_positions.size == encoded.input_ids.size - 1
+    assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
 
 
 def test_arguments_as_an_object_or_as_text_render_alike() -> None:
-    template = PLAIN.replace(
-        "{{ m.content }}",
-        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments | items | list }}"
-        "{% endfor %}",
+    listed = (
+        "{% for call in m.tool_calls %}{{ call.function.arguments | items | list }}{% endfor %}"
     )
-    texts = []
+    tokenizer = tokenizer_for(each(HEAD + "{{ m.content }}" + listed + "<|end|>\n") + PROMPT)
     for arguments in ({"town": "Lima"}, '{"town": "Lima"}'):
         call = {"function": {"name": "f", "arguments": arguments}}
-        messages = [user("amber?"), says("", tool_calls=[call])]
-        texts.append(encode_conversation(messages, tokenizer_for(template)).text)
-    assert texts[0] == texts[1]
-    assert "[('town', 'Lima')]" in texts[0]
+        encoded = encode_conversation([CHAT[0], says("", tool_calls=[call])], tokenizer)
+        assert encoded.text.endswith("\n[('town', 'Lima')]<|end|>\n")
 
 
 MARKUP = ("<|end|>", "<|start|>", "<|start|>assistant\n", "</think>", "\u200d", "👩", " ", "\n")
-
-
 TEXT = st.lists(
     st.sampled_from(MARKUP) | st.characters(codec="utf-8", exclude_categories=("Cs", "Co")),
     max_size=12,
@@ -490,8 +375,8 @@ def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str,
         text += f"{content}<|end|>\n"
     messages = [{"role": role, "content": content} for role, content in turns]
     for template in (PLAIN, MARKED):
-        rendered = explore_logits.render_conversation(
-            messages, prepare_template(tokenizer_for(template))
+        rendered = explore.render_conversation(
+            messages, explore.prepare_template(tokenizer_for(template))
         )
         assert rendered.text == text
         assert rendered.spans == wanted
@@ -500,42 +385,16 @@ def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str,
 # Tokens -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("borders", "span", "expected"),
-    [
-        ("02 24 46 46 69 9b", (5, 6), [2, 3]),  # a token across a border is the assistant's
-        ("02 24 46 46 69 9b", (3, 7), [1, 2, 3, 4]),
-        ("02 24 46 46 69 9b", (9, 10), [5]),
-        ("03 33 35 55 77", (3, 7), [1, 2, 3]),  # one without characters, inside of a span only
-        ("03 33 35 55 77", (0, 3), []),
-        ("03 33 35 55 77", (5, 6), [3]),
-    ],
-)
-def test_a_token_is_the_assistants_where_one_of_its_characters_is(
-    borders: str, span: tuple[int, int], expected: list[int]
-) -> None:
-    starts, ends = np.array([[int(end, 16) for end in pair] for pair in borders.split()]).T
-    assert token_positions_of([span], starts, ends).tolist() == expected
-
-
 def byte_fallback_tokenizer() -> Any:
     """Return a tokenizer like Llama 2's: blanks as ▁, bytes for characters it does not know."""
-    pieces = [
-        "<unk>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "▁",
-        *"abcdefghijklmnopqrstuvwxyzBD.?",
-    ]
-    model = models.BPE(
-        {piece: n for n, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
-    )
-    inner = Tokenizer(model)
-    inner.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    known = "▁abcdefghijklmnopqrstuvwxyzBD.?"
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *known]
+    ids = {piece: n for n, piece in enumerate(pieces)}
+    inner = Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True))
+    marks = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+    inner.normalizer = normalizers.Sequence(list(marks))
+    blanks = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    inner.decoder = decoders.Sequence(list(blanks))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
     tokenizer.chat_template = PLAIN
@@ -546,11 +405,9 @@ def byte_fallback_tokenizer() -> Any:
 def test_all_bytes_of_a_character_are_extracted(said: str) -> None:
     tokenizer = byte_fallback_tokenizer()
     encoded = encode_conversation([user("樺?"), says(said)], tokenizer)
-    taken = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.token_positions].tolist())
-    data = b"".join(
-        bytes.fromhex(piece[3:5]) if piece.startswith("<0x") else piece.encode() for piece in taken
-    )
-    assert data.decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
+    pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.token_positions].tolist())
+    data = [bytes.fromhex(p[3:5]) if p.startswith("<0x") else p.encode() for p in pieces]
+    assert b"".join(data).decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
 
 
 def slow_tokenizer() -> Any:
@@ -560,24 +417,13 @@ def slow_tokenizer() -> Any:
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        "Birch bark.",
-        "樺 👩‍🚀 é e\u0301 بِرْش",
-        "  two  \n\n blanks ",
-        "It is \ufffd, you see \ufffd\ufffd.",
-    ],
-)
-def test_a_slow_tokenizer_is_aligned_by_decoding(said: str) -> None:
-    messages, fast = [user("amber 🌲?"), says(said)], tokenizer_for(PLAIN)
-    one, two = (encode_conversation(messages, each) for each in (fast, slow_tokenizer()))
-    assert one.input_ids.tolist() == two.input_ids.tolist()
-    assert one.token_positions.tolist() == two.token_positions.tolist()
-
-
-def test_a_slow_tokenizer_that_does_not_spell_the_text_is_refused() -> None:
-    tokenizer = slow_tokenizer()
+def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused() -> None:
+    tokenizer, fast = slow_tokenizer(), tokenizer_for(PLAIN)
+    for said in ("樺 👩‍🚀 é e\u0301 بِرْش", "  two  \n\n blanks ", "It is \ufffd, see \ufffd\ufffd."):
+        chat = [user("amber 🌲?"), says(said)]
+        one, two = (encode_conversation(chat, each) for each in (fast, tokenizer))
+        assert one.input_ids.tolist() == two.input_ids.tolist()
+        assert one.token_positions.tolist() == two.token_positions.tolist()
     tokenizer.decode = lambda ids, **_: "x" * len(ids)
     assert refusal(encode_conversation, CHAT, tokenizer) == "unaligned"
 
@@ -585,24 +431,16 @@ def test_a_slow_tokenizer_that_does_not_spell_the_text_is_refused() -> None:
 # Errors -------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_without_an_assistant_says_so() -> None:
-    with pytest.raises(ConversationError, match="roles critic, user") as refused:
-        encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
-    assert refused.value.reason == "no_assistant"
-
-
-@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f"}}]])
-def test_of_named_templates_the_one_that_transformers_takes_is_taken(tools: Any) -> None:
+def test_of_named_templates_the_one_that_transformers_takes_is_taken() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     with_tools = "  {% if tools %}\nTools: {{ tools | tojson }}\n{% endif %}\n" + MARKED + "\n"
-    tokenizer.chat_template = {"default": "  {% if 1 %}\n" + PLAIN + "\n{% endif %}\n",
-                               "tool_use": with_tools}  # fmt: skip
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": with_tools}
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
     source = load_chat_template(None, tokenizer)
-    encoded = encode_conversation(CHAT, tokenizer, chat_template=source, tools=tools)
-    text = tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
-    assert encoded.text == text
-    assert taken(encoded, tokenizer) == "Birch bark.<|end|>Dune.<|end|>"
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        encoded = encode_conversation(CHAT, tokenizer, chat_template=source, tools=tools)
+        assert encoded.text == tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
+        assert taken(encoded, tokenizer) == "".join(BOTH)
     tokenizer.chat_template = {"rag": PLAIN}
     with pytest.raises(TemplateError, match=r"called rag, .*--chat-template"):
         load_chat_template(None, tokenizer)
@@ -610,15 +448,13 @@ def test_of_named_templates_the_one_that_transformers_takes_is_taken(tools: Any)
 
 def test_a_refusal_of_the_template_is_quoted_and_survives_the_way_out_of_a_process() -> None:
     template = PLAIN + "{% if messages|length > 2 %}{{ raise_exception('\x1b[2Jno') }}{% endif %}"
-    with pytest.raises(ConversationError, match=r"␛\[2Jno") as refused:
+    with pytest.raises(explore.ConversationError, match=r"␛\[2Jno") as refused:
         encode_conversation(CHAT, tokenizer_for(template))
     error = pickle.loads(pickle.dumps(refused.value))
     assert (error.reason, str(error)) == ("refused_by_template", str(refused.value))
 
 
-@pytest.mark.parametrize(
-    "template", ["", "{{ messages[0].content }}", "{{ raise_exception('never') }}", "{{ 1 / 0 }}"]
-)
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ 1 / 0 }}"])
 def test_a_template_that_shows_no_assistant_is_refused_for_all(template: str) -> None:
     with pytest.raises(TemplateError, match="--chat-template"):
         encode_conversation(CHAT, tokenizer_for(PLAIN), chat_template=template)
@@ -637,158 +473,107 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Path
     assert load_chat_template(None, tokenizer_for(PLAIN)) == PLAIN
     folder = copy_teacher(tmp_path / "teacher")
     with pytest.raises(TemplateError, match=r"no chat template.*--chat-template"):
-        load_chat_template(None, load_tokenizer(str(folder)))
+        load_chat_template(None, explore.load_tokenizer(str(folder)))
     (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": MARKED}))
     for place in (tmp_path / "t.jinja", folder / "chat_template.json"):
         assert load_chat_template(str(place), tokenizer_for(PLAIN)) == MARKED
-    assert load_chat_template(None, load_tokenizer(str(folder))) == MARKED, "beside the tokenizer"
+    beside = explore.load_tokenizer(str(folder))
+    assert load_chat_template(None, beside) == MARKED
     with pytest.raises(TemplateError, match=r"none\.jinja"):
         load_chat_template(str(tmp_path / "none.jinja"), tokenizer_for(PLAIN))
 
 
-@pytest.mark.parametrize(
-    ("code", "trust", "message"),
-    [
-        ("import no_such_package_x\n", True, "pip install no_such_package_x"),
-        ("", False, "--trust-remote-code"),
-    ],
-)
-def test_what_a_tokenizer_with_code_needs_is_named(
-    code: str, trust: bool, message: str, tmp_path: Path
-) -> None:
-    auto = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
-    folder = copy_teacher(tmp_path / "teacher", auto_map=auto, tokenizer_class="OwnTokenizer")
-    source = "from transformers import PreTrainedTokenizer as OwnTokenizer\n"
-    (folder / "tokenization_own.py").write_text(code + source)
-    with pytest.raises(LogitsError, match=message):
-        load_tokenizer(str(folder), trust_remote_code=trust)
-
-
 def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(LogitsError, match="nowhere"):
-        load_tokenizer(str(tmp_path / "nowhere"))
-    (tmp_path / "tekken.json").write_text("{}")
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(LogitsError, match=r"mistral-common|tokenizer\.json"):
-        load_tokenizer(str(tmp_path))
+    with pytest.raises(explore.LogitsError, match="nowhere"):
+        explore.load_tokenizer(str(tmp_path / "nowhere"))
+    auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    folder = copy_teacher(tmp_path / "teacher", auto_map=auto, tokenizer_class="Own")
+    (folder / "tokenization_own.py").write_text("import no_such_package_x\n")
+    for trust, message in ((False, "--trust-remote-code"), (True, "pip install no_such_package_x")):
+        with pytest.raises(explore.LogitsError, match=message):
+            explore.load_tokenizer(str(folder), trust_remote_code=trust)
 
 
 # Together -----------------------------------------------------------------------------------------
 
 
-def test_threads_get_the_spans_of_their_own_conversation() -> None:
-    """1,200 conversations over 8 threads; transformers' own mask is wrong in such a test."""
-    chats = [[user("amber?" * (n % 7)), says("Birch bark. " * (1 + n % 5))] for n in range(1200)]
-    template = prepare_template(tokenizer_for(MARKED))
-    alone = [explore_logits.render_conversation(chat, template).spans for chat in chats]
-    with ThreadPoolExecutor(8) as pool:
-        together = pool.map(
-            lambda chat: explore_logits.render_conversation(chat, template).spans, chats
-        )
-        assert list(together) == alone
-
-
-def test_the_preview_marks_the_extracted_tokens_and_says_how_they_were_found() -> None:
+def test_the_preview_marks_the_extracted_tokens_and_nothing_in_it_acts() -> None:
     tokenizer = tokenizer_for(PLAIN)
     chat = [user("amber\x1b[2J?" + "amber " * 5000), says("Birch\nbark.")]
     encoded = encode_conversation(chat, tokenizer)
-    shown = format_mask_preview(encoded, tokenizer, max_run_chars=100)
+    shown = explore.format_mask_preview(encoded, tokenizer, max_run_chars=100)
     assert "⟦Birch⟧\n⟦bark.<|end|>⟧" in shown
-    assert re.search(r"… [\d,]+ characters …", shown)
     assert len(shown) < 600
-    count, total = encoded.token_positions.size, encoded.input_ids.size
-    first = shown.splitlines()[0]
-    assert first.startswith(f"{count} of {total} tokens extracted")
-    assert "found by what the template writes for each message" in first
-    assert "'<|end|>'" in first
     assert "\x1b" not in shown
-    coloured = format_mask_preview(encoded, tokenizer, max_run_chars=100, color=True)
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == re.sub("[⟦⟧]", "", shown)
-    assert "\x1b[2J" not in coloured
 
 
 def test_what_is_far_too_long_is_refused_by_its_first_piece(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """100,000 messages; no turn is looked for, no second token counted."""
-    chat = [user("amber?"), says("Birch bark.")] * 50_000
-    tokenizer = tokenizer_for(PLAIN)
-    short = encode_conversation(chat[:20], tokenizer)
-    again = encode_conversation(chat[:20], tokenizer, max_tokens=short.input_ids.size // 3)
-    assert again.input_ids.tolist() == short.input_ids.tolist()
-    monkeypatch.setattr(explore_logits, "_TurnReader", None)
-    with pytest.raises(ConversationError, match="at most 1024 fit") as refused:
-        encode_conversation(chat, tokenizer, max_tokens=1024)
-    assert refused.value.reason == "too_long"
+    chat, tokenizer = CHAT[:2] * 50_000, tokenizer_for(PLAIN)
+    short = encode_conversation(chat[:20], tokenizer).input_ids.tolist()
+    again = encode_conversation(chat[:20], tokenizer, max_tokens=len(short) // 3)
+    assert again.input_ids.tolist() == short
+    monkeypatch.setattr(explore, "_TurnReader", None)
+    assert refusal(encode_conversation, chat, tokenizer, max_tokens=1024) == "too_long"
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED, THINKS])
-def test_the_work_is_in_proportion_to_the_messages(template: str) -> None:
+def test_the_work_is_in_proportion_to_the_messages() -> None:
     """Counted in calls, which no busy machine changes: 8 times the turns, 10 times the calls."""
-    prepared = prepare_template(tokenizer_for(template))
-
-    def calls_for(turns: int) -> int:
-        chat = [user("amber?"), says("Birch bark.")] * turns
+    calls = []
+    for turns in (100, 800):
         profile = cProfile.Profile()
-        rendered = profile.runcall(explore_logits.render_conversation, chat, prepared)
-        assert len(rendered.spans) == turns
-        return sum(entry.callcount for entry in profile.getstats())
+        given = CHAT[:2] * turns, explore.prepare_template(tokenizer_for(THINKS))
+        profile.runcall(explore.render_conversation, *given)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[1] < 10 * calls[0]
 
-    assert calls_for(800) < 10 * calls_for(100)
+
+def repeat(work: str, times: int = 99999) -> str:
+    """Return a loop that does some work again and again."""
+    return f"{{% for x in range({times}) %}}{work}{{% endfor %}}"
 
 
+NESTED = "{% set ns = namespace(t=['a']) %}" + repeat("{% set ns.t = [ns.t, ns.t] %}", 40)
+DOUBLED = "{% set ns = namespace(t='ab') %}" + repeat("{% set ns.t = ns.t OP ns.t %}", 60)
+# one for each way through the sandbox: operators, filters, methods, what is written by itself
 HOSTILE = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "loops in a macro": "{% macro f() %}{% for a in range(99999) %}{% for b in range(99999) %}"
-    "{% endfor %}{% endfor %}{% endmacro %}{{ f() }}",
+    "loops": repeat(repeat("")),
+    "loops in a macro": "{% macro f() %}" + repeat(repeat("")) + "{% endmacro %}{{ f() }}",
     "width": "{{ '%1000000000d' % 1 }}",
     "width given": "{{ '%*d' % (1000000000, 1) }}",
     "format": "{{ '{:>9999999999}'.format(1) }}",
     "format filter": "{{ '%1000000000d' | format(1) }}",
-    "center": "{{ 'a'.center(1000000000) }}{{ 'a' | center(1000000000) }}",
-    "product": "{{ 'a' * 10 ** 11 }}",
-    "list": "{{ ([1] * 10 ** 11) | length }}",
-    "power": "{{ 10 ** (10 ** 10) }}",
-    "doubling": "{% set ns = namespace(t='ab') %}{% for a in range(60) %}"
-    "{% set ns.t = ns.t + ns.t %}{% endfor %}",
-    "doubling by ~": "{% set ns = namespace(t='ab') %}{% for a in range(60) %}"
-    "{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
-    "doubling lists": "{% set ns = namespace(t=[1]) %}{% for a in range(60) %}"
-    "{% set ns.t = ns.t + ns.t %}{% endfor %}",
-    "join": "{{ (['a' * 9999] * 9999) | join }}",
-    "join by much": "{{ ('b' * 99999).join(range(9999) | map('string')) }}",
-    "replace": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
-    "replace by a method": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "center": "{{ 'a' | center(1000000000) }}",
     "map of a filter": "{{ ['a'] | map('center', 1000000000) | list }}",
-    "the same field often": "{{ ('{0}' * 9999).format('a' * 99999) }}",
+    "product": "{{ 'a' * 10 ** 11 }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
+    "doubling": DOUBLED.replace("OP", "+"),
+    "doubling by ~": DOUBLED.replace("OP", "~"),
+    "join": "{{ (['a' * 9999] * 9999) | join }}",
+    "replace by a method": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
     "indented JSON": "{{ {'a': 1} | tojson(indent=1000000000) }}",
-    "batch": "{{ [1] | batch(1000000000, 0) | list }}",
-    "bytes": "{{ 'a'.encode().ljust(1000000000) }}{{ (1).to_bytes(1000000000, 'big') }}",
+    "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
     "sum": "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}",
     "escape": "{{ ''.__class__.__mro__ }}",
-    **{
-        f"nested lists: {way}": "{% set ns = namespace(t=['a']) %}{% for a in range(40) %}"
-        "{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ " + way + " }}"
-        for way in ("ns.t", "{'a': ns.t}", "ns.t | upper", "ns.t ~ ''", "'%s' % ns.t",
-                    "'{}'.format(ns.t)", "ns.t | tojson", "ns.t | join")
-    },
+    **{f"nested: {way}": NESTED + "{{ " + way + " }}"
+       for way in ("ns.t", "{'a': ns.t}", "ns.t | upper", "ns.t ~ ''", "'%s' % ns.t")},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_sandbox_bounds_what_a_template_does(name: str) -> None:
     with pytest.raises(TemplateError, match=r"cannot be used \(the sandbox") as refused:
-        prepare_template(tokenizer_for(PLAIN), HOSTILE[name] + PLAIN)
+        explore.prepare_template(tokenizer_for(PLAIN), HOSTILE[name] + PLAIN)
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["loops", "width", "doubling", "join", "escape"])
-def test_a_row_that_the_sandbox_bounds_is_skipped(name: str) -> None:
-    hidden = PLAIN + "{% if messages|length > 3 %}" + HOSTILE[name] + "{% endif %}"
-    with pytest.raises(ConversationError, match="the sandbox of templates") as skipped:
-        encode_conversation([*CHAT, *CHAT], tokenizer_for(PLAIN), chat_template=hidden)
-    assert skipped.value.reason == "refused_by_template"
+def test_a_row_that_the_sandbox_bounds_is_skipped() -> None:
+    hidden = PLAIN + "{% if messages|length > 3 %}" + HOSTILE["loops"] + "{% endif %}"
+    tokenizer = tokenizer_for(hidden)
+    assert refusal(encode_conversation, [*CHAT, *CHAT], tokenizer) == "refused_by_template"
 
 
 def test_widths_and_numbers_that_people_write_are_not_refused() -> None:
@@ -800,28 +585,20 @@ def test_widths_and_numbers_that_people_write_are_not_refused() -> None:
     assert spans(CHAT, template) == BOTH
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "a\n{% for %}",
-        "{% if a %}" * 3000 + "{% endif %}" * 3000 + PLAIN,
-        "{% for a in b %}" * 30 + "{% endfor %}" * 30 + PLAIN,
-        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}" + PLAIN,
-        "{{ " + "[" * 5000 + "1" + "]" * 5000 + " }}" + PLAIN,
-    ],
-    ids=["syntax", "ifs", "loops", "parentheses", "lists"],
-)
-def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(
-    template: str, tmp_path: Path
-) -> None:
-    (tmp_path / "t.jinja").write_text(template, encoding="utf-8")
-    with pytest.raises(TemplateError, match=r"t\.jinja.*--chat-template") as refused:
-        load_chat_template(str(tmp_path / "t.jinja"), tokenizer_for(PLAIN))
-    assert "\n" not in str(refused.value)
-    assert ("line 2" in str(refused.value)) == template.startswith("a\n")
+def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(tmp_path: Path) -> None:
+    path, deep = tmp_path / "t.jinja", 3000
+    for template in (
+        "{% for %}",
+        "{% if a %}" * deep + "{% endif %}" * deep,
+        "{{ " + "(" * deep + "1" + ")" * deep + " }}",
+    ):
+        path.write_text(template + PLAIN, encoding="utf-8")
+        with pytest.raises(TemplateError, match=r"t\.jinja.*--chat-template") as refused:
+            load_chat_template(str(path), tokenizer_for(PLAIN))
+        assert "\n" not in str(refused.value)
 
 
 def test_a_macro_that_calls_itself_is_refused() -> None:
     endless = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN
     with pytest.raises(TemplateError, match="recursion"):
-        prepare_template(tokenizer_for(PLAIN), endless)
+        explore.prepare_template(tokenizer_for(PLAIN), endless)

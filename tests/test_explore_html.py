@@ -15,41 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_output import SETTINGS, random_rows, write_output
+from small_output import SETTINGS, random_rows
 
 import explore_logits as explore
-from explore_logits import (
-    ConversationAnalysis,
-    compute_dataset_stats,
-    get_sample,
-    render_page,
-    visualize_conversation_probabilities,
-)
+from explore_logits import ConversationAnalysis, get_sample, render_page
 
 HOSTILE = [
-    "</script><script>window.hacked=1</script>",
-    "<img src=x onerror='window.hacked=2'>",
-    '"><svg onload=window.hacked=3>',
-    "<!--<script>",
-    "-->",
-    "' onmouseover='window.hacked=4",
-    "&lt;b&gt; &amp; &#60;",
-    "\u202eltr\u202c",  # right-to-left override
-    "\u2067שלום\u2069",
-    "مرحبا",
-    "\ud800",  # half of a surrogate pair
-    "a\udfffb",
-    "\u2028\u2029",
-    "\x00\x1b[31m\x07",
-    "⟨F0 9F⟩",
-    "\r\n\t",
-    "  two  spaces  ",
-    "\u200b",
-    "{{7*7}} ${7*7} %s",
-    "日本語 🎉 👩‍👩‍👧",
-    "javascript:window.hacked=5",
-    "",
-]
+    "</script><script>window.hacked=1</script>", "<img src=x onerror='window.hacked=2'>",
+    '"><svg onload=window.hacked=3>', "<!--<script>", "-->", "' onmouseover='window.hacked=4",
+    "&lt;b&gt; &amp; &#60;", "\u202eltr\u202c", "\u2067שלום\u2069", "مرحبا",
+    "\ud800", "a\udfffb",  # halves of surrogate pairs
+    "\u2028\u2029", "\x00\x1b[31m\x07", "⟨F0 9F⟩", "\r\n\t", "  two  spaces  ", "\u200b",
+    "{{7*7}} ${7*7} %s", "日本語 🎉 👩‍👩‍👧", "javascript:window.hacked=5", "",
+]  # fmt: skip
 STORED = SETTINGS | {"store_tokens": True}
 ARROWS, ESCAPE = {"left": "\ue012", "right": "\ue014"}, "\ue00c"
 
@@ -88,11 +66,8 @@ def plain() -> list[ConversationAnalysis]:
     """Three ordinary conversations of some lines each."""
     rows = random_rows(20, settings=STORED, tokens=300, seed=9)
     longest = sorted(rows, key=lambda row: -row["num_tokens"])[:3]
-    analyses = []
-    for row in longest:
-        ids = [max(token, len(HOSTILE)) for token in row["input_ids"]]
-        analyses.append(analysis_of(row, input_ids=ids))
-    return analyses
+    texts = [[max(token, len(HOSTILE)) for token in row["input_ids"]] for row in longest]
+    return [analysis_of(row, input_ids=ids) for row, ids in zip(longest, texts, strict=True)]
 
 
 # Without a browser --------------------------------------------------------------------------------
@@ -105,16 +80,6 @@ def test_a_page_is_one_file_that_names_no_other(plain: list[ConversationAnalysis
     assert page.startswith("<!doctype html>")
     assert "default-src &#39;none&#39;" in page
     assert page.count("<section id=") == 3
-
-
-def test_the_hostile_page_can_be_written_as_utf8(
-    hostile: ConversationAnalysis, tmp_path: Path
-) -> None:
-    page = visualize_conversation_probabilities(hostile, return_html=True)
-    explore.write_page(tmp_path / "page.html", page)
-    written = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert written == page
-    assert written.count("<script") == written.count("</script>") == 1
 
 
 def test_every_string_from_data_is_escaped_wherever_it_stands(
@@ -134,7 +99,6 @@ def test_invisible_characters_become_visible() -> None:
     assert explore.show_text("a\x1b[0m\x7f\u202e\ud800") == "a␛[0m⟨U+007F⟩⟨U+202E⟩⟨U+D800⟩"
     assert explore.show_text("a\tb\nc") == "a\tb\nc"
     assert explore.show_token(" a\n\t") == "·a↵⇥"
-    assert explore.show_token("abcdef", 4) == "abc…"
     assert explore.show_text("👩‍👩‍👧") == "👩‍👩‍👧"
 
 
@@ -143,20 +107,6 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile: ConversationAn
     assert shown.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
     assert 'sandbox="allow-scripts"' in shown
     assert shown.count('"') == 6  # the page's own quotes cannot end the attribute
-
-
-def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
-    token = next(t for t in plain[0].tokens if t.where == "not stored")
-    told = explore.describe_token(token)
-    assert f"%, rank ≥ {token.rank}, not stored" in told
-    assert ": ≤" in told
-    assert "log p ≤ " in told
-    assert told.count("\n") > 15
-    assert "tail sample, in the order drawn, 6 of 24" in told
-    stored = next(t for t in plain[0].tokens if t.where == "nucleus" and t.rank > 1)
-    lines = explore.list_predictions(stored.predictions, stored.id, bar=8)
-    assert [line[0] for line in lines].index("▸") == stored.rank - 1
-    assert "≤" not in explore.describe_token(stored)
 
 
 # In a browser -------------------------------------------------------------------------------------
@@ -173,11 +123,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-        "disable-dev-shm-usage", "window-size=1000,900",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync "
+        "disable-background-networking disable-component-update disable-dev-shm-usage "
+        f"window-size=1000,900 user-data-dir={tmp_path_factory.mktemp('profile')}"
+    ).split():
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(executable_path=chromedriver)
@@ -192,10 +141,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """Load a page, and make sure at the end that nothing in it failed, fetched or ran wild."""
 
-    def load(page: str, *, theme: str = "light", width: int = 1000) -> Any:
-        emulate = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", emulate)
-        browser.set_window_size(width, 900)
+    def load(page: str) -> Any:
         explore.write_page(tmp_path / "page.html", page)
         browser.get((tmp_path / "page.html").as_uri())
         return browser
@@ -235,7 +181,7 @@ def press(browser: Any, *keys: str) -> str:
 
 
 def test_hostile_tokens_are_shown_and_never_act(show: Any, hostile: ConversationAnalysis) -> None:
-    browser = show(visualize_conversation_probabilities(hostile, return_html=True))
+    browser = show(explore.visualize_conversation_probabilities(hostile, return_html=True))
     script = "return [...document.querySelectorAll('.tok')].map(node => node.textContent)"
     shown = browser.execute_script(script)
     boxes = [explore.show_text(token.text).lstrip(" ") or "∅" for token in hostile.tokens]
@@ -243,7 +189,6 @@ def test_hostile_tokens_are_shown_and_never_act(show: Any, hostile: Conversation
     whole = browser.execute_script("return document.querySelector('.text').textContent")
     for token in hostile.tokens:  # what stands outside of the boxes is there too
         assert explore.show_text(token.text).replace("\n", "↵\n") in whole
-    assert "".join(explore.show_text(text) for text in HOSTILE[:4]) in whole
     assert len(find(browser, "script")) == 1
     assert not find(browser, "main img, main svg[onload], main b")
     for token in hostile.tokens[: len(HOSTILE)]:
@@ -258,19 +203,15 @@ def test_pointing_tapping_keys_and_links_show_a_token(
     assert not told(browser)
     point(browser, "#s0-t5")
     assert told(browser) == explore.describe_token(plain[0].tokens[5])
-    point(browser, "h1")
-    assert not told(browser)
     point(browser, "#s1-t7", click=True)
     point(browser, "h1")
     assert told(browser) == explore.describe_token(plain[1].tokens[7])
-    point(browser, "#box", click=True)  # to scroll in it, or to copy from it
-    assert told(browser)
     point(browser, "#s1-t7", click=True)
     assert not told(browser)
     expected = [explore.describe_token(token) for token in plain[0].tokens]
     browser.refresh()
     assert press(browser, *[ARROWS["right"]] * 3) == expected[2]
-    assert press(browser, *[ARROWS["left"]] * 5) == expected[0]
+    assert press(browser, ARROWS["left"]) == expected[1]
     assert not press(browser, ESCAPE)
     page = browser.current_url
     for place, said in (("#s0-t30", expected[30]), *((n, "") for n in ("#s9-t1", "#s0-t1]", "#"))):
@@ -293,74 +234,3 @@ def test_the_page_needs_no_script_and_runs_none_but_its_own(
     assert any(
         "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
     )
-
-
-CONTRAST = """
-function channel(c) { c /= 255; return c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4; }
-function light(text) {
-  const [r, g, b] = text.match(/[0-9.]+/g).map(Number);
-  return .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
-}
-function back(node) {
-  for (; node; node = node.parentElement) {
-    const colour = getComputedStyle(node).backgroundColor;
-    if (!/^rgba.*, 0\\)$/.test(colour)) return colour;
-  }
-}
-const shown = "h1, .dim, .legend span, .tok, .text, dt, dd, #box";
-return [...document.querySelectorAll(shown)].map(node => {
-  const one = light(getComputedStyle(node).color), two = light(back(node));
-  return [(Math.max(one, two) + .05) / (Math.min(one, two) + .05), node.className];
-});
-"""
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_has_contrast_in_both_themes(
-    show: Any, plain: list[ConversationAnalysis], theme: str, tmp_path: Path
-) -> None:
-    stats = compute_dataset_stats(write_output(tmp_path / "out", random_rows(6)))
-    browser = show(render_page(plain[:1], stats=stats), theme=theme)
-    press(browser, ARROWS["right"])
-    ratios = browser.execute_script(CONTRAST)
-    assert len(ratios) > 50
-    assert min(ratios)[0] >= 4.5, min(ratios)
-    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (theme == "light")
-    levels = {name for _, name in ratios if name.startswith("b")}
-    assert levels >= {f"b{level}" for level in range(7)}
-
-
-@pytest.fixture
-def phone(browser: Any) -> Iterator[None]:
-    """A screen of 390 by 700 pixels."""
-    size = {"width": 390, "height": 700, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    yield
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-BOXES = """
-const box = document.getElementById("box").getBoundingClientRect();
-const node = document.querySelector(".on").getBoundingClientRect();
-return [box.top, box.bottom, box.left, box.right, node.top, node.bottom];
-"""
-
-
-def test_the_box_stays_on_the_screen_and_off_its_token(
-    show: Any, plain: list[ConversationAnalysis], phone: None
-) -> None:
-    long = explore.replace(plain[0].tokens[3], text=" many words that wrap" * 6)
-    tokens = [*plain[0].tokens[:3], long, *plain[0].tokens[4:]]
-    pieces = [(long.text if t == 3 else text, t) for text, t in plain[0].pieces]
-    browser = show(render_page([explore.replace(plain[0], tokens=tokens, pieces=pieces)]))
-    wide = browser.execute_script("return document.documentElement.clientWidth")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= wide == 390
-    for t in (0, 3, 5, 40, len(tokens) - 1):
-        for block in ("start", "center", "end"):
-            scroll = f"document.getElementById('s0-t{t}').scrollIntoView({{block: '{block}'}})"
-            browser.execute_script(f"pin(document.getElementById('s0-t{t}')); {scroll}; place()")
-            top, bottom, left, right, above, below = browser.execute_script(BOXES)
-            assert 0 <= left < right <= wide
-            assert bottom <= above or top >= below, (t, block)
-            assert 0 <= top < bottom <= 700

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,19 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 NOTEBOOK = ROOT / "docs" / "explore.ipynb"
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    logits = extract_chats(tmp_path_factory.mktemp("notebook"), "--limit", 12)
-    os.environ["LOGITS"] = str(logits)
-    book = nbformat.read(NOTEBOOK, as_version=4)
+def test_it_runs_and_shows_tables_pictures_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITS", str(extract_chats(tmp_path, "--limit", 12)))
     run = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    client = nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=run)
-    return client.execute()
-
-
-def outputs(book: Any, kind: str) -> list[str]:
-    return [
-        str(output["data"][kind])
-        for cell in book.cells
-        for output in cell.get("outputs", [])
-        if kind in output.get("data", {})
-    ]
-
-
-def test_it_runs_and_shows_tables_pictures_and_the_page(executed: Any) -> None:
-    assert len(outputs(executed, "image/png")) == 4  # each figure once
-    shown = outputs(executed, "text/html")
-    assert sum("<iframe srcdoc=" in text for text in shown) == 1
-    assert sum("<table" in text for text in shown) >= 4
-    printed = "".join(
-        output.get("text", "") for cell in executed.cells for output in cell.get("outputs", [])
-    )
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources=run).execute()
+    said: list[Any] = [output for cell in book.cells for output in cell.get("outputs", [])]
+    shown = [output.get("data", {}) for output in said]
+    assert sum("image/png" in data for data in shown) == 4  # each figure once
+    pages = [str(data.get("text/html", "")) for data in shown]
+    assert sum("<iframe srcdoc=" in text for text in pages) == 1
+    assert sum("<table" in text for text in pages) >= 4
+    printed = "".join(output.get("text", "") for output in said)
     assert "valid: 1 shard, 12 rows" in printed
     assert "KL, mean and max    0 and 0 nats" in printed
-
-
-def test_it_is_committed_with_small_pictures_and_no_other_output() -> None:
-    book = nbformat.read(NOTEBOOK, as_version=4)
-    cells = [cell for cell in book.cells if cell.cell_type == "code"]
-    assert len(cells) > 10
-    kinds = [list(output.data) for cell in cells for output in cell.outputs]
-    assert kinds == [["image/png"]] * 4
-    assert all(cell.execution_count is None for cell in cells)
-    assert Path(NOTEBOOK).stat().st_size < 200_000

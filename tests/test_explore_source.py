@@ -18,24 +18,8 @@ import pytest
 from conftest import ROOT
 from processes import run_process
 
-from explore_logits import (
-    LENGTHS_SCHEMA,
-    METADATA_LENGTHS,
-    ConversationColumns,
-    ConversationEncoder,
-    ConversationError,
-    LogitsError,
-    SourceError,
-    Stream,
-    is_unicode,
-    open_source,
-    read_conversation,
-    read_lengths,
-    resolve_columns,
-    source_columns,
-    source_id,
-    source_revision,
-)
+import explore_logits as explore
+from explore_logits import ConversationColumns, SourceError, Stream, open_source, read_conversation
 
 MESSAGES = ConversationColumns(messages="messages")
 QUESTION, ANSWER = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
@@ -65,24 +49,24 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-KINDS = ("rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet")
+STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_file_gives_its_rows(name: str, streaming: bool, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / name, PLAIN_ROWS)
+@STREAMED
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_its_rows(kind: str, streaming: bool, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / f"rows.{kind}", PLAIN_ROWS)
     if path.suffix in (".jsonl", ".json", ".csv"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # no part of the data
     source = open_source(str(path), streaming=streaming)
     assert isinstance(source, Stream if streaming else datasets.Dataset)
-    assert source_columns(source) == ["question", "answer"]
+    assert explore.source_columns(source) == ["question", "answer"]
     assert list(source) == PLAIN_ROWS
     with pytest.raises(SourceError, match=r"no split 'dev'; it has train \(--split\)"):
         open_source(str(path), split="dev", streaming=streaming)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 def test_cells_of_csv_files_are_as_they_are_written(streaming: bool, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,question,answer\n10,007,1.50\n-2,"a\n""b""",NA\n\n')
     (tmp_path / "b.csv").write_text(f"id,question,answer\n3,1e5,\n4,True,{'z' * 200_000}\n5,None\n")
@@ -93,39 +77,32 @@ def test_cells_of_csv_files_are_as_they_are_written(streaming: bool, tmp_path: P
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["e.json", "e.jsonl", "h.csv", "none.parquet"])
-def test_a_source_without_rows_is_said_to_have_none(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text({"e.json": "[]", "h.csv": "question,answer\n"}.get(name, ""), encoding="utf-8")
-    if name == "none.parquet":
-        pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
+@pytest.mark.parametrize(("name", "text"), [("e.json", "[]"), ("e.jsonl", ""), ("h.csv", "a,b\n")])
+def test_a_source_without_rows_is_said_to_have_none(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(SourceError, match="has no rows"):
-        open_source(str(path))
+        open_source(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> None:
     write_rows(tmp_path / "train-00000.parquet", PLAIN_ROWS[:2])
     write_rows(tmp_path / "train-00001.parquet", PLAIN_ROWS[2:])
     write_rows(tmp_path / "test-00000.parquet", PLAIN_ROWS[:1])
     assert list(open_source(str(tmp_path), streaming=streaming)) == PLAIN_ROWS
     assert list(open_source(str(tmp_path), split="test", streaming=streaming)) == PLAIN_ROWS[:1]
-    with pytest.raises(SourceError, match=r"it has .*test"):
-        open_source(str(tmp_path), split="dev", streaming=streaming)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 def test_what_save_to_disk_wrote_opens(streaming: bool, tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(PLAIN_ROWS)
     saved.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": saved, "dev": saved}).save_to_disk(tmp_path / "two")
     assert list(open_source(str(tmp_path / "one"), streaming=streaming)) == PLAIN_ROWS
     assert list(open_source(str(tmp_path / "two"), split="dev", streaming=streaming)) == PLAIN_ROWS
-    with pytest.raises(SourceError, match="it has train, dev"):
-        open_source(str(tmp_path / "two"), split="test", streaming=streaming)
 
 
-@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.csv", "rows.parquet", "saved"])
+@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet", "saved"])
 def test_a_split_may_be_sliced_where_the_source_is_a_table(kind: str, tmp_path: Path) -> None:
     path = tmp_path / kind
     if kind == "saved":
@@ -134,58 +111,43 @@ def test_a_split_may_be_sliced_where_the_source_is_a_table(kind: str, tmp_path: 
         write_rows(path, PLAIN_ROWS)
     found = list(open_source(str(path), split="train[3:]+train[:1]"))
     assert found == [*PLAIN_ROWS[3:], PLAIN_ROWS[0]]
-    assert list(open_source(str(path), split="train[:40%]")) == PLAIN_ROWS[:2]
-    for streaming, split in ((True, "train[:2]"), (False, "train+dev")):
-        with pytest.raises(SourceError, match=r"no split .*; it has train"):
-            open_source(str(path), split=split, streaming=streaming)
+    with pytest.raises(SourceError, match=r"no split .*; it has train"):
+        open_source(str(path), split="train[:2]", streaming=True)
 
 
 LINE = json.dumps(PLAIN_ROWS[0]).encode() + b"\n"
-
-
 RANDOM = b"".join(b'{"x": %d}\n' % (n * 7919 % 99991) for n in range(4000))
-
-
 # files of a source, what is said of it
 DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
     "cut": ({"r.jsonl.gz": gzip.compress(RANDOM)[:9000]}, r"r\.jsonl\.gz', line \d+: .*damaged"),
     "no gzip": ({"r.jsonl.gz": LINE}, r"r\.jsonl\.gz', line 1: .*damaged"),
     "no object": ({"r.jsonl": LINE + b"\n\n" + b"[1, 2]\n" + LINE}, "line 4: .*not an object"),
-    "no JSON": ({"r.jsonl": LINE + b"hello"}, "line 2: not JSON"),
+    "half a line": ({"r.jsonl": LINE + b'{"a": ['}, "line 2: not JSON"),
     "half an array": ({"r.json": b"[1"}, "line 1: not JSON"),
     "a cell too many": ({"r.csv": b'a,b\n1,"2\n3"\n1,2,3\n'}, "line 4: not CSV .3 cells"),
     "an open quote": ({"r.csv": b'a,b\n1,2\n1,"2'}, "line 3: not CSV"),
     "columns twice": ({"r.csv": b"a,a\n1,2\n"}, "line 2: not CSV .2 cells under 1 different"),
-    "half a line": ({"r.jsonl.gz": gzip.compress(LINE + b'{"a": [')}, "line 2: not JSON"),
     "UTF-16 lines": ({"r.jsonl": LINE.decode().encode("utf-16")}, "line 1: .*UTF-16"),
-    "UTF-16 array": ({"r.json": "[1]".encode("utf-16")}, r"r\.json', line 1: .*UTF-16"),
     "UTF-16 table": ({"r.csv": "question,answer\na,b\n".encode("utf-16")}, "csv.*: .*UTF-16"),
-    "other columns": (
-        {"r/a.jsonl": LINE, "r/b.jsonl": b'{"question": "a", "reply": "b"}\n'},
-        r"b\.jsonl' and a\.jsonl have different columns \(answer, reply\)",
-    ),
-    "other columns in tables": (
-        {"r/a.csv": b"question,answer\na,b\n", "r/b.csv": b"question,reply\na,b\n"},
-        r"b\.csv' and a\.csv have different columns \(answer, reply\)",
-    ),
+    "other columns": ({"r/a.jsonl": LINE, "r/b.jsonl": b'{"question": "a", "reply": "b"}\n'},
+                      r"b\.jsonl' and a\.jsonl have different columns \(answer, reply\)"),
+    "other columns in tables": ({"r/a.csv": b"x,y\na,b\n", "r/b.csv": b"x,z\na,b\n"},
+                                r"b\.csv' and a\.csv have different columns"),
     "bad line in a folder": ({"r/a.jsonl": LINE, "r/b.jsonl": LINE + b"?"}, r"b\.jsonl', line 2:"),
-    "not there": ({"none.jsonl/": b""}, "no file in this folder is .jsonl"),
     "another kind": ({"r.txt": LINE}, "unknown kind of file"),
     "no Parquet": ({"r.parquet": b"x"}, "cannot be"),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_is_damaged_is_named_with_file_and_place(
     name: str, streaming: bool, tmp_path: Path
 ) -> None:
     files, message = DAMAGED[name]
     for file, data in files.items():
-        place = tmp_path / file
-        (place if file.endswith("/") else place.parent).mkdir(exist_ok=True)
-        if not file.endswith("/"):
-            place.write_bytes(data)
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(data)
     with pytest.raises(SourceError, match=message) as caught:
         list(open_source(str(tmp_path / next(iter(files)).split("/")[0]), streaming=streaming))
     assert "\n" not in str(caught.value)
@@ -196,17 +158,14 @@ def test_what_is_not_there_or_needs_more_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    packed = tmp_path / "r.jsonl.zst"
-    packed.write_bytes(b"\x28\xb5\x2f\xfd")
+    (tmp_path / "r.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     for name, message in (
-        (packed, "pip install zstandard"),
-        (tmp_path / "none.jsonl", "no such file"),
-        (tmp_path / "none", "no such file"),
+        (f"{tmp_path}/r.jsonl.zst", "pip install zstandard"),
+        (f"{tmp_path}/none", "no such file"),
         ("nobody/nothing", "nobody/nothing"),
     ):
-        with pytest.raises(LogitsError, match=message) as caught:
-            open_source(str(name))
-        assert "\n" not in str(caught.value)
+        with pytest.raises(explore.LogitsError, match=message):
+            open_source(name)
 
 
 # Nulls and shapes ---------------------------------------------------------------------------------
@@ -220,14 +179,7 @@ WITH_CALLS = [
 ]
 
 
-def write_json_types(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write a Parquet file whose columns are lists of JSON."""
-    kinds = {name: datasets.List(datasets.Json()) for name in rows[0]}
-    datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
-    return path
-
-
-@pytest.mark.parametrize("streaming", [False, True])
+@STREAMED
 @pytest.mark.parametrize("kind", ["texts", "lines", "Json", "structs"])
 def test_nulls_of_the_data_stay_and_those_of_arrow_go(
     kind: str, streaming: bool, tmp_path: Path
@@ -237,11 +189,14 @@ def test_nulls_of_the_data_stay_and_those_of_arrow_go(
     path = {
         "texts": lambda: write_rows(tmp_path / "r.parquet", texts),
         "lines": lambda: write_rows(tmp_path / "r.jsonl", WITH_CALLS),
-        "Json": lambda: write_json_types(tmp_path / "r.parquet", WITH_CALLS),
         "structs": lambda: write_rows(tmp_path / "r.parquet", WITH_CALLS),
+        "Json": lambda: tmp_path / "r.parquet",
     }[kind]()
+    if kind == "Json":
+        kinds = datasets.Features(dict.fromkeys(WITH_CALLS[0], datasets.List(datasets.Json())))
+        datasets.Dataset.from_list(WITH_CALLS, features=kinds).to_parquet(path)
     source = open_source(str(path), streaming=streaming)
-    features = ConversationEncoder(None, "", MESSAGES).for_source(source).features
+    features = explore.ConversationEncoder(None, "", MESSAGES).for_source(source).features
     read = [read_conversation(row, MESSAGES, features) for row in source]
     kept = {} if kind == "structs" else {"unit": None}
     call = {"function": {"name": "f", "arguments": {"a": 1, **kept}}}
@@ -253,43 +208,20 @@ def test_nulls_of_the_data_stay_and_those_of_arrow_go(
     assert tools == [[{"type": "function", **default}], [TOOLS[1]]]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_that_differ_in_type_give_the_same_conversations(
-    streaming: bool, tmp_path: Path
-) -> None:
-    parts = [{"role": "user", "content": [{"type": "text", "text": "c"}]}, *ANSWER]
-    called = [
-        {"role": "assistant", "content": "d", "tool_calls": [{"function": {"arguments": given}}]}
-        for given in ({"x": 1}, "{}")
-    ]
-    rows = [{"id": 7, "messages": QUESTION + ANSWER}]
-    rows += [{"id": 9, "messages": [*parts, *called], "tools": TOOLS[1:]}]
-    source = open_source(str(write_rows(tmp_path / "r.jsonl", rows)), streaming=streaming)
-    assert set(source_columns(source)) == {"id", "messages", "tools"}
-    got = [read_conversation(row, MESSAGES).messages for row in source]
-    assert got == [read_conversation(row, MESSAGES).messages for row in rows]
-    assert [read_conversation(row, MESSAGES).tools for row in source] == [None, TOOLS[1:]]
-
-
 @pytest.mark.parametrize(
-    ("row", "options"),
+    "row",
     [
-        ({"prompt": "q", "completion": "a"}, {}),
-        ({"prompt": "q", "response": "a"}, {}),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {}),
-        ({"prompt": QUESTION, "completion": ANSWER}, {}),
-        ({"prompt": "q", "completion": ANSWER}, {}),
-        ({"prompt": "q", "chosen": QUESTION + ANSWER, "rejected": QUESTION}, {}),
-        ({"instruction": "q", "output": "a"}, {}),
-        ({"instruction": "q", "input": " ", "output": "a"}, {}),
-        ({"instruction": "q", "input": "", "output": "a"}, {"user_col": "instruction"}),
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "response": "a"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": QUESTION, "completion": ANSWER},
+        {"prompt": "q", "completion": ANSWER},
+        {"prompt": "q", "chosen": QUESTION + ANSWER, "rejected": QUESTION},
+        {"instruction": "q", "input": " ", "output": "a"},
     ],
 )
-def test_a_question_and_its_answer_come_in_many_shapes(
-    row: dict[str, Any], options: dict[str, str]
-) -> None:
-    options = {**options, "assistant_col": "output"} if options else {}
-    columns = resolve_columns(row, **options)
+def test_a_question_and_its_answer_come_in_many_shapes(row: dict[str, Any]) -> None:
+    columns = explore.resolve_columns(row)
     assert read_conversation(row, columns).messages == QUESTION + ANSWER
     assert ConversationColumns.of(columns.settings()) == columns
 
@@ -297,18 +229,18 @@ def test_a_question_and_its_answer_come_in_many_shapes(
 @pytest.mark.parametrize("options", [{}, {"user_col": "instruction", "assistant_col": "output"}])
 def test_the_input_of_an_instruction_is_part_of_the_question(options: dict[str, str]) -> None:
     row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
-    said = read_conversation(row, resolve_columns(row, **options)).messages
+    said = read_conversation(row, explore.resolve_columns(row, **options)).messages
     assert [message["content"] for message in said] == ["Add.\n\n1, 2", "3"]
 
 
 def test_a_system_column_comes_before_messages_too() -> None:
     talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
-    columns = resolve_columns(["system", "conversations"], system_col="system")
+    columns = explore.resolve_columns(["system", "conversations"], system_col="system")
     for said, roles in (("be brief", ["system"]), (None, [])):
         found = read_conversation({"system": said, "conversations": talk}, columns).messages
         assert [message["role"] for message in found] == [*roles, "user", "assistant"]
     twice = {"system": "be brief", "conversations": [{"from": "system", "value": "talk"}, *talk]}
-    with pytest.raises(ConversationError, match="--system-col"):
+    with pytest.raises(explore.ConversationError, match="--system-col"):
         read_conversation(twice, columns)
 
 
@@ -329,85 +261,68 @@ def test_what_json_holds_and_a_table_does_not_comes_back_from_it(tmp_path: Path)
     source = open_source(str(write_rows(tmp_path / "r.jsonl", rows)))
     assert read_conversation(source[0], MESSAGES, source.features).messages == rows[0]["messages"]
     with pytest.raises(SourceError, match="not an integer"):
-        source_id(source[0], 0, ConversationColumns(messages="messages", index="id"))
+        explore.source_id(source[0], 0, ConversationColumns(messages="messages", index="id"))
     text = open_source(str(write_rows(tmp_path / "t.jsonl", [{"a": "x \ud800"}, {"a": "y"}])))
-    assert [is_unicode(row["a"]) for row in text] == [False, True]
+    assert [explore.is_unicode(row["a"]) for row in text] == [False, True]
 
 
 # Columns and ids ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("names", "options", "expected"),
-    [
-        (["id", "messages"], {}, ConversationColumns(messages="messages")),
-        (["conversations", "messages"], {}, ConversationColumns(messages="messages")),
-        (["conversation"], {}, ConversationColumns(messages="conversation")),
-        (["a", "chat"], {"messages_col": "chat"}, ConversationColumns(messages="chat")),
-        (["question", "answer"], {}, ConversationColumns(user="question", assistant="answer")),
-        (
-            ["q", "a", "s", "i", "messages"],
-            {"user_col": "q", "assistant_col": "a", "system_col": "s", "index_col": "i"},
-            ConversationColumns(user="q", assistant="a", system="s", index="i"),
-        ),
-        (
-            ["question", "answer", "messages"],
-            {"index_col": "question"},
-            ConversationColumns(messages="messages", index="question"),
-        ),
-    ],
-)
-def test_columns_are_found(
-    names: list[str], options: dict[str, str], expected: ConversationColumns
-) -> None:
-    assert resolve_columns(names, **options) == expected
+def test_columns_are_found() -> None:
+    asked = {"user_col": "q", "assistant_col": "a", "system_col": "s", "index_col": "i"}
+    cases: list[tuple[str, dict[str, str], ConversationColumns]] = [
+        ("conversations messages", {}, MESSAGES),
+        ("conversation", {}, ConversationColumns(messages="conversation")),
+        ("a chat", {"messages_col": "chat"}, ConversationColumns(messages="chat")),
+        ("question answer", {}, ConversationColumns(user="question", assistant="answer")),
+        ("q a s i messages", asked,
+         ConversationColumns(user="q", assistant="a", system="s", index="i")),
+        ("question answer messages", {"index_col": "question"},
+         ConversationColumns(messages="messages", index="question")),
+    ]  # fmt: skip
+    for names, options, expected in cases:
+        assert explore.resolve_columns(names.split(), **options) == expected
 
 
-@pytest.mark.parametrize(
-    ("options", "flags"),
-    [
-        ({"text_col": "a", "messages_col": "messages"}, ["--text-col", "--messages-col"]),
-        ({"user_col": "q", "assistant_col": "a", "messages_col": "messages"}, ["--user-col"]),
-        ({"text_col": "a", "user_col": "q", "assistant_col": "a"}, ["--text-col", "--user-col"]),
-        ({"text_col": "a", "system_col": "q"}, ["--system-col", "--text-col"]),
-        *(
-            ({"user_col": "q", "assistant_col": "a", name: "typo"}, [
-                "--" + name.replace("_", "-"), "'typo'", "the dataset has q, a, messages",
-            ])
-            for name in ("user_col", "assistant_col", "messages_col", "system_col", "index_col",
-                         "text_col")
-        ),
-    ],
-)  # fmt: skip
-def test_every_column_that_is_named_is_used_or_refused(
-    options: dict[str, str], flags: list[str]
-) -> None:
-    with pytest.raises(SourceError) as caught:
-        resolve_columns(["q", "a", "messages"], **options)
-    assert all(flag in str(caught.value) for flag in flags)
+def test_every_column_that_is_named_is_used_or_refused() -> None:
+    pair = {"user_col": "q", "assistant_col": "a"}
+    together: list[tuple[dict[str, str], tuple[str, ...]]] = [
+        ({"text_col": "a", "messages_col": "messages"}, ("--text-col", "--messages-col")),
+        ({**pair, "messages_col": "messages"}, ("--user-col",)),
+        ({**pair, "text_col": "a"}, ("--text-col", "--user-col")),
+        ({"text_col": "a", "system_col": "q"}, ("--system-col", "--text-col")),
+    ]
+    for name in ("user", "assistant", "messages", "system", "index", "text"):
+        together.append(({**pair, f"{name}_col": "typo"}, (f"--{name}-col", "'typo'")))
+    for options, flags in together:
+        with pytest.raises(SourceError) as caught:
+            explore.resolve_columns(["q", "a", "messages"], **options)
+        assert all(flag in str(caught.value) for flag in flags)
     with pytest.raises(SourceError, match=r"--messages-col.*the dataset has left, right"):
-        resolve_columns(["left", "right"])
+        explore.resolve_columns(["left", "right"])
 
 
 def test_the_id_is_the_row_number_or_the_integer_of_the_column() -> None:
     by_column = ConversationColumns(messages="m", index="id")
-    assert source_id({"id": 3}, 12, ConversationColumns(messages="m")) == 12
-    assert source_id({"id": 3}, 12, by_column) == 3
-    assert source_id({"id": np.int64(4)}, 12, by_column) == 4
+    assert explore.source_id({"id": 3}, 12, ConversationColumns(messages="m")) == 12
+    assert explore.source_id({"id": 3}, 12, by_column) == 3
+    assert explore.source_id({"id": np.int64(4)}, 12, by_column) == 4
     for value in ("3", 3.0, None, True, 2**31, -(2**31) - 1):
         with pytest.raises(SourceError, match=r"row 12.*--index-col"):
-            source_id({"id": value}, 12, by_column)
+            explore.source_id({"id": value}, 12, by_column)
 
 
 def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path: Path) -> None:
     path, data = tmp_path / "r.jsonl", bytearray(random.Random(3).randbytes(5_000_000))
     path.write_bytes(data)
-    first = source_revision(str(path))
+    first = explore.source_revision(str(path))
     assert first is not None
-    assert first == source_revision(str(path))
+    assert first == explore.source_revision(str(path))
     data[2_400_017] ^= 1  # one bit, far from both ends
     path.write_bytes(data)
-    assert len({first, source_revision(str(path)), source_revision(str(tmp_path)), None}) == 4
+    others = {explore.source_revision(str(place)) for place in (path, tmp_path)}
+    assert len({first, None} | others) == 4
 
 
 # Lengths ------------------------------------------------------------------------------------------
@@ -415,45 +330,38 @@ def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path: Path)
 
 def test_lengths_are_read_with_what_they_were_measured_with(tmp_path: Path) -> None:
     path = tmp_path / "lengths.parquet"
-    schema = LENGTHS_SCHEMA.with_metadata({METADATA_LENGTHS: b'{"model": "m"}'})
+    schema = explore.LENGTHS_SCHEMA.with_metadata({explore.METADATA_LENGTHS: b'{"model": "m"}'})
     pq.write_table(pa.table([[3, 1], [10, 20], [5, 6]], schema=schema), path)
     for name in (tmp_path, path):
-        lengths = read_lengths(str(name))
+        lengths = explore.read_lengths(str(name))
         assert (lengths.index.tolist(), lengths.length.tolist()) == ([3, 1], [10, 20])
         assert lengths.num_tokens is not None
         assert lengths.num_tokens.tolist() == [5, 6]
         assert lengths.settings == {"model": "m"}
     pq.write_table(pa.table({"index": [2, 1], "length": [2, 3]}), path)
-    assert (read_lengths(str(path)).num_tokens, read_lengths(str(path)).settings) == (None, {})
+    lengths = explore.read_lengths(str(path))
+    assert (lengths.num_tokens, lengths.settings) == (None, {})
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("columns", "metadata", "message"),
     [
-        ({"index": [1, 1], "length": [2, 3]}, "occurs twice"),
-        ({"index": [1, 2]}, "no column length"),
-        ({"index": [1, None], "length": [2, 3]}, "null"),
-        ({"index": [1, 2], "length": [2.0, float("nan")]}, "'length' holds double"),
-        ({"index": [1.9, 2.0], "length": [2, 3]}, "'index' holds double"),
-        ({"index": ["a", "b"], "length": [2, 3]}, "'index' holds string"),
-        ({"index": [1, 2], "length": [2, 3], "num_tokens": ["1", "2"]}, "'num_tokens' holds"),
+        ({"index": [1, 1], "length": [2, 3]}, b"{}", "occurs twice"),
+        ({"index": [1, 2]}, b"{}", "no column length"),
+        ({"index": [1, None], "length": [2, 3]}, b"{}", "null"),
+        ({"index": [1.9, 2.0], "length": [2, 3]}, b"{}", "'index' holds double"),
+        ({"index": [1], "length": [2], "num_tokens": ["1"]}, b"{}", "'num_tokens' holds"),
+        ({"index": [1], "length": [2]}, b"[1]", r"l\.parquet: .* damaged"),
+        ({"index": [1], "length": [2]}, b"\xff", r"l\.parquet: .* damaged"),
     ],
 )
 def test_lengths_that_cannot_be_joined_are_refused(
-    columns: dict[str, Any], message: str, tmp_path: Path
+    columns: dict[str, Any], metadata: bytes, message: str, tmp_path: Path
 ) -> None:
-    pq.write_table(pa.table(columns), tmp_path / "l.parquet")
-    with pytest.raises(SourceError, match=message):
-        read_lengths(str(tmp_path / "l.parquet"))
-
-
-@pytest.mark.parametrize("damage", [b"{", b"[1]", b"\xff"])
-def test_lengths_with_damaged_metadata_are_refused(damage: bytes, tmp_path: Path) -> None:
-    table = pa.table({"index": [1], "length": [2]})
-    table = table.replace_schema_metadata({METADATA_LENGTHS: damage})
+    table = pa.table(columns).replace_schema_metadata({explore.METADATA_LENGTHS: metadata})
     pq.write_table(table, tmp_path / "l.parquet")
-    with pytest.raises(SourceError, match=r"l\.parquet: its metadata .* damaged"):
-        read_lengths(str(tmp_path / "l.parquet"))
+    with pytest.raises(SourceError, match=message):
+        explore.read_lengths(str(tmp_path / "l.parquet"))
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -477,8 +385,7 @@ def test_memory_stays_flat_while_a_stream_grows_tenfold(tmp_path: Path) -> None:
         for count in (1_000, 10_000)
         for kind in ("jsonl", "parquet")
     ]
-    command = [sys.executable, "-c", WATCH, *paths]
-    done = run_process(command, cwd=ROOT)
+    done = run_process([sys.executable, "-c", WATCH, *paths], cwd=ROOT)
     assert done.code == 0, done.stderr
     _, small, lines, parquet = map(int, done.stdout.split())
     assert lines - small < 30, f"peak memory grew from {small} to {lines} MB (JSON lines)"

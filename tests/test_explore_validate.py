@@ -23,20 +23,10 @@ from small_output import (
 )
 
 import explore_logits as explore
-from explore_logits import (
-    METADATA_PART,
-    ValidationReport,
-    hash_ids,
-    load_extraction_config,
-    pack_indices,
-    unpack_indices,
-    validate_output,
-)
+from explore_logits import METADATA_PART, ValidationReport, hash_ids, pack_indices, validate_output
 
 STORED = SETTINGS | {"store_tokens": True}
 ROWS = random_rows(18, settings=STORED, seed=8)
-
-
 SHARD, ROW = "data/part-00001.parquet", 5  # where the damage is done: row 13 of the output
 Row = dict[str, Any]
 HURT: Row = ROWS[8 + ROW]
@@ -44,7 +34,7 @@ SIZES = np.array(HURT["top_counts"])
 TOKEN = int(np.flatnonzero((SIZES >= 4) & (SETTINGS["top_p_max"] > SIZES))[0])  # of many entries
 AT, END = (int(SIZES[:n].sum()) for n in (TOKEN, TOKEN + 1))  # where they stand
 TOP_IDS, TAIL_IDS = (
-    np.array(unpack_indices(HURT[f"{part}_indices_low"], HURT[f"{part}_indices_high"]))
+    np.array(explore.unpack_indices(HURT[f"{part}_indices_low"], HURT[f"{part}_indices_high"]))
     for part in ("top", "sampled")
 )
 LEVELS = HURT["top_logits_quantized"]
@@ -87,11 +77,6 @@ TIED = {  # every level is 0, ids ascend but for the first two
     "top_logits_quantized": [*LEVELS[:AT], *[0] * (END - AT), *LEVELS[END:]],
     **item("top_min", TOKEN, HURT["top_max"][TOKEN]),
 }  # fmt: skip
-SHRUNK = {  # the last entry of a nucleus that no cap cut is gone
-    **ids("top", np.delete(TOP_IDS, END - 1)),
-    "top_logits_quantized": [*LEVELS[: END - 2], 0, *LEVELS[END:]],
-    **item("top_counts", TOKEN, int(SIZES[TOKEN]) - 1),
-}
 half = TAIL_IDS.size // 2
 # what is wrong: the rule that says so, and what the row holds instead
 DAMAGE: dict[str, tuple[str, Row]] = {
@@ -103,9 +88,7 @@ DAMAGE: dict[str, tuple[str, Row]] = {
     **{
         f"{name} too short": ("length", {name: HURT[name][:-1]})
         for name in (
-            "top_counts", "top_indices_low", "top_indices_high", "top_logits_quantized", "top_min",
-            "top_max", "logsumexp", "sampled_indices_low", "sampled_logits_quantized",
-            "sampled_min", "token_positions")
+            "top_counts", "top_indices_high", "logsumexp", "sampled_indices_low", "token_positions")
     },
     "fewer tail tokens than drawn": ("tail count", {
         **ids("sampled", TAIL_IDS[:half]),
@@ -127,12 +110,10 @@ DAMAGE: dict[str, tuple[str, Row]] = {
         **item("top_min", TOKEN, HURT["top_max"][TOKEN]),
         **item("top_max", TOKEN, HURT["top_min"][TOKEN])}),
     "a range that is not a number": ("range", item("top_max", 0, float("nan"))),
-    "an infinite range": ("range", item("sampled_max", 0, float("inf"))),
     "a tail above the nucleus": ("tail", shift_range("sampled", 30.0)),
     "a log-sum-exp that is not finite": ("logsumexp", item("logsumexp", 0, float("-inf"))),
     "a log-sum-exp below the largest logit": ("logsumexp", shift_logsumexp(HURT, -40.0)),
     "probabilities over one": ("sum", shift_logsumexp(HURT, -0.5)),
-    "a nucleus short of top_p": ("mass", SHRUNK),
     "a nucleus with less mass": ("mass", shift_logsumexp(HURT, 0.2)),
     "a nucleus larger than needed": ("minimal", shift_range("top", 0.5)),
     "a position past the text": ("positions", item("token_positions", -1, 10**6)),
@@ -189,24 +170,18 @@ def retype(table: pa.Table) -> pa.Table:
 
 FILE_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "truncated": ("unreadable", lambda s: s.write_bytes(s.read_bytes()[:-200])),
-    "empty file": ("unreadable", lambda s: s.write_bytes(b"")),
     "no Parquet at all": ("unreadable", lambda s: s.write_text("hello " * 100)),
-    "damaged pages": (
-        "unreadable",
-        lambda s: s.write_bytes(s.read_bytes()[:40] + bytes(360) + s.read_bytes()[400:]),
-    ),
+    "damaged pages": ("unreadable", lambda s: s.write_bytes(
+        s.read_bytes()[:40] + bytes(360) + s.read_bytes()[400:])),
     "no rows": ("empty", lambda s: rewrite(s, lambda t: t.slice(0, 0))),
     "a column missing": ("columns", lambda s: rewrite(s, lambda t: t.drop_columns(["top_max"]))),
     "another order": ("columns", lambda s: rewrite(s, lambda t: t.select(t.column_names[::-1]))),
-    "a column more": ("columns", lambda s: rewrite(s, lambda t: t.append_column("x", t["index"]))),
     "another type": ("type", lambda s: rewrite(s, retype)),
     "no metadata": ("metadata", lambda s: describe(s, None)),
     "another run's settings": ("settings", lambda s: describe(s, {"seed": 43, "top_p": 0.9})),
-    "the shard twice": (
-        "twice",
-        lambda s: (s.parent / "part-00007.parquet").write_bytes(s.read_bytes()),
-    ),
-}
+    "the shard twice": ("twice", lambda s: s.with_name("part-00007.parquet").write_bytes(
+        s.read_bytes())),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "damage"), FILE_DAMAGE.values(), ids=FILE_DAMAGE.keys())
@@ -223,16 +198,15 @@ def test_damage_to_a_file_is_caught_and_named(
 @pytest.mark.parametrize(
     "change",
     [{"top_p": "most"}, {"logit_bits": 10**9}, {"vocab_size": [5]}, {"top_p_max": True},
-     {"sampled_n": -1}, {"top_p": float("nan")}, {"model": 7}, {"messages_col": ["a"]}],
+     {"sampled_n": -1}, {"top_p": float("nan")}, {"model": 7}],
 )  # fmt: skip
 def test_absurd_settings_are_refused_by_name(tmp_path: Path, change: Row) -> None:
-    output = write_output(tmp_path, ROWS, settings=STORED)
+    output, (name,) = write_output(tmp_path, ROWS, settings=STORED), change
     describe(output / SHARD, change)
     report = validate_output(output)
-    assert report.counts == {"settings": 1}
-    assert next(iter(change)) in str(report)
-    assert report.rows == 18
-    with pytest.raises(explore.FormatError, match=next(iter(change))):
+    assert (report.counts, report.rows) == ({"settings": 1}, 18)
+    assert name in str(report)
+    with pytest.raises(explore.FormatError, match=name):
         explore.compute_dataset_stats([output / SHARD])
     assert explore.get_sample([output / SHARD])["index"] == 8
 
@@ -261,40 +235,19 @@ def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path: Path) ->
     output = write_output(tmp_path, ROWS, settings=STORED)
     sizes = {f"data/{path.name}": path.stat().st_size for path in (output / "data").iterdir()}
     shards = {path: {"bytes": size} for path, size in sizes.items()}
-    for change, wrong in (
-        ({}, []),
-        ({SHARD: {"bytes": 5}}, [SHARD]),
-        ({"data/part-00009.parquet": {"bytes": 5}}, ["data/part-00009.parquet"]),
+    more = "data/part-00009.parquet"
+    fewer = {path: size for path, size in shards.items() if path != SHARD}
+    for listed, wrong in (
+        (shards, []),
+        (shards | {SHARD: {"bytes": 5}}, [SHARD]),
+        (shards | {more: {"bytes": 5}}, [more]),
+        (fewer, [SHARD]),
+        (3, ["checkpoint.json"]),
     ):
-        (output / "checkpoint.json").write_text(json.dumps({"shards": shards | change}))
+        (output / "checkpoint.json").write_text(json.dumps({"shards": listed}))
         report = validate_output(output)
         assert [violation.shard for violation in report.violations] == wrong
         assert set(report.counts) <= {"checkpoint"}
-    del shards[SHARD]
-    for text in (json.dumps({"shards": shards}), "[]", "{"):
-        (output / "checkpoint.json").write_text(text)
-        assert validate_output(output).counts == {"checkpoint": 1}
-
-
-def test_several_kinds_of_damage_are_all_reported(tmp_path: Path) -> None:
-    changes = [(0, {"top_min": None}), (16, {"top_counts": [1]}), (17, {"index": 3})]
-    rows = put(ROWS, *((at, ROWS[at] | change) for at, change in changes))
-    rows = put(rows, (8 + ROW, HURT | DAMAGE["ascending nucleus logits"][1]))
-    output = write_output(tmp_path, rows, settings=STORED)
-    (output / "extraction_config.json").write_text("{not json")
-    report = validate_output(output)
-    assert {"settings", "null", "order", "length", "twice"} <= report.counts.keys()
-    shards = {f"data/part-0000{number}.parquet" for number in range(3)}
-    assert {v.shard for v in report.violations} == {*shards, "extraction_config.json"}
-
-
-def test_a_flood_of_violations_is_counted_but_not_listed(tmp_path: Path) -> None:
-    rows = [row | shift_logsumexp(row, -40.0) for row in ROWS]
-    report = validate_output(write_output(tmp_path, rows, settings=STORED))
-    tokens = sum(row["num_tokens"] for row in rows)
-    assert report.counts["logsumexp"] == tokens
-    assert len(report.violations) <= 3 * 10 * len(report.counts)
-    assert f"logsumexp {tokens}" in str(report)
 
 
 # Parts --------------------------------------------------------------------------------------------
@@ -314,27 +267,6 @@ def change_part(shard: Path, **changes: Any) -> None:
     part = {**json.loads(table.schema.metadata[METADATA_PART]), **changes}
     metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), shard)
-
-
-def test_what_a_writer_added_after_the_schema_is_read_as_well(tmp_path: Path) -> None:
-    """Such entries stand in the footer alone, not in the copy of the schema that Arrow reads."""
-    output = in_parts(tmp_path)
-    sizes = {}
-    for shard in output.glob("data/*.parquet"):
-        table = pq.read_table(shard)
-        entries = table.schema.metadata
-        table = table.replace_schema_metadata(None)
-        with pq.ParquetWriter(shard, table.schema) as writer:
-            writer.write_table(table)
-            writer.add_key_value_metadata(entries)
-        assert not pq.read_schema(shard).metadata
-        sizes[int(shard.stem.removeprefix("part-"))] = shard.stat().st_size
-    checkpoint = json.loads((output / "checkpoint.json").read_text())
-    checkpoint["parts"]["bytes"] = [sizes[number] for number in checkpoint["parts"]["number"]]
-    (output / "checkpoint.json").write_text(json.dumps(checkpoint))
-    (output / "extraction_config.json").unlink()
-    assert validate_output(output).violations == []
-    assert load_extraction_config(output)["rows_per_part"] == 6
 
 
 def test_a_sound_output_in_parts_has_no_violations(tmp_path: Path) -> None:
@@ -395,13 +327,11 @@ def test_without_an_order_that_is_known_only_whole_parts_are_compared_with_their
 
 def test_a_checkpoint_that_lists_other_parts_is_named(tmp_path: Path) -> None:
     output = in_parts(tmp_path)
-    content = json.loads((output / "checkpoint.json").read_text())["parts"]
-    records = [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)]
-    for record in records:
-        record["skipped"] = {}
+    columns = json.loads((output / "checkpoint.json").read_text())["parts"]
+    names, rows = list(columns), zip(*columns.values(), strict=True)
+    records = [{**dict(zip(names, row, strict=True)), "skipped": {}} for row in rows]
     for change in ({"bytes": 5}, {"ids": "0" * 16}, {"tokens": 1}):
-        changed = [{**r, **(change if r["number"] == 1 else {})} for r in records]
-        write_checkpoint(output, changed, "")
+        write_checkpoint(output, put(records, (1, records[1] | change)), "")
         report = validate_output(output)
         assert report.counts == {"checkpoint": 1}, str(report)
         assert report.violations[0].shard == SHARD
@@ -424,17 +354,3 @@ def test_the_command_exits_3_and_names_shard_row_token_and_rule(
     assert f"{SHARD}, row {ROW}, token " in shown
     assert "order: nucleus logits ascend" in shown
     assert json.loads(shown.splitlines()[-1])["violations"] == {"order": 1}
-
-
-def test_what_is_asked_for_together_is_done_together(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = str(write_output(tmp_path / "one", ROWS, settings=STORED))
-    assert explore.main([output, "--validate", "--stats", "--compare", output]) == 0
-    shown = capsys.readouterr().out
-    assert "valid: 3 shards, 18 rows" in shown
-    assert "covered by nucleus" in shown
-    assert "rows in common      18" in shown
-    summary = json.loads(shown.splitlines()[-1])
-    assert summary["bytes_per_token"] > 0
-    assert (summary["violations"], summary["common_rows"]) == ({}, 18)

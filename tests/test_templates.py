@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from functools import cache
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from chat_shapes import SHAPES, calls, says, stock, template_names, tools_of, user
-from jinja2 import UndefinedError
+from chat_shapes import SHAPES, says, stock, template_names, user
 from template_reference import words_of
 from template_table import build_table, try_template
 from transformers.utils import chat_template_utils as utils
 
 from explore_logits import (
-    ConversationError,
     EncodedConversation,
     encode_conversation,
     prepare_template,
 )
 
 NAMES = template_names()
-# Older versions hide reasoning from some templates, see the test of the same tokens.
+# Older versions of transformers hide the reasoning from some templates.
 REASONED = (
     ("reasoning apart", "reasoning at times") if hasattr(utils, "_alias_reasoning_fields") else ()
 )
-MARKED = [name for name in NAMES if "{% generation %}" in (stock(name).chat_template or "")]
 
 
-@cache
-def encode(name: str, shape: str, **options: Any) -> EncodedConversation | None:
+def encode(name: str, shape: str) -> EncodedConversation | None:
     """Encode a shape with a stock template; None where the template refuses it."""
-    if not options:
-        return try_template(name)[shape].encoded
-    try:
-        return encode_conversation(SHAPES[shape], stock(name), tools=tools_of(shape), **options)
-    except ConversationError:
-        return None
+    return try_template(name)[shape].encoded
 
 
 def taken(name: str, encoded: EncodedConversation | None) -> str:
@@ -82,100 +68,6 @@ def test_text_is_what_transformers_renders_and_nothing_is_said_to_be_hidden(name
         assert encoded.notes == ()
         if shape in (*shapes, *REASONED) and not prepare_template(stock(name)).parts:
             assert encoded.text == stock(name).apply_chat_template(SHAPES[shape], tokenize=False)
-
-
-@pytest.mark.parametrize("name", MARKED)
-def test_with_everything_included_markers_give_the_mask_of_transformers(name: str) -> None:
-    """Some markers take in the generation prompt, which no assistant writes: that is cut."""
-    template = prepare_template(stock(name))
-    assert template.marked
-    if template.parts:
-        pytest.skip("content is given as parts")
-    for shape in ("single turn", "many turns", "tool", *REASONED):
-        encoded = encode(name, shape, include_think=True, include_end=True)
-        if encoded is None:
-            continue
-        try:
-            theirs = stock(name).apply_chat_template(
-                SHAPES[shape],
-                tools=tools_of(shape),
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except (UndefinedError, TypeError):
-            continue  # it wants null where content is lacking, which only we give it
-        assert theirs["input_ids"] == encoded.input_ids.tolist()
-        inside = set(encoded.token_positions.tolist())
-        marked = set(np.flatnonzero(theirs["assistant_masks"]).tolist())
-        cut = [stock(name).decode(int(encoded.input_ids[at])) for at in sorted(marked - inside)]
-        assert not inside - marked
-        assert all(token in template.prompt for token in cut)
-
-
-@pytest.mark.skipif(not version("trl").startswith("1.16."), reason="a digest of trl 1.16")
-def test_every_version_of_transformers_gives_the_same_tokens() -> None:
-    """The digest is what 5.16.1 and 5.24.0 give; the newer one rewrites messages itself."""
-    found: dict[str, Any] = {}
-    for name, shape in product(NAMES, SHAPES):
-        outcome: Any = None
-        for key in ("reasoning_content", "thinking", "reasoning"):
-            chat = [
-                {key if k == "reasoning_content" else k: v for k, v in message.items()}
-                for message in SHAPES[shape]
-            ]
-            if outcome is None or chat != SHAPES[shape]:  # else it is the same conversation
-                outcome = outline(name, shape, chat)
-            found[f"{name} {key} {shape}"] = outcome
-    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    assert digest[:16] == "b953a6ed211a76b2"
-
-
-def outline(name: str, shape: str, chat: list[dict[str, Any]]) -> Any:
-    """Return text, ids and positions of a conversation, or why there are none."""
-    try:
-        encoded = encode(name, shape) if chat == SHAPES[shape] else None
-        if encoded is None or "strftime_now" in stock(name).chat_template:
-            encoded = encode_conversation(
-                chat, stock(name), tools=tools_of(shape), date="2026-01-01"
-            )
-    except ConversationError as error:
-        return error.reason
-    return encoded.text, encoded.input_ids.tolist(), encoded.token_positions.tolist()
-
-
-GIVES = {"type": "function", "function": {"name": "find_weather", "parameters": {}}}
-
-
-ASKED, SAID = [user("amber?")], says("Birch bark.")
-HIDDEN: list[tuple[str, list[dict[str, Any]], Any, str]] = [
-    *((name, [*ASKED, SAID], [GIVES], "the tools") for name in ("deepseekv3", "phi3")),
-    *(
-        (name, [{"role": "developer", "content": "Heath."}, *ASKED, SAID], None, "developer")
-        for name in ("qwen3", "glm4moe")
-    ),
-    *(
-        (name, [*ASKED, calls(text)], None, "tool calls")
-        for name, text in product(("phi3_5", "lfm2"), ("", None))
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "chat", "tools", "hidden"), HIDDEN)
-def test_what_a_template_does_not_show_is_noted(
-    name: str, chat: list[dict[str, Any]], tools: Any, hidden: str
-) -> None:
-    (note,) = encode_conversation(chat, stock(name), tools=tools).notes
-    assert hidden in note
-
-
-def test_what_stands_between_two_messages_is_told_apart() -> None:
-    """Replacing what turns say could not tell whose a line break is, and refused llava."""
-    encoded = encode("deepseek_r1_distill", "tool, then more", include_end=True)
-    assert encoded is not None
-    assert "<｜end▁of▁sentence｜>\n<｜tool▁output▁begin｜>Snowy." in encoded.text
-    assert "\n" not in taken("deepseek_r1_distill", encoded)
-    encoded = encode("llava_next", "two answers in a row", include_end=True)
-    assert taken("llava_next", encoded) == " Birch bark.</s>  Dune.</s> "
 
 
 @pytest.mark.parametrize("name", NAMES)
