@@ -188,7 +188,7 @@ def measure_source(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, ConnectionError) as error:  # or it died while it started
         raise LengthsError(
             "a worker process died, perhaps for lack of memory: lower --num-proc or --batch-size"
         ) from error

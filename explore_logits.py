@@ -42,6 +42,7 @@ import json
 import logging
 import lzma
 import math
+import multiprocessing
 import re
 import shutil
 import tempfile
@@ -2346,7 +2347,8 @@ class Store:
         if not self.on_hub:
             with pa.OSFile(self._locate(path)) as source:
                 file = pq.ParquetFile(source, **options)
-                return file.read_row_groups(list(groups), wanted).select(wanted)
+                alone = multiprocessing.parent_process() is None  # else others have the processors
+                return file.read_row_groups(list(groups), wanted, use_threads=alone).select(wanted)
         spans = []
         for group in map(footer.row_group, groups):
             for chunk in map(group.column, range(group.num_columns)):
@@ -5688,9 +5690,10 @@ class LogitIterableDataset:
         if not 0 <= self.rank < self.world_size:
             raise LogitsError(f"rank {self.rank} is not in 0..{self.world_size - 1}")
         torch.utils.data.IterableDataset.register(type(self))  # so that no import needs torch
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on
+        # In memory that workers share with this process, those too that outlive an epoch.
+        self._epoch, self._by_workers = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._skip = 0  # rows that the next pass leaves out, since they were given before
-        self._rows: int | None = None  # given in this pass; None where other processes give them
+        self._rows: int | None = None  # given in the last pass of this process; None: there is none
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_second_division()
@@ -5714,6 +5717,7 @@ class LogitIterableDataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._refuse_second_division()
         worker = import_extra("torch.utils.data").get_worker_info()
+        self._by_workers.fill_(worker is not None)
         if worker is not None:  # files that the main process has open are not for two
             self.output = LogitDataset(self.output.store, self.output.sizes)
         runs = self.iter_runs(*((worker.id, worker.num_workers) if worker else ()), skip=self._skip)
@@ -5804,7 +5808,8 @@ class LogitIterableDataset:
         Raises:
             LogitsError: no row was given out in this process; workers may have given some.
         """
-        if self._rows is None:
+        in_worker = import_extra("torch.utils.data").get_worker_info() is not None
+        if self._rows is None or (self._by_workers and not in_worker):
             raise LogitsError(
                 "no row was given out in this process: with workers, take torchdata's "
                 "StatefulDataLoader and its own state_dict, which asks them"
@@ -5826,6 +5831,7 @@ class LogitIterableDataset:
             if state[name] != value:
                 raise LogitsError(f"the state is of {name} {state[name]}, this is {value}")
         self._epoch.fill_(state["epoch"])
+        self._by_workers.fill_(False)
         self._skip = self._rows = state["rows"]
 
     def as_datasets(self) -> Any:

@@ -99,6 +99,20 @@ def test_a_batch_points_each_token_at_the_position_that_predicts_it(output: Path
         assert not found[:, width:].any()
 
 
+def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(output: Path) -> None:
+    rows = list(LogitIterableDataset(output, seed=None))[:6]
+    whole = collate_logits(rows)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(*whole["input_ids"].shape, STORED["vocab_size"], generator=generator)
+    each = distillation_loss(logits, whole, reduction="none")
+    pieces = [
+        distillation_loss(logits[part], {k: v[part] for k, v in whole.items()}, reduction="none")
+        for part in (slice(0, 2), slice(2, 6))
+    ]
+    torch.testing.assert_close(torch.cat(pieces), each)
+    assert each.numel() == sum(row["teacher_positions"].size for row in rows)
+
+
 def test_a_batch_is_cut_and_filled_to_the_length_that_is_wanted(output: Path) -> None:
     rows = list(LogitIterableDataset(output, seed=None))[:6]
     short = list(LogitIterableDataset(output, seed=None, max_seq_len=6))[:6]
@@ -215,10 +229,13 @@ def test_a_state_of_another_division_or_output_is_refused(output: Path, tmp_path
     ):
         with pytest.raises(LogitsError, match=named):
             LogitIterableDataset(place, **options).load_state_dict(first.state_dict())
-    in_workers: Any = LogitIterableDataset(output, seed=2)
-    next(iter(make_loader(in_workers, workers=1)))
-    with pytest.raises(LogitsError, match="take torchdata's StatefulDataLoader"):
-        in_workers.state_dict()
+    for looked_at in (False, True):
+        in_workers: Any = LogitIterableDataset(output, seed=2)
+        if looked_at:
+            next(iter(in_workers))
+        next(iter(make_loader(in_workers, workers=1)))
+        with pytest.raises(LogitsError, match="take torchdata's StatefulDataLoader"):
+            in_workers.state_dict()
 
 
 def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, hub: LoopbackHub) -> None:
