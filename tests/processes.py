@@ -73,6 +73,17 @@ def run_process(
     return Finished(process.returncode, *said)
 
 
+def run_code(code: str, *words: object, **options: Any) -> Finished:
+    """Run a program in a fresh Python; options are those of `run_process`.
+
+    Raises:
+        AssertionError: it failed, or did not end.
+    """
+    done = run_process([sys.executable, "-c", code, *words], **options)
+    assert done.code == 0, done.stderr
+    return done
+
+
 class Child:
     """A fork of this process: starts in milliseconds, with everything imported.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHATS, ROOT, TEACHER, run_script
-from processes import run_process
+from processes import run_code, run_process
 from small_output import SETTINGS, random_rows, write_output
 
 import explore_logits
@@ -27,13 +27,6 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_output(tmp_path_factory.mktemp("cli"), rows, settings=STORED)
 
 
-def run_python(script: str) -> str:
-    """Run a program beside the scripts and return what it prints."""
-    done = run_process([sys.executable, "-c", script], cwd=ROOT)
-    assert done.code == 0, done.stderr
-    return done.stdout
-
-
 # The module itself --------------------------------------------------------------------------------
 
 
@@ -41,12 +34,13 @@ def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(
     output: Path,
 ) -> None:
     heavy = [name for name in HEAVY if name != "pandas"]  # pyarrow looks for it by itself
-    lines = run_python(
+    lines = run_code(
         f"import sys, explore_logits as e; print([m for m in {HEAVY} if m in sys.modules]);"
         f"name = {str(output)!r}; s = e.get_sample(name, 3);"
         "e.decode_top_tokens(s, 0); e.print_sample_info(s); e.validate_output(name);"
-        f"print([m for m in {heavy} if m in sys.modules])"
-    ).splitlines()
+        f"print([m for m in {heavy} if m in sys.modules])",
+        cwd=ROOT,
+    ).stdout.splitlines()
     assert lines[0] == lines[-1] == "[]"
 
 
@@ -60,14 +54,15 @@ MISSING = [
 
 
 def test_a_missing_package_is_named_with_what_brings_it(output: Path) -> None:
-    said = run_python(
+    said = run_code(
         f"import sys, explore_logits as e\nd = {str(output)!r}\ns = e.get_sample(d)\n"
         f"for module, call, _ in {MISSING}:\n"
         "    sys.modules[module] = None\n"
         "    try:\n        eval(call)\n"
         "    except e.LogitsError as error:\n        print(error)\n"
-        "    del sys.modules[module]\n"
-    ).splitlines()
+        "    del sys.modules[module]\n",
+        cwd=ROOT,
+    ).stdout.splitlines()
     for line, (module, _, remedy) in zip(said, MISSING, strict=True):
         assert f"{module} is needed" in line
         assert remedy in line

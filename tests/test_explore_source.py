@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from processes import run_process
+from processes import run_code
 
 import explore_logits as explore
 from explore_logits import ConversationColumns, SourceError, Stream, open_source, read_conversation
@@ -385,8 +385,7 @@ def test_memory_stays_flat_while_a_stream_grows_tenfold(tmp_path: Path) -> None:
         for count in (1_000, 10_000)
         for kind in ("jsonl", "parquet")
     ]
-    done = run_process([sys.executable, "-c", WATCH, *paths], cwd=ROOT)
-    assert done.code == 0, done.stderr
+    done = run_code(WATCH, *paths, cwd=ROOT)
     _, small, lines, parquet = map(int, done.stdout.split())
     assert lines - small < 30, f"peak memory grew from {small} to {lines} MB (JSON lines)"
     assert parquet - lines < 30, f"peak memory grew from {lines} to {parquet} MB (Parquet)"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from processes import run_process
+from processes import run_code
 from test_extract_extraction import CASES
 
 NO_TRITON = pytest.mark.skipif(
@@ -66,8 +65,7 @@ def run_with_triton(code: str, tmp_path: Path, interpret: str) -> tuple[list[str
     paths = ["tests", ".", os.environ.get("PYTHONPATH", "")]
     env = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path)}
     env |= {"TRITON_INTERPRET": interpret}
-    done = run_process([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=env)
-    assert done.code == 0, done.stderr
+    done = run_code(code, cwd=Path(__file__).parent.parent, env=env)
     return done.stdout.splitlines(), done.stderr
 
 

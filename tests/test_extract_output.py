@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from conftest import Extract, Write, rows_of
 from loopback_hub import LoopbackHub
 from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
-from processes import run_process
+from processes import run_code
 from shard_rows import SETTINGS, make_rows, stored
 
 import extract_logits
@@ -518,8 +517,7 @@ def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(
     )
     env = {"HF_ENDPOINT": repo.hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
     code, env["HF_HUB_OFFLINE"] = f"{snippet[1]}\n{more}", "0"
-    done = run_process([sys.executable, "-c", code], env=env, cwd=tmp_path)
-    assert done.code == 0, done.stderr
+    done = run_code(code, env=env, cwd=tmp_path)
     loaded = f"['train'] {list(range(20))} {SCHEMA.names}"
     assert done.stdout.splitlines()[-2:] == ["0 True", loaded]
 

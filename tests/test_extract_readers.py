@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from loopback_hub import LoopbackHub
-from processes import run_process
+from processes import run_code
 from small_output import SETTINGS, random_rows, rows_to_table
 
 from extract_logits import StreamingHFUploader, write_part
@@ -111,8 +110,7 @@ def test_every_reader_reads_an_output_on_the_hub(hub: LoopbackHub, tmp_path: Pat
     uploader.flush(final=True)
     uploader.shutdown()
     home = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path)}
-    done = run_process([sys.executable, "-c", OVER_THE_HUB], env={**home, "HF_HUB_OFFLINE": "0"})
-    assert done.code == 0, done.stderr
+    done = run_code(OVER_THE_HUB, env={**home, "HF_HUB_OFFLINE": "0"})
     want = [
         {k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()}
         for row in table.to_pylist()

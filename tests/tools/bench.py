@@ -41,9 +41,9 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def run_apart(*command: object) -> Any:
+def run_apart(*command: object, env: dict[str, str] | None = None) -> Any:
     """Run a Python program to its end in a process of its own; return its last line, as JSON."""
-    done = run_process([sys.executable, *command], timeout_s=3600, stderr=None)
+    done = run_process([sys.executable, *command], timeout_s=3600, env=env, stderr=None)
     if done.code:
         sys.exit(f"ended with {done.code}: {' '.join(map(str, command))}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -36,7 +36,6 @@ import oracle
 import pyarrow.parquet as pq
 import torch
 import yaml
-from processes import run_process
 
 from explore_logits import DatasetStats, compute_dataset_stats
 
@@ -154,14 +153,10 @@ def write_chats(path: Path, chats: list[Chat]) -> None:
 # The suite, as a user runs it ---------------------------------------------------------------------
 
 
-def run(script: str, *words: object) -> dict[str, Any]:
+def run(script: str, *words: object) -> Any:
     """Run one of the three scripts; returns the JSON object of its last line."""
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, bench.ROOT / script, *words]
-    done = run_process(command, timeout_s=3600, env=env, stderr=None)
-    if done.code:
-        raise SystemExit(f"{script} ended with {done.code}: {' '.join(map(str, command))}")
-    return done.summary
+    return bench.run_apart(bench.ROOT / script, *words, env=env)
 
 
 @dataclass(frozen=True)
