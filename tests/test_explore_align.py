@@ -317,3 +317,36 @@ def test_pipes_get_the_text_as_it_is(
     assert "\x1b" not in done.stdout
     body = re.sub(r"\{[^{}]*%\}", "", done.stdout)
     assert all(text.strip() in body for text in texts)
+
+
+@pytest.mark.parametrize(("width", "colour"), [(80, True), (120, False)])
+def test_words_stay_whole_and_are_coloured_or_marked(
+    output: Path, width: int, colour: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    for row in range(6):
+        analysis = execute_analysis(output, row)
+        coloured = explore.visualize_conversation_probabilities(analysis)
+        shown = re.sub("\x1b\\[[0-9;]*m", "", coloured)
+        assert (coloured != shown) == colour
+        body = shown.split("\n\n", 1)[1]
+        texts = explore.join_characters([text for text, _ in analysis.pieces])
+        whole = explore.show_text("".join(texts))
+        if colour:
+            assert body.split() == whole.split(), "only spaces became line breaks"
+        else:
+            unlikely = [token for token in analysis.tokens if token.probability < 0.5]
+            assert shown.count("{") >= len(unlikely)
+            assert ("{≤" in shown) or all(token.exact for token in analysis.tokens)
+        for line in shown.split("\n"):
+            assert explore.count_columns(line) <= width or " " not in line.strip()
+    sample = explore.quick_explore(output, 1)
+    shown = capsys.readouterr().out
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert "its first 3 tokens:" in shown
+    assert "#" not in shown.split("tokens:")[1], "words are found from the output"
+    explore.print_top_tokens(sample, 0)
+    assert "#" not in capsys.readouterr().out

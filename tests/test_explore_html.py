@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_output import SETTINGS, random_rows
+from small_output import SETTINGS, random_rows, write_output
 
 import explore_logits as explore
 from explore_logits import ConversationAnalysis, get_sample, render_page
@@ -141,7 +141,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """Load a page, and make sure at the end that nothing in it failed, fetched or ran wild."""
 
-    def load(page: str) -> Any:
+    def load(page: str, *, theme: str = "light") -> Any:
+        emulate = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", emulate)
         explore.write_page(tmp_path / "page.html", page)
         browser.get((tmp_path / "page.html").as_uri())
         return browser
@@ -234,3 +236,74 @@ def test_the_page_needs_no_script_and_runs_none_but_its_own(
     assert any(
         "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
     )
+
+
+CONTRAST = """
+function channel(c) { c /= 255; return c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4; }
+function light(text) {
+  const [r, g, b] = text.match(/[0-9.]+/g).map(Number);
+  return .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
+}
+function back(node) {
+  for (; node; node = node.parentElement) {
+    const colour = getComputedStyle(node).backgroundColor;
+    if (!/^rgba.*, 0\\)$/.test(colour)) return colour;
+  }
+}
+const shown = "h1, .dim, .legend span, .tok, .text, dt, dd, #box";
+return [...document.querySelectorAll(shown)].map(node => {
+  const one = light(getComputedStyle(node).color), two = light(back(node));
+  return [(Math.max(one, two) + .05) / (Math.min(one, two) + .05), node.className];
+});
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_contrast_in_both_themes(
+    show: Any, plain: list[ConversationAnalysis], theme: str, tmp_path: Path
+) -> None:
+    stats = explore.compute_dataset_stats(write_output(tmp_path / "out", random_rows(6)))
+    browser = show(render_page(plain[:1], stats=stats), theme=theme)
+    press(browser, ARROWS["right"])
+    ratios = browser.execute_script(CONTRAST)
+    assert len(ratios) > 50
+    assert min(ratios)[0] >= 4.5, min(ratios)
+    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (theme == "light")
+    levels = {name for _, name in ratios if name.startswith("b")}
+    assert levels >= {f"b{level}" for level in range(7)}
+
+
+@pytest.fixture
+def phone(browser: Any) -> Iterator[None]:
+    """A screen of 390 by 700 pixels."""
+    size = {"width": 390, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+BOXES = """
+const box = document.getElementById("box").getBoundingClientRect();
+const node = document.querySelector(".on").getBoundingClientRect();
+return [box.top, box.bottom, box.left, box.right, node.top, node.bottom];
+"""
+
+
+def test_the_box_stays_on_the_screen_and_off_its_token(
+    show: Any, plain: list[ConversationAnalysis], phone: None
+) -> None:
+    long = explore.replace(plain[0].tokens[3], text=" many words that wrap" * 6)
+    tokens = [*plain[0].tokens[:3], long, *plain[0].tokens[4:]]
+    pieces = [(long.text if t == 3 else text, t) for text, t in plain[0].pieces]
+    browser = show(render_page([explore.replace(plain[0], tokens=tokens, pieces=pieces)]))
+    wide = browser.execute_script("return document.documentElement.clientWidth")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= wide == 390
+    for t in (0, 3, 5, 40, len(tokens) - 1):
+        for block in ("start", "center", "end"):
+            scroll = f"document.getElementById('s0-t{t}').scrollIntoView({{block: '{block}'}})"
+            browser.execute_script(f"pin(document.getElementById('s0-t{t}')); {scroll}; place()")
+            top, bottom, left, right, above, below = browser.execute_script(BOXES)
+            assert 0 <= left < right <= wide
+            assert bottom <= above or top >= below, (t, block)
+            assert 0 <= top < bottom <= 700
