@@ -12,7 +12,8 @@ Conversations are long answers of the embedded ones. For each teacher and kind o
 - the run: what N conversations more take of it, from 2N and N of them; so start, loading and
   first batches do not count, reading, packing and writing do.
 
-Ends in one JSON line.
+Then what stands beside the teacher and must keep up with it: stored tokens that one processor
+tokenizes, packs and encodes in a second. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
 import torch
-from bench import CHATS, TEACHER, machine, print_head, print_row
+from bench import CHATS, TEACHER, cpu_seconds, machine, print_head, print_row
 from storage_table import encode_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -163,6 +165,34 @@ def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> di
             "tokens/s": tokens / (many - few), "peak memory, GB": peak}  # fmt: skip
 
 
+def keep_up(folder: Path, model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Return stored tokens per processor second of each stage beside the teacher."""
+    job = el.open_job(configure(folder, args, args.conversations, folder / "unused"))
+    part = next(job.selection.parts(args.conversations))
+    source = list(part.read(range(part.ids.size)))
+    rows = encode_rows(job, args.conversations)
+    extraction = el.Extraction(job, mock.Mock())
+    extraction.teacher = el.Teacher(model, vocab_size=job.vocab_size)
+    batches = list(el.token_budget_batches(job.config, rows, args.batch_tokens))
+    results = [extraction.forward(batch).to_host() for batch in batches]
+    extraction.close()
+    pairs = list(zip(results, batches, strict=True))
+
+    def pack() -> list[pa.Table]:
+        return [el.cpu_postprocess_batch(*pair, schema=job.schema).table for pair in pairs]
+
+    table = pa.concat_tables(pack())
+    stages: dict[str, Callable[[], Any]] = {
+        "tokenizing": lambda: [job.encoder.encode(row, 0) for row in source],
+        "packing": pack,
+        "encoding": lambda: el.write_part(folder / "part.parquet", table, job.schema),
+    }
+    tokens = sum(row.token_positions.size for row in rows)
+    return {
+        name: tokens / min(cpu_seconds(work) for _ in range(3)) for name, work in stages.items()
+    }
+
+
 def configure(folder: Path, args: Any, count: int, output: Path) -> el.ExtractionConfig:
     return el.ExtractionConfig(
         model=str(folder / "teacher"), dataset=str(folder / "chats.jsonl"), index_col="id",
@@ -187,6 +217,7 @@ def main() -> None:
     print_head("teacher", "logits", "stored tokens", "forward, s", "on the device, s", "the run, s",
                "forward / run", "tokens/s", "peak memory, GB")  # fmt: skip
     figures: dict[str, dict[str, float]] = {}
+    beside: dict[str, dict[str, float]] = {}
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -203,8 +234,13 @@ def main() -> None:
                 shown += [f"{seconds[0] / seconds[2]:.0%}", f"{found['tokens/s']:,.0f}"]
                 print_row(shape, kind, f"{found['stored tokens']:,}", *shown,
                           f"{found['peak memory, GB']:.1f}")  # fmt: skip
+            beside[shape] = keep_up(folder, model, args)
             del model
-    print(json.dumps({"pipeline": figures}))
+    print()
+    print_head("teacher", *(f"{name}, tokens/s" for name in beside[args.shapes[0]]))
+    for shape, rates in beside.items():
+        print_row(shape, *(f"{rate:,.0f}" for rate in rates.values()))
+    print(json.dumps({"pipeline": figures, "tokens per processor second": beside}))
 
 
 if __name__ == "__main__":
