@@ -6155,9 +6155,9 @@ def distillation_loss(
         logits = logits if student.transform is None else student.transform(logits)
         hot = logits / temperature if temperature != 1 else logits
         found = 0.0
-        if tail_weight != 0 and tail != "ghost":
+        if alpha != 0 and tail_weight != 0 and tail != "ghost":
             found = tail_weight * sparse_divergence(hot, told, divergence)
-        if tail_weight != 1 or tail == "ghost":
+        if alpha != 0 and (tail_weight != 1 or tail == "ghost"):
             share = 1.0 if tail == "ghost" else 1 - tail_weight
             found = found + share * ghost_divergence(hot, told, divergence)
         found = found * (alpha * temperature**2)
@@ -6168,15 +6168,20 @@ def distillation_loss(
             found = found + (1 - alpha) * entropy
         return found
 
-    size = chunk_tokens or max(CHUNK_VALUES // student.vocab, 1)
+    size = max(chunk_tokens or CHUNK_VALUES // student.vocab, 1)
     losses = chunked_losses().apply(flat, student.head, student.bias, where, losses_of, size)
-    total = float(max(losses.numel(), 1))
-    if weights is not None:
-        weights = weights[batch["teacher_positions"] >= 0] if weights.dim() == 2 else weights
-        losses, total = losses * weights, weights.sum()
+    weights = torch.ones_like(losses) if weights is None else weights
+    if weights.shape == batch["teacher_positions"].shape:
+        weights = weights[batch["teacher_positions"] >= 0]
+    if weights.shape != losses.shape:
+        shape, count = tuple(weights.shape), losses.numel()
+        raise LogitsError(f"weights of shape {shape} for {count} tokens: give (B, T) or (N,)")
+    weights = weights.to(losses)
+    losses, total = losses * weights, weights.sum()
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / total
+    # Where nothing is weighed, in a batch without a token for one, there is nothing to learn.
+    return losses.sum() if reduction == "sum" else losses.sum() / total.where(total != 0, 1)
 
 
 def distillation_loss_from_hidden(
@@ -6321,6 +6326,7 @@ def chunked_losses() -> Any:
             )
 
         @staticmethod
+        @torch.autograd.function.once_differentiable  # the slopes hold no graph
         def backward(ctx, outer) -> Any:  # type: ignore[no-untyped-def]
             flat, head, bias, where = ctx.saved_tensors
             slopes = torch.zeros_like(flat)

@@ -320,10 +320,11 @@ def test_a_conversation_cut_before_its_first_extracted_token_stays_and_costs_not
     assert len(rows) == 20, "ranks and batches are counted in rows"
     batch = collate_logits([row for row in rows if row["teacher_positions"].size == 0])
     logits = torch.zeros(*batch["input_ids"].shape, 300, requires_grad=True)
-    loss = distillation_loss(logits, batch)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert float(loss.detach()) == 0
-    assert not gradient.any()
+    for weights in (None, torch.zeros(batch["teacher_positions"].shape)):
+        loss = distillation_loss(logits, batch, weights=weights)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert float(loss.detach()) == 0
+        assert not gradient.any()
 
 
 def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: Path) -> None:
