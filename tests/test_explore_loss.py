@@ -298,6 +298,8 @@ def test_from_hidden_states_the_loss_and_every_gradient_are_those_of_the_logits(
         chunk_tokens=3, **how,
     )  # fmt: skip
     torch.testing.assert_close(found, wanted)
+    (slope,) = torch.autograd.grad(found.sum(), hidden, create_graph=True)
+    assert not slope.requires_grad, "a second derivative would be that of the head alone"
     assert_same_gradients(found, wanted, leaves, atol=1e-5, rtol=1e-4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import re
 import sys
 from collections import Counter
@@ -123,6 +124,9 @@ def test_a_batch_is_cut_and_filled_to_the_length_that_is_wanted(output: Path) ->
         torch.testing.assert_close(found[name], wanted[name])
     assert (found["input_ids"][:, :6] == wanted["input_ids"]).all()
     assert not found["attention_mask"][:, 6:].any()
+    for length in (0, -1):
+        with pytest.raises(LogitsError, match=f"cut at {length} tokens nothing is left"):
+            collate_logits(rows, max_length=length)
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
@@ -225,10 +229,13 @@ def test_a_state_of_another_division_or_output_is_refused(output: Path, tmp_path
     for place, options, named in (
         (output, {"seed": 1}, "seed 2, this is 1"),
         (output, {"seed": 2, "rank": 1, "world_size": 2}, "rank 0, this is 1"),
+        (output, {"seed": 2, "world_size": 2}, "world_size 1, this is 2"),
         (more, {"seed": 2}, "dataset_rows 20, this is 30"),
     ):
         with pytest.raises(LogitsError, match=named):
             LogitIterableDataset(place, **options).load_state_dict(first.state_dict())
+    with pytest.raises(LogitsError, match="seed None, this is 2"):
+        first.load_state_dict({"_snapshot": {}})
     for looked_at in (False, True):
         in_workers: Any = LogitIterableDataset(output, seed=2)
         if looked_at:
@@ -251,17 +258,31 @@ def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, hub: Lo
         assert_same(there, here)
 
 
-@pytest.mark.parametrize("dispatch", [None, False])
-def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: bool | None) -> None:
+def prepare(dataset: Any, rank: int = 0, of: int = 1, *, dispatch: bool | None = False) -> Any:
+    """Return a loader as accelerate prepares it for one of its processes."""
     from accelerate.data_loader import prepare_data_loader
 
-    dataset: Any = LogitIterableDataset(output, seed=2)
-    how: Any = {"num_processes": 1, "process_index": 0, "dispatch_batches": dispatch}
+    how: Any = {"num_processes": of, "process_index": rank, "dispatch_batches": dispatch}
     cpu = torch.device("cpu")
-    loader: Any = prepare_data_loader(make_loader(dataset), cpu, put_on_device=True, **how)
+    return prepare_data_loader(make_loader(dataset), cpu, put_on_device=True, **how)
+
+
+@pytest.mark.parametrize("dispatch", [None, False])
+def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: bool | None) -> None:
+    dataset: Any = LogitIterableDataset(output, seed=2)
+    loader = prepare(dataset, dispatch=dispatch)
     assert_same(loader, make_loader(dataset))
     loader.set_epoch(1)
     assert dataset.epoch == 1
+
+
+def test_accelerate_divides_rows_among_processes_when_the_dataset_does_not(output: Path) -> None:
+    seen: Counter[int] = Counter()
+    for rank in range(2):
+        dataset = LogitIterableDataset(output, seed=2, rank=0, world_size=1)
+        seen.update(indices(prepare(dataset, rank, 2)))
+    assert set(seen) == set(range(20))
+    assert seen.total() == 24, "4 rounds of 2 batches, and the last is filled up"
 
 
 def test_ranks_come_from_the_environment_but_not_under_accelerate(
@@ -277,8 +298,9 @@ def test_ranks_come_from_the_environment_but_not_under_accelerate(
     with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
         LogitIterableDataset(output, rank=2, world_size=2)
     monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": 2})
-    with pytest.raises(LogitsError, match="divides the rows of a loader"):
-        next(iter(dataset))
+    for use in (iter, pickle.dumps):
+        with pytest.raises(LogitsError, match="divides the rows of a loader"):
+            use(dataset)
     assert len(indices(LogitIterableDataset(output, rank=1, world_size=2))) == 10
 
 
