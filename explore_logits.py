@@ -5770,6 +5770,8 @@ class LogitIterableDataset:
         self, shard: int, rows: npt.NDArray[np.int64], *, at_once: int = 16
     ) -> Iterator[dict[str, Any]]:
         """Yield rows of a shard to train on."""
+        if not rows.size:  # a shard may have none
+            return
         tables = self.output.iter_shard(shard, rows=256)
         table = pa.concat_tables(tables).combine_chunks()  # taking rows joins chunks every time
         for first in range(0, rows.size, at_once):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, TEACHER, extract_chats, load_example
@@ -166,6 +167,15 @@ def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output: Path, wo
     again = LogitIterableDataset(output, seed=3).as_datasets()
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert given + indices(again) == whole
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_shard_without_rows_is_passed_over(output: Path, seed: int | None) -> None:
+    part = output / "data" / "part-00001.parquet"
+    pq.write_table(pq.read_table(part).slice(0, 0), part)
+    dataset = LogitIterableDataset(output, seed=seed)
+    for rows in (dataset, dataset.as_datasets()):
+        assert sorted(indices(rows)) == [*range(8), *range(16, 20)]
 
 
 def test_a_seed_and_an_epoch_fix_an_order_that_holds_every_row_once(output: Path) -> None:
@@ -437,6 +447,19 @@ def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     assert len(whole) == 8, "the epoch ends after 6"
     assert train("parts", 3) + train("parts", 8, "--resume") == pytest.approx(whole, abs=2e-3)
     assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
+
+
+def test_transformers_own_loader_takes_as_datasets(
+    extracted: Path, run_example: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    wanted = run_example("trainer", extracted, "--steps", 6, "--alpha", 0.7)  # of one epoch
+    example = load_example("trainer")
+    del example.DistillationTrainer.get_train_dataloader
+    made = LogitIterableDataset(extracted, max_seq_len=512).as_datasets()
+    monkeypatch.setattr(example, "LogitIterableDataset", lambda *_, **__: made)
+    example.main()
+    assert find_losses(capsys.readouterr().out) == pytest.approx(wanted, abs=2e-3)
+    assert len(wanted) == 6
 
 
 @pytest.mark.slow
