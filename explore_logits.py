@@ -5770,6 +5770,8 @@ class LogitIterableDataset:
         self, shard: int, rows: npt.NDArray[np.int64], *, at_once: int = 16
     ) -> Iterator[dict[str, Any]]:
         """Yield rows of a shard to train on."""
+        if not rows.size:  # a shard may have none
+            return
         tables = self.output.iter_shard(shard, rows=256)
         table = pa.concat_tables(tables).combine_chunks()  # taking rows joins chunks every time
         for first in range(0, rows.size, at_once):
@@ -5828,8 +5830,8 @@ class LogitIterableDataset:
             LogitsError: the state is of another seed, rank, world size or output.
         """
         for name, value in self._identity().items():
-            if state[name] != value:
-                raise LogitsError(f"the state is of {name} {state[name]}, this is {value}")
+            if state.get(name) != value:
+                raise LogitsError(f"the state is of {name} {state.get(name)}, this is {value}")
         self._epoch.fill_(state["epoch"])
         self._by_workers.fill_(False)
         self._skip = self._rows = state["rows"]
@@ -5853,6 +5855,8 @@ class LogitIterableDataset:
 
 def cut_row(row: Mapping[str, Any], length: int | None) -> dict[str, Any]:
     """Return a row without the tokens from `length` on, and without their teacher."""
+    if length is not None and length < 1:
+        raise LogitsError(f"of a conversation cut at {length} tokens nothing is left")
     if length is None or row["input_ids"].size <= length:
         return dict(row)
     kept = int(np.searchsorted(row["teacher_positions"], length))
@@ -6137,8 +6141,6 @@ def distillation_loss(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("tail", tail, TAILS)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if not 0 < temperature < math.inf:
-        raise LogitsError(f"temperature {temperature} is not positive")
     student = student_logits
     student = student if isinstance(student, Student) else Student(student)
     samples = tail in ("unbiased", "renormalized") and bool(batch["teacher_points"].any())
@@ -6155,9 +6157,9 @@ def distillation_loss(
         logits = logits if student.transform is None else student.transform(logits)
         hot = logits / temperature if temperature != 1 else logits
         found = 0.0
-        if tail_weight != 0 and tail != "ghost":
+        if alpha != 0 and tail_weight != 0 and tail != "ghost":
             found = tail_weight * sparse_divergence(hot, told, divergence)
-        if tail_weight != 1 or tail == "ghost":
+        if alpha != 0 and (tail_weight != 1 or tail == "ghost"):
             share = 1.0 if tail == "ghost" else 1 - tail_weight
             found = found + share * ghost_divergence(hot, told, divergence)
         found = found * (alpha * temperature**2)
@@ -6168,15 +6170,20 @@ def distillation_loss(
             found = found + (1 - alpha) * entropy
         return found
 
-    size = chunk_tokens or max(CHUNK_VALUES // student.vocab, 1)
+    size = max(chunk_tokens or CHUNK_VALUES // student.vocab, 1)
     losses = chunked_losses().apply(flat, student.head, student.bias, where, losses_of, size)
-    total = float(max(losses.numel(), 1))
-    if weights is not None:
-        weights = weights[batch["teacher_positions"] >= 0] if weights.dim() == 2 else weights
-        losses, total = losses * weights, weights.sum()
+    weights = torch.ones_like(losses) if weights is None else weights
+    if weights.shape == batch["teacher_positions"].shape:
+        weights = weights[batch["teacher_positions"] >= 0]
+    if weights.shape != losses.shape:
+        shape, count = tuple(weights.shape), losses.numel()
+        raise LogitsError(f"weights of shape {shape} for {count} tokens: give (B, T) or (N,)")
+    weights = weights.to(losses)
+    losses, total = losses * weights, weights.sum()
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / total
+    # Where nothing is weighed, in a batch without a token for one, there is nothing to learn.
+    return losses.sum() if reduction == "sum" else losses.sum() / total.where(total != 0, 1)
 
 
 def distillation_loss_from_hidden(
@@ -6250,20 +6257,23 @@ def read_teacher(
     """Return the teacher of a batch, at a temperature, for a student of `vocab` entries.
 
     Raises:
-        LogitsError: the batch lacks what `tail` needs, or has ids that the student does not.
+        LogitsError: the batch lacks what `tail` or the temperature needs, or has ids that the
+            student does not.
     """
     torch = import_extra("torch")
+    if not 0 < temperature < math.inf:
+        raise LogitsError(f"temperature {temperature} is not positive")
     there = batch["teacher_positions"] >= 0
     told = (batch[name][there] for name in TEACHER_COLUMNS)
     ids, log_probs, stored, sampled, log_rest, points = told
     sampled, nucleus = stored & sampled, stored & ~sampled
-    sizes, compact = sampled.sum(-1), bool(points.any())
-    if compact and temperature != 1:
+    drawn, sizes = sampled & ~points[:, None], sampled.sum(-1)
+    if temperature != 1 and points.any():
         raise LogitsError(
             f"temperature {temperature:g} needs the tail's logits, which compact rows (--min-p) "
             "leave out: train at temperature 1, or on rows made without --min-p"
         )
-    if tail in ("unbiased", "renormalized") and not (compact or sizes.all()):
+    if tail in ("unbiased", "renormalized") and not (points | (sizes > 0)).all():
         raise LogitsError(f"tail={tail!r} needs a tail sample (--sampled-n); take ghost or ignore")
     if ids.numel() and int(ids.max()) >= vocab:
         raise LogitsError(f"the teacher has ids beyond the student's {vocab} logits")
@@ -6271,11 +6281,12 @@ def read_teacher(
     if tail == "renormalized":
         scale = log_rest - masked_logsumexp(log_probs, sampled)
         log_weights = torch.where(sampled, scale[:, None], 0.0)
-    elif sizes.any() and not compact and (tail == "unbiased" or temperature != 1):
-        if (sizes != sizes[0]).any():
+    elif drawn.any() and (tail == "unbiased" or temperature != 1):
+        if (sizes[~points] != sizes[~points][0]).any():
             raise LogitsError("the tail samples of one batch differ in size")
-        found = weigh_tail(log_probs[sampled].view(sizes.numel(), -1), log_rest.double().exp())
-        log_weights[sampled] = found.to(log_weights.dtype).reshape(-1)
+        rest = log_rest[~points].double().exp()
+        found = weigh_tail(log_probs[drawn].view(rest.numel(), -1), rest)
+        log_weights[drawn] = found.to(log_weights.dtype).reshape(-1)
     outside = (vocab - nucleus.sum(-1)).clamp(min=1).log()  # (N,)
     if temperature != 1:
         log_probs = log_probs / temperature
@@ -6321,6 +6332,7 @@ def chunked_losses() -> Any:
             )
 
         @staticmethod
+        @torch.autograd.function.once_differentiable  # the slopes hold no graph
         def backward(ctx, outer) -> Any:  # type: ignore[no-untyped-def]
             flat, head, bias, where = ctx.saved_tensors
             slopes = torch.zeros_like(flat)
@@ -6600,7 +6612,8 @@ def export_rows(
             np.pad(values[:, :k], beyond) for values in (ids, log_probs, nucleus)
         )
         if normalize:
-            kept -= np.log((np.exp(kept) * there).sum(1, keepdims=True))
+            held = (np.exp(kept) * there).sum(1, keepdims=True)
+            kept -= np.log(np.where(held > 0, held, 1))  # of a compact row there may be none
         # An id that stands where nothing is may be counted by who ignores the mask.
         least = np.where(row["teacher_mask"], log_probs, np.inf).argmin(1)[:, None]
         filled = np.where(there, top_ids, np.take_along_axis(ids, least, 1))

@@ -2901,8 +2901,8 @@ def extract_compact(logits: torch.Tensor, states: torch.Tensor, *, min_p: float)
     rows, block = wanted.nonzero()[:, 0], blocks[wanted]
     values = gather_blocks(logits, block, rows).double()  # (points of all rows, BLOCK)
     cut = torch.where(kept, top, float("inf")).amin(-1)  # the smallest logit that is kept
-    inside = (values - logsumexp[rows].unsqueeze(1)).exp_()
-    inside = inside.masked_fill_(values >= cut[rows].unsqueeze(1), 0).cumsum(-1)
+    values.masked_fill_(values >= cut[rows].unsqueeze(1), float("-inf"))
+    inside = values.softmax(-1).cumsum(-1)  # of the block: against the row, it may underflow
     before = ends[rows, block] - rest[rows, block]
     share = (points[wanted] - before) / rest[rows, block]
     place = below(inside[:, -1] * share.clamp_(0, 1), inside[:, -1]).unsqueeze(1)

@@ -232,3 +232,22 @@ def test_what_needs_no_tail_is_that_of_plain_rows(
 def test_what_needs_the_logits_of_the_tail_is_refused(output: Path, options: Any) -> None:
     with pytest.raises(explore.LogitsError, match="needs the tail's logits"):
         distillation_loss(some_logits(), make_batch(output), **options)
+
+
+def test_beside_plain_rows_in_one_batch_each_counts_as_it_does_alone(
+    output: Path, tmp_path: Path
+) -> None:
+    read = {"seed": None, "rank": 0, "world_size": 1}
+    rows: list[Any] = list(explore.LogitIterableDataset(output, **read))
+    rows += explore.LogitIterableDataset(write(tmp_path / "plain", min_p=None), **read)
+    student = some_logits().repeat(2, 1) / 2
+    together, one, other = (
+        distillation_loss(student[: 15 * len(part) // 3], explore.collate_logits(part))
+        for part in (rows, rows[:3], rows[3:])
+    )
+    torch.testing.assert_close(together, (one + other) / 2)
+
+
+def test_where_no_token_is_kept_an_export_has_nothing_to_normalise(tmp_path: Path) -> None:
+    with np.errstate(divide="raise"):
+        explore.export_axolotl(write(tmp_path / "out"), tmp_path / "a", k=8, normalize=True)

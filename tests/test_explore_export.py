@@ -69,8 +69,9 @@ def test_axolotls_older_trainer_gets_them_one_position_later(output: Path, tmp_p
         export_axolotl(output, tmp_path / at, k=K, at=at)
     pairs = zip(load(tmp_path / "predicting"), load(tmp_path / "predicted"), strict=True)
     assert all(a["target_token_ids"][:-1] == b["target_token_ids"][1:] for a, b in pairs)
-    with pytest.raises(LogitsError, match="predicting, predicted"):
-        export_axolotl(output, tmp_path, at="here")
+    for wrong, named in (({"at": "here"}, "predicting, predicted"), ({"temperature": 0.0}, "0.0")):
+        with pytest.raises(LogitsError, match=named):
+            export_axolotl(output, tmp_path / "wrong", **wrong)
 
 
 @pytest.mark.parametrize(("temperature", "normalize"), [(1.0, False), (2.0, False), (2.0, True)])

@@ -79,6 +79,23 @@ def every_tail(teacher: torch.Tensor, nucleus: int, size: int) -> tuple[Any, np.
     return explore.collate_logits([row]), chances
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 8.0])
+def test_weights_are_those_of_brute_force_enumeration(spread: float) -> None:
+    rng = np.random.default_rng(int(spread * 10))
+    for rest in np.repeat([1e-6, 0.02, 0.9], 8):
+        vocab = int(rng.integers(3, 9))
+        probs = np.exp(rng.standard_normal(vocab) * spread)
+        probs *= rest / probs.sum()
+        chosen = rng.choice(vocab, int(rng.integers(1, min(vocab, 6))), replace=False).tolist()
+        whole = set_probability(probs, chosen)
+        wanted = []
+        for i in chosen:  # drawn first, and then the others of all that is left
+            left = np.where(np.arange(vocab) == i, 0, probs)
+            wanted.append(np.log(set_probability(left, [j for j in chosen if j != i]) / whole))
+        found = weigh_tail(np.log(probs[chosen])[None], [rest])[0].numpy()
+        np.testing.assert_allclose(found, wanted, atol=1e-7)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("nucleus", "size"), [(2, 1), (2, 3), (0, 4), (5, 2)])
 def test_over_every_sample_there_is_the_mean_is_the_dense_loss_and_gradient(
@@ -199,6 +216,24 @@ def test_a_student_whose_padding_is_cut_off_has_the_loss_of_one_without(
         torch.testing.assert_close(loss.detach(), wanted)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_an_embedding_with_padding_is_pushed_away_from_it_as_by_the_dense_teacher(
+    divergence: str, temperature: float
+) -> None:
+    teacher, student = randn(4, 40, seed=1), randn(4, 64, seed=2)
+    batch = make_batch(teacher, top_p=1.0, top_p_max=16, sampled_n=24)
+    student = (student * (divergence != "reverse_kl")).requires_grad_()
+    found = distillation_loss(student, batch, divergence=divergence, temperature=temperature)
+    (gradient,) = torch.autograd.grad(found, student, retain_graph=True)
+    assert (gradient[:, 40:] > 0).all(), "a step down the gradient lowers them"
+    if divergence != "reverse_kl":  # which has a stand-in for the tail
+        padded = torch.nn.functional.pad(teacher, (0, 24), value=-1e4)
+        wanted = dense_loss(student, padded, divergence, temperature).mean()
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(found, wanted, [student], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("scale", [0, 1, 1e3])
 def test_what_is_sure_wrong_or_improbable_gives_finite_losses_and_gradients(scale: float) -> None:
     plain = make_batch(torch.stack([teacher_row(kind, 60) for kind in ROWS]), top_p_max=20)
@@ -237,6 +272,8 @@ def test_what_does_not_fit_the_batch_or_is_no_choice_is_refused() -> None:
         (batch, (2, 200), {}, "2 rows of student logits for 1 token"),
         (batch, (1, 20), {}, "beyond the student's 20 logits"),
         (batch, (1, 200), {"temperature": 0.0}, "temperature 0"),
+        (batch, (1, 200), {"weights": torch.tensor(0.5)}, r"weights of shape \(\) for 1 token"),
+        (batch, (1, 200), {"weights": torch.ones(1, 2)}, r"give \(B, T\) or \(N,\)"),
         (none, (1, 200), {}, "--sampled-n"),
     ):
         with pytest.raises(explore.LogitsError, match=message):
@@ -261,6 +298,8 @@ def test_from_hidden_states_the_loss_and_every_gradient_are_those_of_the_logits(
         chunk_tokens=3, **how,
     )  # fmt: skip
     torch.testing.assert_close(found, wanted)
+    (slope,) = torch.autograd.grad(found.sum(), hidden, create_graph=True)
+    assert not slope.requires_grad, "a second derivative would be that of the head alone"
     assert_same_gradients(found, wanted, leaves, atol=1e-5, rtol=1e-4)
 
 
@@ -286,6 +325,8 @@ def test_the_texts_own_cross_entropy_is_pytorchs_and_mixes_by_alpha() -> None:
     wanted = 0.7 * distillation_loss(logits, batch) + 0.3 * entropy
     torch.testing.assert_close(mixed, wanted)
     assert_same_gradients(mixed, wanted, [logits])
+    never = logits.detach().index_fill(2, batch["teacher_ids"][0, 0, :1], -torch.inf)
+    assert torch.isfinite(distillation_loss(never, batch, alpha=0.0)), "0 of an infinite KL is 0"
 
 
 def test_weights_of_tokens_weigh_sum_and_mean() -> None:
@@ -298,6 +339,9 @@ def test_weights_of_tokens_weigh_sum_and_mean() -> None:
         for reduction, wanted in (("mean", summed / 3.5), ("sum", summed)):
             found = distillation_loss(logits, batch, weights=given, reduction=reduction)
             torch.testing.assert_close(found, wanted)
+    narrow = torch.full((5,), 0.3).bfloat16()
+    torch.testing.assert_close(distillation_loss(logits, batch, weights=narrow), each.mean())
+    assert float(distillation_loss(logits, batch, weights=torch.zeros(5))) == 0, "not NaN"
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

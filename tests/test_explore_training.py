@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import re
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, TEACHER, extract_chats, load_example
@@ -123,6 +125,9 @@ def test_a_batch_is_cut_and_filled_to_the_length_that_is_wanted(output: Path) ->
         torch.testing.assert_close(found[name], wanted[name])
     assert (found["input_ids"][:, :6] == wanted["input_ids"]).all()
     assert not found["attention_mask"][:, 6:].any()
+    for length in (0, -1):
+        with pytest.raises(LogitsError, match=f"cut at {length} tokens nothing is left"):
+            collate_logits(rows, max_length=length)
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
@@ -162,6 +167,15 @@ def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output: Path, wo
     again = LogitIterableDataset(output, seed=3).as_datasets()
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert given + indices(again) == whole
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_shard_without_rows_is_passed_over(output: Path, seed: int | None) -> None:
+    part = output / "data" / "part-00001.parquet"
+    pq.write_table(pq.read_table(part).slice(0, 0), part)
+    dataset = LogitIterableDataset(output, seed=seed)
+    for rows in (dataset, dataset.as_datasets()):
+        assert sorted(indices(rows)) == [*range(8), *range(16, 20)]
 
 
 def test_a_seed_and_an_epoch_fix_an_order_that_holds_every_row_once(output: Path) -> None:
@@ -225,10 +239,13 @@ def test_a_state_of_another_division_or_output_is_refused(output: Path, tmp_path
     for place, options, named in (
         (output, {"seed": 1}, "seed 2, this is 1"),
         (output, {"seed": 2, "rank": 1, "world_size": 2}, "rank 0, this is 1"),
+        (output, {"seed": 2, "world_size": 2}, "world_size 1, this is 2"),
         (more, {"seed": 2}, "dataset_rows 20, this is 30"),
     ):
         with pytest.raises(LogitsError, match=named):
             LogitIterableDataset(place, **options).load_state_dict(first.state_dict())
+    with pytest.raises(LogitsError, match="seed None, this is 2"):
+        first.load_state_dict({"_snapshot": {}})
     for looked_at in (False, True):
         in_workers: Any = LogitIterableDataset(output, seed=2)
         if looked_at:
@@ -251,17 +268,31 @@ def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, hub: Lo
         assert_same(there, here)
 
 
-@pytest.mark.parametrize("dispatch", [None, False])
-def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: bool | None) -> None:
+def prepare(dataset: Any, rank: int = 0, of: int = 1, *, dispatch: bool | None = False) -> Any:
+    """Return a loader as accelerate prepares it for one of its processes."""
     from accelerate.data_loader import prepare_data_loader
 
-    dataset: Any = LogitIterableDataset(output, seed=2)
-    how: Any = {"num_processes": 1, "process_index": 0, "dispatch_batches": dispatch}
+    how: Any = {"num_processes": of, "process_index": rank, "dispatch_batches": dispatch}
     cpu = torch.device("cpu")
-    loader: Any = prepare_data_loader(make_loader(dataset), cpu, put_on_device=True, **how)
+    return prepare_data_loader(make_loader(dataset), cpu, put_on_device=True, **how)
+
+
+@pytest.mark.parametrize("dispatch", [None, False])
+def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: bool | None) -> None:
+    dataset: Any = LogitIterableDataset(output, seed=2)
+    loader = prepare(dataset, dispatch=dispatch)
     assert_same(loader, make_loader(dataset))
     loader.set_epoch(1)
     assert dataset.epoch == 1
+
+
+def test_accelerate_divides_rows_among_processes_when_the_dataset_does_not(output: Path) -> None:
+    seen: Counter[int] = Counter()
+    for rank in range(2):
+        dataset = LogitIterableDataset(output, seed=2, rank=0, world_size=1)
+        seen.update(indices(prepare(dataset, rank, 2)))
+    assert set(seen) == set(range(20))
+    assert seen.total() == 24, "4 rounds of 2 batches, and the last is filled up"
 
 
 def test_ranks_come_from_the_environment_but_not_under_accelerate(
@@ -277,8 +308,9 @@ def test_ranks_come_from_the_environment_but_not_under_accelerate(
     with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
         LogitIterableDataset(output, rank=2, world_size=2)
     monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": 2})
-    with pytest.raises(LogitsError, match="divides the rows of a loader"):
-        next(iter(dataset))
+    for use in (iter, pickle.dumps):
+        with pytest.raises(LogitsError, match="divides the rows of a loader"):
+            use(dataset)
     assert len(indices(LogitIterableDataset(output, rank=1, world_size=2))) == 10
 
 
@@ -320,10 +352,11 @@ def test_a_conversation_cut_before_its_first_extracted_token_stays_and_costs_not
     assert len(rows) == 20, "ranks and batches are counted in rows"
     batch = collate_logits([row for row in rows if row["teacher_positions"].size == 0])
     logits = torch.zeros(*batch["input_ids"].shape, 300, requires_grad=True)
-    loss = distillation_loss(logits, batch)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert float(loss.detach()) == 0
-    assert not gradient.any()
+    for weights in (None, torch.zeros(batch["teacher_positions"].shape)):
+        loss = distillation_loss(logits, batch, weights=weights)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert float(loss.detach()) == 0
+        assert not gradient.any()
 
 
 def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: Path) -> None:
@@ -414,6 +447,19 @@ def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     assert len(whole) == 8, "the epoch ends after 6"
     assert train("parts", 3) + train("parts", 8, "--resume") == pytest.approx(whole, abs=2e-3)
     assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
+
+
+def test_transformers_own_loader_takes_as_datasets(
+    extracted: Path, run_example: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    wanted = run_example("trainer", extracted, "--steps", 6, "--alpha", 0.7)  # of one epoch
+    example = load_example("trainer")
+    del example.DistillationTrainer.get_train_dataloader
+    made = LogitIterableDataset(extracted, max_seq_len=512).as_datasets()
+    monkeypatch.setattr(example, "LogitIterableDataset", lambda *_, **__: made)
+    example.main()
+    assert find_losses(capsys.readouterr().out) == pytest.approx(wanted, abs=2e-3)
+    assert len(wanted) == 6
 
 
 @pytest.mark.slow
