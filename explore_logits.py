@@ -592,8 +592,10 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
     value = row.get(columns.index)
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if value is None or not whole or not -(2**31) <= int(value) < 2**31:
-        why = f"{columns.index!r} is {value!r:.40}, not an integer of 32 bits (--index-col)"
-        raise SourceError(f"row {number}: {why}")
+        why = (
+            f"{columns.index!r} is {value!r:.40}, not an integer of 32 bits; leave --index-col out"
+        )
+        raise SourceError(f"row {number}: {why} to use row numbers")
     return int(value)
 
 
@@ -1160,7 +1162,13 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
 ) -> Any:
-    """Load the tokenizer of a model, Hub id or local folder, with the chat template beside it.
+    """Load the tokenizer of a model with the chat template beside it.
+
+    Args:
+        model: Hub id or local folder.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code that the tokenizer brings along.
+        local_files_only: do not ask the Hub, take what is in its local cache.
 
     Raises:
         LogitsError: there is none, it needs a package or `--trust-remote-code`, or the Hub is out
@@ -4852,7 +4860,8 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
     with drawing() as (figure, axes, colours):
         for (name, values), colour, hatch in zip(parts.items(), colours, ("", "//"), strict=False):
             look = {"color": colour, "edgecolor": colour, "alpha": 0.6, "hatch": hatch}
-            axes.hist(values, edges, label=f"{name}, {values.size:,} entries", **look)
+            label = f"{name}, {plural(values.size, 'stored logit')}"
+            axes.hist(values, edges, label=label, **look)
         axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
         axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
         axes.legend(loc="upper left")
@@ -5013,6 +5022,9 @@ class BytesPerTokenStats(Figures):
 
 def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
     """Measure what a token of an output costs, from file sizes, footers and `top_counts`.
+
+    Args:
+        dataset: the output, by name or opened.
 
     Raises:
         LogitsError: the rows are at hand and in no files.
@@ -5233,6 +5245,9 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     finite ranges; the nucleus covers top_p or is cut by the cap, and is no larger than needed; no
     tail token above the nucleus; probabilities that sum to 1 at most; positions of stored tokens;
     no conversation twice; what parts say of themselves; the shards that checkpoints list.
+
+    Args:
+        name: the output, by name or opened.
 
     Raises:
         OpenError: there is no such output; what is wrong inside it is reported, not raised.
@@ -5763,6 +5778,12 @@ class LogitIterableDataset:
             LogitsError: the rank is not below the world size, or torch is missing.
             OpenError: there is no such output.
         """
+        numbers = {"seed": seed, "rank": rank, "world_size": world_size, "max_seq_len": max_seq_len}
+        for name, value in numbers.items():
+            if value is not None:
+                check_count(name, value)
+        if not isinstance(text, (TextSource, type(None))):
+            raise LogitsError(f"text is what open_text(output) returns, not {describe_type(text)}")
         torch = import_extra("torch")
         self.output = as_output(dataset)
         self.seed, self.max_seq_len, self.text = seed, max_seq_len, text
@@ -6899,7 +6920,10 @@ def _argument_of(entry: Field[Any], hint: Any) -> dict[str, Any]:
         try:
             return parse(text)
         except (ValueError, RecursionError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not usable: {error}") from error
+            no_json = isinstance(error, (json.JSONDecodeError, RecursionError))
+            why = "is no JSON" if no_json else f"is not usable ({error})"
+            wanted = entry.metadata["help"]
+            raise argparse.ArgumentTypeError(f"{text!r:.200} {why}; wanted: {wanted}") from error
 
     last_word = entry.name.rpartition("_")[2]
     return {
