@@ -4013,6 +4013,9 @@ def analyze_tokens(
 # The text behind an output ------------------------------------------------------------------------
 
 
+MOVED = "--dataset, dataset= says where the conversations are now"
+
+
 @dataclass(eq=False)
 class TextSource:
     """The conversations behind an output, tokenized as the run did; `open_text` finds it.
@@ -4036,16 +4039,21 @@ class TextSource:
         name = str(self.settings["dataset"])
         recorded = self.settings.get("dataset_revision")
         digest = re.fullmatch("sha256:[0-9a-f]{64}", str(recorded))  # version 0.1 had shorter ones
+        if digest and not local_path(name).exists():
+            raise SourceError(f"the dataset of the run, {name!r}, is not here; {MOVED}")
         if digest and source_revision(name) != recorded:
             raise SourceError(
                 f"dataset {name!r} has changed since the run, so its text may not be what the "
-                "teacher read; bring back the file of then, or name what to read (--dataset)"
+                f"teacher read; bring back the file of then, or {MOVED}"
             )
-        return open_source(
-            name, subset=self.settings.get("subset"),
-            split=str(self.settings.get("split") or "train"), revision=recorded,
-            integers=[self.settings.get("index_col")],
-        )  # fmt: skip
+        try:
+            return open_source(
+                name, subset=self.settings.get("subset"),
+                split=str(self.settings.get("split") or "train"), revision=recorded,
+                integers=[self.settings.get("index_col")],
+            )  # fmt: skip
+        except SourceError as error:
+            raise SourceError(f"{error}; {MOVED}") from error
 
     @cached_property
     def encoder(self) -> ConversationEncoder:
@@ -4085,7 +4093,7 @@ class TextSource:
         """
         index = check_number(index, "a conversation's id")
         if index not in self._rows:
-            raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
+            raise SourceError(f"{self.settings['dataset']} has no conversation {index}; {MOVED}")
         try:
             return self.encoder.encode(self.source[self._rows[index]])
         except ConversationError as error:
@@ -4179,11 +4187,7 @@ def analyze_row(
     if sample.block.tokens is not None:
         ids, positions = stored_tokens(sample)
     else:
-        try:
-            encoded = text.encode(sample["index"])
-        except SourceError as error:
-            remedy = "--dataset, dataset= says where the conversations are now"
-            raise SourceError(f"{error}; {remedy}") from error
+        encoded = text.encode(sample["index"])
         ids, positions = encoded.input_ids, encoded.token_positions
     analysis = align_tokens(sample, ids, positions, text.tokenizer, k=k)
     return replace(analysis, model=str(text.settings.get("model") or ""))

@@ -237,11 +237,17 @@ def test_the_source_and_template_are_the_runs_or_refused(tmp_path: Path, tokeniz
     assert open_text(made).encode(index).input_ids.tolist() == expected.input_ids.tolist()
     text = source.read_text(encoding="utf-8")
     source.write_text(text.replace(" the ", " and ", 1), encoding="utf-8")
-    with pytest.raises(SourceError, match=r"changed since the run.*\(--dataset\)"):
+    with pytest.raises(SourceError, match=r"changed since the run.*--dataset, dataset= says where"):
         open_text(made).encode(index)
     assert open_text(made, dataset=str(CHATS)).encode(index).text == expected.text
     with pytest.raises(SourceError, match="changed since the run"):
         next(iter(explore.LogitIterableDataset(made)))
+    source.unlink()  # as from another working directory
+    for conversation in (None, index, 10**6):
+        with pytest.raises(
+            SourceError, match=r"chats\.jsonl', is not here; --dataset, dataset= says"
+        ):
+            execute_analysis(made, conversation=conversation)
     stored = settings | {"store_tokens": True}
     rows = random_rows(1, settings=stored)
     kept = write_output(tmp_path / "kept", rows, settings=stored, chat_template="changed")
