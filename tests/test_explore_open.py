@@ -410,6 +410,15 @@ def test_a_link_out_of_the_folder_is_not_followed(output: Path, tmp_path: Path) 
         explore.open_store(inside).open("../secret.json")
 
 
+def test_an_absurdly_large_text_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explore, "MAX_TEXT_BYTES", 1000)
+    made = write_output(tmp_path, ROWS[:1], chat_template=" " * 2000)
+    with pytest.raises(OpenError, match=r"chat_template\.jinja is larger than"):
+        explore.open_store(made).read_text("chat_template.jinja")
+
+
 def test_a_bomb_of_few_bytes_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     zeros = pa.array(np.zeros(2**24, np.uint16))
     levels = pa.ListArray.from_arrays([0, 2**24], zeros)
