@@ -43,6 +43,7 @@ import logging
 import lzma
 import math
 import multiprocessing
+import operator
 import re
 import shutil
 import tempfile
@@ -173,13 +174,26 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def describe_type(value: Any) -> str:
+    """Say what kind of thing was passed instead of what was needed."""
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}" if value is not None else "None"
+
+
+def check_name(name: Any) -> str:
+    """Return a path or Hub id as text; refuse what is neither."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise LogitsError(f"a path or Hub id is needed, not {name!r:.40} ({describe_type(name)})")
+    return os.fspath(name)
+
+
 def local_path(name: str | Path) -> Path:
     """Return the path that a name means here, `~` included.
 
     Raises:
-        LogitsError: it is the home of nobody.
+        LogitsError: it is none, or the home of nobody.
     """
-    path = os.path.expanduser(name)
+    path = os.path.expanduser(check_name(name))
     if path.startswith("~"):
         raise LogitsError(f"{name!s}: nobody of that name has a home here")
     return Path(path)
@@ -358,6 +372,21 @@ def pack_indices(ids: npt.ArrayLike) -> tuple[npt.NDArray[np.uint16], bytes]:
     return low, high.astype(np.uint8).tobytes()
 
 
+def as_array(values: Any, kind: type[np.generic], what: str) -> npt.NDArray[Any]:
+    """Return numbers as an array.
+
+    Raises:
+        FormatError: numpy cannot take them; says what to pass.
+    """
+    try:
+        return np.asarray(values, kind)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is torch's
+        raise FormatError(
+            f"{what} must be numbers that numpy takes, not {describe_type(values)}: "
+            f"{first_line(error)}"
+        ) from None
+
+
 def unpack_indices(
     low: npt.ArrayLike, high: bytes | npt.NDArray[np.uint8], counts: npt.ArrayLike | None = None
 ) -> Any:
@@ -374,7 +403,9 @@ def unpack_indices(
     Raises:
         FormatError: `high` or `counts` does not match `low`.
     """
-    low16 = np.asarray(low, np.uint16).reshape(-1)
+    low16 = as_array(low, np.uint16, "low bits").reshape(-1)
+    if not isinstance(high, (bytes, bytearray, memoryview, np.ndarray)):
+        raise FormatError(f"high bits are bytes, not {describe_type(high)}")
     packed = np.frombuffer(high, np.uint8)
     if packed.size != -(-low16.size // 4):
         raise FormatError(
@@ -386,7 +417,7 @@ def unpack_indices(
     full = low16.astype(np.int32) | (quads.reshape(-1)[: low16.size] << 16)
     if counts is None:
         return full
-    per_token = np.asarray(counts, np.int64).reshape(-1)
+    per_token = as_array(counts, np.int64, "counts").reshape(-1)
     if int(per_token.sum()) != full.size:
         raise FormatError(f"counts sum to {int(per_token.sum())}, but there are {full.size} ids")
     return np.split(full, np.cumsum(per_token)[:-1]) if per_token.size else []
@@ -409,16 +440,21 @@ def quantize_logits(
         (n,) uint16, and the per-token minimum and maximum, float32.
 
     Raises:
-        FormatError: a logit is not finite; names it.
+        FormatError: a logit is not finite; names it. Or `counts` or `bits` do not fit.
     """
-    values = np.asarray(logits, np.float32).reshape(-1)
+    values = as_array(logits, np.float32, "logits").reshape(-1)
+    if (kept := as_integer(bits)) is None or not 4 <= kept <= 16:
+        raise FormatError(f"bits={bits!r:.40}: an integer in 4..16 is needed")
     strange = np.flatnonzero(~np.isfinite(values))
     if strange.size:
         raise FormatError(
             f"logit {strange[0]} of {values.size} is {values[strange[0]]}: only finite ones are "
             "stored, so leave the token out"
         )
-    per_token = np.asarray([values.size] if counts is None else counts, np.int64).reshape(-1)
+    counts = [values.size] if counts is None else counts
+    per_token = as_array(counts, np.int64, "counts").reshape(-1)
+    if per_token.sum() != values.size or (values.size and per_token.min() < 1):
+        raise FormatError(f"counts of at least 1 that sum to {values.size} logits are needed")
     if values.size == 0:
         return np.zeros(0, np.uint16), np.zeros(0, np.float32), np.zeros(0, np.float32)
     starts = np.concatenate(([0], np.cumsum(per_token)[:-1]))
@@ -436,9 +472,8 @@ def dequantize_logits(
     q: npt.ArrayLike, vmin: npt.ArrayLike, vmax: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
     """Undo `quantize_logits`: `q / 65535 * (max - min) + min`, float64, broadcast over arrays."""
-    low = np.asarray(vmin, np.float64)
-    high = np.asarray(vmax, np.float64)
-    return np.asarray(q, np.float64) / 65535 * (high - low) + low
+    low, high = as_array(vmin, np.float64, "vmin"), as_array(vmax, np.float64, "vmax")
+    return as_array(q, np.float64, "q") / 65535 * (high - low) + low
 
 
 # --------------------------------------------------------------------------------------------------
@@ -557,8 +592,10 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
     value = row.get(columns.index)
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if value is None or not whole or not -(2**31) <= int(value) < 2**31:
-        why = f"{columns.index!r} is {value!r:.40}, not an integer of 32 bits (--index-col)"
-        raise SourceError(f"row {number}: {why}")
+        why = (
+            f"{columns.index!r} is {value!r:.40}, not an integer of 32 bits; leave --index-col out"
+        )
+        raise SourceError(f"row {number}: {why} to use row numbers")
     return int(value)
 
 
@@ -1125,13 +1162,19 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
 ) -> Any:
-    """Load the tokenizer of a model, Hub id or local folder, with the chat template beside it.
+    """Load the tokenizer of a model with the chat template beside it.
+
+    Args:
+        model: Hub id or local folder.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code that the tokenizer brings along.
+        local_files_only: do not ask the Hub, take what is in its local cache.
 
     Raises:
         LogitsError: there is none, it needs a package or `--trust-remote-code`, or the Hub is out
             of reach.
     """
-    folder = local_path(model)
+    folder, model = local_path(model), check_name(model)
     if folder.is_file() or (model.startswith((".", "/", "~")) and not folder.exists()):
         why = "no such folder; give the one that holds config.json and the tokenizer, or a Hub id"
         raise LogitsError(f"model {model!r}: {why}")
@@ -2545,8 +2588,9 @@ def find_shards(store: Store, split: str) -> dict[str, int]:
     splits: dict[str, list[str]] = {}
     for path, shard in found.items():
         splits.setdefault(shard[1] or shard[2] or "train", []).append(path)
-    if split not in splits:
-        raise OpenError(f"{store.name} has no split {split!r}; it has {', '.join(sorted(splits))}")
+    if not isinstance(split, str) or split not in splits:
+        there = ", ".join(sorted(splits))
+        raise OpenError(f"{store.name} has no split {split!r:.40}; it has {there}")
     numbered = {
         (re.sub("[0-9]+", lambda digits: digits[0].zfill(20), os.path.basename(path)), path)
         for path in splits[split]
@@ -2591,7 +2635,11 @@ class LogitDataset:
 
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
-            return self.take(range(*i.indices(len(self)))).to_pylist()
+            try:
+                rows = range(*i.indices(len(self)))
+            except (TypeError, ValueError) as error:
+                raise RowError(f"rows {i.start}:{i.stop}:{i.step}: {error}") from None
+            return self.take(rows).to_pylist()
         return self.take([check_row_number(i)]).to_pylist()[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -2703,7 +2751,10 @@ class LogitDataset:
         Raises:
             RowError: there is no such row.
         """
-        wanted, listed, starts = np.asarray(rows, np.int64), len(self._listed), [0]
+        wanted, listed, starts = np.asarray(rows), len(self._listed), [0]
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise RowError(f"a list of row numbers is needed, such as [0, 1], not {rows!r:.40}")
+        wanted = wanted.astype(np.int64)
         if (wanted < 0).any():
             wanted = np.where(wanted < 0, wanted + len(self), wanted)
         for shard in range(len(self.shards)):
@@ -2951,17 +3002,27 @@ def read_checkpoints(store: Store) -> dict[str, dict[str, Any]] | None:
 # An output, or rows at hand -----------------------------------------------------------------------
 
 
-def describe_type(value: Any) -> str:
-    """Say what kind of thing was passed instead of what was needed."""
-    return f"a {type(value).__name__}" if value is not None else "None"
+def as_integer(value: Any) -> int | None:
+    """Return an integer of Python, numpy or torch as `int`; None for anything else, bools too."""
+    with contextlib.suppress(TypeError):
+        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    return None
 
 
 def check_number(value: Any, what: str, remedy: str = "") -> int:
-    """Refuse what is no number of a row or token."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    """Refuse what is no number of a row, token or conversation."""
+    if (number := as_integer(value)) is None:
         kind = describe_type(value)
         raise RowError(f"{what} is an integer, not {value!r:.40} ({kind}){remedy}")
-    return int(value)
+    return number
+
+
+def check_count(name: str, value: Any, remedy: str = "") -> int:
+    """Refuse what is no number of things, as the argument of this name."""
+    number = as_integer(value)
+    if number is None or number < 0:
+        raise LogitsError(f"{name}={value!r:.40}: an integer of 0 or more is needed{remedy}")
+    return number
 
 
 def check_row_number(i: Any) -> int:
@@ -2988,16 +3049,22 @@ def as_rows(dataset: Any) -> Any:
     files = isinstance(dataset, (list, tuple)) and len(dataset) > 0
     if isinstance(dataset, (str, Path)) or (files and isinstance(dataset[0], (str, Path))):
         return load_logit_dataset(dataset)
+    what = describe_type(dataset)
     if hasattr(dataset, "with_format"):  # which leaves what was passed as it is
+        if isinstance(dataset, Mapping):
+            names = ", ".join(map(repr, dataset))
+            raise LogitsError(f"{what} holds datasets by split: pass one of them, [{names}]")
         return dataset.with_format("arrow")
-    if not isinstance(dataset, Iterable):
+    rows: list[Any] = [None]
+    if isinstance(dataset, Iterable):
+        rows = [dataset] if isinstance(dataset, Mapping) else list(dataset)
+    if strange := [row for row in rows if not isinstance(row, Mapping)]:
+        what += "" if strange == [None] else f" of {type(strange[0]).__name__}"
         raise LogitsError(
-            "a dataset is an output by name, what load_logit_dataset returns, or rows; not "
-            f"{describe_type(dataset)}"
+            f"a dataset is an output by name, what load_logit_dataset returns, or rows; not {what}"
         )
-    rows = [dataset] if isinstance(dataset, Mapping) else list(dataset)
     names = rows[0] if rows else SCHEMA.names
-    if isinstance(dataset, Sample) or isinstance(names, Sample):
+    if isinstance(names, Sample):
         raise FormatError("the rows are samples, decoded already: use them as they are")
     try:
         known = [field for field in ALL_FIELDS if field.name in names]
@@ -3028,9 +3095,10 @@ def get_sample(dataset: Any, i: int = 0, *, conversation: int | None = None) -> 
     """
     rows = as_rows(dataset)
     if conversation is not None:
+        conversation = check_number(conversation, "a conversation's id")
         numbers = row_numbers(rows)
         if conversation not in numbers:
-            raise RowError(f"none of the {len(numbers):,} rows is of conversation {conversation!r}")
+            raise RowError(f"none of the {len(numbers):,} rows is of conversation {conversation}")
         i = numbers[conversation]
     i = check_row_number(i)
     if isinstance(rows, LogitDataset):
@@ -3071,8 +3139,8 @@ def iter_tables(
     rows: int = 64,
 ) -> Iterator[pa.Table]:
     """Yield the rows of any kind of dataset in order as small tables of `columns`."""
-    if max_samples is not None and max_samples < 0:
-        raise LogitsError(f"max_samples={max_samples}: 0 rows or more, or None for all of them")
+    if max_samples is not None:
+        max_samples = check_count("max_samples", max_samples, ", or None for all rows")
     dataset, left = as_rows(dataset), math.inf if max_samples is None else max_samples
     if isinstance(dataset, LogitDataset):
         shards = range(len(dataset.shards))
@@ -3082,7 +3150,11 @@ def iter_tables(
     else:
         tables = dataset.iter(batch_size=rows)
     for table in tables:
-        table = table.select([name for name in columns if name in table.column_names])
+        known = [name for name in columns if name in table.column_names]
+        if not known:
+            needed = (name for name in columns if name not in OPTIONAL_COLUMNS)
+            raise FormatError(missing_column(next(needed, columns[0])))
+        table = table.select(known)
         yield table[: int(min(left, table.num_rows))]
         left -= table.num_rows
         if left <= 0:
@@ -3384,11 +3456,7 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
         FormatError: the column is missing, of another type, or holds values out of its range.
     """
     if field.name not in table.column_names:
-        needed = ", ".join(name for name in SCHEMA.names if name not in OPTIONAL_COLUMNS)
-        raise FormatError(
-            f"no column {field.name!r}; a row of logits needs {needed} "
-            "(is this an output of extract_logits.py?)"
-        )
+        raise FormatError(missing_column(field.name))
     try:
         array = table.column(field.name).combine_chunks()
         array = array if array.type == field.type else array.cast(field.type)
@@ -3403,6 +3471,15 @@ def read_column(table: pa.Table, field: pa.Field) -> Any:
     values = pc.list_flatten(array)
     values = pc.fill_null(values, 0) if values.null_count else values  # a copy only where needed
     return Ragged(values.to_numpy(zero_copy_only=False), to_starts(lengths))
+
+
+def missing_column(name: str) -> str:
+    """Say that rows lack a column, and which they must have."""
+    needed = ", ".join(name for name in SCHEMA.names if name not in OPTIONAL_COLUMNS)
+    return (
+        f"no column {name!r}; a row of logits needs {needed} "
+        "(is this an output of extract_logits.py?)"
+    )
 
 
 def read_columns(table: pa.Table) -> tuple[dict[str, Any], list[Fault]]:
@@ -3606,9 +3683,9 @@ def logits_to_probs(
     With `logsumexp` (over the full vocabulary, as stored) they are the teacher's own and sum to
     less than 1 over what is stored; without it they are made to sum to 1.
     """
-    values = np.asarray(logits, np.float64)
+    values = as_array(logits, np.float64, "logits")
     if logsumexp is not None:
-        return np.exp(values - np.asarray(logsumexp, np.float64))
+        return np.exp(values - as_array(logsumexp, np.float64, "logsumexp"))
     weights = np.exp(values - values.max(initial=-np.inf))
     return weights / weights.sum()
 
@@ -3639,7 +3716,7 @@ def decode_top_tokens(
 
 def predict(part: Entries, most: int, tokenizer: Any) -> list[list[Prediction]]:
     """Return the first entries of each token, at most so many, with their text."""
-    counts = np.minimum(part.counts, most)
+    counts = np.minimum(part.counts, most := check_count("k", most))
     kept = np.arange(part.ids.size) - np.repeat(part.starts[:-1], part.counts) < most
     ids, probs = part.ids[kept], part.probs[kept].tolist()
     texts, logits = token_texts(ids, tokenizer), part.logits[kept].tolist()
@@ -3853,13 +3930,16 @@ def analyze_token_probabilities(
     sample, tokenizer = as_sample(sample), check_tokenizer(tokenizer)
     if conversation is None:
         return align_tokens(sample, *stored_tokens(sample), tokenizer, k=k)
-    if isinstance(conversation, (str, int)) or not all(
+    if not isinstance(conversation, Iterable) or not all(
         isinstance(message, Mapping) for message in conversation
     ):
         raise LogitsError(
             "conversation is a list of messages such as {'role': 'user', 'content': 'Hi'}, not "
             f"{conversation!r:.60}; execute_analysis finds it by row or by id"
         )
+    if not isinstance(chat_template, (str, type(None))):
+        kind = describe_type(chat_template)
+        raise LogitsError(f"chat_template is the text of a Jinja template, not {kind}")
     messages = [dict(message) for message in conversation]
     encoded = encode_conversation(messages, tokenizer, chat_template=chat_template, **options)
     return align_tokens(sample, encoded.input_ids, encoded.token_positions, tokenizer, k=k)
@@ -3933,6 +4013,9 @@ def analyze_tokens(
 # The text behind an output ------------------------------------------------------------------------
 
 
+MOVED = "--dataset, dataset= says where the conversations are now"
+
+
 @dataclass(eq=False)
 class TextSource:
     """The conversations behind an output, tokenized as the run did; `open_text` finds it.
@@ -3956,16 +4039,21 @@ class TextSource:
         name = str(self.settings["dataset"])
         recorded = self.settings.get("dataset_revision")
         digest = re.fullmatch("sha256:[0-9a-f]{64}", str(recorded))  # version 0.1 had shorter ones
+        if digest and not local_path(name).exists():
+            raise SourceError(f"the dataset of the run, {name!r}, is not here; {MOVED}")
         if digest and source_revision(name) != recorded:
             raise SourceError(
                 f"dataset {name!r} has changed since the run, so its text may not be what the "
-                "teacher read; bring back the file of then, or name what to read (--dataset)"
+                f"teacher read; bring back the file of then, or {MOVED}"
             )
-        return open_source(
-            name, subset=self.settings.get("subset"),
-            split=str(self.settings.get("split") or "train"), revision=recorded,
-            integers=[self.settings.get("index_col")],
-        )  # fmt: skip
+        try:
+            return open_source(
+                name, subset=self.settings.get("subset"),
+                split=str(self.settings.get("split") or "train"), revision=recorded,
+                integers=[self.settings.get("index_col")],
+            )  # fmt: skip
+        except SourceError as error:
+            raise SourceError(f"{error}; {MOVED}") from error
 
     @cached_property
     def encoder(self) -> ConversationEncoder:
@@ -4003,8 +4091,9 @@ class TextSource:
             SourceError: the source has no such conversation, or is not the run's.
             ConversationError: it cannot be rendered.
         """
+        index = check_number(index, "a conversation's id")
         if index not in self._rows:
-            raise SourceError(f"{self.settings['dataset']} has no conversation {index}")
+            raise SourceError(f"{self.settings['dataset']} has no conversation {index}; {MOVED}")
         try:
             return self.encoder.encode(self.source[self._rows[index]])
         except ConversationError as error:
@@ -4027,11 +4116,11 @@ def find_tokenizer(
     settings: Mapping[str, Any], *, model: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """Load the tokenizer of the teacher that a run's settings name, or from where it is now."""
-    name = model or settings.get("model")
+    name = settings.get("model") if model is None else model
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
     answers = True
-    if not os.path.exists(os.path.expanduser(name)):
+    if not local_path(name).exists():
         # Asked once; the Hub's client would ask for each file six times, and wait in between.
         try:
             import_extra("huggingface_hub").HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
@@ -4079,10 +4168,10 @@ def open_text(
     """
     output = as_output(output)
     settings = load_extraction_config(output)
+    if dataset is not None:
+        settings = {**settings, "dataset": check_name(dataset), "dataset_revision": None}
     if check_tokenizer(tokenizer) is None:
         tokenizer = find_tokenizer(settings, model=model, trust_remote_code=trust_remote_code)
-    if dataset:
-        settings = {**settings, "dataset": dataset, "dataset_revision": None}
     return TextSource(settings, tokenizer, output.store.read_text(TEMPLATE_FILE) or None)
 
 
@@ -4098,11 +4187,7 @@ def analyze_row(
     if sample.block.tokens is not None:
         ids, positions = stored_tokens(sample)
     else:
-        try:
-            encoded = text.encode(sample["index"])
-        except SourceError as error:
-            remedy = "--dataset, dataset= says where the conversations are now"
-            raise SourceError(f"{error}; {remedy}") from error
+        encoded = text.encode(sample["index"])
         ids, positions = encoded.input_ids, encoded.token_positions
     analysis = align_tokens(sample, ids, positions, text.tokenizer, k=k)
     return replace(analysis, model=str(text.settings.get("model") or ""))
@@ -4142,12 +4227,13 @@ def execute_analysis(
         model, dataset, tokenizer, trust_remote_code: see `open_text`.
         k: predictions kept for each token.
     """
-    output = as_output(logit_dataset_id)
+    output, row = as_output(logit_dataset_id), check_row_number(sample_index)
+    if conversation is not None:
+        conversation = check_number(conversation, "a conversation's id")
     text = open_text(
         output, model=model, dataset=dataset, tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    row = check_row_number(sample_index)
     if conversation is not None:
         numbers = row_numbers(output)
         if conversation not in numbers:
@@ -4356,7 +4442,7 @@ def quick_explore(
         tokenizer: gives the words; None finds the teacher's from the output.
         tokens: how many of the row's tokens to show.
     """
-    dataset = as_output(name)
+    dataset, tokens = as_output(name), check_count("tokens", tokens)
     print(break_lines(describe_run(dataset)))
     sample = get_sample(dataset, sample_index)
     print_sample_info(sample)
@@ -4612,6 +4698,9 @@ def render_page(
         stats: figures put before the conversations.
     """
     analyses = check_analyses(analyses)
+    if not isinstance(stats, (Figures, type(None))):
+        kind = describe_type(stats)
+        raise LogitsError(f"stats are what compute_dataset_stats returns, not {kind}")
     jinja2 = import_extra("jinja2")
     templates = jinja2.Environment(
         autoescape=True,
@@ -4775,7 +4864,8 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
     with drawing() as (figure, axes, colours):
         for (name, values), colour, hatch in zip(parts.items(), colours, ("", "//"), strict=False):
             look = {"color": colour, "edgecolor": colour, "alpha": 0.6, "hatch": hatch}
-            axes.hist(values, edges, label=f"{name}, {values.size:,} entries", **look)
+            label = f"{name}, {plural(values.size, 'stored logit')}"
+            axes.hist(values, edges, label=label, **look)
         axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
         axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
         axes.legend(loc="upper left")
@@ -4866,6 +4956,8 @@ class NucleusSizeStats(Figures):
 
     def percentile(self, q: float) -> int:
         """Return percentile `q`: the smallest size that so many percent do not exceed."""
+        if not (isinstance(q, (int, float, np.number)) and 0 <= q <= 100):
+            raise LogitsError(f"percentile {q!r:.40}: a number from 0 to 100 is needed")
         place = max(math.ceil(q / 100 * self.tokens), 1)
         return int(np.searchsorted(np.cumsum(self.histogram), place)) if self.tokens else 0
 
@@ -4903,7 +4995,7 @@ def analyze_nucleus_sizes(
         torch = import_extra("torch")
         try:
             moved = torch.tensor(sizes, dtype=torch.int64, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise LogitsError(f"cannot count on device {device!r}: {first_line(error)}") from error
         histogram += torch.bincount(moved, minlength=256).cpu().numpy()
     return NucleusSizeStats(histogram, rows)
@@ -4934,6 +5026,9 @@ class BytesPerTokenStats(Figures):
 
 def compute_bytes_per_token_stats(dataset: Any) -> BytesPerTokenStats:
     """Measure what a token of an output costs, from file sizes, footers and `top_counts`.
+
+    Args:
+        dataset: the output, by name or opened.
 
     Raises:
         LogitsError: the rows are at hand and in no files.
@@ -5019,6 +5114,9 @@ def compute_dataset_stats(
         FormatError: a row is not in the shard format.
     """
     dataset = as_rows(dataset)
+    if actual_tokens is not None and not callable(actual_tokens):
+        kind = describe_type(actual_tokens)
+        raise LogitsError(f"actual_tokens is open_text(output).actual_tokens, not {kind}")
     in_files = isinstance(dataset, LogitDataset)
     limits = RunLimits.of(dataset.settings if in_files else {})
     sums: Counter[str] = Counter()
@@ -5151,6 +5249,9 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     finite ranges; the nucleus covers top_p or is cut by the cap, and is no larger than needed; no
     tail token above the nucleus; probabilities that sum to 1 at most; positions of stored tokens;
     no conversation twice; what parts say of themselves; the shards that checkpoints list.
+
+    Args:
+        name: the output, by name or opened.
 
     Raises:
         OpenError: there is no such output; what is wrong inside it is reported, not raised.
@@ -5500,10 +5601,10 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
         first, second: outputs by name or opened by `load_logit_dataset`, or rows at hand.
         largest: how many of the most different tokens to name.
     """
-    pair, numbers = [], []
+    pair, numbers, largest = [], [], check_count("largest", largest)
     for rows in map(as_rows, (first, second)):
         if not isinstance(rows, LogitDataset):
-            tables = [SCHEMA.empty_table(), *iter_tables(rows)]
+            tables = [*iter_tables(rows)] or [SCHEMA.empty_table()]
             rows = pa.concat_tables(tables, promote_options="default")
         pair.append(rows)
         numbers.append(read_integers(rows, "index", "num_tokens"))
@@ -5681,6 +5782,12 @@ class LogitIterableDataset:
             LogitsError: the rank is not below the world size, or torch is missing.
             OpenError: there is no such output.
         """
+        numbers = {"seed": seed, "rank": rank, "world_size": world_size, "max_seq_len": max_seq_len}
+        for name, value in numbers.items():
+            if value is not None:
+                check_count(name, value)
+        if not isinstance(text, (TextSource, type(None))):
+            raise LogitsError(f"text is what open_text(output) returns, not {describe_type(text)}")
         torch = import_extra("torch")
         self.output = as_output(dataset)
         self.seed, self.max_seq_len, self.text = seed, max_seq_len, text
@@ -6830,7 +6937,10 @@ def _argument_of(entry: Field[Any], hint: Any) -> dict[str, Any]:
         try:
             return parse(text)
         except (ValueError, RecursionError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not usable: {error}") from error
+            no_json = isinstance(error, (json.JSONDecodeError, RecursionError))
+            why = "is no JSON" if no_json else f"is not usable ({error})"
+            wanted = entry.metadata["help"]
+            raise argparse.ArgumentTypeError(f"{text!r:.200} {why}; wanted: {wanted}") from error
 
     last_word = entry.name.rpartition("_")[2]
     return {

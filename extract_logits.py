@@ -6273,10 +6273,8 @@ def describe_end(summary: Mapping[str, Any]) -> str:
         return f"extract_logits.py: {summary['error']}{further}"
     if "plan" in summary or not known:
         return "stopped before anything was extracted" if code else "planned; nothing was written"
-    there = (
-        f"{summary['rows']:,} rows, {summary['tokens']:,} tokens, {summary['bytes'] / 1e6:,.1f} MB "
-        f"in {output}"
-    )
+    held = f"{plural(summary['rows'], 'row')}, {plural(summary['tokens'], 'token')}"
+    there = f"{held}, {summary['bytes'] / 1e6:,.1f} MB in {output}"
     if code == 0:
         return f"done: {there}; next: python explore_logits.py {shlex.quote(str(output))}"
     return f"not done: {there}; next: the same command with --resume"

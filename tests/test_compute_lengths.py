@@ -244,6 +244,17 @@ def test_a_worker_that_dies_is_an_error_with_a_remedy() -> None:
         list(measure_source(source, encoder, batch_size=100, workers=2))
 
 
+def test_the_output_is_a_folder_or_a_repository_as_for_the_extractor(tmp_path: Path) -> None:
+    for output, *told in (
+        (str(tmp_path), str(tmp_path), None, False), ("./new", "./new", None, False),
+        ("user/lengths", "data/lengths", "user/lengths", True),
+    ):  # fmt: skip
+        config = compute_lengths.LengthsConfig(model="m", dataset="d", output=output)
+        assert [config.output_dir, config.output_repo, config.push_to_hub] == told
+    with pytest.raises(compute_lengths.ConfigError, match="--output excludes --output-dir"):
+        compute_lengths.LengthsConfig(model="m", dataset="d", output="./new", output_dir="y")
+
+
 def test_percentiles_are_values_that_occur() -> None:
     found = find_percentiles(np.array([5, 1, 9, 9, 3], np.int32))
     assert [found[name] for name in ("p1", "p25", "p50", "p100")] == [1, 3, 5, 9]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,6 +197,31 @@ def test_another_number_of_tokens_is_an_error_that_names_both(made: Made, tokeni
             explore.analyze_token_probabilities(sample, messages, tokenizer)
 
 
+def test_stored_text_needs_no_source(tmp_path: Path, tokenizer: Any) -> None:
+    settings = STORED | {"dataset": "./gone.jsonl"}
+    rows = random_rows(2, settings=settings, tokens=6)
+    analysis = execute_analysis(write_output(tmp_path, rows, settings=settings), 1)
+    ids = np.array(rows[1]["input_ids"])
+    assert [token.id for token in analysis.tokens] == ids[rows[1]["token_positions"]].tolist()
+    assert len(analysis.pieces) == ids.size
+    with pytest.raises(explore.AlignmentError, match="--store-tokens"):
+        explore.analyze_token_probabilities(get_sample(random_rows(1)), None, tokenizer)
+
+
+def test_a_source_or_model_that_moved_can_be_given(tmp_path: Path) -> None:
+    moved = {"model": "./gone", "dataset": "./gone.jsonl"}
+    for name, where in moved.items():
+        settings = RUN | {name: where}
+        made = write_output(tmp_path / name, random_rows(1, settings=settings), settings=settings)
+        with pytest.raises(explore.LogitsError, match=f"{where}.*--{name}, {name}="):
+            execute_analysis(made)
+    made = write_output(tmp_path / "both", random_rows(1, settings=RUN), settings=RUN | moved)
+    for as_given in (str, Path):
+        text = open_text(made, model=as_given(TEACHER), dataset=as_given(CHATS))
+        first = json.loads(CHATS.read_text().splitlines()[3])["id"]
+        assert text.encode(np.int64(first)).input_ids.size > 3
+
+
 def test_the_source_and_template_are_the_runs_or_refused(tmp_path: Path, tokenizer: Any) -> None:
     source = tmp_path / "chats.jsonl"
     source.write_bytes(CHATS.read_bytes())
@@ -211,11 +237,17 @@ def test_the_source_and_template_are_the_runs_or_refused(tmp_path: Path, tokeniz
     assert open_text(made).encode(index).input_ids.tolist() == expected.input_ids.tolist()
     text = source.read_text(encoding="utf-8")
     source.write_text(text.replace(" the ", " and ", 1), encoding="utf-8")
-    with pytest.raises(SourceError, match=r"changed since the run.*\(--dataset\)"):
+    with pytest.raises(SourceError, match=r"changed since the run.*--dataset, dataset= says where"):
         open_text(made).encode(index)
     assert open_text(made, dataset=str(CHATS)).encode(index).text == expected.text
     with pytest.raises(SourceError, match="changed since the run"):
         next(iter(explore.LogitIterableDataset(made)))
+    source.unlink()  # as from another working directory
+    for conversation in (None, index, 10**6):
+        with pytest.raises(
+            SourceError, match=r"chats\.jsonl', is not here; --dataset, dataset= says"
+        ):
+            execute_analysis(made, conversation=conversation)
     stored = settings | {"store_tokens": True}
     rows = random_rows(1, settings=stored)
     kept = write_output(tmp_path / "kept", rows, settings=stored, chat_template="changed")
@@ -272,14 +304,21 @@ def test_code_that_a_tokenizer_brings_runs_only_when_asked(
     assert explore.main([str(made), "--trust-remote-code"]) == 0
 
 
-def test_a_hub_out_of_reach_is_asked_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_out_of_reach_is_asked_once_and_its_cache_used(tmp_path: Path, cached: bool) -> None:
     settings = RUN | {"model": "someone/model", "model_revision": None, "store_tokens": True}
     output = write_output(tmp_path / "o", random_rows(1, settings=settings), settings=settings)
+    if cached:
+        folder = tmp_path / "cache" / "models--someone--model"
+        shutil.copytree(TEACHER, folder / "snapshots" / ("0" * 40))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
     done = run_script("explore_logits.py", output, "--sample", 0, HF_HUB_OFFLINE="0", **nowhere)
     assert done.code == 0, done.stderr
     assert "Retry" not in done.stderr
-    assert "the Hub is out of reach and no tokenizer of someone/model" in done.stderr
+    said = "the Hub is out of reach and no tokenizer of someone/model is in its cache here"
+    assert (said in done.stderr) == (not cached), done.stderr
 
 
 def test_where_the_text_is_gone_ids_are_shown_and_why(
@@ -317,6 +356,17 @@ def test_pipes_get_the_text_as_it_is(
     assert "\x1b" not in done.stdout
     body = re.sub(r"\{[^{}]*%\}", "", done.stdout)
     assert all(text.strip() in body for text in texts)
+
+
+def test_lines_are_broken_between_words_and_wide_characters_count_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = f"{'one ' * 9}two three\nfour {'日本語 ' * 5}五 {'a' * 50}"
+    broken = f"{'one ' * 9}two\nthree\nfour {'日本語 ' * 5}".rstrip() + f"\n五\n{'a' * 50}"
+    assert explore.break_lines(text) == broken
+    monkeypatch.delenv("COLUMNS")
+    assert explore.break_lines(text) == text
 
 
 @pytest.mark.parametrize(("width", "colour"), [(80, True), (120, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -12,13 +13,27 @@ from processes import run_code, run_process
 from small_output import SETTINGS, random_rows, write_output
 
 import explore_logits
-from explore_logits import main, parse_args, row_list
+from explore_logits import build_parser, main, parse_args, row_list
 
 STORED = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
 
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib", "seaborn", "huggingface_hub",
          "termcolor", "jinja2", "selenium")  # fmt: skip
+
+
+PROMISED = {  # by the contract
+    "SCHEMA", "pack_indices", "unpack_indices", "quantize_logits", "dequantize_logits",
+    "load_logit_dataset", "get_sample", "iter_samples", "load_extraction_config",
+    "dequantize_top_logits", "dequantize_sampled_logits", "dequantize_all_logits",
+    "logits_to_probs", "get_nucleus_probability_mass", "decode_top_tokens", "print_top_tokens",
+    "print_sample_info", "analyze_token_probabilities", "NucleusSizeStats",
+    "visualize_conversation_probabilities", "analyze_nucleus_sizes", "compute_dataset_stats",
+    "print_dataset_stats", "compute_bytes_per_token_stats", "plot_logit_distribution",
+    "plot_nucleus_vs_sampled", "plot_nucleus_sizes", "plot_nucleus_size_analysis",
+    "quick_explore", "execute_analysis", "LogitIterableDataset", "collate_logits",
+    "distillation_loss", "distillation_loss_from_hidden",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +57,25 @@ def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(
         cwd=ROOT,
     ).stdout.splitlines()
     assert lines[0] == lines[-1] == "[]"
+
+
+def test_the_names_that_are_offered_exist_are_few_and_are_those_promised() -> None:
+    names = explore_logits.__all__
+    assert dir(explore_logits) == sorted(names)
+    assert len({*names}) == len(names) < 50
+    assert [name for name in (*names, *PROMISED) if not hasattr(explore_logits, name)] == []
+    assert {*names} >= PROMISED
+
+
+def test_nothing_is_printed_outside_of_what_prints() -> None:
+    tree = ast.parse((ROOT / "explore_logits.py").read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    calls = {(f.name, getattr(getattr(call, "func", None), "id", ""))
+             for f in functions for call in ast.walk(f)}  # fmt: skip
+    printing = {name for name, called in calls if called == "print"}
+    shows = ("print_", "show_", "find_words", "run_commands", "quick_explore", "main")
+    assert "print_token" in printing
+    assert {name for name in printing if not name.startswith(shows)} == set()
 
 
 MISSING = [
@@ -92,6 +126,26 @@ def test_a_bad_command_line_exits_2(words: str, capsys: pytest.CaptureFixture[st
     assert "explore-logits: error" in capsys.readouterr().err
 
 
+def test_the_help_fits_80_columns_and_names_the_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = build_parser().format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "3 --validate found" in text
+
+
+@pytest.mark.parametrize("value", ["math=3", "[1]", "[" * 100_000])
+def test_an_option_of_json_shows_what_it_takes(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = explore_logits.OneLineParser()
+    explore_logits.add_options(parser, explore_logits.ConversationOptions, required=())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--template-kwargs", value])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'wanted: JSON for the template: {"enable_thinking": false}' in line
+    assert len(line) < 500
+
+
 # Runs ---------------------------------------------------------------------------------------------
 
 
@@ -138,6 +192,13 @@ def test_the_last_line_is_one_json_object_whatever_was_asked(
         assert summary["rows"] in (10, [10, 10])
         assert summary.get("plot", f"{picture}.png") == f"{picture}.png"
     assert page.read_text(encoding="utf-8").count("<section id=") == 4
+    assert main([str(output), "--validate", "--stats", "--compare", str(output)]) == 0
+    shown = capsys.readouterr().out
+    for said in ("valid: 2 shards, 10 rows", "covered by nucleus", "rows in common      10 of 10"):
+        assert said in shown, "what is asked for together is done together"
+    summary = json.loads(shown.splitlines()[-1])
+    assert summary["bytes_per_token"] > 0
+    assert (summary["violations"], summary["common_rows"]) == ({}, 10)
     assert Path(f"{picture}.png").stat().st_size > 5000, "a picture without a kind is PNG"
 
 

@@ -58,6 +58,18 @@ def test_a_whole_row_decodes_as_the_plain_loop_does() -> None:
             assert explore.dequantize_all_logits(sample, t)[0].tolist() == top[t][0] + tail[t][0]
 
 
+def test_a_sample_is_a_view_that_reads_like_a_dictionary() -> None:
+    block = explore.decode_rows(explore.as_rows(ROWS))
+    for row, sample in enumerate(iter_samples(ROWS)):
+        alone = explore.Sample(block.row(row))
+        assert list(alone) == list(sample) == list(dict(sample))
+        assert np.shares_memory(alone["logsumexp"], block.logsumexp)
+        assert all(str(alone[name]) == str(sample[name]) for name in sample)
+    assert sample.get("input_ids") is None
+    with pytest.raises(KeyError):
+        sample["logits"]
+
+
 def test_probabilities_are_the_teachers_own() -> None:
     rng = np.random.default_rng(11)
     logits = random_logits(rng, 1, 600)[0].astype(np.float64)

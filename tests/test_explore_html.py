@@ -90,9 +90,22 @@ def test_every_string_from_data_is_escaped_wherever_it_stands(
     token = explore.replace(token, tail=[explore.Prediction(1, bad, 0.0, 0.1)], t=0)
     analysis = ConversationAnalysis(7, [token], [(bad, None), (bad, 0)], model=bad, note=bad)
     page = render_page([analysis], title=bad, about=bad)
+    assert page.encode()
     assert "<b>" not in page
     assert not re.search("[\u202e\x1b]", page)
     assert page.count("&#34;&#39;&lt;b&gt;&amp;⟨U+202E⟩␛") == 9
+
+
+def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
+    token = next(t for t in plain[0].tokens if t.where == "not stored")
+    told = explore.describe_token(token)
+    for said in (f"%, rank ≥ {token.rank}, not stored", ": ≤", "log p ≤ ",
+                 "tail sample, in the order drawn, 6 of 24"):  # fmt: skip
+        assert said in told
+    stored = next(t for t in plain[0].tokens if t.where == "nucleus" and t.rank > 1)
+    lines = explore.list_predictions(stored.predictions, stored.id, bar=8)
+    assert [line[0] for line in lines].index("▸") == stored.rank - 1
+    assert "≤" not in explore.describe_token(stored)
 
 
 def test_invisible_characters_become_visible() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import GeneratorType
 from typing import Any, ClassVar
 
 import datasets
@@ -92,6 +94,28 @@ def test_a_row_that_is_not_there_or_no_number_is_refused(output: Path) -> None:
         get_sample(dataset, conversation=77)
 
 
+def test_one_row_reads_one_row_group(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, groups = [], explore.Store.read_groups
+
+    def noted(*args: Any, **options: Any) -> pa.Table:
+        read.append((args[1], list(args[3])))
+        return groups(*args, **options)
+
+    monkeypatch.setattr(explore.Store, "read_groups", noted)
+    dataset = load_logit_dataset(output)
+    for row in (12, 13, 11):  # the rows of a group are kept
+        assert_same(get_sample(dataset, row), expected(row))
+    assert read == [("data/part-00001.parquet", [1])]
+
+
+def test_wider_types_are_accepted_where_nothing_is_lost() -> None:
+    wide, counts = pa.large_list(pa.int64()), ROWS[0]["top_counts"]
+    changed = put_column(ROWS[:1], "top_counts", pa.array([counts], wide))
+    assert_same(get_sample(changed), expected(0))
+    with pytest.raises(FormatError, match="top_counts"):
+        get_sample(put_column(ROWS[:1], "top_counts", pa.array([[300, *counts[1:]]], wide)))
+
+
 def test_all_kinds_of_datasets_give_the_same_samples(output: Path) -> None:
     mapped = datasets.load_dataset("parquet", data_dir=str(output / "data"), split="train")
     streamed = mapped.to_iterable_dataset()
@@ -129,6 +153,133 @@ def test_optional_columns_may_be_missing(tmp_path: Path) -> None:
         get_sample(table.drop_columns(["top_counts"]))
 
 
+# What is no dataset, sample, number or name -------------------------------------------------------
+
+SAMPLE = r"a sample is needed, as get_sample\(dataset, i\) returns it, not"
+DATASET = "a dataset is an output by name, what load_logit_dataset returns, or rows; not"
+WRONG = {  # calls, d an output that is open and s a sample of it, by what they are answered
+    f"{SAMPLE} a LogitDataset": ("print_top_tokens(d, 0)", "plot_nucleus_sizes(d)"),
+    f"{SAMPLE} an int": ("dequantize_top_logits(0, 0)", "print_sample_info(0)"),
+    f"{DATASET} an int": ("get_sample(3)", "analyze_nucleus_sizes(3)"),
+    f"{DATASET} None": ("compute_dataset_stats(None)", "compare_outputs(d, None)"),
+    f"{DATASET} a list of int": ("get_sample([3])",),
+    r"DatasetDict holds datasets by split: pass one of them, \['train'\]": ("get_sample(splits)",),
+    "an output is a folder, a Parquet file": (
+        "load_logit_dataset(None)", "validate_output(3)", "LogitIterableDataset({})"),
+    "decoded already: use them as they are": ("get_sample([s])", "get_sample(s)"),
+    "no column 'top_counts'": ("analyze_nucleus_sizes(table)",),
+    "a row number is an integer.*iter_samples gives many": ("d['3']", "get_sample(d, slice(2))"),
+    "rows 0:2:0: slice step cannot be zero": ("d[0:2:0]",),
+    "a token's number is an integer, not 1.5": ("decode_top_tokens(s, 1.5)",),
+    "there is no token 1000": ("plot_logit_distribution(s, 1000)", "print_top_tokens(s, 1000)"),
+    "a conversation's id is an integer, not '3'": (
+        "get_sample(d, conversation='3')", "execute_analysis(d, conversation='3')"),
+    r"a list of row numbers is needed, such as \[0, 1\], not 3": ("d.take(3)",),
+    "max_samples=-1: an integer of 0 or more is needed, or None": (
+        "next(iter_samples(d, max_samples=-1))", "analyze_nucleus_sizes(d, -1)"),
+    "k='3': an integer of 0 or more": ("print_top_tokens(s, 0, k='3')",),
+    "tokens=1.5: an integer of 0": ("quick_explore(d, tokens=1.5)",),
+    r"pass what load_tokenizer\('MODEL'\) returns": (
+        "print_top_tokens(s, 0, 'some/model')", "quick_explore(d, tokenizer=Path('x'))"),
+    "a path or Hub id is needed, not 3": ("load_tokenizer(3)", "execute_analysis(d, dataset=3)"),
+    "no split 3; it has train": ("load_logit_dataset(d.name, 3)",),
+    "analyze_token_probabilities returns, not a Sample": ("render_page(s)", "render_page([s])"),
+    "stats are what compute_dataset_stats returns": ("render_page([], stats=s)",),
+    "conversation is a list of messages": ("analyze_token_probabilities(s, 1000, None)",),
+    "chat_template is the text": ("analyze_token_probabilities(s, [], None, Path('x'))",),
+    r"is open_text\(output\).actual_tokens": ("compute_dataset_stats(d, actual_tokens=3)",),
+    "percentile 101: a number from 0 to 100": ("analyze_nucleus_sizes(d).percentile(101)",),
+    "bits=17: an integer in 4..16": ("quantize_logits([1.0], bits=17)",),
+    "counts of at least 1 that sum to 2": ("quantize_logits([1, 2], [3])",),
+    "logits must be numbers that numpy takes, not a str": ("logits_to_probs('x')",),
+    "4 ids need 1 high bytes, found 2": ("unpack_indices([1, 2, 3, 4], b'00')",),
+    "counts sum to 4, but there are 5 ids": ("unpack_indices(range(5), b'00', [2, 2])",),
+    "token ids must be integers, got float64": ("pack_indices([1.5])",),
+    "cannot count on device 'nonsense'": ("analyze_nucleus_sizes(d, device='nonsense')",),
+    "text is what open_text\\(output\\) returns": ("LogitIterableDataset(d, text='x')",),
+    "world_size='2': an integer of 0": ("LogitIterableDataset(d, world_size='2')",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "calls"), WRONG.items(), ids=WRONG.keys())
+def test_what_is_of_a_wrong_kind_is_refused_with_what_to_pass(
+    output: Path, message: str, calls: tuple[str, ...]
+) -> None:
+    dataset = load_logit_dataset(output)
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([])})
+    names = {"d": dataset, "s": get_sample(dataset), "splits": splits}
+    for call in calls:
+        with pytest.raises(explore.LogitsError, match=message) as refused:
+            eval(call, vars(explore) | names | {"table": pa.table({"a": [1]})})
+        assert "\n" not in str(refused.value)
+
+
+TRAINING = {  # tensors come out of them
+    "collate_logits", "distillation_loss", "distillation_loss_from_hidden", "flat_positions",
+}  # fmt: skip
+NO_CALLS = {"SCHEMA", "LogitsError", "NucleusSizeStats", *TRAINING}
+STRANGE: list[Any] = [
+    -1, 10**9, None, True, 1.5, float("nan"), "", "./nowhere", b"/x", Path("/dev/null/x"), [], [0],
+    [None], {"a": 1}, object(), slice(2), np.zeros(1), np.int64(2), datasets.DatasetDict(),
+]  # fmt: skip
+
+
+def test_no_argument_of_any_kind_ends_in_another_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
+    rows = random_rows(2, settings=settings, tokens=3)
+    d = load_logit_dataset(write_output(tmp_path, rows, settings=settings))
+    s, tokenizer = get_sample(d), d.words[0]
+    sample, k = {"sample": s, "t": 0}, {"tokenizer": tokenizer, "k": 1}
+    export = {"dataset": d, "folder": tmp_path / "export", "text": None}
+    found: dict[str, Any] = {"model": None, "dataset": None, "trust_remote_code": False}
+    analysis = explore.execute_analysis(d, tokenizer=tokenizer)
+    calls: dict[str, dict[str, Any]] = {
+        "load_logit_dataset": {"name": d.name, "split": "train"},
+        "load_extraction_config": {"name": d}, "validate_output": {"name": d},
+        "get_sample": {"dataset": d, "i": 0, "conversation": None},
+        "iter_samples": {"dataset": d, "max_samples": None},
+        "load_tokenizer": {"model": str(TEACHER)},
+        **dict.fromkeys(("dequantize_top_logits", "dequantize_sampled_logits",
+                         "dequantize_all_logits", "get_nucleus_probability_mass"), sample),
+        "decode_top_tokens": sample | k, "print_top_tokens": sample | k,
+        "print_sample_info": {"sample": s}, "logits_to_probs": {"logits": 1.0, "logsumexp": 1.0},
+        "analyze_token_probabilities": {"sample": s, "conversation": None, **k},
+        "visualize_conversation_probabilities": {"analysis": analysis, "return_html": False},
+        "render_page": {"analyses": [analysis], "title": "x", "about": "", "stats": None},
+        "open_text": {"output": d, "tokenizer": tokenizer, **found},
+        "execute_analysis": {"logit_dataset_id": d, "sample_index": 0, "conversation": 0, **k},
+        "quick_explore": {"name": d, "sample_index": 0, "tokenizer": tokenizer, "tokens": 1},
+        "analyze_nucleus_sizes": {"name_or_dataset": d, "max_samples": None, "device": None},
+        "compute_dataset_stats": {"dataset": d, "max_samples": None, "actual_tokens": None},
+        "print_dataset_stats": {"dataset": d}, "compute_bytes_per_token_stats": {"dataset": d},
+        "compare_outputs": {"first": d, "second": d, "largest": 1},
+        "plot_logit_distribution": sample | {"tokenizer": tokenizer},
+        "plot_nucleus_vs_sampled": sample, "plot_nucleus_sizes": {"sample": s},
+        "plot_nucleus_size_analysis": {"stats": d, "max_samples": None},
+        "pack_indices": {"ids": [1]}, "unpack_indices": {"low": [1], "high": b"0", "counts": [1]},
+        "quantize_logits": {"logits": [1.0], "counts": [1], "bits": 8},
+        "dequantize_logits": {"q": 1, "vmin": 0.0, "vmax": 1.0},
+        "LogitIterableDataset": {
+            "dataset": d, "seed": 0, "rank": 0, "world_size": 1, "max_seq_len": None, "text": None},
+        **dict.fromkeys(("export_axolotl", "export_distillkit"), export),
+    }  # fmt: skip
+    assert calls.keys() | NO_CALLS == {*explore.__all__}
+    refused, lazy = 0, (GeneratorType, explore.LogitIterableDataset)
+    for name, arguments in calls.items():
+        for argument, value in itertools.product(arguments, STRANGE):
+            try:
+                result = getattr(explore, name)(**arguments | {argument: value})
+                _ = list(result) if isinstance(result, lazy) else result
+            except explore.LogitsError:
+                refused += 1
+            except Exception as error:  # whatever it is
+                raise AssertionError(f"{name}({argument}={value!r})") from error
+    assert refused > 600
+
+
 # Names, splits, settings --------------------------------------------------------------------------
 
 
@@ -149,8 +300,10 @@ def test_names_tell_the_split_and_the_order_of_shards(tmp_path: Path) -> None:
     outer = write_output(tmp_path / "both/outer", ROWS[:4])
     write_output(outer / "old", ROWS[:8])
     assert len(load_logit_dataset(outer)) == 4
-    with pytest.raises(OpenError, match=r"name one of those below: "):
-        load_logit_dataset(outer.parent)
+    listed = rf"name one of those below: {outer}, {outer}/old$"
+    for opened in (load_logit_dataset, explore.LogitIterableDataset, explore.validate_output):
+        with pytest.raises(OpenError, match=listed):
+            opened(outer.parent)
 
 
 def test_an_output_may_have_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
@@ -215,6 +368,10 @@ def test_the_settings_come_from_the_file_or_from_a_shard(output: Path, tmp_path:
     pq.write_table(rows_to_table(ROWS[:2]).replace_schema_metadata(None), tmp_path / "bare.parquet")
     with pytest.raises(OpenError, match="no settings"):
         explore.load_extraction_config(tmp_path / "bare.parquet")
+    (alone / "extraction_config.json").write_text("[")
+    assert get_sample(alone)["index"] == 0, "the rows need none of it"
+    with pytest.raises(FormatError, match=r"^extraction_config\.json: the settings are not JSON"):
+        explore.load_extraction_config(alone)
 
 
 def test_a_checkpoint_of_other_files_is_not_believed(output: Path, tmp_path: Path) -> None:
@@ -251,6 +408,15 @@ def test_a_link_out_of_the_folder_is_not_followed(output: Path, tmp_path: Path) 
         explore.load_extraction_config(inside)
     with pytest.raises(OpenError, match="outside"):
         explore.open_store(inside).open("../secret.json")
+
+
+def test_an_absurdly_large_text_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explore, "MAX_TEXT_BYTES", 1000)
+    made = write_output(tmp_path, ROWS[:1], chat_template=" " * 2000)
+    with pytest.raises(OpenError, match=r"chat_template\.jinja is larger than"):
+        explore.open_store(made).read_text("chat_template.jinja")
 
 
 def test_a_bomb_of_few_bytes_is_refused_before_it_is_decoded(tmp_path: Path) -> None:

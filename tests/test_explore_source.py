@@ -309,7 +309,7 @@ def test_the_id_is_the_row_number_or_the_integer_of_the_column() -> None:
     assert explore.source_id({"id": 3}, 12, by_column) == 3
     assert explore.source_id({"id": np.int64(4)}, 12, by_column) == 4
     for value in ("3", 3.0, None, True, 2**31, -(2**31) - 1):
-        with pytest.raises(SourceError, match=r"row 12.*--index-col"):
+        with pytest.raises(SourceError, match=r"row 12.*leave --index-col out"):
             explore.source_id({"id": value}, 12, by_column)
 
 

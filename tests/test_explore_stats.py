@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,13 @@ def test_bytes_per_token_are_the_files_divided_by_the_tokens(
     assert "bytes per token" in capsys.readouterr().out
 
 
+def test_without_text_nothing_is_said_about_the_actual_token(tmp_path: Path) -> None:
+    stats = compute_dataset_stats(write_output(tmp_path, random_rows(5)))
+    assert (stats.known, stats.agreement, stats.mean_log_probability) == (0, None, None)
+    assert compute_dataset_stats(ROWS).capped is None, "rows alone do not say what the cap is"
+    assert not any("actual" in label for label in stats.facts())
+
+
 # Comparison ---------------------------------------------------------------------------------------
 
 
@@ -194,6 +202,28 @@ def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> Non
     assert (list(none.largest), none.max_divergence) == ([], seen.max_divergence)
 
 
+def test_row_groups_of_rows_in_another_order_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = np.random.default_rng(1).permutation(len(ROWS))
+    one, two = (
+        explore.load_logit_dataset(write_output(tmp_path / name, rows, settings=STORED))
+        for name, rows in (("one", ROWS), ("two", [ROWS[row] for row in order]))
+    )
+    read: Counter[tuple[str, int, int]] = Counter()
+    groups = explore.LogitDataset._read
+
+    def counted(self: Any, shard: int, some: Any, columns: Any = explore.READ_COLUMNS) -> Any:
+        read.update((self.name, shard, group) for group in some if "logsumexp" in columns)
+        return groups(self, shard, some, columns)
+
+    monkeypatch.setattr(explore.LogitDataset, "_read", counted)
+    seen = compare_outputs(one, two)
+    assert (seen.common_rows, seen.max_divergence) == (30, 0)
+    assert len(read) > 10
+    assert {*read.values()} == {1}
+
+
 def test_without_a_common_token_there_is_no_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +232,7 @@ def test_without_a_common_token_there_is_no_figure(
         str(write_output(tmp_path / name, rows, settings=STORED))
         for name, rows in (("one", ROWS[:4]), ("two", others))
     )
-    assert explore.main([one, "--compare", two]) == 3
+    assert explore.main([one, "--compare", two, "--stats"]) == 3
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["rows"], summary["common_rows"]) == ([4, 4], 0)
     for figure in ("mean_divergence", "max_divergence", "same_first", "max_logsumexp"):

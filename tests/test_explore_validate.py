@@ -250,6 +250,19 @@ def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path: Path) ->
         assert set(report.counts) <= {"checkpoint"}
 
 
+def test_a_flood_of_violations_is_counted_but_not_listed(tmp_path: Path) -> None:
+    rows = [row | shift_logsumexp(row, -40.0) for row in ROWS]
+    output = write_output(tmp_path, rows, settings=STORED)
+    (output / "extraction_config.json").write_text("{not json")
+    report = validate_output(output)
+    tokens = sum(row["num_tokens"] for row in rows)
+    assert report.counts["logsumexp"] == tokens > 30
+    assert len(report.violations) <= 1 + 3 * 10 * len(report.counts)
+    assert f"logsumexp {tokens}" in str(report)
+    shards = {f"data/part-0000{number}.parquet" for number in range(3)}
+    assert {v.shard for v in report.violations} == {*shards, "extraction_config.json"}
+
+
 # Parts --------------------------------------------------------------------------------------------
 
 SKIPPED = {3: "too_long", 17: "unusable"}

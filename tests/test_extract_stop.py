@@ -13,7 +13,7 @@ from typing import IO
 
 import pytest
 from conftest import ROOT
-from processes import Child, run_process
+from processes import Child, run_code, run_process
 
 import extract_logits
 from extract_logits import GracefulInterrupt, TimedShutdown
@@ -112,3 +112,19 @@ def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = run_process([sys.executable, path, "--help"], env=env)
     assert (done.code, done.stderr) == (130, "")
+
+
+INTERRUPTED = """
+import os, signal, sys, extract_logits as x
+x.run_extraction = lambda config: {"exit_code": 0, "rows": 1, "tokens": 2, "bytes": 3}
+describe = x.describe_end
+x.describe_end = lambda summary: os.kill(os.getpid(), signal.SIGINT) or describe(summary)
+sys.argv = ["x", "--model", "m", "--dataset", "d", "--output", "./o"]
+sys.exit(x.main())
+"""
+
+
+def test_ctrl_c_while_the_end_is_told_changes_nothing() -> None:
+    done = run_code(INTERRUPTED, cwd=ROOT)
+    assert (done.code, done.summary["exit_code"]) == (0, 0)
+    assert done.stderr.startswith("done: 1 row, 2 tokens")

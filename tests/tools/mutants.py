@@ -129,7 +129,7 @@ quads[:, ⟦0→3⟧] | quads[:, ⟦1→2⟧] << 2 | quads[:, ⟦2→1⟧] << 4 
 : ids from 262,144 on wrap
 if int(full.min()) < 0⟦ or int(full.max()) > MAX_TOKEN_ID→⟧:
 : logits come back with 65536 for 65535
-np.asarray(q, np.float64) / ⟦65535→65536⟧ * (high - low) + low
+as_array(q, np.float64, "q") / ⟦65535→65536⟧ * (high - low) + low
 : quantization cuts instead of rounding
 np.rint(np.⟦rint→floor⟧(part * levels) * (65535 / levels))
 
