@@ -932,8 +932,8 @@ class ConversationDataset:
         window = Window()
         for rows in encoded:
             window.add(rows, self.lengths)
-            full = len(window.rows) >= WINDOW_ROWS or window.tokens >= WINDOW_TOKENS
-            if ends.popleft() and full:
+            held = max(len(window.rows), len(window.skipped))
+            if ends.popleft() and (held >= WINDOW_ROWS or window.tokens >= WINDOW_TOKENS):
                 yield window
                 window = Window()
         if window.rows or window.skipped:
@@ -4931,12 +4931,13 @@ class GracefulInterrupt:
     def leaving_at_once(self, end_s: float = math.inf) -> Iterator[None]:
         """Raise KeyboardInterrupt here at a first signal, or at a time of `time.monotonic`."""
         handled = bool(self._previous)
-        if handled and self.stopping:
-            raise KeyboardInterrupt
-        if timed := handled and ALARM is not None and math.isfinite(end_s):
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
-        self._at_once = handled
+        timed = handled and ALARM is not None and math.isfinite(end_s)
         try:
+            self._at_once = handled  # before the question, or a signal between them does nothing
+            if handled and self.stopping:
+                raise KeyboardInterrupt
+            if timed:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
             yield
         finally:
             self._at_once = False

@@ -265,6 +265,15 @@ def test_too_long_by_known_lengths_is_not_tokenized() -> None:
     assert "51 tokens, --max-seq-len is 30" in {row.detail for row in skipped}
 
 
+def test_what_is_skipped_fills_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a source without one usable row would be in memory as a whole before a line is logged."""
+    monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 40)
+    ids, encoder = np.arange(100), Encoder()
+    encoder.max_seq_len = 1
+    windows, _ = windows_of(100, encoder, lengths=KnownLengths("--length-col", ids, ids + 2))
+    assert [len(window.skipped) for window in windows] == [40, 40, 20]
+
+
 def test_lengths_of_another_source_are_refused() -> None:
     ids = np.arange(100)
     known = KnownLengths("lengths", ids, np.full(100, 7))
