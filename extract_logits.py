@@ -4390,6 +4390,7 @@ class StreamingHFUploader:
         self.nucleus_cap = int(settings.get("top_p_max", 256))
         self.chat_template = chat_template
         self.rank, self.world_size = rank, world_size
+        self.checkpoint = checkpoint_path(rank, world_size)
         self.stopping, self.deadline = stopping, deadline
         self.folder = local_path(cache_dir) / cache_key(output)
         self.parts: dict[int, Part] = {}  # under way
@@ -4468,8 +4469,9 @@ class StreamingHFUploader:
             for path in waiting:
                 remove_cached(path)
             checkpoints = {path for path in listed if CHECKPOINT_NAME.fullmatch(path)}
-            everywhere = old | checkpoints if self.rank == 0 else {self.checkpoint_name}
-            return parts | (everywhere & listed.keys())
+            others = {checkpoint_path(rank, self.world_size) for rank in range(1, self.world_size)}
+            mine = checkpoints - others if self.rank == 0 else {self.checkpoint} & checkpoints
+            return parts | (old | mine if self.rank == 0 else mine)
         if not resume and (parts or old or waiting):
             shards = len(parts) + len(old)
             there = [f"already holds {plural(shards, 'shard')}"] if shards else []
@@ -4493,11 +4495,6 @@ class StreamingHFUploader:
         """Tell whether a file holds a part of this worker."""
         return number_of(path) % self.world_size == self.rank
 
-    @property
-    def checkpoint_name(self) -> str:
-        """The path of this worker's checkpoint in the output."""
-        return "checkpoint.json" if self.world_size == 1 else f"checkpoint-w{self.rank:02d}.json"
-
     def _read_checkpoints(self, files: Mapping[str, int]) -> set[str]:
         """Learn from a listing and its checkpoints which parts are there; return the jobs named."""
         for number in map(number_of, filter(PART_NAME.fullmatch, files)):
@@ -4508,7 +4505,7 @@ class StreamingHFUploader:
             job, records = decode_checkpoint(self._ask(self.destination.read, path))
             jobs.add(job)
             for number in records.keys() & self.listed.keys() if job == self.job else ():
-                self._note(records[number], own=path == self.checkpoint_name)
+                self._note(records[number], own=path == self.checkpoint)
         return jobs
 
     def _note(self, record: PartRecord, *, own: bool) -> None:
@@ -4832,7 +4829,7 @@ class StreamingHFUploader:
             content[TEMPLATE_FILE] = self.chat_template.encode()
         if last or (self.world_size == 1 and not self.carded):
             content |= self._card(new)
-        return content | {self.checkpoint_name: encode_checkpoint(self.job, records.values())}
+        return content | {self.checkpoint: encode_checkpoint(self.job, records.values())}
 
     def _card(self, new: Mapping[int, PartRecord]) -> dict[str, Path | bytes]:
         """Return the card with the figures of all workers, above what a person wrote into it.
@@ -4887,6 +4884,11 @@ class StreamingHFUploader:
         if left := self._cached():
             logger.warning("%s kept in %s for --resume", plural(len(left), "file"), self.folder)
         self.file_lock.release()
+
+
+def checkpoint_path(rank: int, world_size: int) -> str:
+    """Return where the checkpoint of a worker is in an output."""
+    return "checkpoint.json" if world_size == 1 else f"checkpoint-w{rank:02d}.json"
 
 
 def number_of(path: str | Path) -> int:

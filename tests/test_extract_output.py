@@ -169,6 +169,24 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place: Output, tmp_p
     assert place.json("extraction_config.json")["top_p"] == 0.9
 
 
+def test_workers_that_start_over_leave_each_others_checkpoints(
+    folder: Output, tmp_path: Path
+) -> None:
+    run_workers(folder, tmp_path / "cache", 3, parts=4)
+    again = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
+    share = {"rank": 0, "world_size": 2, **again}
+    first = open_uploader(folder, tmp_path / "cache/0", **share)
+    share["rank"] = 1
+    second = open_uploader(folder, tmp_path / "cache/1", **share)
+    for uploader, number in ((second, 1), (first, 0)):  # the second is done before the first
+        fill(uploader, number, range(10 * number, 10 * number + 10))
+        finish(uploader)
+    assert folder.parts() == {0: list(range(10)), 1: list(range(10, 20))}
+    names = {path for path in folder.files() if path.startswith("checkpoint")}
+    assert names == {"checkpoint-w00.json", "checkpoint-w01.json"}
+    assert "| conversations | 20 |" in folder.read("README.md").decode()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"top_p": 0.9}, r"top_p.*0\.98.*0\.9"), ({"rows_per_part": 11}, "rows_per_part")],
