@@ -101,9 +101,12 @@ def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() 
 def test_a_signal_on_the_way_in_ends_waiting_too(monkeypatch: pytest.MonkeyPatch) -> None:
     too_late = property(lambda _: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(GracefulInterrupt, "stopping", too_late)
-    with GracefulInterrupt() as interrupt, pytest.raises(KeyboardInterrupt):
-        with interrupt.leaving_at_once():
-            raise AssertionError("nobody would end what is waited for here")
+    with (
+        GracefulInterrupt() as interrupt,
+        pytest.raises(KeyboardInterrupt),
+        interrupt.leaving_at_once(),
+    ):
+        raise AssertionError("nobody would end what is waited for here")
 
 
 @pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
