@@ -3469,8 +3469,7 @@ class AsyncPostProcessor:
 # 7 Parts
 # --------------------------------------------------------------------------------------------------
 
-PART_NAME = re.compile(r"data/(?:\d{3,}/)?part-(\d{5,9})\.parquet")
-OLD_PART_NAME = re.compile(r"data/(?:\d+/)?part-w\d+-\d+\.parquet")  # of version 0.1
+PART_NAME = re.compile(r"data/(?:\d+/)?part-(?:w\d+-)?\d{5,9}\.parquet")  # w: of version 0.1
 CACHED_NAME = re.compile(r"(?:(?:backup_)?part|pending)-\d{5,9}\.parquet")
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
@@ -4148,15 +4147,10 @@ def compare_settings(there: Mapping[str, Any], here: Mapping[str, Any], place: s
     """Refuse to go on with another job.
 
     Raises:
-        ConfigError: lists what differs, or says that the output is of version 0.1.
+        ConfigError: lists what differs.
     """
     if not there:
         return
-    if "rows_per_part" not in there:
-        raise ConfigError(
-            f"{place} was written by version 0.1, whose shards are no parts of a job: it stays "
-            "readable by explore_logits.py; give another --output, or --force-restart to discard it"
-        )
     changes = list_differences(there, here)
     before, now = there.get("limit"), here.get("limit")  # parts hold none
     if "limit" in there and now is not None and (before is None or now < before):
@@ -4459,7 +4453,6 @@ class StreamingHFUploader:
         Raises:
             ConfigError: output or cache hold what was not to be continued, or another job.
         """
-        old = {path for path in listed if OLD_PART_NAME.fullmatch(path)}
         parts = {path for path in listed if PART_NAME.fullmatch(path) and self._is_own(path)}
         waiting = self._cached()
         for leftover in self.folder.rglob(".*.tmp"):  # of a process that was killed
@@ -4471,10 +4464,9 @@ class StreamingHFUploader:
             checkpoints = {path for path in listed if CHECKPOINT_NAME.fullmatch(path)}
             others = {checkpoint_path(rank, self.world_size) for rank in range(1, self.world_size)}
             mine = checkpoints - others if self.rank == 0 else {self.checkpoint} & checkpoints
-            return parts | (old | mine if self.rank == 0 else mine)
-        if not resume and (parts or old or waiting):
-            shards = len(parts) + len(old)
-            there = [f"already holds {plural(shards, 'shard')}"] if shards else []
+            return parts | mine
+        if not resume and (parts or waiting):
+            there = [f"already holds {plural(len(parts), 'shard')}"] if parts else []
             if waiting:
                 there.append(f"has {plural(len(waiting), 'file')} not delivered in {self.folder}")
             raise ConfigError(
@@ -4482,8 +4474,6 @@ class StreamingHFUploader:
                 "over with --force-restart"
             )
         settings = read_settings(self.destination, listed, self._no_more_tries)
-        if not settings and old:
-            settings = {"format_version": format_version(compact=False)}
         compare_settings(settings, self.settings, self.destination.name)
         for path in waiting:
             with contextlib.suppress(*NO_PART):  # it is set aside when it is needed
