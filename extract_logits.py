@@ -4163,8 +4163,7 @@ def compare_settings(there: Mapping[str, Any], here: Mapping[str, Any], place: s
 
 
 CARD_LINE = "<!-- Below this line the card is yours: updates keep it. -->"
-CARD_OWNED_KEYS = ("configs", "pretty_name", "size_categories", "source_datasets")  # of the YAML
-CARD_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}
+CARD_OWNED_KEYS = ("configs", "pretty_name", "source_datasets")  # of the YAML
 CARD = """\
 # {{ title }}
 
@@ -4223,7 +4222,6 @@ Lists hold all tokens of a row one after another; `top_counts` says how many nuc
 token has{% if settings.min_p %}, `sampled_counts` how many of the sample
 {%- endif %}. An id is `low | high << 16`, `high` packed two bits an id, first id lowest. A logit is
 `q / 65535 * (max - min) + min`, by token.
-{{ table(columns) }}
 """
 
 
@@ -4266,13 +4264,6 @@ def make_card(
         records=known,
         stored=stored,
         tokens=max(1, stored["tokens"]),
-        columns={
-            column.name: str(column.type)
-            for column in shard_schema(
-                store_tokens=bool(settings.get("store_tokens")),
-                compact=bool(settings.get("min_p")),
-            )
-        },
     )
     front |= {key: value for key, value in kept.items() if key not in CARD_OWNED_KEYS}
     yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
@@ -4288,19 +4279,15 @@ def table_cell(value: Any) -> str:
 def describe_card(settings: Mapping[str, Any], records: Sequence[PartRecord]) -> dict[str, Any]:
     """Return the YAML of a card: what the Hub's viewer and search and `load_dataset` read."""
     source = str(settings.get("dataset"))
-    rows = count_stored(records)["rows"]
-    size = next((name for bound, name in CARD_SIZES.items() if rows < bound), "1M<n<10M")
     nested = any(record.number >= PARTS_PER_FOLDER for record in records)
     path: Any = ["data/*.parquet", "data/*/*.parquet"] if nested else "data/*.parquet"
-    is_repo = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).exists()
     name = show_line(f"Logits of {settings.get('model')} on {source}")
     return {
         "pretty_name": " ".join(re.sub("[<>]", " ", name).split())[:200],
         "tags": ["logits", "distillation", "knowledge-distillation"],
         "task_categories": ["text-generation"],
-        "size_categories": [size],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}],
-    } | ({"source_datasets": [source]} if is_repo else {})
+    } | ({} if is_local(source) else {"source_datasets": [source]})
 
 
 def count_stored(records: Iterable[PartRecord]) -> dict[str, Any]:
