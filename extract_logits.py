@@ -4538,7 +4538,7 @@ class StreamingHFUploader:
                 f"{self.destination.name} was begun with another teacher: {'; '.join(changes)}. "
                 "Use the same, another --output, or --force-restart to discard it"
             )
-        self.settings["numerics"] = numerics
+        self.settings = {**self.settings, "numerics": numerics}  # threads may be reading it
 
     def create_output(self) -> None:
         """Create the Hub repository where it does not exist; without it the first commit does.
@@ -5263,7 +5263,8 @@ def run_until(
             raise ConfigError("stopped at --verify-mask: nothing was extracted")
         if config.plan:
             with log_beside_bar():
-                return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
+                plan = plan_extraction(job, lambda: interrupt.stopping)
+            return {**(plan if leads else {}), "exit_code": 0}
     output: StreamingHFUploader | Follower = Follower()
     if leads:
         as_given = ("cache_dir", "private", "resume", "force_restart")
@@ -6007,14 +6008,14 @@ def probe_teacher(job: Job, sample: Sample, should_stop: Callable[[], bool]) -> 
         seconds: list[float] = []
         started = time.monotonic()
         for at in picks:
-            stop_if(should_stop)
+            stop_if(run.stops)
             begun = time.monotonic()
             run.submit(batches[at])
             run.finish_window()
             seconds.append(time.monotonic() - begun)
             pace = sum(seconds) / int(weights[picks[: len(seconds)]].sum())
             enough_s = np.clip(PROBE_SHARE * pace * sample.tokens, *PROBE_S)
-            if time.monotonic() - started > enough_s:
+            if agree(time.monotonic() - started > enough_s):  # the others run the same batches
                 break
     finally:
         run.close()

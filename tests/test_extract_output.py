@@ -169,6 +169,16 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place: Output, tmp_p
     assert place.json("extraction_config.json")["top_p"] == 0.9
 
 
+def test_threads_that_write_a_part_may_read_the_settings_while_the_teacher_settles(
+    folder: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    reading = iter(uploader.settings.items())
+    uploader.settle({"weights": "float32"})
+    assert len(list(reading)) == len(uploader.settings) - 1
+    uploader.shutdown()
+
+
 def test_workers_that_start_over_leave_each_others_checkpoints(
     folder: Output, tmp_path: Path
 ) -> None:
