@@ -5613,10 +5613,6 @@ def explain_skips(skipped: Counter[str]) -> str:
 # Tasks --------------------------------------------------------------------------------------------
 
 
-class TaskError(LogitsError):
-    """A task has not stored all of its part; met in its log. The next start runs it again."""
-
-
 class ExtractTask:
     """One task of a datatrove pipeline: a worker's parts of the job."""
 
@@ -5649,7 +5645,7 @@ class ExtractTask:
         if pooled and code == 128 + signal.SIGTERM and os.getpid() != self.submitter:
             os._exit(code)  # the pool that sent it waits for the process to end
         if code:
-            raise TaskError(
+            raise LogitsError(
                 f"task {rank} ended with exit code {code} after {summary.get('new_rows', 0)} rows "
                 f"{summary.get('error', '')}: start the same command again"
             )
@@ -5778,14 +5774,11 @@ def make_executor(config: ExtractionConfig, logs: Path) -> Any:
             "sbatch_args": {"signal": "USR1@90"},
         }
     arguments |= config.executor_options or {}
-    known = signature(kind.__init__).parameters
-    needed = {n for n, p in known.items() if p.default is p.empty} - {"self", "args", "kwargs"}
-    wrong = [f"it has no {name!r}" for name in arguments.keys() - known.keys()]
-    wrong += [f"it needs {name!r}" for name in sorted(needed - arguments.keys())]
-    if wrong:
-        names = ", ".join(sorted(known.keys() - {"self", "pipeline", "tasks", "workers"}))
-        raise ConfigError(f"--executor-options: {'; '.join(wrong)}; {kind.__name__} takes {names}")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except TypeError as error:  # names what is missing, or not known
+        names = ", ".join(signature(kind).parameters)
+        raise ConfigError(f"--executor-options: {error}; it takes {names}") from error
 
 
 @contextmanager
