@@ -69,9 +69,6 @@ from typing import (
     TypeAlias,
     TypeVar,
     cast,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 import numpy as np
@@ -6097,9 +6094,9 @@ def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:
     parser = build_parser()
     options = vars(parser.parse_args(argv))
     missing = [name for name in ("model", "dataset") if options[name] is None]
-    if missing and options["resume"]:
-        given = vars(build_parser_of_given().parse_args(argv))
-        options |= {k: v for k, v in recorded_options(options["output"]).items() if k not in given}
+    if missing and options["resume"]:  # what is given comes last, and wins
+        typed = sys.argv[1:] if argv is None else argv
+        options = vars(parser.parse_args([*recorded_words(options["output"]), *typed]))
     elif options["min_p"] is not None:  # a default that was given is refused, too
         given = vars(build_parser_of_given().parse_args(argv))
         for name in NOT_BESIDE_MIN_P:
@@ -6123,8 +6120,8 @@ def build_parser_of_given() -> argparse.ArgumentParser:
     return parser
 
 
-def recorded_options(output: str) -> dict[str, Any]:
-    """Return the options that an output records.
+def recorded_words(output: str) -> list[str]:
+    """Return the options that an output records, as they would be typed.
 
     Raises:
         ConfigError: it records none.
@@ -6138,15 +6135,13 @@ def recorded_options(output: str) -> dict[str, Any]:
             f"{output} records no job that --resume could continue by itself: give --model and "
             "--dataset"
         )
-    hints = get_type_hints(ExtractionConfig)
-    kept = {k: value for k, value in options.items() if k in hints and k not in LOCAL_OPTIONS}
-    with contextlib.suppress(LookupError, AttributeError, ValueError):  # JSON keys are strings
-        kept["batch_thresholds"] = {int(k): n for k, n in kept["batch_thresholds"].items()}
-    for name, value in kept.items():
-        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or (hints[name],)]
-        if type(value) not in (*kinds, *([int] if float in kinds else [])):
-            raise ConfigError(f"{output} records {name} as {value!r:.40}: give all options anew")
-    return kept
+    names = {entry.name for entry in fields(ExtractionConfig)} - LOCAL_OPTIONS
+    words = []
+    for name, value in options.items():
+        if name in names:
+            text = value if isinstance(value, str) else json.dumps(value)
+            words.append(flag_of(name) if value is True else f"{flag_of(name)}={text}")
+    return words
 
 
 LAUNCHERS = (  # variables of rank and number of workers, from the outermost launcher to the inner

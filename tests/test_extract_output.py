@@ -228,10 +228,20 @@ def test_settings_that_are_not_those_of_the_parts_double_nothing(
 def test_no_code_of_strangers_runs_because_an_output_says_so(
     folder: Output, tmp_path: Path
 ) -> None:
+    """The other options that it records are taken, but for those that are given."""
     options = {"model": "m", "dataset": "d", "trust_remote_code": True, "cache_dir": "/x"}
-    run_uploader(folder, tmp_path / "cache", 10, settings={"options": options})
-    config = extract_logits.parse_args(["--output", folder.name, "--resume"])
+    kinds = {"streaming": True, "top_p": 0.9, "batch_thresholds": {"512": 8}, "seed": 7, "limit": 7}
+    run_uploader(folder, tmp_path / "cache", 10, settings={"options": options | kinds})
+    words = ["--output", folder.name, "--resume", "--limit", "9"]
+    config = extract_logits.parse_args(words)
     assert (config.trust_remote_code, config.cache_dir) == (False, ".logit_extraction_cache")
+    taken = {**kinds, "batch_thresholds": {512: 8}, "limit": 9}
+    assert {name: getattr(config, name) for name in taken} == taken
+    folder.write(
+        "extraction_config.json", b'{"options": {"model": "m", "dataset": "d", "seed": []}}'
+    )
+    with pytest.raises(SystemExit):
+        extract_logits.parse_args(words)
 
 
 def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
