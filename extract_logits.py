@@ -1189,13 +1189,10 @@ def token_budget_batches(
     config: ExtractionConfig, rows: Sequence[EncodedRow], max_batch_tokens: int
 ) -> Iterator[Batch]:
     """Yield a window's batches under the options, or else under a budget of tokens."""
-    if config.max_batch_tokens is not None or config.batch_thresholds is None:
-        budget: int | None = config.max_batch_tokens or max_batch_tokens
-    else:
-        budget = None
+    default = None if config.batch_thresholds else max_batch_tokens
     sampler = TokenBudgetBatchSampler(
         [row.input_ids.size for row in rows],
-        max_batch_tokens=budget,
+        max_batch_tokens=config.max_batch_tokens or default,
         max_batch_size=config.max_batch_size,
         thresholds=config.batch_thresholds,
     )
@@ -3358,7 +3355,9 @@ def pack_columns(
     drawn = result.sampled_counts[tokens]
     points = np.arange(result.sampled_ids.shape[1]) < drawn[:, None]
     tail = sum_rows(drawn, ends).astype(np.int64)
-    stored = tail if result.sampled_q.shape[1] else np.zeros_like(tail)  # no logits of points
+    ranged, range_sizes, stored = tokens, sizes, tail
+    if not result.sampled_q.shape[1]:  # no tail, or points: no logits of it
+        ranged, range_sizes, stored = slice(0), np.zeros_like(sizes), np.zeros_like(tail)
     probability = np.exp(result.actual_logits[tokens] - result.logsumexp[tokens])
     top_low, top_high = pack_ids(result.top_ids[tokens][nucleus], top_sizes)
     tail_low, tail_high = pack_ids(result.sampled_ids[tokens][points], tail)
@@ -3376,25 +3375,14 @@ def pack_columns(
         "sampled_logits_quantized": as_list(
             result.sampled_q[tokens].reshape(-1), stored, np.uint16
         ),
-        **pack_tail_range(result, tokens, sizes),
+        "sampled_min": as_list(result.sampled_min[ranged], range_sizes, np.float32),
+        "sampled_max": as_list(result.sampled_max[ranged], range_sizes, np.float32),
         "logsumexp": as_list(result.logsumexp[tokens], sizes, np.float64),
         "input_ids": as_lists([row.input_ids for row in rows]),
         "token_positions": as_lists([row.token_positions for row in rows]),
         "sampled_counts": as_list(drawn, sizes, np.uint8),
         "_mass": pa.array(sum_rows(result.nucleus_mass[tokens], ends)),
         "_actual": pa.array(sum_rows(probability, ends)),
-    }
-
-
-def pack_tail_range(
-    result: Any, tokens: slice | npt.NDArray[np.bool_], sizes: npt.NDArray[np.int64]
-) -> dict[str, pa.Array]:
-    """Build `sampled_min` and `sampled_max`: one entry per token, none where no logit is stored."""
-    if result.sampled_q.shape[1] == 0:
-        tokens, sizes = slice(0), np.zeros_like(sizes)
-    return {
-        "sampled_min": as_list(result.sampled_min[tokens], sizes, np.float32),
-        "sampled_max": as_list(result.sampled_max[tokens], sizes, np.float32),
     }
 
 
@@ -3605,12 +3593,9 @@ def read_metadata(source: Path | pa.BufferReader) -> tuple[dict[str, Any], dict[
         NO_PART: it is none.
     """
     metadata = pq.read_metadata(source).metadata or {}
-    described, settings = (
-        json.loads(metadata[METADATA_PART]),
-        json.loads(metadata[METADATA_SETTINGS]),
-    )
+    described = json.loads(metadata[METADATA_PART])
     read_record(described)
-    return described, dict(settings)
+    return described, dict(json.loads(metadata[METADATA_SETTINGS]))
 
 
 DICTIONARY_BITS = 13  # up to 8,192 levels of a logit a dictionary is smaller than differences
