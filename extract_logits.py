@@ -2547,24 +2547,13 @@ def join_group(config: ExtractionConfig) -> int:
     return torch.distributed.get_rank()
 
 
-def in_group() -> bool:
-    """Tell whether this process is one of several that run one teacher."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def agree(value: T) -> T:
     """Return the first process's value in every process of the group; alone, one's own."""
-    if not in_group():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     told: list[Any] = [value]
     torch.distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
     return cast(T, told[0])
-
-
-def leave_group() -> None:
-    """Disconnect from the group, if there is one."""
-    if in_group():
-        torch.distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4283,21 +4272,6 @@ def count_stored(records: Iterable[PartRecord]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ResumeInfo:
-    """What an earlier run has left.
-
-    Attributes:
-        parts: what is known of the parts that the output lists, by number.
-        waiting: numbers of parts in the cache that are whole and not delivered.
-        pending: numbers of parts of which the cache holds some rows.
-    """
-
-    parts: Mapping[int, PartRecord]
-    waiting: Sequence[int]
-    pending: Sequence[int]
-
-
-@dataclass(frozen=True)
 class ClosedPart:
     """A whole part in the cache that the output does not list yet."""
 
@@ -4530,10 +4504,15 @@ class StreamingHFUploader:
         """
         self._ask(self.destination.create)
 
-    def get_resume_info(self) -> ResumeInfo:
-        """Return what need not be extracted again, as far as is known without reading it."""
+    def get_resume_info(self) -> dict[str, Any]:
+        """Return what need not be extracted again, as far as is known without reading it.
+
+        Returns:
+            `parts`: what is known of those that the output lists, by number; numbers of parts in
+            the cache: `waiting`, whole and not delivered, and `pending`, of which there are rows.
+        """
         pending = sorted(number_of(path) for path in self._cached("pending/pending-*.parquet"))
-        return ResumeInfo(self._known(), sorted(self.waiting), pending)
+        return {"parts": self._known(), "waiting": sorted(self.waiting), "pending": pending}
 
     def load_pending_into_buffer(self) -> int:
         """Queue the whole parts that the cache holds for delivery; return how many.
@@ -5188,7 +5167,7 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
         except RuntimeError as error:
             raise explain_want(error) from None
         if config.tensor_parallel:
-            leave_group()
+            torch.distributed.destroy_process_group()
         return summary or nothing_done(config.output, interrupt.exit_code or EXIT_RUNTIME)
 
 

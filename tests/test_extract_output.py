@@ -251,7 +251,7 @@ def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
     run_workers(repo, tmp_path / "cache", 3, parts=9)
     hub.clear()
     uploader = open_uploader(repo, tmp_path / "late", rank=3, world_size=4)
-    assert sorted(uploader.get_resume_info().parts) == list(range(9))
+    assert sorted(uploader.get_resume_info()["parts"]) == list(range(9))
     uploader.shutdown()
     assert not requests(hub, "/data/|GET /_lfs")
     assert len(requests(hub, "/checkpoint-w")) <= 6  # a redirect or a look at each
@@ -318,7 +318,7 @@ def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(
     repo.hub.clear()
     for request_line in ("GET .*/tree/", f"GET /api/datasets/{REPO}$", "resolve/"):
         repo.hub.fault(request_line, **fault)
-    assert len(open_uploader(repo, tmp_path / "other").get_resume_info().parts) == 4
+    assert len(open_uploader(repo, tmp_path / "other").get_resume_info()["parts"]) == 4
 
 
 @pytest.mark.parametrize(
