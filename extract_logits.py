@@ -91,6 +91,7 @@ from explore_logits import (
     ConversationEncoder,
     ConversationError,
     ConversationOptions,
+    FormatError,
     Lengths,
     LogitsError,
     OneLineParser,
@@ -114,6 +115,7 @@ from explore_logits import (
     option,
     outlive_readers,
     pack_indices,
+    parse_settings,
     part_path,
     plural,
     read_lengths,
@@ -4067,27 +4069,21 @@ def read_settings(
     """
     if CONFIG_FILE not in listed:
         return {}
+    text = retry(lambda: destination.read(CONFIG_FILE), should_stop)
+    kinds = {"rows_per_part": int, "limit": int, "numerics": dict, "options": dict}
     try:
-        settings = json.loads(retry(lambda: destination.read(CONFIG_FILE), should_stop))
-        for name, kind in KINDS_OF_SETTINGS.items():
-            if type(settings.get(name)) not in (kind, type(None)):
-                raise ValueError(f"{name} is {settings[name]!r:.40}")
-        if (rows := settings.get("rows_per_part")) is not None and not 0 < rows < 2**31:
-            raise ValueError(f"rows_per_part is {rows}")
-        return dict(settings)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        settings = parse_settings(text, destination.name)
+        for name, kind in kinds.items():
+            if type(value := settings.get(name)) not in (kind, type(None)):
+                raise FormatError(f"{name} is {value!r:.40}")
+        if not 0 < (settings.get("rows_per_part") or 1) < 2**31:
+            raise FormatError(f"rows_per_part is {settings['rows_per_part']}")
+        return settings
+    except FormatError as error:
         raise ConfigError(
-            f"{CONFIG_FILE} in {destination.name} is damaged ({first_line(error)}): remove it (the "
-            "parts hold the settings, too) and continue with --resume"
+            f"{CONFIG_FILE} is damaged ({error}): remove it (the parts hold the settings, too) and "
+            "continue with --resume"
         ) from None
-
-
-KINDS_OF_SETTINGS = {  # of what a resumed run takes from there
-    **dict.fromkeys(("rows_per_part", "limit"), int),
-    **dict.fromkeys(("model", "model_revision", "dataset", "dataset_revision"), str),
-    "template_date": str,
-    **dict.fromkeys(("numerics", "options"), dict),
-}
 
 
 def cache_key(output: str) -> str:
