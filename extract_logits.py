@@ -676,7 +676,7 @@ def shuffle_stream(
     order = order[: config.limit]
     wanted = np.sort(order)
     starts = np.zeros(order.size, np.int64)
-    with tempfile.TemporaryFile() as file:  # our own pickles, in a file without a name
+    with storage_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:  # our own pickles
         chosen = iter(wanted.tolist())
         following, found = next(chosen, None), 0
         for at, pair in enumerate(rows()):
@@ -5991,7 +5991,7 @@ def measure_shard(job: Job, table: pa.Table) -> tuple[float, float]:
     """Encode rows as a part; return the bytes per stored token, and those before the first."""
     sizes = []
     for rows in (table, table.slice(0, 1)):
-        with tempfile.TemporaryDirectory() as folder:
+        with storage_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
             sizes.append(write_part(Path(folder) / "part.parquet", rows, job.schema))
     tokens = table["num_tokens"].to_numpy()
     if table.num_rows == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from extract_logits import (
     DataError,
     EncodedRow,
     ExtractionConfig,
+    HubError,
     IdSet,
     KnownLengths,
     RowEncoder,
@@ -314,6 +316,14 @@ def test_a_stream_that_has_changed_when_it_is_read_again_is_refused(again: list[
     source = type("Source", (), {"__iter__": lambda _: iter(next(passes))})()
     with pytest.raises(DataError, match="it has changed"):
         list(replace(chosen, source=source).parts(4))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    says = rf"cannot write {tempfile.gettempdir()}: No space left"
+    with Path("/dev/full").open("r+b") as full, pytest.raises(HubError, match=says):
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
+        order(streaming=True, random_sample=True, index_col="id")
 
 
 # One conversation ---------------------------------------------------------------------------------
