@@ -4075,9 +4075,9 @@ def read_settings(
         settings = parse_settings(text, destination.name)
         for name, kind in kinds.items():
             if type(value := settings.get(name)) not in (kind, type(None)):
-                raise FormatError(f"{name} is {value!r:.40}")
-        if not 0 < (settings.get("rows_per_part") or 1) < 2**31:
-            raise FormatError(f"rows_per_part is {settings['rows_per_part']}")
+                raise FormatError(f"{destination.name}: {name} is {value!r:.40}")
+        if not 0 < (rows := settings.get("rows_per_part") or 1) < 2**31:
+            raise FormatError(f"{destination.name}: rows_per_part is {rows}")
         return settings
     except FormatError as error:
         raise ConfigError(

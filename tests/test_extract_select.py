@@ -321,9 +321,10 @@ def test_a_stream_that_has_changed_when_it_is_read_again_is_refused(again: list[
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     says = rf"cannot write {tempfile.gettempdir()}: No space left"
-    with Path("/dev/full").open("r+b") as full, pytest.raises(HubError, match=says):
+    with Path("/dev/full").open("r+b") as full:
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
-        order(streaming=True, random_sample=True, index_col="id")
+        with pytest.raises(HubError, match=says):
+            order(streaming=True, random_sample=True, index_col="id")
 
 
 # One conversation ---------------------------------------------------------------------------------
