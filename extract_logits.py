@@ -5216,7 +5216,7 @@ def run_until(
     deadline = TimedShutdown(config.max_runtime_minutes)
     with interrupt.leaving_at_once(deadline.end_s):
         job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
-        if config.verify_mask and not confirm_masks(job):
+        if config.verify_mask and not agree(not leads or confirm_masks(job)):
             raise ConfigError("stopped at --verify-mask: nothing was extracted")
         if config.plan:
             with log_beside_bar():

@@ -223,9 +223,12 @@ def test_two_processes_give_the_rows_of_one(extract: Extract, tmp_path: Path) ->
     assert group.code == 0, group.stderr
     (summary,) = [json.loads(line) for line in group.stdout.splitlines() if line.startswith("{")]
     assert summary["rows"] == 12  # one line: the other process writes nothing
-    plan = run_process(group_command("--plan", "--limit", 4, *folders), env=ALONE)
+    words = ("--plan", "--verify-mask", "--limit", 4, *folders)
+    plan = run_process(group_command(*words), env=ALONE)
     (planned,) = [json.loads(line) for line in plan.stdout.splitlines() if line.startswith("{")]
     assert (plan.code, planned["rows"]) == (0, 4), plan.stderr
+    shown = [line for line in plan.stderr.splitlines() if "⟦" in line]
+    assert min(map(shown.count, shown)) == 1  # one process shows them, and would ask
     one, two = Output(tmp_path / "alone"), Output(tmp_path / "group")
     assert one.parts() == two.parts()
     ours, theirs = (output.table(0).drop(["index"]).to_pydict() for output in (one, two))
