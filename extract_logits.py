@@ -601,16 +601,9 @@ def order_at_random(ids: range | npt.NDArray[np.int64], seed: int) -> npt.NDArra
 
 
 def mix_hash(values: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.uint64]:
-    """Map integers to 64 well-mixed bits, the same on every machine (SplitMix64 finaliser).
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
-    """
-    with np.errstate(over="ignore"):
-        z = values.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
-        z += np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(z ^ (z >> np.uint64(31)))
+    """Map integers to 64 well-mixed bits, the same on every machine: SplitMix64, as the tail's."""
+    steps = (torch.tensor(seed) + 1) * SPLITMIX_STEP  # an int64, which wraps
+    return mix64_(torch.tensor(values) + steps).numpy().view(np.uint64)
 
 
 class GroupLimits:
@@ -1345,7 +1338,7 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
     """
     source, revision, adapter = config.model, config.revision or "main", None
     path = local_path(source)
-    local = source.startswith((".", "/", "~")) or path.exists()
+    local = is_local(source)
     whole = any((path / name).exists() for name in WEIGHT_FILES)
     if source.endswith(".gguf") or (local and not whole and any(path.glob("*.gguf"))):
         raise TeacherError(
@@ -3800,7 +3793,6 @@ def put_content(content: Path | bytes, target: Path) -> None:
     if isinstance(content, bytes):
         target.write_bytes(content)
         return
-    target.unlink(missing_ok=True)
     try:
         os.link(content, target)
     except OSError:
