@@ -195,11 +195,10 @@ def never() -> bool:
     return False
 
 
-def stop_if(should_stop: Callable[[], bool]) -> bool:
-    """Return False, or raise StopRequested."""
+def stop_if(should_stop: Callable[[], bool]) -> None:
+    """Raise StopRequested where the run was told to stop."""
     if should_stop():
         raise StopRequested
-    return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -994,7 +993,9 @@ def run_ahead(
         RuntimeError: a worker process was killed, or none gives anything (`explain_want`).
     """
     if not processes:
-        yield from (make(batch) for batch in batches if not stop_if(should_stop))
+        for batch in batches:
+            stop_if(should_stop)
+            yield make(batch)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads would only warn at a fork
     loader: Any = torch.utils.data.DataLoader(
@@ -1220,10 +1221,14 @@ def find_batch_tokens(
         if budget <= length:
             return budget
         budget //= 2
-    spent = seconds_at(budget) if budget == start else math.inf
+    if budget < start:  # twice as many did not fit
+        return budget
+    spent = seconds_at(budget)
     while spent < LONG_BATCH_S and budget < MOST_BATCH_TOKENS:
         spent = seconds_at(2 * budget)
-        budget *= 1 if math.isinf(spent) else 2
+        if math.isinf(spent):
+            return budget
+        budget *= 2
     return budget
 
 
