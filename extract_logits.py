@@ -1103,11 +1103,6 @@ class Batch:
     rows: list[EncodedRow]
 
     @property
-    def num_tokens(self) -> int:
-        """Extracted tokens N of the whole batch."""
-        return sum(row.token_positions.size for row in self.rows)
-
-    @property
     def padded_tokens(self) -> int:
         """Tokens that the teacher computes, padding counted."""
         return len(self.rows) * max(row.input_ids.size for row in self.rows)
