@@ -916,7 +916,7 @@ class ConversationDataset:
         encoded = run_ahead(
             self.encoder.encode_all,
             itertools.chain([first], chunks),
-            processes=worker_processes(len(self.selection) or WINDOW_ROWS),
+            processes=agree(worker_processes(len(self.selection) or WINDOW_ROWS)),  # asks in step
             ahead=2 * WINDOW_ROWS // CHUNK_ROWS,
             should_stop=self.should_stop,
         )
@@ -5380,7 +5380,7 @@ class Extraction:
         finally:
             self.close()
         alone = job.config.world_size in (None, 1)  # one worker of many may have no row
-        if alone and not (self.rows or self.output.holds_rows()):
+        if alone and not agree(bool(self.rows or self.output.holds_rows())):
             self.output.discard()
             raise DataError(f"nothing to extract: {explain_skips(self.skipped)}")
         return True

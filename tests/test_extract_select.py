@@ -255,6 +255,21 @@ def test_worker_processes_give_the_same_windows(monkeypatch: pytest.MonkeyPatch)
     assert plain == [ids_of([window]) for window in windows_of(600, Encoder())[0]]
 
 
+def test_processes_of_one_teacher_read_ahead_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many processors each has: what the first tells them comes in the order of reading."""
+    seen = []
+
+    def read(make: Any, batches: Any, *, processes: int, **_: Any) -> Any:
+        seen.append(processes)
+        return map(make, batches)
+
+    for name, instead in {"worker_processes": lambda _: 3, "agree": lambda n: n - 1}.items():
+        monkeypatch.setattr(extract_logits, name, instead)
+    monkeypatch.setattr(extract_logits, "run_ahead", read)
+    assert len(windows_of(20, Encoder())[0]) == 1
+    assert seen == [2]
+
+
 def test_too_long_by_known_lengths_is_not_tokenized() -> None:
     encoder = Encoder()
     encoder.max_seq_len = 30

@@ -229,6 +229,8 @@ def test_two_processes_give_the_rows_of_one(extract: Extract, tmp_path: Path) ->
     assert (plan.code, planned["rows"]) == (0, 4), plan.stderr
     shown = [line for line in plan.stderr.splitlines() if "⟦" in line]
     assert min(map(shown.count, shown)) == 1  # one process shows them, and would ask
+    again = run_process(group_command("--max-batch-size", 2, *folders, "--resume"), env=ALONE)
+    assert (again.code, again.stdout.count('"new_rows": 0')) == (0, 1), again.stderr
     one, two = Output(tmp_path / "alone"), Output(tmp_path / "group")
     assert one.parts() == two.parts()
     ours, theirs = (output.table(0).drop(["index"]).to_pydict() for output in (one, two))
