@@ -913,10 +913,10 @@ class ConversationDataset:
         first = next(chunks, None)
         if first is None:  # all is done: no process is started
             return
-        encoded = run_ahead(
+        encoded = run_ahead(  # in a group: `should_stop` and `begin_part` are asked in one order
             self.encoder.encode_all,
             itertools.chain([first], chunks),
-            processes=agree(worker_processes(len(self.selection) or WINDOW_ROWS)),  # asks in step
+            processes=agree(worker_processes(len(self.selection) or WINDOW_ROWS)),
             ahead=2 * WINDOW_ROWS // CHUNK_ROWS,
             should_stop=self.should_stop,
         )
