@@ -5405,7 +5405,8 @@ class Extraction:
             with self.nothing_to_save():
                 self.teacher = load_teacher(config, vocab_size=job.vocab_size)
             self.output.settle(self.teacher.numerics)
-            self.bar = open_bar(len(job.selection) or None)
+            if not isinstance(self.output, Follower):  # in a group one shows it, in a probe none
+                self.bar = open_bar(len(job.selection) or None)
             self.find_batch_size(window)
             self.begin_step()
         tokens = self.most_tokens or self.teacher.batch_tokens

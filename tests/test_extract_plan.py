@@ -45,6 +45,7 @@ def test_a_plan_foretells_the_run_and_writes_nothing(extract: Extract, tmp_path:
     assert foretold["commits"] == 4
     assert foretold["bytes"] == pytest.approx(stored["bytes"], rel=0.05)
     assert foretold["output"] == "./out"
+    assert "row/s" not in planned.stderr  # a bar of the whole job would not come to its end
     for word in ("bytes on disk", "hours", f"{foretold['stored_tokens']:,}"):
         assert word in planned.stdout
     assert extract(**job, limit=12, plan=True).code == 0  # it does not look at the output
