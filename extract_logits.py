@@ -749,13 +749,7 @@ def find_lengths(
     selection: Selection,
     measured: Lengths | None = None,
 ) -> KnownLengths | None:
-    """Return the lengths that the options give; those of --tokenized-dataset are joined on `index`.
-
-    Args:
-        config: `tokenized_dataset` names what was measured, `length_col` a column of the source.
-        settings: of the job.
-        selection: what the lengths are needed of.
-        measured: what --tokenized-dataset holds.
+    """Return the lengths that the options give: `measured`, else of a column of the source.
 
     Raises:
         DataError: it was measured for another job, or a length column holds no lengths.
@@ -5006,7 +5000,7 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
 
 
 def find_recorded_settings(
-    config: ExtractionConfig, should_stop: Callable[[], bool] = never
+    config: ExtractionConfig, should_stop: Callable[[], bool]
 ) -> dict[str, Any]:
     """Return the settings that a job was begun with: of its output, else of its cache, else {}."""
     several = (config.world_size or 1) > 1  # where one worker may have begun before another
