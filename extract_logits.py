@@ -5243,10 +5243,12 @@ def run_until(
         output.shutdown()
     stored = output.summary()
     code = exit_code(stored, complete, interrupt.signal)
-    if not leads:
-        return {"exit_code": code}
     if failure is not None and not interrupt.stopping:
         code, stored = EXIT_UNDELIVERED, {**stored, "error": hide_tokens(str(failure))}
+    if not leads:  # another process prints the summary, but does not know what went wrong here
+        if "error" in stored:
+            logger.error("%s", stored["error"])
+        return {"exit_code": code}
     return summarize(
         stored,
         config.output,

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from conftest import CHATS, ROOT, TEACHER, Extract, Finished, Write, rows_of, ru
 from outputs import Output
 from processes import run_process
 
+import extract_logits
 from extract_logits import ConfigError, launched_as, make_executor, parse_args
 
 JOB = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 12]
@@ -240,6 +243,22 @@ def test_two_processes_give_the_rows_of_one(extract: Extract, tmp_path: Path) ->
     assert ours["top_counts"] == theirs["top_counts"]
     top = [np.concatenate(table["top_indices_low"]) for table in (ours, theirs)]
     assert np.mean(top[0] == top[1]) > 0.995
+
+
+def test_a_process_that_writes_nothing_says_what_ended_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def extract() -> bool:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    run = SimpleNamespace(extract=extract, skipped=Counter(), rows=0, tokens=0)
+    job = SimpleNamespace(schema=None, settings=None)
+    for name, instead in (("open_job", job), ("Extraction", run)):
+        monkeypatch.setattr(extract_logits, name, lambda *_, instead=instead: instead)
+    config = parse_args([*REQUIRED, "--tensor-parallel"])
+    summary = extract_logits.run_until(config, extract_logits.GracefulInterrupt(), leads=False)
+    assert summary == {"exit_code": 4}
+    assert "a process that tokenizes was killed" in caplog.text
 
 
 @pytest.mark.slow
