@@ -5150,7 +5150,8 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
             raise explain_want(error) from None
         if config.tensor_parallel:
             torch.distributed.destroy_process_group()
-        return summary or nothing_done(config.output, interrupt.exit_code or EXIT_RUNTIME)
+        code = interrupt.exit_code or EXIT_RUNTIME
+        return summary or (nothing_done(config.output, code) if leads else {"exit_code": code})
 
 
 def summarize(

@@ -245,6 +245,12 @@ def test_two_processes_give_the_rows_of_one(extract: Extract, tmp_path: Path) ->
     assert np.mean(top[0] == top[1]) > 0.995
 
 
+def stop_if_told(config: Any, interrupt: Any, **_: Any) -> Any:
+    """Wait for a teacher, and meet a signal."""
+    with interrupt.leaving_at_once():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_process_that_writes_nothing_says_what_ended_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,6 +265,16 @@ def test_a_process_that_writes_nothing_says_what_ended_it(
     summary = extract_logits.run_until(config, extract_logits.GracefulInterrupt(), leads=False)
     assert summary == {"exit_code": 4}
     assert "a process that tokenizes was killed" in caplog.text
+
+
+def test_a_process_that_writes_nothing_is_silent_when_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, instead in (("join_group", lambda _: 1), ("run_until", stop_if_told)):
+        monkeypatch.setattr(extract_logits, name, instead)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    config = parse_args([*REQUIRED, "--tensor-parallel"])
+    assert extract_logits.run_extraction(config) == {"exit_code": 130}
 
 
 @pytest.mark.slow
