@@ -69,9 +69,6 @@ from typing import (
     TypeAlias,
     TypeVar,
     cast,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 import numpy as np
@@ -94,6 +91,7 @@ from explore_logits import (
     ConversationEncoder,
     ConversationError,
     ConversationOptions,
+    FormatError,
     Lengths,
     LogitsError,
     OneLineParser,
@@ -117,6 +115,7 @@ from explore_logits import (
     option,
     outlive_readers,
     pack_indices,
+    parse_settings,
     part_path,
     plural,
     read_lengths,
@@ -196,11 +195,10 @@ def never() -> bool:
     return False
 
 
-def stop_if(should_stop: Callable[[], bool]) -> bool:
-    """Return False, or raise StopRequested."""
+def stop_if(should_stop: Callable[[], bool]) -> None:
+    """Raise StopRequested where the run was told to stop."""
     if should_stop():
         raise StopRequested
-    return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -602,16 +600,9 @@ def order_at_random(ids: range | npt.NDArray[np.int64], seed: int) -> npt.NDArra
 
 
 def mix_hash(values: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.uint64]:
-    """Map integers to 64 well-mixed bits, the same on every machine (SplitMix64 finaliser).
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
-    """
-    with np.errstate(over="ignore"):
-        z = values.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
-        z += np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(z ^ (z >> np.uint64(31)))
+    """Map integers to 64 well-mixed bits, the same on every machine: SplitMix64, as the tail's."""
+    steps = (torch.tensor(seed) + 1) * SPLITMIX_STEP  # an int64, which wraps
+    return mix64_(torch.tensor(values) + steps).numpy().view(np.uint64)
 
 
 class GroupLimits:
@@ -677,7 +668,7 @@ def shuffle_stream(
     order = order[: config.limit]
     wanted = np.sort(order)
     starts = np.zeros(order.size, np.int64)
-    with tempfile.TemporaryFile() as file:  # our own pickles, in a file without a name
+    with storage_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:  # our own pickles
         chosen = iter(wanted.tolist())
         following, found = next(chosen, None), 0
         for at, pair in enumerate(rows()):
@@ -758,13 +749,7 @@ def find_lengths(
     selection: Selection,
     measured: Lengths | None = None,
 ) -> KnownLengths | None:
-    """Return the lengths that the options give; those of --tokenized-dataset are joined on `index`.
-
-    Args:
-        config: `tokenized_dataset` names what was measured, `length_col` a column of the source.
-        settings: of the job.
-        selection: what the lengths are needed of.
-        measured: what --tokenized-dataset holds.
+    """Return the lengths that the options give: `measured`, else of a column of the source.
 
     Raises:
         DataError: it was measured for another job, or a length column holds no lengths.
@@ -922,18 +907,18 @@ class ConversationDataset:
         first = next(chunks, None)
         if first is None:  # all is done: no process is started
             return
-        encoded = run_ahead(
+        encoded = run_ahead(  # in a group: `should_stop` and `begin_part` are asked in one order
             self.encoder.encode_all,
             itertools.chain([first], chunks),
-            processes=worker_processes(len(self.selection) or WINDOW_ROWS),
+            processes=agree(worker_processes(len(self.selection) or WINDOW_ROWS)),
             ahead=2 * WINDOW_ROWS // CHUNK_ROWS,
             should_stop=self.should_stop,
         )
         window = Window()
         for rows in encoded:
             window.add(rows, self.lengths)
-            full = len(window.rows) >= WINDOW_ROWS or window.tokens >= WINDOW_TOKENS
-            if ends.popleft() and full:
+            held = max(len(window.rows), len(window.skipped))
+            if ends.popleft() and (held >= WINDOW_ROWS or window.tokens >= WINDOW_TOKENS):
                 yield window
                 window = Window()
         if window.rows or window.skipped:
@@ -1002,7 +987,9 @@ def run_ahead(
         RuntimeError: a worker process was killed, or none gives anything (`explain_want`).
     """
     if not processes:
-        yield from (make(batch) for batch in batches if not stop_if(should_stop))
+        for batch in batches:
+            stop_if(should_stop)
+            yield make(batch)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads would only warn at a fork
     loader: Any = torch.utils.data.DataLoader(
@@ -1110,11 +1097,6 @@ class Batch:
     rows: list[EncodedRow]
 
     @property
-    def num_tokens(self) -> int:
-        """Extracted tokens N of the whole batch."""
-        return sum(row.token_positions.size for row in self.rows)
-
-    @property
     def padded_tokens(self) -> int:
         """Tokens that the teacher computes, padding counted."""
         return len(self.rows) * max(row.input_ids.size for row in self.rows)
@@ -1192,13 +1174,10 @@ def token_budget_batches(
     config: ExtractionConfig, rows: Sequence[EncodedRow], max_batch_tokens: int
 ) -> Iterator[Batch]:
     """Yield a window's batches under the options, or else under a budget of tokens."""
-    if config.max_batch_tokens is not None or config.batch_thresholds is None:
-        budget: int | None = config.max_batch_tokens or max_batch_tokens
-    else:
-        budget = None
+    default = None if config.batch_thresholds else max_batch_tokens
     sampler = TokenBudgetBatchSampler(
         [row.input_ids.size for row in rows],
-        max_batch_tokens=budget,
+        max_batch_tokens=config.max_batch_tokens or default,
         max_batch_size=config.max_batch_size,
         thresholds=config.batch_thresholds,
     )
@@ -1231,10 +1210,14 @@ def find_batch_tokens(
         if budget <= length:
             return budget
         budget //= 2
-    spent = seconds_at(budget) if budget == start else math.inf
+    if budget < start:  # twice as many did not fit
+        return budget
+    spent = seconds_at(budget)
     while spent < LONG_BATCH_S and budget < MOST_BATCH_TOKENS:
         spent = seconds_at(2 * budget)
-        budget *= 1 if math.isinf(spent) else 2
+        if math.isinf(spent):
+            return budget
+        budget *= 2
     return budget
 
 
@@ -1349,7 +1332,7 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
     """
     source, revision, adapter = config.model, config.revision or "main", None
     path = local_path(source)
-    local = source.startswith((".", "/", "~")) or path.exists()
+    local = is_local(source)
     whole = any((path / name).exists() for name in WEIGHT_FILES)
     if source.endswith(".gguf") or (local and not whole and any(path.glob("*.gguf"))):
         raise TeacherError(
@@ -2553,24 +2536,13 @@ def join_group(config: ExtractionConfig) -> int:
     return torch.distributed.get_rank()
 
 
-def in_group() -> bool:
-    """Tell whether this process is one of several that run one teacher."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def agree(value: T) -> T:
     """Return the first process's value in every process of the group; alone, one's own."""
-    if not in_group():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     told: list[Any] = [value]
     torch.distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
     return cast(T, told[0])
-
-
-def leave_group() -> None:
-    """Disconnect from the group, if there is one."""
-    if in_group():
-        torch.distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3361,7 +3333,9 @@ def pack_columns(
     drawn = result.sampled_counts[tokens]
     points = np.arange(result.sampled_ids.shape[1]) < drawn[:, None]
     tail = sum_rows(drawn, ends).astype(np.int64)
-    stored = tail if result.sampled_q.shape[1] else np.zeros_like(tail)  # no logits of points
+    ranged, range_sizes, stored = tokens, sizes, tail
+    if not result.sampled_q.shape[1]:  # no tail, or points: no logits of it
+        ranged, range_sizes, stored = slice(0), np.zeros_like(sizes), np.zeros_like(tail)
     probability = np.exp(result.actual_logits[tokens] - result.logsumexp[tokens])
     top_low, top_high = pack_ids(result.top_ids[tokens][nucleus], top_sizes)
     tail_low, tail_high = pack_ids(result.sampled_ids[tokens][points], tail)
@@ -3379,25 +3353,14 @@ def pack_columns(
         "sampled_logits_quantized": as_list(
             result.sampled_q[tokens].reshape(-1), stored, np.uint16
         ),
-        **pack_tail_range(result, tokens, sizes),
+        "sampled_min": as_list(result.sampled_min[ranged], range_sizes, np.float32),
+        "sampled_max": as_list(result.sampled_max[ranged], range_sizes, np.float32),
         "logsumexp": as_list(result.logsumexp[tokens], sizes, np.float64),
         "input_ids": as_lists([row.input_ids for row in rows]),
         "token_positions": as_lists([row.token_positions for row in rows]),
         "sampled_counts": as_list(drawn, sizes, np.uint8),
         "_mass": pa.array(sum_rows(result.nucleus_mass[tokens], ends)),
         "_actual": pa.array(sum_rows(probability, ends)),
-    }
-
-
-def pack_tail_range(
-    result: Any, tokens: slice | npt.NDArray[np.bool_], sizes: npt.NDArray[np.int64]
-) -> dict[str, pa.Array]:
-    """Build `sampled_min` and `sampled_max`: one entry per token, none where no logit is stored."""
-    if result.sampled_q.shape[1] == 0:
-        tokens, sizes = slice(0), np.zeros_like(sizes)
-    return {
-        "sampled_min": as_list(result.sampled_min[tokens], sizes, np.float32),
-        "sampled_max": as_list(result.sampled_max[tokens], sizes, np.float32),
     }
 
 
@@ -3469,8 +3432,7 @@ class AsyncPostProcessor:
 # 7 Parts
 # --------------------------------------------------------------------------------------------------
 
-PART_NAME = re.compile(r"data/(?:\d{3,}/)?part-(\d{5,9})\.parquet")
-OLD_PART_NAME = re.compile(r"data/(?:\d+/)?part-w\d+-\d+\.parquet")  # of version 0.1
+PART_NAME = re.compile(r"data/(?:\d+/)?part-(?:w\d+-)?\d{5,9}\.parquet")  # w: of version 0.1
 CACHED_NAME = re.compile(r"(?:(?:backup_)?part|pending)-\d{5,9}\.parquet")
 CHECKPOINT_NAME = re.compile(r"checkpoint(?:-w\d+)?\.json")
 ROW_GROUP_TOKENS = 8192  # about 1.6 MB encoded: what random access to one row reads at most
@@ -3609,12 +3571,9 @@ def read_metadata(source: Path | pa.BufferReader) -> tuple[dict[str, Any], dict[
         NO_PART: it is none.
     """
     metadata = pq.read_metadata(source).metadata or {}
-    described, settings = (
-        json.loads(metadata[METADATA_PART]),
-        json.loads(metadata[METADATA_SETTINGS]),
-    )
+    described = json.loads(metadata[METADATA_PART])
     read_record(described)
-    return described, dict(settings)
+    return described, dict(json.loads(metadata[METADATA_SETTINGS]))
 
 
 DICTIONARY_BITS = 13  # up to 8,192 levels of a logit a dictionary is smaller than differences
@@ -3828,7 +3787,6 @@ def put_content(content: Path | bytes, target: Path) -> None:
     if isinstance(content, bytes):
         target.write_bytes(content)
         return
-    target.unlink(missing_ok=True)
     try:
         os.link(content, target)
     except OSError:
@@ -4097,27 +4055,21 @@ def read_settings(
     """
     if CONFIG_FILE not in listed:
         return {}
+    text = retry(lambda: destination.read(CONFIG_FILE), should_stop)
+    kinds = {"rows_per_part": int, "limit": int, "numerics": dict, "options": dict}
     try:
-        settings = json.loads(retry(lambda: destination.read(CONFIG_FILE), should_stop))
-        for name, kind in KINDS_OF_SETTINGS.items():
-            if type(settings.get(name)) not in (kind, type(None)):
-                raise ValueError(f"{name} is {settings[name]!r:.40}")
-        if (rows := settings.get("rows_per_part")) is not None and not 0 < rows < 2**31:
-            raise ValueError(f"rows_per_part is {rows}")
-        return dict(settings)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        settings = parse_settings(text, destination.name)
+        for name, kind in kinds.items():
+            if type(value := settings.get(name)) not in (kind, type(None)):
+                raise FormatError(f"{destination.name}: {name} is {value!r:.40}")
+        if not 0 < (rows := settings.get("rows_per_part") or 1) < 2**31:
+            raise FormatError(f"{destination.name}: rows_per_part is {rows}")
+        return settings
+    except FormatError as error:
         raise ConfigError(
-            f"{CONFIG_FILE} in {destination.name} is damaged ({first_line(error)}): remove it (the "
-            "parts hold the settings, too) and continue with --resume"
+            f"{CONFIG_FILE} is damaged ({error}): remove it (the parts hold the settings, too) and "
+            "continue with --resume"
         ) from None
-
-
-KINDS_OF_SETTINGS = {  # of what a resumed run takes from there
-    **dict.fromkeys(("rows_per_part", "limit"), int),
-    **dict.fromkeys(("model", "model_revision", "dataset", "dataset_revision"), str),
-    "template_date": str,
-    **dict.fromkeys(("numerics", "options"), dict),
-}
 
 
 def cache_key(output: str) -> str:
@@ -4148,15 +4100,10 @@ def compare_settings(there: Mapping[str, Any], here: Mapping[str, Any], place: s
     """Refuse to go on with another job.
 
     Raises:
-        ConfigError: lists what differs, or says that the output is of version 0.1.
+        ConfigError: lists what differs.
     """
     if not there:
         return
-    if "rows_per_part" not in there:
-        raise ConfigError(
-            f"{place} was written by version 0.1, whose shards are no parts of a job: it stays "
-            "readable by explore_logits.py; give another --output, or --force-restart to discard it"
-        )
     changes = list_differences(there, here)
     before, now = there.get("limit"), here.get("limit")  # parts hold none
     if "limit" in there and now is not None and (before is None or now < before):
@@ -4169,8 +4116,7 @@ def compare_settings(there: Mapping[str, Any], here: Mapping[str, Any], place: s
 
 
 CARD_LINE = "<!-- Below this line the card is yours: updates keep it. -->"
-CARD_OWNED_KEYS = ("configs", "pretty_name", "size_categories", "source_datasets")  # of the YAML
-CARD_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M"}
+CARD_OWNED_KEYS = ("configs", "pretty_name", "source_datasets")  # of the YAML
 CARD = """\
 # {{ title }}
 
@@ -4229,7 +4175,6 @@ Lists hold all tokens of a row one after another; `top_counts` says how many nuc
 token has{% if settings.min_p %}, `sampled_counts` how many of the sample
 {%- endif %}. An id is `low | high << 16`, `high` packed two bits an id, first id lowest. A logit is
 `q / 65535 * (max - min) + min`, by token.
-{{ table(columns) }}
 """
 
 
@@ -4272,13 +4217,6 @@ def make_card(
         records=known,
         stored=stored,
         tokens=max(1, stored["tokens"]),
-        columns={
-            column.name: str(column.type)
-            for column in shard_schema(
-                store_tokens=bool(settings.get("store_tokens")),
-                compact=bool(settings.get("min_p")),
-            )
-        },
     )
     front |= {key: value for key, value in kept.items() if key not in CARD_OWNED_KEYS}
     yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
@@ -4294,19 +4232,15 @@ def table_cell(value: Any) -> str:
 def describe_card(settings: Mapping[str, Any], records: Sequence[PartRecord]) -> dict[str, Any]:
     """Return the YAML of a card: what the Hub's viewer and search and `load_dataset` read."""
     source = str(settings.get("dataset"))
-    rows = count_stored(records)["rows"]
-    size = next((name for bound, name in CARD_SIZES.items() if rows < bound), "1M<n<10M")
     nested = any(record.number >= PARTS_PER_FOLDER for record in records)
     path: Any = ["data/*.parquet", "data/*/*.parquet"] if nested else "data/*.parquet"
-    is_repo = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).exists()
     name = show_line(f"Logits of {settings.get('model')} on {source}")
     return {
         "pretty_name": " ".join(re.sub("[<>]", " ", name).split())[:200],
         "tags": ["logits", "distillation", "knowledge-distillation"],
         "task_categories": ["text-generation"],
-        "size_categories": [size],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}],
-    } | ({"source_datasets": [source]} if is_repo else {})
+    } | ({} if is_local(source) else {"source_datasets": [source]})
 
 
 def count_stored(records: Iterable[PartRecord]) -> dict[str, Any]:
@@ -4317,21 +4251,6 @@ def count_stored(records: Iterable[PartRecord]) -> dict[str, Any]:
     }
     skipped: Counter[str] = sum((Counter(part.skipped) for part in known), Counter())
     return {**sums, "shards": len(known), "skipped": dict(skipped)}
-
-
-@dataclass(frozen=True)
-class ResumeInfo:
-    """What an earlier run has left.
-
-    Attributes:
-        parts: what is known of the parts that the output lists, by number.
-        waiting: numbers of parts in the cache that are whole and not delivered.
-        pending: numbers of parts of which the cache holds some rows.
-    """
-
-    parts: Mapping[int, PartRecord]
-    waiting: Sequence[int]
-    pending: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -4390,6 +4309,7 @@ class StreamingHFUploader:
         self.nucleus_cap = int(settings.get("top_p_max", 256))
         self.chat_template = chat_template
         self.rank, self.world_size = rank, world_size
+        self.checkpoint = checkpoint_path(rank, world_size)
         self.stopping, self.deadline = stopping, deadline
         self.folder = local_path(cache_dir) / cache_key(output)
         self.parts: dict[int, Part] = {}  # under way
@@ -4458,7 +4378,6 @@ class StreamingHFUploader:
         Raises:
             ConfigError: output or cache hold what was not to be continued, or another job.
         """
-        old = {path for path in listed if OLD_PART_NAME.fullmatch(path)}
         parts = {path for path in listed if PART_NAME.fullmatch(path) and self._is_own(path)}
         waiting = self._cached()
         for leftover in self.folder.rglob(".*.tmp"):  # of a process that was killed
@@ -4468,11 +4387,11 @@ class StreamingHFUploader:
             for path in waiting:
                 remove_cached(path)
             checkpoints = {path for path in listed if CHECKPOINT_NAME.fullmatch(path)}
-            everywhere = old | checkpoints if self.rank == 0 else {self.checkpoint_name}
-            return parts | (everywhere & listed.keys())
-        if not resume and (parts or old or waiting):
-            shards = len(parts) + len(old)
-            there = [f"already holds {plural(shards, 'shard')}"] if shards else []
+            others = {checkpoint_path(rank, self.world_size) for rank in range(1, self.world_size)}
+            mine = checkpoints - others if self.rank == 0 else {self.checkpoint} & checkpoints
+            return parts | mine
+        if not resume and (parts or waiting):
+            there = [f"already holds {plural(len(parts), 'shard')}"] if parts else []
             if waiting:
                 there.append(f"has {plural(len(waiting), 'file')} not delivered in {self.folder}")
             raise ConfigError(
@@ -4480,8 +4399,6 @@ class StreamingHFUploader:
                 "over with --force-restart"
             )
         settings = read_settings(self.destination, listed, self._no_more_tries)
-        if not settings and old:
-            settings = {"format_version": format_version(compact=False)}
         compare_settings(settings, self.settings, self.destination.name)
         for path in waiting:
             with contextlib.suppress(*NO_PART):  # it is set aside when it is needed
@@ -4493,11 +4410,6 @@ class StreamingHFUploader:
         """Tell whether a file holds a part of this worker."""
         return number_of(path) % self.world_size == self.rank
 
-    @property
-    def checkpoint_name(self) -> str:
-        """The path of this worker's checkpoint in the output."""
-        return "checkpoint.json" if self.world_size == 1 else f"checkpoint-w{self.rank:02d}.json"
-
     def _read_checkpoints(self, files: Mapping[str, int]) -> set[str]:
         """Learn from a listing and its checkpoints which parts are there; return the jobs named."""
         for number in map(number_of, filter(PART_NAME.fullmatch, files)):
@@ -4508,7 +4420,7 @@ class StreamingHFUploader:
             job, records = decode_checkpoint(self._ask(self.destination.read, path))
             jobs.add(job)
             for number in records.keys() & self.listed.keys() if job == self.job else ():
-                self._note(records[number], own=path == self.checkpoint_name)
+                self._note(records[number], own=path == self.checkpoint)
         return jobs
 
     def _note(self, record: PartRecord, *, own: bool) -> None:
@@ -4564,7 +4476,7 @@ class StreamingHFUploader:
                 f"{self.destination.name} was begun with another teacher: {'; '.join(changes)}. "
                 "Use the same, another --output, or --force-restart to discard it"
             )
-        self.settings["numerics"] = numerics
+        self.settings = {**self.settings, "numerics": numerics}  # threads may be reading it
 
     def create_output(self) -> None:
         """Create the Hub repository where it does not exist; without it the first commit does.
@@ -4574,10 +4486,15 @@ class StreamingHFUploader:
         """
         self._ask(self.destination.create)
 
-    def get_resume_info(self) -> ResumeInfo:
-        """Return what need not be extracted again, as far as is known without reading it."""
+    def get_resume_info(self) -> dict[str, Any]:
+        """Return what need not be extracted again, as far as is known without reading it.
+
+        Returns:
+            `parts`: what is known of those that the output lists, by number; numbers of parts in
+            the cache: `waiting`, whole and not delivered, and `pending`, of which there are rows.
+        """
         pending = sorted(number_of(path) for path in self._cached("pending/pending-*.parquet"))
-        return ResumeInfo(self._known(), sorted(self.waiting), pending)
+        return {"parts": self._known(), "waiting": sorted(self.waiting), "pending": pending}
 
     def load_pending_into_buffer(self) -> int:
         """Queue the whole parts that the cache holds for delivery; return how many.
@@ -4832,7 +4749,7 @@ class StreamingHFUploader:
             content[TEMPLATE_FILE] = self.chat_template.encode()
         if last or (self.world_size == 1 and not self.carded):
             content |= self._card(new)
-        return content | {self.checkpoint_name: encode_checkpoint(self.job, records.values())}
+        return content | {self.checkpoint: encode_checkpoint(self.job, records.values())}
 
     def _card(self, new: Mapping[int, PartRecord]) -> dict[str, Path | bytes]:
         """Return the card with the figures of all workers, above what a person wrote into it.
@@ -4889,6 +4806,11 @@ class StreamingHFUploader:
         self.file_lock.release()
 
 
+def checkpoint_path(rank: int, world_size: int) -> str:
+    """Return where the checkpoint of a worker is in an output."""
+    return "checkpoint.json" if world_size == 1 else f"checkpoint-w{rank:02d}.json"
+
+
 def number_of(path: str | Path) -> int:
     """Return the part number in a name."""
     return int(re.findall(r"-(\d+)\.parquet", str(path))[-1])
@@ -4931,12 +4853,13 @@ class GracefulInterrupt:
     def leaving_at_once(self, end_s: float = math.inf) -> Iterator[None]:
         """Raise KeyboardInterrupt here at a first signal, or at a time of `time.monotonic`."""
         handled = bool(self._previous)
-        if handled and self.stopping:
-            raise KeyboardInterrupt
-        if timed := handled and ALARM is not None and math.isfinite(end_s):
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
-        self._at_once = handled
+        timed = handled and ALARM is not None and math.isfinite(end_s)
         try:
+            self._at_once = handled  # before the question, or a signal between them does nothing
+            if handled and self.stopping:
+                raise KeyboardInterrupt
+            if timed:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
             yield
         finally:
             self._at_once = False
@@ -5077,7 +5000,7 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
 
 
 def find_recorded_settings(
-    config: ExtractionConfig, should_stop: Callable[[], bool] = never
+    config: ExtractionConfig, should_stop: Callable[[], bool]
 ) -> dict[str, Any]:
     """Return the settings that a job was begun with: of its output, else of its cache, else {}."""
     several = (config.world_size or 1) > 1  # where one worker may have begun before another
@@ -5226,8 +5149,9 @@ def run_extraction(config: ExtractionConfig) -> dict[str, Any]:
         except RuntimeError as error:
             raise explain_want(error) from None
         if config.tensor_parallel:
-            leave_group()
-        return summary or nothing_done(config.output, interrupt.exit_code or EXIT_RUNTIME)
+            torch.distributed.destroy_process_group()
+        code = interrupt.exit_code or EXIT_RUNTIME
+        return summary or (nothing_done(config.output, code) if leads else {"exit_code": code})
 
 
 def summarize(
@@ -5279,11 +5203,12 @@ def run_until(
     deadline = TimedShutdown(config.max_runtime_minutes)
     with interrupt.leaving_at_once(deadline.end_s):
         job = open_job(config, lambda: interrupt.stopping or time.monotonic() >= deadline.end_s)
-        if config.verify_mask and not confirm_masks(job):
+        if config.verify_mask and not agree(not leads or confirm_masks(job)):
             raise ConfigError("stopped at --verify-mask: nothing was extracted")
         if config.plan:
             with log_beside_bar():
-                return {**plan_extraction(job, lambda: interrupt.stopping), "exit_code": 0}
+                plan = plan_extraction(job, lambda: interrupt.stopping)
+            return {**(plan if leads else {}), "exit_code": 0}
     output: StreamingHFUploader | Follower = Follower()
     if leads:
         as_given = ("cache_dir", "private", "resume", "force_restart")
@@ -5319,10 +5244,12 @@ def run_until(
         output.shutdown()
     stored = output.summary()
     code = exit_code(stored, complete, interrupt.signal)
-    if not leads:
-        return {"exit_code": code}
     if failure is not None and not interrupt.stopping:
         code, stored = EXIT_UNDELIVERED, {**stored, "error": hide_tokens(str(failure))}
+    if not leads:  # another process prints the summary, but does not know what went wrong here
+        if "error" in stored:
+            logger.error("%s", stored["error"])
+        return {"exit_code": code}
     return summarize(
         stored,
         config.output,
@@ -5450,7 +5377,7 @@ class Extraction:
         finally:
             self.close()
         alone = job.config.world_size in (None, 1)  # one worker of many may have no row
-        if alone and not (self.rows or self.output.holds_rows()):
+        if alone and not agree(bool(self.rows or self.output.holds_rows())):
             self.output.discard()
             raise DataError(f"nothing to extract: {explain_skips(self.skipped)}")
         return True
@@ -5475,7 +5402,8 @@ class Extraction:
             with self.nothing_to_save():
                 self.teacher = load_teacher(config, vocab_size=job.vocab_size)
             self.output.settle(self.teacher.numerics)
-            self.bar = open_bar(len(job.selection) or None)
+            if not isinstance(self.output, Follower):  # in a group one shows it, in a probe none
+                self.bar = open_bar(len(job.selection) or None)
             self.find_batch_size(window)
             self.begin_step()
         tokens = self.most_tokens or self.teacher.batch_tokens
@@ -5632,10 +5560,6 @@ def explain_skips(skipped: Counter[str]) -> str:
 # Tasks --------------------------------------------------------------------------------------------
 
 
-class TaskError(LogitsError):
-    """A task has not stored all of its part; met in its log. The next start runs it again."""
-
-
 class ExtractTask:
     """One task of a datatrove pipeline: a worker's parts of the job."""
 
@@ -5668,7 +5592,7 @@ class ExtractTask:
         if pooled and code == 128 + signal.SIGTERM and os.getpid() != self.submitter:
             os._exit(code)  # the pool that sent it waits for the process to end
         if code:
-            raise TaskError(
+            raise LogitsError(
                 f"task {rank} ended with exit code {code} after {summary.get('new_rows', 0)} rows "
                 f"{summary.get('error', '')}: start the same command again"
             )
@@ -5797,14 +5721,11 @@ def make_executor(config: ExtractionConfig, logs: Path) -> Any:
             "sbatch_args": {"signal": "USR1@90"},
         }
     arguments |= config.executor_options or {}
-    known = signature(kind.__init__).parameters
-    needed = {n for n, p in known.items() if p.default is p.empty} - {"self", "args", "kwargs"}
-    wrong = [f"it has no {name!r}" for name in arguments.keys() - known.keys()]
-    wrong += [f"it needs {name!r}" for name in sorted(needed - arguments.keys())]
-    if wrong:
-        names = ", ".join(sorted(known.keys() - {"self", "pipeline", "tasks", "workers"}))
-        raise ConfigError(f"--executor-options: {'; '.join(wrong)}; {kind.__name__} takes {names}")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except TypeError as error:  # names what is missing, or not known
+        names = ", ".join(signature(kind).parameters)
+        raise ConfigError(f"--executor-options: {error}; it takes {names}") from error
 
 
 @contextmanager
@@ -6027,14 +5948,14 @@ def probe_teacher(job: Job, sample: Sample, should_stop: Callable[[], bool]) -> 
         seconds: list[float] = []
         started = time.monotonic()
         for at in picks:
-            stop_if(should_stop)
+            stop_if(run.stops)
             begun = time.monotonic()
             run.submit(batches[at])
             run.finish_window()
             seconds.append(time.monotonic() - begun)
             pace = sum(seconds) / int(weights[picks[: len(seconds)]].sum())
             enough_s = np.clip(PROBE_SHARE * pace * sample.tokens, *PROBE_S)
-            if time.monotonic() - started > enough_s:
+            if agree(time.monotonic() - started > enough_s):  # the others run the same batches
                 break
     finally:
         run.close()
@@ -6060,7 +5981,7 @@ def measure_shard(job: Job, table: pa.Table) -> tuple[float, float]:
     """Encode rows as a part; return the bytes per stored token, and those before the first."""
     sizes = []
     for rows in (table, table.slice(0, 1)):
-        with tempfile.TemporaryDirectory() as folder:
+        with storage_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
             sizes.append(write_part(Path(folder) / "part.parquet", rows, job.schema))
     tokens = table["num_tokens"].to_numpy()
     if table.num_rows == 1:
@@ -6123,9 +6044,9 @@ def parse_args(argv: Sequence[str] | None = None) -> ExtractionConfig:
     parser = build_parser()
     options = vars(parser.parse_args(argv))
     missing = [name for name in ("model", "dataset") if options[name] is None]
-    if missing and options["resume"]:
-        given = vars(build_parser_of_given().parse_args(argv))
-        options |= {k: v for k, v in recorded_options(options["output"]).items() if k not in given}
+    if missing and options["resume"]:  # what is given comes last, and wins
+        typed = sys.argv[1:] if argv is None else argv
+        options = vars(parser.parse_args([*recorded_words(options["output"]), *typed]))
     elif options["min_p"] is not None:  # a default that was given is refused, too
         given = vars(build_parser_of_given().parse_args(argv))
         for name in NOT_BESIDE_MIN_P:
@@ -6149,8 +6070,8 @@ def build_parser_of_given() -> argparse.ArgumentParser:
     return parser
 
 
-def recorded_options(output: str) -> dict[str, Any]:
-    """Return the options that an output records.
+def recorded_words(output: str) -> list[str]:
+    """Return the options that an output records, as they would be typed.
 
     Raises:
         ConfigError: it records none.
@@ -6164,15 +6085,13 @@ def recorded_options(output: str) -> dict[str, Any]:
             f"{output} records no job that --resume could continue by itself: give --model and "
             "--dataset"
         )
-    hints = get_type_hints(ExtractionConfig)
-    kept = {k: value for k, value in options.items() if k in hints and k not in LOCAL_OPTIONS}
-    with contextlib.suppress(LookupError, AttributeError, ValueError):  # JSON keys are strings
-        kept["batch_thresholds"] = {int(k): n for k, n in kept["batch_thresholds"].items()}
-    for name, value in kept.items():
-        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or (hints[name],)]
-        if type(value) not in (*kinds, *([int] if float in kinds else [])):
-            raise ConfigError(f"{output} records {name} as {value!r:.40}: give all options anew")
-    return kept
+    names = {entry.name for entry in fields(ExtractionConfig)} - LOCAL_OPTIONS
+    words = []
+    for name, value in options.items():
+        if name in names:
+            text = value if isinstance(value, str) else json.dumps(value)
+            words.append(flag_of(name) if value is True else f"{flag_of(name)}={text}")
+    return words
 
 
 LAUNCHERS = (  # variables of rank and number of workers, from the outermost launcher to the inner

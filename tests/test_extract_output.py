@@ -169,6 +169,34 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place: Output, tmp_p
     assert place.json("extraction_config.json")["top_p"] == 0.9
 
 
+def test_threads_that_write_a_part_may_read_the_settings_while_the_teacher_settles(
+    folder: Output, tmp_path: Path
+) -> None:
+    uploader = open_uploader(folder, tmp_path / "cache")
+    reading = iter(uploader.settings.items())
+    uploader.settle({"weights": "float32"})
+    assert len(list(reading)) == len(uploader.settings) - 1
+    uploader.shutdown()
+
+
+def test_workers_that_start_over_leave_each_others_checkpoints(
+    folder: Output, tmp_path: Path
+) -> None:
+    run_workers(folder, tmp_path / "cache", 3, parts=4)
+    again = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
+    share = {"rank": 0, "world_size": 2, **again}
+    first = open_uploader(folder, tmp_path / "cache/0", **share)
+    share["rank"] = 1
+    second = open_uploader(folder, tmp_path / "cache/1", **share)
+    for uploader, number in ((second, 1), (first, 0)):  # the second is done before the first
+        fill(uploader, number, range(10 * number, 10 * number + 10))
+        finish(uploader)
+    assert folder.parts() == {0: list(range(10)), 1: list(range(10, 20))}
+    names = {path for path in folder.files() if path.startswith("checkpoint")}
+    assert names == {"checkpoint-w00.json", "checkpoint-w01.json"}
+    assert "| conversations | 20 |" in folder.read("README.md").decode()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"top_p": 0.9}, r"top_p.*0\.98.*0\.9"), ({"rows_per_part": 11}, "rows_per_part")],
@@ -200,10 +228,20 @@ def test_settings_that_are_not_those_of_the_parts_double_nothing(
 def test_no_code_of_strangers_runs_because_an_output_says_so(
     folder: Output, tmp_path: Path
 ) -> None:
+    """The other options that it records are taken, but for those that are given."""
     options = {"model": "m", "dataset": "d", "trust_remote_code": True, "cache_dir": "/x"}
-    run_uploader(folder, tmp_path / "cache", 10, settings={"options": options})
-    config = extract_logits.parse_args(["--output", folder.name, "--resume"])
+    kinds = {"streaming": True, "top_p": 0.9, "batch_thresholds": {"512": 8}, "seed": 7, "limit": 7}
+    run_uploader(folder, tmp_path / "cache", 10, settings={"options": options | kinds})
+    words = ["--output", folder.name, "--resume", "--limit", "9"]
+    config = extract_logits.parse_args(words)
     assert (config.trust_remote_code, config.cache_dir) == (False, ".logit_extraction_cache")
+    taken = {**kinds, "batch_thresholds": {512: 8}, "limit": 9}
+    assert {name: getattr(config, name) for name in taken} == taken
+    folder.write(
+        "extraction_config.json", b'{"options": {"model": "m", "dataset": "d", "seed": []}}'
+    )
+    with pytest.raises(SystemExit):
+        extract_logits.parse_args(words)
 
 
 def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
@@ -213,7 +251,7 @@ def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(
     run_workers(repo, tmp_path / "cache", 3, parts=9)
     hub.clear()
     uploader = open_uploader(repo, tmp_path / "late", rank=3, world_size=4)
-    assert sorted(uploader.get_resume_info().parts) == list(range(9))
+    assert sorted(uploader.get_resume_info()["parts"]) == list(range(9))
     uploader.shutdown()
     assert not requests(hub, "/data/|GET /_lfs")
     assert len(requests(hub, "/checkpoint-w")) <= 6  # a redirect or a look at each
@@ -280,7 +318,7 @@ def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(
     repo.hub.clear()
     for request_line in ("GET .*/tree/", f"GET /api/datasets/{REPO}$", "resolve/"):
         repo.hub.fault(request_line, **fault)
-    assert len(open_uploader(repo, tmp_path / "other").get_resume_info().parts) == 4
+    assert len(open_uploader(repo, tmp_path / "other").get_resume_info()["parts"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def test_a_plan_foretells_the_run_and_writes_nothing(extract: Extract, tmp_path:
     assert foretold["commits"] == 4
     assert foretold["bytes"] == pytest.approx(stored["bytes"], rel=0.05)
     assert foretold["output"] == "./out"
+    assert "row/s" not in planned.stderr  # a bar of the whole job would not come to its end
     for word in ("bytes on disk", "hours", f"{foretold['stored_tokens']:,}"):
         assert word in planned.stdout
     assert extract(**job, limit=12, plan=True).code == 0  # it does not look at the output
@@ -70,6 +72,15 @@ def test_several_workers_share_the_hours_of_the_whole_job(make_job: Callable[...
     assert planned["rows"] == 40
     assert planned["hours"] == pytest.approx(planned["stored_tokens"] / 36_000, rel=0.01)
     assert planned["hours_each"] == pytest.approx(planned["hours"] / 4, rel=0.01)
+
+
+def test_processes_of_one_teacher_end_the_probe_after_the_same_batch(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one of them would wait for the others in a batch that they do not run."""
+    answers = itertools.cycle([False, True])  # of the first process: go on, it is enough
+    monkeypatch.setattr(extract_logits, "agree", lambda _: next(answers))
+    assert plan_extraction(make_job())["probe"]["batches"] == 1
 
 
 # --verify-mask ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from extract_logits import (
     DataError,
     EncodedRow,
     ExtractionConfig,
+    HubError,
     IdSet,
     KnownLengths,
     RowEncoder,
@@ -253,6 +255,21 @@ def test_worker_processes_give_the_same_windows(monkeypatch: pytest.MonkeyPatch)
     assert plain == [ids_of([window]) for window in windows_of(600, Encoder())[0]]
 
 
+def test_processes_of_one_teacher_read_ahead_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many processors each has: what the first tells them comes in the order of reading."""
+    seen = []
+
+    def read(make: Any, batches: Any, *, processes: int, **_: Any) -> Any:
+        seen.append(processes)
+        return map(make, batches)
+
+    for name, instead in {"worker_processes": lambda _: 3, "agree": lambda n: n - 1}.items():
+        monkeypatch.setattr(extract_logits, name, instead)
+    monkeypatch.setattr(extract_logits, "run_ahead", read)
+    assert len(windows_of(20, Encoder())[0]) == 1
+    assert seen == [2]
+
+
 def test_too_long_by_known_lengths_is_not_tokenized() -> None:
     encoder = Encoder()
     encoder.max_seq_len = 30
@@ -263,6 +280,15 @@ def test_too_long_by_known_lengths_is_not_tokenized() -> None:
     assert {row.index for row in skipped} == {n for n in range(100) if n % 50 + 2 > 30}
     assert {row.reason for row in skipped} == {"too_long"}
     assert "51 tokens, --max-seq-len is 30" in {row.detail for row in skipped}
+
+
+def test_what_is_skipped_fills_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a source without one usable row would be in memory as a whole before a line is logged."""
+    monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 40)
+    ids, encoder = np.arange(100), Encoder()
+    encoder.max_seq_len = 1
+    windows, _ = windows_of(100, encoder, lengths=KnownLengths("--length-col", ids, ids + 2))
+    assert [len(window.skipped) for window in windows] == [40, 40, 20]
 
 
 def test_lengths_of_another_source_are_refused() -> None:
@@ -305,6 +331,15 @@ def test_a_stream_that_has_changed_when_it_is_read_again_is_refused(again: list[
     source = type("Source", (), {"__iter__": lambda _: iter(next(passes))})()
     with pytest.raises(DataError, match="it has changed"):
         list(replace(chosen, source=source).parts(4))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    says = rf"cannot write {tempfile.gettempdir()}: No space left"
+    with Path("/dev/full").open("r+b") as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
+        with pytest.raises(HubError, match=says):
+            order(streaming=True, random_sample=True, index_col="id")
 
 
 # One conversation ---------------------------------------------------------------------------------

@@ -98,6 +98,17 @@ def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() 
             time.sleep(60)  # a signal that came before
 
 
+def test_a_signal_on_the_way_in_ends_waiting_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_late = property(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(GracefulInterrupt, "stopping", too_late)
+    with (
+        GracefulInterrupt() as interrupt,
+        pytest.raises(KeyboardInterrupt),
+        interrupt.leaving_at_once(),
+    ):
+        raise AssertionError("nobody would end what is waited for here")
+
+
 @pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
 def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
     script: str, tmp_path: Path

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from conftest import CHATS, ROOT, TEACHER, Extract, Finished, Write, rows_of, ru
 from outputs import Output
 from processes import run_process
 
+import extract_logits
 from extract_logits import ConfigError, launched_as, make_executor, parse_args
 
 JOB = ["--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 12]
@@ -172,9 +175,9 @@ def test_the_script_for_slurm_says_what_was_asked_for(
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("local", {"cpus": 3}, "no 'cpus'; LocalPipelineExecutor takes"),
-        ("slurm", {**TIME, "tim": 3}, "no 'tim'"),
-        ("slurm", {}, "needs 'partition'; it needs 'time'"),
+        ("local", {"cpus": 3}, "LocalPipelineExecutor.*unexpected.* 'cpus'; it takes pipeline, "),
+        ("slurm", {**TIME, "tim": 3}, "unexpected keyword argument 'tim'"),
+        ("slurm", {}, "missing.*'time' and 'partition'"),
     ],
 )
 def test_options_that_an_executor_does_not_have_or_lacks_are_named(
@@ -223,6 +226,14 @@ def test_two_processes_give_the_rows_of_one(extract: Extract, tmp_path: Path) ->
     assert group.code == 0, group.stderr
     (summary,) = [json.loads(line) for line in group.stdout.splitlines() if line.startswith("{")]
     assert summary["rows"] == 12  # one line: the other process writes nothing
+    words = ("--plan", "--verify-mask", "--limit", 4, *folders)
+    plan = run_process(group_command(*words), env=ALONE)
+    (planned,) = [json.loads(line) for line in plan.stdout.splitlines() if line.startswith("{")]
+    assert (plan.code, planned["rows"]) == (0, 4), plan.stderr
+    shown = [line for line in plan.stderr.splitlines() if "⟦" in line]
+    assert min(map(shown.count, shown)) == 1  # one process shows them, and would ask
+    again = run_process(group_command("--max-batch-size", 2, *folders, "--resume"), env=ALONE)
+    assert (again.code, again.stdout.count('"new_rows": 0')) == (0, 1), again.stderr
     one, two = Output(tmp_path / "alone"), Output(tmp_path / "group")
     assert one.parts() == two.parts()
     ours, theirs = (output.table(0).drop(["index"]).to_pydict() for output in (one, two))
@@ -232,6 +243,38 @@ def test_two_processes_give_the_rows_of_one(extract: Extract, tmp_path: Path) ->
     assert ours["top_counts"] == theirs["top_counts"]
     top = [np.concatenate(table["top_indices_low"]) for table in (ours, theirs)]
     assert np.mean(top[0] == top[1]) > 0.995
+
+
+def stop_if_told(config: Any, interrupt: Any, **_: Any) -> Any:
+    """Wait for a teacher, and meet a signal."""
+    with interrupt.leaving_at_once():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_process_that_writes_nothing_says_what_ended_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def extract() -> bool:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    run = SimpleNamespace(extract=extract, skipped=Counter(), rows=0, tokens=0)
+    job = SimpleNamespace(schema=None, settings=None)
+    for name, instead in (("open_job", job), ("Extraction", run)):
+        monkeypatch.setattr(extract_logits, name, lambda *_, instead=instead: instead)
+    config = parse_args([*REQUIRED, "--tensor-parallel"])
+    summary = extract_logits.run_until(config, extract_logits.GracefulInterrupt(), leads=False)
+    assert summary == {"exit_code": 4}
+    assert "a process that tokenizes was killed" in caplog.text
+
+
+def test_a_process_that_writes_nothing_is_silent_when_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, instead in (("join_group", lambda _: 1), ("run_until", stop_if_told)):
+        monkeypatch.setattr(extract_logits, name, instead)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    config = parse_args([*REQUIRED, "--tensor-parallel"])
+    assert extract_logits.run_extraction(config) == {"exit_code": 130}
 
 
 @pytest.mark.slow
