@@ -543,6 +543,8 @@ def prepare_dataset(
     if config.sample_subject is not None:
         groups = read_column(source, config.subject_col or "").to_pylist()
         limits = GroupLimits(config.sample_subject)
+        if missing := limits.find_missing(groups):
+            raise ConfigError(missing)
         kept = (number for number in numbers if limits.take(groups[int(number)]))
         numbers = np.fromiter(itertools.islice(kept, config.limit), np.int64)
     numbers = numbers[: config.limit]
@@ -618,10 +620,22 @@ class GroupLimits:
 
     def take(self, value: Any) -> bool:
         """Count one row of the group; False when its group is full."""
-        group = "" if value is None else str(value)
+        group = self.name_of(value)
         limit = self.limits.get(group, self.limits.get("*"))
         self.counts[group] += 1
         return limit is None or self.counts[group] <= limit
+
+    @staticmethod
+    def name_of(value: Any) -> str:
+        return "" if value is None else str(value)
+
+    def find_missing(self, groups: Iterable[Any]) -> str:
+        """Say which limit is of a group that no row is of: a misspelt one would do nothing."""
+        there = sorted(set(map(self.name_of, groups)))
+        names = ", ".join(map(repr, there[:10])) + (", …" if len(there) > 10 else "")
+        missing = sorted(self.limits.keys() - {"*", *there})
+        why = "no row is of the group"
+        return f"--sample-subject: {why} {missing[0]!r}; there are {names}" if missing else ""
 
 
 def select_stream(
@@ -649,8 +663,13 @@ def select_stream(
     if config.random_sample:
         return shuffle_stream(rows, config)
     limits = GroupLimits(config.sample_subject or {})
-    within = (pair for pair in rows() if limits.take(pair[1].get(config.subject_col or "")))
-    return itertools.islice(within, config.limit)
+
+    def within() -> Iterator[tuple[int, Row]]:
+        yield from (p for p in rows() if limits.take(p[1].get(config.subject_col or "")))
+        if missing := limits.find_missing(limits.counts):  # known when all is extracted
+            logger.warning(missing)
+
+    return itertools.islice(within(), config.limit)
 
 
 def shuffle_stream(
@@ -664,6 +683,8 @@ def shuffle_stream(
             groups.append(row.get(config.subject_col or ""))
     order = order_at_random(np.frombuffer(ids, np.int64), config.seed)
     if groups:
+        if missing := limits.find_missing(groups):
+            raise ConfigError(missing)
         order = np.asarray([at for at in order.tolist() if limits.take(groups[at])], np.int64)
     order = order[: config.limit]
     wanted = np.sort(order)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 from dataclasses import replace
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 
 import extract_logits
 from explore_logits import (
+    ConfigError,
     ConversationColumns,
     ConversationError,
     LogitsError,
@@ -124,6 +127,20 @@ def test_the_order_at_random_depends_on_seed_and_ids_alone() -> None:
 def test_groups_are_limited_in_the_order_of_the_selection() -> None:
     limits = {"a": 2, "": 0, "*": 1}
     assert order(index_col="id", subject_col="subject", sample_subject=limits) == [7, 3, 12, 900]
+
+
+@pytest.mark.parametrize("options", [{}, {"random_sample": True}], ids=str)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_limit_of_a_group_that_no_row_is_of_is_refused_or_told(
+    options: dict[str, Any], streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream in its own order is at its end when that is known."""
+    options |= {"streaming": streaming, "subject_col": "subject"}
+    said = r"no row is of the group 'B'; there are '', 'a', 'b', 'c'"
+    in_order = streaming and "random_sample" not in options
+    with contextlib.nullcontext() if in_order else pytest.raises(ConfigError, match=said):
+        order(index_col="id", sample_subject={"a": 1, "B": 2, "*": 1}, **options)
+    assert len(re.findall(said, caplog.text)) == in_order
 
 
 @pytest.mark.parametrize("workers", [1, 3, 20])
