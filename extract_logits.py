@@ -125,6 +125,7 @@ from explore_logits import (
     source_columns,
     source_id,
     source_revision,
+    warn_once,
 )
 
 
@@ -819,6 +820,7 @@ class EncodedRow:
     index: int
     input_ids: npt.NDArray[np.int32]  # (S,)
     token_positions: npt.NDArray[np.int32]  # (N,) ascending, each >= 1: the tokens to predict
+    notes: tuple[str, ...] = ()  # what the template was given and does not show
 
 
 @dataclass(frozen=True)
@@ -850,7 +852,7 @@ class RowEncoder:
         if highest > MAX_TOKEN_ID:
             why = f"token id {highest}, the format ends at {MAX_TOKEN_ID}"
             return SkippedRow(index, "id_too_large", why)
-        return EncodedRow(index, encoded.input_ids, encoded.token_positions)
+        return EncodedRow(index, encoded.input_ids, encoded.token_positions, encoded.notes)
 
     def encode_all(
         self, rows: Sequence[tuple[int, Row | SkippedRow]]
@@ -875,6 +877,8 @@ class Window:
             if isinstance(row, SkippedRow):
                 self.skipped.append(row)
                 continue
+            for note in row.notes:
+                warn_once(note)
             self.rows.append(row)
             self.tokens += row.input_ids.size
             if lengths is not None:

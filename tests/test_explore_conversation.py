@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import importlib.util
 import json
 import pickle
 import re
@@ -140,6 +141,10 @@ def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None
         ([user("a"), {"role": "assistant", "content": None}], "null"),
         ([user("a"), says(" \n")], "empty"),
         ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
+        ([user("a") | {"content": [{"image": "x", "text": ""}]}, says("b")], "not_text"),
+        ([user("a"), says("b", tool_calls='[{"function": {')], "malformed"),
+        ([user("a"), says("b", function_call="f")], "malformed"),
+        ([user("a"), says("b", weight="0")], "malformed"),
         ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
         ({"role": "user", "content": "hi"}, "malformed"),
     ],
@@ -165,10 +170,19 @@ def test_tools_come_from_a_list_or_from_json() -> None:
     text = json.dumps(tool)
     for value in ([tool | {"strict": None}], f"[{text}]", [text]):
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools == [tool]
-    for value in (None, "[]", []):
+    for value in (None, "[]", [], "", "None", "{}"):
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools is None
-    with pytest.raises(explore.ConversationError):
-        read_conversation({"messages": CHAT, "tools": [1]}, MESSAGES)
+    for value in ([1], text, f"[{text}"):
+        row = {"messages": CHAT, "tools": value}
+        assert refusal(read_conversation, row, MESSAGES) == "malformed"
+
+
+def test_a_function_call_of_old_is_a_tool_call() -> None:
+    call = {"name": "f", "arguments": '{"a": null}'}
+    (_, made) = read_conversation(
+        {"messages": [user("a"), says("b", function_call=call)]}, MESSAGES
+    ).messages
+    assert made == says("b", tool_calls=[{"type": "function", "function": call}])
 
 
 @pytest.mark.parametrize(
@@ -431,6 +445,12 @@ def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused() -> None:
 # Errors -------------------------------------------------------------------------------------------
 
 
+def test_a_conversation_without_an_assistant_names_the_roles() -> None:
+    with pytest.raises(explore.ConversationError, match="roles critic, user") as refused:
+        encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
+    assert refused.value.reason == "no_assistant"
+
+
 def test_of_named_templates_the_one_that_transformers_takes_is_taken() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     with_tools = "  {% if tools %}\nTools: {{ tools | tojson }}\n{% endif %}\n" + MARKED + "\n"
@@ -476,7 +496,8 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Path
         load_chat_template(None, explore.load_tokenizer(str(folder)))
     (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": MARKED}))
-    for place in (tmp_path / "t.jinja", folder / "chat_template.json"):
+    (tmp_path / "t.txt").write_bytes((folder / "chat_template.json").read_bytes())
+    for place in (tmp_path / "t.jinja", folder / "chat_template.json", tmp_path / "t.txt"):
         assert load_chat_template(str(place), tokenizer_for(PLAIN)) == MARKED
     beside = explore.load_tokenizer(str(folder))
     assert load_chat_template(None, beside) == MARKED
@@ -488,11 +509,32 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Pa
     with pytest.raises(explore.LogitsError, match="nowhere"):
         explore.load_tokenizer(str(tmp_path / "nowhere"))
     auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
-    folder = copy_teacher(tmp_path / "teacher", auto_map=auto, tokenizer_class="Own")
-    (folder / "tokenization_own.py").write_text("import no_such_package_x\n")
-    for trust, message in ((False, "--trust-remote-code"), (True, "pip install no_such_package_x")):
+    for n, (code, trust, message) in enumerate((
+        ("", False, "--trust-remote-code"),
+        ("import no_such_package_x", True, "pip install no_such_package_x$"),
+        ("from transformers import no_such_name_x", True, "does not fit the packages here"),
+        ("raise type('Own', (Exception,), {})('broken')", True, "Own: broken"),
+    )):  # fmt: skip
+        folder = copy_teacher(tmp_path / f"teacher{n}", auto_map=auto, tokenizer_class="Own")
+        (folder / "tokenization_own.py").write_text(code)
         with pytest.raises(explore.LogitsError, match=message):
             explore.load_tokenizer(str(folder), trust_remote_code=trust)
+    for file, package in (("tekken.json", "mistral-common"), ("tokenizer.model", "sentencepiece")):
+        (folder := tmp_path / package).mkdir()
+        (folder / file).write_text("{}")
+        (folder / "config.json").write_text('{"model_type": "mistral"}')
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            with pytest.raises(explore.LogitsError, match=f"pip install {package}$"):
+                explore.load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_without_offsets_or_template_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs = type("MistralCommonBackend", (), {})
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: theirs())
+    with pytest.raises(explore.LogitsError, match=r"use a copy that holds tokenizer\.json"):
+        explore.load_tokenizer(str(TEACHER))
 
 
 # Together -----------------------------------------------------------------------------------------

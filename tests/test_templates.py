@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from chat_shapes import SHAPES, says, stock, template_names, user
+from chat_shapes import SHAPES, TOOLS, calls, says, stock, template_names, tools_of, user
 from template_reference import words_of
 from template_table import build_table, try_template
 from transformers.utils import chat_template_utils as utils
 
 from explore_logits import (
+    ConversationError,
     EncodedConversation,
     encode_conversation,
     prepare_template,
@@ -68,6 +73,45 @@ def test_text_is_what_transformers_renders_and_nothing_is_said_to_be_hidden(name
         assert encoded.notes == ()
         if shape in (*shapes, *REASONED) and not prepare_template(stock(name)).parts:
             assert encoded.text == stock(name).apply_chat_template(SHAPES[shape], tokenize=False)
+
+
+@pytest.mark.skipif(not version("trl").startswith("1.16."), reason="a digest of trl 1.16")
+def test_every_version_of_transformers_gives_the_same_tokens() -> None:
+    """The digest is what 5.16.1 and 5.24.0 give; the newer one rewrites messages itself."""
+    found: list[Any] = []
+    for name, shape, key in product(NAMES, SHAPES, ("reasoning_content", "thinking", "reasoning")):
+        chat = [
+            {key if k == "reasoning_content" else k: said for k, said in message.items()}
+            for message in SHAPES[shape]
+        ]
+        if key != "reasoning_content" and chat == SHAPES[shape]:
+            continue
+        try:
+            made = encode_conversation(chat, stock(name), tools=tools_of(shape), date="2026-01-01")
+        except ConversationError as error:
+            found.append(error.reason)
+        else:
+            found.append([made.text, made.input_ids.tolist(), made.token_positions.tolist()])
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == "46c82afdf372df35"
+
+
+ASKED, HEARD = user("amber?"), says("Birch bark.")
+HIDDEN: list[tuple[str, list[dict[str, Any]], Any, str]] = [
+    *((name, [ASKED, HEARD], TOOLS, "the tools") for name in ("deepseekv3", "phi3")),
+    *((name, [{"role": "developer", "content": "Heath."}, ASKED, HEARD], None, "the developer")
+      for name in ("qwen3", "glm4moe")),
+    *((name, [ASKED, calls(text)], None, "the tool calls")
+      for name, text in product(("phi3_5", "lfm2"), ("", None))),
+    ("llama3_1", [ASKED, calls("Let us see.")], None, "beside tool calls"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "chat", "tools", "hidden"), HIDDEN)
+def test_what_a_template_does_not_show_is_noted(
+    name: str, chat: list[dict[str, Any]], tools: Any, hidden: str
+) -> None:
+    (note,) = encode_conversation(chat, stock(name), tools=tools).notes
+    assert hidden in note
 
 
 @pytest.mark.parametrize("name", NAMES)
