@@ -2157,6 +2157,8 @@ def open_conversations(
     (None: today's). Raises LogitsError where something cannot be used or two options exclude each
     other.
     """
+    if options.revision is not None and local_path(options.model).exists():
+        raise ConfigError(f"--revision {options.revision}: a local --model has no revisions")
     tokenizer = tokenizer or load_tokenizer(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
     )

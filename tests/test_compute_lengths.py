@@ -163,6 +163,7 @@ def test_bad_input_ends_with_code_2_and_one_line(
         ("--split dev", "it has train"),
         ("--messages-col talk", "the dataset has id"),
         ("--model ./nowhere", "nowhere"),
+        ("--revision main", "has no revisions"),
         ("--output-repo a/b", "--push-to-hub"),
         ("--text-col subject --turns last", "--turns: --text-col uses no chat template"),
         ('--template-kwargs {"tools":1}', "'tools' is no argument"),
