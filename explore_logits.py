@@ -2189,16 +2189,11 @@ def open_conversations(
         warn_once("an end of the assistant's turn")
     for name in [name for name in given if name not in template][:1]:
         warn_once(f"the argument {name!r}")
-    encoder = ConversationEncoder(
+    return source, ConversationEncoder(
         tokenizer, template, columns, include_think=options.include_think,
         include_end=options.include_end, turns=options.turns, template_kwargs=given,
         date=(date or date_of_today()) if "strftime_now" in template else None,
     ).for_source(source)  # fmt: skip
-    for row in itertools.islice(without_idle_columns(source, columns), 8):
-        with contextlib.suppress(ConversationError):
-            for note in encoder.encode(row).notes:
-                warn_once(note)
-    return source, encoder
 
 
 def conversation_settings(

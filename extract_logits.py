@@ -5952,6 +5952,8 @@ def sample_job(job: Job, should_stop: Callable[[], bool]) -> Sample:
     )
     rows = list(itertools.chain.from_iterable(done))
     encoded = [row for row in rows if isinstance(row, EncodedRow)]
+    for note in itertools.chain.from_iterable(row.notes for row in encoded):
+        warn_once(note)
     skipped = Counter(row.reason for row in rows if isinstance(row, SkippedRow))
     tokens = sum(row.input_ids.size for row in encoded)
     stored = sum(row.token_positions.size for row in encoded)

@@ -246,6 +246,14 @@ def test_a_system_column_that_nobody_asked_for_is_not_left_out_in_silence(
     assert "read without the columns system, history" in caplog.text
 
 
+def test_what_a_template_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    explore.warn_once.cache_clear()
+    (path := tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    open_conversations(make_config(chat_template=str(path), template_kwargs={"enable": True}))
+    for hidden in ("an end of the assistant's turn", "the argument 'enable'"):
+        assert f"the chat template does not show {hidden}" in caplog.text
+
+
 class Fatal:
     """Kills the process that it is unpickled in."""
 

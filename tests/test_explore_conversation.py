@@ -127,6 +127,9 @@ def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None
     assert read_conversation(row, MESSAGES).messages == expected
     thinks = {"messages": [user("hi"), says("") | {"content": thought}]}
     assert "content" not in read_conversation(thinks, MESSAGES).messages[1]
+    result = [{"type": "image"}]  # what a tool gives is the template's to write
+    row = {"messages": [user("hi"), {"role": "tool", "content": result}, says("yo")]}
+    assert read_conversation(row, MESSAGES).messages[1]["content"] == result
     twice = {"messages": [user("hi"), says("", reasoning="other") | {"content": parts}]}
     assert refusal(read_conversation, twice, MESSAGES) == "malformed"
 
@@ -449,6 +452,8 @@ def test_a_conversation_without_an_assistant_names_the_roles() -> None:
     with pytest.raises(explore.ConversationError, match="roles critic, user") as refused:
         encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
     assert refused.value.reason == "no_assistant"
+    half = [user("half \ud800 a pair"), says("b")]
+    assert refusal(encode_conversation, half, tokenizer_for(PLAIN)) == "malformed"
 
 
 def test_of_named_templates_the_one_that_transformers_takes_is_taken() -> None:
@@ -501,8 +506,14 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Path
         assert load_chat_template(str(place), tokenizer_for(PLAIN)) == MARKED
     beside = explore.load_tokenizer(str(folder))
     assert load_chat_template(None, beside) == MARKED
-    with pytest.raises(TemplateError, match=r"none\.jinja"):
-        load_chat_template(str(tmp_path / "none.jinja"), tokenizer_for(PLAIN))
+    named = [{"name": "default", "template": MARKED}]
+    (tmp_path / "named.json").write_text(json.dumps({"chat_template": named}))
+    assert load_chat_template(str(tmp_path / "named.json"), tokenizer_for(PLAIN)) == MARKED
+    for name, text in (("none", None), ("cut", '{"chat_tem'), ("other", '{"template": "x"}')):
+        if text is not None:
+            (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(TemplateError, match=rf"{name}\.json"):
+            load_chat_template(str(tmp_path / f"{name}.json"), tokenizer_for(PLAIN))
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Path) -> None:
