@@ -320,6 +320,14 @@ def test_turns_are_found_whatever_the_template_does(name: str) -> None:
     assert encoded.end_of_turn == (None if name == "no end" else re.search("<.*$", expected[0])[0])
 
 
+def test_marks_inside_a_block_never_change_what_is_written() -> None:
+    counted = tokenizer_for(BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"))
+    turns = [f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in CHAT]
+    turns[::2] = [f"{turn}\n" for turn in turns[::2]]
+    text = encode_conversation(CHAT, counted).text
+    assert text == "".join(f"{turn}{len(turn)}" for turn in turns)
+
+
 def test_messages_that_the_template_joins_are_told_apart() -> None:
     assert spans([*CHAT, says("Elm.")], COPIES) == [BOTH[0], "Dune.", "Elm.<|end|>"]
 
@@ -342,8 +350,11 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template: str) -> N
 def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
     template = each("### {{ m.role }}\n{{ m.content }}\n### End{{ '\n' }}")
     template += "{% if add_generation_prompt %}### assistant\n{% endif %}"
-    prepared = explore.prepare_template(AutoTokenizer.from_pretrained(TEACHER), template)
-    assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
+    for blanks in ([], ["\n", "\n\n", "  "]):  # Gemma adds line breaks, which end no turn
+        tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+        tokenizer.add_tokens(blanks)
+        prepared = explore.prepare_template(tokenizer, template)
+        assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
 
 
 def test_a_given_date_is_what_the_template_prints() -> None:
@@ -400,6 +411,24 @@ def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str,
 
 
 # Tokens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("borders", "span", "expected"),
+    [
+        ("02 24 46 46 69 9b", (5, 6), [2, 3]),  # a token across a border is the assistant's
+        ("02 24 46 46 69 9b", (3, 7), [1, 2, 3, 4]),
+        ("02 24 46 46 69 9b", (9, 10), [5]),
+        ("03 33 35 55 77", (3, 7), [1, 2, 3]),  # one without characters, inside of a span only
+        ("03 33 35 55 77", (0, 3), []),
+        ("03 33 35 55 77", (5, 6), [3]),
+    ],
+)
+def test_a_token_is_the_assistants_where_one_of_its_characters_is(
+    borders: str, span: tuple[int, int], expected: list[int]
+) -> None:
+    starts, ends = np.array([[int(end, 16) for end in pair] for pair in borders.split()]).T
+    assert explore.token_positions_of([span], starts, ends).tolist() == expected
 
 
 def byte_fallback_tokenizer() -> Any:
