@@ -47,6 +47,7 @@ import operator
 import re
 import shutil
 import tempfile
+import traceback
 import unicodedata
 import zlib
 from bisect import bisect_left
@@ -516,7 +517,7 @@ PAIR_COLUMNS = (  # usual names of a question and its answer
     *itertools.product(("prompt",), ("completion", "response", "chosen")),
     *itertools.product(("instruction",), ("output", "response")),
 )
-CONTEXT_COLUMN = "input"  # beside Alpaca's `instruction`: what the instruction is about
+CONTEXT_COLUMNS = ("input", "context")  # what an `instruction` is about, in Alpaca and Dolly
 
 
 @dataclass(frozen=True)
@@ -576,8 +577,8 @@ def resolve_columns(names: Iterable[str], **options: str | None) -> Conversation
         return ConversationColumns(messages, system=system, index=index)
     for user, assistant in (pair,) if asked else (pair, *PAIR_COLUMNS):
         if user in have and assistant in have:
-            context = CONTEXT_COLUMN if user == "instruction" and CONTEXT_COLUMN in have else None
-            return ConversationColumns(None, user, assistant, system, index, context)
+            about = (name for name in CONTEXT_COLUMNS if user == "instruction" and name in have)
+            return ConversationColumns(None, user, assistant, system, index, next(about, None))
     raise SourceError(
         f"no conversations: neither a column {', '.join(MESSAGE_COLUMNS)} (--messages-col) nor "
         "'question' with 'answer' (--user-col, --assistant-col) or a usual pair such as prompt "
@@ -637,7 +638,7 @@ def open_source(
             raise ValueError(f"Available splits: {[*splits]}")  # as `datasets` says it
         elif isinstance(rows := splits[name], datasets.Dataset):
             rows = rows.to_iterable_dataset() if streaming else rows
-        elif _check_columns(rows) == "parquet":
+        elif _kind_of_file((rows := _like_files(rows))[0]) == "parquet":
             how = {"split": name, "streaming": streaming}
             rows = datasets.load_dataset("parquet", data_files={name: rows}, **how)
         elif streaming:
@@ -655,37 +656,60 @@ def open_source(
         return rows.select(list(itertools.chain(*slices)))
 
 
+def _kind_of_file(name: str) -> str:
+    """Return "jsonl", "json", "csv" or "parquet", "" for anything else."""
+    found = _FILE.search(name)
+    return found[1] if found else ""
+
+
 def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
     """Return the files of a local dataset by split, or its tables where it was saved as such."""
-    datasets = import_extra("datasets")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        return saved if isinstance(saved, dict) else {"train": saved}
-    found = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
-    if not any(_FILE.search(file.name) for file in found):
+    datasets, name = import_extra("datasets"), f"dataset {str(path)!r}"
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if subset is not None and (saved or path.is_file()):
+        raise SourceError(f"{name} is a file or a saved dataset: it has no --subset {subset}")
+    if saved:
+        tables = datasets.load_from_disk(str(path))
+        return tables if isinstance(tables, dict) else {"train": tables}
+    kinds = [_kind_of_file(path.name)]
+    if path.is_dir():
+        kinds = [_kind_of_file(file.name) for file in path.rglob("[!.]*") if file.is_file()]
+    if not any(kinds):
         what = "unknown kind of file, expected" if path.is_file() else "no file in this folder is"
-        raise SourceError(f"dataset {str(path)!r}: {what} .jsonl, .json, .parquet, .csv")
+        raise SourceError(f"{name}: {what} .jsonl, .json, .parquet, .csv")
     if path.is_file():
         return {"train": [str(path)]}
     files = datasets.load_dataset_builder(str(path), name=subset).config.data_files
-    return {str(name): list(each) for name, each in files.items()}
+    splits = {str(split): list(each) for split, each in files.items()}
+    taken = {_kind_of_file(file) for each in splits.values() for file in each}
+    if "" in taken:
+        raise SourceError(f"{name}: most of its files are no .jsonl, .json, .parquet, .csv")
+    # it takes the files of one kind; what else is .json may be about the others
+    for kind in sorted({*kinds} - {*taken, "json", ""}):
+        log.warning("%s: its .%s files are not read, give them apart", name, kind)
+    return splits
 
 
-def _check_columns(files: Sequence[str]) -> str:
-    """Return the kind of files that are read together; they must have the same columns."""
-    found, first = _FILE.search(files[0]), None
-    kind = found[1] if found else "jsonl"
+def _like_files(files: Sequence[str]) -> list[str]:
+    """Return the files that hold rows, of those read together: all have the same columns."""
+    columns: dict[str, list[str]] = {}
     for file in files:
         with _reading(file):
-            table = kind == "parquet"
-            names = pq.read_schema(file).names if table else list(next(read_rows([file]), ()))
-        first = first or names
-        if other := ", ".join(sorted(set(first) ^ set(names or first))):
+            if _kind_of_file(file) != "parquet":
+                columns[file] = list(next(read_rows([file]), ()))
+                continue
+            with pq.ParquetFile(file) as table:
+                columns[file] = table.schema_arrow.names if table.metadata.num_rows else []
+    full = [file for file in files if columns[file]]
+    if not full:
+        raise SourceError(f"dataset {files[0]!r} has no rows")
+    for file in full:
+        if other := ", ".join(sorted({*columns[full[0]]} ^ {*columns[file]})):
             raise SourceError(
-                f"dataset {file!r} and {Path(files[0]).name} have different columns ({other}); "
+                f"dataset {file!r} and {Path(full[0]).name} have different columns ({other}); "
                 "give one of the files, or a folder of like ones"
             )
-    return kind
+    return full
 
 
 def read_rows(
@@ -723,7 +747,7 @@ def read_rows(
 
 
 _WHY: dict[type[Exception], str] = {  # why a file of text cannot be read
-    UnicodeDecodeError: "the text is not UTF-8 (is it UTF-16? write it as UTF-8)",
+    UnicodeDecodeError: "the text is not UTF-8 (is it UTF-16 or Latin-1? write it as UTF-8)",
     RecursionError: "not JSON that can be read: it is nested too deeply",
     csv.Error: "not CSV ({})",
     ValueError: "not JSON ({})",
@@ -767,8 +791,6 @@ def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
         for row in read_rows(files, integers):
             for name, value in row.items():
                 kinds.setdefault(name, set()).update([] if value is None else [_kind_of(value)])
-        if not kinds:
-            raise SourceError(f"dataset {files[0]!r} has no rows")
         one = {name: min(found) if len(found) == 1 else "json" for name, found in kinds.items()}
         types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
         schema = datasets.Features({name: types[kind] for name, kind in one.items()}).arrow_schema
@@ -851,6 +873,7 @@ def _read_faults() -> tuple[type[Exception], ...]:
     found: list[type[Exception]] = [OSError, EOFError, ValueError, TypeError, KeyError, ImportError]
     found += [RuntimeError, zlib.error, lzma.LZMAError, csv.Error, pa.ArrowException]
     found += [importlib.import_module("datasets").exceptions.DatasetsError]
+    found += [importlib.import_module("yaml").YAMLError]  # of a README.md
     with contextlib.suppress(ImportError):
         found.append(importlib.import_module("zstandard").ZstdError)
     return tuple(found)
@@ -863,15 +886,21 @@ def _reading(name: str, split: str = "", subset: str | None = None) -> Iterator[
         yield
     except _read_faults() as error:
         cause, why = root_cause(error), " ".join(str(error).split()) or type(error).__name__
-        if found := re.search(r"(?:Should be one of|Available splits:) \[(.*?)\]", why):
+        known = r"(?:Should be one of|Available splits:|configs:|Available:) \[(.*?)\]"
+        if found := re.search(known, why):
             names = ", ".join(re.findall(r"'([^']+)'", found[1]))
-            why = f" has no split {split!r}; it has {names} (--split)"
+            what, given = ("subset", subset) if "onfig" in why else ("split", split)
+            why = f" has no {what} {given!r}; it has {names} (--{what})"
+            why = why if given is not None else f" has subsets: give one of {names} (--subset)"
         elif "BatchSize must be greater than 0" in str(cause) or "corresponds to no data" in why:
             why = " has no rows"
-        elif "BuilderConfig" in why or "Config name is missing" in why:
-            why = f", --subset {subset}: {why}"
         elif local_path(name).exists():
-            why = f" cannot be read: {first_line(cause)}"
+            # of a folder, only the reader of `datasets` knows at which file it was
+            at = [frame.f_locals.get("file") for frame, _ in traceback.walk_tb(cause.__traceback__)]
+            name = next((file for file in reversed(at) if isinstance(file, str)), name)
+            said = " ".join(str(cause).split()) or type(cause).__name__
+            readme = "its README.md: " if type(cause).__module__.startswith("yaml") else ""
+            why = f" cannot be read: {readme}{said:.300}"
         else:
             if type(error).__name__ in ("DatasetNotFoundError", "DataFilesNotFoundError"):
                 why += " (is the name right, and are you logged in? hf auth login)"
@@ -880,8 +909,8 @@ def _reading(name: str, split: str = "", subset: str | None = None) -> Iterator[
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Return the first of a chain of errors."""
-    while (inner := error.__cause__ or error.__context__) is not None:
+    """Return the first of a chain of errors, as far as the chain is meant to be shown."""
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     return error
 
@@ -921,7 +950,7 @@ def source_columns(dataset: Any) -> list[str]:
     """Return the column names of an open source; those of its first rows where no schema says."""
     names = dataset.column_names or dict.fromkeys(name for row in dataset.take(16) for name in row)
     if not names:
-        raise SourceError("the dataset has no rows")
+        raise SourceError(f"dataset {getattr(dataset, 'name', '')!r} has no rows")
     return list(names)
 
 
@@ -987,11 +1016,7 @@ def read_conversation(
     said = [m.get(key) for m in answers for key in ("content", "tool_calls", *_REASONING_KEYS)]
     if answers and not any(s.strip() if isinstance(s, str) else s for s in said):
         raise ConversationError("empty", "the assistant says nothing")
-    tools = _parsed_json(cells["tools"])
-    tools = [*map(_parsed_json, tools)] if isinstance(tools, list) else tools
-    tools = None if isinstance(tools, str) else tools or None
-    if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise ConversationError("malformed", "column 'tools' is no list of tool schemas")
+    tools = _read_objects(cells["tools"], "column 'tools'") or None
     try:
         given = check_template_kwargs(_parsed_json(cells["chat_template_kwargs"]) or {})
     except TemplateError as error:
@@ -1033,6 +1058,17 @@ def _parsed_json(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
+    return value
+
+
+def _read_objects(value: Any, what: str) -> list[dict[str, Any]]:
+    """Read a list of objects, also as JSON or each as JSON; [] where there is none."""
+    value = _parsed_json(value)
+    if not value or (isinstance(value, str) and value.strip().lower() in ("", "null", "none")):
+        return []
+    value = [*map(_parsed_json, value)] if isinstance(value, list) else value
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise ConversationError("malformed", f"{what}: no list of objects: {value!r:.60}")
     return value
 
 
@@ -1099,15 +1135,20 @@ def _read_message(value: Any) -> dict[str, Any]:
     role = _ROLES.get(role.strip().lower(), role)
     content = message.pop("content", None)
     content = message.pop("value", None) if content is None else content
-    calls = _parsed_json(message.pop("tool_calls", None))
-    message |= {"tool_calls": calls} if isinstance(calls, list) and calls else {}
+    calls = _read_objects(message.pop("tool_calls", None), "the tool calls of a message")
+    if old := message.pop("function_call", None):  # the one call, as OpenAI had it at first
+        (call,) = _read_objects([old], "the function call of a message")
+        calls = [*calls, {"type": "function", "function": call}]
+    message |= {"tool_calls": calls} if calls else {}
+    if not isinstance(weight := message.get("weight", 1), (int, float)):
+        raise ConversationError("malformed", f"a weight is no number: {weight!r:.60}")
     content, reasoning = _content_text(content, role)
     if reasoning:
         if any(message.get(key) not in (None, "", reasoning) for key in _REASONING_KEYS):
             raise ConversationError("malformed", "a message gives its reasoning twice")
         message["reasoning_content"] = reasoning
     if content is None and not any(map(message.get, ("tool_calls", *_REASONING_KEYS))):
-        raise ConversationError("null", f"a {role} message has no content")
+        raise ConversationError("null", f"a message of the {role} has no content")
     return {"role": role, **({} if content is None else {"content": content}), **message}
 
 
@@ -1119,13 +1160,14 @@ def _content_text(content: Any, role: str) -> tuple[Any, str]:
     listed = isinstance(content, list)
     for part in content if listed else [content]:
         part = {"text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else None
-        text = part.get("text", part.get(kind)) if isinstance(part, dict) else None
+        known = part if isinstance(part, dict) else {}
+        kind = known.get("type", "text" if known.keys() == {"text"} else None)
+        text = known.get("text", known.get(kind))
         into = _PARTS.get(str(kind)) if listed and isinstance(text, str) else None
         if into is None or (into == "reasoning" and role != "assistant"):
             if role == "tool":
                 return content, ""
-            why = f"a {role} message holds more than text: {part!r:.60}"
+            why = f"a message of the {role} holds more than text: {part!r:.60}"
             raise ConversationError("not_text" if listed else "malformed", why)
         said[into].append(str(text))
     text, reasoning = map("".join, said.values())
@@ -1183,8 +1225,7 @@ def load_tokenizer(
     auto = import_extra("transformers").AutoTokenizer
     try:
         tokenizer = auto.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
-    except (ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError,
-            SyntaxError, AssertionError) as error:  # fmt: skip
+    except Exception as error:  # it may run code of its own
         raise LogitsError(_explain_tokenizer(model, folder, error)) from error
     if type(tokenizer).__name__.startswith("MistralCommon"):
         why = "mistral-common's tokenizer gives neither a chat template nor character offsets"
@@ -1197,25 +1238,33 @@ def load_tokenizer(
         how |= dict.fromkeys(raises, False)
         find = importlib.import_module("transformers.utils").cached_file
         if (beside := find(where, "chat_template.json", **how)) is not None:
-            tokenizer.chat_template = _read_template(Path(beside), "chat_template.json")
+            where = f"the chat_template.json of model {model!r}"
+            tokenizer.chat_template = _read_template(Path(beside), where)
     return tokenizer
+
+
+_NEEDS = re.compile(  # how transformers and the code of tokenizers name packages that they lack
+    r"`pip install (?:-U )?([^`]+)`|requires the (\w+) library|install ([\w-]+) to use|"
+    r"No module named '(?!transformers_modules)([\w-]+)"
+)
+_NEEDED_BY = {"tekken.json": "mistral-common", "tokenizer.model": "sentencepiece"}
 
 
 def _explain_tokenizer(model: str, folder: Path, error: BaseException) -> str:
     """Say why a tokenizer cannot be loaded and what to do."""
-    said = str(error).replace("`", " ")
-    if isinstance(error, ImportError):
-        names = r"pip install (?:-U )?([\w.-]+)|'([\w.-]+)'|requires the (\w+) library"
-        found = re.search(names, said)
-        package = next(filter(None, found.groups())).lower() if found else said
-        return (
-            f"the tokenizer of model {model!r} needs the package {package}: pip install {package}"
-        )
+    cause = root_cause(error)
+    said, why = f"{error} {cause}", f"{type(cause).__name__}: {first_line(cause)}"
+    found = _NEEDS.search(said)
+    packages = next(filter(None, found.groups())).lower().split() if found else []
+    if not (folder / "tokenizer.json").is_file():  # then others are tried, and theirs is named
+        packages = [p for name, p in _NEEDED_BY.items() if (folder / name).is_file()] or packages
+    modules = {package: re.split(r"\W", package.replace("-", "_"))[0] for package in packages}
+    if missing := " ".join(p for p, m in modules.items() if importlib.util.find_spec(m) is None):
+        return f"the tokenizer of model {model!r} needs {missing}: pip install {missing}"
     if "trust_remote_code" in said:
         return f"the tokenizer of model {model!r} runs code of its own: --trust-remote-code"
-    if (folder / "tekken.json").is_file() and importlib.util.find_spec("mistral_common") is None:
-        return f"model {model!r}: its tekken.json needs mistral-common: pip install mistral-common"
-    why = first_line(root_cause(error))
+    if isinstance(error, ImportError):
+        return f"the code of the tokenizer of model {model!r} does not fit the packages here: {why}"
     return f"no tokenizer for model {model!r}: " + (
         f"the folder holds none that can be read ({why}); copy the files of the tokenizer into it"
         if folder.is_dir()
@@ -1269,10 +1318,14 @@ def _read_template(path: Path, name: str) -> Any:
         raise TemplateError(f"{name} cannot be read: {first_line(error)}") from error
     if len(text) > MAX_TEXT_BYTES:
         raise TemplateError(f"{name} is no template: it is larger than {MAX_TEXT_BYTES >> 20} MiB")
-    if path.suffix != ".json":
-        return text
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        found = json.loads(text)["chat_template"]
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        given = None
+        if path.suffix != ".json":
+            return text
+    with contextlib.suppress(KeyError, TypeError):
+        found = given["chat_template"]
         if isinstance(found, list):
             return {each["name"]: each["template"] for each in found}
         if isinstance(found, (str, dict)):
@@ -1991,7 +2044,9 @@ class _TurnReader:
             if any(name and str(name) not in text for name in names):
                 found.append("the tool calls of an assistant message")
             elif said and number not in shown and (names or said not in text):
-                found.append(f"a {message.get('role')} message")
+                found.append(f"a message of the {message.get('role')}")
+            elif names and said not in text and not _THINK_TAG.search(said):
+                found.append("what an assistant says beside tool calls")
         if self.tools and not self.template.shows_tools:
             found.append("the tools")
         return tuple(dict.fromkeys(found))
@@ -2145,6 +2200,8 @@ def open_conversations(
     (None: today's). Raises LogitsError where something cannot be used or two options exclude each
     other.
     """
+    if options.revision is not None and local_path(options.model).exists():
+        raise ConfigError(f"--revision {options.revision}: a local --model has no revisions")
     tokenizer = tokenizer or load_tokenizer(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
@@ -2167,22 +2224,19 @@ def open_conversations(
     for name in ("system", "system_prompt") if columns.system is None else ():
         if name in names:
             log.warning("the column %r is not used; --system-col %s uses it", name, name)
+    if idle := [name for name in names if name not in columns.needed()]:
+        log.info("conversations are read without the columns %s", show_line(", ".join(idle)))
     template = load_chat_template(options.chat_template, tokenizer)
     given = check_template_kwargs(options.template_kwargs or {})
     if not prepare_template(tokenizer, template, template_kwargs=given).ends:
         warn_once("an end of the assistant's turn")
     for name in [name for name in given if name not in template][:1]:
         warn_once(f"the argument {name!r}")
-    encoder = ConversationEncoder(
+    return source, ConversationEncoder(
         tokenizer, template, columns, include_think=options.include_think,
         include_end=options.include_end, turns=options.turns, template_kwargs=given,
         date=(date or date_of_today()) if "strftime_now" in template else None,
     ).for_source(source)  # fmt: skip
-    for row in itertools.islice(without_idle_columns(source, columns), 8):
-        with contextlib.suppress(ConversationError):
-            for note in encoder.encode(row).notes:
-                warn_once(note)
-    return source, encoder
 
 
 def conversation_settings(

@@ -124,6 +124,7 @@ from explore_logits import (
     source_columns,
     source_id,
     source_revision,
+    warn_once,
 )
 
 
@@ -825,6 +826,7 @@ class EncodedRow:
     index: int
     input_ids: npt.NDArray[np.int32]  # (S,)
     token_positions: npt.NDArray[np.int32]  # (N,) ascending, each >= 1: the tokens to predict
+    notes: tuple[str, ...] = ()  # what the template was given and does not show
 
 
 @dataclass(frozen=True)
@@ -856,7 +858,7 @@ class RowEncoder:
         if highest > MAX_TOKEN_ID:
             why = f"token id {highest}, the format ends at {MAX_TOKEN_ID}"
             return SkippedRow(index, "id_too_large", why)
-        return EncodedRow(index, encoded.input_ids, encoded.token_positions)
+        return EncodedRow(index, encoded.input_ids, encoded.token_positions, encoded.notes)
 
     def encode_all(
         self, rows: Sequence[tuple[int, Row | SkippedRow]]
@@ -881,6 +883,8 @@ class Window:
             if isinstance(row, SkippedRow):
                 self.skipped.append(row)
                 continue
+            for note in row.notes:
+                warn_once(note)
             self.rows.append(row)
             self.tokens += row.input_ids.size
             if lengths is not None:
@@ -5890,6 +5894,8 @@ def sample_job(job: Job, should_stop: Callable[[], bool]) -> Sample:
     )
     rows = list(itertools.chain.from_iterable(done))
     encoded = [row for row in rows if isinstance(row, EncodedRow)]
+    for note in itertools.chain.from_iterable(row.notes for row in encoded):
+        warn_once(note)
     skipped = Counter(row.reason for row in rows if isinstance(row, SkippedRow))
     tokens = sum(row.input_ids.size for row in encoded)
     stored = sum(row.token_positions.size for row in encoded)

@@ -163,6 +163,7 @@ def test_bad_input_ends_with_code_2_and_one_line(
         ("--split dev", "it has train"),
         ("--messages-col talk", "the dataset has id"),
         ("--model ./nowhere", "nowhere"),
+        ("--revision main", "has no revisions"),
         ("--output-repo a/b", "--push-to-hub"),
         ("--text-col subject --turns last", "--turns: --text-col uses no chat template"),
         ('--template-kwargs {"tools":1}', "'tools' is no argument"),
@@ -173,6 +174,17 @@ def test_bad_input_ends_with_code_2_and_one_line(
         last = caplog.records[-1].getMessage()
         assert message in last
         assert "\n" not in last
+
+
+def test_output_is_a_folder_or_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    for place, repo in (("./new", None), ("there", None), ("tester/lengths", "tester/lengths")):
+        config = make_config(output=place)
+        assert (config.output_repo, config.push_to_hub) == (repo, repo is not None)
+        assert config.output_dir == ("data/lengths" if repo else place)
 
 
 def test_rows_that_give_no_lengths_leave_no_file(
@@ -224,11 +236,22 @@ def test_rows_of_other_columns_are_measured_too(write_chats: WriteChats) -> None
 def test_a_system_column_that_nobody_asked_for_is_not_left_out_in_silence(
     write_chats: WriteChats, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = str(write_chats([{"system": "Be brief.", "question": "Why?", "answer": "So."}]))
+    row = {"system": "Be brief.", "question": "Why?", "answer": "So.", "history": []}
+    path = str(write_chats([row]))
     open_conversations(make_config(dataset=path, system_col="system"))
     assert not caplog.records
-    open_conversations(make_config(dataset=path))
+    with caplog.at_level("INFO"):
+        open_conversations(make_config(dataset=path))
     assert "--system-col system uses it" in caplog.text
+    assert "read without the columns system, history" in caplog.text
+
+
+def test_what_a_template_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    explore.warn_once.cache_clear()
+    (path := tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    open_conversations(make_config(chat_template=str(path), template_kwargs={"enable": True}))
+    for hidden in ("an end of the assistant's turn", "the argument 'enable'"):
+        assert f"the chat template does not show {hidden}" in caplog.text
 
 
 class Fatal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import importlib.util
 import json
 import pickle
 import re
@@ -126,6 +127,9 @@ def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None
     assert read_conversation(row, MESSAGES).messages == expected
     thinks = {"messages": [user("hi"), says("") | {"content": thought}]}
     assert "content" not in read_conversation(thinks, MESSAGES).messages[1]
+    result = [{"type": "image"}]  # what a tool gives is the template's to write
+    row = {"messages": [user("hi"), {"role": "tool", "content": result}, says("yo")]}
+    assert read_conversation(row, MESSAGES).messages[1]["content"] == result
     twice = {"messages": [user("hi"), says("", reasoning="other") | {"content": parts}]}
     assert refusal(read_conversation, twice, MESSAGES) == "malformed"
 
@@ -140,6 +144,10 @@ def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None
         ([user("a"), {"role": "assistant", "content": None}], "null"),
         ([user("a"), says(" \n")], "empty"),
         ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
+        ([user("a") | {"content": [{"image": "x", "text": ""}]}, says("b")], "not_text"),
+        ([user("a"), says("b", tool_calls='[{"function": {')], "malformed"),
+        ([user("a"), says("b", function_call="f")], "malformed"),
+        ([user("a"), says("b", weight="0")], "malformed"),
         ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
         ({"role": "user", "content": "hi"}, "malformed"),
     ],
@@ -165,10 +173,19 @@ def test_tools_come_from_a_list_or_from_json() -> None:
     text = json.dumps(tool)
     for value in ([tool | {"strict": None}], f"[{text}]", [text]):
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools == [tool]
-    for value in (None, "[]", []):
+    for value in (None, "[]", [], "", "None", "{}"):
         assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools is None
-    with pytest.raises(explore.ConversationError):
-        read_conversation({"messages": CHAT, "tools": [1]}, MESSAGES)
+    for value in ([1], text, f"[{text}"):
+        row = {"messages": CHAT, "tools": value}
+        assert refusal(read_conversation, row, MESSAGES) == "malformed"
+
+
+def test_a_function_call_of_old_is_a_tool_call() -> None:
+    call = {"name": "f", "arguments": '{"a": null}'}
+    (_, made) = read_conversation(
+        {"messages": [user("a"), says("b", function_call=call)]}, MESSAGES
+    ).messages
+    assert made == says("b", tool_calls=[{"type": "function", "function": call}])
 
 
 @pytest.mark.parametrize(
@@ -303,6 +320,14 @@ def test_turns_are_found_whatever_the_template_does(name: str) -> None:
     assert encoded.end_of_turn == (None if name == "no end" else re.search("<.*$", expected[0])[0])
 
 
+def test_marks_inside_a_block_never_change_what_is_written() -> None:
+    counted = tokenizer_for(BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"))
+    turns = [f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in CHAT]
+    turns[::2] = [f"{turn}\n" for turn in turns[::2]]
+    text = encode_conversation(CHAT, counted).text
+    assert text == "".join(f"{turn}{len(turn)}" for turn in turns)
+
+
 def test_messages_that_the_template_joins_are_told_apart() -> None:
     assert spans([*CHAT, says("Elm.")], COPIES) == [BOTH[0], "Dune.", "Elm.<|end|>"]
 
@@ -325,8 +350,11 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template: str) -> N
 def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
     template = each("### {{ m.role }}\n{{ m.content }}\n### End{{ '\n' }}")
     template += "{% if add_generation_prompt %}### assistant\n{% endif %}"
-    prepared = explore.prepare_template(AutoTokenizer.from_pretrained(TEACHER), template)
-    assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
+    for blanks in ([], ["\n", "\n\n", "  "]):  # Gemma adds line breaks, which end no turn
+        tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+        tokenizer.add_tokens(blanks)
+        prepared = explore.prepare_template(tokenizer, template)
+        assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
 
 
 def test_a_given_date_is_what_the_template_prints() -> None:
@@ -385,6 +413,24 @@ def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str,
 # Tokens -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("borders", "span", "expected"),
+    [
+        ("02 24 46 46 69 9b", (5, 6), [2, 3]),  # a token across a border is the assistant's
+        ("02 24 46 46 69 9b", (3, 7), [1, 2, 3, 4]),
+        ("02 24 46 46 69 9b", (9, 10), [5]),
+        ("03 33 35 55 77", (3, 7), [1, 2, 3]),  # one without characters, inside of a span only
+        ("03 33 35 55 77", (0, 3), []),
+        ("03 33 35 55 77", (5, 6), [3]),
+    ],
+)
+def test_a_token_is_the_assistants_where_one_of_its_characters_is(
+    borders: str, span: tuple[int, int], expected: list[int]
+) -> None:
+    starts, ends = np.array([[int(end, 16) for end in pair] for pair in borders.split()]).T
+    assert explore.token_positions_of([span], starts, ends).tolist() == expected
+
+
 def byte_fallback_tokenizer() -> Any:
     """Return a tokenizer like Llama 2's: blanks as ▁, bytes for characters it does not know."""
     known = "▁abcdefghijklmnopqrstuvwxyzBD.?"
@@ -429,6 +475,14 @@ def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused() -> None:
 
 
 # Errors -------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_without_an_assistant_names_the_roles() -> None:
+    with pytest.raises(explore.ConversationError, match="roles critic, user") as refused:
+        encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
+    assert refused.value.reason == "no_assistant"
+    half = [user("half \ud800 a pair"), says("b")]
+    assert refusal(encode_conversation, half, tokenizer_for(PLAIN)) == "malformed"
 
 
 def test_of_named_templates_the_one_that_transformers_takes_is_taken() -> None:
@@ -476,23 +530,51 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Path
         load_chat_template(None, explore.load_tokenizer(str(folder)))
     (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": MARKED}))
-    for place in (tmp_path / "t.jinja", folder / "chat_template.json"):
+    (tmp_path / "t.txt").write_bytes((folder / "chat_template.json").read_bytes())
+    for place in (tmp_path / "t.jinja", folder / "chat_template.json", tmp_path / "t.txt"):
         assert load_chat_template(str(place), tokenizer_for(PLAIN)) == MARKED
     beside = explore.load_tokenizer(str(folder))
     assert load_chat_template(None, beside) == MARKED
-    with pytest.raises(TemplateError, match=r"none\.jinja"):
-        load_chat_template(str(tmp_path / "none.jinja"), tokenizer_for(PLAIN))
+    named = [{"name": "default", "template": MARKED}]
+    (tmp_path / "named.json").write_text(json.dumps({"chat_template": named}))
+    assert load_chat_template(str(tmp_path / "named.json"), tokenizer_for(PLAIN)) == MARKED
+    for name, text in (("none", None), ("cut", '{"chat_tem'), ("other", '{"template": "x"}')):
+        if text is not None:
+            (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(TemplateError, match=rf"{name}\.json"):
+            load_chat_template(str(tmp_path / f"{name}.json"), tokenizer_for(PLAIN))
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(explore.LogitsError, match="nowhere"):
         explore.load_tokenizer(str(tmp_path / "nowhere"))
     auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
-    folder = copy_teacher(tmp_path / "teacher", auto_map=auto, tokenizer_class="Own")
-    (folder / "tokenization_own.py").write_text("import no_such_package_x\n")
-    for trust, message in ((False, "--trust-remote-code"), (True, "pip install no_such_package_x")):
+    for n, (code, trust, message) in enumerate((
+        ("", False, "--trust-remote-code"),
+        ("import no_such_package_x", True, "pip install no_such_package_x$"),
+        ("from transformers import no_such_name_x", True, "does not fit the packages here"),
+        ("raise type('Own', (Exception,), {})('broken')", True, "Own: broken"),
+    )):  # fmt: skip
+        folder = copy_teacher(tmp_path / f"teacher{n}", auto_map=auto, tokenizer_class="Own")
+        (folder / "tokenization_own.py").write_text(code)
         with pytest.raises(explore.LogitsError, match=message):
             explore.load_tokenizer(str(folder), trust_remote_code=trust)
+    for file, package in (("tekken.json", "mistral-common"), ("tokenizer.model", "sentencepiece")):
+        (folder := tmp_path / package).mkdir()
+        (folder / file).write_text("{}")
+        (folder / "config.json").write_text('{"model_type": "mistral"}')
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            with pytest.raises(explore.LogitsError, match=f"pip install {package}$"):
+                explore.load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_without_offsets_or_template_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs = type("MistralCommonBackend", (), {})
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: theirs())
+    with pytest.raises(explore.LogitsError, match=r"use a copy that holds tokenizer\.json"):
+        explore.load_tokenizer(str(TEACHER))
 
 
 # Together -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import random
 import sys
@@ -64,6 +65,8 @@ def test_every_kind_of_file_gives_its_rows(kind: str, streaming: bool, tmp_path:
     assert list(source) == PLAIN_ROWS
     with pytest.raises(SourceError, match=r"no split 'dev'; it has train \(--split\)"):
         open_source(str(path), split="dev", streaming=streaming)
+    with pytest.raises(SourceError, match="it has no --subset x"):
+        open_source(str(path), subset="x", streaming=streaming)
 
 
 @STREAMED
@@ -89,8 +92,24 @@ def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> No
     write_rows(tmp_path / "train-00000.parquet", PLAIN_ROWS[:2])
     write_rows(tmp_path / "train-00001.parquet", PLAIN_ROWS[2:])
     write_rows(tmp_path / "test-00000.parquet", PLAIN_ROWS[:1])
+    none = pq.read_table(tmp_path / "test-00000.parquet").slice(1)
+    for number in (2, 3):  # shards that a filter left nothing of
+        pq.write_table(none, tmp_path / f"train-0000{number}.parquet")
     assert list(open_source(str(tmp_path), streaming=streaming)) == PLAIN_ROWS
     assert list(open_source(str(tmp_path), split="test", streaming=streaming)) == PLAIN_ROWS[:1]
+
+
+def test_files_of_another_kind_are_not_left_out_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But a .json file may be about the others."""
+    (folder := tmp_path / "chats").mkdir()
+    write_rows(folder / "a.csv", PLAIN_ROWS)
+    for name in ("b.csv", "stats.json", "c.parquet"):
+        assert not caplog.records
+        write_rows(folder / name, PLAIN_ROWS)
+        assert len(open_source(str(folder))) == 10
+    assert "its .parquet files are not read" in caplog.text
 
 
 @STREAMED
@@ -115,7 +134,15 @@ def test_a_split_may_be_sliced_where_the_source_is_a_table(kind: str, tmp_path: 
         open_source(str(path), split="train[:2]", streaming=True)
 
 
+def table(answer: Any) -> bytes:
+    """Return a Parquet file of 500 such answers."""
+    data = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"question": "q", "answer": answer}] * 500), data)
+    return data.getvalue()
+
+
 LINE = json.dumps(PLAIN_ROWS[0]).encode() + b"\n"
+WHOLE = table("word " * 50)
 RANDOM = b"".join(b'{"x": %d}\n' % (n * 7919 % 99991) for n in range(4000))
 # files of a source, what is said of it
 DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
@@ -128,11 +155,19 @@ DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
     "an open quote": ({"r.csv": b'a,b\n1,2\n1,"2'}, "line 3: not CSV"),
     "columns twice": ({"r.csv": b"a,a\n1,2\n"}, "line 2: not CSV .2 cells under 1 different"),
     "UTF-16 lines": ({"r.jsonl": LINE.decode().encode("utf-16")}, "line 1: .*UTF-16"),
+    "Latin-1": ({"r.jsonl": LINE + b'{"question": "\xe9"}\n'}, r"line 2: .*Latin-1"),
     "UTF-16 table": ({"r.csv": "question,answer\na,b\n".encode("utf-16")}, "csv.*: .*UTF-16"),
     "other columns": ({"r/a.jsonl": LINE, "r/b.jsonl": b'{"question": "a", "reply": "b"}\n'},
                       r"b\.jsonl' and a\.jsonl have different columns \(answer, reply\)"),
     "other columns in tables": ({"r/a.csv": b"x,y\na,b\n", "r/b.csv": b"x,z\na,b\n"},
                                 r"b\.csv' and a\.csv have different columns"),
+    "another type in a folder": ({"r/a.parquet": WHOLE, "r/b.parquet": table([1])},
+                                 r"r/b\.parquet' cannot be read"),
+    "damage in a folder": ({"r/a.parquet": WHOLE, "r/b.parquet": bytes(80).join(
+        (WHOLE[:40], WHOLE[120:]))}, r"r/b\.parquet' cannot be read"),
+    "half a README": ({"r/README.md": b"---\nconfigs: [\n---\n", "r/a.jsonl": LINE},
+                      r"its README\.md"),
+    "pictures": ({"r/a.jpg": b"x", "r/metadata.jsonl": LINE}, "most of its files are no"),
     "bad line in a folder": ({"r/a.jsonl": LINE, "r/b.jsonl": LINE + b"?"}, r"b\.jsonl', line 2:"),
     "another kind": ({"r.txt": LINE}, "unknown kind of file"),
     "no Parquet": ({"r.parquet": b"x"}, "cannot be"),
@@ -226,11 +261,14 @@ def test_a_question_and_its_answer_come_in_many_shapes(row: dict[str, Any]) -> N
     assert ConversationColumns.of(columns.settings()) == columns
 
 
-@pytest.mark.parametrize("options", [{}, {"user_col": "instruction", "assistant_col": "output"}])
-def test_the_input_of_an_instruction_is_part_of_the_question(options: dict[str, str]) -> None:
-    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
-    said = read_conversation(row, explore.resolve_columns(row, **options)).messages
-    assert [message["content"] for message in said] == ["Add.\n\n1, 2", "3"]
+@pytest.mark.parametrize("names", ["input output", "context response"])
+def test_what_an_instruction_is_about_is_part_of_the_question(names: str) -> None:
+    """Alpaca's names, and Dolly's."""
+    context, answer = names.split()
+    row = {"instruction": "Add.", context: "1, 2", answer: "3"}
+    for options in ({}, {"user_col": "instruction", "assistant_col": answer}):
+        said = read_conversation(row, explore.resolve_columns(row, **options)).messages
+        assert [message["content"] for message in said] == ["Add.\n\n1, 2", "3"]
 
 
 def test_a_system_column_comes_before_messages_too() -> None:
@@ -252,6 +290,19 @@ def test_a_column_may_become_another_kind_after_the_first_rows(tmp_path: Path) -
     assert [row["score"] for row in found] == [1, 1, 1, 1.5, None]
     assert [row["note"] for row in found] == ["x", "x", "x", None, 3]
     assert found[3]["late"] == [{"a": None}]
+
+
+@STREAMED
+def test_rows_that_differ_in_type_give_the_same_conversations(
+    streaming: bool, tmp_path: Path
+) -> None:
+    given = [{"function": {"name": "f", "arguments": each}} for each in ({"x": 1}, "{}")]
+    calls = [{"role": "assistant", "content": "d", "tool_calls": [call]} for call in given]
+    parts = {"role": "user", "content": [{"type": "text", "text": "c"}]}
+    rows = [{"messages": QUESTION + ANSWER}, {"messages": [parts, *calls], "tools": TOOLS[1:]}]
+    source = open_source(str(write_rows(tmp_path / "r.jsonl", rows)), streaming=streaming)
+    found = [read_conversation(row, MESSAGES, source.features) for row in source]
+    assert found == [read_conversation(row, MESSAGES) for row in rows]
 
 
 def test_what_json_holds_and_a_table_does_not_comes_back_from_it(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from explore_logits import (
     LogitsError,
     SourceError,
     read_lengths,
+    warn_once,
 )
 from extract_logits import (
     ConversationDataset,
@@ -42,6 +43,7 @@ from extract_logits import (
     Selection,
     SkippedRow,
     StopRequested,
+    Window,
     find_lengths,
     mix_hash,
     prepare_dataset,
@@ -370,7 +372,9 @@ def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatc
 def test_a_conversation_is_encoded_or_says_why_not(
     ids: list[int], limit: int | None, reason: str | None
 ) -> None:
-    encoded = SimpleNamespace(input_ids=np.asarray(ids, np.int32), token_positions=np.ones(1, int))
+    encoded = SimpleNamespace(
+        input_ids=np.asarray(ids, np.int32), token_positions=np.ones(1, int), notes=()
+    )
 
     def encode(row: Any, *, max_tokens: int | None = None) -> Any:
         if ids:
@@ -380,3 +384,10 @@ def test_a_conversation_is_encoded_or_says_why_not(
     made = RowEncoder(SimpleNamespace(encode=encode), limit).encode({}, 9)  # type: ignore[arg-type]
     assert made.index == 9
     assert (made.reason if isinstance(made, SkippedRow) else None) == reason
+
+
+def test_what_the_template_hides_of_any_row_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    ids = np.arange(3, dtype=np.int32)
+    Window().add([EncodedRow(0, ids, ids[1:]), EncodedRow(1, ids, ids[1:], ("the tools",))], None)
+    assert "does not show the tools" in caplog.text

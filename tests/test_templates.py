@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from chat_shapes import SHAPES, says, stock, template_names, user
+from chat_shapes import SHAPES, TOOLS, calls, says, stock, template_names, tools_of, user
+from jinja2 import UndefinedError
 from template_reference import words_of
 from template_table import build_table, try_template
 from transformers.utils import chat_template_utils as utils
 
 from explore_logits import (
+    ConversationError,
     EncodedConversation,
     encode_conversation,
     prepare_template,
 )
 
 NAMES = template_names()
+MARKED = [
+    name for name in NAMES
+    if "{% generation %}" in stock(name).chat_template and not prepare_template(stock(name)).parts
+]  # fmt: skip
 # Older versions of transformers hide the reasoning from some templates.
 REASONED = (
     ("reasoning apart", "reasoning at times") if hasattr(utils, "_alias_reasoning_fields") else ()
@@ -68,6 +78,81 @@ def test_text_is_what_transformers_renders_and_nothing_is_said_to_be_hidden(name
         assert encoded.notes == ()
         if shape in (*shapes, *REASONED) and not prepare_template(stock(name)).parts:
             assert encoded.text == stock(name).apply_chat_template(SHAPES[shape], tokenize=False)
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_with_everything_included_markers_give_the_mask_of_transformers(name: str) -> None:
+    """Some markers take in the generation prompt, which no assistant writes: that is cut."""
+    compared, tokenizer = 0, stock(name)
+    for shape in ("single turn", "many turns", "tool", *REASONED):
+        how: dict[str, Any] = {"tools": tools_of(shape)}
+        try:
+            made = encode_conversation(
+                SHAPES[shape], tokenizer, include_think=True, include_end=True, **how
+            )
+            how |= {"return_dict": True, "return_assistant_tokens_mask": True}
+            theirs = tokenizer.apply_chat_template(SHAPES[shape], **how)
+        except (ConversationError, UndefinedError, TypeError):
+            continue  # refused, or it wants null where content is lacking, which only we give it
+        assert theirs["input_ids"] == made.input_ids.tolist()
+        inside = set(made.token_positions.tolist())
+        marked = set(np.flatnonzero(theirs["assistant_masks"]).tolist())
+        assert not inside - marked
+        cut = [tokenizer.decode(int(made.input_ids[at])) for at in sorted(marked - inside)]
+        assert all(token in prepare_template(tokenizer).prompt for token in cut)
+        compared += 1
+    assert compared >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [("deepseek_r1_distill", "tool, then more", "Snowy."),
+     ("llava_next", "two answers in a row", " Birch bark.</s>  Dune.</s> ")],
+)  # fmt: skip
+def test_what_stands_between_two_messages_is_told_apart(name: str, shape: str, said: str) -> None:
+    made = encode_conversation(SHAPES[shape], stock(name), tools=tools_of(shape), include_end=True)
+    found = taken(name, made)
+    assert said in made.text
+    assert found == said if name == "llava_next" else "\n" not in found
+
+
+@pytest.mark.skipif(not version("trl").startswith("1.16."), reason="a digest of trl 1.16")
+def test_every_version_of_transformers_gives_the_same_tokens() -> None:
+    """The digest is what 5.16.1 and 5.24.0 give; the newer one rewrites messages itself."""
+    found: list[Any] = []
+    for name, shape, key in product(NAMES, SHAPES, ("reasoning_content", "thinking", "reasoning")):
+        chat = [
+            {key if k == "reasoning_content" else k: said for k, said in message.items()}
+            for message in SHAPES[shape]
+        ]
+        if key != "reasoning_content" and chat == SHAPES[shape]:
+            continue
+        try:
+            made = encode_conversation(chat, stock(name), tools=tools_of(shape), date="2026-01-01")
+        except ConversationError as error:
+            found.append(error.reason)
+        else:
+            found.append([made.text, made.input_ids.tolist(), made.token_positions.tolist()])
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == "46c82afdf372df35"
+
+
+ASKED, HEARD = user("amber?"), says("Birch bark.")
+HIDDEN: list[tuple[str, list[dict[str, Any]], Any, str]] = [
+    *((name, [ASKED, HEARD], TOOLS, "the tools") for name in ("deepseekv3", "phi3")),
+    *((name, [{"role": "developer", "content": "Heath."}, ASKED, HEARD], None, "the developer")
+      for name in ("qwen3", "glm4moe")),
+    *((name, [ASKED, calls(text)], None, "the tool calls")
+      for name, text in product(("phi3_5", "lfm2"), ("", None))),
+    ("llama3_1", [ASKED, calls("Let us see.")], None, "beside tool calls"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "chat", "tools", "hidden"), HIDDEN)
+def test_what_a_template_does_not_show_is_noted(
+    name: str, chat: list[dict[str, Any]], tools: Any, hidden: str
+) -> None:
+    (note,) = encode_conversation(chat, stock(name), tools=tools).notes
+    assert hidden in note
 
 
 @pytest.mark.parametrize("name", NAMES)
