@@ -272,6 +272,20 @@ def limit_waiting() -> None:
             http.set_client_factory(make_client)
 
 
+def hub_answers(repo: str, kind: str = "model") -> bool:
+    """Ask the Hub about a repository, once: its client asks for each file six times, and waits."""
+    hub = import_extra("huggingface_hub")
+    try:
+        hub.HfApi().repo_info(repo, repo_type=kind, timeout=HUB_TIMEOUT_S)
+    except transfer_errors() as error:
+        return hasattr(error, "response")  # a refusal, which loading tells best
+    except OSError:
+        return False
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass  # what is no name, too, loading tells best
+    return True
+
+
 # --------------------------------------------------------------------------------------------------
 # 1 Format
 # --------------------------------------------------------------------------------------------------
@@ -633,7 +647,9 @@ def open_source(
             if dataset.startswith((".", "/", "~")) or _FILE.search(dataset):
                 raise SourceError(f"dataset {dataset!r}: no such file or folder")
             how = {"split": split, "streaming": streaming, "revision": revision}
-            rows, name = datasets.load_dataset(dataset, name=subset, **how), split
+            answers = hub_answers(dataset, "dataset")
+            with contextlib.nullcontext() if answers else _cache_alone():
+                rows, name = datasets.load_dataset(dataset, name=subset, **how), split
         elif name not in (splits := _find_splits(path, subset)):
             raise ValueError(f"Available splits: {[*splits]}")  # as `datasets` says it
         elif isinstance(rows := splits[name], datasets.Dataset):
@@ -654,6 +670,17 @@ def open_source(
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
         slices = (range(len(rows))[part.from_ : part.to] for part in parts)
         return rows.select(list(itertools.chain(*slices)))
+
+
+@contextlib.contextmanager
+def _cache_alone() -> Iterator[None]:
+    """Let nothing be asked of the Hub; `load_dataset` has no option that all of it obeys."""
+    constants = import_extra("huggingface_hub.constants")
+    constants.HF_HUB_OFFLINE, before = True, constants.HF_HUB_OFFLINE
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _kind_of_file(name: str) -> str:
@@ -1202,7 +1229,6 @@ def load_tokenizer(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    local_files_only: bool = False,
 ) -> Any:
     """Load the tokenizer of a model with the chat template beside it.
 
@@ -1210,23 +1236,26 @@ def load_tokenizer(
         model: Hub id or local folder.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code that the tokenizer brings along.
-        local_files_only: do not ask the Hub, take what is in its local cache.
+
+    Where the Hub is out of reach, what its local cache holds is taken.
 
     Raises:
-        LogitsError: there is none, it needs a package or `--trust-remote-code`, or the Hub is out
-            of reach.
+        LogitsError: there is none, or it needs a package or `--trust-remote-code`.
     """
     folder, model = local_path(model), check_name(model)
     if folder.is_file() or (model.startswith((".", "/", "~")) and not folder.exists()):
         why = "no such folder; give the one that holds config.json and the tokenizer, or a Hub id"
         raise LogitsError(f"model {model!r}: {why}")
     where = str(folder) if folder.is_dir() else model
-    how: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    away = not folder.is_dir() and not hub_answers(model)
+    how: dict[str, Any] = {"revision": revision, "local_files_only": away}
     auto = import_extra("transformers").AutoTokenizer
     try:
         tokenizer = auto.from_pretrained(where, trust_remote_code=trust_remote_code, **how)
     except Exception as error:  # it may run code of its own
-        raise LogitsError(_explain_tokenizer(model, folder, error)) from error
+        why = f"the Hub is out of reach and no tokenizer of {model} is in its cache here"
+        away = away and isinstance(error, OSError)
+        raise LogitsError(why if away else _explain_tokenizer(model, folder, error)) from error
     if type(tokenizer).__name__.startswith("MistralCommon"):
         why = "mistral-common's tokenizer gives neither a chat template nor character offsets"
         raise LogitsError(f"model {model!r}: {why}; use a copy that holds tokenizer.json")
@@ -4173,31 +4202,17 @@ def find_tokenizer(
     name = settings.get("model") if model is None else model
     if not name:
         raise OpenError("the output does not say which model it was made with (--model, model=)")
-    answers = True
-    if not local_path(name).exists():
-        # Asked once; the Hub's client would ask for each file six times, and wait in between.
-        try:
-            import_extra("huggingface_hub").HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
-        except transfer_errors() as error:
-            answers = hasattr(error, "response")  # a refusal, which loading tells best
-        except OSError:
-            answers = False
-        except (ValueError, LookupError, TypeError, AttributeError):
-            pass  # what is no name, too, loading tells best
     try:
         return load_tokenizer(
             name,
             revision=None if model else settings.get("model_revision"),
             trust_remote_code=trust_remote_code,
-            local_files_only=not answers,
         )
     except LogitsError as error:
-        what, remedy = str(error), "--model, model= says where it is now"
+        remedy = "--model, model= says where it is now"
         if settings.get("trust_remote_code") and not trust_remote_code:
             remedy = "the run trusted its code: --trust-remote-code, trust_remote_code=True"
-        elif not answers:
-            what = f"the Hub is out of reach and no tokenizer of {name} is in its cache here"
-        raise LogitsError(f"{what}; {remedy}") from None
+        raise LogitsError(f"{error}; {remedy}") from None
 
 
 def open_text(

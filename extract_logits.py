@@ -104,6 +104,7 @@ from explore_logits import (
     format_version,
     hash_ids,
     hide_tokens,
+    hub_answers,
     is_exact,
     json_object,
     limit_waiting,
@@ -1365,11 +1366,10 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
             "from, or convert it by AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)"
             ".save_pretrained(other) of transformers, and the same with its AutoTokenizer"
         )
-    if local:
-        if not path.is_dir():
-            why = "is a file: give the folder of it" if path.exists() else "no such folder"
-            raise TeacherError(f"--model {source}: {why}")
-        source = str(path)
+    if local and not path.is_dir():
+        why = "is a file: give the folder of it" if path.exists() else "no such folder"
+        raise TeacherError(f"--model {source}: {why}")
+    source = find_folder(source, revision)
     with loading_errors(config):
         if file := find_file(source, "adapter_config.json", revision):
             if whole or not (local or find_file(source, "config.json", revision) is None):
@@ -1378,8 +1378,9 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
                     "without adapter_config.json, or one with the adapter alone"
                 )
             described = json.loads(Path(file).read_text(encoding="utf-8"))
-            adapter, source = source, str(described.get("base_model_name_or_path"))
+            adapter, base = source, str(described.get("base_model_name_or_path"))
             revision = described.get("revision") or "main"
+            source = find_folder(base, revision)
     if adapter is not None and importlib.util.find_spec("peft") is None:
         raise TeacherError(
             f"--model {config.model} is an adapter of {source}: pip install peft, or give a folder "
@@ -1387,6 +1388,24 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
         )
     options = {"pretrained_model_name_or_path": source, "revision": revision}
     return {**options, "trust_remote_code": config.trust_remote_code}, adapter
+
+
+def find_folder(model: str, revision: str) -> str:
+    """Return the folder of a model that is here, or in the Hub's cache where the Hub is away.
+
+    Raises:
+        TeacherError: the Hub is out of reach, and its cache does not hold the model.
+    """
+    if is_local(model):
+        return str(local_path(model))
+    if hub_answers(model):
+        return model
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "adapter_config.json"):
+        if isinstance(file := try_to_load_from_cache(model, name, revision=revision), str):
+            return str(Path(file).parent)
+    raise TeacherError(f"the Hub is out of reach and no model {model} is in its cache here")
 
 
 def tokenizer_source(config: ExtractionConfig) -> tuple[str, str | None]:

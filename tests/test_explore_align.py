@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,23 +301,6 @@ def test_code_that_a_tokenizer_brings_runs_only_when_asked(
     with pytest.raises(explore.LogitsError, match="--trust-remote-code, trust_remote_code=True"):
         execute_analysis(made)
     assert explore.main([str(made), "--trust-remote-code"]) == 0
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_hub_out_of_reach_is_asked_once_and_its_cache_used(tmp_path: Path, cached: bool) -> None:
-    settings = RUN | {"model": "someone/model", "model_revision": None, "store_tokens": True}
-    output = write_output(tmp_path / "o", random_rows(1, settings=settings), settings=settings)
-    if cached:
-        folder = tmp_path / "cache" / "models--someone--model"
-        shutil.copytree(TEACHER, folder / "snapshots" / ("0" * 40))
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("0" * 40)
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    done = run_script("explore_logits.py", output, "--sample", 0, HF_HUB_OFFLINE="0", **nowhere)
-    assert done.code == 0, done.stderr
-    assert "Retry" not in done.stderr
-    said = "the Hub is out of reach and no tokenizer of someone/model is in its cache here"
-    assert (said in done.stderr) == (not cached), done.stderr
 
 
 def test_where_the_text_is_gone_ids_are_shown_and_why(
