@@ -197,6 +197,12 @@ def local_path(name: str | Path) -> Path:
     path = os.path.expanduser(check_name(name))
     if path.startswith("~"):
         raise LogitsError(f"{name!s}: nobody of that name has a home here")
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            why = getattr(error, "strerror", "") or first_line(error)
+            raise LogitsError(f"{path!r:.60} is no path and no Hub id: {why}") from None
     return Path(path)
 
 

@@ -1405,7 +1405,8 @@ def find_folder(model: str, revision: str) -> str:
     for name in ("config.json", "adapter_config.json"):
         if isinstance(file := try_to_load_from_cache(model, name, revision=revision), str):
             return str(Path(file).parent)
-    raise TeacherError(f"the Hub is out of reach and no model {model} is in its cache here")
+    why = "the Hub is out of reach and no such model is in its cache here"
+    raise TeacherError(f"--model {model} cannot be loaded: {why}")
 
 
 def tokenizer_source(config: ExtractionConfig) -> tuple[str, str | None]:
@@ -4067,7 +4068,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
 
 def is_local(name: str) -> bool:
     """Tell whether a model, dataset or output is a file or folder here rather than on the Hub."""
-    return name.startswith((".", "/", "~")) or (name != "" and Path(name).exists())
+    return name.startswith((".", "/", "~")) or (name != "" and local_path(name).exists())
 
 
 def open_destination(output: str, *, private: bool = False) -> Destination:

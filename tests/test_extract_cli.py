@@ -22,6 +22,7 @@ import extract_logits
         *(({name: None}, "--" + name) for name in ("model", "dataset", "output")),
         *(({name: " "}, f"--{name} is empty") for name in ("model", "dataset", "output")),
         ({"model": "./no-such-model"}, "no such folder"),
+        *(({name: 300 * "x"}, "too long") for name in ("model", "dataset", "output", "cache_dir")),
         ({"model": "weights.gguf"}, "is GGUF, which is not read"),
         ({"model": "taken/below"}, "is a file: give the folder"),
         ({"model": "./bare"}, "the folder holds none that can be read"),  # no tokenizer
@@ -113,7 +114,7 @@ def test_a_hub_out_of_reach_is_asked_once_and_its_cache_used(
     done = run_script(f"{script}.py", *words, cwd=tmp_path, **away)
     assert done.code == (0 if cached or script == "explore_logits" else 2), done.stderr
     assert "Retry" not in done.stderr
-    said = "the Hub is out of reach and no (tokenizer of|model) someone/model is in its cache here"
+    said = "the Hub is out of reach and no (tokenizer of someone/|such )model is in its cache here"
     assert bool(re.search(said, done.stderr)) == (not cached), done.stderr
     if script != "explore_logits" and cached:
         there = [word if word != CHATS else "someone/chats" for word in words]
