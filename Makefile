@@ -58,13 +58,14 @@ test: .venv/.done
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -m "not slow" \
 	  -n 2 --dist loadfile --max-worker-restart 0
 
-# make oldest  the teachers of every family with the oldest transformers that is supported (1 minute)
+# make oldest  teachers of every family, outputs on the Hub, with the oldest transformers and Hub's client (2 minutes)
 OLDEST = transformers==5.16.1 'huggingface_hub>=1.31,<2'
 oldest: .venv/.done
 	rm -rf build/oldest
 	$(PY) -m pip install --quiet --target build/oldest --no-deps $(OLDEST) httpx httpcore h11 anyio
 	PYTHONPATH=build/oldest OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_extract_teacher.py \
-	  tests/test_extract_faithful.py tests/test_templates.py
+	  tests/test_extract_faithful.py tests/test_templates.py tests/test_extract_output.py \
+	  tests/test_extract_cli.py
 
 # make pythons files, losses and whole runs with the oldest and the newest Python (10 minutes)
 BY_PYTHONS = $(addprefix tests/test_,$(addsuffix .py,explore_format explore_decode explore_open \

@@ -243,6 +243,7 @@ ANSWER_BYTES = 64 * 2**20  # the Hub's own answers are smaller
 def limit_waiting() -> None:
     """Bound what the Hub's client waits for and holds: it has no limits of its own."""
     http = importlib.import_module("huggingface_hub.utils._http")
+    httpx: Any = getattr(http, "httpx2", getattr(http, "httpx", None))  # by its version
 
     def be_patient_with_commits(request: Any) -> None:
         if "/commit/" in request.url.path:
@@ -260,12 +261,12 @@ def limit_waiting() -> None:
             content += block
             if len(content) > most:
                 said = f"the answer to {path} is larger than {most:,} bytes"
-                raise http.httpx2.DecodingError(said, request=response.request)
+                raise httpx.DecodingError(said, request=response.request)
         response._content = bytes(content)
 
     def make_client() -> Any:
         client = http.default_client_factory()
-        client.timeout = http.httpx2.Timeout(READ_S, connect=CONNECT_S)
+        client.timeout = httpx.Timeout(READ_S, connect=CONNECT_S)
         hooks = client.event_hooks
         client.event_hooks = {
             "request": [*hooks["request"], be_patient_with_commits],
@@ -274,7 +275,8 @@ def limit_waiting() -> None:
         return client
 
     with contextlib.suppress(AttributeError):  # of another version: its own limits have to do
-        if http._GLOBAL_CLIENT_FACTORY is http.default_client_factory:  # else somebody set limits
+        known = http._GLOBAL_CLIENT_FACTORY is http.default_client_factory  # else others set limits
+        if known and httpx is not None:
             http.set_client_factory(make_client)
 
 
