@@ -181,6 +181,13 @@ def describe_type(value: Any) -> str:
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}" if value is not None else "None"
 
 
+def as_integer(value: Any) -> int | None:
+    """Return an integer of Python, numpy or torch as `int`; None for anything else, bools too."""
+    with contextlib.suppress(TypeError):
+        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    return None
+
+
 def check_name(name: Any) -> str:
     """Return a path or Hub id as text; refuse what is neither."""
     if not isinstance(name, (str, os.PathLike)):
@@ -235,6 +242,7 @@ def open_bar(total: int | None, unit: str = "row") -> Any:
 
 
 CONNECT_S, READ_S = 20.0, 30.0  # time-outs of a request: of the line, of the next bytes
+HUB_TIMEOUT_S = 8.0  # of what is asked once: to connect, between two pieces of an answer
 COMMIT_S = 90.0  # until a commit is answered: the Hub itself ends it after 60
 ANSWER_BYTES = 64 * 2**20  # the Hub's own answers are smaller
 
@@ -278,6 +286,12 @@ def limit_waiting() -> None:
         known = http._GLOBAL_CLIENT_FACTORY is http.default_client_factory  # else others set limits
         if known and httpx is not None:
             http.set_client_factory(make_client)
+
+
+def transfer_errors() -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises when a request fails, if it is loaded."""
+    errors = sys.modules.get("huggingface_hub.errors")
+    return (errors.HTTPError, errors.OfflineModeIsEnabled) if errors is not None else ()
 
 
 def hub_answers(repo: str, kind: str = "model") -> bool:
@@ -613,13 +627,12 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
     if columns.index is None:
         return number
     value = row.get(columns.index)
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if value is None or not whole or not -(2**31) <= int(value) < 2**31:
+    if (whole := as_integer(value)) is None or not -(2**31) <= whole < 2**31:
         why = (
             f"{columns.index!r} is {value!r:.40}, not an integer of 32 bits; leave --index-col out"
         )
         raise SourceError(f"row {number}: {why} to use row numbers")
-    return int(value)
+    return whole
 
 
 # Opening ------------------------------------------------------------------------------------------
@@ -2398,7 +2411,6 @@ CONFIG_FILE = "extraction_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
-HUB_TIMEOUT_S = 8.0  # to connect, and between two pieces of an answer
 _SPLITS = "(train|validation|valid|dev|test|eval)"
 _SHARD = re.compile(  # what lies further down is another output's
     rf"(?:data/)?(?:[0-9]{{3}}/|{_SPLITS}/)?(?:{_SPLITS}(?=-[0-9]|\.parquet$))?[^/]*\.parquet"
@@ -2613,12 +2625,6 @@ def open_store(name: str | Path | Sequence[str | Path]) -> Store:
         if not re.fullmatch("[0-9a-f]{40}", about.sha):
             raise ValueError("no commit")
     return replace(store, root=f"datasets/{repo}@{about.sha}")
-
-
-def transfer_errors() -> tuple[type[Exception], ...]:
-    """Return what the Hub's client raises when a request fails, if it is loaded."""
-    errors = sys.modules.get("huggingface_hub.errors")
-    return (errors.HTTPError, errors.OfflineModeIsEnabled) if errors is not None else ()
 
 
 def load_logit_dataset(
@@ -3091,13 +3097,6 @@ def read_checkpoints(store: Store) -> dict[str, dict[str, Any]] | None:
 
 
 # An output, or rows at hand -----------------------------------------------------------------------
-
-
-def as_integer(value: Any) -> int | None:
-    """Return an integer of Python, numpy or torch as `int`; None for anything else, bools too."""
-    with contextlib.suppress(TypeError):
-        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    return None
 
 
 def check_number(value: Any, what: str, remedy: str = "") -> int:
