@@ -2410,6 +2410,7 @@ READ_COLUMNS = tuple(field.name for field in ALL_FIELDS)
 CONFIG_FILE = "extraction_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PARTS_PER_FOLDER = 9000  # the Hub takes 10,000 entries a folder
+ROW_BYTES = 2**18  # of a row of 1,000 tokens; of longer ones, fewer are read and decoded together
 MAX_TEXT_BYTES = 16 * 2**20  # settings and templates are kilobytes
 _SPLITS = "(train|validation|valid|dev|test|eval)"
 _SHARD = re.compile(  # what lies further down is another output's
@@ -2882,22 +2883,32 @@ class LogitDataset:
     def iter_shard(
         self, shard: int, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
     ) -> Iterator[pa.Table]:
-        """Yield the rows of one shard in order, at most `rows` at a time.
+        """Yield the rows of one shard in order, at most `rows` at a time, fewer where they are long.
 
         Small row groups are read together: a block of one row each would be decoded half as fast.
         """
-        starts, first = self._group_starts(shard), 0
+        starts, sizes, first = self._group_starts(shard), self._group_sizes(shard, columns), 0
         while first < starts.size - 1:
-            fits = int(np.searchsorted(starts, starts[first] + rows, side="right")) - 1
+            fits = min(
+                int(np.searchsorted(sums, sums[first] + most, side="right")) - 1
+                for sums, most in ((starts, rows), (sizes, rows * ROW_BYTES))
+            )
             groups = range(first, max(fits, first + 1))
-            table = self._read(shard, groups, columns)
-            yield from (table.slice(row, rows) for row in range(0, table.num_rows, rows))
+            yield from cut_table(self._read(shard, groups, columns), rows)
             first = groups.stop
 
     def _group_starts(self, shard: int) -> npt.NDArray[np.int64]:
         """Return where the row groups of a shard begin, and where the last ends."""
         footer = self.footer(shard)
         return to_starts([footer.row_group(g).num_rows for g in range(footer.num_row_groups)])
+
+    def _group_sizes(self, shard: int, columns: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Return the bytes of some columns before each row group of a shard, and in all of them."""
+        footer = self.footer(shard)
+        groups = map(footer.row_group, range(footer.num_row_groups))
+        paths = [footer.schema.column(i).path for i in range(len(footer.schema.names))]
+        read = [i for i, path in enumerate(paths) if path.split(".")[0] in columns]
+        return to_starts([sum(g.column(i).total_uncompressed_size for i in read) for g in groups])
 
     def _read(
         self, shard: int, groups: Sequence[int], columns: Sequence[str] = READ_COLUMNS
@@ -3236,9 +3247,9 @@ def iter_tables(
         shards = range(len(dataset.shards))
         tables = (t for shard in shards for t in dataset.iter_shard(shard, columns, rows=rows))
     elif isinstance(dataset, pa.Table):
-        tables = (dataset[row : row + rows] for row in range(0, dataset.num_rows, rows))
+        tables = cut_table(dataset, rows)
     else:
-        tables = dataset.iter(batch_size=rows)
+        tables = (t for batch in dataset.iter(batch_size=rows) for t in cut_table(batch, rows))
     for table in tables:
         known = [name for name in columns if name in table.column_names]
         if not known:
@@ -3249,6 +3260,17 @@ def iter_tables(
         left -= table.num_rows
         if left <= 0:
             return
+
+
+def cut_table(table: pa.Table, rows: int) -> Iterator[pa.Table]:
+    """Yield a table in slices of `rows` rows, fewer where they are long."""
+    at_once = rows_at_once(table, rows)
+    return (table.slice(row, at_once) for row in range(0, table.num_rows, at_once))
+
+
+def rows_at_once(table: pa.Table, rows: int) -> int:
+    """Return how many rows of a table may be decoded together: `rows`, fewer where they are long."""
+    return max(1, min(rows, rows * ROW_BYTES * table.num_rows // max(table.nbytes, 1)))
 
 
 def row_numbers(dataset: Any) -> dict[int, int]:
@@ -5867,8 +5889,8 @@ class LogitIterableDataset:
         torch = import_extra("torch")
         self.output = as_output(dataset)
         self.seed, self.max_seq_len, self.text = seed, max_seq_len, text
-        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+        self.rank = launched("RANK", 0) if rank is None else rank
+        self.world_size = launched("WORLD_SIZE", 1) if world_size is None else world_size
         self._from_environment = world_size is None and self.world_size > 1
         if not 0 <= self.rank < self.world_size:
             raise LogitsError(f"rank {self.rank} is not in 0..{self.world_size - 1}")
@@ -5949,14 +5971,13 @@ class LogitIterableDataset:
             np.random.default_rng([self.seed, self.epoch, *of]).shuffle(order)
         return order
 
-    def read_rows(
-        self, shard: int, rows: npt.NDArray[np.int64], *, at_once: int = 16
-    ) -> Iterator[dict[str, Any]]:
+    def read_rows(self, shard: int, rows: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
         """Yield rows of a shard to train on."""
         if not rows.size:  # a shard may have none
             return
         tables = self.output.iter_shard(shard, rows=256)
         table = pa.concat_tables(tables).combine_chunks()  # taking rows joins chunks every time
+        at_once = rows_at_once(table, 16)
         for first in range(0, rows.size, at_once):
             block = decode_rows(table.take(pa.array(rows[first : first + at_once])))
             teacher = sparse_teacher(block)
@@ -6034,6 +6055,14 @@ class LogitIterableDataset:
     def _read_shards(self, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
         for shard in shards:
             yield from self.read_rows(shard, self.shuffle(self.output.count_rows(shard), shard))
+
+
+def launched(name: str, otherwise: int) -> int:
+    """Return a number that a launcher has set in the environment."""
+    value = os.environ.get(name, f"{otherwise}")
+    if not value.isdecimal():
+        raise LogitsError(f"{name}={value!r:.40} in the environment: give rank and world_size")
+    return int(value)
 
 
 def cut_row(row: Mapping[str, Any], length: int | None) -> dict[str, Any]:
@@ -6826,8 +6855,8 @@ def check_export(folder: str | Path, k: int) -> Path:
     Raises:
         LogitsError: something is there, or `k` is no number of entries.
     """
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise LogitsError(f"k={k!r}: an export keeps at least 1 entry of each token")
+    if (entries := as_integer(k)) is None or not 1 <= entries <= MAX_TOKEN_ID + 1:
+        raise LogitsError(f"k={k!r:.40}: an export keeps 1 to {MAX_TOKEN_ID + 1} entries a token")
     path = local_path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise LogitsError(f"{folder} is not empty: name a new folder for the export")
@@ -6839,17 +6868,16 @@ def write_export(
     folder: Path,
     *,
     texts: Mapping[str, str] | None = None,
-    at_once: int = 256,
 ) -> int:
     """Write rows of one- and two-dimensional arrays as `datasets` saves (nested) lists to disk.
 
     The folder appears when everything is in it, with `texts` by name of file.
     """
     datasets = import_extra("datasets")
-    source, count, writer = iter(rows), 0, None
+    count, writer = 0, None
     with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as made:
         new, stream = Path(made) / "export", Path(made) / "rows.arrow"
-        while chunk := list(itertools.islice(source, at_once)):
+        for chunk in gather_rows(rows):
             table = pa.table({name: nested_lists([r[name] for r in chunk]) for name in chunk[0]})
             writer = writer or pa.ipc.new_stream(stream, table.schema)
             writer.write_table(table)
@@ -6862,6 +6890,21 @@ def write_export(
             (new / name).write_text(text, encoding="utf-8")
         new.replace(folder)
     return count
+
+
+def gather_rows(
+    rows: Iterable[Mapping[str, npt.NDArray[Any]]], *, most: int = 256, most_bytes: int = 2**26
+) -> Iterator[list[Mapping[str, npt.NDArray[Any]]]]:
+    """Yield rows some hundred at a time, or as many as have that many bytes."""
+    chunk, held = [], 0
+    for row in rows:
+        chunk.append(row)
+        held += sum(values.nbytes for values in row.values())
+        if len(chunk) == most or held >= most_bytes:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
 
 
 def nested_lists(arrays: Sequence[npt.NDArray[Any]]) -> pa.Array:

@@ -6167,7 +6167,7 @@ def launched_as(environment: Mapping[str, str]) -> tuple[int | None, int | None]
             continue
         inner, size = (environment[name] for name in names)
         first = environment.get("SLURM_ARRAY_TASK_MIN", "0") if launcher == "a Slurm array" else "0"
-        usable = all(value.isdigit() for value in (inner, size, first))
+        usable = all(value.isdecimal() for value in (inner, size, first))
         if not usable or not 0 <= int(inner) - int(first) < int(size):
             raise ConfigError(
                 f"{names[0]}={inner} and {names[1]}={size}, set by {launcher}, are no worker "
