@@ -2883,7 +2883,7 @@ class LogitDataset:
     def iter_shard(
         self, shard: int, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64
     ) -> Iterator[pa.Table]:
-        """Yield the rows of one shard in order, at most `rows` at a time, fewer where they are long.
+        """Yield the rows of a shard in order, `rows` at a time at most, fewer where they are long.
 
         Small row groups are read together: a block of one row each would be decoded half as fast.
         """
@@ -3269,7 +3269,7 @@ def cut_table(table: pa.Table, rows: int) -> Iterator[pa.Table]:
 
 
 def rows_at_once(table: pa.Table, rows: int) -> int:
-    """Return how many rows of a table may be decoded together: `rows`, fewer where they are long."""
+    """Return how many rows of a table to decode together: `rows`, fewer where they are long."""
     return max(1, min(rows, rows * ROW_BYTES * table.num_rows // max(table.nbytes, 1)))
 
 

@@ -107,8 +107,9 @@ def test_an_export_is_whole_in_a_new_folder_or_not_there(
     output: Path, tmp_path: Path, export: Any
 ) -> None:
     folder = tmp_path / "new" / "export"
-    with pytest.raises(LogitsError, match="keeps at least 1 entry"):
-        export(output, folder, k=0)
+    for k in (0, True, 2.0, 2**40):
+        with pytest.raises(LogitsError, match="keeps 1 to 262144 entries"):
+            export(output, folder, k=k)
     damaged = tmp_path / "out" / "data" / "part-00002.parquet"
     sound = damaged.read_bytes()
     damaged.write_bytes(sound[:100])
@@ -121,6 +122,18 @@ def test_an_export_is_whole_in_a_new_folder_or_not_there(
     with pytest.raises(LogitsError, match="is not empty: name a new folder"):
         export(output, folder)
     assert sorted(folder.iterdir()) == files
+
+
+def test_rows_of_an_export_are_written_many_at_a_time_or_few_where_they_are_long() -> None:
+    rows = [{"ids": np.zeros(size, np.uint8), "there": np.ones(size, np.uint8)} for size in
+            (3, 1, 9, 1, 1, 1, 1, 1)]  # fmt: skip
+    chunks = explore.gather_rows(iter(rows), most=3, most_bytes=8)
+    assert [[row["ids"].size for row in chunk] for chunk in chunks] == [
+        [3, 1],
+        [9],
+        [1, 1, 1],
+        [1, 1],
+    ]
 
 
 def decode_distillkit(

@@ -108,6 +108,27 @@ def test_one_row_reads_one_row_group(output: Path, monkeypatch: pytest.MonkeyPat
     assert read == [("data/part-00001.parquet", [1])]
 
 
+def test_long_rows_are_read_and_decoded_a_few_at_a_time(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = rows_to_table(ROWS)
+    for rows in (output, table, ROWS):
+        monkeypatch.setattr(explore, "ROW_BYTES", 2**18)
+        assert max(part.num_rows for part in explore.iter_tables(rows)) >= 8
+        monkeypatch.setattr(explore, "ROW_BYTES", 16)  # of 64 rows less than one has
+        parts = [*explore.iter_tables(rows)]
+        assert [part.num_rows for part in parts] == [1] * 20
+        assert pa.concat_tables(parts).equals(table.select(parts[0].column_names))
+    read: list[int] = []
+    monkeypatch.setattr(
+        explore, "decode_rows", lambda rows, decode=explore.decode_rows: (
+            read.append(rows.num_rows), decode(rows))[1]
+    )  # fmt: skip
+    stored = {**SETTINGS, "store_tokens": True}
+    other = write_output(output.parent / "stored", settings=stored)
+    assert len([*explore.LogitIterableDataset(other)]) == sum(read) == len(read) == 20
+
+
 def test_wider_types_are_accepted_where_nothing_is_lost() -> None:
     wide, counts = pa.large_list(pa.int64()), ROWS[0]["top_counts"]
     changed = put_column(ROWS[:1], "top_counts", pa.array([counts], wide))

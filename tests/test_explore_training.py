@@ -307,6 +307,10 @@ def test_ranks_come_from_the_environment_but_not_under_accelerate(
     assert (dataset.rank, dataset.world_size, len(indices(dataset))) == (1, 2, 10)
     with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
         LogitIterableDataset(output, rank=2, world_size=2)
+    for wrong in ("x", "", "-1", "1.0", "²"):
+        monkeypatch.setenv("RANK", wrong)
+        with pytest.raises(LogitsError, match=f"RANK='{wrong}' in the environment"):
+            LogitIterableDataset(output)
     monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": 2})
     for use in (iter, pickle.dumps):
         with pytest.raises(LogitsError, match="divides the rows of a loader"):
