@@ -3243,6 +3243,7 @@ def iter_tables(
     if max_samples is not None:
         max_samples = check_count("max_samples", max_samples, ", or None for all rows")
     dataset, left = as_rows(dataset), math.inf if max_samples is None else max_samples
+    tables: Iterator[pa.Table]
     if isinstance(dataset, LogitDataset):
         shards = range(len(dataset.shards))
         tables = (t for shard in shards for t in dataset.iter_shard(shard, columns, rows=rows))
