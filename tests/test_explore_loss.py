@@ -174,7 +174,7 @@ def test_gradients_pass_gradcheck(divergence, tail, temperature):
     assert torch.autograd.gradcheck(lambda x: distillation_loss(x, batch, **how), (student,))
 
 
-def test_chunks_reductions_and_layouts_give_the_same_loss():
+def test_chunks_reductions_layouts_and_weights_of_tokens_give_the_same_loss():
     batch = batch_of(9 * ["natural"], 300)
     grid = randn(1, 10, 300, seed=4).requires_grad_()
     each = distillation_loss(grid, batch, reduction="none", chunk_tokens=4)
@@ -183,6 +183,15 @@ def test_chunks_reductions_and_layouts_give_the_same_loss():
     torch.testing.assert_close(each, flat)
     torch.testing.assert_close(distillation_loss(grid, batch), each.mean())
     torch.testing.assert_close(distillation_loss(grid, batch, reduction="sum"), each.sum())
+    weights = torch.tensor([[0.0, 1.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    summed = (each * weights[0]).sum()
+    for given in (weights, weights[0]):
+        for reduction, wanted in (("mean", summed / 3.5), ("sum", summed)):
+            found = distillation_loss(grid, batch, weights=given, reduction=reduction)
+            torch.testing.assert_close(found, wanted)
+    narrow = torch.full((9,), 0.3).bfloat16()
+    torch.testing.assert_close(distillation_loss(grid, batch, weights=narrow), each.mean())
+    assert float(distillation_loss(grid.detach(), batch, weights=torch.zeros(9))) == 0, "not NaN"
     (gradient,) = torch.autograd.grad(each.sum(), grid)
     assert (gradient[0, 9] == 0).all(), "the last position predicts nothing"
     assert (gradient[0, :9].abs().sum(-1) > 0).all()
@@ -308,21 +317,6 @@ def test_the_texts_own_cross_entropy_is_pytorchs_and_mixes_by_alpha():
     assert_same_gradients(mixed, wanted, [logits])
     never = logits.detach().index_fill(2, batch["teacher_ids"][0, 0, :1], -torch.inf)
     assert torch.isfinite(distillation_loss(never, batch, alpha=0.0)), "0 of an infinite KL is 0"
-
-
-def test_weights_of_tokens_weigh_sum_and_mean():
-    batch = batch_of(5 * ["flat"])
-    logits = randn(5, 200, seed=2)
-    each = distillation_loss(logits, batch, reduction="none")
-    weights = torch.tensor([[0.0, 1.0, 2.0, 0.5, 0.0]])
-    summed = (each * weights[0]).sum()
-    for given in (weights, weights[0]):
-        for reduction, wanted in (("mean", summed / 3.5), ("sum", summed)):
-            found = distillation_loss(logits, batch, weights=given, reduction=reduction)
-            torch.testing.assert_close(found, wanted)
-    narrow = torch.full((5,), 0.3).bfloat16()
-    torch.testing.assert_close(distillation_loss(logits, batch, weights=narrow), each.mean())
-    assert float(distillation_loss(logits, batch, weights=torch.zeros(5))) == 0, "not NaN"
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
