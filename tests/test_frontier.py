@@ -18,14 +18,9 @@ ARMS = {arm.name: arm for arm in frontier.ARMS}
 TAILS = {"100 + 24, 8 bits": "unbiased", "min-p 0.01": "unbiased", "top 16": "ignore"}
 
 
-@pytest.fixture(scope="module")
-def made_up():
-    return natural_rows(64, vocab=600)
-
-
 @pytest.mark.parametrize(("name", "tail"), [*TAILS.items(), ("top 16, ghost", "ghost")])
-def test_the_slope_is_the_gradient_of_the_loss(made_up, name, tail):
-    arm = ARMS[name]
+def test_the_slope_is_the_gradient_of_the_loss(name, tail):
+    made_up, arm = natural_rows(64, vocab=600), ARMS[name]
     batch = collate_logits([make_row(decode_rows(store(made_up, arm.scheme, 3)[0]))])
     student = randn(64, 600, seed=0).requires_grad_()
     loss = distillation_loss(student, batch, tail=tail, reduction="sum")

@@ -45,15 +45,11 @@ ANSWER_TOKENS = 192  # an answer that has not ended by then is left out
 CHECKED = 3  # rows of each output
 # A float32 forward of 30 layers in another batch shape; nats, and twice that of probability.
 NOISE = oracle.Tolerance(logit=2e-4, logsumexp=2e-4, mass=4e-4)
-KINDS: dict[str, list[str]] = {
-    "default": [],
-    "--min-p 0.005": ["--min-p", "0.005", "--logit-bits", "8"],
-    "--min-p 0.01": ["--min-p", "0.01", "--logit-bits", "8"],
-}
-
+KINDS: dict[str, list[str]] = {"default": []}
+KINDS |= {f"--min-p {t}": ["--min-p", t, "--logit-bits", "8"] for t in ("0.005", "0.01")}
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the scripts
-
 Chat = dict[str, Any]  # id, source, messages
+Stored = tuple[dict[str, Any], Path]  # what is said of an output, shares as fractions; its folder
 
 
 # The teacher and the texts ------------------------------------------------------------------------
@@ -154,14 +150,8 @@ def write_chats(path: Path, chats: list[Chat]) -> None:
 # The suite, as a user runs it ---------------------------------------------------------------------
 
 
-def run_text(
-    work: Path, teacher: Path, source: str, chats: Path, limit: int
-) -> list[tuple[dict[str, Any], Path]]:
-    """Measure, plan, extract, validate and show a text, by every kind of rows.
-
-    Returns:
-        Of each output what the table and the last line say, shares between 0 and 1; its folder.
-    """
+def run_text(work: Path, teacher: Path, source: str, chats: Path, limit: int) -> list[Stored]:
+    """Measure, plan, extract, validate and show a text, by every kind of rows."""
 
     def run(script: str, *words: object) -> Any:
         return bench.run_apart(bench.ROOT / script, *words, env=ENV)
@@ -208,11 +198,8 @@ def check_rows(
 ) -> tuple[int, float]:
     """Compare rows at equal distances with the model's own forward.
 
-    Returns:
-        Their tokens, and the largest error of a log-sum-exp in nats.
-
-    Raises:
-        oracle.Violation: naming the first row and token that differ.
+    Returns their tokens, and the largest error of a log-sum-exp in nats; an `oracle.Violation`
+    names the first row and token that differ.
     """
     said = json.loads((output / "extraction_config.json").read_text(encoding="utf-8"))
     conversations = oracle.read_conversations(chats, said)
@@ -236,10 +223,9 @@ def check_rows(
 
 
 def check_compact(record: dict[str, Any], logits: np.ndarray, said: dict[str, Any]) -> list[float]:
-    """Require of a compact row what docs/format.md says; return the errors of its log-sum-exps.
+    """Require of a compact row, by the reference's (N, V) float64 logits, what docs/format.md says.
 
-    Args:
-        logits: (N, V) float64 of the reference.
+    Returns the errors of its log-sum-exps.
     """
     row, errors = f"row {record['index']}", []
     oracle.require(record["num_tokens"] == len(logits), row, f"not {len(logits)} tokens")
