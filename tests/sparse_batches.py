@@ -9,32 +9,24 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # as a script, from anywhere
 
-import explore_logits as ex  # noqa: E402 - run as a script, from anywhere
+import explore_logits as ex  # noqa: E402
 from extract_logits import extract_tokens  # noqa: E402
 
-ROWS, VOCAB = ("peaked", "natural", "flat"), 1_000
+ROWS, VOCAB, DRAWS = ("peaked", "natural", "flat"), 1_000, 2_000
 
 
-@dataclass(frozen=True, eq=False)
-class ExactEntries(ex.Entries):
-    """Entries whose logits were never quantized."""
-
-    exact: np.ndarray = None  # type: ignore[assignment]
-
-    @property
-    def logits(self) -> np.ndarray:  # type: ignore[override]
-        return self.exact
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return normal numbers that are the same in every run."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def teacher_row(kind: str, vocab: int, *, seed: int = 0) -> Tensor:
@@ -50,30 +42,33 @@ def teacher_row(kind: str, vocab: int, *, seed: int = 0) -> Tensor:
 
 def student_row(teacher: Tensor) -> Tensor:
     """Return (V,) float32 logits of a student that has half understood its teacher."""
-    return 0.8 * teacher + torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1))
+    return 0.8 * teacher + randn(*teacher.shape, seed=1)
 
 
-def exact_block(
-    logits: Tensor, *, top_p: float = 0.98, top_p_max: int = 100, sampled_n: int = 24, seed: int = 0
-) -> ex.TokenBlock:
-    """Extract (N, V) logits, row i under index i."""
-    count = logits.shape[0]
+def exact_entries(
+    counts: np.ndarray, ids: np.ndarray, logits: np.ndarray, logsumexp: np.ndarray
+) -> ex.Entries:
+    """Return entries of tokens whose logits were never quantized."""
+    nothing, zeros = np.zeros(0, np.uint16), np.zeros(counts.size, np.float32)
+    places = (ex.to_starts(counts), ids.astype(np.int32))
+    entries = ex.Entries(*places, nothing, zeros, zeros, logsumexp)
+    vars(entries)["logits"] = logits.astype(np.float64)  # a cached property: it is not computed
+    return entries
+
+
+def exact_block(logits: Tensor, **settings: Any) -> ex.TokenBlock:
+    """Extract (N, V) logits, row i under index i; as by default but for what is given."""
+    count = len(logits)
+    kept: dict[str, Any] = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24, **settings}
     place = torch.arange(count), torch.ones(count, dtype=torch.int64)
-    sizes: dict[str, Any] = {"top_p": top_p, "top_p_max": top_p_max, "sampled_n": sampled_n}
-    found = extract_tokens(logits, *place, seed=seed, **sizes)
+    found = extract_tokens(logits, *place, seed=0, **kept)
     counts = found.top_counts.numpy().astype(np.int64)
     there = np.arange(found.top_ids.shape[1]) < counts[:, None]
-    nothing, zeros = np.zeros(0, np.uint16), np.zeros(count, np.float32)
-    logsumexp = found.logsumexp.numpy()
-
-    def entries(counts: np.ndarray, ids: np.ndarray, logits: np.ndarray) -> ExactEntries:
-        plain = (ex.to_starts(counts), ids.astype(np.int32), nothing, zeros, zeros, logsumexp)
-        return ExactEntries(*plain, exact=logits.astype(np.float64))
-
-    top = entries(counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there])
+    top = (counts, found.top_ids.numpy()[there], found.top_logits.numpy()[there])
     drawn = (found.sampled_ids.numpy().reshape(-1), found.sampled_logits.numpy().reshape(-1))
-    tail = entries(np.full(count, sampled_n), *drawn)
-    return ex.TokenBlock(np.arange(count), np.array([0, count]), top, tail)
+    tail = (np.full(count, kept["sampled_n"]), *drawn)
+    parts = (exact_entries(*part, found.logsumexp.numpy()) for part in (top, tail))
+    return ex.TokenBlock(np.arange(count), np.array([0, count]), *parts)
 
 
 def make_row(block: ex.TokenBlock) -> dict[str, Any]:
@@ -90,13 +85,10 @@ def make_row(block: ex.TokenBlock) -> dict[str, Any]:
 
 def make_batch(logits: Tensor, **settings: Any) -> dict[str, Tensor]:
     """Return a batch of one conversation whose token i was predicted by `logits[i]`."""
-    batch: dict[str, Tensor] = ex.collate_logits([make_row(exact_block(logits, **settings))])
-    return batch
+    return ex.collate_logits([make_row(exact_block(logits, **settings))])
 
 
-def dense_loss(
-    student: Tensor, teacher: Tensor, divergence: str, temperature: float = 1.0
-) -> Tensor:
+def dense_loss(student: Tensor, teacher: Tensor, divergence: str, temperature: float = 1) -> Tensor:
     """Return the divergence (N,) between dense distributions, in the dtype of `student`."""
     log_q = (student / temperature).log_softmax(-1)
     log_p = (teacher.to(student.dtype) / temperature).log_softmax(-1)
@@ -110,37 +102,20 @@ def dense_loss(
     return value * temperature**2
 
 
-@dataclass(frozen=True)
-class Estimates:
+class Estimates(NamedTuple):
     """A divergence of one student row from one teacher row, estimated from many tails."""
 
     true: float
-    values: np.ndarray  # (draws,)
-    true_slope: float  # the gradient along one random direction
-    slopes: np.ndarray  # (draws,)
+    bias: float
+    deviation: float
+    sigmas: list[float]  # standard errors by which the means of value and gradient are off
     gradient_bias: float  # length of (mean gradient - true gradient) / length of the true one
     gradient_deviation: float  # root mean square of the length of one gradient's distance to it
 
-    @property
-    def bias(self) -> float:
-        return float(self.values.mean() - self.true)
-
-    @property
-    def deviation(self) -> float:
-        return float(self.values.std())
-
-    def sigmas(self) -> tuple[float, float]:
-        """Return how many standard errors the means of value and slope are off."""
-        pairs = ((self.values, self.true), (self.slopes, self.true_slope))
-        root = np.sqrt(self.values.size)
-        errors = [(v.mean() - true) / max(v.std() / root, 1e-9) for v, true in pairs]
-        return float(errors[0]), float(errors[1])
-
 
 def estimate(
-    kind: str, divergence: str, tail: str, *, draws: int = 2_000,
-    batch: dict[str, Tensor] | None = None,
-) -> Estimates:  # fmt: skip
+    kind: str, divergence: str, tail: str, draws: int = DRAWS, batch: Any = None
+) -> Estimates:
     """Estimate a divergence, and its gradient, from `draws` tails of the same teacher row."""
     teacher = teacher_row(kind, VOCAB)
     student = student_row(teacher)
@@ -152,21 +127,21 @@ def estimate(
     many = student.double().repeat(draws, 1).requires_grad_()
     values = ex.distillation_loss(many, batch, divergence=divergence, tail=tail, reduction="none")
     (gradients,) = torch.autograd.grad(values.sum(), many)
-    way = torch.randn(VOCAB, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    way = randn(VOCAB, seed=7, dtype=torch.float64)  # along which gradients are compared
     off = gradients.mean(0) - true_gradient
+    pairs = (values.detach(), true.detach()), (gradients @ way, true_gradient @ way)
+    biases = [float(found.numpy().mean() - float(right)) for found, right in pairs]
+    deviations = [float(found.numpy().std()) for found, _ in pairs]
+    errors = [max(deviation / len(values) ** 0.5, 1e-9) for deviation in deviations]
+    spread = (gradients - true_gradient).square().sum(-1).mean().sqrt()
     return Estimates(
         true=float(true.detach()),
-        values=values.detach().numpy(),
-        true_slope=float(true_gradient @ way),
-        slopes=(gradients @ way).numpy(),
+        bias=biases[0],
+        deviation=deviations[0],
+        sigmas=list(np.divide(biases, errors)),
         gradient_bias=float(off.norm() / true_gradient.norm()),
-        gradient_deviation=relative_distance(gradients, true_gradient),
+        gradient_deviation=float(spread / true_gradient.norm()),
     )
-
-
-def relative_distance(gradients: Tensor, true: Tensor) -> float:
-    """Return the root mean square of the rows' distance from the truth, over its length."""
-    return float(((gradients - true).square().sum(-1).mean()).sqrt() / true.norm())
 
 
 def main() -> None:
@@ -174,10 +149,10 @@ def main() -> None:
     print("| row | divergence | tail | true | bias | deviation | gradient: bias | deviation |")
     print("|---|---|---|---|---|---|---|---|")
     for kind in ROWS:
-        batch = make_batch(teacher_row(kind, VOCAB).repeat(2_000, 1))
+        batch = make_batch(teacher_row(kind, VOCAB).repeat(DRAWS, 1))
         for divergence, tail in itertools.product(ex.DIVERGENCES, ex.TAILS):
             made = estimate(kind, divergence, tail, batch=batch)
-            error = 1.96 * made.deviation / made.values.size**0.5
+            error = 1.96 * made.deviation / DRAWS**0.5
             print(
                 f"| {kind} | {divergence} | {tail} | {made.true:.4f} | "
                 f"{made.bias:+.5f} ± {error:.5f} | {made.deviation:.5f} | "

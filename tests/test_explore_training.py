@@ -1,65 +1,64 @@
 """Rows to train on: what they hold, their order, how they are divided, going on from a state."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import pickle
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from conftest import ROOT, TEACHER, extract_chats, load_example
 from huggingface_hub import HfApi, HfFileSystem
-from loopback_hub import LoopbackHub
 from processes import run_process
+from safetensors.torch import load_file
 from small_output import SETTINGS, random_rows, write_output
+from sparse_batches import randn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import explore_logits as explore
 from explore_logits import LogitIterableDataset, LogitsError, collate_logits, distillation_loss
 
-STORED: dict[str, Any] = {**SETTINGS, "store_tokens": True}
+STORED = {**SETTINGS, "store_tokens": True}
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
+def output(tmp_path):
     """Return an output of 20 rows in three shards that stores its tokens."""
     return write_output(tmp_path / "out", random_rows(20, settings=STORED), settings=STORED)
 
 
 @pytest.fixture(scope="session")
-def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extracted(tmp_path_factory):
     """Return the embedded teacher's logits of 24 conversations, without their tokens."""
     return extract_chats(tmp_path_factory.mktemp("extracted"), "--limit", 24, "--upload-every", 10)
 
 
-def make_loader(dataset: Any, size: int = 3, workers: int = 0, **options: Any) -> Any:
-    """Return PyTorch's loader of a dataset, which gives a worker that says nothing two minutes."""
+def make_loader(dataset, size=3, workers=0, kind=DataLoader, **options):
+    """Return a loader of a dataset, which gives a worker that says nothing two minutes."""
     options |= {"num_workers": workers, "timeout": 120 * bool(workers)}
-    return DataLoader(dataset, batch_size=size, collate_fn=collate_logits, **options)
+    return kind(dataset, batch_size=size, collate_fn=collate_logits, **options)
 
 
-def indices(rows: Any) -> list[int]:
+def indices(rows):
     """Return the conversations that a dataset or a loader yields, in order."""
     return [int(index) for row in rows for index in np.atleast_1d(row["index"])]
 
 
-def assert_same(loader: Any, other: Any) -> None:
-    """Fail where two loaders give different batches."""
+def assert_same(loader, other):
     for found, wanted in zip(loader, other, strict=True):
         assert found.keys() == wanted.keys()
         assert all((found[name] == wanted[name]).all() for name in wanted)
 
 
-def test_a_row_holds_the_text_and_everything_stored_of_each_token(output: Path) -> None:
+def test_a_row_holds_the_text_and_everything_stored_of_each_token(output):
     dataset = explore.load_logit_dataset(output)
     for i, row in enumerate(LogitIterableDataset(output, seed=None)):
         sample = explore.get_sample(dataset, i)
@@ -81,7 +80,7 @@ def test_a_row_holds_the_text_and_everything_stored_of_each_token(output: Path) 
             assert np.exp(row["teacher_log_rest"][t]) == pytest.approx(1 - mass, abs=2e-6)
 
 
-def test_a_batch_points_each_token_at_the_position_that_predicts_it(output: Path) -> None:
+def test_a_batch_points_each_token_at_the_position_that_predicts_it(output):
     rows = list(LogitIterableDataset(output, seed=None))[:5]
     batch = collate_logits(rows, pad_id=7)
     assert batch["input_ids"].shape == (5, max(row["input_ids"].size for row in rows))
@@ -101,11 +100,10 @@ def test_a_batch_points_each_token_at_the_position_that_predicts_it(output: Path
         assert not found[:, width:].any()
 
 
-def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(output: Path) -> None:
+def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(output):
     rows = list(LogitIterableDataset(output, seed=None))[:6]
     whole = collate_logits(rows)
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(*whole["input_ids"].shape, STORED["vocab_size"], generator=generator)
+    logits = randn(*whole["input_ids"].shape, STORED["vocab_size"], seed=1)
     each = distillation_loss(logits, whole, reduction="none")
     pieces = [
         distillation_loss(logits[part], {k: v[part] for k, v in whole.items()}, reduction="none")
@@ -115,31 +113,12 @@ def test_a_batch_cut_along_its_first_dimension_is_the_batch_of_those_rows(output
     assert each.numel() == sum(row["teacher_positions"].size for row in rows)
 
 
-def test_a_batch_is_cut_and_filled_to_the_length_that_is_wanted(output: Path) -> None:
-    rows = list(LogitIterableDataset(output, seed=None))[:6]
-    short = list(LogitIterableDataset(output, seed=None, max_seq_len=6))[:6]
-    found = collate_logits(rows, max_length=6, pad_to_multiple_of=8)
-    wanted = collate_logits(short)
-    assert found["input_ids"].shape == (6, 8)
-    for name in ("teacher_ids", "teacher_positions", "teacher_log_rest"):
-        torch.testing.assert_close(found[name], wanted[name])
-    assert (found["input_ids"][:, :6] == wanted["input_ids"]).all()
-    assert not found["attention_mask"][:, 6:].any()
-    for length in (0, -1):
-        with pytest.raises(LogitsError, match=f"cut at {length} tokens nothing is left"):
-            collate_logits(rows, max_length=length)
-
-
 @pytest.mark.parametrize("max_length", [None, 64])
-def test_packed_conversations_give_a_student_what_each_gives_alone(
-    output: Path, max_length: int | None
-) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def test_packed_conversations_give_a_student_what_each_gives_alone(output, max_length):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     shape = LlamaConfig(vocab_size=STORED["vocab_size"], num_attention_heads=2, **sizes)
-    student: Any = LlamaForCausalLM(shape).eval()
+    student = LlamaForCausalLM(shape).eval()
     rows = list(LogitIterableDataset(output, seed=None))
     packed = collate_logits(rows, pack=True, max_length=max_length, pad_to_multiple_of=8)
     plain = collate_logits(rows, max_length=max_length)
@@ -155,13 +134,11 @@ def test_packed_conversations_give_a_student_what_each_gives_alone(
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output: Path, workers: int) -> None:
-    import datasets
-
+def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output):
     made = LogitIterableDataset(output, seed=3).as_datasets()
     assert isinstance(made, datasets.IterableDataset)
-    assert sorted(indices(make_loader(made, workers=workers))) == list(range(20))
+    for workers in (0, 2):
+        assert sorted(indices(make_loader(made, workers=workers))) == list(range(20))
     whole = indices(made)
     given = indices(itertools.islice(made, 11))
     again = LogitIterableDataset(output, seed=3).as_datasets()
@@ -170,7 +147,7 @@ def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output: Path, wo
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_a_shard_without_rows_is_passed_over(output: Path, seed: int | None) -> None:
+def test_a_shard_without_rows_is_passed_over(output, seed):
     part = output / "data" / "part-00001.parquet"
     pq.write_table(pq.read_table(part).slice(0, 0), part)
     dataset = LogitIterableDataset(output, seed=seed)
@@ -178,7 +155,7 @@ def test_a_shard_without_rows_is_passed_over(output: Path, seed: int | None) -> 
         assert sorted(indices(rows)) == [*range(8), *range(16, 20)]
 
 
-def test_a_seed_and_an_epoch_fix_an_order_that_holds_every_row_once(output: Path) -> None:
+def test_a_seed_and_an_epoch_fix_an_order_that_holds_every_row_once(output):
     assert indices(LogitIterableDataset(output, seed=None)) == list(range(20))
     dataset = LogitIterableDataset(output, seed=3)
     first = indices(dataset)
@@ -193,19 +170,17 @@ def test_a_seed_and_an_epoch_fix_an_order_that_holds_every_row_once(output: Path
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 3), (3, 1), (2, 2), (4, 3)])
-def test_ranks_and_workers_divide_the_rows_evenly(output: Path, world: int, workers: int) -> None:
-    seen: Counter[int] = Counter()
+def test_ranks_and_workers_divide_the_rows_evenly(output, world, workers):
+    seen = Counter()
     for rank in range(world):
-        dataset: Any = LogitIterableDataset(output, rank=rank, world_size=world)
+        dataset = LogitIterableDataset(output, rank=rank, world_size=world)
         runs = [run for worker in range(workers) for run in dataset.iter_runs(worker, workers)]
         seen.update(8 * shard + int(row) for shard, rows in runs for row in rows)
         assert seen.total() == (rank + 1) * (20 // world), "every rank takes as many steps"
     assert set(seen.values()) == {1}, "no row goes to two ranks"
 
 
-def test_workers_give_every_row_once_and_those_that_live_on_see_the_next_epoch(
-    output: Path,
-) -> None:
+def test_workers_give_every_row_once_and_those_that_live_on_see_the_next_epoch(output):
     dataset = LogitIterableDataset(output, seed=5)
     assert isinstance(dataset, IterableDataset)
     assert isinstance(dataset, LogitIterableDataset)
@@ -218,12 +193,12 @@ def test_workers_give_every_row_once_and_those_that_live_on_see_the_next_epoch(
 
 
 @pytest.mark.parametrize("batches", [1, 3, 7])
-def test_a_state_goes_on_with_exactly_what_was_left(output: Path, batches: int) -> None:
+def test_a_state_goes_on_with_exactly_what_was_left(output, batches):
     whole = indices(make_loader(LogitIterableDataset(output, seed=2)))
-    dataset: Any = LogitIterableDataset(output, seed=2)
+    dataset = LogitIterableDataset(output, seed=2)
     given = indices(itertools.islice(make_loader(dataset), batches))
     state = json.loads(json.dumps(dataset.state_dict()))
-    again: Any = LogitIterableDataset(output, seed=2)
+    again = LogitIterableDataset(output, seed=2)
     again.load_state_dict(state)
     assert given + indices(make_loader(again)) == whole
     assert indices(make_loader(again)) == whole, "a state is used once"
@@ -232,8 +207,8 @@ def test_a_state_goes_on_with_exactly_what_was_left(output: Path, batches: int) 
     assert sorted(indices(make_loader(again))) == sorted(whole), "the next epoch is a whole one"
 
 
-def test_a_state_of_another_division_or_output_is_refused(output: Path, tmp_path: Path) -> None:
-    first: Any = LogitIterableDataset(output, seed=2)
+def test_a_state_of_another_division_or_output_is_refused(output, tmp_path):
+    first = LogitIterableDataset(output, seed=2)
     iter(first)
     more = write_output(tmp_path / "more", random_rows(30, settings=STORED), settings=STORED)
     for place, options, named in (
@@ -247,7 +222,7 @@ def test_a_state_of_another_division_or_output_is_refused(output: Path, tmp_path
     with pytest.raises(LogitsError, match="seed None, this is 2"):
         first.load_state_dict({"_snapshot": {}})
     for looked_at in (False, True):
-        in_workers: Any = LogitIterableDataset(output, seed=2)
+        in_workers = LogitIterableDataset(output, seed=2)
         if looked_at:
             next(iter(in_workers))
         next(iter(make_loader(in_workers, workers=1)))
@@ -255,7 +230,7 @@ def test_a_state_of_another_division_or_output_is_refused(output: Path, tmp_path
             in_workers.state_dict()
 
 
-def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, hub: LoopbackHub) -> None:
+def test_workers_read_from_the_hub_what_lies_in_the_folder(output, hub):
     HfFileSystem.clear_instance_cache()
     api = HfApi()
     api.create_repo("user/logits", repo_type="dataset")
@@ -268,26 +243,19 @@ def test_workers_read_from_the_hub_what_lies_in_the_folder(output: Path, hub: Lo
         assert_same(there, here)
 
 
-def prepare(dataset: Any, rank: int = 0, of: int = 1, *, dispatch: bool | None = False) -> Any:
-    """Return a loader as accelerate prepares it for one of its processes."""
-    from accelerate.data_loader import prepare_data_loader
+def test_accelerate_divides_rows_when_the_dataset_does_not_and_leaves_batches_whole(output):
+    def prepare(dataset, rank=0, of=1, dispatch=False):
+        how = {"num_processes": of, "process_index": rank, "dispatch_batches": dispatch}
+        cpu = torch.device("cpu")
+        return prepare_data_loader(make_loader(dataset), cpu, put_on_device=True, **how)
 
-    how: Any = {"num_processes": of, "process_index": rank, "dispatch_batches": dispatch}
-    cpu = torch.device("cpu")
-    return prepare_data_loader(make_loader(dataset), cpu, put_on_device=True, **how)
-
-
-@pytest.mark.parametrize("dispatch", [None, False])
-def test_accelerates_loaders_leave_the_batches_whole(output: Path, dispatch: bool | None) -> None:
-    dataset: Any = LogitIterableDataset(output, seed=2)
-    loader = prepare(dataset, dispatch=dispatch)
-    assert_same(loader, make_loader(dataset))
-    loader.set_epoch(1)
-    assert dataset.epoch == 1
-
-
-def test_accelerate_divides_rows_among_processes_when_the_dataset_does_not(output: Path) -> None:
-    seen: Counter[int] = Counter()
+    for dispatch in (None, False):
+        dataset = LogitIterableDataset(output, seed=2)
+        loader = prepare(dataset, dispatch=dispatch)
+        assert_same(loader, make_loader(dataset))
+        loader.set_epoch(1)
+        assert dataset.epoch == 1
+    seen = Counter()
     for rank in range(2):
         dataset = LogitIterableDataset(output, seed=2, rank=0, world_size=1)
         seen.update(indices(prepare(dataset, rank, 2)))
@@ -295,11 +263,7 @@ def test_accelerate_divides_rows_among_processes_when_the_dataset_does_not(outpu
     assert seen.total() == 24, "4 rounds of 2 batches, and the last is filled up"
 
 
-def test_ranks_come_from_the_environment_but_not_under_accelerate(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from accelerate import PartialState
-
+def test_ranks_come_from_the_environment_but_not_under_accelerate(output, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(PartialState, "_shared_state", {})
@@ -318,43 +282,44 @@ def test_ranks_come_from_the_environment_but_not_under_accelerate(
     assert len(indices(LogitIterableDataset(output, rank=1, world_size=2))) == 10
 
 
-def test_torchdatas_loader_goes_on_from_its_own_state(output: Path) -> None:
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-
-    def make() -> Any:
-        return stateful.StatefulDataLoader(
-            LogitIterableDataset(output, seed=2),
-            batch_size=3, num_workers=2, collate_fn=collate_logits, timeout=120,
-        )  # fmt: skip
-
-    whole, loader, again = indices(make()), make(), make()
-    given = indices(itertools.islice(loader, 3))
+def test_torchdatas_loader_goes_on_from_its_own_state(output):
+    kind = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    apart = (LogitIterableDataset(output, seed=2) for _ in range(3))
+    whole, loader, again = (make_loader(dataset, workers=2, kind=kind) for dataset in apart)
+    whole, given = indices(whole), indices(itertools.islice(loader, 3))
     again.load_state_dict(loader.state_dict())
     assert given + indices(again) == whole
 
 
-def test_workers_that_are_spawned_read_and_render_as_this_process_does(extracted: Path) -> None:
+def test_workers_that_are_spawned_read_and_render_as_this_process_does(extracted):
     dataset = LogitIterableDataset(extracted, seed=1, max_seq_len=200)
     spawned = make_loader(dataset, 6, workers=1, multiprocessing_context="spawn")
     assert_same(spawned, make_loader(dataset, 6))
 
 
-def test_long_conversations_are_cut_with_their_teacher(output: Path) -> None:
-    whole = {row["index"]: row for row in LogitIterableDataset(output)}
-    for row in LogitIterableDataset(output, max_seq_len=6):
-        other = whole[row["index"]]
-        kept = int((other["teacher_positions"] < 6).sum())
-        np.testing.assert_array_equal(row["input_ids"], other["input_ids"][:6])
-        for name in ("teacher_positions", "teacher_ids", "teacher_log_rest"):
-            np.testing.assert_array_equal(row[name], other[name][:kept])
-
-
-def test_a_conversation_cut_before_its_first_extracted_token_stays_and_costs_nothing(
-    output: Path,
-) -> None:
-    rows = list(LogitIterableDataset(output, max_seq_len=2))
-    assert len(rows) == 20, "ranks and batches are counted in rows"
-    batch = collate_logits([row for row in rows if row["teacher_positions"].size == 0])
+def test_conversations_are_cut_with_their_teacher_and_stay_when_nothing_of_it_is_left(output):
+    whole = list(LogitIterableDataset(output))
+    cut = {length: list(LogitIterableDataset(output, max_seq_len=length)) for length in (2, 6)}
+    for length, rows in cut.items():
+        for row, other in zip(rows, whole, strict=True):  # ranks and batches are counted in rows
+            assert row["index"] == other["index"]
+            kept = int((other["teacher_positions"] < length).sum())
+            np.testing.assert_array_equal(row["input_ids"], other["input_ids"][:length])
+            for name in ("teacher_positions", "teacher_ids", "teacher_log_rest"):
+                np.testing.assert_array_equal(row[name], other[name][:kept])
+    found, wanted = (
+        collate_logits(whole, max_length=6, pad_to_multiple_of=8),
+        collate_logits(cut[6]),
+    )
+    assert found["input_ids"].shape == (20, 8)
+    for name in ("teacher_ids", "teacher_positions", "teacher_log_rest"):
+        torch.testing.assert_close(found[name], wanted[name])
+    assert (found["input_ids"][:, :6] == wanted["input_ids"]).all()
+    assert not found["attention_mask"][:, 6:].any()
+    for length in (0, -1):
+        with pytest.raises(LogitsError, match=f"cut at {length} tokens nothing is left"):
+            collate_logits(whole, max_length=length)
+    batch = collate_logits([row for row in cut[2] if row["teacher_positions"].size == 0])
     logits = torch.zeros(*batch["input_ids"].shape, 300, requires_grad=True)
     for weights in (None, torch.zeros(batch["teacher_positions"].shape)):
         loss = distillation_loss(logits, batch, weights=weights)
@@ -363,10 +328,8 @@ def test_a_conversation_cut_before_its_first_extracted_token_stays_and_costs_not
         assert not gradient.any()
 
 
-def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    teacher: Any = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted):
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     batch = next(iter(make_loader(LogitIterableDataset(extracted), 8)))
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -381,7 +344,7 @@ def test_the_teacher_itself_has_no_divergence_from_its_stored_logits(extracted: 
     assert float(distillation_loss(logits, batch, tail="ghost")) > 1, "an offset would be seen"
 
 
-def test_tails_of_different_sizes_in_one_output_are_refused(tmp_path: Path) -> None:
+def test_tails_of_different_sizes_in_one_output_are_refused(tmp_path):
     rows = random_rows(4, settings=STORED) + random_rows(4, settings={**STORED, "sampled_n": 5})
     folder = write_output(tmp_path, rows, settings=STORED)
     with pytest.raises(explore.FormatError, match="differ in size"):
@@ -389,12 +352,10 @@ def test_tails_of_different_sizes_in_one_output_are_refused(tmp_path: Path) -> N
 
 
 @pytest.fixture
-def run_example(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., list[float]]:
+def run_example(monkeypatch, capsys):
     """Run a program of docs/examples in this process; return the losses that it prints."""
 
-    def run(name: str, *args: object) -> list[float]:
+    def run(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         load_example(name).main()
         return find_losses(capsys.readouterr().out)
@@ -402,14 +363,11 @@ def run_example(
     return run
 
 
-def find_losses(shown: str) -> list[float]:
-    """Return the losses that a loop or a Trainer has printed."""
+def find_losses(shown):
     return [float(x) for x in re.findall(r"(?:'loss': '?|loss |KL .*: )([0-9.]+)", shown)]
 
 
-def test_the_plain_loop_learns_and_goes_on_with_the_next_batch(
-    extracted: Path, tmp_path: Path, run_example: Any
-) -> None:
+def test_the_plain_loop_learns_and_goes_on_with_the_next_batch(extracted, tmp_path, run_example):
     whole = run_example("plain_loop", extracted, "--steps", 8)
     place = ("--checkpoint", tmp_path / "student.pt")
     first, rest = (run_example("plain_loop", extracted, "--steps", n, *place) for n in (3, 5))
@@ -417,11 +375,7 @@ def test_the_plain_loop_learns_and_goes_on_with_the_next_batch(
     assert np.mean(whole[-2:]) < np.mean(whole[:2]) - 0.3
 
 
-def test_the_trainer_takes_the_same_step_whether_it_accumulates_or_not(
-    extracted: Path, tmp_path: Path, run_example: Any
-) -> None:
-    from safetensors.torch import load_file
-
+def test_the_trainer_takes_the_same_step_however_it_accumulates(extracted, tmp_path, run_example):
     students, losses = [], []
     for size, times in ((8, 1), (4, 2), (2, 4)):
         options = ("--batch-size", size, "--accumulate", times, "--save", tmp_path / f"{size}")
@@ -437,13 +391,13 @@ def test_the_trainer_takes_the_same_step_whether_it_accumulates_or_not(
 
 
 @pytest.mark.parametrize("name", ["trainer", "sft_trainer"])
-def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
-    name: str, extracted: Path, tmp_path: Path, run_example: Any
-) -> None:
+def test_a_trainer_goes_on_from_its_checkpoint_as_if_never_stopped(
+    name, extracted, tmp_path, run_example
+):
     if name == "sft_trainer":
         pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
 
-    def train(folder: str, steps: int, *options: str) -> Any:
+    def train(folder, steps, *options):
         save = ("--save", tmp_path / folder, "--save-steps", 3, *options)
         return run_example(name, extracted, "--steps", steps, *save)
 
@@ -453,9 +407,7 @@ def test_a_trainer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
 
 
-def test_transformers_own_loader_takes_as_datasets(
-    extracted: Path, run_example: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_transformers_own_loader_takes_as_datasets(extracted, run_example, monkeypatch, capsys):
     wanted = run_example("trainer", extracted, "--steps", 6, "--alpha", 0.7)  # of one epoch
     example = load_example("trainer")
     del example.DistillationTrainer.get_train_dataloader
@@ -467,7 +419,7 @@ def test_transformers_own_loader_takes_as_datasets(
 
 
 @pytest.mark.slow
-def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> None:
+def test_the_trainer_runs_on_two_processes(tmp_path, extracted):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += [ROOT / "docs" / "examples" / "trainer.py", extracted, "--steps", "8"]
     command += ["--save", tmp_path / "student"]
@@ -479,9 +431,7 @@ def test_the_trainer_runs_on_two_processes(tmp_path: Path, extracted: Path) -> N
     assert losses[-1] < losses[0]
 
 
-def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(
-    tmp_path: Path, run_example: Any
-) -> None:
+def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(tmp_path, run_example):
     """Steps and rate were chosen on other conversations: 0.211 to 0.187 on those from 200 on."""
     pytest.importorskip("torchao", reason="torchao rounds the student")
     folder = extract_chats(tmp_path, "--limit", 120, "--min-p", 0.005)

@@ -1,15 +1,12 @@
 """The short form of the frontier, what its students are told, and how; `make frontier` is long."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from sparse_batches import make_row
+from sparse_batches import make_row, randn
 
 from explore_logits import collate_logits, decode_rows, distillation_loss
 
@@ -21,17 +18,11 @@ ARMS = {arm.name: arm for arm in frontier.ARMS}
 TAILS = {"100 + 24, 8 bits": "unbiased", "min-p 0.01": "unbiased", "top 16": "ignore"}
 
 
-@pytest.fixture(scope="module")
-def made_up() -> Rows:
-    return natural_rows(64, vocab=600)
-
-
 @pytest.mark.parametrize(("name", "tail"), [*TAILS.items(), ("top 16, ghost", "ghost")])
-def test_the_slope_is_the_gradient_of_the_loss(made_up: Rows, name: str, tail: str) -> None:
-    arm = ARMS[name]
-    assert arm.scheme is not None
+def test_the_slope_is_the_gradient_of_the_loss(name, tail):
+    made_up, arm = natural_rows(64, vocab=600), ARMS[name]
     batch = collate_logits([make_row(decode_rows(store(made_up, arm.scheme, 3)[0]))])
-    student = torch.randn(64, 600, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    student = randn(64, 600, seed=0).requires_grad_()
     loss = distillation_loss(student, batch, tail=tail, reduction="sum")
     (wanted,) = torch.autograd.grad(loss, student)
     told, _ = frontier.keep(made_up, arm, 3)
@@ -39,8 +30,8 @@ def test_the_slope_is_the_gradient_of_the_loss(made_up: Rows, name: str, tail: s
     torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-4)
 
 
-def test_points_hit_a_token_as_often_as_it_is_likely_and_draws_do_on_average() -> None:
-    one = torch.randn(1, 600, generator=torch.Generator().manual_seed(0)) * 3
+def test_points_hit_a_token_as_often_as_it_is_likely_and_draws_do_on_average():
+    one = 3 * randn(1, 600, seed=0)
     many = Rows("one row", [], one.repeat(2_000, 1))
     p = many.probabilities(slice(0, 1))[0]
     points = frontier.hit(many, 50, 0, systematic=True).toarray()
@@ -55,9 +46,7 @@ def test_points_hit_a_token_as_often_as_it_is_likely_and_draws_do_on_average() -
     assert draws[:, p.argmax()].std() > 2 * points[:, p.argmax()].std()
 
 
-def test_students_of_few_steps_rank_the_text_behind_the_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_students_of_few_steps_rank_the_text_behind_the_teacher(tmp_path, monkeypatch, capsys):
     setup = frontier.Setup(conversations=16, held_out=8, batch=2, warmup=2)
     arms = [ARMS[name] for name in ("text", "12 draws", "min-p 0.005", "dense")]
     texts = frontier.Texts(frontier.TEACHER, setup, tmp_path)

@@ -25,8 +25,8 @@ from typing import Any
 
 from bench import TEACHER, print_head, print_row
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+               "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
 
 import numpy as np
 import torch
@@ -54,47 +54,42 @@ def load_teacher() -> Any:
     return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
 
 
+@torch.no_grad()
 def run_layers(student: Any, batch: Any) -> Any:
-    with torch.no_grad():
-        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        return student.model(**text).last_hidden_state
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return student.model(**text).last_hidden_state
 
 
 def run_plain(output: Path, _: Path) -> Iterator[Found]:
-    """Compare in a loop of one's own."""
-    student = load_teacher()
-    dataset: Any = ex.LogitIterableDataset(output)
+    student, dataset = load_teacher(), ex.LogitIterableDataset(output)
     batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=ex.collate_logits)))
     hidden = run_layers(student, batch)
-    with torch.no_grad():
-        logits = student.lm_head(hidden)
-    yield "distillation_loss", float(ex.distillation_loss(logits, batch)), 0.0
-    hot = float(ex.distillation_loss(logits, batch, temperature=2.0))
-    yield "distillation_loss(temperature=2)", hot, None
+    logits = student.lm_head(hidden).detach()
+    for told, options, right in (("", {}, 0.0), ("(temperature=2)", {"temperature": 2.0}, None)):
+        loss = ex.distillation_loss(logits, batch, **options)
+        yield f"distillation_loss{told}", float(loss), right
     loss = ex.distillation_loss_from_hidden(hidden, student.lm_head.weight, batch)
     yield "distillation_loss_from_hidden", float(loss), 0.0
 
 
 def run_transformers(output: Path, folder: Path) -> Iterator[Found]:
-    """Run the Trainer of docs/examples/trainer.py."""
-    dataset = ex.LogitIterableDataset(output)
+    trainer_class = load_example("trainer").DistillationTrainer
     arguments = TrainingArguments(output_dir=str(folder / "trainer"), **QUIET)
-    ways = {"LogitIterableDataset": dataset, "as_datasets()": dataset.as_datasets()}
-    for name, rows in ways.items():
-        loss = train_once(load_example("trainer").DistillationTrainer, arguments, rows)
+    dataset = ex.LogitIterableDataset(output)
+    for name, rows in (("LogitIterableDataset", dataset), ("as_datasets()", dataset.as_datasets())):
+        loss = train_once(trainer_class, arguments, rows)
         yield f"docs/examples/trainer.py, {name}", loss, 0.0
 
 
 def run_trl(output: Path, folder: Path) -> Iterator[Found]:
-    """Run the SFTTrainer of docs/examples/sft_trainer.py."""
     from trl import SFTConfig
 
     unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
     arguments = SFTConfig(output_dir=str(folder / "sft"), **unprepared, **QUIET)
     trainer_class = load_example("sft_trainer").DistillationSFTTrainer
-    tokenizer = {"processing_class": AutoTokenizer.from_pretrained(TEACHER)}
     rows = ex.LogitIterableDataset(output).as_datasets()
-    loss = train_once(trainer_class, arguments, rows, **tokenizer)
+    words = AutoTokenizer.from_pretrained(TEACHER)
+    loss = train_once(trainer_class, arguments, rows, processing_class=words)
     yield "docs/examples/sft_trainer.py, as_datasets()", loss, 0.0
 
 
@@ -111,14 +106,12 @@ def run_axolotl(output: Path, folder: Path) -> Iterator[Found]:
     from axolotl.integrations.kd.collator import DataCollatorForKD
     from axolotl.integrations.kd.kernels.liger import LigerFusedLinearKLTopKLogprobLoss
 
-    student = load_teacher()
+    student, words = load_teacher(), AutoTokenizer.from_pretrained(TEACHER)
     for temperature, normalize in ((1.0, False), (1.0, True), (2.0, False), (2.0, True)):
         made = folder / f"axolotl-{temperature:g}-{normalize}"
-        options = {"temperature": temperature, "normalize": normalize}
-        ex.export_axolotl(output, made, k=64, **options)  # type: ignore[arg-type]
+        ex.export_axolotl(output, made, k=64, temperature=temperature, normalize=normalize)
         rows: Any = load_from_disk(str(made))
-        collate = DataCollatorForKD(AutoTokenizer.from_pretrained(TEACHER))
-        batch = collate([rows[i] for i in range(8)])
+        batch = DataCollatorForKD(words)([rows[i] for i in range(8)])
         targets = [batch[f"target_{name}"] for name in ("token_ids", "logprobs", "mask")]
         hidden = run_layers(student, batch)
         kernel = LigerFusedLinearKLTopKLogprobLoss(
@@ -151,21 +144,17 @@ def run_distillkit(output: Path, folder: Path) -> Iterator[Found]:
     ex.export_distillkit(output, loose, k=64, labels_at="predicting")
     start("distillkit.pack_logits", "--dataset", loose, "--max-len", 256, "--output", packed)
     told = "export_distillkit(labels_at='predicting'"
-    held = [held_by_distillkit(row) for row in load_from_disk(str(fitted))]
+    held: list[Any] = []  # by the k entries, of each distribution that DistillKit trains on
+    for row in load_from_disk(str(fitted)):
+        values = np.array(row["compressed_logprobs"], np.uint8)[np.array(row["labels"]) >= 0]
+        held.extend(np.exp(values.view(np.float32)).sum(1))
     for rows, missing, right in (
         (fitted, "symmetric_uniform", 0.0),
-        (fitted, "zero", float(-np.log(np.concatenate(held)).mean())),
+        (fitted, "zero", float(-np.log(held).mean())),
         (packed, "symmetric_uniform", None),
     ):
         way = "), pack_logits" if rows == packed else ", max_length=256)"
         yield f"{told}{way}, kl: {missing}", train_distillkit(rows, missing, fitted), right
-
-
-def held_by_distillkit(row: dict[str, Any]) -> Any:
-    """Return what the k entries hold of each distribution that DistillKit trains on, (n,)."""
-    counted = np.array(row["labels"]) >= 0
-    values = np.array(row["compressed_logprobs"], np.uint8)[counted].view(np.float32)
-    return np.exp(values).sum(1)
 
 
 def train_distillkit(rows: Path, missing: str, exported: Path) -> float:
@@ -200,7 +189,6 @@ CLIENTS: dict[str, Callable[[Path, Path], Iterator[Found]]] = {
 
 
 def main() -> int:
-    """Run every client that is installed and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=24, help="conversations")
     args = parser.parse_args()

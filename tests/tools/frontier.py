@@ -28,12 +28,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
+import itertools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ import torch
 from bench import CHATS, ROOT, TEACHER, print_head, print_row
 from storage_table import Rows, Scheme, estimate, plain_size, store, teacher_rows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from explore_logits import decode_rows
 
@@ -52,7 +53,7 @@ sys.path.append(str(TEACHER.parent))
 from make_conversations import make_training, write_jsonl
 
 FIRST_SEED = 1000  # of the conversations; the teacher was trained on those of another
-ERROR_BATCHES = 6
+Figures = dict[str, float]
 Told = Callable[[np.ndarray], Tensor]  # tokens to what an arm tells of them, (n, V)
 
 
@@ -68,11 +69,6 @@ class Arm:
     text: bool = False
 
 
-def top_k(k: int) -> Scheme:
-    """Keep the k likeliest tokens and nothing else."""
-    return Scheme(top_p=1.0, top_p_max=k, sampled_n=0, bits=8)
-
-
 ARMS = (
     Arm("text", text=True),
     Arm("dense"),
@@ -81,7 +77,11 @@ ARMS = (
     Arm("32 + 24, 8 bits", Scheme(top_p_max=32, bits=8)),
     Arm("100 + 8, 8 bits", Scheme(sampled_n=8, bits=8)),
     *(Arm(f"min-p {t:g}", Scheme(min_p=t, bits=8)) for t in (0.005, 0.01, 0.02, 0.05)),
-    *(Arm(f"top {k}{how}", top_k(k), ghost=bool(how)) for k in (16, 64) for how in ("", ", ghost")),
+    *(
+        Arm(f"top {k}{how}", Scheme(1.0, k, sampled_n=0, bits=8), ghost=bool(how))
+        for k in (16, 64)
+        for how in ("", ", ghost")
+    ),
     *(Arm(f"{n} draws", draws=n) for n in (12, 50)),
     *(Arm(f"{n} points", draws=n, systematic=True) for n in (50, 100, 200)),
 )
@@ -101,16 +101,6 @@ class Setup:
 
 
 # What is kept of a teacher ------------------------------------------------------------------------
-
-
-def actual_tokens(source: Rows) -> np.ndarray:
-    return np.concatenate([row.input_ids[row.token_positions] for row in source.rows])
-
-
-def tokens_of(source: Rows, chosen: Sequence[int]) -> np.ndarray:
-    """Return the numbers of some conversations' tokens."""
-    starts = source.starts
-    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
 
 
 def hit(source: Rows, draws: int, seed: int, *, systematic: bool) -> scipy.sparse.csr_array:
@@ -133,12 +123,12 @@ def hit(source: Rows, draws: int, seed: int, *, systematic: bool) -> scipy.spars
 def hit_bytes(hits: scipy.sparse.csr_array, source: Rows) -> int:
     """Return the size of ids and hits in a Parquet file of the rows' conversations."""
     assert hits.shape[1] <= 1 << 16, "more ids than 16 bits hold"
-    ends = source.starts
     columns = {"index": pa.array([row.index for row in source.rows], pa.int32())}
+    of_hits, of_tokens = hits.indptr[source.starts], source.starts
     for name, starts, values in (
-        ("ids", hits.indptr[ends], hits.indices.astype(np.uint16)),
-        ("hits", hits.indptr[ends], hits.data.astype(np.uint8)),
-        ("counts", ends, np.diff(hits.indptr).astype(np.uint8)),
+        ("ids", of_hits, hits.indices.astype(np.uint16)),
+        ("hits", of_hits, hits.data.astype(np.uint8)),
+        ("counts", of_tokens, np.diff(hits.indptr).astype(np.uint8)),
     ):
         columns[name] = pa.ListArray.from_arrays(starts.astype(np.int32), values)
     return plain_size(pa.table(columns), compression="zstd", compression_level=2)
@@ -154,7 +144,7 @@ def keep(source: Rows, arm: Arm, seed: int) -> tuple[Told, float]:
         hits = hit(source, arm.draws, seed, systematic=arm.systematic)
         kept, size = hits / arm.draws, hit_bytes(hits, source)
     elif arm.text:
-        place, size = (np.arange(count), actual_tokens(source)), 0
+        place, size = (np.arange(count), source.actual), 0
         kept = scipy.sparse.coo_array((np.ones(count), place), shape=(count, vocab)).tocsr()
     else:
         return lambda tokens: source.logits[tokens].softmax(-1), 4.0 * vocab
@@ -175,57 +165,48 @@ def slope(logits: Tensor, told: Tensor, *, ghost: bool = False) -> Tensor:
 # Students -----------------------------------------------------------------------------------------
 
 
-def load_student(teacher: Path, layers: int) -> LlamaForCausalLM:
-    """Load a teacher with some layers alone, at equal distances and the first and last among them.
-
-    In float32.
-    """
-    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+def load_student(teacher: Path, layers: int) -> Any:
+    """Load some layers of a teacher, at equal distances and the first and last among them."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     every = model.model.layers
     kept = np.linspace(0, len(every) - 1, layers).round().astype(int)
     model.model.layers = torch.nn.ModuleList([every[i] for i in kept])
     return model.train()  # it has no dropout
 
 
-def read_states(
-    student: LlamaForCausalLM, source: Rows, chosen: Sequence[int]
-) -> tuple[Tensor, np.ndarray]:
-    """Return what the head is given (n, H) for some conversations' tokens, and the tokens' numbers.
+def predict(student: Any, source: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Return what the head is given and says of some conversations' tokens, and their numbers.
 
     The conversations stand one after the other in one sequence, which Llama keeps apart.
     """
     rows = [source.rows[i] for i in chosen]
     starts = np.cumsum([0] + [row.input_ids.size for row in rows])
     places = [s + row.token_positions - 1 for s, row in zip(starts[:-1], rows, strict=True)]
-    ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
-    positions = np.concatenate([np.arange(row.input_ids.size) for row in rows])
-    inputs = {"input_ids": torch.from_numpy(ids)[None],
-              "position_ids": torch.from_numpy(positions)[None]}  # fmt: skip
-    states = student.model(**inputs, use_cache=False).last_hidden_state
-    return states[0][np.concatenate(places)], tokens_of(source, chosen)
+    ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
+    positions = torch.cat([torch.arange(row.input_ids.size) for row in rows])
+    inputs = {"input_ids": ids[None], "position_ids": positions[None]}
+    states = student.model(**inputs, use_cache=False).last_hidden_state[0][np.concatenate(places)]
+    logits = states @ student.lm_head.weight[: source.logits.shape[1]].T
+    return states, logits, source.tokens_of(chosen)
 
 
 def iter_batches(source: Rows, setup: Setup, seed: int) -> Iterator[Sequence[int]]:
-    """Yield the conversations of every step."""
     rng = np.random.default_rng(seed)
     for _ in range(setup.epochs):
         order = rng.permutation(len(source.rows))
         yield from np.array_split(order, max(len(order) // setup.batch, 1))
 
 
-def train(
-    begun: LlamaForCausalLM, source: Rows, told: Told, arm: Arm, setup: Setup, seed: int
-) -> LlamaForCausalLM:
+def train(begun: Any, source: Rows, told: Told, arm: Arm, setup: Setup, seed: int) -> Any:
     """Train a copy of a student on what an arm tells."""
-    student, vocab = copy.deepcopy(begun), source.logits.shape[1]
+    student = copy.deepcopy(begun)
     optimizer = torch.optim.AdamW(student.parameters(), setup.rate, betas=(0.9, 0.95), fused=True)
     batches = list(iter_batches(source, setup, seed))
     for step, chosen in enumerate(batches):
         warm = min(1.0, (step + 1) / setup.warmup)
         rate = setup.rate * warm * 0.5 * (1 + np.cos(np.pi * step / len(batches)))
         optimizer.param_groups[0]["lr"] = rate
-        states, tokens = read_states(student, source, chosen)
-        logits = states @ student.lm_head.weight[:vocab].T
+        _, logits, tokens = predict(student, source, chosen)
         logits.backward(slope(logits.detach(), told(tokens), ghost=arm.ghost) / len(tokens))
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -234,14 +215,13 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(student: LlamaForCausalLM, held_out: Rows) -> dict[str, float]:
+def evaluate(student: Any, held_out: Rows) -> Figures:
     """Return held-out KL from the teacher, loss on the text, and that on its rarest tenth."""
-    actual = torch.from_numpy(actual_tokens(held_out).astype(np.int64))
-    vocab, expected, kl, loss = held_out.logits.shape[1], 0.0, [], []
+    actual = torch.from_numpy(held_out.actual.astype(np.int64))
+    expected, kl, loss = 0.0, [], []
     for chosen in np.array_split(np.arange(len(held_out.rows)), max(len(held_out.rows) // 8, 1)):
-        states, tokens = read_states(student, held_out, chosen)
-        log_q = (states @ student.lm_head.weight[:vocab].T).log_softmax(-1)
-        log_p = held_out.logits[tokens].log_softmax(-1)
+        _, logits, tokens = predict(student, held_out, chosen)
+        log_q, log_p = logits.log_softmax(-1), held_out.logits[tokens].log_softmax(-1)
         kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
         loss.append(-log_q.gather(1, actual[tokens, None])[:, 0])
         expected = expected + log_p.exp().sum(0)
@@ -252,15 +232,11 @@ def evaluate(student: LlamaForCausalLM, held_out: Rows) -> dict[str, float]:
 
 
 @torch.no_grad()
-def gradient_errors(
-    student: LlamaForCausalLM, source: Rows, told: Told, arm: Arm, setup: Setup
-) -> dict[str, float]:
+def gradient_errors(student: Any, source: Rows, told: Told, arm: Arm, setup: Setup) -> Figures:
     """Return how far the head's gradients are from the dense teacher's before the first step."""
-    vocab = source.logits.shape[1]
-    off, own, true = (torch.zeros(vocab) for _ in range(3))  # squares by row of the head
-    for _, chosen in zip(range(ERROR_BATCHES), iter_batches(source, setup, 0), strict=False):
-        states, tokens = read_states(student, source, chosen)
-        logits = states @ student.lm_head.weight[:vocab].T
+    off, own, true = (torch.zeros(source.logits.shape[1]) for _ in range(3))  # squares by row
+    for chosen in itertools.islice(iter_batches(source, setup, 0), 6):
+        states, logits, tokens = predict(student, source, chosen)
         right = slope(logits, source.logits[tokens].softmax(-1)).T @ states
         found = slope(logits, told(tokens), ghost=arm.ghost).T @ states
         for sums, values in ((off, found - right), (own, found), (true, right)):
@@ -283,80 +259,66 @@ class Texts:
     folder: Path
     chats: Path | None = None  # None: those that the embedded teacher's are made like
 
-    @functools.cached_property
+    @cached_property
     def held_out(self) -> Rows:
-        """Return conversations that no seed has."""
         if self.chats is None:
             return teacher_rows("held out", self.teacher, CHATS, self.setup.held_out)
-        return pick(self._every, range(self.setup.held_out))
+        return self._every.pick(range(self.setup.held_out))
 
     def of_seed(self, seed: int) -> Rows:
-        """Return a seed's conversations."""
         count, first = self.setup.conversations, self.setup.held_out
         if self.chats is not None:
             others = range(first, len(self._every.rows))
             drawn = np.random.default_rng(seed).permutation(others)[:count]
-            return pick(self._every, sorted(drawn))
+            return self._every.pick(sorted(drawn))
         path = self.folder / f"conversations-{seed}.jsonl"
         write_jsonl(path, make_training(FIRST_SEED + seed, count))
         return teacher_rows(f"seed {seed}", self.teacher, path, count)
 
-    @functools.cached_property
+    @cached_property
     def _every(self) -> Rows:
         assert self.chats is not None
         with self.chats.open("rb") as file:
             return teacher_rows("all", self.teacher, self.chats, sum(1 for _ in file))
 
 
-def pick(source: Rows, chosen: Sequence[int]) -> Rows:
-    rows = [source.rows[i] for i in chosen]
-    return Rows(source.name, rows, source.logits[tokens_of(source, chosen)])
-
-
 def run(texts: Texts, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
     """Return the figures of every arm, one a seed; what is in the folder is not made again."""
-    setup, begun = texts.setup, functools.cache(load_student)
+    setup, begun, of_seed = texts.setup, cache(load_student), lru_cache(1)(texts.of_seed)
     path = texts.folder / f"{'-'.join(map(str, asdict(setup).values()))}.json"
-    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
-    for seed in range(seeds):
-        todo = [arm for arm in arms if f"{arm.name}/{seed}" not in found]
-        if todo:
-            texts.folder.mkdir(parents=True, exist_ok=True)
-            source = texts.of_seed(seed)
-        for arm in todo:
-            student = begun(texts.teacher, setup.layers)
-            told, size = keep(source, arm, seed)
-            figures = {"bytes": size, **gradient_errors(student, source, told, arm, setup)}
-            student = train(student, source, told, arm, setup, seed)
-            figures |= evaluate(student, texts.held_out)
-            found[f"{arm.name}/{seed}"] = figures
-            path.write_text(json.dumps(found))
-            print(f"{arm.name}/{seed}", figures, file=sys.stderr, flush=True)
-    every = {arm.name: [found[f"{arm.name}/{seed}"] for seed in range(seeds)] for arm in arms}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Figures] = json.loads(path.read_text()) if path.is_file() else {}
+    for seed, arm in itertools.product(range(seeds), arms):
+        name = f"{arm.name}/{seed}"
+        if name in found:
+            continue
+        source, student = of_seed(seed), begun(texts.teacher, setup.layers)
+        told, size = keep(source, arm, seed)
+        figures = {"bytes": size, **gradient_errors(student, source, told, arm, setup)}
+        student = train(student, source, told, arm, setup, seed)
+        found[name] = figures | evaluate(student, texts.held_out)
+        path.write_text(json.dumps(found))
+        print(name, found[name], file=sys.stderr, flush=True)
     return {
-        arm: {name: [one[name] for one in figures] for name in figures[0]}
-        for arm, figures in every.items()
-    }
-
-
-def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+        arm.name: {name: [found[f"{arm.name}/{seed}"][name] for seed in range(seeds)]
+                   for name in ("bytes", "gradient", "by_row", "kl", "loss", "rare")}
+        for arm in arms
+    }  # fmt: skip
 
 
 def compare(figures: dict[str, Any], name: str, arm: str, other: str) -> tuple[float, float]:
     """Return by how much a figure of one arm is above another's, over pairs of one seed."""
-    return mean_error(np.subtract(figures[arm][name], figures[other][name]))
+    above = np.subtract(figures[arm][name], figures[other][name])
+    return float(above.mean()), float(above.std(ddof=1) / len(above) ** 0.5)
 
 
 def recommend(figures: dict[str, Any], arms: Sequence[Arm]) -> str | None:
     """Return the store of fewest bytes that costs neither KL nor rare tokens a standard error."""
-
-    def costs(arm: Arm) -> bool:
-        pairs = [compare(figures, name, arm.name, "dense") for name in ("kl", "rare")]
-        return any(mean > error for mean, error in pairs)
-
-    good = [arm.name for arm in arms if arm.scheme is not None and not costs(arm)]
-    return min(good, key=lambda name: mean_error(figures[name]["bytes"]), default=None)
+    good = [arm.name for arm in arms if arm.scheme is not None]
+    for name in ("kl", "rare"):
+        pairs = {arm: compare(figures, name, arm, "dense") for arm in good}
+        good = [arm for arm, (mean, error) in pairs.items() if mean <= error]
+    return min(good, key=lambda arm: float(np.mean(figures[arm]["bytes"])), default=None)
 
 
 def print_table(figures: dict[str, Any], best: str | None) -> None:
@@ -376,16 +338,14 @@ def print_table(figures: dict[str, Any], best: str | None) -> None:
 
 def draw(figures: dict[str, Any], arms: Sequence[Arm], path: Path) -> None:
     """Draw by how much every arm is above the dense one, against its bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     families: dict[str, list[Arm]] = {}
     for arm in arms:
         if arm.scheme or arm.draws:
             families.setdefault(family(arm), []).append(arm)
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.4), sharex=True)
+    figure = Figure(figsize=(12, 5.4))
+    panels = figure.subplots(1, 2, sharex=True)
     for axes, name, title, linear in (
         (panels[0], "kl", "held-out KL", 0.004),
         (panels[1], "rare", "loss on the rarest tenth of the tokens", 0.03),

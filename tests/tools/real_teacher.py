@@ -26,7 +26,6 @@ import random
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from explore_logits import DatasetStats, compute_dataset_stats
+from explore_logits import compute_dataset_stats
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 42  # of the choice of conversations, and of the sampled answers
@@ -46,13 +45,11 @@ ANSWER_TOKENS = 192  # an answer that has not ended by then is left out
 CHECKED = 3  # rows of each output
 # A float32 forward of 30 layers in another batch shape; nats, and twice that of probability.
 NOISE = oracle.Tolerance(logit=2e-4, logsumexp=2e-4, mass=4e-4)
-KINDS: dict[str, list[str]] = {
-    "default": [],
-    "--min-p 0.005": ["--min-p", "0.005", "--logit-bits", "8"],
-    "--min-p 0.01": ["--min-p", "0.01", "--logit-bits", "8"],
-}
-
+KINDS: dict[str, list[str]] = {"default": []}
+KINDS |= {f"--min-p {t}": ["--min-p", t, "--logit-bits", "8"] for t in ("0.005", "0.01")}
+ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the scripts
 Chat = dict[str, Any]  # id, source, messages
+Stored = tuple[dict[str, Any], Path]  # what is said of an output, shares as fractions; its folder
 
 
 # The teacher and the texts ------------------------------------------------------------------------
@@ -96,7 +93,7 @@ def choose(dialogues: list[list[str]], count: int) -> list[list[str]]:
 
 
 def make_chat(number: int, source: str, turns: list[str]) -> Chat:
-    roles = itertools.cycle(("user", "assistant"))
+    roles = ("user", "assistant") * len(turns)
     messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
     return {"id": number, "source": source, "messages": messages}
 
@@ -153,36 +150,12 @@ def write_chats(path: Path, chats: list[Chat]) -> None:
 # The suite, as a user runs it ---------------------------------------------------------------------
 
 
-def run(script: str, *words: object) -> Any:
-    """Run one of the three scripts; returns the JSON object of its last line."""
-    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return bench.run_apart(bench.ROOT / script, *words, env=env)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What the suite says of one output."""
-
-    source: str
-    kind: str
-    planned: float | None  # bytes a token
-    stats: DatasetStats
-    output: Path
-
-    def figures(self) -> dict[str, Any]:
-        """Return what the table and the last line say; shares between 0 and 1."""
-        stats = self.stats
-        return {
-            "text": self.source, "rows kept": self.kind, "tokens": stats.tokens,
-            "bytes a token": round(stats.bytes_per_token or 0.0, 1), "planned": self.planned,
-            "nucleus": round(stats.nucleus.mean, 1),
-            "cut": None if stats.capped is None else round(stats.capped, 4),
-            "covers": round(stats.mean_mass, 4), "likeliest": round(stats.mean_first, 4),
-        }  # fmt: skip
-
-
 def run_text(work: Path, teacher: Path, source: str, chats: Path, limit: int) -> list[Stored]:
     """Measure, plan, extract, validate and show a text, by every kind of rows."""
+
+    def run(script: str, *words: object) -> Any:
+        return bench.run_apart(bench.ROOT / script, *words, env=ENV)
+
     what = ["--model", teacher, "--dataset", chats, "--index-col", "id"]
     run("compute_lengths.py", *what, "--output-dir", work / source / "lengths")
     what += ["--tokenized-dataset", work / source / "lengths/lengths.parquet", "--limit", limit]
@@ -194,8 +167,16 @@ def run_text(work: Path, teacher: Path, source: str, chats: Path, limit: int) ->
         run("extract_logits.py", *what, *options, *where)
         page = ["--sample", "0-9", "--html", work / source / f"page-{number}.html"]
         run("explore_logits.py", output, "--validate", "--stats", *page)
-        planned = plan["bytes_per_stored_token"] if kind == "default" else None
-        stored.append(Stored(source, kind, planned, compute_dataset_stats(str(output)), output))
+        stats = compute_dataset_stats(str(output))
+        figures = {
+            "text": source, "rows kept": kind, "tokens": stats.tokens,
+            "bytes a token": round(stats.bytes_per_token or 0.0, 1),
+            "planned": plan["bytes_per_stored_token"] if kind == "default" else None,
+            "nucleus": round(stats.nucleus.mean, 1),
+            "cut": None if stats.capped is None else round(stats.capped, 4),
+            "covers": round(stats.mean_mass, 4), "likeliest": round(stats.mean_first, 4),
+        }  # fmt: skip
+        stored.append((figures, output))
     return stored
 
 
@@ -213,23 +194,20 @@ def print_table(figures: list[dict[str, Any]]) -> None:
 
 
 def check_rows(
-    stored: Stored, model: Any, tokenizer: Any, chats: Path, count: int
+    output: Path, model: Any, tokenizer: Any, chats: Path, count: int
 ) -> tuple[int, float]:
     """Compare rows at equal distances with the model's own forward.
 
-    Returns:
-        Their tokens, and the largest error of a log-sum-exp in nats.
-
-    Raises:
-        oracle.Violation: naming the first row and token that differ.
+    Returns their tokens, and the largest error of a log-sum-exp in nats; an `oracle.Violation`
+    names the first row and token that differ.
     """
-    said = json.loads((stored.output / "extraction_config.json").read_text(encoding="utf-8"))
+    said = json.loads((output / "extraction_config.json").read_text(encoding="utf-8"))
     conversations = oracle.read_conversations(chats, said)
-    (part,) = (stored.output / "data").glob("*.parquet")
+    (part,) = (output / "data").glob("*.parquet")
     records = {record["index"]: record for record in pq.read_table(part).to_pylist()}
     chosen = sorted(records)[:: max(1, len(records) // count)][:count]
     if said.get("min_p") is None:
-        settings = oracle.Settings.from_output(stored.output)
+        settings = oracle.Settings.from_output(output)
         oracle.check_schema(part, settings)
         check = oracle.RunCheck(model, tokenizer, settings, NOISE)
         for index in chosen:
@@ -245,33 +223,27 @@ def check_rows(
 
 
 def check_compact(record: dict[str, Any], logits: np.ndarray, said: dict[str, Any]) -> list[float]:
-    """Require of a compact row what docs/format.md says; return the errors of its log-sum-exps.
+    """Require of a compact row, by the reference's (N, V) float64 logits, what docs/format.md says.
 
-    Args:
-        logits: (N, V) float64 of the reference.
+    Returns the errors of its log-sum-exps.
     """
-    row, parts = f"row {record['index']}", {}
+    row, errors = f"row {record['index']}", []
     oracle.require(record["num_tokens"] == len(logits), row, f"not {len(logits)} tokens")
-    for part in ("top", "sampled"):
-        low, high = record[f"{part}_indices_low"], record[f"{part}_indices_high"]
-        ends = np.cumsum(record[f"{part}_counts"])[:-1]
-        parts[part] = np.split(np.array(oracle.unpack_ids(low, high, where=row), int), ends)
-        if part == "top":
-            levels = np.split(np.array(record["top_logits_quantized"]), ends)
-    errors = []
-    for t, x in enumerate(logits):
-        place, top, logsumexp = f"{row} token {t}", parts["top"][t], np.logaddexp.reduce(x)
+    tops = oracle.cut_entries(record, "top", record["top_counts"], row)
+    packed = (record["sampled_indices_low"], record["sampled_indices_high"])
+    hits, ends = oracle.unpack_ids(*packed, where=row), np.cumsum(record["sampled_counts"])
+    for t, (x, top) in enumerate(zip(logits, tops, strict=True)):
+        place, logsumexp = f"{row} token {t}", np.logaddexp.reduce(x)
         errors.append(float(abs(record["logsumexp"][t] - logsumexp)))
         right = errors[-1] <= NOISE.logsumexp
         oracle.require(right, place, f"logsumexp is {errors[-1]:.2g} from the right one")
-        low, high = record["top_min"][t], record["top_max"][t]
-        found = oracle.dequantize(levels[t].tolist(), low, high)
+        found = oracle.dequantize(top.q, top.low, top.high)
         oracle.require(found == sorted(found, reverse=True), place, "levels do not descend")
-        step = (high - low) / (2 ** said["logit_bits"] - 1)
-        worst = float(np.abs(x[top] - found).max(initial=0))
+        step = (top.high - top.low) / (2 ** said["logit_bits"] - 1)
+        worst = float(np.abs(x[top.ids] - found).max(initial=0))
         oracle.require(worst <= 0.51 * step + NOISE.logit, place, f"a logit is {worst:.2g} off")
-        drawn = parts["sampled"][t].tolist()
-        check_points(np.exp(x - logsumexp), top.tolist(), drawn, said["min_p"], place)
+        drawn = hits[ends[t] - record["sampled_counts"][t] : ends[t]]
+        check_points(np.exp(x - logsumexp), top.ids, drawn, said["min_p"], place)
     return errors
 
 
@@ -308,16 +280,16 @@ def main() -> int:
         runs = [threads.submit(run_text, args.folder, teacher, source, chats, args.limit)
                 for source, chats in texts.items()]  # fmt: skip
         outputs = [stored for text in runs for stored in text.result()]
-    figures = [stored.figures() for stored in outputs]
+    figures = [said for said, _ in outputs]
     print_table(figures)
-    model, tokenizer = oracle.load_reference(str(teacher))
+    reference = oracle.load_reference(str(teacher))
     checked, worst, wrong = 0, 0.0, []
-    for stored in outputs:
+    for said, output in outputs:
         try:
-            tokens, error = check_rows(stored, model, tokenizer, texts[stored.source], CHECKED)
+            tokens, error = check_rows(output, *reference, texts[said["text"]], CHECKED)
             checked, worst = checked + tokens, max(worst, error)
         except oracle.Violation as difference:
-            wrong.append(f"{stored.source}, {stored.kind}: {difference}")
+            wrong.append(f"{said['text']}, {said['rows kept']}: {difference}")
     print(*wrong, sep="\n")
     print(f"{checked:,} tokens of {CHECKED} rows of each output against the reference: "
           f"{len(wrong)} outputs differ, log-sum-exp within {worst:.1e}")  # fmt: skip

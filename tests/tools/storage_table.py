@@ -25,7 +25,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,20 @@ class Rows:
         """Where the tokens of each conversation begin, and where the last ends."""
         return np.cumsum([0] + [row.token_positions.size for row in self.rows])
 
+    @property
+    def actual(self) -> np.ndarray:
+        """What stands in the text, for each token."""
+        return np.concatenate([row.input_ids[row.token_positions] for row in self.rows])
+
+    def tokens_of(self, chosen: Sequence[int]) -> np.ndarray:
+        """Return the numbers of some conversations' tokens."""
+        starts = self.starts
+        return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+
+    def pick(self, chosen: Sequence[int]) -> Rows:
+        rows = [self.rows[i] for i in chosen]
+        return Rows(self.name, rows, self.logits[self.tokens_of(chosen)])
+
     def slices(self) -> list[slice]:
         """Cut the tokens into runs whose distributions may be held at once."""
         return el.row_slices(len(self.logits), max(1, 2**24 // self.logits.shape[1]))
@@ -102,10 +116,8 @@ def encode_rows(job: el.Job, count: int) -> list[el.EncodedRow]:
 
 def teacher_rows(name: str, model: Path, chats: Path, count: int) -> Rows:
     """Run a teacher over conversations drawn at random."""
-    config = el.ExtractionConfig(
-        model=str(model), dataset=str(chats), output="./unused", index_col="id", limit=count,
-        random_sample=True,
-    )  # fmt: skip
+    where = {"model": str(model), "dataset": str(chats), "output": "./unused", "index_col": "id"}
+    config = el.ExtractionConfig(**where, limit=count, random_sample=True)
     job = el.open_job(config)
     rows = encode_rows(job, count)
     teacher = el.load_teacher(config, vocab_size=job.vocab_size)
@@ -140,8 +152,8 @@ def natural_rows(tokens: int, *, vocab: int = LARGE_VOCAB, row_tokens: int = 64)
 
 def store(source: Rows, scheme: Scheme, seed: int) -> tuple[pa.Table, int]:
     """Extract, write as a run does and read back; returns the rows and the size of the file."""
-    sizes = [row.token_positions.size for row in source.rows]
-    index = np.repeat([row.index for row in source.rows], sizes).astype(np.int64)
+    counts = np.diff(source.starts)
+    index = np.repeat([row.index for row in source.rows], counts).astype(np.int64)
     position = np.concatenate([row.token_positions for row in source.rows]).astype(np.int64)
     kept = {"top_p": scheme.top_p, "top_p_max": scheme.top_p_max, "sampled_n": scheme.sampled_n}
     tokens = el.extract_tokens(
@@ -227,19 +239,16 @@ def print_lines(source: Rows) -> list[dict[str, Any]]:
 def print_encodings(source: Rows) -> dict[str, float]:
     """Print bytes per token of the defaults, by the ways to write them; all are read back."""
     table, size = store(source, Scheme(), 0)
-    chosen = el.choose_encodings(table.schema)
-    lists = {leaf for leaf in chosen if leaf.endswith(".list.element")}
-    split = dict.fromkeys(lists, "BYTE_STREAM_SPLIT")
-    ways: dict[str, dict[str, Any]] = {
-        "bytes of all split": {"column_encoding": split, "use_dictionary": False},
-        "zstd and dictionaries": {"use_dictionary": True},
-        "snappy and dictionaries": {"compression": "snappy"},
+    wide = widen(table)
+    lists = [leaf for leaf in el.choose_encodings(table.schema) if leaf.endswith(".list.element")]
+    split = {"column_encoding": dict.fromkeys(lists, "BYTE_STREAM_SPLIT"), "use_dictionary": False}
+    sizes = {
+        "these columns, as written": size,
+        "these columns, bytes of all split": plain_size(table, compression="zstd", **split),
+        "these columns, zstd and dictionaries": plain_size(table, compression="zstd"),
+        "these columns, snappy and dictionaries": plain_size(table, compression="snappy"),
+        "float32 and int32, snappy and dictionaries": plain_size(wide, compression="snappy"),
     }
-    sizes = {"these columns, as written": size}
-    for label, options in ways.items():
-        sizes[f"these columns, {label}"] = plain_size(table, **{"compression": "zstd", **options})
-    wide = plain_size(widen(table), compression="snappy")
-    sizes["float32 and int32, snappy and dictionaries"] = wide
     print(f"\n{source.name}, K 100, M 24, 16 bits\n")
     print_head("written as", "bytes a token")
     for label, size in sizes.items():
