@@ -591,13 +591,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
+    ("template", "said"),
     [*((work + PLAIN, r"cannot be used \(the sandbox") for work in HOSTILE),
      ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN, "recursion"),
      ("{{ messages[0].content }}", "--chat-template"), ("{{ 1 / 0 }}", "--chat-template")],
 )  # fmt: skip
-def test_a_template_that_does_too_much_or_shows_no_assistant_is_refused_for_all(template, says):
-    with pytest.raises(TemplateError, match=says) as refused:
+def test_a_template_that_does_too_much_or_shows_no_assistant_is_refused_for_all(template, said):
+    with pytest.raises(TemplateError, match=said) as refused:
         encode_conversation(CHAT, tokenizer_for(PLAIN), chat_template=template)
     assert "\n" not in str(refused.value)
 

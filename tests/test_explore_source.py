@@ -35,6 +35,9 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
         return path
+    if path.suffix == ".saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+        return path
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.suffix == ".csv":
         text = "".join(",".join(cells) + "\r\n" for cells in (rows[0], *map(dict.values, rows)))
@@ -48,7 +51,7 @@ STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "st
 
 
 @STREAMED
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet", "saved"])
 def test_every_kind_of_file_gives_its_rows(kind, streaming, tmp_path):
     path = write_rows(tmp_path / f"rows.{kind}", PLAIN_ROWS)
     if path.suffix in (".jsonl", ".json", ".csv"):
@@ -98,21 +101,17 @@ def test_files_of_another_kind_are_not_left_out_in_silence(tmp_path, caplog):
 
 
 @STREAMED
-def test_what_save_to_disk_wrote_opens(streaming, tmp_path):
-    saved = datasets.Dataset.from_list(PLAIN_ROWS)
-    saved.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": saved, "dev": saved}).save_to_disk(tmp_path / "two")
-    assert list(open_source(str(tmp_path / "one"), streaming=streaming)) == PLAIN_ROWS
-    assert list(open_source(str(tmp_path / "two"), split="dev", streaming=streaming)) == PLAIN_ROWS
+def test_splits_that_save_to_disk_wrote_open(streaming, tmp_path):
+    splits = {"train": PLAIN_ROWS[:1], "dev": PLAIN_ROWS}
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path)
+    for name, rows in splits.items():
+        assert list(open_source(str(tmp_path), split=name, streaming=streaming)) == rows
 
 
-@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet", "saved"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
 def test_a_split_may_be_sliced_where_the_source_is_a_table(kind, tmp_path):
-    path = tmp_path / kind
-    if kind == "saved":
-        datasets.Dataset.from_list(PLAIN_ROWS).save_to_disk(path)
-    else:
-        write_rows(path, PLAIN_ROWS)
+    path = write_rows(tmp_path / f"rows.{kind}", PLAIN_ROWS)
     found = list(open_source(str(path), split="train[3:]+train[:1]"))
     assert found == [*PLAIN_ROWS[3:], PLAIN_ROWS[0]]
     with pytest.raises(SourceError, match=r"no split .*; it has train"):
