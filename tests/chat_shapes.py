@@ -23,12 +23,10 @@ TOOLS = [{"type": "function", "function": {
 
 
 def user(text: str) -> dict[str, Any]:
-    """Return a message of the user."""
     return {"role": "user", "content": text}
 
 
 def says(text: str, **more: Any) -> dict[str, Any]:
-    """Return a message of the assistant."""
     return {"role": "assistant", "content": text, **more}
 
 

@@ -161,23 +161,16 @@ def test_output_is_a_folder_or_a_repository(tmp_path, monkeypatch):
 # Parts --------------------------------------------------------------------------------------------
 
 
-def test_the_transform_maps_a_dataset(expected):
-    source = open_source(str(CHATS)).select(range(40))
+def test_the_transform_maps_a_dataset_and_says_why_rows_cannot_be_used(chats, expected):
+    said = chats[0]["messages"]
+    rows = [{"id": 71, "messages": None}, {"id": 72, "messages": said[:1]}, *chats[:40]]
+    source = datasets.Dataset.from_list(rows)
     how: Any = {"batched": True, "with_indices": True, "remove_columns": source.column_names}
     mapped = source.map(get_transform_fn(make_encoder()), batch_size=16, **how)
-    found = {row["index"]: (row["length"], row["num_tokens"]) for row in mapped}
-    assert found == {index: expected[index] for index in source["id"]}
-
-
-def test_measuring_keeps_every_row_and_says_why_some_cannot_be_used(chats, expected):
-    said, (length, num_tokens) = chats[0]["messages"], expected[1000]
-    batch = {"id": [1000, 71, 72], "messages": [said, None, said[:1]]}
-    measured = get_transform_fn(make_encoder())(batch, [500, 501, 502])
-    wanted = {
-        "index": [1000, 71, 72], "length": [length, 0, 0], "num_tokens": [num_tokens, 0, 0],
-        "reason": [None, "null", "no_assistant"],
-    }  # fmt: skip
-    assert {name: measured[name] for name in wanted} == wanted
+    wanted = {row["id"]: expected.get(row["id"], (0, 0)) for row in rows}
+    found = [(row["index"], (row["length"], row["num_tokens"])) for row in mapped]
+    assert found == list(wanted.items())
+    assert list(mapped["reason"]) == ["null", "no_assistant"] + [None] * 40
 
 
 def test_rows_of_other_columns_are_measured_too(write_chats):

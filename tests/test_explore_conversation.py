@@ -45,9 +45,8 @@ THINKS = each(
 GATHERED = (  # writes nothing while it passes over the messages
     "{% set ns = namespace(text='') %}"
     + each("{% set ns.text = ns.text + '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' %}")
-    + "{{ ns.text }}"
-    + PROMPT
-)
+    + "{{ ns.text }}" + PROMPT
+)  # fmt: skip
 CHAT = [user("amber?"), says("Birch bark."), user("cedar?"), says("Dune.")]
 BOTH = ["Birch bark.<|end|>", "Dune.<|end|>"]
 
@@ -192,8 +191,7 @@ def test_arguments_of_the_template_come_from_the_option_and_the_row(given):
     encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": given})
     assert encoded.text.startswith(f"Effort {'low' if given else 'high'}, 3. ")
     assert encoder.settings()["template_kwargs"] == {"effort": "high", "depth": 3}
-    again = explore.ConversationEncoder.of(encoder.settings(), encoder.tokenizer, template)
-    assert again == encoder
+    assert encoder == encoder.of(encoder.settings(), encoder.tokenizer, template)
     for wrong in ("low", [1], {"messages": []}):
         row = {"messages": CHAT, "chat_template_kwargs": wrong}
         assert refusal(encoder.encode, row) == "malformed"
@@ -205,7 +203,7 @@ def test_plain_text_is_extracted_from_the_second_token_on():
     encoded = encoder.encode({"text": "Birch bark. <|end|> dune"})
     assert encoded.input_ids.tolist() == tokenizer("Birch bark. <|end|> dune")["input_ids"]
     assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
-    assert explore.ConversationEncoder.of(encoder.settings(), tokenizer, "") == encoder
+    assert encoder == encoder.of(encoder.settings(), tokenizer, "")
     for value, reason in ((None, "null"), (" ", "empty"), ([1], "malformed"), ("B", "no_tokens")):
         assert refusal(encoder.encode, {"text": value}) == reason
 
@@ -220,15 +218,12 @@ AHEAD = (  # writes a tool's message at the one before it
     ) + PROMPT
 )  # fmt: skip
 COPIES = (  # joins what one role says in two messages, so that later messages are others
-    "{% set ns = namespace(all=[]) %}"
-    + each(
+    "{% set ns = namespace(all=[]) %}" + each(
         "{% if ns.all and ns.all[-1].role == m.role %}{% set ns.all = ns.all[:-1] + [{'role': "
         "m.role, 'content': ns.all[-1].content + '\n' + m.content}] %}"
         "{% else %}{% set ns.all = ns.all + [m] %}{% endif %}"
-    )
-    + each(HEAD + SAID, "ns.all")
-    + PROMPT
-)
+    ) + each(HEAD + SAID, "ns.all") + PROMPT
+)  # fmt: skip
 MARKED_TURN = HEAD + branch("{{ m.content }}<|end|>".join(MARKS) + "\n", SAID)
 MACRO = "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}" + each("{{ turn(m) }}")
 BLOCK = each("{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}")
