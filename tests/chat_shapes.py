@@ -5,7 +5,6 @@ Every word of a message occurs in that message only, so a test can tell from tex
 
 from __future__ import annotations
 
-import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -24,12 +23,10 @@ TOOLS = [{"type": "function", "function": {
 
 
 def user(text: str) -> dict[str, Any]:
-    """Return a message of the user."""
     return {"role": "user", "content": text}
 
 
 def says(text: str, **more: Any) -> dict[str, Any]:
-    """Return a message of the assistant."""
     return {"role": "assistant", "content": text, **more}
 
 
@@ -43,59 +40,44 @@ def calls(text: str | None = None, *, town: str = "Lima", **more: Any) -> dict[s
 
 def result(text: str) -> dict[str, Any]:
     """Return the result of the tool."""
-    return {
-        "role": "tool", "name": "find_weather", "tool_call_id": "abcdefgh1", "content": text,
-    }  # fmt: skip
+    return {"role": "tool", "name": "find_weather", "tool_call_id": "abcdefgh1", "content": text}
 
 
 SHAPES: dict[str, Messages] = {
     "single turn": [user("amber?"), says("Birch bark.")],
-    "many turns": [
-        user("amber?"), says("Birch bark."), user("cedar?"), says("Dune, dew.\n\nEcho."),
-        user("fern?"), says("Grove"),
-    ],
-    "system": [
-        {"role": "system", "content": "Heath hill."}, user("amber?"), says("Birch bark."),
-    ],
+    "many turns": [user("amber?"), says("Birch bark."), user("cedar?"),
+                   says("Dune, dew.\n\nEcho."), user("fern?"), says("Grove")],
+    "system": [{"role": "system", "content": "Heath hill."}, user("amber?"), says("Birch bark.")],
     "ends with the user": [user("amber?"), says("Birch bark."), user("cedar?")],
     "two answers in a row": [user("amber?"), says("Birch bark."), says("Dune.")],
     "blanks around": [user("amber?"), says("  Birch bark. \n\n"), user("cedar?"), says("\nDune ")],
-    "unicode": [
-        user("آمبر 琥珀?"), says("樺 👩‍🚀 é e\u0301 بِرْش 🇳🇴"), user("cedar 🌲?"),
-        says("砂丘\u00a0🏜️!"),
-    ],
+    "unicode": [user("آمبر 琥珀?"), says("樺 👩‍🚀 é e\u0301 بِرْش 🇳🇴"), user("cedar 🌲?"),
+                says("砂丘\u00a0🏜️!")],
     "empty answer": [user("amber?"), says(""), user("cedar?"), says("Dune.")],
     "reasoning in content": [
         user("amber?"), says("<think>\nIris, ivy.\n</think>\n\nBirch bark."), user("cedar?"),
-        says("<think>\nJade.\n\nJuniper.\n</think>\n\nDune."),
-    ],
+        says("<think>\nJade.\n\nJuniper.\n</think>\n\nDune.")],
     "reasoning apart": [
         user("amber?"), says("Birch bark.", reasoning_content="Iris, ivy."), user("cedar?"),
-        says("Dune.", reasoning_content="Jade.\n\nJuniper."),
-    ],
+        says("Dune.", reasoning_content="Jade.\n\nJuniper.")],
     "reasoning at times": [
         user("amber?"), says("<think>\nIris, ivy.\n</think>\n\nBirch bark."), user("cedar?"),
-        says("Dune."), user("fern?"), says("Grove", reasoning_content="Kelp."),
-    ],
+        says("Dune."), user("fern?"), says("Grove", reasoning_content="Kelp.")],
     "tool": [user("amber?"), calls(), result("Rainy, 7."), says("Birch bark.")],
     "tool, then more": [
         user("amber?"), calls("Let us see."), result("Rainy, 7."), says("Birch bark."),
         user("cedar?"), calls("", town="Oslo"), result("Snowy."), calls("", town="Bonn"),
-        result("Sunny!"), says("Dune."), user("fern?"), says("Grove"),
-    ],
+        result("Sunny!"), says("Dune."), user("fern?"), says("Grove")],
     "tool and reasoning": [
         user("amber?"), calls("", reasoning_content="Iris, ivy."), result("Rainy, 7."),
-        says("Birch bark.", reasoning_content="Jade."), user("cedar?"), says("Dune."),
-    ],
+        says("Birch bark.", reasoning_content="Jade."), user("cedar?"), says("Dune.")],
     "calls last": [user("amber?"), calls("")],
 }  # fmt: skip
-
-SHAPES_WITH_TOOLS = ("tool", "tool, then more")
 
 
 def tools_of(shape: str) -> Messages | None:
     """Return the tools that a conversation is rendered with."""
-    return TOOLS if shape in SHAPES_WITH_TOOLS else None
+    return TOOLS if shape in ("tool", "tool, then more") else None
 
 
 _MARKUP = re.compile(
@@ -108,7 +90,7 @@ def template_folder() -> Path:
     """Return the folder of the stock templates that the `trl` package carries."""
     import trl
 
-    return Path(os.path.dirname(trl.__file__)) / "chat_templates"
+    return Path(trl.__file__).parent / "chat_templates"
 
 
 def template_names() -> list[str]:
@@ -121,10 +103,9 @@ def tokenizer_for(source: str) -> Any:
     """Return the teacher's tokenizer with a template and that template's special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     tokenizer.chat_template = source
-    found = sorted(set(_MARKUP.findall(source)))
-    tokenizer.add_special_tokens(
-        {"bos_token": "<bos>", "eos_token": "<eos>", "additional_special_tokens": found}
-    )
+    special: dict[str, Any] = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    special["additional_special_tokens"] = sorted(set(_MARKUP.findall(source)))
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 

@@ -35,62 +35,30 @@ FAMILIES: dict[str, tuple[str, str]] = {
     r"muse": (r"<\|start\|>assistant", r"<\|eot\|>"),
     r"phi3": (r"<\|assistant\|>\n", r"<\|end\|>"),
 }
-# The generation prompt of these stock templates ends in an open think tag.
-OPENS_THINK = re.compile(r"qwen3_5_think|qwen3_6|qwen3_8|nemotron|deepseek")
-# What those templates write where there is no reasoning.
+# What templates write where there is no reasoning.
 EMPTY_THINK = {
-    r"qwen": re.compile(r"<think>\n\n</think>\n\n"),
-    r"nemotron": re.compile(r"<think></think>"),
-    r"glm": re.compile(r"\n<think></think>\n?"),
-}
+    "qwen": r"<think>\n\n</think>\n\n", "nemotron": r"<think></think>",
+    "glm": r"\n<think></think>\n?",
+}  # fmt: skip
+# The generation prompt of these ends in an open think tag.
+OPENS_THINK = re.compile(r"(?:qwen3_5_think|qwen3_6|qwen3_8|nemotron|deepseek)(?!.*_training$)")
+# Reasoning of gpt-oss and the answer after it are one turn.
+THOUGHT = r"(?:<\|channel\|>analysis.*?<\|end\|><\|start\|>assistant)?"
 
 
 def assistant_spans(name: str, text: str) -> list[tuple[int, int]]:
     """Return the character spans of `text`, rendered by the stock template `name`, to extract."""
-    family = next(key for key in FAMILIES if re.match(key, name))
-    before, end = FAMILIES[family]
-    spans = [
-        (found.start("said"), found.end())
-        for found in re.finditer(f"(?:{before})(?P<said>.*?(?:{end}))", text, re.DOTALL)
-    ]
-    if family == r"gptoss":  # reasoning and the answer after it are one turn
-        spans = _joined(text, spans, between="<|start|>assistant", after="<|channel|>analysis")
-    return [_without_think(name, text, a, b) for a, b in spans if b > a]
-
-
-def _joined(
-    text: str, spans: list[tuple[int, int]], *, between: str, after: str
-) -> list[tuple[int, int]]:
-    """Join a span that starts with `after` to the next one."""
-    joined: list[tuple[int, int]] = []
-    for a, b in spans:
-        if joined and text[slice(*joined[-1])].startswith(after):
-            assert text[joined[-1][1] : a] == between
-            joined[-1] = (joined[-1][0], b)
-        else:
-            joined.append((a, b))
-    return joined
-
-
-def _without_think(name: str, text: str, a: int, b: int) -> tuple[int, int]:
-    """Move the start past an empty think block, or past the tag that the prompt gives."""
-    for family, block in EMPTY_THINK.items():
-        empty = block.match(text, a, b)
-        if empty and name.startswith(family):
-            return empty.end(), b
-    if OPENS_THINK.match(name) and not name.endswith("_training"):
-        return a + len("<think>\n") * text.startswith("<think>\n", a), b
-    return a, b
+    before, end = next(found for family, found in FAMILIES.items() if re.match(family, name))
+    tags = [tag for family, tag in EMPTY_THINK.items() if name.startswith(family)]
+    tags += [r"<think>\n"] if OPENS_THINK.match(name) else []
+    turn = f"(?:{before})(?:{'|'.join(tags)})?(?P<said>{THOUGHT}.*?(?:{end}))"
+    return [found.span("said") for found in re.finditer(turn, text, re.DOTALL)]
 
 
 def extracted_tokens(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[int]:
     """Return the tokens that hold a character of a span, one character at a time."""
     wanted = {place for a, b in spans for place in range(a, b)}
-    return [
-        number
-        for number, (a, b) in enumerate(offsets)
-        if number > 0 and any(place in wanted for place in range(a, b))
-    ]
+    return [n for n, borders in enumerate(offsets) if n > 0 and wanted & set(range(*borders))]
 
 
 def words_of(message: dict[str, Any]) -> set[str]:

@@ -1,7 +1,5 @@
 """Messages, rendering and the choice of tokens, on templates and tokenizers made here."""
 
-from __future__ import annotations
-
 import copy
 import cProfile
 import importlib.util
@@ -47,15 +45,13 @@ THINKS = each(
 GATHERED = (  # writes nothing while it passes over the messages
     "{% set ns = namespace(text='') %}"
     + each("{% set ns.text = ns.text + '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' %}")
-    + "{{ ns.text }}"
-    + PROMPT
-)
+    + "{{ ns.text }}" + PROMPT
+)  # fmt: skip
 CHAT = [user("amber?"), says("Birch bark."), user("cedar?"), says("Dune.")]
 BOTH = ["Birch bark.<|end|>", "Dune.<|end|>"]
 
 
 def encoder_for(template: str, **options: Any) -> explore.ConversationEncoder:
-    """Return an encoder of rows with messages."""
     return explore.ConversationEncoder(tokenizer_for(template), template, MESSAGES, **options)
 
 
@@ -64,16 +60,21 @@ def taken(encoded: explore.EncodedConversation, tokenizer: Any) -> str:
     return str(tokenizer.decode(encoded.input_ids[encoded.token_positions].tolist()))
 
 
-def spans(
-    messages: list[dict[str, Any]], template: Any, tools: Any = None, **choice: Any
-) -> list[str]:
-    """Return the stretches of text that are the assistant's; the template may be its source."""
+def render(messages: Any, template: Any, **choice: Any) -> explore.RenderedConversation:
+    """Render messages; the template may be its source."""
     if isinstance(template, str):
         template = explore.prepare_template(tokenizer_for(template))
-    rendered = explore.render_conversation(
-        messages, template, tools=tools, choice=explore.Choice(**choice)
-    )
+    return explore.render_conversation(messages, template, choice=explore.Choice(**choice))
+
+
+def spans(*args: Any, **choice: Any) -> list[str]:
+    """Return the stretches of rendered text that are the assistant's."""
+    rendered = render(*args, **choice)
     return [rendered.text[a:b] for a, b in rendered.spans]
+
+
+def read(messages: Any, **columns: Any) -> explore.Chat:
+    return read_conversation({"messages": messages, **columns}, MESSAGES)
 
 
 def refusal(function: Any, *args: Any, **options: Any) -> str:
@@ -86,24 +87,34 @@ def refusal(function: Any, *args: Any, **options: Any) -> str:
 # Rows to messages ---------------------------------------------------------------------------------
 
 
+AB = [user("a"), says("b")]
+THOUGHT: Any = [{"type": "reasoning", "text": "they "}, {"type": "thinking", "thinking": "greet"}]
+PARTS = [*THOUGHT, {"type": "text", "text": "y"}, {"type": "output_text", "text": "o"}]
+CALL = {"name": "f", "arguments": '{"a": null}'}
+SHOWN = [user("a"), {"role": "tool", "content": [{"type": "image"}]}, says("b")]
+
+
 @pytest.mark.parametrize(
-    "value",
-    [
-        [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
-        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]',
-        {"role": ["user", "assistant"], "content": ["a", "b"]},
-        [
-            {"role": "user", "content": [{"type": "text", "text": "a"}], "name": None},
-            {"role": "assistant", "content": ["b"], "tool_calls": [], "reasoning_content": None},
-        ],
-        np.array([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
-    ],
-)
-def test_both_dialects_and_every_way_of_storing_them_give_the_same_messages(value: Any) -> None:
-    assert read_conversation({"messages": value}, MESSAGES).messages == [user("a"), says("b")]
+    ("value", "expected"),
+    [([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], AB),
+     ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]', AB),
+     ({"role": ["user", "assistant"], "content": ["a", "b"]}, AB),
+     ([{"role": "user", "content": [{"type": "text", "text": "a"}], "name": None},
+       {"role": "assistant", "content": ["b"], "tool_calls": [], "reasoning_content": None}], AB),
+     (np.array(AB), AB),
+     ([{"role": "user", "content": [{"type": "input_text", "text": "h"}, "i"]}, says(PARTS)],
+      [user("hi"), says("yo", reasoning_content="they greet")]),
+     ([user("a"), says(THOUGHT)],
+      [user("a"), {"role": "assistant", "reasoning_content": "they greet"}]),
+     (SHOWN, SHOWN),  # what a tool gives is the template's to write
+     ([user("a"), says("b", function_call=CALL)],  # a call of old is a tool call
+      [user("a"), says("b", tool_calls=[{"type": "function", "function": CALL}])])],
+)  # fmt: skip
+def test_both_dialects_and_every_way_of_storing_them_are_read(value, expected):
+    assert read(value).messages == expected
 
 
-def test_roles_are_known_by_their_usual_names_in_any_case() -> None:
+def test_roles_are_known_by_their_usual_names_in_any_case():
     for role, names in (
         ("user", "user human HUMAN prompter"),
         ("assistant", "assistant Assistant gpt bot model function_call tool_call"),
@@ -111,52 +122,30 @@ def test_roles_are_known_by_their_usual_names_in_any_case() -> None:
         ("system", "system System"),
         ("critic", "critic"),
     ):
-        row = {"messages": [{"from": name, "value": "x"} for name in names.split()]}
-        assert {said["role"] for said in read_conversation(row, MESSAGES).messages} == {role}
-
-
-def test_parts_of_text_are_joined_and_parts_of_reasoning_are_reasoning() -> None:
-    thought = [
-        {"type": "reasoning", "text": "the user "},
-        {"type": "thinking", "thinking": "greets"},
-    ]
-    parts = [*thought, {"type": "text", "text": "y"}, {"type": "output_text", "text": "o"}]
-    asked = user("") | {"content": [{"type": "input_text", "text": "h"}, "i"]}
-    row = {"messages": [asked, says("") | {"content": parts}]}
-    expected = [user("hi"), says("yo", reasoning_content="the user greets")]
-    assert read_conversation(row, MESSAGES).messages == expected
-    thinks = {"messages": [user("hi"), says("") | {"content": thought}]}
-    assert "content" not in read_conversation(thinks, MESSAGES).messages[1]
-    result = [{"type": "image"}]  # what a tool gives is the template's to write
-    row = {"messages": [user("hi"), {"role": "tool", "content": result}, says("yo")]}
-    assert read_conversation(row, MESSAGES).messages[1]["content"] == result
-    twice = {"messages": [user("hi"), says("", reasoning="other") | {"content": parts}]}
-    assert refusal(read_conversation, twice, MESSAGES) == "malformed"
+        said = read([{"from": name, "value": "x"} for name in names.split()]).messages
+        assert {message["role"] for message in said} == {role}
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [
-        (None, "null"),
-        ([], "empty"),
-        (7, "malformed"),
-        ([{"content": "a"}], "malformed"),
-        ([user("a"), {"role": "assistant", "content": None}], "null"),
-        ([user("a"), says(" \n")], "empty"),
-        ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
-        ([user("a") | {"content": [{"image": "x", "text": ""}]}, says("b")], "not_text"),
-        ([user("a"), says("b", tool_calls='[{"function": {')], "malformed"),
-        ([user("a"), says("b", function_call="f")], "malformed"),
-        ([user("a"), says("b", weight="0")], "malformed"),
-        ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
-        ({"role": "user", "content": "hi"}, "malformed"),
-    ],
-)
-def test_a_conversation_that_cannot_be_used_says_why(value: Any, reason: str) -> None:
-    assert refusal(read_conversation, {"messages": value}, MESSAGES) == reason
+    [(None, "null"), ([], "empty"), (7, "malformed"), ([{"content": "a"}], "malformed"),
+     ([user("a"), {"role": "assistant", "content": None}], "null"),
+     ([user("a"), says(" \n")], "empty"),
+     ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
+     ([user("a") | {"content": [{"image": "x", "text": ""}]}, says("b")], "not_text"),
+     ([user("a"), says("b", tool_calls='[{"function": {')], "malformed"),
+     ([user("a"), says("b", function_call="f")], "malformed"),
+     ([user("a"), says("b", weight="0")], "malformed"),
+     ([user("a"), says(PARTS, reasoning="other")], "malformed"),
+     ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
+     ({"role": "user", "content": "hi"}, "malformed")],
+    ids=str,
+)  # fmt: skip
+def test_a_conversation_that_cannot_be_used_says_why(value, reason):
+    assert refusal(read, value) == reason
 
 
-def test_single_turn_columns_make_a_conversation() -> None:
+def test_single_turn_columns_make_a_conversation():
     columns = explore.ConversationColumns(user="q", assistant="a", system="s")
     for values, expected in (
         (("a", "b", "c"), [{"role": "system", "content": "c"}, user("a"), says("b")]),
@@ -168,71 +157,53 @@ def test_single_turn_columns_make_a_conversation() -> None:
         assert refusal(read_conversation, {"q": "a", "a": answer}, columns) == reason
 
 
-def test_tools_come_from_a_list_or_from_json() -> None:
+def test_tools_come_from_a_list_or_from_json():
     tool = {"type": "function", "function": {"name": "f"}}
     text = json.dumps(tool)
     for value in ([tool | {"strict": None}], f"[{text}]", [text]):
-        assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools == [tool]
+        assert read(CHAT, tools=value).tools == [tool]
     for value in (None, "[]", [], "", "None", "{}"):
-        assert read_conversation({"messages": CHAT, "tools": value}, MESSAGES).tools is None
+        assert read(CHAT, tools=value).tools is None
     for value in ([1], text, f"[{text}"):
-        row = {"messages": CHAT, "tools": value}
-        assert refusal(read_conversation, row, MESSAGES) == "malformed"
-
-
-def test_a_function_call_of_old_is_a_tool_call() -> None:
-    call = {"name": "f", "arguments": '{"a": null}'}
-    (_, made) = read_conversation(
-        {"messages": [user("a"), says("b", function_call=call)]}, MESSAGES
-    ).messages
-    assert made == says("b", tool_calls=[{"type": "function", "function": call}])
+        assert refusal(read, CHAT, tools=value) == "malformed"
 
 
 @pytest.mark.parametrize(
-    ("turns", "weights", "expected"),
-    [
-        ("all", (None, None), "".join(BOTH)),
-        ("all", (0, 1), BOTH[1]),
-        ("all", (0.0, None), BOTH[1]),
-        ("last", (None, None), BOTH[1]),
-        ("last", (1, 0), None),
-    ],
-)
+    ("turns", "one", "two", "expected"),
+    [("all", {}, {}, "".join(BOTH)), ("all", {"weight": 0}, {"weight": 1}, BOTH[1]),
+     ("all", {"weight": 0.0}, {}, BOTH[1]), ("last", {}, {}, BOTH[1]),
+     ("last", {"weight": 1}, {"weight": 0}, None)],
+)  # fmt: skip
 @pytest.mark.parametrize("template", [PLAIN, MARKED, GATHERED])
-def test_turns_and_weights_choose_what_is_extracted(
-    template: str, turns: str, weights: tuple[Any, Any], expected: str | None
-) -> None:
-    chat = [dict(message) for message in CHAT]
-    for message, weight in zip(chat[1::2], weights, strict=True):
-        message.update({} if weight is None else {"weight": weight})
+def test_turns_and_weights_choose_what_is_extracted(template, turns, one, two, expected):
+    row = {"messages": [CHAT[0], CHAT[1] | one, CHAT[2], CHAT[3] | two]}
     encoder = encoder_for(template, turns=turns)
     if expected is None:
-        assert refusal(encoder.encode, {"messages": chat}) == "no_tokens"
+        assert refusal(encoder.encode, row) == "no_tokens"
     else:
-        assert taken(encoder.encode({"messages": chat}), encoder.tokenizer) == expected
+        assert taken(encoder.encode(row), encoder.tokenizer) == expected
 
 
 @pytest.mark.parametrize("given", [{"effort": "low"}, '{"effort": "low"}', None])
-def test_arguments_of_the_template_come_from_the_option_and_the_row(given: Any) -> None:
+def test_arguments_of_the_template_come_from_the_option_and_the_row(given):
     template = "Effort {{ effort | default('none') }}, {{ depth }}. " + PLAIN
     encoder = encoder_for(template, template_kwargs={"effort": "high", "depth": 3})
     encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": given})
     assert encoded.text.startswith(f"Effort {'low' if given else 'high'}, 3. ")
     assert encoder.settings()["template_kwargs"] == {"effort": "high", "depth": 3}
-    again = explore.ConversationEncoder.of(encoder.settings(), encoder.tokenizer, template)
-    assert again == encoder
+    assert encoder == encoder.of(encoder.settings(), encoder.tokenizer, template)
     for wrong in ("low", [1], {"messages": []}):
         row = {"messages": CHAT, "chat_template_kwargs": wrong}
         assert refusal(encoder.encode, row) == "malformed"
 
 
-def test_plain_text_is_extracted_from_the_second_token_on() -> None:
+def test_plain_text_is_extracted_from_the_second_token_on():
     tokenizer = tokenizer_for(PLAIN)
     encoder = explore.ConversationEncoder(tokenizer, "", explore.ConversationColumns(text="text"))
     encoded = encoder.encode({"text": "Birch bark. <|end|> dune"})
     assert encoded.input_ids.tolist() == tokenizer("Birch bark. <|end|> dune")["input_ids"]
     assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
-    assert explore.ConversationEncoder.of(encoder.settings(), tokenizer, "") == encoder
+    assert encoder == encoder.of(encoder.settings(), tokenizer, "")
     for value, reason in ((None, "null"), (" ", "empty"), ([1], "malformed"), ("B", "no_tokens")):
         assert refusal(encoder.encode, {"text": value}) == reason
 
@@ -247,22 +218,19 @@ AHEAD = (  # writes a tool's message at the one before it
     ) + PROMPT
 )  # fmt: skip
 COPIES = (  # joins what one role says in two messages, so that later messages are others
-    "{% set ns = namespace(all=[]) %}"
-    + each(
+    "{% set ns = namespace(all=[]) %}" + each(
         "{% if ns.all and ns.all[-1].role == m.role %}{% set ns.all = ns.all[:-1] + [{'role': "
         "m.role, 'content': ns.all[-1].content + '\n' + m.content}] %}"
         "{% else %}{% set ns.all = ns.all + [m] %}{% endif %}"
-    )
-    + each(HEAD + SAID, "ns.all")
-    + PROMPT
-)
+    ) + each(HEAD + SAID, "ns.all") + PROMPT
+)  # fmt: skip
 MARKED_TURN = HEAD + branch("{{ m.content }}<|end|>".join(MARKS) + "\n", SAID)
 MACRO = "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}" + each("{{ turn(m) }}")
 BLOCK = each("{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}")
 TOOL = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
 LAST = [dict(message, trained=n == 3) for n, message in enumerate(CHAT)]
 # template, way by which turns are found, spans of CHAT or of another conversation
-TURNS: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
+TURNS: dict[str, Any] = {
     "plain": (PLAIN, "loop", BOTH, CHAT),
     "marked": (MARKED, "generation", BOTH, CHAT),
     "gathered": (GATHERED, "replacing", BOTH, CHAT),
@@ -311,7 +279,7 @@ TURNS: dict[str, tuple[str, str, list[str], list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("name", TURNS)
-def test_turns_are_found_whatever_the_template_does(name: str) -> None:
+def test_turns_are_found_whatever_the_template_does(name):
     template, way, expected, chat = TURNS[name]
     assert spans(chat, template) == expected
     encoded = encode_conversation(chat, tokenizer_for(template))
@@ -320,7 +288,7 @@ def test_turns_are_found_whatever_the_template_does(name: str) -> None:
     assert encoded.end_of_turn == (None if name == "no end" else re.search("<.*$", expected[0])[0])
 
 
-def test_marks_inside_a_block_never_change_what_is_written() -> None:
+def test_marks_inside_a_block_never_change_what_is_written():
     counted = tokenizer_for(BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"))
     turns = [f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in CHAT]
     turns[::2] = [f"{turn}\n" for turn in turns[::2]]
@@ -328,11 +296,11 @@ def test_marks_inside_a_block_never_change_what_is_written() -> None:
     assert text == "".join(f"{turn}{len(turn)}" for turn in turns)
 
 
-def test_messages_that_the_template_joins_are_told_apart() -> None:
+def test_messages_that_the_template_joins_are_told_apart():
     assert spans([*CHAT, says("Elm.")], COPIES) == [BOTH[0], "Dune.", "Elm.<|end|>"]
 
 
-def test_what_the_template_adds_comes_when_it_is_asked_for() -> None:
+def test_what_the_template_adds_comes_when_it_is_asked_for():
     for template in (PLAIN, MARKED, GATHERED):
         assert spans(CHAT, template, include_end=True) == [f"{said}\n" for said in BOTH]
         encoded = encode_conversation(CHAT, tokenizer_for(template), include_end=True)
@@ -342,12 +310,13 @@ def test_what_the_template_adds_comes_when_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("template", [MACRO, BLOCK])
-def test_markers_choose_among_turns_inside_macros_and_blocks(template: str) -> None:
-    chosen = template.replace("m.role == 'assistant'", "m.role == 'assistant' and m.trained")
-    assert spans(LAST, chosen)[-1] == BOTH[1]
+def test_markers_choose_among_turns_inside_macros_and_blocks(template):
+    turn = "m.role == 'assistant'"
+    assert spans(CHAT, template.replace(turn, f"{turn} and m.content != 'Birch bark.'")) == BOTH[1:]
+    assert spans(LAST, template.replace(turn, f"{turn} and m.trained"))[-1] == BOTH[1]
 
 
-def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
+def test_an_end_of_turn_that_is_plain_text_is_found_too():
     template = each("### {{ m.role }}\n{{ m.content }}\n### End{{ '\n' }}")
     template += "{% if add_generation_prompt %}### assistant\n{% endif %}"
     for blanks in ([], ["\n", "\n\n", "  "]):  # Gemma adds line breaks, which end no turn
@@ -357,7 +326,7 @@ def test_an_end_of_turn_that_is_plain_text_is_found_too() -> None:
         assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
 
 
-def test_a_given_date_is_what_the_template_prints() -> None:
+def test_a_given_date_is_what_the_template_prints():
     tokenizer = tokenizer_for("{{ strftime_now('%d %b %Y, %H:%M') }}" + PLAIN)
     encoded = encode_conversation(CHAT, tokenizer, date="2024-07-26")
     assert encoded.text.startswith("26 Jul 2024, 00:00<|")
@@ -365,16 +334,14 @@ def test_a_given_date_is_what_the_template_prints() -> None:
     assert not encode_conversation(CHAT, tokenizer).text.startswith("02 Jan 2025")
 
 
-def test_the_first_token_is_never_extracted() -> None:
+def test_the_first_token_is_never_extracted():
     template = each("{{ m.content }}<|end|>".join(MARKS))
     encoded = encode_conversation([says("Birch bark.")], tokenizer_for(template))
     assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
 
 
-def test_arguments_as_an_object_or_as_text_render_alike() -> None:
-    listed = (
-        "{% for call in m.tool_calls %}{{ call.function.arguments | items | list }}{% endfor %}"
-    )
+def test_arguments_as_an_object_or_as_text_render_alike():
+    listed = "{% for c in m.tool_calls %}{{ c.function.arguments | items | list }}{% endfor %}"
     tokenizer = tokenizer_for(each(HEAD + "{{ m.content }}" + listed + "<|end|>\n") + PROMPT)
     for arguments in ({"town": "Lima"}, '{"town": "Lima"}'):
         call = {"function": {"name": "f", "arguments": arguments}}
@@ -391,7 +358,7 @@ TEXT = st.lists(
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), TEXT), min_size=1, max_size=6))
-def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str, str]]) -> None:
+def test_any_content_gives_exactly_what_the_template_says(turns):
     """The template is simple enough to be written again in Python, spans and all."""
     if not any(role == "assistant" for role, _ in turns):
         return
@@ -401,13 +368,9 @@ def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str,
         if role == "assistant":
             wanted.append((len(text), len(text) + len(content) + len("<|end|>")))
         text += f"{content}<|end|>\n"
-    messages = [{"role": role, "content": content} for role, content in turns]
     for template in (PLAIN, MARKED):
-        rendered = explore.render_conversation(
-            messages, explore.prepare_template(tokenizer_for(template))
-        )
-        assert rendered.text == text
-        assert rendered.spans == wanted
+        rendered = render([{"role": role, "content": said} for role, said in turns], template)
+        assert (rendered.text, rendered.spans) == (text, wanted)
 
 
 # Tokens -------------------------------------------------------------------------------------------
@@ -415,27 +378,22 @@ def test_any_content_gives_exactly_what_the_template_says(turns: list[tuple[str,
 
 @pytest.mark.parametrize(
     ("borders", "span", "expected"),
-    [
-        ("02 24 46 46 69 9b", (5, 6), [2, 3]),  # a token across a border is the assistant's
-        ("02 24 46 46 69 9b", (3, 7), [1, 2, 3, 4]),
-        ("02 24 46 46 69 9b", (9, 10), [5]),
-        ("03 33 35 55 77", (3, 7), [1, 2, 3]),  # one without characters, inside of a span only
-        ("03 33 35 55 77", (0, 3), []),
-        ("03 33 35 55 77", (5, 6), [3]),
-    ],
-)
-def test_a_token_is_the_assistants_where_one_of_its_characters_is(
-    borders: str, span: tuple[int, int], expected: list[int]
-) -> None:
+    [("02 24 46 46 69 9b", (5, 6), [2, 3]),  # a token across a border is the assistant's
+     ("02 24 46 46 69 9b", (3, 7), [1, 2, 3, 4]),
+     ("02 24 46 46 69 9b", (9, 10), [5]),
+     ("03 33 35 55 77", (3, 7), [1, 2, 3]),  # one without characters, inside of a span only
+     ("03 33 35 55 77", (0, 3), []),
+     ("03 33 35 55 77", (5, 6), [3])],
+)  # fmt: skip
+def test_a_token_is_the_assistants_where_one_of_its_characters_is(borders, span, expected):
     starts, ends = np.array([[int(end, 16) for end in pair] for pair in borders.split()]).T
     assert explore.token_positions_of([span], starts, ends).tolist() == expected
 
 
-def byte_fallback_tokenizer() -> Any:
-    """Return a tokenizer like Llama 2's: blanks as ▁, bytes for characters it does not know."""
-    known = "▁abcdefghijklmnopqrstuvwxyzBD.?"
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *known]
-    ids = {piece: n for n, piece in enumerate(pieces)}
+def test_all_bytes_of_a_character_are_extracted():
+    """By a tokenizer like Llama 2's: blanks as ▁, bytes for characters it does not know."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    ids = {piece: n for n, piece in enumerate([*pieces, *"▁abcdefghijklmnopqrstuvwxyzBD.?"])}
     inner = Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True))
     marks = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
     inner.normalizer = normalizers.Sequence(list(marks))
@@ -444,40 +402,31 @@ def byte_fallback_tokenizer() -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
     tokenizer.chat_template = PLAIN
-    return tokenizer
+    for said in ("a 樺 b 👩‍🚀", " é"):
+        encoded = encode_conversation([user("樺?"), says(said)], tokenizer)
+        found = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.token_positions].tolist())
+        data = [bytes.fromhex(p[3:5]) if p.startswith("<0x") else p.encode() for p in found]
+        assert b"".join(data).decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
 
 
-@pytest.mark.parametrize("said", ["a 樺 b 👩‍🚀", " é"])
-def test_all_bytes_of_a_character_are_extracted(said: str) -> None:
-    tokenizer = byte_fallback_tokenizer()
-    encoded = encode_conversation([user("樺?"), says(said)], tokenizer)
-    pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.token_positions].tolist())
-    data = [bytes.fromhex(p[3:5]) if p.startswith("<0x") else p.encode() for p in pieces]
-    assert b"".join(data).decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
-
-
-def slow_tokenizer() -> Any:
-    """Return a tokenizer that knows no offsets: those of the fast one must not be asked for."""
-    tokenizer = copy.deepcopy(tokenizer_for(PLAIN))
-    tokenizer.__class__ = type("SlowTokenizer", (type(tokenizer),), {"is_fast": False})
-    return tokenizer
-
-
-def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused() -> None:
-    tokenizer, fast = slow_tokenizer(), tokenizer_for(PLAIN)
+def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused():
+    """It knows no offsets: those of the fast one must not be asked for."""
+    fast = tokenizer_for(PLAIN)
+    slow = copy.deepcopy(fast)
+    slow.__class__ = type("SlowTokenizer", (type(fast),), {"is_fast": False})
     for said in ("樺 👩‍🚀 é e\u0301 بِرْش", "  two  \n\n blanks ", "It is \ufffd, see \ufffd\ufffd."):
         chat = [user("amber 🌲?"), says(said)]
-        one, two = (encode_conversation(chat, each) for each in (fast, tokenizer))
+        one, two = (encode_conversation(chat, each) for each in (fast, slow))
         assert one.input_ids.tolist() == two.input_ids.tolist()
         assert one.token_positions.tolist() == two.token_positions.tolist()
-    tokenizer.decode = lambda ids, **_: "x" * len(ids)
-    assert refusal(encode_conversation, CHAT, tokenizer) == "unaligned"
+    slow.decode = lambda ids, **_: "x" * len(ids)
+    assert refusal(encode_conversation, CHAT, slow) == "unaligned"
 
 
 # Errors -------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_without_an_assistant_names_the_roles() -> None:
+def test_a_conversation_without_an_assistant_names_the_roles():
     with pytest.raises(explore.ConversationError, match="roles critic, user") as refused:
         encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
     assert refused.value.reason == "no_assistant"
@@ -485,7 +434,7 @@ def test_a_conversation_without_an_assistant_names_the_roles() -> None:
     assert refusal(encode_conversation, half, tokenizer_for(PLAIN)) == "malformed"
 
 
-def test_of_named_templates_the_one_that_transformers_takes_is_taken() -> None:
+def test_of_named_templates_the_one_that_transformers_takes_is_taken():
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     with_tools = "  {% if tools %}\nTools: {{ tools | tojson }}\n{% endif %}\n" + MARKED + "\n"
     tokenizer.chat_template = {"default": PLAIN, "tool_use": with_tools}
@@ -500,18 +449,15 @@ def test_of_named_templates_the_one_that_transformers_takes_is_taken() -> None:
         load_chat_template(None, tokenizer)
 
 
-def test_a_refusal_of_the_template_is_quoted_and_survives_the_way_out_of_a_process() -> None:
-    template = PLAIN + "{% if messages|length > 2 %}{{ raise_exception('\x1b[2Jno') }}{% endif %}"
-    with pytest.raises(explore.ConversationError, match=r"␛\[2Jno") as refused:
-        encode_conversation(CHAT, tokenizer_for(template))
-    error = pickle.loads(pickle.dumps(refused.value))
-    assert (error.reason, str(error)) == ("refused_by_template", str(refused.value))
-
-
-@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ 1 / 0 }}"])
-def test_a_template_that_shows_no_assistant_is_refused_for_all(template: str) -> None:
-    with pytest.raises(TemplateError, match="--chat-template"):
-        encode_conversation(CHAT, tokenizer_for(PLAIN), chat_template=template)
+def test_a_refusal_of_the_template_is_quoted_and_survives_the_way_out_of_a_process():
+    for most, work, said in (
+        (2, "{{ raise_exception('\x1b[2Jno') }}", r"␛\[2Jno"), (3, LOOPS, "sandbox"),
+    ):  # fmt: skip
+        template = PLAIN + f"{{% if messages|length > {most} %}}{work}{{% endif %}}"
+        with pytest.raises(explore.ConversationError, match=said) as refused:
+            encode_conversation(CHAT, tokenizer_for(template))
+        error = pickle.loads(pickle.dumps(refused.value))
+        assert (error.reason, str(error)) == ("refused_by_template", str(refused.value))
 
 
 def copy_teacher(folder: Path, **config: Any) -> Path:
@@ -523,7 +469,7 @@ def copy_teacher(folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Path) -> None:
+def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path):
     assert load_chat_template(None, tokenizer_for(PLAIN)) == PLAIN
     folder = copy_teacher(tmp_path / "teacher")
     with pytest.raises(TemplateError, match=r"no chat template.*--chat-template"):
@@ -538,14 +484,24 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path: Path
     named = [{"name": "default", "template": MARKED}]
     (tmp_path / "named.json").write_text(json.dumps({"chat_template": named}))
     assert load_chat_template(str(tmp_path / "named.json"), tokenizer_for(PLAIN)) == MARKED
-    for name, text in (("none", None), ("cut", '{"chat_tem'), ("other", '{"template": "x"}')):
+
+
+def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path):
+    deep, remedy = 3000, ".*--chat-template"
+    for name, text, said in (
+        ("none.json", None, ""), ("cut.json", '{"chat_tem', ""),
+        ("other.json", '{"template": "x"}', ""), ("for.jinja", "{% for %}" + PLAIN, remedy),
+        ("if.jinja", "{% if a %}" * deep + "{% endif %}" * deep + PLAIN, remedy),
+        ("deep.jinja", "{{ " + "(" * deep + "1" + ")" * deep + " }}" + PLAIN, remedy),
+    ):  # fmt: skip
         if text is not None:
-            (tmp_path / f"{name}.json").write_text(text)
-        with pytest.raises(TemplateError, match=rf"{name}\.json"):
-            load_chat_template(str(tmp_path / f"{name}.json"), tokenizer_for(PLAIN))
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(TemplateError, match=re.escape(name) + said) as refused:
+            load_chat_template(str(tmp_path / name), tokenizer_for(PLAIN))
+        assert "\n" not in str(refused.value)
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_used_is_named_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(explore.LogitsError, match="nowhere"):
         explore.load_tokenizer(str(tmp_path / "nowhere"))
     auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
@@ -566,12 +522,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_with_the_remedy(tmp_path: Pa
         if importlib.util.find_spec(package.replace("-", "_")) is None:
             with pytest.raises(explore.LogitsError, match=f"pip install {package}$"):
                 explore.load_tokenizer(str(folder))
-
-
-def test_a_tokenizer_without_offsets_or_template_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    theirs = type("MistralCommonBackend", (), {})
+    theirs = type("MistralCommonBackend", (), {})  # it knows no offsets and no template
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: theirs())
     with pytest.raises(explore.LogitsError, match=r"use a copy that holds tokenizer\.json"):
         explore.load_tokenizer(str(TEACHER))
@@ -580,7 +531,7 @@ def test_a_tokenizer_without_offsets_or_template_is_refused_by_name(
 # Together -----------------------------------------------------------------------------------------
 
 
-def test_the_preview_marks_the_extracted_tokens_and_nothing_in_it_acts() -> None:
+def test_the_preview_marks_the_extracted_tokens_and_nothing_in_it_acts():
     tokenizer = tokenizer_for(PLAIN)
     chat = [user("amber\x1b[2J?" + "amber " * 5000), says("Birch\nbark.")]
     encoded = encode_conversation(chat, tokenizer)
@@ -590,9 +541,7 @@ def test_the_preview_marks_the_extracted_tokens_and_nothing_in_it_acts() -> None
     assert "\x1b" not in shown
 
 
-def test_what_is_far_too_long_is_refused_by_its_first_piece(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_far_too_long_is_refused_by_its_first_piece(monkeypatch):
     """100,000 messages; no turn is looked for, no second token counted."""
     chat, tokenizer = CHAT[:2] * 50_000, tokenizer_for(PLAIN)
     short = encode_conversation(chat[:20], tokenizer).input_ids.tolist()
@@ -602,7 +551,7 @@ def test_what_is_far_too_long_is_refused_by_its_first_piece(
     assert refusal(encode_conversation, chat, tokenizer, max_tokens=1024) == "too_long"
 
 
-def test_the_work_is_in_proportion_to_the_messages() -> None:
+def test_the_work_is_in_proportion_to_the_messages():
     """Counted in calls, which no busy machine changes: 8 times the turns, 10 times the calls."""
     calls = []
     for turns in (100, 800):
@@ -620,67 +569,38 @@ def repeat(work: str, times: int = 99999) -> str:
 
 NESTED = "{% set ns = namespace(t=['a']) %}" + repeat("{% set ns.t = [ns.t, ns.t] %}", 40)
 DOUBLED = "{% set ns = namespace(t='ab') %}" + repeat("{% set ns.t = ns.t OP ns.t %}", 60)
+LOOPS = repeat(repeat(""))
 # one for each way through the sandbox: operators, filters, methods, what is written by itself
-HOSTILE = {
-    "loops": repeat(repeat("")),
-    "loops in a macro": "{% macro f() %}" + repeat(repeat("")) + "{% endmacro %}{{ f() }}",
-    "width": "{{ '%1000000000d' % 1 }}",
-    "width given": "{{ '%*d' % (1000000000, 1) }}",
-    "format": "{{ '{:>9999999999}'.format(1) }}",
-    "format filter": "{{ '%1000000000d' | format(1) }}",
-    "center": "{{ 'a' | center(1000000000) }}",
-    "map of a filter": "{{ ['a'] | map('center', 1000000000) | list }}",
-    "product": "{{ 'a' * 10 ** 11 }}",
-    "power": "{{ 10 ** (10 ** 10) }}",
-    "doubling": DOUBLED.replace("OP", "+"),
-    "doubling by ~": DOUBLED.replace("OP", "~"),
-    "join": "{{ (['a' * 9999] * 9999) | join }}",
-    "replace by a method": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
-    "indented JSON": "{{ {'a': 1} | tojson(indent=1000000000) }}",
-    "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
-    "sum": "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}",
-    "escape": "{{ ''.__class__.__mro__ }}",
-    **{f"nested: {way}": NESTED + "{{ " + way + " }}"
-       for way in ("ns.t", "{'a': ns.t}", "ns.t | upper", "ns.t ~ ''", "'%s' % ns.t")},
-}  # fmt: skip
+HOSTILE = [
+    LOOPS, "{% macro f() %}" + LOOPS + "{% endmacro %}{{ f() }}",
+    "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (1000000000, 1) }}", "{{ '{:>9999999999}'.format(1) }}",
+    "{{ '%1000000000d' | format(1) }}", "{{ 'a' | center(1000000000) }}",
+    "{{ ['a'] | map('center', 1000000000) | list }}", "{{ 'a' * 10 ** 11 }}",
+    "{{ 10 ** (10 ** 10) }}", DOUBLED.replace("OP", "+"), DOUBLED.replace("OP", "~"),
+    "{{ (['a' * 9999] * 9999) | join }}", "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "{{ {'a': 1} | tojson(indent=1000000000) }}", "{{ (1).to_bytes(1000000000, 'big') }}",
+    "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}", "{{ ''.__class__.__mro__ }}",
+    *(NESTED + "{{ " + way + " }}"
+      for way in ("ns.t", "{'a': ns.t}", "ns.t | upper", "ns.t ~ ''", "'%s' % ns.t")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_the_sandbox_bounds_what_a_template_does(name: str) -> None:
-    with pytest.raises(TemplateError, match=r"cannot be used \(the sandbox") as refused:
-        explore.prepare_template(tokenizer_for(PLAIN), HOSTILE[name] + PLAIN)
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [*((work + PLAIN, r"cannot be used \(the sandbox") for work in HOSTILE),
+     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN, "recursion"),
+     ("{{ messages[0].content }}", "--chat-template"), ("{{ 1 / 0 }}", "--chat-template")],
+)  # fmt: skip
+def test_a_template_that_does_too_much_or_shows_no_assistant_is_refused_for_all(template, said):
+    with pytest.raises(TemplateError, match=said) as refused:
+        encode_conversation(CHAT, tokenizer_for(PLAIN), chat_template=template)
     assert "\n" not in str(refused.value)
 
 
-def test_a_row_that_the_sandbox_bounds_is_skipped() -> None:
-    hidden = PLAIN + "{% if messages|length > 3 %}" + HOSTILE["loops"] + "{% endif %}"
-    tokenizer = tokenizer_for(hidden)
-    assert refusal(encode_conversation, [*CHAT, *CHAT], tokenizer) == "refused_by_template"
-
-
-def test_widths_and_numbers_that_people_write_are_not_refused() -> None:
+def test_widths_and_numbers_that_people_write_are_not_refused():
     template = (
         "{{ '%5d|%s' % (1700000000, 'x') }}{{ '{:>8} {}'.format(3, 1700000000) }}"
         "{{ '-' * 80 }}{{ 'a' | center(40) }}{{ 2 ** 20 }}{{ 1700000000 * 1000 + 1 }}"
         "{{ {'most': 1700000000} | tojson(indent=4) }}{{ [1700000000, 2] | join(', ') }}" + PLAIN
     )
     assert spans(CHAT, template) == BOTH
-
-
-def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(tmp_path: Path) -> None:
-    path, deep = tmp_path / "t.jinja", 3000
-    for template in (
-        "{% for %}",
-        "{% if a %}" * deep + "{% endif %}" * deep,
-        "{{ " + "(" * deep + "1" + ")" * deep + " }}",
-    ):
-        path.write_text(template + PLAIN, encoding="utf-8")
-        with pytest.raises(TemplateError, match=r"t\.jinja.*--chat-template") as refused:
-            load_chat_template(str(path), tokenizer_for(PLAIN))
-        assert "\n" not in str(refused.value)
-
-
-def test_a_macro_that_calls_itself_is_refused() -> None:
-    endless = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN
-    with pytest.raises(TemplateError, match="recursion"):
-        explore.prepare_template(tokenizer_for(PLAIN), endless)

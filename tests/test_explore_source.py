@@ -1,8 +1,5 @@
 """Opening chat datasets: every kind of file, columns, ids, and errors that name the remedy."""
 
-from __future__ import annotations
-
-import csv
 import gzip
 import io
 import json
@@ -28,25 +25,25 @@ PLAIN_ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(5)]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path, monkeypatch):
     """Keep what `datasets` caches inside the test's folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """Write a file of the kind that its name ends in; in lines, a str goes in as it is."""
+    """Write a file of the kind that its name ends in."""
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        text = json.dumps(rows) if path.suffix == ".json" else "\n".join([*lines, ""])
-        data = text.encode()
-        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        return path
+    if path.suffix == ".saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+        return path
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".csv":
+        text = "".join(",".join(cells) + "\r\n" for cells in (rows[0], *map(dict.values, rows)))
+    elif path.suffix == ".json":
+        text = json.dumps(rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
 
@@ -54,8 +51,8 @@ STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "st
 
 
 @STREAMED
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
-def test_every_kind_of_file_gives_its_rows(kind: str, streaming: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet", "saved"])
+def test_every_kind_of_file_gives_its_rows(kind, streaming, tmp_path):
     path = write_rows(tmp_path / f"rows.{kind}", PLAIN_ROWS)
     if path.suffix in (".jsonl", ".json", ".csv"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # no part of the data
@@ -70,7 +67,7 @@ def test_every_kind_of_file_gives_its_rows(kind: str, streaming: bool, tmp_path:
 
 
 @STREAMED
-def test_cells_of_csv_files_are_as_they_are_written(streaming: bool, tmp_path: Path) -> None:
+def test_cells_of_csv_files_are_as_they_are_written(streaming, tmp_path):
     (tmp_path / "a.csv").write_text('id,question,answer\n10,007,1.50\n-2,"a\n""b""",NA\n\n')
     (tmp_path / "b.csv").write_text(f"id,question,answer\n3,1e5,\n4,True,{'z' * 200_000}\n5,None\n")
     source = open_source(str(tmp_path), streaming=streaming, integers=("id", None))
@@ -80,15 +77,8 @@ def test_cells_of_csv_files_are_as_they_are_written(streaming: bool, tmp_path: P
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "text"), [("e.json", "[]"), ("e.jsonl", ""), ("h.csv", "a,b\n")])
-def test_a_source_without_rows_is_said_to_have_none(name: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(SourceError, match="has no rows"):
-        open_source(str(tmp_path / name))
-
-
 @STREAMED
-def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> None:
+def test_a_folder_of_files_is_one_dataset(streaming, tmp_path):
     write_rows(tmp_path / "train-00000.parquet", PLAIN_ROWS[:2])
     write_rows(tmp_path / "train-00001.parquet", PLAIN_ROWS[2:])
     write_rows(tmp_path / "test-00000.parquet", PLAIN_ROWS[:1])
@@ -99,9 +89,7 @@ def test_a_folder_of_files_is_one_dataset(streaming: bool, tmp_path: Path) -> No
     assert list(open_source(str(tmp_path), split="test", streaming=streaming)) == PLAIN_ROWS[:1]
 
 
-def test_files_of_another_kind_are_not_left_out_in_silence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_another_kind_are_not_left_out_in_silence(tmp_path, caplog):
     """But a .json file may be about the others."""
     (folder := tmp_path / "chats").mkdir()
     write_rows(folder / "a.csv", PLAIN_ROWS)
@@ -113,21 +101,17 @@ def test_files_of_another_kind_are_not_left_out_in_silence(
 
 
 @STREAMED
-def test_what_save_to_disk_wrote_opens(streaming: bool, tmp_path: Path) -> None:
-    saved = datasets.Dataset.from_list(PLAIN_ROWS)
-    saved.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": saved, "dev": saved}).save_to_disk(tmp_path / "two")
-    assert list(open_source(str(tmp_path / "one"), streaming=streaming)) == PLAIN_ROWS
-    assert list(open_source(str(tmp_path / "two"), split="dev", streaming=streaming)) == PLAIN_ROWS
+def test_splits_that_save_to_disk_wrote_open(streaming, tmp_path):
+    splits = {"train": PLAIN_ROWS[:1], "dev": PLAIN_ROWS}
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path)
+    for name, rows in splits.items():
+        assert list(open_source(str(tmp_path), split=name, streaming=streaming)) == rows
 
 
-@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet", "saved"])
-def test_a_split_may_be_sliced_where_the_source_is_a_table(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / kind
-    if kind == "saved":
-        datasets.Dataset.from_list(PLAIN_ROWS).save_to_disk(path)
-    else:
-        write_rows(path, PLAIN_ROWS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_a_split_may_be_sliced_where_the_source_is_a_table(kind, tmp_path):
+    path = write_rows(tmp_path / f"rows.{kind}", PLAIN_ROWS)
     found = list(open_source(str(path), split="train[3:]+train[:1]"))
     assert found == [*PLAIN_ROWS[3:], PLAIN_ROWS[0]]
     with pytest.raises(SourceError, match=r"no split .*; it has train"):
@@ -145,7 +129,7 @@ LINE = json.dumps(PLAIN_ROWS[0]).encode() + b"\n"
 WHOLE = table("word " * 50)
 RANDOM = b"".join(b'{"x": %d}\n' % (n * 7919 % 99991) for n in range(4000))
 # files of a source, what is said of it
-DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
+DAMAGED = {
     "cut": ({"r.jsonl.gz": gzip.compress(RANDOM)[:9000]}, r"r\.jsonl\.gz', line \d+: .*damaged"),
     "no gzip": ({"r.jsonl.gz": LINE}, r"r\.jsonl\.gz', line 1: .*damaged"),
     "no object": ({"r.jsonl": LINE + b"\n\n" + b"[1, 2]\n" + LINE}, "line 4: .*not an object"),
@@ -171,14 +155,15 @@ DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
     "bad line in a folder": ({"r/a.jsonl": LINE, "r/b.jsonl": LINE + b"?"}, r"b\.jsonl', line 2:"),
     "another kind": ({"r.txt": LINE}, "unknown kind of file"),
     "no Parquet": ({"r.parquet": b"x"}, "cannot be"),
+    "no rows of JSON": ({"e.json": b"[]"}, "has no rows"),
+    "no lines": ({"e.jsonl": b""}, "has no rows"),
+    "a header alone": ({"h.csv": b"a,b\n"}, "has no rows"),
 }  # fmt: skip
 
 
 @STREAMED
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_is_damaged_is_named_with_file_and_place(
-    name: str, streaming: bool, tmp_path: Path
-) -> None:
+def test_what_is_damaged_is_named_with_file_and_place(name, streaming, tmp_path):
     files, message = DAMAGED[name]
     for file, data in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -188,9 +173,7 @@ def test_what_is_damaged_is_named_with_file_and_place(
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_there_or_needs_more_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_there_or_needs_more_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "r.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
@@ -216,20 +199,15 @@ WITH_CALLS = [
 
 @STREAMED
 @pytest.mark.parametrize("kind", ["texts", "lines", "Json", "structs"])
-def test_nulls_of_the_data_stay_and_those_of_arrow_go(
-    kind: str, streaming: bool, tmp_path: Path
-) -> None:
+def test_nulls_of_the_data_stay_and_those_of_arrow_go(kind, streaming, tmp_path):
     """In a struct nobody can tell them apart: Arrow's are many, the data's few."""
-    texts = [{name: json.dumps(value) for name, value in row.items()} for row in WITH_CALLS]
-    path = {
-        "texts": lambda: write_rows(tmp_path / "r.parquet", texts),
-        "lines": lambda: write_rows(tmp_path / "r.jsonl", WITH_CALLS),
-        "structs": lambda: write_rows(tmp_path / "r.parquet", WITH_CALLS),
-        "Json": lambda: tmp_path / "r.parquet",
-    }[kind]()
+    path = tmp_path / ("r.jsonl" if kind == "lines" else "r.parquet")
     if kind == "Json":
         kinds = datasets.Features(dict.fromkeys(WITH_CALLS[0], datasets.List(datasets.Json())))
         datasets.Dataset.from_list(WITH_CALLS, features=kinds).to_parquet(path)
+    else:
+        texts = [{name: json.dumps(value) for name, value in row.items()} for row in WITH_CALLS]
+        write_rows(path, texts if kind == "texts" else WITH_CALLS)
     source = open_source(str(path), streaming=streaming)
     features = explore.ConversationEncoder(None, "", MESSAGES).for_source(source).features
     read = [read_conversation(row, MESSAGES, features) for row in source]
@@ -245,24 +223,20 @@ def test_nulls_of_the_data_stay_and_those_of_arrow_go(
 
 @pytest.mark.parametrize(
     "row",
-    [
-        {"prompt": "q", "completion": "a"},
-        {"prompt": "q", "response": "a"},
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
-        {"prompt": QUESTION, "completion": ANSWER},
-        {"prompt": "q", "completion": ANSWER},
-        {"prompt": "q", "chosen": QUESTION + ANSWER, "rejected": QUESTION},
-        {"instruction": "q", "input": " ", "output": "a"},
-    ],
-)
-def test_a_question_and_its_answer_come_in_many_shapes(row: dict[str, Any]) -> None:
+    [{"prompt": "q", "completion": "a"}, {"prompt": "q", "response": "a"},
+     {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": QUESTION, "completion": ANSWER},
+     {"prompt": "q", "completion": ANSWER}, {"instruction": "q", "input": " ", "output": "a"},
+     {"prompt": "q", "chosen": QUESTION + ANSWER, "rejected": QUESTION}],
+    ids=str,
+)  # fmt: skip
+def test_a_question_and_its_answer_come_in_many_shapes(row):
     columns = explore.resolve_columns(row)
     assert read_conversation(row, columns).messages == QUESTION + ANSWER
     assert ConversationColumns.of(columns.settings()) == columns
 
 
 @pytest.mark.parametrize("names", ["input output", "context response"])
-def test_what_an_instruction_is_about_is_part_of_the_question(names: str) -> None:
+def test_what_an_instruction_is_about_is_part_of_the_question(names):
     """Alpaca's names, and Dolly's."""
     context, answer = names.split()
     row = {"instruction": "Add.", context: "1, 2", answer: "3"}
@@ -271,7 +245,7 @@ def test_what_an_instruction_is_about_is_part_of_the_question(names: str) -> Non
         assert [message["content"] for message in said] == ["Add.\n\n1, 2", "3"]
 
 
-def test_a_system_column_comes_before_messages_too() -> None:
+def test_a_system_column_comes_before_messages_too():
     talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
     columns = explore.resolve_columns(["system", "conversations"], system_col="system")
     for said, roles in (("be brief", ["system"]), (None, [])):
@@ -282,20 +256,18 @@ def test_a_system_column_comes_before_messages_too() -> None:
         read_conversation(twice, columns)
 
 
-def test_a_column_may_become_another_kind_after_the_first_rows(tmp_path: Path) -> None:
+def test_a_column_may_become_another_kind_after_the_first_rows(tmp_path):
     """As numbers do that were whole by chance, and columns that come late."""
-    rows: list[dict[str, Any]] = [{"score": 1, "note": "x"} for _ in range(3)]
+    rows: list[Any] = [{"score": 1, "note": "x"} for _ in range(3)]
     rows += [{"score": 1.5, "note": None, "late": [{"a": None}]}, {"score": None, "note": 3}]
-    found = [dict(row) for row in open_source(str(write_rows(tmp_path / "r.jsonl", rows)))]
-    assert [row["score"] for row in found] == [1, 1, 1, 1.5, None]
-    assert [row["note"] for row in found] == ["x", "x", "x", None, 3]
+    found = list(open_source(str(write_rows(tmp_path / "r.jsonl", rows))))
+    for name in ("score", "note"):
+        assert [row[name] for row in found] == [row[name] for row in rows]
     assert found[3]["late"] == [{"a": None}]
 
 
 @STREAMED
-def test_rows_that_differ_in_type_give_the_same_conversations(
-    streaming: bool, tmp_path: Path
-) -> None:
+def test_rows_that_differ_in_type_give_the_same_conversations(streaming, tmp_path):
     given = [{"function": {"name": "f", "arguments": each}} for each in ({"x": 1}, "{}")]
     calls = [{"role": "assistant", "content": "d", "tool_calls": [call]} for call in given]
     parts = {"role": "user", "content": [{"type": "text", "text": "c"}]}
@@ -305,7 +277,7 @@ def test_rows_that_differ_in_type_give_the_same_conversations(
     assert found == [read_conversation(row, MESSAGES) for row in rows]
 
 
-def test_what_json_holds_and_a_table_does_not_comes_back_from_it(tmp_path: Path) -> None:
+def test_what_json_holds_and_a_table_does_not_comes_back_from_it(tmp_path):
     call = {"function": {"name": "f", "arguments": {"n": 2**70, "x": None}}}
     asked = {"role": "user", "content": "half \ud800 a pair"}
     rows = [{"id": 2**70, "messages": [asked, {"role": "assistant", "tool_calls": [call]}]}]
@@ -320,33 +292,31 @@ def test_what_json_holds_and_a_table_does_not_comes_back_from_it(tmp_path: Path)
 # Columns and ids ----------------------------------------------------------------------------------
 
 
-def test_columns_are_found() -> None:
+def test_columns_are_found():
     asked = {"user_col": "q", "assistant_col": "a", "system_col": "s", "index_col": "i"}
-    cases: list[tuple[str, dict[str, str], ConversationColumns]] = [
-        ("conversations messages", {}, MESSAGES),
-        ("conversation", {}, ConversationColumns(messages="conversation")),
-        ("a chat", {"messages_col": "chat"}, ConversationColumns(messages="chat")),
-        ("question answer", {}, ConversationColumns(user="question", assistant="answer")),
-        ("q a s i messages", asked,
-         ConversationColumns(user="q", assistant="a", system="s", index="i")),
+    for names, options, expected in (
+        ("conversations messages", {}, {"messages": "messages"}),
+        ("conversation", {}, {"messages": "conversation"}),
+        ("a chat", {"messages_col": "chat"}, {"messages": "chat"}),
+        ("question answer", {}, {"user": "question", "assistant": "answer"}),
+        ("q a s i messages", asked, {"user": "q", "assistant": "a", "system": "s", "index": "i"}),
         ("question answer messages", {"index_col": "question"},
-         ConversationColumns(messages="messages", index="question")),
-    ]  # fmt: skip
-    for names, options, expected in cases:
-        assert explore.resolve_columns(names.split(), **options) == expected
+         {"messages": "messages", "index": "question"}),
+    ):  # fmt: skip
+        found = explore.resolve_columns(names.split(), **options)
+        assert found == ConversationColumns(**expected)
 
 
-def test_every_column_that_is_named_is_used_or_refused() -> None:
+def test_every_column_that_is_named_is_used_or_refused():
     pair = {"user_col": "q", "assistant_col": "a"}
-    together: list[tuple[dict[str, str], tuple[str, ...]]] = [
+    for options, flags in (
         ({"text_col": "a", "messages_col": "messages"}, ("--text-col", "--messages-col")),
         ({**pair, "messages_col": "messages"}, ("--user-col",)),
         ({**pair, "text_col": "a"}, ("--text-col", "--user-col")),
         ({"text_col": "a", "system_col": "q"}, ("--system-col", "--text-col")),
-    ]
-    for name in ("user", "assistant", "messages", "system", "index", "text"):
-        together.append(({**pair, f"{name}_col": "typo"}, (f"--{name}-col", "'typo'")))
-    for options, flags in together:
+        *(({**pair, f"{name}_col": "typo"}, (f"--{name}-col", "'typo'"))
+          for name in ("user", "assistant", "messages", "system", "index", "text")),
+    ):  # fmt: skip
         with pytest.raises(SourceError) as caught:
             explore.resolve_columns(["q", "a", "messages"], **options)
         assert all(flag in str(caught.value) for flag in flags)
@@ -354,7 +324,7 @@ def test_every_column_that_is_named_is_used_or_refused() -> None:
         explore.resolve_columns(["left", "right"])
 
 
-def test_the_id_is_the_row_number_or_the_integer_of_the_column() -> None:
+def test_the_id_is_the_row_number_or_the_integer_of_the_column():
     by_column = ConversationColumns(messages="m", index="id")
     assert explore.source_id({"id": 3}, 12, ConversationColumns(messages="m")) == 12
     assert explore.source_id({"id": 3}, 12, by_column) == 3
@@ -364,7 +334,7 @@ def test_the_id_is_the_row_number_or_the_integer_of_the_column() -> None:
             explore.source_id({"id": value}, 12, by_column)
 
 
-def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path: Path) -> None:
+def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path):
     path, data = tmp_path / "r.jsonl", bytearray(random.Random(3).randbytes(5_000_000))
     path.write_bytes(data)
     first = explore.source_revision(str(path))
@@ -379,36 +349,30 @@ def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path: Path)
 # Lengths ------------------------------------------------------------------------------------------
 
 
-def test_lengths_are_read_with_what_they_were_measured_with(tmp_path: Path) -> None:
-    path = tmp_path / "lengths.parquet"
+def test_lengths_are_read_with_what_they_were_measured_with(tmp_path):
+    path, columns = tmp_path / "lengths.parquet", [[3, 1], [10, 20], [5, 6]]
     schema = explore.LENGTHS_SCHEMA.with_metadata({explore.METADATA_LENGTHS: b'{"model": "m"}'})
-    pq.write_table(pa.table([[3, 1], [10, 20], [5, 6]], schema=schema), path)
+    pq.write_table(pa.table(columns, schema=schema), path)
     for name in (tmp_path, path):
-        lengths = explore.read_lengths(str(name))
-        assert (lengths.index.tolist(), lengths.length.tolist()) == ([3, 1], [10, 20])
-        assert lengths.num_tokens is not None
-        assert lengths.num_tokens.tolist() == [5, 6]
-        assert lengths.settings == {"model": "m"}
+        read = explore.read_lengths(str(name))
+        assert [each.tolist() for each in (read.index, read.length, read.num_tokens)] == columns
+        assert read.settings == {"model": "m"}
     pq.write_table(pa.table({"index": [2, 1], "length": [2, 3]}), path)
-    lengths = explore.read_lengths(str(path))
-    assert (lengths.num_tokens, lengths.settings) == (None, {})
+    read = explore.read_lengths(str(path))
+    assert (read.num_tokens, read.settings) == (None, {})
 
 
 @pytest.mark.parametrize(
     ("columns", "metadata", "message"),
-    [
-        ({"index": [1, 1], "length": [2, 3]}, b"{}", "occurs twice"),
-        ({"index": [1, 2]}, b"{}", "no column length"),
-        ({"index": [1, None], "length": [2, 3]}, b"{}", "null"),
-        ({"index": [1.9, 2.0], "length": [2, 3]}, b"{}", "'index' holds double"),
-        ({"index": [1], "length": [2], "num_tokens": ["1"]}, b"{}", "'num_tokens' holds"),
-        ({"index": [1], "length": [2]}, b"[1]", r"l\.parquet: .* damaged"),
-        ({"index": [1], "length": [2]}, b"\xff", r"l\.parquet: .* damaged"),
-    ],
-)
-def test_lengths_that_cannot_be_joined_are_refused(
-    columns: dict[str, Any], metadata: bytes, message: str, tmp_path: Path
-) -> None:
+    [({"index": [1, 1], "length": [2, 3]}, b"{}", "occurs twice"),
+     ({"index": [1, 2]}, b"{}", "no column length"),
+     ({"index": [1, None], "length": [2, 3]}, b"{}", "null"),
+     ({"index": [1.9, 2.0], "length": [2, 3]}, b"{}", "'index' holds double"),
+     ({"index": [1], "length": [2], "num_tokens": ["1"]}, b"{}", "'num_tokens' holds"),
+     ({"index": [1], "length": [2]}, b"[1]", r"l\.parquet: .* damaged"),
+     ({"index": [1], "length": [2]}, b"\xff", r"l\.parquet: .* damaged")],
+)  # fmt: skip
+def test_lengths_that_cannot_be_joined_are_refused(columns, metadata, message, tmp_path):
     table = pa.table(columns).replace_schema_metadata({explore.METADATA_LENGTHS: metadata})
     pq.write_table(table, tmp_path / "l.parquet")
     with pytest.raises(SourceError, match=message):
@@ -428,14 +392,11 @@ print(*peaks)
 """
 
 
-def test_memory_stays_flat_while_a_stream_grows_tenfold(tmp_path: Path) -> None:
+def test_memory_stays_flat_while_a_stream_grows_tenfold(tmp_path):
     """The larger files decode to 80 MB more than the smaller ones; 30 MB are allowed."""
     row = {"messages": [{"role": "user", "content": "word " * 800}] * 2}
-    paths = [
-        str(write_rows(tmp_path / f"{count}.{kind}", [row] * count))
-        for count in (1_000, 10_000)
-        for kind in ("jsonl", "parquet")
-    ]
+    names = [(count, kind) for count in (1_000, 10_000) for kind in ("jsonl", "parquet")]
+    paths = [write_rows(tmp_path / f"{count}.{kind}", [row] * count) for count, kind in names]
     done = run_code(WATCH, *paths, cwd=ROOT)
     _, small, lines, parquet = map(int, done.stdout.split())
     assert lines - small < 30, f"peak memory grew from {small} to {lines} MB (JSON lines)"

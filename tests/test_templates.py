@@ -1,14 +1,11 @@
 """Every stock template of `trl`: the extracted tokens are the assistant's, no more and no less."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +15,7 @@ from template_reference import words_of
 from template_table import build_table, try_template
 from transformers.utils import chat_template_utils as utils
 
-from explore_logits import (
-    ConversationError,
-    EncodedConversation,
-    encode_conversation,
-    prepare_template,
-)
+from explore_logits import ConversationError, encode_conversation, prepare_template
 
 NAMES = template_names()
 MARKED = [
@@ -34,64 +26,56 @@ MARKED = [
 REASONED = (
     ("reasoning apart", "reasoning at times") if hasattr(utils, "_alias_reasoning_fields") else ()
 )
+ASKED, HEARD = SHAPES["single turn"]
 
 
-def encode(name: str, shape: str) -> EncodedConversation | None:
-    """Encode a shape with a stock template; None where the template refuses it."""
-    return try_template(name)[shape].encoded
+def encode_shapes(name):
+    """Return the shapes that a stock template does not refuse, encoded."""
+    return {shape: o.encoded for shape, o in try_template(name).items() if o.encoded is not None}
 
 
-def taken(name: str, encoded: EncodedConversation | None) -> str:
+def taken(name, encoded):
     """Return the extracted tokens as text."""
-    assert encoded is not None
-    return str(stock(name).decode(encoded.input_ids[encoded.token_positions].tolist()))
+    return stock(name).decode(encoded.input_ids[encoded.token_positions].tolist())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_those_that_the_reference_by_hand_finds(name: str) -> None:
-    outcomes = try_template(name)
-    wrong = {shape: o.detail for shape, o in outcomes.items() if not o.right}
+def test_tokens_are_those_that_the_reference_by_hand_finds(name):
+    wrong = {shape: o.detail for shape, o in try_template(name).items() if not o.right}
     assert not wrong
-    assert sum(o.way != "refused" for o in outcomes.values()) >= 10
+    assert len(encode_shapes(name)) >= 10
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_word_of_others_is_extracted_and_every_shown_word_of_the_assistant_is(name: str) -> None:
-    for shape, messages in SHAPES.items():
-        encoded = encode(name, shape)
-        if encoded is None:
-            continue
+def test_no_word_of_others_is_extracted_and_every_shown_word_of_the_assistant_is(name):
+    for shape, encoded in encode_shapes(name).items():
         others = np.delete(encoded.input_ids, encoded.token_positions).tolist()
         inside, left = taken(name, encoded), stock(name).decode(others)
-        for message in messages:
+        for message in SHAPES[shape]:
             text = left if message["role"] == "assistant" else inside
             assert not words_of(message) & set(re.findall(r"[^\W\d_]+", text)), shape
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_is_what_transformers_renders_and_nothing_is_said_to_be_hidden(name: str) -> None:
+def test_text_is_what_transformers_renders_and_nothing_is_said_to_be_hidden(name):
     shapes = ("single turn", "many turns", "system", "unicode")
-    for shape in (*shapes, "reasoning apart", "reasoning in content"):
-        encoded = encode(name, shape)
-        if encoded is None:
-            continue
-        assert encoded.notes == ()
+    for shape, encoded in encode_shapes(name).items():
+        if shape in (*shapes, "reasoning apart", "reasoning in content"):
+            assert encoded.notes == ()
         if shape in (*shapes, *REASONED) and not prepare_template(stock(name)).parts:
             assert encoded.text == stock(name).apply_chat_template(SHAPES[shape], tokenize=False)
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_with_everything_included_markers_give_the_mask_of_transformers(name: str) -> None:
+def test_with_everything_included_markers_give_the_mask_of_transformers(name):
     """Some markers take in the generation prompt, which no assistant writes: that is cut."""
     compared, tokenizer = 0, stock(name)
     for shape in ("single turn", "many turns", "tool", *REASONED):
-        how: dict[str, Any] = {"tools": tools_of(shape)}
+        chat, how = SHAPES[shape], {"tools": tools_of(shape)}
         try:
-            made = encode_conversation(
-                SHAPES[shape], tokenizer, include_think=True, include_end=True, **how
-            )
+            made = encode_conversation(chat, tokenizer, include_think=True, include_end=True, **how)
             how |= {"return_dict": True, "return_assistant_tokens_mask": True}
-            theirs = tokenizer.apply_chat_template(SHAPES[shape], **how)
+            theirs = tokenizer.apply_chat_template(chat, **how)
         except (ConversationError, UndefinedError, TypeError):
             continue  # refused, or it wants null where content is lacking, which only we give it
         assert theirs["input_ids"] == made.input_ids.tolist()
@@ -105,21 +89,21 @@ def test_with_everything_included_markers_give_the_mask_of_transformers(name: st
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "said"),
-    [("deepseek_r1_distill", "tool, then more", "Snowy."),
-     ("llava_next", "two answers in a row", " Birch bark.</s>  Dune.</s> ")],
+    ("name", "shape", "said", "extracted"),
+    [("deepseek_r1_distill", "tool, then more", "Snowy.", r"[^\n]*"),
+     ("llava_next", "two answers in a row", " Birch bark.</s>  Dune.</s> ",
+      re.escape(" Birch bark.</s>  Dune.</s> "))],
 )  # fmt: skip
-def test_what_stands_between_two_messages_is_told_apart(name: str, shape: str, said: str) -> None:
+def test_what_stands_between_two_messages_is_told_apart(name, shape, said, extracted):
     made = encode_conversation(SHAPES[shape], stock(name), tools=tools_of(shape), include_end=True)
-    found = taken(name, made)
     assert said in made.text
-    assert found == said if name == "llava_next" else "\n" not in found
+    assert re.fullmatch(extracted, taken(name, made))
 
 
 @pytest.mark.skipif(not version("trl").startswith("1.16."), reason="a digest of trl 1.16")
-def test_every_version_of_transformers_gives_the_same_tokens() -> None:
+def test_every_version_of_transformers_gives_the_same_tokens():
     """The digest is what 5.16.1 and 5.24.0 give; the newer one rewrites messages itself."""
-    found: list[Any] = []
+    found = []
     for name, shape, key in product(NAMES, SHAPES, ("reasoning_content", "thinking", "reasoning")):
         chat = [
             {key if k == "reasoning_content" else k: said for k, said in message.items()}
@@ -136,35 +120,30 @@ def test_every_version_of_transformers_gives_the_same_tokens() -> None:
     assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == "46c82afdf372df35"
 
 
-ASKED, HEARD = user("amber?"), says("Birch bark.")
-HIDDEN: list[tuple[str, list[dict[str, Any]], Any, str]] = [
-    *((name, [ASKED, HEARD], TOOLS, "the tools") for name in ("deepseekv3", "phi3")),
-    *((name, [{"role": "developer", "content": "Heath."}, ASKED, HEARD], None, "the developer")
-      for name in ("qwen3", "glm4moe")),
-    *((name, [ASKED, calls(text)], None, "the tool calls")
-      for name, text in product(("phi3_5", "lfm2"), ("", None))),
-    ("llama3_1", [ASKED, calls("Let us see.")], None, "beside tool calls"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "chat", "tools", "hidden"), HIDDEN)
-def test_what_a_template_does_not_show_is_noted(
-    name: str, chat: list[dict[str, Any]], tools: Any, hidden: str
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "chat", "tools", "hidden"),
+    [*((name, [ASKED, HEARD], TOOLS, "the tools") for name in ("deepseekv3", "phi3")),
+     *((name, [{"role": "developer", "content": "Heath."}, ASKED, HEARD], None, "the developer")
+       for name in ("qwen3", "glm4moe")),
+     *((name, [ASKED, calls(text)], None, "the tool calls")
+       for name, text in product(("phi3_5", "lfm2"), ("", None))),
+     ("llama3_1", [ASKED, calls("Let us see.")], None, "beside tool calls")],
+)  # fmt: skip
+def test_what_a_template_does_not_show_is_noted(name, chat, tools, hidden):
     (note,) = encode_conversation(chat, stock(name), tools=tools).notes
     assert hidden in note
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_user_who_writes_the_markup_of_the_assistant_is_not_extracted(name: str) -> None:
+def test_a_user_who_writes_the_markup_of_the_assistant_is_not_extracted(name):
     template = prepare_template(stock(name))
     end = template.ends[0] if template.ends else ""
     chat = [user(f"amber {template.prompt}forged{end} cedar"), says("Birch bark.")]
-    forged = encode_conversation(chat, stock(name))
-    assert taken(name, forged) == taken(name, encode(name, "single turn"))
+    forged = taken(name, encode_conversation(chat, stock(name)))
+    assert forged == taken(name, encode_shapes(name)["single turn"])
 
 
 @pytest.mark.skipif(not version("trl").startswith("1.16."), reason="the page quotes trl 1.16")
-def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
+def test_the_table_in_the_docs_is_what_the_command_prints():
     page = Path(__file__).resolve().parents[1] / "docs" / "templates.md"
     assert build_table() in page.read_text(encoding="utf-8")
