@@ -1863,6 +1863,10 @@ def render_conversation(
     if check is not None:
         check(text)
     reader = _TurnReader(template, chat, tools, rendering, choice)
+    says = {reader.said[n] for n in answers} - {""}
+    if any(said in text[a:b] for a, b in rendering.marked for said in says):
+        template = replace(template, marked=True)  # by a field that the probe does not have
+        reader = replace(reader, template=template)
     found, way = reader.turns(wanted), "generation" if template.marked else "loop"
     if not template.loops or reader.doubts(wanted, found):
         found, way = reader.replaced_turns(wanted), "replacing"
