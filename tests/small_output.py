@@ -36,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "sampled_n": 24, "seed": 42, "logit_bits": 16, "store_tokens": False, "max_seq_len": None,
     "dtype": "float32", "attn": "sdpa", "vocab_size": 600, "versions": {},
 }  # fmt: skip
+STORED: dict[str, Any] = SETTINGS | {"store_tokens": True}
 
 
 def random_logits(rng: np.random.Generator, tokens: int, vocab: int) -> np.ndarray:
@@ -113,13 +114,28 @@ def random_text(logits: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     return {"input_ids": ids.tolist(), "token_positions": list(range(prompt.size, ids.size))}
 
 
+class Vocabulary:
+    """A tokenizer whose first tokens are these texts; the others are words."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return SETTINGS["vocab_size"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.texts[ids[0]] if ids[0] < len(self.texts) else f" w{ids[0]}"
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"<{token}>"
+
+
 def rows_to_table(
     rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str, Any] = SETTINGS
 ) -> pa.Table:
     """Return rows as a table with the schema and metadata of a shard."""
     how = {"store_tokens": settings["store_tokens"], "compact": "min_p" in settings}
-    schema = shard_schema(**how, settings=settings)
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    return pa.Table.from_pylist([*rows], schema=shard_schema(**how, settings=settings))
 
 
 def write_output(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_output import (
     SETTINGS,
+    STORED,
     random_rows,
     rows_to_table,
     write_checkpoint,
@@ -23,7 +24,6 @@ from small_output import (
 import explore_logits as explore
 from explore_logits import METADATA_PART, ValidationReport, hash_ids, pack_indices, validate_output
 
-STORED = SETTINGS | {"store_tokens": True}
 ROWS = random_rows(18, settings=STORED, seed=8)
 SHARD, ROW = "data/part-00001.parquet", 5  # where the damage is done: row 13 of the output
 MORE = "data/part-00009.parquet"  # a shard that is not there
