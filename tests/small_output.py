@@ -17,14 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from explore_logits import (
-    METADATA_PART,
-    hash_ids,
-    pack_indices,
-    part_path,
-    quantize_logits,
-    shard_schema,
-)
+import explore_logits as explore
 
 SETTINGS: dict[str, Any] = {
     "format_version": 1, "model": "tests/teacher", "model_revision": None,
@@ -49,9 +42,7 @@ def extract_row(
     logits: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator, *, index: int
 ) -> dict[str, Any]:
     """Extract one row from its logits by the definition, token by token, in float64."""
-    tops: list[np.ndarray] = []
-    tails: list[np.ndarray] = []
-    wide = logits.astype(np.float64)
+    tops, tails, wide = [], [], logits.astype(np.float64)
     peak = wide.max(axis=1)
     logsumexp = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=1))
     for row, total in zip(wide, logsumexp, strict=True):
@@ -75,18 +66,16 @@ def pack_entries(
     part: str, ids: Sequence[np.ndarray], logits: np.ndarray, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Pack one part, nucleus or tail, of every token."""
-    flat = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+    flat = np.concatenate(ids)
     counts = np.array([part.size for part in ids])
     values = logits[np.repeat(np.arange(len(ids)), counts), flat]
-    low, high = pack_indices(flat)
-    q, vmin, vmax = quantize_logits(values, counts, bits=settings["logit_bits"])
+    low, high = explore.pack_indices(flat)
+    q, vmin, vmax = explore.quantize_logits(values, counts, bits=settings["logit_bits"])
     return {
-        f"{part}_indices_low": low.tolist(),
-        f"{part}_indices_high": high,
-        f"{part}_logits_quantized": q.tolist(),
-        f"{part}_min": vmin.tolist(),
+        f"{part}_indices_low": low.tolist(), f"{part}_indices_high": high,
+        f"{part}_logits_quantized": q.tolist(), f"{part}_min": vmin.tolist(),
         f"{part}_max": vmax.tolist(),
-    }
+    }  # fmt: skip
 
 
 def random_rows(
@@ -135,7 +124,7 @@ def rows_to_table(
 ) -> pa.Table:
     """Return rows as a table with the schema and metadata of a shard."""
     how = {"store_tokens": settings["store_tokens"], "compact": "min_p" in settings}
-    return pa.Table.from_pylist([*rows], schema=shard_schema(**how, settings=settings))
+    return pa.Table.from_pylist([*rows], schema=explore.shard_schema(**how, settings=settings))
 
 
 def write_output(
@@ -171,13 +160,12 @@ def write_parts(
     by_id = {row["index"]: row for row in rows}
     selected = sorted([*by_id, *(skipped or {})])
     records: list[dict[str, Any]] = []
-    for first in range(0, len(selected), rows_per_part):
+    for number, first in enumerate(range(0, len(selected), rows_per_part), first_part):
         ids = selected[first : first + rows_per_part]
-        number = first_part + first // rows_per_part
         part = describe_part(number, ids, by_id, skipped or {}, settings)
         table = rows_to_table([by_id[i] for i in ids if i in by_id], settings=settings)
-        metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
-        path = folder / part_path(number)
+        metadata = {**table.schema.metadata, explore.METADATA_PART: json.dumps(part).encode()}
+        path = folder / explore.part_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=3)
         records.append({**part, "bytes": path.stat().st_size})
@@ -196,7 +184,7 @@ def describe_part(
     here = [rows[i] for i in ids if i in rows]
     counts = np.array([count for row in here for count in row["top_counts"]], np.int64)
     return {
-        "number": number, "ids": hash_ids(ids), "conversations": len(ids),
+        "number": number, "ids": explore.hash_ids(ids), "conversations": len(ids),
         "skipped": {str(i): skipped[i] for i in ids if i in skipped}, "rows": len(here),
         "tokens": int(counts.size), "nucleus": int(counts.sum()),
         "capped": int((counts == settings.get("top_p_max", 256)).sum()), "mass": 0.9 * counts.size,
@@ -209,10 +197,7 @@ def write_checkpoint(folder: Path, records: Sequence[Mapping[str, Any]], suffix:
     names = ("number", "ids", "conversations", "rows", "tokens", "bytes", "nucleus", "capped",
              "mass", "actual")  # fmt: skip
     parts = {name: [record[name] for record in records] for name in names}
-    reasons = {
-        str(record["number"]): dict(Counter(record["skipped"].values()))
-        for record in records
-        if record["skipped"]
-    }
+    skipped = {str(record["number"]): record["skipped"].values() for record in records}
+    reasons = {number: Counter(whys) for number, whys in skipped.items() if whys}
     content = {"format_version": 1, "parts": parts, "skipped": reasons}
     (folder / f"checkpoint{suffix}.json").write_text(json.dumps(content))

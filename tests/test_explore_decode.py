@@ -1,6 +1,6 @@
 """Decoding rows and tokens: the vectorised answers equal a plain loop over the definition."""
 
-from itertools import chain, product
+from itertools import chain, islice, product
 from typing import Any
 
 import numpy as np
@@ -15,19 +15,14 @@ ROWS = random_rows(12, settings=SETTINGS | {"vocab_size": 262_144, "top_p_max": 
 
 def loop_decode(row: dict[str, Any], part: str) -> list[tuple[list[int], list[float]]]:
     """Decode a stored row token by token with plain Python, from the written definition."""
-    high = row[f"{part}_indices_high"]
-    lows = row[f"{part}_indices_low"]
-    flat = [low | (high[i // 4] >> (2 * (i % 4)) & 3) << 16 for i, low in enumerate(lows)]
-    each = len(lows) // row["num_tokens"]
+    lows, high = row[f"{part}_indices_low"], row[f"{part}_indices_high"]
+    ids = iter(low | (high[i // 4] >> (2 * (i % 4)) & 3) << 16 for i, low in enumerate(lows))
+    levels, each = iter(row[f"{part}_logits_quantized"]), len(lows) // row["num_tokens"]
     counts = row["top_counts"] if part == "top" else [each] * row["num_tokens"]
-    tokens, start = [], 0
-    for t, count in enumerate(counts):
-        low, top = row[f"{part}_min"][t], row[f"{part}_max"][t]
-        levels = row[f"{part}_logits_quantized"][start : start + count]
-        logits = [q / 65535 * (top - low) + low for q in levels]
-        tokens.append((flat[start : start + count], logits))
-        start += count
-    return tokens
+    return [
+        ([*islice(ids, count)], [q / 65535 * (top - low) + low for q in islice(levels, count)])
+        for low, top, count in zip(row[f"{part}_min"], row[f"{part}_max"], counts, strict=True)
+    ]
 
 
 def test_a_whole_row_decodes_as_the_plain_loop_does():

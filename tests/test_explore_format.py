@@ -51,9 +51,8 @@ def test_an_id_outside_the_format_is_refused_by_name(bad):
         pack_indices([5, bad])
 
 
-LOGITS = hnp.arrays(
-    np.float32, st.integers(1, 40), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
-)
+FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+LOGITS = hnp.arrays(np.float32, st.integers(1, 40), elements=FLOATS)
 
 
 @settings(max_examples=200, deadline=None)

@@ -176,10 +176,8 @@ def test_the_largest_differences_are_named_and_rows_are_joined_by_index():
 
 def test_row_groups_of_rows_in_another_order_are_read_once(tmp_path, monkeypatch):
     order = np.random.default_rng(1).permutation(len(ROWS))
-    one, two = (
-        explore.load_logit_dataset(write_output(tmp_path / name, rows, settings=STORED))
-        for name, rows in (("one", ROWS), ("two", [ROWS[row] for row in order]))
-    )
+    one = write_output(tmp_path / "one", ROWS, settings=STORED)
+    two = write_output(tmp_path / "two", [ROWS[row] for row in order], settings=STORED)
     read: Counter[tuple[str, int, int]] = Counter()
     groups = explore.LogitDataset._read
 

@@ -11,15 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_output import (
-    SETTINGS,
-    STORED,
-    random_rows,
-    rows_to_table,
-    write_checkpoint,
-    write_output,
-    write_parts,
-)
+from small_output import SETTINGS, STORED, random_rows, write_checkpoint, write_output, write_parts
 
 import explore_logits as explore
 from explore_logits import METADATA_PART, ValidationReport, hash_ids, pack_indices, validate_output
@@ -173,8 +165,8 @@ def describe(shard: Path, change: Callable[[Any], Any]) -> None:
 
 
 def change_settings(shard: Path, changes: Row) -> None:
-    settings = STORED | changes
-    describe(shard, lambda _: rows_to_table([], settings=settings).schema.metadata)
+    schema = explore.shard_schema(store_tokens=True, settings=STORED | changes)
+    describe(shard, lambda _: schema.metadata)
 
 
 def change_part(shard: Path, **changes: Any) -> None:
