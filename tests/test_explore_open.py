@@ -10,7 +10,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from types import GeneratorType
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -85,12 +85,22 @@ def test_one_row_reads_one_row_group(output, monkeypatch):
     assert read == [("data/part-00001.parquet", [1])]
 
 
-def test_wider_types_are_accepted_where_nothing_is_lost():
+def test_columns_may_be_wider_or_missing_where_nothing_is_lost(tmp_path):
     wide, counts = pa.large_list(pa.int64()), ROWS[0]["top_counts"]
     changed = put_column(ROWS[:1], "top_counts", pa.array([counts], wide))
     assert_row(get_sample(changed), 0)
     with pytest.raises(FormatError, match="top_counts"):
         get_sample(put_column(ROWS[:1], "top_counts", pa.array([[300, *counts[1:]]], wide)))
+    table = rows_to_table(ROWS[:4]).replace_schema_metadata(None)
+    missing = [name for name in explore.OPTIONAL_COLUMNS if name in table.column_names]
+    pq.write_table(table.drop_columns(missing), tmp_path / "old.parquet")
+    sample = get_sample(load_logit_dataset(tmp_path), 2)
+    assert sample["index"] == 2  # the row number, for want of better
+    assert sample["num_tokens"] == ROWS[2]["num_tokens"]
+    assert all(part.size == 0 for part in sample["sampled_indices"])
+    assert explore.dequantize_all_logits(sample, 0)[0].size == ROWS[2]["top_counts"][0]
+    with pytest.raises(FormatError, match="no column 'top_counts'"):
+        get_sample(table.drop_columns(["top_counts"]))
 
 
 def test_all_kinds_of_datasets_give_the_same_samples_and_stay_as_they_are(output):
@@ -108,19 +118,6 @@ def test_all_kinds_of_datasets_give_the_same_samples_and_stay_as_they_are(output
             get_sample(streamed, row)
     assert (mapped.format, shaped.format, shaped._fingerprint) == before
     assert next(iter(streamed))["index"] == 0
-
-
-def test_optional_columns_may_be_missing(tmp_path):
-    table = rows_to_table(ROWS[:4]).replace_schema_metadata(None)
-    missing = [name for name in explore.OPTIONAL_COLUMNS if name in table.column_names]
-    pq.write_table(table.drop_columns(missing), tmp_path / "old.parquet")
-    sample = get_sample(load_logit_dataset(tmp_path), 2)
-    assert sample["index"] == 2  # the row number, for want of better
-    assert sample["num_tokens"] == ROWS[2]["num_tokens"]
-    assert all(part.size == 0 for part in sample["sampled_indices"])
-    assert explore.dequantize_all_logits(sample, 0)[0].size == ROWS[2]["top_counts"][0]
-    with pytest.raises(FormatError, match="no column 'top_counts'"):
-        get_sample(table.drop_columns(["top_counts"]))
 
 
 # What is no dataset, sample, number or name -------------------------------------------------------
@@ -316,13 +313,11 @@ def test_an_output_in_parts_is_read_in_their_order_by_its_checkpoints(tmp_path):
 
 def test_an_output_that_is_not_there_is_refused():
     for name, message in (
-        ("./nowhere", "no such folder or file"),
-        (["./nowhere.parquet"], "no such file"),
-        ("a" * 5000, "no such folder or file: a{200}$"),
-        ("user/..", "no name of a dataset"),
+        ("./nowhere", "no such folder or file"), (["./nowhere.parquet"], "no such file"),
+        ("a" * 5000, "no such folder or file: a{200}$"), ("user/..", "no name of a dataset"),
         ("user/\udcff", "no such folder or file: user/⟨U\\+DCFF⟩"),
         ("user/na\nme\x00", "no such folder or file"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(OpenError, match=message):
             load_logit_dataset(name)
 
@@ -357,27 +352,23 @@ def test_a_checkpoint_of_other_files_is_not_believed(output, tmp_path):
 # Untrusted files ----------------------------------------------------------------------------------
 
 
-def test_a_link_out_of_the_folder_is_not_followed(output, tmp_path):
+def test_links_out_of_the_folder_and_endless_texts_are_refused(output, tmp_path, monkeypatch):
     link = tmp_path / "linked/data/part-00000.parquet"
     link.parent.mkdir(parents=True)
     link.symlink_to(output / "data/part-00000.parquet")
     with pytest.raises(OpenError, match="holds no Parquet files"):
         load_logit_dataset(tmp_path / "linked")
     (tmp_path / "secret.json").write_text('{"model": "mine"}')
-    inside = write_output(tmp_path / "output", ROWS[:1])
+    inside = write_output(tmp_path / "output", ROWS[:1], chat_template=" " * 2000)
     (inside / "extraction_config.json").unlink()
     (inside / "extraction_config.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(OpenError, match="outside"):
         explore.load_extraction_config(inside)
     with pytest.raises(OpenError, match="outside"):
         explore.open_store(inside).open("../secret.json")
-
-
-def test_an_absurdly_large_text_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(explore, "MAX_TEXT_BYTES", 1000)
-    made = write_output(tmp_path, ROWS[:1], chat_template=" " * 2000)
     with pytest.raises(OpenError, match=r"chat_template\.jinja is larger than"):
-        explore.open_store(made).read_text("chat_template.jinja")
+        explore.open_store(inside).read_text("chat_template.jinja")
 
 
 def test_a_bomb_of_few_bytes_is_refused_before_it_is_decoded(tmp_path):
@@ -457,21 +448,18 @@ def test_a_damaged_file_is_a_format_error_that_names_it(tmp_path):
             list(iter_samples(tmp_path))
 
 
-class Noted(io.BytesIO):
-    """Bytes that note which thread reads them."""
-
-    size = property(lambda self: len(self.getbuffer()))
-    readers: ClassVar[set[int]] = set()
-
-    def read(self, *length: int) -> bytes:
-        self.readers.add(threading.get_ident())
-        return super().read(*length)
-
-
 @pytest.mark.parametrize("kind", ["file", "memory"])
 def test_no_thread_of_arrows_reads_what_is_pythons(kind, output, monkeypatch):
     # One that lets go of a Python buffer while the interpreter ends takes the process down.
-    files = LocalFileSystem(skip_instance_cache=True)
+    readers, files = set(), LocalFileSystem(skip_instance_cache=True)
+
+    class Noted(io.BytesIO):
+        size = property(lambda self: len(self.getbuffer()))
+
+        def read(self, *length: int) -> bytes:
+            readers.add(threading.get_ident())
+            return super().read(*length)
+
     monkeypatch.setattr(files, "protocol", kind)
     monkeypatch.setattr(files, "open", lambda path, *_, **__: Noted(Path(path).read_bytes()))
     dataset = load_logit_dataset(output)
@@ -479,7 +467,7 @@ def test_no_thread_of_arrows_reads_what_is_pythons(kind, output, monkeypatch):
     assert noted.store.on_hub == (kind == "memory")
     for row, sample in enumerate(iter_samples(noted)):
         assert_row(sample, row)
-    assert Noted.readers == {threading.get_ident()}
+    assert readers == {threading.get_ident()}
 
 
 # The Hub ------------------------------------------------------------------------------------------
@@ -525,21 +513,20 @@ def test_over_the_hub_one_row_costs_a_footer_and_a_row_group(hub, tmp_path, monk
     assert (len(local), local.store.on_hub, get_sample(local, 17)["index"]) == (24, False, 17)
 
 
-FAULTS = [
-    ("parquet", {"status": 403, "message": "Bearer hf_loopback"}, "cannot be read from the Hub"),
-    ("api/datasets", {"drop": "before"}, "user/logits cannot be read from the Hub"),
-    ("api/datasets", {"latency": 60}, "user/logits cannot be read from the Hub"),
-    *((place, {"text": text}, "^user/logits") for text in ("[1,2]", "{}", "no")
-      for place in ("datasets/user/logits$", "tree")),
-]  # fmt: skip
-
-
 def test_a_hub_in_trouble_is_one_line_without_a_token(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(explore, "HUB_TIMEOUT_S", 0.5)
     upload(write_output(tmp_path / "out", ROWS))
     with pytest.raises(explore.LogitsError, match="no dataset 'user/nothing'"):
         load_logit_dataset("user/nothing")
-    for match, fault, message in FAULTS:
+    denied = {"status": 403, "message": "Bearer hf_loopback"}
+    unreadable = "user/logits cannot be read from the Hub"
+    for match, fault, message in (
+        ("parquet", denied, "cannot be read from the Hub"),
+        ("api/datasets", {"drop": "before"}, unreadable),
+        ("api/datasets", {"latency": 60}, unreadable),
+        *((place, {"text": text}, "^user/logits") for text in ("[1,2]", "{}", "no")
+          for place in ("datasets/user/logits$", "tree")),
+    ):  # fmt: skip
         huggingface_hub.close_session()
         huggingface_hub.HfFileSystem.clear_instance_cache()
         hub.fault(match, count=99, **fault)
