@@ -14,7 +14,6 @@ from small_output import (
     extract_row,
     random_logits,
     random_rows,
-    rows_to_table,
     write_output,
     write_parts,
 )
@@ -87,12 +86,12 @@ def test_probability_and_rank_are_exact_or_bound_the_truth(made, tokenizer):
 
 
 @pytest.mark.parametrize("bits", [16, 6])
-def test_no_token_of_the_vocabulary_escapes_its_bound(bits):
+def test_no_token_of_the_vocabulary_escapes_its_bound(bits, tmp_path):
     settings = SETTINGS | {"vocab_size": 300, "logit_bits": bits, "top_p": 0.9, "top_p_max": 20}
     rng = np.random.default_rng(23)
     logits = random_logits(rng, 12, 300)
     row = extract_row(logits, settings, rng, index=0)
-    block = get_sample(rows_to_table([row], settings=settings)).block
+    block = get_sample(write_output(tmp_path, [row], settings=settings)).block
     where = set()
     step = 2 * (block.top.high - block.tail.low).max() / (2**bits - 1)
     for token in range(300):
@@ -123,7 +122,7 @@ def test_no_logit_is_further_off_than_its_bound(bits):
     assert off.max() > 0.9 * bound[off.argmax()]
 
 
-def test_a_bound_is_as_tight_as_what_is_stored_allows():
+def test_a_bound_is_as_tight_as_what_is_stored_allows(tmp_path):
     # Three tokens: 0.6 in the nucleus, 0.3 drawn in the tail, so 0.1 is left for the third.
     logits = np.log(np.array([[0.6, 0.3, 0.1]])).astype(np.float32)
     settings = SETTINGS | {"top_p": 0.5, "sampled_n": 1, "vocab_size": 3}
@@ -131,7 +130,7 @@ def test_a_bound_is_as_tight_as_what_is_stored_allows():
         row = extract_row(logits, settings, np.random.default_rng(seed), index=0)
         if row["sampled_indices_low"] == [1]:
             break
-    block = get_sample(rows_to_table([row], settings=settings)).block
+    block = get_sample(write_output(tmp_path, [row], settings=settings)).block
     scores = explore.score_tokens(block, np.array([2]))
     assert not scores.exact[0]
     assert np.exp(scores.log_probability[0]) == pytest.approx(0.1, rel=1e-4)
@@ -181,15 +180,20 @@ def test_another_number_of_tokens_is_an_error_that_names_both(made, tokenizer):
             explore.analyze_token_probabilities(sample, chat, tokenizer)
 
 
-def test_stored_text_needs_no_source(tmp_path, tokenizer):
-    settings = STORED | {"dataset": "./gone.jsonl"}
-    rows = random_rows(2, settings=settings, tokens=6)
-    analysis = execute_analysis(write_output(tmp_path, rows, settings=settings), 1)
+def test_stored_text_needs_no_source_nor_a_model(tmp_path, tokenizer, capsys, caplog):
+    rows = random_rows(2, settings=STORED, tokens=6)
+    made = write_output(tmp_path / "a", rows, settings=STORED | {"dataset": "./gone.jsonl"})
+    analysis = execute_analysis(made, 1)
     ids = np.array(rows[1]["input_ids"])
     assert [token.id for token in analysis.tokens] == ids[rows[1]["token_positions"]].tolist()
     assert len(analysis.pieces) == ids.size
     with pytest.raises(explore.AlignmentError, match="--store-tokens"):
         explore.analyze_token_probabilities(get_sample(random_rows(1)), None, tokenizer)
+    made = str(write_output(tmp_path / "b", rows, settings=STORED | {"model": "./gone"}))
+    assert explore.main([made, "--sample", "1", "--token", "0"]) == 0
+    assert f"#{get_sample(rows, 1)['top_indices'][0][0]}" in capsys.readouterr().out
+    assert "showing ids only" in caplog.text
+    assert explore.main([made, "--html", str(tmp_path / "page.html")]) == 2
 
 
 def test_a_source_or_model_that_moved_can_be_given(tmp_path, chats):
@@ -237,12 +241,17 @@ def test_the_source_and_template_are_the_runs_or_refused(tmp_path, tokenizer, ch
         open_text(made, dataset=str(CHATS)).encode(index)
 
 
-def text_figures(output: Path) -> explore.DatasetStats:
-    return explore.compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
-
-
-def test_figures_over_the_text_say_where_they_rest_on_bounds(made):
-    stats = text_figures(made.folder)
+def test_figures_over_the_text_say_where_they_rest_on_bounds_and_which_are_known(made, tmp_path):
+    fits, (one, two, *_), rng = len(made.logits[0]), made.chats, np.random.default_rng(2)
+    rows = [  # the second one's conversation is not there, the third one's has another length
+        extract_row(random_logits(rng, n, VOCAB), RUN, rng, index=index)
+        for n, index in ((fits, one["id"]), (4, -9), (fits + 1, two["id"]))
+    ]
+    other, stats = (
+        explore.compute_dataset_stats(output, actual_tokens=open_text(output).actual_tokens)
+        for output in (write_output(tmp_path, rows, settings=RUN), made.folder)
+    )
+    assert (other.known, other.rows) == (fits, 3)
     analyses = [execute_analysis(made.folder, row) for row in range(6)]
     tokens = [token for analysis in analyses for token in analysis.tokens]
     assert stats.known == stats.tokens == len(tokens)
@@ -258,17 +267,6 @@ def test_figures_over_the_text_say_where_they_rest_on_bounds(made):
     assert frame["log_probability"].mean() == pytest.approx(bounded.mean_log_probability)
 
 
-def test_rows_whose_text_is_another_count_as_unknown(made, tmp_path):
-    fits, (one, two, *_) = len(made.logits[0]), made.chats
-    rng = np.random.default_rng(2)
-    rows = [
-        extract_row(random_logits(rng, n, VOCAB), RUN, rng, index=index)
-        for n, index in ((fits, one["id"]), (4, -9), (fits + 1, two["id"]))
-    ]
-    stats = text_figures(write_output(tmp_path, rows, settings=RUN))
-    assert (stats.known, stats.rows) == (fits, 3)
-
-
 def test_code_that_a_tokenizer_brings_runs_only_when_asked(tmp_path, monkeypatch, tokenizer):
     settings = RUN | {"trust_remote_code": True, "store_tokens": True}
     made = write_output(tmp_path, random_rows(1, settings=settings), settings=settings)
@@ -282,16 +280,6 @@ def test_code_that_a_tokenizer_brings_runs_only_when_asked(tmp_path, monkeypatch
     with pytest.raises(explore.LogitsError, match="--trust-remote-code, trust_remote_code=True"):
         execute_analysis(made)
     assert explore.main([str(made), "--trust-remote-code"]) == 0
-
-
-def test_where_the_text_is_gone_ids_are_shown_and_why(tmp_path, capsys, caplog):
-    settings = STORED | {"model": "./gone"}
-    rows = random_rows(3, settings=settings)
-    made = str(write_output(tmp_path, rows, settings=settings))
-    assert explore.main([made, "--sample", "1", "--token", "0"]) == 0
-    assert f"#{get_sample(rows, 1)['top_indices'][0][0]}" in capsys.readouterr().out
-    assert "showing ids only" in caplog.text
-    assert explore.main([made, "--html", str(tmp_path / "page.html")]) == 2
 
 
 def test_pipes_get_the_text_as_it_is(tmp_path, chats, tokenizer):
