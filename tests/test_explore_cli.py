@@ -81,38 +81,31 @@ def test_a_line_of_the_log_neither_acts_on_a_terminal_nor_holds_a_token():
     assert shown == "a ␛[31m b⟨U+202E⟩ ***"
 
 
-def test_rows_are_numbers_lists_and_ranges():
+def test_rows_are_numbers_lists_and_ranges_and_a_bad_command_line_exits_2(capsys):
     assert row_list("3") == [3]
     assert row_list("0,5,-1") == [0, 5, -1]
     assert row_list("2-4,9") == [2, 3, 4, 9]
+    for words in ("", "out --sample many", "out --sample 5-2", "out --sample 0-99999999",
+                  "out --top 0"):  # fmt: skip
+        with pytest.raises(SystemExit) as caught:
+            parse_args(words.split())
+        assert caught.value.code == 2
+        assert "explore-logits: error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words", ["", "out --sample many", "out --sample 5-2", "out --sample 0-99999999", "out --top 0"]
-)
-def test_a_bad_command_line_exits_2(words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_args(words.split())
-    assert caught.value.code == 2
-    assert "explore-logits: error" in capsys.readouterr().err
-
-
-def test_the_help_fits_80_columns_and_names_the_exit_codes(monkeypatch):
+def test_the_help_fits_80_columns_and_options_show_what_they_take(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     text = build_parser().format_help()
     assert max(map(len, text.splitlines())) <= 80
     assert "3 --validate found" in text
-
-
-@pytest.mark.parametrize("value", ["math=3", "[1]", "[" * 100_000])
-def test_an_option_of_json_shows_what_it_takes(value, capsys):
     parser = explore_logits.OneLineParser()
     explore_logits.add_options(parser, explore_logits.ConversationOptions, required=())
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--template-kwargs", value])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert 'wanted: JSON for the template: {"enable_thinking": false}' in line
-    assert len(line) < 500
+    for value in ("math=3", "[1]", "[" * 100_000):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--template-kwargs", value])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert 'wanted: JSON for the template: {"enable_thinking": false}' in line
+        assert len(line) < 500
 
 
 @pytest.mark.parametrize(
@@ -164,12 +157,8 @@ def test_the_script_runs_where_the_terminal_knows_ascii_only(output):
     assert done.summary["rows"] == 10
 
 
-def test_a_reader_that_stops_early_is_no_error(output):
-    command = f"set -o pipefail; '{sys.executable}' explore_logits.py '{output}' --validate | true"
-    done = run_process(["bash", "-c", command], cwd=ROOT)
-    assert (done.code, done.stderr) == (0, "")
-
-
+FULL = "explore-logits: cannot write the result: No space left on device; make room\n"
+VALIDATE = f"'{sys.executable}' explore_logits.py OUT --validate"
 WRITE_TO_BOTH = """
 import sys, explore_logits
 explore_logits.outlive_readers("stdout", "stderr")
@@ -179,16 +168,15 @@ print("result")
 """
 
 
-@pytest.mark.parametrize("way", ["2> /dev/full", "2>&-", "2> >(true)"])
-def test_what_nobody_can_take_is_dropped(way):
-    command = f"sleep 0.05; exec {sys.executable} -c '{WRITE_TO_BOTH}' {way}"
-    done = run_process(["bash", "-c", command], cwd=ROOT)
-    assert (done.code, done.stdout) == (0, "result\n")
-
-
-def test_a_result_that_cannot_be_written_is_one_line(output):
-    with open("/dev/full", "w", encoding="utf-8") as full:
-        command = [sys.executable, ROOT / "explore_logits.py", output, "--validate"]
-        done = run_process(command, stdout=full)
-    said = "cannot write the result: No space left on device; make room"
-    assert (done.code, done.stderr) == (2, f"explore-logits: {said}\n")
+@pytest.mark.parametrize(
+    ("command", "end"),
+    [
+        (f"set -o pipefail; {VALIDATE} | true", (0, "", "")),  # a reader stops early: no error
+        (f"{VALIDATE} > /dev/full", (2, "", FULL)),
+        *((f"sleep 0.05; exec '{sys.executable}' -c '{WRITE_TO_BOTH}' {way}", (0, "result\n", ""))
+          for way in ("2> /dev/full", "2>&-", "2> >(true)")),
+    ],
+)  # fmt: skip
+def test_what_nobody_can_take_is_dropped_but_for_the_result(output, command, end):
+    done = run_process(["bash", "-c", command.replace("OUT", f"'{output}'")], cwd=ROOT)
+    assert (done.code, done.stdout, done.stderr) == end
