@@ -88,19 +88,12 @@ def random_rows(
         size = int(rng.integers(1, tokens + 1))
         logits = random_logits(rng, size, settings["vocab_size"])
         row = extract_row(logits, settings, rng, index=index)
-        if settings["store_tokens"]:
-            row |= random_text(logits, rng)
+        if settings["store_tokens"]:  # a prompt of three tokens and an answer drawn from the logits
+            answer = (logits.astype(np.float64) + rng.gumbel(size=logits.shape)).argmax(axis=1)
+            ids = np.concatenate([rng.integers(0, logits.shape[1], 3), answer]).tolist()
+            row |= {"input_ids": ids, "token_positions": [*range(3, len(ids))]}
         rows.append(row)
     return rows
-
-
-def random_text(logits: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Return a prompt of three tokens and an answer drawn from the logits."""
-    wide = logits.astype(np.float64) + rng.gumbel(size=logits.shape)
-    answer = wide.argmax(axis=1)
-    prompt = rng.integers(0, logits.shape[1], 3)
-    ids = np.concatenate([prompt, answer])
-    return {"input_ids": ids.tolist(), "token_positions": list(range(prompt.size, ids.size))}
 
 
 class Vocabulary:
@@ -157,13 +150,21 @@ def write_parts(
     """
     settings = {**settings, "rows_per_part": rows_per_part}
     rows = random_rows(20, settings=settings) if rows is None else rows
-    by_id = {row["index"]: row for row in rows}
-    selected = sorted([*by_id, *(skipped or {})])
+    by_id, skipped = {row["index"]: row for row in rows}, skipped or {}
+    selected = sorted([*by_id, *skipped])
     records: list[dict[str, Any]] = []
     for number, first in enumerate(range(0, len(selected), rows_per_part), first_part):
         ids = selected[first : first + rows_per_part]
-        part = describe_part(number, ids, by_id, skipped or {}, settings)
-        table = rows_to_table([by_id[i] for i in ids if i in by_id], settings=settings)
+        here = [by_id[i] for i in ids if i in by_id]
+        counts = np.array([count for row in here for count in row["top_counts"]], np.int64)
+        capped = int((counts == settings.get("top_p_max", 256)).sum())
+        part = {
+            "number": number, "ids": explore.hash_ids(ids), "conversations": len(ids),
+            "skipped": {str(i): skipped[i] for i in ids if i in skipped}, "rows": len(here),
+            "tokens": counts.size, "nucleus": int(counts.sum()), "capped": capped,
+            "mass": 0.9 * counts.size, "actual": 0.5 * counts.size,
+        }  # fmt: skip
+        table = rows_to_table(here, settings=settings)
         metadata = {**table.schema.metadata, explore.METADATA_PART: json.dumps(part).encode()}
         path = folder / explore.part_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,22 +175,6 @@ def write_parts(
         write_checkpoint(folder, mine, "" if workers == 1 else f"-w{worker:02d}")
     (folder / "extraction_config.json").write_text(json.dumps(settings))
     return folder
-
-
-def describe_part(
-    number: int, ids: Sequence[int], rows: Mapping[int, Mapping[str, Any]],
-    skipped: Mapping[int, str], settings: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Return what the file of a part says of itself, counted from the rows as they are stored."""
-    here = [rows[i] for i in ids if i in rows]
-    counts = np.array([count for row in here for count in row["top_counts"]], np.int64)
-    return {
-        "number": number, "ids": explore.hash_ids(ids), "conversations": len(ids),
-        "skipped": {str(i): skipped[i] for i in ids if i in skipped}, "rows": len(here),
-        "tokens": int(counts.size), "nucleus": int(counts.sum()),
-        "capped": int((counts == settings.get("top_p_max", 256)).sum()), "mass": 0.9 * counts.size,
-        "actual": 0.5 * counts.size,
-    }  # fmt: skip
 
 
 def write_checkpoint(folder: Path, records: Sequence[Mapping[str, Any]], suffix: str) -> None:

@@ -52,9 +52,6 @@ def plain():
     return [analysis_of(row, input_ids=ids) for row, ids in zip(longest, texts, strict=True)]
 
 
-# Without a browser --------------------------------------------------------------------------------
-
-
 def test_a_page_is_one_file_that_names_no_other(plain):
     page = render_page(plain)
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
@@ -93,6 +90,8 @@ def test_invisible_characters_become_visible():
     assert explore.show_text("a\tb\nc") == "a\tb\nc"
     assert explore.show_token(" a\n\t") == "·a↵⇥"
     assert explore.show_text("👩‍👩‍👧") == "👩‍👩‍👧"
+    line = " a\n\x1b[31m b\u202e hf_abcDEF123456 "  # of the log, which holds no token
+    assert explore.show_line(line) == "a ␛[31m b⟨U+202E⟩ ***"
 
 
 def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile):
@@ -100,9 +99,6 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile):
     assert shown.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
     assert 'sandbox="allow-scripts"' in shown
     assert shown.count('"') == 6  # the page's own quotes cannot end the attribute
-
-
-# In a browser -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -48,9 +48,6 @@ def put_column(rows: Any, name: str, values: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, values)
 
 
-# Rows ---------------------------------------------------------------------------------------------
-
-
 def test_every_row_can_be_read_in_any_order(output):
     dataset = load_logit_dataset(output)
     order = np.random.default_rng(3).permutation(20)
@@ -119,8 +116,6 @@ def test_all_kinds_of_datasets_give_the_same_samples_and_stay_as_they_are(output
     assert (mapped.format, shaped.format, shaped._fingerprint) == before
     assert next(iter(streamed))["index"] == 0
 
-
-# What is no dataset, sample, number or name -------------------------------------------------------
 
 SAMPLE = r"a sample is needed, as get_sample\(dataset, i\) returns it, not"
 DATASET = "a dataset is an output by name, what load_logit_dataset returns, or rows; not"
@@ -242,9 +237,6 @@ def test_no_argument_of_any_kind_ends_in_another_error(tmp_path, monkeypatch):
     assert refused > 600
 
 
-# Names, splits, settings --------------------------------------------------------------------------
-
-
 def test_names_tell_the_split_and_the_order_of_shards(tmp_path):
     for folder, names, there in (
         ("a", ("train-00000-of-00001", "test-00000-of-00001"), {"test": [1], "train": [0]}),
@@ -347,9 +339,6 @@ def test_a_checkpoint_of_other_files_is_not_believed(output, tmp_path):
     for text in ('{"shards": 3}', "[]", "{", "[" * 100_000):
         (tmp_path / "checkpoint.json").write_text(text)
         assert_row(get_sample(load_logit_dataset(tmp_path), 19), 19)
-
-
-# Untrusted files ----------------------------------------------------------------------------------
 
 
 def test_links_out_of_the_folder_and_endless_texts_are_refused(output, tmp_path, monkeypatch):
@@ -468,9 +457,6 @@ def test_no_thread_of_arrows_reads_what_is_pythons(kind, output, monkeypatch):
     for row, sample in enumerate(iter_samples(noted)):
         assert_row(sample, row)
     assert readers == {threading.get_ident()}
-
-
-# The Hub ------------------------------------------------------------------------------------------
 
 
 def upload(folder: Path) -> None:

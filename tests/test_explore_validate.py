@@ -55,18 +55,15 @@ def ids(part: str, values: Any) -> Row:
 
 
 def item(name: str, place: int, value: Any) -> Row:
-    """Return a list of the row with another value at a place."""
     return {name: put(HURT[name], (place, value))}
 
 
 def shift_range(part: str, by: float) -> Row:
-    """Return the range of the token, shifted."""
     ends = (f"{part}_min", f"{part}_max")
     return {name: put(HURT[name], (TOKEN, HURT[name][TOKEN] + by)) for name in ends}
 
 
 def shift_logsumexp(row: Row, by: float) -> Row:
-    """Return all log-sum-exps of a row, shifted."""
     return {"logsumexp": [value + by for value in row["logsumexp"]]}
 
 
@@ -152,9 +149,6 @@ def test_damage_to_a_row_is_caught_and_named(tmp_path, rule, change):
     assert report.rows == 18
 
 
-# Files --------------------------------------------------------------------------------------------
-
-
 def rewrite(shard: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(pq.read_table(shard)), shard)
 
@@ -170,8 +164,6 @@ def change_settings(shard: Path, changes: Row) -> None:
 
 
 def change_part(shard: Path, **changes: Any) -> None:
-    """Write a part's file again with other words about itself."""
-
     def change(metadata: dict[bytes, bytes]) -> dict[bytes, bytes]:
         part = json.loads(metadata[METADATA_PART]) | changes
         return metadata | {METADATA_PART: json.dumps(part).encode()}
