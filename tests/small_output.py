@@ -17,14 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from explore_logits import (
-    METADATA_PART,
-    hash_ids,
-    pack_indices,
-    part_path,
-    quantize_logits,
-    shard_schema,
-)
+import explore_logits as explore
 
 SETTINGS: dict[str, Any] = {
     "format_version": 1, "model": "tests/teacher", "model_revision": None,
@@ -36,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "sampled_n": 24, "seed": 42, "logit_bits": 16, "store_tokens": False, "max_seq_len": None,
     "dtype": "float32", "attn": "sdpa", "vocab_size": 600, "versions": {},
 }  # fmt: skip
+STORED: dict[str, Any] = SETTINGS | {"store_tokens": True}
 
 
 def random_logits(rng: np.random.Generator, tokens: int, vocab: int) -> np.ndarray:
@@ -48,9 +42,7 @@ def extract_row(
     logits: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator, *, index: int
 ) -> dict[str, Any]:
     """Extract one row from its logits by the definition, token by token, in float64."""
-    tops: list[np.ndarray] = []
-    tails: list[np.ndarray] = []
-    wide = logits.astype(np.float64)
+    tops, tails, wide = [], [], logits.astype(np.float64)
     peak = wide.max(axis=1)
     logsumexp = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=1))
     for row, total in zip(wide, logsumexp, strict=True):
@@ -74,18 +66,16 @@ def pack_entries(
     part: str, ids: Sequence[np.ndarray], logits: np.ndarray, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Pack one part, nucleus or tail, of every token."""
-    flat = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+    flat = np.concatenate(ids)
     counts = np.array([part.size for part in ids])
     values = logits[np.repeat(np.arange(len(ids)), counts), flat]
-    low, high = pack_indices(flat)
-    q, vmin, vmax = quantize_logits(values, counts, bits=settings["logit_bits"])
+    low, high = explore.pack_indices(flat)
+    q, vmin, vmax = explore.quantize_logits(values, counts, bits=settings["logit_bits"])
     return {
-        f"{part}_indices_low": low.tolist(),
-        f"{part}_indices_high": high,
-        f"{part}_logits_quantized": q.tolist(),
-        f"{part}_min": vmin.tolist(),
+        f"{part}_indices_low": low.tolist(), f"{part}_indices_high": high,
+        f"{part}_logits_quantized": q.tolist(), f"{part}_min": vmin.tolist(),
         f"{part}_max": vmax.tolist(),
-    }
+    }  # fmt: skip
 
 
 def random_rows(
@@ -98,19 +88,28 @@ def random_rows(
         size = int(rng.integers(1, tokens + 1))
         logits = random_logits(rng, size, settings["vocab_size"])
         row = extract_row(logits, settings, rng, index=index)
-        if settings["store_tokens"]:
-            row |= random_text(logits, rng)
+        if settings["store_tokens"]:  # a prompt of three tokens and an answer drawn from the logits
+            answer = (logits.astype(np.float64) + rng.gumbel(size=logits.shape)).argmax(axis=1)
+            ids = np.concatenate([rng.integers(0, logits.shape[1], 3), answer]).tolist()
+            row |= {"input_ids": ids, "token_positions": [*range(3, len(ids))]}
         rows.append(row)
     return rows
 
 
-def random_text(logits: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """Return a prompt of three tokens and an answer drawn from the logits."""
-    wide = logits.astype(np.float64) + rng.gumbel(size=logits.shape)
-    answer = wide.argmax(axis=1)
-    prompt = rng.integers(0, logits.shape[1], 3)
-    ids = np.concatenate([prompt, answer])
-    return {"input_ids": ids.tolist(), "token_positions": list(range(prompt.size, ids.size))}
+class Vocabulary:
+    """A tokenizer whose first tokens are these texts; the others are words."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return SETTINGS["vocab_size"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.texts[ids[0]] if ids[0] < len(self.texts) else f" w{ids[0]}"
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"<{token}>"
 
 
 def rows_to_table(
@@ -118,8 +117,7 @@ def rows_to_table(
 ) -> pa.Table:
     """Return rows as a table with the schema and metadata of a shard."""
     how = {"store_tokens": settings["store_tokens"], "compact": "min_p" in settings}
-    schema = shard_schema(**how, settings=settings)
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    return pa.Table.from_pylist([*rows], schema=explore.shard_schema(**how, settings=settings))
 
 
 def write_output(
@@ -152,16 +150,23 @@ def write_parts(
     """
     settings = {**settings, "rows_per_part": rows_per_part}
     rows = random_rows(20, settings=settings) if rows is None else rows
-    by_id = {row["index"]: row for row in rows}
-    selected = sorted([*by_id, *(skipped or {})])
+    by_id, skipped = {row["index"]: row for row in rows}, skipped or {}
+    selected = sorted([*by_id, *skipped])
     records: list[dict[str, Any]] = []
-    for first in range(0, len(selected), rows_per_part):
+    for number, first in enumerate(range(0, len(selected), rows_per_part), first_part):
         ids = selected[first : first + rows_per_part]
-        number = first_part + first // rows_per_part
-        part = describe_part(number, ids, by_id, skipped or {}, settings)
-        table = rows_to_table([by_id[i] for i in ids if i in by_id], settings=settings)
-        metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
-        path = folder / part_path(number)
+        here = [by_id[i] for i in ids if i in by_id]
+        counts = np.array([count for row in here for count in row["top_counts"]], np.int64)
+        capped = int((counts == settings.get("top_p_max", 256)).sum())
+        part = {
+            "number": number, "ids": explore.hash_ids(ids), "conversations": len(ids),
+            "skipped": {str(i): skipped[i] for i in ids if i in skipped}, "rows": len(here),
+            "tokens": counts.size, "nucleus": int(counts.sum()), "capped": capped,
+            "mass": 0.9 * counts.size, "actual": 0.5 * counts.size,
+        }  # fmt: skip
+        table = rows_to_table(here, settings=settings)
+        metadata = {**table.schema.metadata, explore.METADATA_PART: json.dumps(part).encode()}
+        path = folder / explore.part_path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=3)
         records.append({**part, "bytes": path.stat().st_size})
@@ -172,31 +177,12 @@ def write_parts(
     return folder
 
 
-def describe_part(
-    number: int, ids: Sequence[int], rows: Mapping[int, Mapping[str, Any]],
-    skipped: Mapping[int, str], settings: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Return what the file of a part says of itself, counted from the rows as they are stored."""
-    here = [rows[i] for i in ids if i in rows]
-    counts = np.array([count for row in here for count in row["top_counts"]], np.int64)
-    return {
-        "number": number, "ids": hash_ids(ids), "conversations": len(ids),
-        "skipped": {str(i): skipped[i] for i in ids if i in skipped}, "rows": len(here),
-        "tokens": int(counts.size), "nucleus": int(counts.sum()),
-        "capped": int((counts == settings.get("top_p_max", 256)).sum()), "mass": 0.9 * counts.size,
-        "actual": 0.5 * counts.size,
-    }  # fmt: skip
-
-
 def write_checkpoint(folder: Path, records: Sequence[Mapping[str, Any]], suffix: str) -> None:
     """Write the checkpoint of a worker: what its parts say of themselves, by columns."""
     names = ("number", "ids", "conversations", "rows", "tokens", "bytes", "nucleus", "capped",
              "mass", "actual")  # fmt: skip
     parts = {name: [record[name] for record in records] for name in names}
-    reasons = {
-        str(record["number"]): dict(Counter(record["skipped"].values()))
-        for record in records
-        if record["skipped"]
-    }
+    skipped = {str(record["number"]): record["skipped"].values() for record in records}
+    reasons = {number: Counter(whys) for number, whys in skipped.items() if whys}
     content = {"format_version": 1, "parts": parts, "skipped": reasons}
     (folder / f"checkpoint{suffix}.json").write_text(json.dumps(content))

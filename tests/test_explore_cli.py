@@ -1,7 +1,5 @@
 """The command line of explore_logits: what it prints, its exit codes, and its light import."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys
@@ -10,44 +8,30 @@ from pathlib import Path
 import pytest
 from conftest import CHATS, ROOT, TEACHER, run_script
 from processes import run_code, run_process
-from small_output import SETTINGS, random_rows, write_output
+from small_output import STORED, random_rows, write_output
 
 import explore_logits
 from explore_logits import build_parser, main, parse_args, row_list
 
-STORED = SETTINGS | {"store_tokens": True, "model": str(TEACHER), "dataset": str(CHATS)}
-
-
+SETTINGS = STORED | {"model": str(TEACHER), "dataset": str(CHATS)}
 HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib", "seaborn", "huggingface_hub",
          "termcolor", "jinja2", "selenium")  # fmt: skip
-
-
-PROMISED = {  # by the contract
-    "SCHEMA", "pack_indices", "unpack_indices", "quantize_logits", "dequantize_logits",
-    "load_logit_dataset", "get_sample", "iter_samples", "load_extraction_config",
-    "dequantize_top_logits", "dequantize_sampled_logits", "dequantize_all_logits",
-    "logits_to_probs", "get_nucleus_probability_mass", "decode_top_tokens", "print_top_tokens",
-    "print_sample_info", "analyze_token_probabilities", "NucleusSizeStats",
-    "visualize_conversation_probabilities", "analyze_nucleus_sizes", "compute_dataset_stats",
-    "print_dataset_stats", "compute_bytes_per_token_stats", "plot_logit_distribution",
-    "plot_nucleus_vs_sampled", "plot_nucleus_sizes", "plot_nucleus_size_analysis",
-    "quick_explore", "execute_analysis", "LogitIterableDataset", "collate_logits",
-    "distillation_loss", "distillation_loss_from_hidden",
-}  # fmt: skip
+MISSING = [
+    ("matplotlib", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
+    ("torch", "e.LogitIterableDataset(d)", "pip install torch"),
+    ("huggingface_hub", "e.load_logit_dataset('user/name')", "pip install huggingface_hub"),
+    ("transformers", "e.load_tokenizer('user/name')", "pip install transformers"),
+    ("datasets", "e.open_source('user/name')", "pip install datasets"),
+]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = random_rows(10, settings=STORED, tokens=30)
-    return write_output(tmp_path_factory.mktemp("cli"), rows, settings=STORED)
+def output(tmp_path_factory):
+    rows = random_rows(10, settings=SETTINGS, tokens=30)
+    return write_output(tmp_path_factory.mktemp("cli"), rows, settings=SETTINGS)
 
 
-# The module itself --------------------------------------------------------------------------------
-
-
-def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(
-    output: Path,
-) -> None:
+def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(output):
     heavy = [name for name in HEAVY if name != "pandas"]  # pyarrow looks for it by itself
     lines = run_code(
         f"import sys, explore_logits as e; print([m for m in {HEAVY} if m in sys.modules]);"
@@ -59,35 +43,24 @@ def test_importing_and_reading_need_the_standard_library_numpy_and_pyarrow_only(
     assert lines[0] == lines[-1] == "[]"
 
 
-def test_the_names_that_are_offered_exist_are_few_and_are_those_promised() -> None:
+def test_the_names_that_are_offered_exist_and_are_few():  # which they are: test_explore_open.py
     names = explore_logits.__all__
     assert dir(explore_logits) == sorted(names)
     assert len({*names}) == len(names) < 50
-    assert [name for name in (*names, *PROMISED) if not hasattr(explore_logits, name)] == []
-    assert {*names} >= PROMISED
+    assert [name for name in names if not hasattr(explore_logits, name)] == []
 
 
-def test_nothing_is_printed_outside_of_what_prints() -> None:
+def test_nothing_is_printed_outside_of_what_prints():
     tree = ast.parse((ROOT / "explore_logits.py").read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    calls = {(f.name, getattr(getattr(call, "func", None), "id", ""))
-             for f in functions for call in ast.walk(f)}  # fmt: skip
-    printing = {name for name, called in calls if called == "print"}
+    printing = {function.name for function in functions for node in ast.walk(function)
+                if isinstance(node, ast.Name) and node.id == "print"}  # fmt: skip
     shows = ("print_", "show_", "find_words", "run_commands", "quick_explore", "main")
     assert "print_token" in printing
     assert {name for name in printing if not name.startswith(shows)} == set()
 
 
-MISSING = [
-    ("matplotlib", "e.plot_nucleus_sizes(s)", f"pip install -e '{ROOT}[viz]'"),
-    ("torch", "e.LogitIterableDataset(d)", "pip install torch"),
-    ("huggingface_hub", "e.load_logit_dataset('user/name')", "pip install huggingface_hub"),
-    ("transformers", "e.load_tokenizer('user/name')", "pip install transformers"),
-    ("datasets", "e.open_source('user/name')", "pip install datasets"),
-]
-
-
-def test_a_missing_package_is_named_with_what_brings_it(output: Path) -> None:
+def test_a_missing_package_is_named_with_what_brings_it(output):
     said = run_code(
         f"import sys, explore_logits as e\nd = {str(output)!r}\ns = e.get_sample(d)\n"
         f"for module, call, _ in {MISSING}:\n"
@@ -102,51 +75,31 @@ def test_a_missing_package_is_named_with_what_brings_it(output: Path) -> None:
         assert remedy in line
 
 
-def test_a_line_of_the_log_neither_acts_on_a_terminal_nor_holds_a_token() -> None:
-    shown = explore_logits.show_line(" a\n\x1b[31m b\u202e hf_abcDEF123456 ")
-    assert shown == "a ␛[31m b⟨U+202E⟩ ***"
-
-
-# Arguments ----------------------------------------------------------------------------------------
-
-
-def test_rows_are_numbers_lists_and_ranges() -> None:
+def test_rows_are_numbers_lists_and_ranges_and_a_bad_command_line_exits_2(capsys):
     assert row_list("3") == [3]
     assert row_list("0,5,-1") == [0, 5, -1]
     assert row_list("2-4,9") == [2, 3, 4, 9]
+    for words in ("", "out --sample many", "out --sample 5-2", "out --sample 0-99999999",
+                  "out --top 0"):  # fmt: skip
+        with pytest.raises(SystemExit) as caught:
+            parse_args(words.split())
+        assert caught.value.code == 2
+        assert "explore-logits: error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words", ["", "out --sample many", "out --sample 5-2", "out --sample 0-99999999", "out --top 0"]
-)
-def test_a_bad_command_line_exits_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_args(words.split())
-    assert caught.value.code == 2
-    assert "explore-logits: error" in capsys.readouterr().err
-
-
-def test_the_help_fits_80_columns_and_names_the_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_help_fits_80_columns_and_options_show_what_they_take(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     text = build_parser().format_help()
     assert max(map(len, text.splitlines())) <= 80
     assert "3 --validate found" in text
-
-
-@pytest.mark.parametrize("value", ["math=3", "[1]", "[" * 100_000])
-def test_an_option_of_json_shows_what_it_takes(
-    value: str, capsys: pytest.CaptureFixture[str]
-) -> None:
     parser = explore_logits.OneLineParser()
     explore_logits.add_options(parser, explore_logits.ConversationOptions, required=())
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--template-kwargs", value])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert 'wanted: JSON for the template: {"enable_thinking": false}' in line
-    assert len(line) < 500
-
-
-# Runs ---------------------------------------------------------------------------------------------
+    for value in ("math=3", "[1]", "[" * 100_000):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--template-kwargs", value])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert 'wanted: JSON for the template: {"enable_thinking": false}' in line
+        assert len(line) < 500
 
 
 @pytest.mark.parametrize(
@@ -161,10 +114,7 @@ def test_an_option_of_json_shows_what_it_takes(
         ("OUT --plot a.xyz", "'xyz' is not supported"),
     ],
 )
-def test_what_is_not_there_or_cannot_be_written_exits_2_with_one_line(
-    output: Path, tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_what_cannot_be_done_exits_2(output, words, message, tmp_path, capsys, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.png").mkdir()
     assert main([word.replace("OUT", str(output)) for word in words.split()]) == 2
@@ -174,18 +124,11 @@ def test_what_is_not_there_or_cannot_be_written_exits_2_with_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_the_last_line_is_one_json_object_whatever_was_asked(
-    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_is_one_json_object_whatever_was_asked(output, tmp_path, capsys):
     page, picture = tmp_path / "new" / "page.html", tmp_path / "plot"
-    for words in (
-        "--sample 1,-1 --top 4",
-        "--stats",
-        "--validate",
-        f"--compare {output}",
-        f"--sample 0-3 --stats --html {page} --plot {picture}",
-        "--conversation 4 --token 0",
-    ):
+    everything = f"--sample 0-3 --stats --html {page} --plot {picture}"
+    for words in ("--sample 1,-1 --top 4", "--stats", "--validate", f"--compare {output}",
+                  everything, "--conversation 4 --token 0"):  # fmt: skip
         assert main([str(output), *words.split()]) == 0
         summary = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert summary["output"] == str(output)
@@ -202,18 +145,14 @@ def test_the_last_line_is_one_json_object_whatever_was_asked(
     assert Path(f"{picture}.png").stat().st_size > 5000, "a picture without a kind is PNG"
 
 
-def test_the_script_runs_where_the_terminal_knows_ascii_only(output: Path) -> None:
+def test_the_script_runs_where_the_terminal_knows_ascii_only(output):
     done = run_script("explore_logits.py", output, "--stats", PYTHONIOENCODING="ascii", LC_ALL="C")
     assert done.code == 0, done.stderr
     assert done.summary["rows"] == 10
 
 
-def test_a_reader_that_stops_early_is_no_error(output: Path) -> None:
-    command = f"set -o pipefail; '{sys.executable}' explore_logits.py '{output}' --validate | true"
-    done = run_process(["bash", "-c", command], cwd=ROOT)
-    assert (done.code, done.stderr) == (0, "")
-
-
+FULL = "explore-logits: cannot write the result: No space left on device; make room\n"
+VALIDATE = f"'{sys.executable}' explore_logits.py OUT --validate"
 WRITE_TO_BOTH = """
 import sys, explore_logits
 explore_logits.outlive_readers("stdout", "stderr")
@@ -223,18 +162,15 @@ print("result")
 """
 
 
-@pytest.mark.parametrize("way", ["2> /dev/full", "2>&-", "2> >(true)"])
-def test_what_nobody_can_take_is_dropped(way: str) -> None:
-    command = f"sleep 0.05; exec {sys.executable} -c '{WRITE_TO_BOTH}' {way}"
-    done = run_process(["bash", "-c", command], cwd=ROOT)
-    assert (done.code, done.stdout) == (0, "result\n")
-
-
-def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with open("/dev/full", "w", encoding="utf-8") as full:
-        command = [sys.executable, ROOT / "explore_logits.py", write_output(tmp_path), "--validate"]
-        done = run_process(command, stdout=full)
-    assert done.code == 2
-    assert done.stderr == (
-        "explore-logits: cannot write the result: No space left on device; make room\n"
-    )
+@pytest.mark.parametrize(
+    ("command", "end"),
+    [
+        (f"set -o pipefail; {VALIDATE} | true", (0, "", "")),  # a reader stops early: no error
+        (f"{VALIDATE} > /dev/full", (2, "", FULL)),
+        *((f"sleep 0.05; exec '{sys.executable}' -c '{WRITE_TO_BOTH}' {way}", (0, "result\n", ""))
+          for way in ("2> /dev/full", "2>&-", "2> >(true)")),
+    ],
+)  # fmt: skip
+def test_what_nobody_can_take_is_dropped_but_for_the_result(output, command, end):
+    done = run_process(["bash", "-c", command.replace("OUT", f"'{output}'")], cwd=ROOT)
+    assert (done.code, done.stdout, done.stderr) == end

@@ -1,8 +1,6 @@
 """Decoding rows and tokens: the vectorised answers equal a plain loop over the definition."""
 
-from __future__ import annotations
-
-from itertools import chain
+from itertools import chain, islice, product
 from typing import Any
 
 import numpy as np
@@ -17,24 +15,17 @@ ROWS = random_rows(12, settings=SETTINGS | {"vocab_size": 262_144, "top_p_max": 
 
 def loop_decode(row: dict[str, Any], part: str) -> list[tuple[list[int], list[float]]]:
     """Decode a stored row token by token with plain Python, from the written definition."""
-    high = row[f"{part}_indices_high"]
-    flat = [
-        low | (high[i // 4] >> (2 * (i % 4)) & 3) << 16
-        for i, low in enumerate(row[f"{part}_indices_low"])
+    lows, high = row[f"{part}_indices_low"], row[f"{part}_indices_high"]
+    ids = iter(low | (high[i // 4] >> (2 * (i % 4)) & 3) << 16 for i, low in enumerate(lows))
+    levels, each = iter(row[f"{part}_logits_quantized"]), len(lows) // row["num_tokens"]
+    counts = row["top_counts"] if part == "top" else [each] * row["num_tokens"]
+    return [
+        ([*islice(ids, count)], [q / 65535 * (top - low) + low for q in islice(levels, count)])
+        for low, top, count in zip(row[f"{part}_min"], row[f"{part}_max"], counts, strict=True)
     ]
-    m = len(row["sampled_indices_low"]) // row["num_tokens"]
-    counts = row["top_counts"] if part == "top" else [m] * row["num_tokens"]
-    tokens, start = [], 0
-    for t, count in enumerate(counts):
-        low, top = row[f"{part}_min"][t], row[f"{part}_max"][t]
-        levels = row[f"{part}_logits_quantized"][start : start + count]
-        logits = [q / 65535 * (top - low) + low for q in levels]
-        tokens.append((flat[start : start + count], logits))
-        start += count
-    return tokens
 
 
-def test_a_whole_row_decodes_as_the_plain_loop_does() -> None:
+def test_a_whole_row_decodes_as_the_plain_loop_does():
     for sample, row in zip(iter_samples(ROWS), ROWS, strict=True):
         top, tail = loop_decode(row, "top"), loop_decode(row, "sampled")
         assert (sample["index"], sample["num_tokens"]) == (row["index"], row["num_tokens"])
@@ -45,12 +36,10 @@ def test_a_whole_row_decodes_as_the_plain_loop_does() -> None:
         decoders = explore.dequantize_top_logits, explore.dequantize_sampled_logits
         for decode, tokens in zip(decoders, (top, tail), strict=True):
             whole = [list(chain(*parts)) for parts in zip(*tokens, strict=True)]
-            for found, wanted in (
-                (decode(sample), whole),
-                *((decode(sample, t), tokens[t]) for t in range(len(tokens))),
-            ):
-                assert found[0].tolist() == wanted[0]
-                np.testing.assert_allclose(found[1], wanted[1], rtol=1e-14)
+            for t, wanted in ((None, whole), *enumerate(tokens)):
+                ids, logits = decode(sample) if t is None else decode(sample, t)
+                assert ids.tolist() == wanted[0]
+                np.testing.assert_allclose(logits, wanted[1], rtol=1e-14)
         for t in range(row["num_tokens"]):
             mass = np.exp(np.array(top[t][1]) - row["logsumexp"][t]).sum()
             assert masses[t] == explore.get_nucleus_probability_mass(sample, t)
@@ -58,7 +47,7 @@ def test_a_whole_row_decodes_as_the_plain_loop_does() -> None:
             assert explore.dequantize_all_logits(sample, t)[0].tolist() == top[t][0] + tail[t][0]
 
 
-def test_a_sample_is_a_view_that_reads_like_a_dictionary() -> None:
+def test_a_sample_is_a_view_that_reads_like_a_dictionary():
     block = explore.decode_rows(explore.as_rows(ROWS))
     for row, sample in enumerate(iter_samples(ROWS)):
         alone = explore.Sample(block.row(row))
@@ -70,7 +59,7 @@ def test_a_sample_is_a_view_that_reads_like_a_dictionary() -> None:
         sample["logits"]
 
 
-def test_probabilities_are_the_teachers_own() -> None:
+def test_probabilities_are_the_teachers_own():
     rng = np.random.default_rng(11)
     logits = random_logits(rng, 1, 600)[0].astype(np.float64)
     total = np.log(np.exp(logits).sum())
@@ -80,7 +69,7 @@ def test_probabilities_are_the_teachers_own() -> None:
     assert logits_to_probs(np.zeros(0)).size == 0
 
 
-def test_the_top_tokens_are_the_first_of_the_nucleus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_top_tokens_are_the_first_of_the_nucleus(capsys):
     sample = get_sample(ROWS, 2)
     predictions = decode_top_tokens(sample, 0, k=3)
     assert [p.id for p in predictions] == sample["top_indices"][0][:3].tolist()
@@ -90,12 +79,12 @@ def test_the_top_tokens_are_the_first_of_the_nucleus(capsys: pytest.CaptureFixtu
     assert f"#{sample['top_indices'][0][0]}" in capsys.readouterr().out
 
 
-def test_a_token_that_is_not_there_is_an_error_that_says_how_many_there_are() -> None:
+def test_a_token_that_is_not_there_is_an_error_that_says_how_many_there_are():
     sample = get_sample(random_rows(1, tokens=1), 0)
-    for decode in (explore.dequantize_top_logits, explore.dequantize_all_logits, decode_top_tokens):
-        for t in (1, -2):
-            with pytest.raises(explore.RowError, match="1 token,"):
-                decode(sample, t)
+    decoders = explore.dequantize_top_logits, explore.dequantize_all_logits, decode_top_tokens
+    for decode, t in product(decoders, (1, -2)):
+        with pytest.raises(explore.RowError, match="1 token,"):
+            decode(sample, t)
 
 
 class Pieces:
@@ -110,12 +99,10 @@ class Pieces:
         return self.decoded[ids[0]]
 
 
-def test_tokens_that_are_half_a_character_show_their_bytes() -> None:
+def test_tokens_that_are_half_a_character_show_their_bytes():
     shown = [" hello", "⟨F0 9F⟩", "⟨98 80⟩", "⟨E2⟩", " word", "\ufffd", " ⟨E2 9C⟩", "é", "#8"]
     assert explore.token_texts(range(9), Pieces()) == shown
 
-
-# Damage -------------------------------------------------------------------------------------------
 
 SIZE = ROWS[3]["num_tokens"]
 STRUCTURE: list[dict[str, Any]] = [
@@ -130,9 +117,7 @@ STRUCTURE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", STRUCTURE, ids=lambda change: f"{change!s:.40}")
-def test_a_row_whose_lists_do_not_fit_is_refused_by_its_number_in_the_whole(
-    change: dict[str, Any],
-) -> None:
+def test_a_row_whose_lists_do_not_fit_is_refused_by_its_number_in_the_whole(change):
     rows = [*ROWS[:3], *random_rows(150, tokens=1), {**ROWS[3], **change}, *ROWS[4:6]]
     with pytest.raises(explore.FormatError, match="row 153: "):
         list(iter_samples(rows))

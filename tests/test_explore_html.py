@@ -4,18 +4,14 @@ Needs chromium and chromedriver on the PATH (Debian: chromium chromium-driver) a
 browser tests are skipped with that reason where they are missing.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small_output import SETTINGS, random_rows, write_output
+from small_output import STORED, Vocabulary, random_rows, write_output
 
 import explore_logits as explore
 from explore_logits import ConversationAnalysis, get_sample, render_page
@@ -28,41 +24,27 @@ HOSTILE = [
     "\u2028\u2029", "\x00\x1b[31m\x07", "⟨F0 9F⟩", "\r\n\t", "  two  spaces  ", "\u200b",
     "{{7*7}} ${7*7} %s", "日本語 🎉 👩‍👩‍👧", "javascript:window.hacked=5", "",
 ]  # fmt: skip
-STORED = SETTINGS | {"store_tokens": True}
-ARROWS, ESCAPE = {"left": "\ue012", "right": "\ue014"}, "\ue00c"
-
-
-class Vocabulary:
-    """A tokenizer whose first tokens are hostile; the others are words."""
-
-    def __len__(self) -> int:
-        return STORED["vocab_size"]
-
-    def decode(self, ids: list[int]) -> str:
-        return HOSTILE[ids[0]] if ids[0] < len(HOSTILE) else f" w{ids[0]}"
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return f"<{token}>"
+LEFT, RIGHT, ESCAPE = "\ue012", "\ue014", "\ue00c"
 
 
 def analysis_of(row: dict[str, Any], **changes: Any) -> ConversationAnalysis:
-    row = {**row, **changes}
-    return explore.analyze_token_probabilities(get_sample([row]), None, Vocabulary())
+    sample = get_sample([row | changes])
+    return explore.analyze_token_probabilities(sample, None, Vocabulary(HOSTILE))
 
 
 @pytest.fixture(scope="module")
-def hostile() -> ConversationAnalysis:
+def hostile():
     """A conversation whose text is made of hostile tokens, in prompt and answer."""
     rows = random_rows(40, settings=STORED, tokens=60, seed=2)
     row = max(rows, key=lambda row: row["num_tokens"])
-    n, bad = row["num_tokens"], np.arange(len(HOSTILE))
-    ids = np.concatenate([bad, np.resize(bad, n)])
-    positions = np.arange(bad.size, bad.size + n)
-    return analysis_of(row, input_ids=ids.tolist(), token_positions=positions.tolist())
+    bad, size = [*range(len(HOSTILE))], row["num_tokens"]
+    positions = [*range(len(bad), len(bad) + size)]
+    ids = bad + np.resize(bad, size).tolist()
+    return analysis_of(row, input_ids=ids, token_positions=positions)
 
 
 @pytest.fixture(scope="module")
-def plain() -> list[ConversationAnalysis]:
+def plain():
     """Three ordinary conversations of some lines each."""
     rows = random_rows(20, settings=STORED, tokens=300, seed=9)
     longest = sorted(rows, key=lambda row: -row["num_tokens"])[:3]
@@ -70,10 +52,7 @@ def plain() -> list[ConversationAnalysis]:
     return [analysis_of(row, input_ids=ids) for row, ids in zip(longest, texts, strict=True)]
 
 
-# Without a browser --------------------------------------------------------------------------------
-
-
-def test_a_page_is_one_file_that_names_no_other(plain: list[ConversationAnalysis]) -> None:
+def test_a_page_is_one_file_that_names_no_other(plain):
     page = render_page(plain)
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
     assert not re.search(r"https?://|@import|url\(|//cdn", page)
@@ -82,12 +61,10 @@ def test_a_page_is_one_file_that_names_no_other(plain: list[ConversationAnalysis
     assert page.count("<section id=") == 3
 
 
-def test_every_string_from_data_is_escaped_wherever_it_stands(
-    plain: list[ConversationAnalysis],
-) -> None:
+def test_every_string_from_data_is_escaped_wherever_it_stands(plain):
     bad = "\"'<b>&\u202e\x1b"
-    token = explore.replace(plain[0].tokens[0], text=bad)
-    token = explore.replace(token, tail=[explore.Prediction(1, bad, 0.0, 0.1)], t=0)
+    tail = [explore.Prediction(1, bad, 0.0, 0.1)]
+    token = explore.replace(plain[0].tokens[0], text=bad, tail=tail, t=0)
     analysis = ConversationAnalysis(7, [token], [(bad, None), (bad, 0)], model=bad, note=bad)
     page = render_page([analysis], title=bad, about=bad)
     assert page.encode()
@@ -96,7 +73,7 @@ def test_every_string_from_data_is_escaped_wherever_it_stands(
     assert page.count("&#34;&#39;&lt;b&gt;&amp;⟨U+202E⟩␛") == 9
 
 
-def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
+def test_a_bound_says_that_it_is_one(plain):
     token = next(t for t in plain[0].tokens if t.where == "not stored")
     told = explore.describe_token(token)
     for said in (f"%, rank ≥ {token.rank}, not stored", ": ≤", "log p ≤ ",
@@ -108,25 +85,24 @@ def test_a_bound_says_that_it_is_one(plain: list[ConversationAnalysis]) -> None:
     assert "≤" not in explore.describe_token(stored)
 
 
-def test_invisible_characters_become_visible() -> None:
+def test_invisible_characters_become_visible():
     assert explore.show_text("a\x1b[0m\x7f\u202e\ud800") == "a␛[0m⟨U+007F⟩⟨U+202E⟩⟨U+D800⟩"
     assert explore.show_text("a\tb\nc") == "a\tb\nc"
     assert explore.show_token(" a\n\t") == "·a↵⇥"
     assert explore.show_text("👩‍👩‍👧") == "👩‍👩‍👧"
+    line = " a\n\x1b[31m b\u202e hf_abcDEF123456 "  # of the log, which holds no token
+    assert explore.show_line(line) == "a ␛[31m b⟨U+202E⟩ ***"
 
 
-def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile: ConversationAnalysis) -> None:
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(hostile):
     shown = hostile._repr_html_()
     assert shown.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
     assert 'sandbox="allow-scripts"' in shown
     assert shown.count('"') == 6  # the page's own quotes cannot end the attribute
 
 
-# In a browser -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def browser(tmp_path_factory):
     """A headless chromium with a fresh profile."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     chromedriver = shutil.which("chromedriver")
@@ -151,7 +127,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
+def show(browser, tmp_path):
     """Load a page, and make sure at the end that nothing in it failed, fetched or ran wild."""
 
     def load(page: str, *, theme: str = "light") -> Any:
@@ -162,6 +138,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
         return browser
 
     yield load
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.hacked") is None
     fetched = "return performance.getEntriesByType('resource').map(entry => entry.name)"
@@ -172,7 +149,7 @@ def find(browser: Any, selector: str) -> Any:
     return browser.find_elements("css selector", selector)
 
 
-def point(browser: Any, selector: str, *, click: bool = False) -> Any:
+def point(browser: Any, selector: str, *, click: bool = False) -> None:
     """Bring an element into view and move the mouse there."""
     from selenium.webdriver import ActionChains
 
@@ -180,7 +157,6 @@ def point(browser: Any, selector: str, *, click: bool = False) -> Any:
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", node)
     moves = ActionChains(browser).move_to_element(node)
     (moves.click() if click else moves).perform()
-    return node
 
 
 def told(browser: Any) -> str:
@@ -195,7 +171,7 @@ def press(browser: Any, *keys: str) -> str:
     return told(browser)
 
 
-def test_hostile_tokens_are_shown_and_never_act(show: Any, hostile: ConversationAnalysis) -> None:
+def test_hostile_tokens_are_shown_and_never_act(show, hostile):
     browser = show(explore.visualize_conversation_probabilities(hostile, return_html=True))
     script = "return [...document.querySelectorAll('.tok')].map(node => node.textContent)"
     shown = browser.execute_script(script)
@@ -207,13 +183,11 @@ def test_hostile_tokens_are_shown_and_never_act(show: Any, hostile: Conversation
     assert len(find(browser, "script")) == 1
     assert not find(browser, "main img, main svg[onload], main b")
     for token in hostile.tokens[: len(HOSTILE)]:
-        assert press(browser, ARROWS["right"]) == explore.describe_token(token)
+        assert press(browser, RIGHT) == explore.describe_token(token)
     assert not find(browser, "#box *")
 
 
-def test_pointing_tapping_keys_and_links_show_a_token(
-    show: Any, plain: list[ConversationAnalysis]
-) -> None:
+def test_pointing_tapping_keys_and_links_show_a_token(show, plain):
     browser = show(render_page(plain[:2]))
     assert not told(browser)
     point(browser, "#s0-t5")
@@ -225,8 +199,8 @@ def test_pointing_tapping_keys_and_links_show_a_token(
     assert not told(browser)
     expected = [explore.describe_token(token) for token in plain[0].tokens]
     browser.refresh()
-    assert press(browser, *[ARROWS["right"]] * 3) == expected[2]
-    assert press(browser, ARROWS["left"]) == expected[1]
+    assert press(browser, RIGHT, RIGHT, RIGHT) == expected[2]
+    assert press(browser, LEFT) == expected[1]
     assert not press(browser, ESCAPE)
     page = browser.current_url
     for place, said in (("#s0-t30", expected[30]), *((n, "") for n in ("#s9-t1", "#s0-t1]", "#"))):
@@ -235,9 +209,7 @@ def test_pointing_tapping_keys_and_links_show_a_token(
         assert told(browser) == said
 
 
-def test_the_page_needs_no_script_and_runs_none_but_its_own(
-    browser: Any, plain: list[ConversationAnalysis], tmp_path: Path
-) -> None:
+def test_the_page_needs_no_script_and_runs_none_but_its_own(browser, plain, tmp_path):
     page, path = render_page(plain[:1]), tmp_path / "page.html"
     explore.write_page(path, re.sub(r"<script>.*?</script>", "", page, flags=re.S))
     browser.get(path.as_uri())
@@ -246,9 +218,8 @@ def test_the_page_needs_no_script_and_runs_none_but_its_own(
     explore.write_page(path, page.replace("</main>", "<script>hacked=1</script></main>"))
     browser.get(path.as_uri())
     assert browser.execute_script("return window.hacked") is None
-    assert any(
-        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
-    )
+    log = browser.get_log("browser")
+    assert any("Content Security Policy" in entry["message"] for entry in log)
 
 
 CONTRAST = """
@@ -272,12 +243,10 @@ return [...document.querySelectorAll(shown)].map(node => {
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_has_contrast_in_both_themes(
-    show: Any, plain: list[ConversationAnalysis], theme: str, tmp_path: Path
-) -> None:
+def test_text_has_contrast_in_both_themes(show, plain, theme, tmp_path):
     stats = explore.compute_dataset_stats(write_output(tmp_path / "out", random_rows(6)))
     browser = show(render_page(plain[:1], stats=stats), theme=theme)
-    press(browser, ARROWS["right"])
+    press(browser, RIGHT)
     ratios = browser.execute_script(CONTRAST)
     assert len(ratios) > 50
     assert min(ratios)[0] >= 4.5, min(ratios)
@@ -287,15 +256,6 @@ def test_text_has_contrast_in_both_themes(
     assert levels >= {f"b{level}" for level in range(7)}
 
 
-@pytest.fixture
-def phone(browser: Any) -> Iterator[None]:
-    """A screen of 390 by 700 pixels."""
-    size = {"width": 390, "height": 700, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    yield
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
 BOXES = """
 const box = document.getElementById("box").getBoundingClientRect();
 const node = document.querySelector(".on").getBoundingClientRect();
@@ -303,13 +263,13 @@ return [box.top, box.bottom, box.left, box.right, node.top, node.bottom];
 """
 
 
-def test_the_box_stays_on_the_screen_and_off_its_token(
-    show: Any, plain: list[ConversationAnalysis], phone: None
-) -> None:
+def test_the_box_stays_on_the_screen_and_off_its_token(show, browser, plain):
+    phone = {"width": 390, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     long = explore.replace(plain[0].tokens[3], text=" many words that wrap" * 6)
     tokens = [*plain[0].tokens[:3], long, *plain[0].tokens[4:]]
     pieces = [(long.text if t == 3 else text, t) for text, t in plain[0].pieces]
-    browser = show(render_page([explore.replace(plain[0], tokens=tokens, pieces=pieces)]))
+    show(render_page([explore.replace(plain[0], tokens=tokens, pieces=pieces)]))
     wide = browser.execute_script("return document.documentElement.clientWidth")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= wide == 390
     for t in (0, 3, 5, 40, len(tokens) - 1):

@@ -1,10 +1,5 @@
 """The notebook in docs runs from top to bottom on an output of the embedded teacher."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 from conftest import ROOT, extract_chats
 
@@ -13,22 +8,16 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 NOTEBOOK = ROOT / "docs" / "explore.ipynb"
 
 
-def test_it_is_committed_with_small_pictures_and_no_other_output() -> None:
-    book = nbformat.read(NOTEBOOK, as_version=4)
+def test_it_runs_and_shows_tables_pictures_and_the_page(tmp_path, monkeypatch):
+    book = nbformat.read(NOTEBOOK, as_version=4)  # committed with small pictures and nothing else
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [list(output.data) for cell in cells for output in cell.outputs] == [["image/png"]] * 4
     assert all(cell.execution_count is None for cell in cells)
     assert NOTEBOOK.stat().st_size < 200_000
-
-
-def test_it_runs_and_shows_tables_pictures_and_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setenv("LOGITS", str(extract_chats(tmp_path, "--limit", 12)))
     run = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    book = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(book, timeout=1000, kernel_name="python3", resources=run).execute()
-    said: list[Any] = [output for cell in book.cells for output in cell.get("outputs", [])]
+    said = [output for cell in book.cells for output in cell.get("outputs", [])]
     shown = [output.get("data", {}) for output in said]
     assert sum("image/png" in data for data in shown) == 4  # each figure once
     pages = [str(data.get("text/html", "")) for data in shown]

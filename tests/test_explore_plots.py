@@ -1,22 +1,18 @@
 """The plots: each returns a figure that says what it shows, in units, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
-from small_output import SETTINGS, random_rows
+from matplotlib import pyplot
+from small_output import SETTINGS, Vocabulary, random_rows
 
 import explore_logits as explore
 from explore_logits import get_sample, plot_nucleus_sizes, plot_nucleus_vs_sampled
 
-matplotlib.use("Agg")
+pyplot.switch_backend("Agg")
 ROWS = random_rows(12, tokens=40, seed=3)
 SAMPLE = max((get_sample(ROWS, row) for row in range(12)), key=lambda s: s["num_tokens"])
 NO_TAIL = get_sample(random_rows(2, settings=SETTINGS | {"sampled_n": 0}), 1)
@@ -32,19 +28,9 @@ PLOTS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS.keys())
-def test_a_plot_returns_a_figure_with_labelled_axes(
-    plot: Callable[[], Any], tmp_path: Path
-) -> None:
-    from matplotlib import pyplot
-
+def test_a_plot_returns_a_figure_with_labelled_axes(plot, tmp_path):
     figure = plot()
     assert pyplot.get_fignums() == []  # a notebook shows it once, as the result
     figure.savefig(tmp_path / "plot.png")
@@ -54,25 +40,14 @@ def test_a_plot_returns_a_figure_with_labelled_axes(
     assert re.search(r"\((nats|tokens|%)\)", " ".join(labels))
 
 
-def test_the_plotted_sizes_are_the_samples() -> None:
+@pytest.mark.filterwarnings("error")
+def test_the_plotted_sizes_are_the_samples():
     figure = plot_nucleus_sizes(SAMPLE)
     assert figure.axes[0].patches[0].get_data().values == pytest.approx(SAMPLE["top_counts"])
     covered = figure.axes[1].lines[0].get_ydata()
     assert covered == pytest.approx(100 * explore.get_nucleus_probability_mass(SAMPLE))
 
 
-def test_hostile_text_is_a_label_like_any_other(tmp_path: Path) -> None:
-    class Vocabulary:
-        def __len__(self) -> int:
-            return 600
-
-        def decode(self, ids: list[int]) -> str:
-            return "$\\frac{1}{0}$ _^ \x1b" + "x" * 50
-
-        def convert_ids_to_tokens(self, token: int) -> str:
-            return "x"
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the font has no picture of an escape
-        figure = explore.plot_logit_distribution(SAMPLE, 0, tokenizer=Vocabulary())
-        figure.savefig(tmp_path / "plot.png")
+def test_hostile_text_is_a_label_like_any_other(tmp_path):  # the font may warn
+    hostile = Vocabulary(["$\\frac{1}{0}$ _^ \x1b" + "x" * 50] * 600)
+    explore.plot_logit_distribution(SAMPLE, 0, tokenizer=hostile).savefig(tmp_path / "plot.png")

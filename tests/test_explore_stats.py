@@ -1,32 +1,26 @@
 """Figures over outputs, and the comparison of two: exact against plain numpy and full logits."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_output import SETTINGS, extract_row, random_logits, random_rows, write_output
+from scipy.special import log_softmax
+from small_output import SETTINGS, STORED, extract_row, random_logits, random_rows, write_output
 
 import explore_logits as explore
 from explore_logits import analyze_nucleus_sizes, compare_outputs, compute_dataset_stats
 
-STORED = SETTINGS | {"store_tokens": True}
 ROWS = random_rows(30, settings=STORED, tokens=20)
 SIZES = np.concatenate([row["top_counts"] for row in ROWS])
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(tmp_path_factory):
     return write_output(tmp_path_factory.mktemp("stats"), ROWS, settings=STORED)
-
-
-# Nucleus sizes ------------------------------------------------------------------------------------
 
 
 def assert_describes(stats: explore.NucleusSizeStats, sizes: np.ndarray) -> None:
@@ -37,7 +31,7 @@ def assert_describes(stats: explore.NucleusSizeStats, sizes: np.ndarray) -> None
         assert stats.percentile(q) == np.percentile(sizes, q, method="inverted_cdf")
 
 
-def test_nucleus_sizes_are_exact_for_every_kind_of_dataset(output: Path) -> None:
+def test_nucleus_sizes_are_exact_for_every_kind_of_dataset(output):
     datasets = pytest.importorskip("datasets")  # the others need numpy and pyarrow alone
     mapped = datasets.load_dataset("parquet", data_dir=str(output / "data"), split="train")
     for kind in (output, str(output), explore.load_logit_dataset(output), mapped, ROWS,
@@ -45,16 +39,6 @@ def test_nucleus_sizes_are_exact_for_every_kind_of_dataset(output: Path) -> None
         stats = analyze_nucleus_sizes(kind)
         assert stats.rows == 30
         assert_describes(stats, SIZES)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 255), min_size=1, max_size=60))
-def test_the_histogram_gives_what_numpy_gives_on_the_sizes_themselves(sizes: list[int]) -> None:
-    stats = explore.NucleusSizeStats(np.bincount(sizes, minlength=256), 1)
-    assert_describes(stats, np.array(sizes))
-
-
-def test_few_rows_or_none_can_be_counted(output: Path) -> None:
     stats = analyze_nucleus_sizes(output, max_samples=7)
     assert stats.rows == 7
     assert_describes(stats, np.concatenate([row["top_counts"] for row in ROWS[:7]]))
@@ -63,8 +47,15 @@ def test_few_rows_or_none_can_be_counted(output: Path) -> None:
     assert stats.percentile(50) == 0
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 255), min_size=1, max_size=60))
+def test_the_histogram_gives_what_numpy_gives_on_the_sizes_themselves(sizes):
+    stats = explore.NucleusSizeStats(np.bincount(sizes, minlength=256), 1)
+    assert_describes(stats, np.array(sizes))
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_device_counts_the_same(output: Path, device: str) -> None:
+def test_a_device_counts_the_same(output, device):
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -73,10 +64,7 @@ def test_a_device_counts_the_same(output: Path, device: str) -> None:
     np.testing.assert_array_equal(counted.histogram, analyze_nucleus_sizes(output).histogram)
 
 
-# Whole outputs ------------------------------------------------------------------------------------
-
-
-def test_dataset_figures_equal_a_loop_over_tokens(output: Path) -> None:
+def test_dataset_figures_equal_a_loop_over_tokens(output):
     stats = compute_dataset_stats(output)
     masses, firsts, tails, log_probs, places = [], [], [], [], []
     for sample in explore.iter_samples(ROWS):
@@ -96,12 +84,10 @@ def test_dataset_figures_equal_a_loop_over_tokens(output: Path) -> None:
                 log_probs.append(everything[actual[t]] - total)
             else:
                 log_probs.append(np.log(min(np.exp(logits[-1] - total), 1 - mass - tails[-1])))
-    assert stats.rows == 30
-    assert stats.tokens == stats.known == len(masses)
-    assert stats.mean_mass == pytest.approx(np.mean(masses))
+    assert (stats.rows, stats.tokens, stats.known) == (30, len(masses), len(masses))
+    means = (stats.mean_mass, stats.mean_first, stats.mean_tail_mass)
+    assert means == pytest.approx(np.mean([masses, firsts, tails], axis=1))
     assert stats.min_mass == pytest.approx(np.min(masses))
-    assert stats.mean_first == pytest.approx(np.mean(firsts))
-    assert stats.mean_tail_mass == pytest.approx(np.mean(tails))
     capped = (np.array(masses) < 0.98 - 1e-4) & (SIZES == 100)
     assert stats.capped == pytest.approx(capped.mean())
     agreement = (stats.agreement, stats.in_nucleus, stats.in_tail)
@@ -110,7 +96,7 @@ def test_dataset_figures_equal_a_loop_over_tokens(output: Path) -> None:
     assert stats.mean_log_probability == pytest.approx(np.mean(log_probs), abs=2e-3)
 
 
-def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(tmp_path: Path) -> None:
+def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(tmp_path):
     settings = SETTINGS | {"logit_bits": 4, "top_p_max": 30}
     rows = random_rows(40, settings=settings, tokens=20)
     full = np.mean(np.concatenate([row["top_counts"] for row in rows]) == 30)
@@ -119,9 +105,7 @@ def test_the_share_of_capped_nuclei_hardly_depends_on_the_bits(tmp_path: Path) -
     assert stats.capped == pytest.approx(full, rel=0.05)
 
 
-def test_bytes_per_token_are_the_files_divided_by_the_tokens(
-    output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bytes_per_token_are_the_files_divided_by_the_tokens(output, capsys):
     stats = explore.compute_bytes_per_token_stats(output)
     total = sum(path.stat().st_size for path in (output / "data").iterdir())
     assert (stats.total_bytes, stats.tokens) == (total, SIZES.size)
@@ -134,31 +118,20 @@ def test_bytes_per_token_are_the_files_divided_by_the_tokens(
     assert "bytes per token" in capsys.readouterr().out
 
 
-def test_without_text_nothing_is_said_about_the_actual_token(tmp_path: Path) -> None:
+def test_without_text_nothing_is_said_about_the_actual_token(tmp_path):
     stats = compute_dataset_stats(write_output(tmp_path, random_rows(5)))
     assert (stats.known, stats.agreement, stats.mean_log_probability) == (0, None, None)
     assert compute_dataset_stats(ROWS).capped is None, "rows alone do not say what the cap is"
     assert not any("actual" in label for label in stats.facts())
 
 
-# Comparison ---------------------------------------------------------------------------------------
-
-
-def rows_of(logits: list[np.ndarray], *, seed: int, first: int = 0, **changes: Any) -> list[Any]:
+def rows_of(logits: list[np.ndarray], *, seed: int, **changes: Any) -> list[Any]:
     rng = np.random.default_rng(seed)
     made = SETTINGS | {"vocab_size": logits[0].shape[1], **changes}
-    return [extract_row(part, made, rng, index=first + i) for i, part in enumerate(logits)]
+    return [extract_row(part, made, rng, index=i) for i, part in enumerate(logits)]
 
 
-def true_divergence(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    p, q = (
-        part.astype(np.float64) - np.log(np.exp(part.astype(np.float64)).sum(axis=1, keepdims=True))
-        for part in (one, two)
-    )
-    return (np.exp(p) * (p - q)).sum(axis=1)
-
-
-def test_another_tail_of_the_same_teacher_is_no_difference() -> None:
+def test_another_tail_of_the_same_teacher_is_no_difference():
     logits = [random_logits(np.random.default_rng(i), 8, 500) for i in range(6)]
     seen = compare_outputs(rows_of(logits, seed=1), rows_of(logits, seed=2))
     assert (seen.common_rows, seen.unequal_rows, seen.tokens) == (6, 0, 48)
@@ -168,9 +141,7 @@ def test_another_tail_of_the_same_teacher_is_no_difference() -> None:
 
 @pytest.mark.parametrize("noise", [0.01, 0.3, 3.0])
 @pytest.mark.parametrize("cap", [5, 100])
-def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(
-    noise: float, cap: int
-) -> None:
+def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(noise, cap):
     rng = np.random.default_rng(7)
     one = [random_logits(rng, 8, 500) for _ in range(6)]
     two = [part + noise * rng.standard_normal(part.shape).astype(np.float32) for part in one]
@@ -179,7 +150,8 @@ def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(
         for i, part in enumerate((one, two))
     )
     bound = explore.bound_divergence(a, b)
-    truth = true_divergence(np.concatenate(one), np.concatenate(two))
+    p, q = (log_softmax(np.concatenate(part).astype(float), axis=1) for part in (one, two))
+    truth = (np.exp(p) * (p - q)).sum(axis=1)
     assert (bound <= truth + 1e-6).all()
     covered = a.top.mass >= 0.97
     assert covered.sum() >= 8
@@ -187,7 +159,7 @@ def test_the_divergence_is_a_lower_bound_and_near_when_much_is_stored(
         assert bound[covered].sum() > 0.5 * truth[covered].sum()
 
 
-def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> None:
+def test_the_largest_differences_are_named_and_rows_are_joined_by_index():
     rng = np.random.default_rng(3)
     logits = [random_logits(rng, 5, 300) for _ in range(8)]
     changed = [part.copy() for part in logits]
@@ -202,14 +174,10 @@ def test_the_largest_differences_are_named_and_rows_are_joined_by_index() -> Non
     assert (list(none.largest), none.max_divergence) == ([], seen.max_divergence)
 
 
-def test_row_groups_of_rows_in_another_order_are_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_groups_of_rows_in_another_order_are_read_once(tmp_path, monkeypatch):
     order = np.random.default_rng(1).permutation(len(ROWS))
-    one, two = (
-        explore.load_logit_dataset(write_output(tmp_path / name, rows, settings=STORED))
-        for name, rows in (("one", ROWS), ("two", [ROWS[row] for row in order]))
-    )
+    one = write_output(tmp_path / "one", ROWS, settings=STORED)
+    two = write_output(tmp_path / "two", [ROWS[row] for row in order], settings=STORED)
     read: Counter[tuple[str, int, int]] = Counter()
     groups = explore.LogitDataset._read
 
@@ -224,22 +192,18 @@ def test_row_groups_of_rows_in_another_order_are_read_once(
     assert {*read.values()} == {1}
 
 
-def test_without_a_common_token_there_is_no_figure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_common_token_there_is_no_figure(tmp_path, capsys):
     others = [{**row, "index": row["index"] + 100} for row in ROWS[:4]]
-    one, two = (
-        str(write_output(tmp_path / name, rows, settings=STORED))
-        for name, rows in (("one", ROWS[:4]), ("two", others))
-    )
-    assert explore.main([one, "--compare", two, "--stats"]) == 3
+    one = write_output(tmp_path / "one", ROWS[:4], settings=STORED)
+    two = write_output(tmp_path / "two", others, settings=STORED)
+    assert explore.main([str(one), "--compare", str(two), "--stats"]) == 3
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["rows"], summary["common_rows"]) == ([4, 4], 0)
     for figure in ("mean_divergence", "max_divergence", "same_first", "max_logsumexp"):
         assert summary[figure] is None
 
 
-def test_what_is_no_probability_is_refused() -> None:
+def test_what_is_no_probability_is_refused():
     damaged = {**ROWS[0], "logsumexp": [-1e308] * ROWS[0]["num_tokens"]}
     with np.errstate(all="ignore"), pytest.raises(explore.LogitsError, match="not finite"):
         compare_outputs([damaged], [ROWS[0]])

@@ -1,7 +1,5 @@
 """Validation: an output that is sound passes, and every kind of damage is caught and named."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -13,21 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_output import (
-    SETTINGS,
-    random_rows,
-    rows_to_table,
-    write_checkpoint,
-    write_output,
-    write_parts,
-)
+from small_output import SETTINGS, STORED, random_rows, write_checkpoint, write_output, write_parts
 
 import explore_logits as explore
 from explore_logits import METADATA_PART, ValidationReport, hash_ids, pack_indices, validate_output
 
-STORED = SETTINGS | {"store_tokens": True}
 ROWS = random_rows(18, settings=STORED, seed=8)
 SHARD, ROW = "data/part-00001.parquet", 5  # where the damage is done: row 13 of the output
+MORE = "data/part-00009.parquet"  # a shard that is not there
 Row = dict[str, Any]
 HURT: Row = ROWS[8 + ROW]
 SIZES = np.array(HURT["top_counts"])
@@ -40,12 +31,21 @@ TOP_IDS, TAIL_IDS = (
 LEVELS = HURT["top_logits_quantized"]
 
 
+def in_shards(folder: Path) -> Path:
+    """Write an output as version 0.1 laid it out."""
+    return write_output(folder, ROWS, settings=STORED)
+
+
+def in_parts(folder: Path, **changes: Any) -> Path:
+    how = {"settings": STORED, "skipped": {3: "too_long", 17: "unusable"}, "rows_per_part": 6}
+    rows = [row for row in ROWS if row["index"] not in how["skipped"]]
+    return write_parts(folder, rows, **how | changes)
+
+
 def put(values: Any, *changes: tuple[int, Any]) -> list[Any]:
     """Return values with others at some places."""
-    found = [*values]
-    for place, value in changes:
-        found[place] = value
-    return found
+    places = {place % len(values): value for place, value in changes}
+    return [places.get(place, value) for place, value in enumerate(values)]
 
 
 def ids(part: str, values: Any) -> Row:
@@ -55,18 +55,15 @@ def ids(part: str, values: Any) -> Row:
 
 
 def item(name: str, place: int, value: Any) -> Row:
-    """Return a list of the row with another value at a place."""
     return {name: put(HURT[name], (place, value))}
 
 
 def shift_range(part: str, by: float) -> Row:
-    """Return the range of the token, shifted."""
     ends = (f"{part}_min", f"{part}_max")
     return {name: put(HURT[name], (TOKEN, HURT[name][TOKEN] + by)) for name in ends}
 
 
 def shift_logsumexp(row: Row, by: float) -> Row:
-    """Return all log-sum-exps of a row, shifted."""
     return {"logsumexp": [value + by for value in row["logsumexp"]]}
 
 
@@ -123,24 +120,27 @@ DAMAGE: dict[str, tuple[str, Row]] = {
 }  # fmt: skip
 
 
-def damaged_output(folder: Path, change: Row) -> Path:
-    """Write an output with one damaged row."""
-    return write_output(folder, put(ROWS, (8 + ROW, HURT | change)), settings=STORED)
-
-
-def test_a_sound_output_has_no_violations(tmp_path: Path) -> None:
-    for number, changes in enumerate((STORED, SETTINGS, {**SETTINGS, "logit_bits": 6},
-                                      {**SETTINGS, "sampled_n": 0}, {**SETTINGS, "top_p": 1.0,
-                                      "top_p_max": 255})):  # fmt: skip
-        rows = random_rows(12, settings=changes, seed=number)
-        report = validate_output(write_output(tmp_path / str(number), rows, settings=changes))
+def test_a_sound_output_has_no_violations(tmp_path):
+    others = ({}, {"logit_bits": 6}, {"sampled_n": 0}, {"top_p": 1.0, "top_p_max": 255})
+    for number, settings in enumerate((STORED, *(SETTINGS | other for other in others))):
+        rows = random_rows(12, settings=settings, seed=number)
+        report = validate_output(write_output(tmp_path / str(number), rows, settings=settings))
         assert report.ok, str(report)
         assert (report.shards, report.rows) == (2, 12)
+    everyone = dict.fromkeys(range(6, 12), "too_long")
+    rows = [row for row in ROWS if row["index"] not in everyone]
+    empty = write_parts(tmp_path / "a", rows, settings=STORED, skipped=everyone, rows_per_part=6)
+    for output in (empty, in_parts(tmp_path / "b", workers=3, first_part=8999)):
+        report = validate_output(output)
+        assert report.ok, str(report)
+        assert report.shards == 3
+    assert pq.read_metadata(empty / "data/part-00001.parquet").num_rows == 0
 
 
 @pytest.mark.parametrize(("rule", "change"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_damage_to_a_row_is_caught_and_named(tmp_path: Path, rule: str, change: Row) -> None:
-    report = validate_output(damaged_output(tmp_path, change))
+def test_damage_to_a_row_is_caught_and_named(tmp_path, rule, change):
+    rows = put(ROWS, (8 + ROW, HURT | change))
+    report = validate_output(write_output(tmp_path, rows, settings=STORED))
     assert not report.ok
     assert rule in report.counts, str(report)
     named = [violation for violation in report.violations if violation.rule == rule]
@@ -149,18 +149,26 @@ def test_damage_to_a_row_is_caught_and_named(tmp_path: Path, rule: str, change: 
     assert report.rows == 18
 
 
-# Files --------------------------------------------------------------------------------------------
-
-
 def rewrite(shard: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(pq.read_table(shard)), shard)
 
 
-def describe(shard: Path, metadata: Any) -> None:
-    """Write a shard again with other metadata; a dictionary of settings stands for theirs."""
-    if isinstance(metadata, dict):
-        metadata = rows_to_table([], settings=STORED | metadata).schema.metadata
-    rewrite(shard, lambda table: table.replace_schema_metadata(metadata))
+def describe(shard: Path, change: Callable[[Any], Any]) -> None:
+    """Write a shard again with other metadata."""
+    rewrite(shard, lambda table: table.replace_schema_metadata(change(table.schema.metadata)))
+
+
+def change_settings(shard: Path, changes: Row) -> None:
+    schema = explore.shard_schema(store_tokens=True, settings=STORED | changes)
+    describe(shard, lambda _: schema.metadata)
+
+
+def change_part(shard: Path, **changes: Any) -> None:
+    def change(metadata: dict[bytes, bytes]) -> dict[bytes, bytes]:
+        part = json.loads(metadata[METADATA_PART]) | changes
+        return metadata | {METADATA_PART: json.dumps(part).encode()}
+
+    describe(shard, change)
 
 
 def retype(table: pa.Table) -> pa.Table:
@@ -168,7 +176,8 @@ def retype(table: pa.Table) -> pa.Table:
     return table.set_column(place, "top_min", table["top_min"].cast(pa.list_(pa.float64())))
 
 
-FILE_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+Damage = dict[str, tuple[str, Callable[[Path], Any]]]
+SHARD_DAMAGE: Damage = {
     "truncated": ("unreadable", lambda s: s.write_bytes(s.read_bytes()[:-200])),
     "no Parquet at all": ("unreadable", lambda s: s.write_text("hello " * 100)),
     "damaged pages": ("unreadable", lambda s: s.write_bytes(
@@ -177,22 +186,43 @@ FILE_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a column missing": ("columns", lambda s: rewrite(s, lambda t: t.drop_columns(["top_max"]))),
     "another order": ("columns", lambda s: rewrite(s, lambda t: t.select(t.column_names[::-1]))),
     "another type": ("type", lambda s: rewrite(s, retype)),
-    "no metadata": ("metadata", lambda s: describe(s, None)),
-    "another run's settings": ("settings", lambda s: describe(s, {"seed": 43, "top_p": 0.9})),
-    "the shard twice": ("twice", lambda s: s.with_name("part-00007.parquet").write_bytes(
-        s.read_bytes())),
+    "no metadata": ("metadata", lambda s: describe(s, lambda _: None)),
+    "another run's settings": (
+        "settings", lambda s: change_settings(s, {"seed": 43, "top_p": 0.9})),
+    "the shard twice": (
+        "twice", lambda s: s.with_name("part-00009.parquet").write_bytes(s.read_bytes())),
+}  # fmt: skip
+PART_DAMAGE: Damage = {
+    **{
+        f"{name} {value}": ("part", functools.partial(change_part, **{name: value}))
+        for name, value in (
+            ("number", 7), ("ids", hash_ids([1, 2])), ("rows", 7), ("tokens", 7), ("nucleus", 7),
+            ("capped", 7), ("conversations", 9), ("rows", "six"), ("skipped", ["too_long"]))
+    },
+    "a row that was skipped elsewhere": (
+        "twice", lambda s: change_part(s, skipped={"3": "too_long"}, conversations=7)),
+    "rows in another order": ("part", lambda s: rewrite(s, lambda t: t.take([5, 4, 3, 2, 1, 0]))),
+    "no word about the part": (
+        "metadata", lambda s: describe(s, lambda m: {k: m[k] for k in m if k != METADATA_PART})),
+    "the name of another part": ("part", lambda s: s.rename(s.with_name("part-00009.parquet"))),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "damage"), FILE_DAMAGE.values(), ids=FILE_DAMAGE.keys())
-def test_damage_to_a_file_is_caught_and_named(
-    tmp_path: Path, rule: str, damage: Callable[[Path], Any]
-) -> None:
-    damage(write_output(tmp_path, ROWS, settings=STORED) / SHARD)
-    report = validate_output(tmp_path)
+@pytest.mark.parametrize(
+    ("write", "rule", "damage"),
+    [*((in_shards, *how) for how in SHARD_DAMAGE.values()),
+     *((in_parts, *how) for how in PART_DAMAGE.values())],
+    ids=[*SHARD_DAMAGE, *PART_DAMAGE],
+)  # fmt: skip
+def test_damage_to_a_file_is_caught_and_named(tmp_path, write, rule, damage):
+    output = write(tmp_path)
+    for checkpoint in output.glob("checkpoint*"):
+        checkpoint.unlink()
+    damage(output / SHARD)
+    report = validate_output(output)
     assert rule in report.counts, str(report)
     shards = {violation.shard for violation in report.violations}
-    assert shards == {"data/part-00007.parquet" if rule == "twice" else SHARD}
+    assert shards == {MORE if (output / MORE).exists() else SHARD}
 
 
 @pytest.mark.parametrize(
@@ -200,9 +230,9 @@ def test_damage_to_a_file_is_caught_and_named(
     [{"top_p": "most"}, {"logit_bits": 10**9}, {"vocab_size": [5]}, {"top_p_max": True},
      {"sampled_n": -1}, {"top_p": float("nan")}, {"model": 7}],
 )  # fmt: skip
-def test_absurd_settings_are_refused_by_name(tmp_path: Path, change: Row) -> None:
-    output, (name,) = write_output(tmp_path, ROWS, settings=STORED), change
-    describe(output / SHARD, change)
+def test_absurd_settings_are_refused_by_name(tmp_path, change):
+    output, (name,) = in_shards(tmp_path), change
+    change_settings(output / SHARD, change)
     report = validate_output(output)
     assert (report.counts, report.rows) == ({"settings": 1}, 18)
     assert name in str(report)
@@ -211,7 +241,7 @@ def test_absurd_settings_are_refused_by_name(tmp_path: Path, change: Row) -> Non
     assert explore.get_sample([output / SHARD])["index"] == 8
 
 
-def test_random_damage_never_ends_in_anything_but_a_report(tmp_path: Path) -> None:
+def test_random_damage_never_ends_in_anything_but_a_report(tmp_path):
     # 150 files with 1 to 20 bytes changed, half of them in the footer; seeded.
     output = write_output(tmp_path, ROWS[:6], settings=STORED)
     shard = output / "data/part-00000.parquet"
@@ -231,16 +261,14 @@ def test_random_damage_never_ends_in_anything_but_a_report(tmp_path: Path) -> No
     assert caught > 100
 
 
-def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path: Path) -> None:
-    output = write_output(tmp_path, ROWS, settings=STORED)
-    sizes = {f"data/{path.name}": path.stat().st_size for path in (output / "data").iterdir()}
-    shards = {path: {"bytes": size} for path, size in sizes.items()}
-    more = "data/part-00009.parquet"
+def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path):
+    output = in_shards(tmp_path)
+    shards = {f"data/{p.name}": {"bytes": p.stat().st_size} for p in (output / "data").iterdir()}
     fewer = {path: size for path, size in shards.items() if path != SHARD}
     for listed, wrong in (
         (shards, []),
         (shards | {SHARD: {"bytes": 5}}, [SHARD]),
-        (shards | {more: {"bytes": 5}}, [more]),
+        (shards | {MORE: {"bytes": 5}}, [MORE]),
         (fewer, [SHARD]),
         (3, ["checkpoint.json"]),
     ):
@@ -250,7 +278,7 @@ def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path: Path) ->
         assert set(report.counts) <= {"checkpoint"}
 
 
-def test_a_flood_of_violations_is_counted_but_not_listed(tmp_path: Path) -> None:
+def test_a_flood_of_violations_is_counted_but_not_listed(tmp_path):
     rows = [row | shift_logsumexp(row, -40.0) for row in ROWS]
     output = write_output(tmp_path, rows, settings=STORED)
     (output / "extraction_config.json").write_text("{not json")
@@ -263,73 +291,7 @@ def test_a_flood_of_violations_is_counted_but_not_listed(tmp_path: Path) -> None
     assert {v.shard for v in report.violations} == {*shards, "extraction_config.json"}
 
 
-# Parts --------------------------------------------------------------------------------------------
-
-SKIPPED = {3: "too_long", 17: "unusable"}
-PART_ROWS = [row for row in ROWS if row["index"] not in SKIPPED]
-
-
-def in_parts(folder: Path, **changes: Any) -> Path:
-    how = {"settings": STORED, "skipped": SKIPPED, "rows_per_part": 6, **changes}
-    return write_parts(folder, PART_ROWS, **how)
-
-
-def change_part(shard: Path, **changes: Any) -> None:
-    """Write a part's file again with other words about itself."""
-    table = pq.read_table(shard)
-    part = {**json.loads(table.schema.metadata[METADATA_PART]), **changes}
-    metadata = {**table.schema.metadata, METADATA_PART: json.dumps(part).encode()}
-    pq.write_table(table.replace_schema_metadata(metadata), shard)
-
-
-def test_a_sound_output_in_parts_has_no_violations(tmp_path: Path) -> None:
-    everyone = dict.fromkeys(range(6, 12), "too_long")
-    rows = [row for row in ROWS if row["index"] not in everyone]
-    empty = write_parts(tmp_path / "a", rows, settings=STORED, skipped=everyone, rows_per_part=6)
-    for output in (empty, in_parts(tmp_path / "b", workers=3, first_part=8999)):
-        report = validate_output(output)
-        assert report.ok, str(report)
-        assert report.shards == 3
-    assert pq.read_metadata(empty / "data/part-00001.parquet").num_rows == 0
-
-
-def forget_part(table: pa.Table) -> pa.Table:
-    """Return a table that does not say which part it is."""
-    entries = {k: v for k, v in table.schema.metadata.items() if k != METADATA_PART}
-    return table.replace_schema_metadata(entries)
-
-
-PART_DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    **{
-        f"{name} {value}": ("part", functools.partial(change_part, **{name: value}))
-        for name, value in (
-            ("number", 7), ("ids", hash_ids([1, 2])), ("rows", 7), ("tokens", 7), ("nucleus", 7),
-            ("capped", 7), ("conversations", 9), ("rows", "six"), ("skipped", ["too_long"]))
-    },
-    "a row that was skipped elsewhere": (
-        "twice", lambda s: change_part(s, skipped={"3": "too_long"}, conversations=7)),
-    "rows in another order": ("part", lambda s: rewrite(s, lambda t: t.take([5, 4, 3, 2, 1, 0]))),
-    "no word about the part": ("metadata", lambda s: rewrite(s, forget_part)),
-    "the name of another part": ("part", lambda s: s.rename(s.with_name("part-00009.parquet"))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("rule", "damage"), PART_DAMAGE.values(), ids=PART_DAMAGE.keys())
-def test_damage_to_what_a_part_says_is_caught_and_named(
-    tmp_path: Path, rule: str, damage: Callable[[Path], Any]
-) -> None:
-    output = in_parts(tmp_path)
-    for checkpoint in output.glob("checkpoint*"):
-        checkpoint.unlink()
-    damage(output / SHARD)
-    report = validate_output(output)
-    assert rule in report.counts, str(report)
-    assert {v.shard for v in report.violations} <= {SHARD, "data/part-00009.parquet"}
-
-
-def test_without_an_order_that_is_known_only_whole_parts_are_compared_with_their_hash(
-    tmp_path: Path,
-) -> None:
+def test_only_whole_parts_are_compared_with_their_hash_where_the_order_is_not_known(tmp_path):
     shuffled = STORED | {"random_sample": True}
     output = in_parts(tmp_path / "a", settings=shuffled)
     rewrite(output / "data/part-00000.parquet", lambda t: t.take([1, 0, 2, 3, 4]))
@@ -338,7 +300,7 @@ def test_without_an_order_that_is_known_only_whole_parts_are_compared_with_their
     assert validate_output(output).counts["part"] == 1
 
 
-def test_a_checkpoint_that_lists_other_parts_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_that_lists_other_parts_is_named(tmp_path):
     output = in_parts(tmp_path)
     columns = json.loads((output / "checkpoint.json").read_text())["parts"]
     names, rows = list(columns), zip(*columns.values(), strict=True)
@@ -352,16 +314,15 @@ def test_a_checkpoint_that_lists_other_parts_is_named(tmp_path: Path) -> None:
     assert validate_output(output).violations[0].shard == "data/part-00002.parquet"
 
 
-def test_hostile_names_do_not_reach_the_terminal() -> None:
+def test_hostile_names_do_not_reach_the_terminal():
     report = ValidationReport("x")
     report.add("data/a.parquet", "settings", "\x1b[2Jgone", row=1)
     assert "\x1b" not in str(report)
 
 
-def test_the_command_exits_3_and_names_shard_row_token_and_rule(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = damaged_output(tmp_path, DAMAGE["ascending nucleus logits"][1])
+def test_the_command_exits_3_and_names_shard_row_token_and_rule(tmp_path, capsys):
+    _, change = DAMAGE["ascending nucleus logits"]
+    output = write_output(tmp_path, put(ROWS, (8 + ROW, HURT | change)), settings=STORED)
     assert explore.main([str(output), "--validate"]) == 3
     shown = capsys.readouterr().out
     assert f"{SHARD}, row {ROW}, token " in shown

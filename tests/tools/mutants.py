@@ -117,7 +117,7 @@ self._longest_step_s⟦ + self.upload_s()→⟧
 : a run with undelivered shards ends with exit code 0
 ⟦any(name.startswith("backup_") for name in left) or (complete and left)→False⟧
 
-== explore_logits | test_explore_cli.py test_explore_html.py test_explore_format.py
+== explore_logits | test_explore_html.py test_explore_cli.py test_explore_format.py
 : what a source or a Hub says acts on the terminal that shows the log
 return hide_tokens(⟦show_text(→⟧re.sub(r"\s*\n\s*", " ", text.strip())⟦)→⟧)
 : an access token is printed with the message that holds it
