@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from loopback_hub import LoopbackHub
+from shard_rows import SETTINGS, make_rows
+
+from explore_logits import shard_schema
 
 PART = re.compile(r"data/(?:\d{3}/)?part-(\d{5,})\.parquet")
 
@@ -38,13 +41,11 @@ class Output:
         return {path for path in files if not path.endswith(".tmp")}
 
     def read(self, path: str) -> bytes:
-        """Return the content of a file."""
         if self.hub is not None:
             return self.hub.content(self.name, path)
         return (Path(self.name) / path).read_bytes()
 
     def json(self, path: str) -> Any:
-        """Return what a JSON file says."""
         return json.loads(self.read(path))
 
     def write(self, path: str, content: bytes) -> None:
@@ -71,7 +72,6 @@ class Output:
         return {int(match[1]): path for path, match in sorted(found.items()) if match}
 
     def table(self, number: int) -> pa.Table:
-        """Return a part."""
         return pq.read_table(pa.BufferReader(self.read(self.part_paths()[number])))
 
     def parts(self) -> dict[int, list[int]]:
@@ -102,21 +102,18 @@ class Output:
 
 def open_uploader(output: Output, cache: Path, **options: Any) -> Any:
     """Open an uploader of made-up rows (shard_rows.py), 10 a part."""
-    from shard_rows import SETTINGS, make_schema
-
-    from extract_logits import StreamingHFUploader
+    from extract_logits import StreamingHFUploader  # here: it brings torch
 
     settings = {**SETTINGS, **options.pop("settings", {})}
-    usual = {"schema": make_schema(settings), "settings": settings, "cache_dir": cache}
+    usual = {"schema": shard_schema(settings=settings), "settings": settings, "cache_dir": cache}
     return StreamingHFUploader(
         output.name, **{**usual, "chat_template": "{{ messages }}", "resume": True, **options}
     )
 
 
-def fill(uploader: Any, number: int, ids: Iterable[int], *, batch: int = 3) -> list[int]:
-    """Give a part the rows that it lacks, as a run does; return which these were."""
-    from shard_rows import make_rows
-
+def fill(uploader: Any, number: int, ids: Iterable[int] | None = None, batch: int = 3) -> list[int]:
+    """Give a part, of ten rows, the rows that it lacks, as a run does; return which these were."""
+    ids = range(10 * number, 10 * number + 10) if ids is None else ids
     left: list[int] = uploader.begin_part(number, list(ids))
     for at in range(0, len(left), batch):
         uploader.add_sample(make_rows(left[at : at + batch]))
@@ -125,13 +122,12 @@ def fill(uploader: Any, number: int, ids: Iterable[int], *, batch: int = 3) -> l
     return left
 
 
-def fill_parts(uploader: Any, rows: int, *, start: int = 0) -> list[int]:
-    """Fill the parts of 10 that hold the rows from `start` to `rows`; return what they lacked."""
-    return [
-        index
-        for number in range(start // 10, -(-rows // 10))
-        for index in fill(uploader, number, range(10 * number, min(rows, 10 * number + 10)))
-    ]
+def fill_parts(uploader: Any, rows: int) -> list[int]:
+    """Fill the parts of 10 that hold the rows 0..rows; return what they lacked."""
+    left = []
+    for first in range(0, rows, 10):
+        left += fill(uploader, first // 10, range(first, min(rows, first + 10)))
+    return left
 
 
 def finish(uploader: Any) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class Finished:
         result: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
         return result
 
+    def passed(self) -> dict[str, Any]:
+        """Return the summary of a process that has done all that was asked for."""
+        assert self.code == 0, self.stderr
+        return self.summary
+
 
 def run_process(
     command: Iterable[object], *, timeout_s: float = 300.0, env: dict[str, str] | None = None,

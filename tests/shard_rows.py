@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from explore_logits import SCHEMA, pack_indices, quantize_logits, shard_schema
+from explore_logits import SCHEMA, pack_indices, quantize_logits
 
 SETTINGS: dict[str, Any] = {
     "format_version": 1, "model": "user/teacher", "model_revision": "0123abcd",
@@ -49,8 +49,3 @@ def make_rows(
 def stored(ids: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Return the rows that a reader of an output finds, by id."""
     return {row["index"]: row for row in make_rows(ids, measured=False).to_pylist()}
-
-
-def make_schema(settings: Mapping[str, Any] = SETTINGS) -> pa.Schema:
-    """Return the schema of shards written with some settings."""
-    return shard_schema(settings=settings)

@@ -13,14 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import extract_logits
-from extract_logits import (
-    Batch,
-    EncodedRow,
-    ExtractionConfig,
-    TokenBudgetBatchSampler,
-    find_batch_tokens,
-    token_budget_batches,
-)
+from extract_logits import Batch, EncodedRow, ExtractionConfig, TokenBudgetBatchSampler
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=200)
 LIMIT = st.none() | st.integers(1, 9000)
@@ -39,9 +32,7 @@ def configure(**options: Any) -> ExtractionConfig:
 @given(lengths=LENGTHS, tokens=LIMIT, size=LIMIT, thresholds=THRESHOLDS)
 @example(lengths=PADDED, tokens=10**6, size=None, thresholds=None)
 @example(lengths=PADDED, tokens=10**6, size=None, thresholds={1000: 20})  # as the user chose
-def test_every_row_is_in_exactly_one_batch_longest_first_within_every_limit(
-    lengths: list[int], tokens: int | None, size: int | None, thresholds: dict[int, int] | None
-) -> None:
+def test_every_row_is_in_one_batch_longest_first_within_limits(lengths, tokens, size, thresholds):
     """And no batch but the last has room for the next row."""
     sampler = TokenBudgetBatchSampler(
         lengths, max_batch_tokens=tokens, max_batch_size=size, thresholds=thresholds
@@ -71,7 +62,7 @@ def test_every_row_is_in_exactly_one_batch_longest_first_within_every_limit(
 
 
 @pytest.mark.parametrize(("count", "budget"), [(2000, 4096), (4096, 131_072), (20_000, 16_384)])
-def test_less_than_2_percent_is_padding_and_batches_stay_large(count: int, budget: int) -> None:
+def test_less_than_2_percent_is_padding_and_batches_stay_large(count, budget):
     """Of lengths as chats have them: median 450 tokens, 1 in 100 above 4,600 (seed 3)."""
     drawn = np.random.default_rng(3).lognormal(np.log(450), 1.0, count)
     lengths = drawn.astype(int).clip(8, 32_768)
@@ -81,14 +72,14 @@ def test_less_than_2_percent_is_padding_and_batches_stay_large(count: int, budge
     assert lengths.sum() / len(batches) > min(budget, 8192) / 2
 
 
-def test_thresholds_may_have_the_string_keys_of_json() -> None:
+def test_thresholds_may_have_the_string_keys_of_json():
     lengths = [4000, 1025, *[1024] * 4, 513, *[512] * 9]
     for thresholds in ({512: 8, 1024: 4}, {"1024": 4, "512": 8}):
         sampler = TokenBudgetBatchSampler(lengths, thresholds=thresholds)  # type: ignore[arg-type]
         assert [len(batch) for batch in sampler] == [1, 1, 4, 4, 6]
 
 
-def test_the_device_sets_the_token_budget_where_options_do_not() -> None:
+def test_the_device_sets_the_token_budget_where_options_do_not():
     few = {"batch_thresholds": {100: 50}}
     for options, device, size in (
         ({}, "cpu", 10), ({}, "cuda", 163), ({"max_batch_tokens": 700}, "cpu", 7),
@@ -97,7 +88,7 @@ def test_the_device_sets_the_token_budget_where_options_do_not() -> None:
     ):  # fmt: skip
         budget = extract_logits.DEFAULT_BATCH_TOKENS[device]
         rows = [row(number, 100) for number in range(1000)]
-        first = next(iter(token_budget_batches(configure(**options), rows, budget)))
+        first = next(iter(extract_logits.token_budget_batches(configure(**options), rows, budget)))
         assert len(first.rows) == size, options
 
 
@@ -110,10 +101,7 @@ def test_the_device_sets_the_token_budget_where_options_do_not() -> None:
         (10**9, 1000, 2.1 / 32_000, 32_768, [16_000, 16_000, 32_000]),  # until it takes too long
     ],
 )
-def test_the_budget_is_the_largest_that_fits_and_does_not_take_long(
-    limit: int, length: int, seconds: float, budget: int, tried: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_the_budget_is_the_largest_that_fits(limit, length, seconds, budget, tried, monkeypatch):
     sizes: list[int] = []
 
     def run(batch: Batch) -> None:
@@ -122,17 +110,15 @@ def test_the_budget_is_the_largest_that_fits_and_does_not_take_long(
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(extract_logits.time, "monotonic", lambda: seconds * sum(sizes))
-    assert find_batch_tokens(run, length=length, vocab_size=50, start=16_384) == budget
-    assert sizes == tried
+    found = extract_logits.find_batch_tokens(run, length=length, vocab_size=50, start=16_384)
+    assert (found, sizes) == (budget, tried)
 
 
 @pytest.mark.parametrize(
     ("options", "device", "probes"),
     [({}, "cuda", 1), ({}, "cpu", 0), ({"max_batch_size": 7}, "cuda", 0)],
 )
-def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
-    options: dict[str, Any], device: str, probes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_tried_once_where_nothing_limits_a_batch(options, device, probes, monkeypatch):
     tried: list[dict[str, int]] = []
     monkeypatch.setattr(
         extract_logits, "find_batch_tokens", lambda _, **sizes: tried.append(sizes) or 32_000
@@ -152,7 +138,7 @@ def test_memory_is_tried_out_once_and_only_where_nothing_limits_a_batch(
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_halves_hold_every_row_once_in_order(count: int) -> None:
+def test_halves_hold_every_row_once_in_order(count):
     first, second = Batch([row(n) for n in range(count)]).halves()
     assert [each.index for each in first.rows + second.rows] == list(range(count))
     assert first.rows

@@ -8,14 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import extract_logits
 from explore_logits import SCHEMA, shard_schema
-from extract_logits import (
-    AsyncPostProcessor,
-    Batch,
-    EncodedRow,
-    GPUBatchResult,
-    cpu_postprocess_batch,
-)
+from extract_logits import AsyncPostProcessor, Batch, EncodedRow, GPUBatchResult
 
 HIGHEST_ID = 2**18 - 1
 
@@ -94,9 +89,7 @@ def pack_by_loops(result: GPUBatchResult, batch: Batch) -> list[dict[str, Any]]:
     [([1, 1, 1], []), ([], []), *(([3, 1, 40, 2, 6], bad) for bad in
      ([], [0], [1, 3, 4], [0, 1, 2, 3, 4]))],
 )  # fmt: skip
-def test_packing_equals_a_loop_over_tokens(
-    sizes: list[int], bad: list[int], k: int, m: int
-) -> None:
+def test_packing_equals_a_loop_over_tokens(sizes, bad, k, m):
     """Rows with an unusable token are left out and handed back."""
     rng = np.random.default_rng([k, m, *sizes, *bad])
     batch, result = random_batch(rng, sizes), random_result(rng, sum(sizes), k, m)
@@ -106,7 +99,7 @@ def test_packing_equals_a_loop_over_tokens(
         result.usable[token] = False
         result.logsumexp[token] = result.actual_logits[token] = np.nan
     schema = shard_schema(store_tokens=True)
-    packed = cpu_postprocess_batch(result, batch, schema=schema)
+    packed = extract_logits.cpu_postprocess_batch(result, batch, schema=schema)
     assert packed.table.select(schema.names).schema.equals(schema, check_metadata=True)
     assert [row.index for row in packed.unusable] == [batch.rows[row].index for row in bad]
     for row, wanted in zip(packed.table.to_pylist(), pack_by_loops(result, batch), strict=True):
@@ -115,10 +108,7 @@ def test_packing_equals_a_loop_over_tokens(
         assert row == wanted
 
 
-# In the background --------------------------------------------------------------------------------
-
-
-def test_depth_results_are_processed_beside_the_caller_and_submit_waits_for_more() -> None:
+def test_depth_results_are_processed_beside_the_caller_and_submit_waits_for_more():
     gate, last, meeting = threading.Event(), threading.Event(), threading.Barrier(3, timeout=30)
 
     def process(number: int) -> bool:
@@ -145,12 +135,11 @@ def test_depth_results_are_processed_beside_the_caller_and_submit_waits_for_more
     assert delivered == [True] * 3
 
 
-def divide(number: int) -> float:
-    return 1 / number
-
-
 @pytest.mark.parametrize("by", ["submit", "flush", "delivery"])
-def test_an_error_in_the_background_or_of_delivery_is_raised_in_the_loop(by: str) -> None:
+def test_an_error_in_the_background_or_of_delivery_is_raised_in_the_loop(by):
+    def divide(number: float) -> float:
+        return 1 / number
+
     delivered: list[float] = []
     before = threading.active_count()
     post = AsyncPostProcessor(divide, divide if by == "delivery" else delivered.append, depth=1)

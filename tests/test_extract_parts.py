@@ -13,10 +13,10 @@ from typing import IO, Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Extract, Write, chat, rows_of
-from outputs import Output, digest_ids, fill, finish, open_uploader, run_uploader
+from conftest import chat, rows_of
+from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
 from processes import Child
-from shard_rows import SETTINGS, make_row, make_rows, stored
+from shard_rows import make_rows, stored
 
 from extract_logits import ConfigError, HubError
 
@@ -34,105 +34,84 @@ def some_unusable(count: int) -> list[dict[str, Any]]:
 # Which conversations a part holds -----------------------------------------------------------------
 
 
-def test_part_p_holds_the_pth_slice_of_the_selection_in_its_order(
-    extract: Extract, write_chats: Write, folder: Output
-) -> None:
+def test_part_p_holds_the_pth_slice_of_the_selection_in_its_order(extract, write_chats, folder):
     rows = rows_of(30, id=[(7 * n) % 30 - 9 for n in range(30)])
     write_chats(rows)
     options = {"index_col": "id", "start_offset": 3, "limit": 23, "upload_every": 5}
-    done = extract(**options)  # batches run the longest first
-    assert done.code == 0, done.stderr
+    assert extract(**options).passed()["shards"] == 5  # batches run the longest first
     selection = [row["id"] for row in rows[3:26]]
     assert folder.parts() == {p: selection[5 * p : 5 * p + 5] for p in range(5)}
     assert set(folder.part_paths().values()) == {f"data/part-{p:05d}.parquet" for p in range(5)}
-    assert done.summary["shards"] == 5
 
 
-def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(
-    extract: Extract, write_chats: Write, folder: Output
-) -> None:
+def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(extract, write_chats, folder):
     write_chats(rows_of(40))
     few, many = 10, 17
     job = {"upload_every": 4, "max_batch_size": 1, "random_sample": True}
-    assert extract(**job, limit=few).code == 0
+    extract(**job, limit=few).passed()
     before, ids = folder.hashes(), folder.ids()
-    done = extract(**job, limit=many, resume=True)
-    assert (done.code, done.summary["rows"]) == (0, many)
-    assert many - few <= done.summary["new_rows"] <= many - few // 4 * 4
+    summary = extract(**job, limit=many, resume=True).passed()
+    assert summary["rows"] == many
+    assert many - few <= summary["new_rows"] <= many - few // 4 * 4
     assert folder.ids()[:few] == ids
     assert dict(list(before.items())[: few // 4]).items() <= folder.hashes().items()
-    assert extract(**job, limit=many, output="./at-once").code == 0
+    extract(**job, limit=many, output="./at-once").passed()
     at_once = Output("at-once").hashes()
     assert folder.hashes() == at_once
-    assert extract(**job, limit=few, resume=True).code == 2  # which takes nothing away
+    done = extract(**job, limit=few, resume=True)  # which takes nothing away
+    assert (done.code, "Traceback" in done.stderr) == (2, False)
     assert folder.hashes() == at_once
 
 
-def test_workers_of_any_number_write_the_parts_of_one(
-    extract: Extract, write_chats: Write, folder: Output
-) -> None:
+def test_workers_of_any_number_write_the_parts_of_one(extract, write_chats, folder):
     write_chats(some_unusable(30))
     job = {"upload_every": 4, "max_batch_size": 1, "max_seq_len": 100, "resume": True}
-    assert extract(**job, output="./one").code == 0
-    wanted = Output("one")
+    extract(**job, output="./one").passed()
     for rank, workers, parts in ((1, 3, {1, 4, 7}), (0, 2, {0, 1, 2, 4, 6, 7})):
-        assert extract(**job, rank=rank, world_size=workers).code == 0
+        extract(**job, rank=rank, world_size=workers).passed()
         assert set(folder.parts()) == parts  # of 8, for 30 conversations
     for rank in range(4):
-        done = extract(**job, rank=rank, world_size=4)
-        assert done.code == 0, done.stderr
-    assert folder.hashes() == wanted.hashes()
-    done = extract(**job)  # as one process
-    assert (done.code, done.summary["rows"], done.summary["new_rows"]) == (0, 24, 0)
+        extract(**job, rank=rank, world_size=4).passed()
+    assert folder.hashes() == Output("one").hashes()
+    summary = extract(**job).passed()  # as one process
+    assert (summary["rows"], summary["new_rows"]) == (24, 0)
 
 
-def test_conversations_without_a_row_are_named_and_not_tried_again(
-    extract: Extract, write_chats: Write, folder: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_says_what_it_holds_and_who_has_no_row(extract, write_chats, folder, monkeypatch):
+    """Who has none is not tried again."""
     write_chats(some_unusable(14))
-    job = {"upload_every": 4, "max_seq_len": 100}
-    done = extract(**job)
-    assert done.code == 0, done.stderr
+    job = {"upload_every": 4, "max_seq_len": 100, "top_p_max": 20}
+    summary = extract(**job).passed()
     skipped = {"no_assistant": 1, "empty": 4, "too_long": 1}
-    assert (done.summary["rows"], done.summary["skipped"]) == (8, skipped)
+    assert (summary["rows"], summary["skipped"]) == (8, skipped)
     assert folder.parts() == {0: [0, 1, 2], 1: [], 2: [8, 10, 11], 3: [12, 13]}
     assert [folder.record(p)["skipped"] for p in range(4)] == [
         {"3": "no_assistant"}, dict.fromkeys("4567", "empty"), {"9": "too_long"}, {},
     ]  # fmt: skip
-    assert folder.table(1).schema.names == folder.table(0).schema.names
-    before = folder.hashes()
-    monkeypatch.setattr("extract_logits.load_teacher", None)  # nobody needs it
-    done = extract(**job, resume=True)
-    assert (done.code, done.summary["rows"], done.summary["new_rows"]) == (0, 8, 0)
-    assert done.summary["skipped"] == skipped
-    assert folder.hashes() == before
-
-
-def test_a_part_says_what_it_holds(extract: Extract, write_chats: Write, folder: Output) -> None:
-    write_chats(some_unusable(14))
-    assert extract(upload_every=5, max_seq_len=100, top_p_max=20).code == 0
-    for number in range(3):
+    for number in range(4):
         table, record = folder.table(number), folder.record(number)
         counts = [count for row in table["top_counts"].to_pylist() for count in row]
-        ids = list(range(5 * number, min(14, 5 * number + 5)))
-        assert record["number"] == number
-        assert record["ids"] == digest_ids(ids)
+        ids = list(range(4 * number, min(14, 4 * number + 4)))
+        assert (record["number"], record["ids"]) == (number, digest_ids(ids))
         assert record["conversations"] == len(ids)
         assert record["rows"] == table.num_rows == len(ids) - len(record["skipped"])
         assert record["tokens"] == len(counts) == sum(table["num_tokens"].to_pylist())
-        assert record["nucleus"] == sum(counts)
-        assert record["capped"] == counts.count(20)
+        assert (record["nucleus"], record["capped"]) == (sum(counts), counts.count(20))
         assert 0 < record["actual"] < record["mass"] <= record["tokens"] or not counts
+        assert table.schema.names == folder.table(0).schema.names
         settings = json.loads(table.schema.metadata[b"logits.extraction"])
-        assert (settings["top_p_max"], settings["rows_per_part"]) == (20, 5)
+        assert (settings["top_p_max"], settings["rows_per_part"]) == (20, 4)
+    before = folder.hashes()
+    monkeypatch.setattr("extract_logits.load_teacher", None)  # nobody needs it
+    summary = extract(**job, resume=True).passed()
+    assert (summary["rows"], summary["new_rows"], summary["skipped"]) == (8, 0, skipped)
+    assert folder.hashes() == before
 
 
-def test_a_size_is_turned_into_rows_once(
-    extract: Extract, write_chats: Write, folder: Output
-) -> None:
+def test_a_size_is_turned_into_rows_once(extract, write_chats, folder):
     write_chats([{"messages": chat(f"{n} " + "z" * (40 + n % 20))} for n in range(90)])
     job = {"max_batch_size": 1, "upload_size_mb": 0.12, "resume": True}
-    assert extract(**job, limit=50).code == 0
+    extract(**job, limit=50).passed()
     rows = folder.json("extraction_config.json")["rows_per_part"]
     sizes = [len(ids) for ids in folder.parts().values()]
     assert sizes[:-1] == [rows] * (len(sizes) - 1)
@@ -140,8 +119,7 @@ def test_a_size_is_turned_into_rows_once(
     first = len(folder.read("data/part-00000.parquet"))
     assert 0.03e6 < first < 0.36e6, f"{rows} rows take {first} bytes"  # of a teacher like no other
     before = folder.hashes()
-    done = extract(**job, limit=90, cache_dir="elsewhere")  # where nothing was measured
-    assert done.code == 0, done.stderr
+    extract(**job, limit=90, cache_dir="elsewhere").passed()  # where nothing was measured
     assert [len(ids) for ids in folder.parts().values()][:-1] == [rows] * (89 // rows)
     assert dict(list(before.items())[:-1]).items() <= folder.hashes().items()
 
@@ -149,7 +127,7 @@ def test_a_size_is_turned_into_rows_once(
 # The file -----------------------------------------------------------------------------------------
 
 
-def test_a_part_has_the_same_bytes_in_whatever_order_its_rows_come(tmp_path: Path) -> None:
+def test_a_part_has_the_same_bytes_in_whatever_order_its_rows_come(tmp_path):
     chance, found = random.Random(3), []
     for name in ("a", "b", "c"):
         output, ids = Output(tmp_path / name), list(range(40, 60))
@@ -168,9 +146,7 @@ def test_a_part_has_the_same_bytes_in_whatever_order_its_rows_come(tmp_path: Pat
     assert found[0] == found[1] == found[2]
 
 
-def test_part_9000_lies_in_a_folder_of_its_own_and_is_found_there(
-    place: Output, tmp_path: Path
-) -> None:
+def test_part_9000_lies_in_a_folder_of_its_own_and_is_found_there(place, tmp_path):
     uploader = open_uploader(place, tmp_path / "cache")
     for number in (8_999, 9_000, 120_000):
         fill(uploader, number, [number])
@@ -184,9 +160,7 @@ def test_part_9000_lies_in_a_folder_of_its_own_and_is_found_there(
     uploader.shutdown()
 
 
-def test_row_groups_are_small_and_pages_are_indexed_so_that_one_row_is_cheap_to_read(
-    folder: Output, tmp_path: Path
-) -> None:
+def test_row_groups_are_small_and_pages_are_indexed(folder, tmp_path):
     uploader = open_uploader(folder, tmp_path / "cache")
     for number in range(2):
         uploader.begin_part(number, range(100 * number, 100 * number + 100))
@@ -208,9 +182,7 @@ def cached(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "cache").rglob("*.parquet"))
 
 
-def test_rows_of_no_part_under_way_and_rows_that_came_before_are_ignored(
-    folder: Output, tmp_path: Path
-) -> None:
+def test_rows_of_no_part_under_way_and_rows_that_came_before_are_ignored(folder, tmp_path):
     uploader = open_uploader(folder, tmp_path / "cache")
     uploader.add_sample(make_rows([2, 3]))
     assert uploader.begin_part(0, range(5)) == [0, 1, 2, 3, 4]
@@ -225,9 +197,7 @@ def test_rows_of_no_part_under_way_and_rows_that_came_before_are_ignored(
     assert folder.parts() == {0: [0, 1, 2, 3, 4]}
 
 
-def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(
-    place: Output, tmp_path: Path
-) -> None:
+def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(place, tmp_path):
     for number in range(3):
         uploader = open_uploader(place, tmp_path / "cache")
         left = uploader.begin_part(0, range(10))
@@ -271,9 +241,7 @@ def leave_in_cache(kind: str, output: Output, cache: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["pending", "waiting", "backup"])
-def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(
-    kind: str, hub: Any, tmp_path: Path
-) -> None:
+def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(kind, hub, tmp_path):
     """Flipped bytes anywhere in the pages, which a footer does not tell; and cut files."""
     output, rows = Output("tester/first", hub), range(11 if kind == "pending" else 10)
     path = leave_in_cache(kind, output, tmp_path / "cache")
@@ -296,23 +264,9 @@ def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(
         path.parent.mkdir(exist_ok=True)
 
 
-def test_rows_of_other_settings_in_the_cache_are_never_delivered(
-    folder: Output, tmp_path: Path
-) -> None:
-    leave_in_cache("pending", folder, tmp_path / "cache")
-    other = {"settings": {"seed": 43}}
-    with pytest.raises(ConfigError, match="seed: 42 there, 43 now"):
-        open_uploader(folder, tmp_path / "cache", **other)
-    uploader = open_uploader(folder, tmp_path / "cache", **other, resume=False, force_restart=True)
-    assert uploader.begin_part(0, range(11)) == list(range(11))
-    uploader.shutdown()
-
-
 @pytest.mark.parametrize("ids", [[*range(5), *range(20, 25)], list(range(13))])
 @pytest.mark.parametrize("kind", ["pending", "waiting"])
-def test_rows_that_wait_for_another_part_of_the_same_number_are_taken_by_id(
-    kind: str, ids: list[int], folder: Output, tmp_path: Path
-) -> None:
+def test_rows_that_wait_for_another_part_of_its_number_are_taken_by_id(kind, ids, folder, tmp_path):
     """Such as when a source without --index-col was exchanged, or the limit raised."""
     leave_in_cache(kind, folder, tmp_path / "cache")
     uploader = open_uploader(folder, tmp_path / "cache")
@@ -324,24 +278,25 @@ def test_rows_that_wait_for_another_part_of_the_same_number_are_taken_by_id(
     assert folder.rows() == stored(ids)
 
 
-def test_the_state_of_two_outputs_never_mixes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And an output is the same however its path is spelled."""
+def test_the_state_of_two_outputs_never_mixes(tmp_path, monkeypatch):
+    """Nor that of other settings; and an output is the same however its path is spelled."""
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         leave_in_cache("pending", Output(tmp_path / name), tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("*/pending/pending-00000.parquet"))) == 2
-    for name, left in (("./three", list(range(11))), ("./one", [10]), (f"{tmp_path}/./one/", [10])):
-        uploader = open_uploader(Output(name), tmp_path / "cache")
+    anew = {"settings": {"seed": 43}, "resume": False, "force_restart": True}
+    with pytest.raises(ConfigError, match="seed: 42 there, 43 now"):
+        open_uploader(Output("./one"), tmp_path / "cache", settings=anew["settings"])
+    for name, options, left in (
+        ("./three", {}, list(range(11))), ("./one", {}, [10]), (f"{tmp_path}/./one/", {}, [10]),
+        ("./one", anew, list(range(11))),
+    ):  # fmt: skip
+        uploader = open_uploader(Output(name), tmp_path / "cache", **options)
         assert uploader.begin_part(0, range(11)) == left
         uploader.shutdown()
 
 
-# The cache is one run's ---------------------------------------------------------------------------
-
-
-def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder: Output, tmp_path: Path) -> None:
+def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder, tmp_path):
     """Nor can workers of two numbers of workers, which would own the same parts there."""
     uploader = open_uploader(folder, tmp_path / "cache", rank=0, world_size=2)
     for rank, workers in ((0, 2), (1, 3)):
@@ -354,12 +309,33 @@ def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder: Output, tmp_pa
     open_uploader(folder, tmp_path / "cache", rank=0, world_size=3).shutdown()
 
 
+def test_workers_that_share_a_cache_leave_each_others_files_alone(place, tmp_path):
+    """A task that starts late, as the third of three on two places, finds parts of the others."""
+    cache = tmp_path / "cache"
+    workers = [open_uploader(place, cache, rank=rank, world_size=2) for rank in range(2)]
+    for rank, uploader in enumerate(workers):
+        for number in (rank, rank + 2):
+            uploader.begin_part(number, range(10 * number, 10 * number + 10))
+        uploader.add_sample(make_rows(range(10 * rank, 10 * rank + 10)))  # whole, not delivered
+        uploader.add_sample(make_rows(range(10 * rank + 20, 10 * rank + 25)))
+    workers[0].shutdown()
+    before = cached(tmp_path)
+    late = open_uploader(place, cache, rank=0, world_size=2)
+    late.load_pending_into_buffer()
+    assert fill(late, 0) == []
+    assert fill(late, 2) == list(range(25, 30))
+    finish(late)
+    assert set(cached(tmp_path)) >= {name for name in before if "-00001" in name}
+    fill(workers[1], 3)
+    finish(workers[1])
+    assert place.rows() == stored(range(40))
+    assert cached(tmp_path) == []
+
+
 # Disks --------------------------------------------------------------------------------------------
 
 
-def test_bytes_are_on_the_disk_before_a_file_gets_its_name(
-    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_are_on_the_disk_before_a_file_gets_its_name(folder, tmp_path, monkeypatch):
     synced: set[int] = set()
     sync, rename = os.fsync, os.replace
 
@@ -378,9 +354,7 @@ def test_bytes_are_on_the_disk_before_a_file_gets_its_name(
     assert (tmp_path / "out/data").stat().st_ino in synced
 
 
-def test_a_file_system_that_does_less_holds_parts_all_the_same(
-    folder: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_does_less_holds_parts_all_the_same(folder, tmp_path, monkeypatch):
     """It cannot sync folders, and is another than the cache's."""
     sync, rename = os.fsync, os.replace
 
@@ -401,68 +375,12 @@ def test_a_file_system_that_does_less_holds_parts_all_the_same(
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_figures_of_the_card_are_those_of_the_rows(place: Output, tmp_path: Path) -> None:
-    for rows in (7, 24):  # the second run knows the first one's rows by its checkpoint alone
-        run_uploader(place, tmp_path / f"cache-{rows}", rows)
-    card = place.read("README.md").decode()
-    rows = [make_row(index) for index in range(24)]
-    tokens = sum(row["num_tokens"] for row in rows)
-    counts = [int(count) for row in rows for count in row["top_counts"]]
-    share = counts.count(SETTINGS["top_p_max"]) / tokens
-    assert f"| tokens | {tokens:,} |" in card
-    assert f"| mean nucleus | {sum(counts) / tokens:.1f} tokens |" in card
-    assert f"| nuclei of the largest size allowed | {share:.2%} |" in card
-    assert "| probability covered by the nucleus | 0.9900 on average |" in card
-    assert "| probability of the actual token | 0.5000 on average |" in card
-
-
-def test_a_lower_limit_takes_nothing_away(
-    extract: Extract, write_chats: Write, folder: Output
-) -> None:
-    write_chats(rows_of(20))
-    assert extract(limit=14, upload_every=4).code == 0
-    before = folder.hashes()
-    done = extract(limit=6, upload_every=4, resume=True)
-    assert done.code in (0, 2)
-    assert folder.hashes() == before
-    assert "Traceback" not in done.stderr
-
-
-def test_workers_that_share_a_cache_leave_each_others_files_alone(
-    place: Output, tmp_path: Path
-) -> None:
-    """A task that starts late, as the third of three on two places, finds parts of the others."""
-    workers = [
-        open_uploader(place, tmp_path / "cache", rank=rank, world_size=2) for rank in range(2)
-    ]
-    for rank, uploader in enumerate(workers):
-        for number in (rank, rank + 2):
-            uploader.begin_part(number, range(10 * number, 10 * number + 10))
-        uploader.add_sample(make_rows(range(10 * rank, 10 * rank + 10)))  # whole, not delivered
-        uploader.add_sample(make_rows(range(10 * rank + 20, 10 * rank + 25)))
-    workers[0].shutdown()
-    before = cached(tmp_path)
-    late = open_uploader(place, tmp_path / "cache", rank=0, world_size=2)
-    late.load_pending_into_buffer()
-    assert fill(late, 0, range(10)) == []
-    assert fill(late, 2, range(20, 30)) == list(range(25, 30))
-    finish(late)
-    assert set(cached(tmp_path)) >= {name for name in before if "-00001" in name}
-    fill(workers[1], 3, range(30, 40))
-    finish(workers[1])
-    assert place.rows() == stored(range(40))
-    assert cached(tmp_path) == []
-
-
-def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
-    folder: Output, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(folder, tmp_path):
     def work(output: IO[str], limit: int) -> None:
         uploader = open_uploader(folder, tmp_path / "cache")
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            for number in range(3):
-                fill(uploader, number, range(10 * number, 10 * number + 10))
+            fill_parts(uploader, 30)
             finish(uploader)
         except HubError as error:
             output.write(str(error))
@@ -471,9 +389,8 @@ def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
 
     for limit in (3000, 12_000):  # less than a pending file, and less than a part
         code, said = Child(lambda output, limit=limit: work(output, limit)).finish()
-        assert code == 0, said
+        assert (code, "\n" in said) == (0, False), said
         assert "File too large" in said
         assert "make room" in said
-        assert "\n" not in said
     assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
     assert folder.rows() == stored(range(30))

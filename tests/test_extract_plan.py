@@ -11,18 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHATS, TEACHER, Extract, Write, chat
+from conftest import CHATS, TEACHER, Write, chat
 
 import extract_logits
-from extract_logits import (
-    ConfigError,
-    ExtractionConfig,
-    Job,
-    confirm_masks,
-    open_job,
-    plan_extraction,
-    sample_job,
-)
+from extract_logits import ExtractionConfig, Job, open_job, plan_extraction, sample_job
 
 
 @pytest.fixture
@@ -34,7 +26,7 @@ def make_job(model: Path, write_chats: Write) -> Callable[..., Job]:
     return lambda **options: open_job(ExtractionConfig(**files, plan=True, **options))
 
 
-def test_a_plan_foretells_the_run_and_writes_nothing(extract: Extract, tmp_path: Path) -> None:
+def test_a_plan_foretells_the_run_and_writes_nothing(extract, tmp_path):
     job = {"model": TEACHER, "dataset": CHATS, "upload_every": 5, "max_batch_tokens": 1024}
     planned = extract(**job, limit=12, plan=True)
     assert list(tmp_path.iterdir()) == []
@@ -52,9 +44,7 @@ def test_a_plan_foretells_the_run_and_writes_nothing(extract: Extract, tmp_path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_sample_stands_for_a_large_job(
-    streaming: bool, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_stands_for_a_large_job(streaming, make_job, monkeypatch):
     """100 of 400 rows; the sample is fixed by the ids, so the deviation never flickers."""
     exact = sample_job(make_job(), lambda: False)
     monkeypatch.setattr(extract_logits, "PLAN_ROWS", 100)
@@ -67,23 +57,18 @@ def test_a_sample_stands_for_a_large_job(
     assert planned["tokens"] == pytest.approx(exact.tokens, rel=0.2)
 
 
-def test_several_workers_share_the_hours_of_the_whole_job(make_job: Callable[..., Job]) -> None:
+def test_several_workers_share_the_hours_of_the_whole_job(make_job):
     planned = plan_extraction(make_job(limit=40, plan_rate=10.0, rank=3, world_size=4))
     assert planned["rows"] == 40
     assert planned["hours"] == pytest.approx(planned["stored_tokens"] / 36_000, rel=0.01)
     assert planned["hours_each"] == pytest.approx(planned["hours"] / 4, rel=0.01)
 
 
-def test_processes_of_one_teacher_end_the_probe_after_the_same_batch(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_of_one_teacher_end_the_probe_after_the_same_batch(make_job, monkeypatch):
     """Or one of them would wait for the others in a batch that they do not run."""
     answers = itertools.cycle([False, True])  # of the first process: go on, it is enough
     monkeypatch.setattr(extract_logits, "agree", lambda _: next(answers))
     assert plan_extraction(make_job())["probe"]["batches"] == 1
-
-
-# --verify-mask ------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):
@@ -101,10 +86,8 @@ def job(tmp_path: Path, model: Path, write_chats: Write) -> Job:
     return open_job(ExtractionConfig(**options, verify_mask=True))
 
 
-def test_the_first_usable_conversations_are_shown(
-    job: Job, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert confirm_masks(job)
+def test_the_first_usable_conversations_are_shown(job, capsys):
+    assert extract_logits.confirm_masks(job)
     out, err = capsys.readouterr()
     assert out == ""
     assert [f"ANSWER-{n}" in err for n in range(2, 6)] == [True, True, True, False]
@@ -114,13 +97,11 @@ def test_the_first_usable_conversations_are_shown(
 @pytest.mark.parametrize(
     ("answer", "goes_on"), [("\n", True), ("YES\n", True), ("n\n", False), ("", False)]
 )
-def test_on_a_terminal_the_answer_decides(
-    job: Job, answer: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_terminal_the_answer_decides(job, answer, goes_on, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal(2 * answer))
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert confirm_masks(job) == goes_on
+    assert extract_logits.confirm_masks(job) == goes_on
     if not goes_on:  # and it leaves nothing behind
-        with pytest.raises(ConfigError, match="--verify-mask"):
+        with pytest.raises(extract_logits.ConfigError, match="--verify-mask"):
             extract_logits.run_extraction(job.config)
         assert not {"out", "cache"} & set(os.listdir(tmp_path))

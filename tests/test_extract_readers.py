@@ -14,7 +14,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from loopback_hub import LoopbackHub
 from processes import run_code
 from small_output import SETTINGS, random_rows, rows_to_table
 
@@ -31,9 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=SHAPES, scope="module")
-def shard(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, Any]]]:
+def shard(request: Any, tmp_path_factory: Any) -> tuple[Path, list[dict[str, Any]]]:
     """A shard as the extractor writes it, and the rows it was made from."""
     settings = {**SETTINGS, **SHAPES[request.param]}
     rows = random_rows(6 if settings["vocab_size"] > 600 else 130, settings=settings, tokens=5)
@@ -59,9 +56,7 @@ READERS: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_gives_back_what_was_stored(
-    shard: tuple[Path, list[dict[str, Any]]], reader: str
-) -> None:
+def test_every_reader_gives_back_what_was_stored(shard, reader):
     path, rows = shard
     found = [
         {str(k): v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
@@ -96,7 +91,7 @@ for reader, rows in found.items():
 """
 
 
-def test_every_reader_reads_an_output_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_every_reader_reads_an_output_on_the_hub(hub, tmp_path):
     settings = {**SETTINGS, "store_tokens": True}
     table = rows_to_table(random_rows(25, settings=settings), settings=settings)
     uploader = StreamingHFUploader(

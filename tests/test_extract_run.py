@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHATS, TEACHER, Extract, Write, chat, rows_of
+from conftest import CHATS, TEACHER, Write, chat, rows_of
 from huggingface_hub import HfApi
-from loopback_hub import LoopbackHub
 from outputs import Output
 from tiny_teachers import tiny_model, tiny_tokenizer
 
@@ -26,11 +25,10 @@ def source(write_chats: Write) -> Path:
     return write_chats(rows_of(30))
 
 
-def test_a_run_stores_every_row_and_says_so(extract: Extract) -> None:
+def test_a_run_stores_every_row_and_says_so(extract):
     job = {"model": TEACHER, "dataset": CHATS, "limit": 40, "upload_every": 15}
     done = extract(**job, store_tokens=True)
-    assert done.code == 0, done.stderr
-    output, summary = Output("out"), done.summary
+    output, summary = Output("out"), done.passed()
     rows, paths = output.rows(), output.part_paths().values()
     assert summary["rows"] == len(rows) == 40
     assert summary["tokens"] == sum(row["num_tokens"] for row in rows.values())
@@ -40,15 +38,15 @@ def test_a_run_stores_every_row_and_says_so(extract: Extract) -> None:
     assert len(done.stdout.splitlines()) == 1
     assert output.table(0).schema.names == [*SCHEMA.names, "input_ids", "token_positions"]
     # batches of another shape and a stream store the same rows
-    assert extract(**job, max_batch_size=1, output="./one").code == 0
-    assert extract(**job, streaming=True, max_batch_tokens=6000, output="./stream").code == 0
+    extract(**job, max_batch_size=1, output="./one").passed()
+    extract(**job, streaming=True, max_batch_tokens=6000, output="./stream").passed()
     for others in (Output("one").rows(), Output("stream").rows()):
         assert list(others) == list(rows)
         for index, row in rows.items():
             np.testing.assert_allclose(others[index]["logsumexp"], row["logsumexp"], atol=2e-5)
 
 
-def test_the_runtime_limit_stops_resumably(extract: Extract, source: Path) -> None:
+def test_the_runtime_limit_stops_resumably(extract, source):
     done = extract(limit=8, max_runtime_minutes=0.0001)
     assert (done.code, done.summary["exit_code"]) == (75, 75)
     assert (done.summary["rows"] or 0) < 8  # null: it ended before it knew what the output holds
@@ -70,9 +68,7 @@ def broken_teacher(folder: Path, letter: str | None) -> Path:
 
 
 @pytest.mark.parametrize("why", ["no_assistant", "unusable_logits"])
-def test_nothing_usable_is_an_error_and_not_an_empty_run(
-    why: str, extract: Extract, write_chats: Write, tmp_path: Path
-) -> None:
+def test_nothing_usable_is_an_error_and_not_an_empty_run(why, extract, write_chats, tmp_path):
     """Also where the teacher has run and parts are whole."""
     write_chats([{"messages": chat("yes")[: 1 if why == "no_assistant" else 2]}] * 2)
     job = {} if why == "no_assistant" else {"model": broken_teacher(tmp_path / "all", None)}
@@ -82,21 +78,17 @@ def test_nothing_usable_is_an_error_and_not_an_empty_run(
     assert not [*Path("out").rglob("*.parquet"), *Path("cache").rglob("*.parquet")]
 
 
-def test_a_row_with_nan_logits_is_left_out_and_named(
-    extract: Extract, write_chats: Write, tmp_path: Path
-) -> None:
+def test_a_row_with_nan_logits_is_left_out_and_named(extract, write_chats, tmp_path):
     write_chats([{"messages": chat("Q" if n == 5 else "z" * n)} for n in range(1, 13)])
     done = extract(model=broken_teacher(tmp_path / "broken", "Q"), max_batch_size=4)
-    assert done.code == 0, done.stderr
-    assert (done.summary["rows"], done.summary["skipped"]) == (11, {"unusable_logits": 1})
+    assert done.passed()["skipped"] == {"unusable_logits": 1}
+    assert done.summary["rows"] == 11
     assert "skipped conversation 4: unusable_logits" in done.stderr
     done = extract(model=broken_teacher(tmp_path / "all", None), max_batch_size=2, output="./no")
     assert (done.code, "no usable logits" in done.stderr) == (2, True)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(
-    extract: Extract, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_halves_the_batch_and_goes_on(extract, source, monkeypatch):
     real = extract_logits.gpu_process_batch
     sizes: list[int] = []
     most = [300]
@@ -109,8 +101,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
         return real(teacher, batch, **settings)
 
     monkeypatch.setattr(extract_logits, "gpu_process_batch", small_device)
-    done = extract(max_batch_tokens=1000)
-    assert (done.code, done.summary["rows"]) == (0, 30), done.stderr
+    assert extract(max_batch_tokens=1000).passed()["rows"] == 30
     assert 0 < sum(size > 300 for size in sizes) < 4
     assert Output("out").ids() == list(range(30))
     most[0] = 0  # one conversation is too large
@@ -118,9 +109,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     assert (done.code, "--max-seq-len" in done.stderr.splitlines()[-1]) == (2, True)
 
 
-def test_bad_conversations_and_their_neighbours(
-    extract: Extract, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_conversations_and_their_neighbours(extract, source, monkeypatch):
     """One in each of the first batches spoils its batch: the run goes on and can be resumed."""
     bad: set[int] = set()
     real = extract_logits.cpu_postprocess_batch
@@ -133,18 +122,13 @@ def test_bad_conversations_and_their_neighbours(
         return real(result, batch, **options)
 
     monkeypatch.setattr(extract_logits, "cpu_postprocess_batch", leak)
-    done = extract(limit=12, max_batch_size=6)
-    assert done.code == 0, done.stderr
+    assert extract(limit=12, max_batch_size=6).passed()["rows"] == 12 - len(bad)
     assert len(bad) > 1
-    assert done.summary["rows"] == 12 - len(bad)
-    done = extract(limit=12, max_batch_size=6, resume=True)
-    assert (done.code, done.summary["new_rows"]) == (0, 0)
-    assert done.summary["skipped"] == {"unusable_logits": len(bad)}
+    summary = extract(limit=12, max_batch_size=6, resume=True).passed()
+    assert (summary["new_rows"], summary["skipped"]) == (0, {"unusable_logits": len(bad)})
 
 
-def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
-    extract: Extract, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_shard_leaves_figures_and_the_names_of_what_is_kept(extract, source, monkeypatch):
     def commit(*_: Any) -> None:
         raise extract_logits.HubError("the disk is full")
 
@@ -160,8 +144,8 @@ def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
     assert last.startswith("extract_logits.py: the disk is full; ")
     assert "kept in cache/" in last
     monkeypatch.setattr(extract_logits.Folder, "commit", take)
-    done = extract(limit=6, **job)
-    assert (done.code, done.summary["rows"], done.summary["undelivered"]) == (0, 6, [])
+    summary = extract(limit=6, **job).passed()
+    assert (summary["rows"], summary["undelivered"]) == (6, [])
 
 
 @pytest.mark.parametrize(
@@ -170,9 +154,7 @@ def test_a_refused_shard_leaves_the_figures_and_the_names_of_what_is_kept(
      {"sampled_n": 0, "top_p": "1e-9", "store_tokens": True, "include_end": True}],
     ids=str,
 )  # fmt: skip
-def test_runs_at_the_edge_of_the_settings_and_of_ids_are_valid(
-    options: dict[str, Any], extract: Extract, write_chats: Write
-) -> None:
+def test_runs_at_the_edge_of_the_settings_and_of_ids_are_valid(options, extract, write_chats):
     ids = [-(2**31), -5, 0, 2**31 - 1]
     write_chats(rows_of(4, id=ids))
     assert extract(index_col="id", **options).code == 0
@@ -180,9 +162,7 @@ def test_runs_at_the_edge_of_the_settings_and_of_ids_are_valid(
     assert Output("out").ids() == ids
 
 
-def test_a_resumed_run_keeps_to_the_commits_it_began_with(
-    hub: LoopbackHub, extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_keeps_to_the_commits_it_began_with(hub, extract, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
@@ -192,23 +172,17 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(
     api.create_repo("tester/model")
     api.create_repo("tester/chats", repo_type="dataset")
     api.upload_folder(repo_id="tester/model", folder_path=TEACHER)
-    output = Output("tester/logits", hub)
-    job = {"model": "tester/model", "dataset": "tester/chats", "output": output.name}
-
-    def upload(kind: str, repo: str, path: str, content: str) -> None:
-        place = {"repo_type": kind, "repo_id": repo, "path_in_repo": path}
-        api.upload_file(path_or_fileobj=content.encode(), **place)
-
-    upload("dataset", "tester/chats", "chats.jsonl", "\n".join(lines))
-    done = extract(**job, store_tokens=True, limit=3)
-    assert done.code == 0, done.stderr
+    source, output = Output("tester/chats", hub), Output("tester/logits", hub)
+    source.write("chats.jsonl", "\n".join(lines).encode())
+    job = {"model": "tester/model", "dataset": source.name, "output": output.name}
+    extract(**job, store_tokens=True, limit=3).passed()
     settings = output.json("extraction_config.json")
     assert settings["model_revision"] == api.model_info("tester/model").sha
     assert settings["dataset_revision"] == api.dataset_info("tester/chats").sha
-    upload("dataset", "tester/chats", "chats.jsonl", "\n".join(lines[::-1]))
-    upload("model", "tester/model", "chat_template.jinja", "{{ 1 }}")
-    done = extract(**job, store_tokens=True, resume=True)
-    assert done.code == 0, done.stderr
+    source.write("chats.jsonl", "\n".join(lines[::-1]).encode())
+    other = {"path_or_fileobj": b"{{ 1 }}", "path_in_repo": "chat_template.jinja"}
+    api.upload_file(repo_id="tester/model", **other)
+    extract(**job, store_tokens=True, resume=True).passed()
     resumed = output.json("extraction_config.json")
     assert {name for name in settings if resumed[name] != settings[name]} <= {"limit", "options"}
     Path("chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -216,16 +190,11 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(
     assert output.rows() == Output("out").rows()
 
 
-# Templates that print the date --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stored", ["shards", "pending rows"])
-def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
-    stored: str, extract: Extract, source: Path, model: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_a_run_resumed_another_day_keeps_the_date(stored, extract, source, model, monkeypatch):
+    """That it tells the template."""
     own = (model / "chat_template.jinja").read_text(encoding="utf-8")
-    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + own)
+    Path("dated.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + own)
     job = {"chat_template": "dated.jinja", "store_tokens": True}
     with monkeypatch.context() as patch:
         patch.setattr(explore_logits, "date_of_today", lambda: "2030-05-09")
@@ -235,8 +204,7 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
         extract(**job, limit=2)
     assert Path("out/data").exists() == (stored == "shards")
     monkeypatch.setattr(explore_logits, "date_of_today", lambda: "2030-05-10")
-    done = extract(**job, limit=4, resume=True)
-    assert (done.code, done.summary["rows"]) == (0, 4), done.stderr
+    assert extract(**job, limit=4, resume=True).passed()["rows"] == 4
     tokenizer = load_tokenizer(str(model))
     rows = Output("out").rows().values()
     assert {tokenizer.decode(row["input_ids"])[:11] for row in rows} == {"09 May 2030"}
@@ -244,10 +212,7 @@ def test_a_run_resumed_on_another_day_tells_the_template_the_first_ones_date(
 
 
 @pytest.mark.parametrize("way", ["stream", "table", "text"])
-def test_half_a_surrogate_pair_is_skipped_however_it_is_read(
-    way: str, extract: Extract, write_chats: Write
-) -> None:
+def test_half_a_surrogate_pair_is_skipped_however_it_is_read(way, extract, write_chats):
     chats = chat("yes"), chat("yo \udc00", "hi \ud800")
     write_chats([{"messages": json.dumps(each) if way == "text" else each} for each in chats])
-    done = extract(streaming=way == "stream")
-    assert (done.code, done.summary["skipped"]) == (0, {"malformed": 1}), done.stderr
+    assert extract(streaming=way == "stream").passed()["skipped"] == {"malformed": 1}

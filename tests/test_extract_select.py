@@ -21,61 +21,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import explore_logits
 import extract_logits
-from explore_logits import (
-    ConfigError,
-    ConversationColumns,
-    ConversationError,
-    LogitsError,
-    SourceError,
-    read_lengths,
-    warn_once,
-)
-from extract_logits import (
-    ConversationDataset,
-    DataError,
-    EncodedRow,
-    ExtractionConfig,
-    HubError,
-    IdSet,
-    KnownLengths,
-    RowEncoder,
-    Selection,
-    SkippedRow,
-    StopRequested,
-    Window,
-    find_lengths,
-    mix_hash,
-    prepare_dataset,
-    run_ahead,
-)
+from explore_logits import ConfigError, ConversationColumns, ConversationError, LogitsError
+from extract_logits import DataError, EncodedRow, ExtractionConfig, KnownLengths, SkippedRow
 
-COLUMNS = ConversationColumns(messages="messages", index="id")
+BY_ID = {"index_col": "id"}
 IDS = [7, 3, -5, 12, 900, 41, 0, 8, 77, 5, 6, 2**31 - 1]
 GROUPS = ["a", "b", None, "a", "c", "a", "b", None, "c", "a", "b", "c"]
 
 
 def rows_of(ids: list[Any], groups: list[Any] | None = None) -> list[dict[str, Any]]:
-    groups = groups or ["a"] * len(ids)
     return [
         {"id": i, "messages": f"[{i}]", "subject": group, "size": 3 + n}
-        for n, (i, group) in enumerate(zip(ids, groups, strict=True))
+        for n, (i, group) in enumerate(zip(ids, groups or ["a"] * len(ids), strict=True))
     ]
 
 
-def select(rows: list[dict[str, Any]], **options: Any) -> Selection:
+def select(rows: list[dict[str, Any]], **options: Any) -> extract_logits.Selection:
     """Select from rows, read whole or as a stream."""
-    config = ExtractionConfig(model="m", dataset="d", output="./o", **options)
+    config = ExtractionConfig(model="m", dataset="d", output="./o", **{**BY_ID, **options})
     source: Any = datasets.Dataset.from_list(rows)
     if config.streaming:
         source = source.to_iterable_dataset()
-    columns = COLUMNS if config.index_col else ConversationColumns(messages="messages")
-    return prepare_dataset(config, source, columns)
+    columns = ConversationColumns(messages="messages", index=config.index_col)
+    return extract_logits.prepare_dataset(config, source, columns)
 
 
-def order(**options: Any) -> list[int]:
+def order(rows: Any = None, **options: Any) -> list[int]:
     """Return the ids of a selection in their order."""
-    rows = options.pop("rows", None) or rows_of(IDS, GROUPS)
+    rows = rows or rows_of(IDS, GROUPS)
     return [index for part in select(rows, **options).parts(4) for index in part.ids.tolist()]
 
 
@@ -88,8 +63,7 @@ SELECTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", SELECTIONS, ids=str)
-def test_a_stream_gives_the_parts_of_a_source_that_is_read_whole(options: dict[str, Any]) -> None:
-    options = {"index_col": "id", **options}
+def test_a_stream_gives_the_parts_of_a_source_that_is_read_whole(options):
     rows = rows_of(IDS, GROUPS)
     selections = select(rows, **options), select(rows, **options, streaming=True)
     for size in (1, 4, 100):
@@ -101,56 +75,52 @@ def test_a_stream_gives_the_parts_of_a_source_that_is_read_whole(options: dict[s
             found.append(([part.ids.tolist() for part in parts], read))
         assert found[0] == found[1]
     (ids,), (rows,) = found[0]  # one part of 100
-    if options["index_col"]:
+    if "index_col" not in options:
         assert [row["messages"] for row in rows] == [f"[{index}]" for index in ids]
-    if options["index_col"] and not {"random_sample", "sample_subject"} & set(options):
-        start = options.get("start_offset", 0)
-        assert ids == IDS[start:][: options.get("limit")]
+        if not {"random_sample", "sample_subject"} & set(options):
+            assert ids == IDS[options.get("start_offset", 0) :][: options.get("limit")]
 
 
 @pytest.mark.parametrize("options", SELECTIONS, ids=str)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_higher_limit_only_appends(options: dict[str, Any], streaming: bool) -> None:
-    options = {"index_col": "id", **options, "streaming": streaming}
+def test_a_higher_limit_only_appends(options, streaming):
+    options = {**options, "streaming": streaming}
     every = order(**{**options, "limit": None})
     assert len(set(every)) == len(every) > 1
     for limit in range(1, len(every) + 2):
         assert order(**{**options, "limit": limit}) == every[:limit]
 
 
-def test_the_order_at_random_depends_on_seed_and_ids_alone() -> None:
-    options: dict[str, Any] = {"index_col": "id", "random_sample": True}
-    one = order(**options)
-    assert one == order(**options, rows=rows_of(IDS[::-1]))
-    assert one != order(**options, seed=1)
-    assert one == sorted(IDS, key=lambda index: int(mix_hash(np.asarray([index]), seed=42)[0]))
+def test_the_order_at_random_depends_on_seed_and_ids_alone():
+    one = order(random_sample=True)
+    assert one == order(rows_of(IDS[::-1]), random_sample=True)
+    assert one != order(random_sample=True, seed=1)
+    assert one == sorted(IDS, key=lambda i: extract_logits.mix_hash(np.array([i]), seed=42)[0])
 
 
-def test_groups_are_limited_in_the_order_of_the_selection() -> None:
+def test_groups_are_limited_in_the_order_of_the_selection():
     limits = {"a": 2, "": 0, "*": 1}
-    assert order(index_col="id", subject_col="subject", sample_subject=limits) == [7, 3, 12, 900]
+    assert order(subject_col="subject", sample_subject=limits) == [7, 3, 12, 900]
 
 
 @pytest.mark.parametrize("options", [{}, {"random_sample": True}], ids=str)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_limit_of_a_group_that_no_row_is_of_is_refused_or_told(
-    options: dict[str, Any], streaming: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_limit_of_a_group_that_no_row_is_of_is_refused_or_told(options, streaming, caplog):
     """A stream in its own order is at its end when that is known."""
-    options |= {"streaming": streaming, "subject_col": "subject"}
+    options |= {"streaming": streaming, "subject_col": "subject", "index_col": None}
     said = r"no row is of the group 'B'; there are '', 'a', 'b', 'c'"
     in_order = streaming and "random_sample" not in options
     with contextlib.nullcontext() if in_order else pytest.raises(ConfigError, match=said):
-        order(index_col="id", sample_subject={"a": 1, "B": 2, "*": 1}, **options)
+        order(sample_subject={"a": 1, "B": 2, "*": 1}, **options)
     assert len(re.findall(said, caplog.text)) == in_order
 
 
 @pytest.mark.parametrize("workers", [1, 3, 20])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_workers_share_the_parts_by_their_number(workers: int, streaming: bool) -> None:
+def test_workers_share_the_parts_by_their_number(workers, streaming):
     found = {}
     for rank in range(workers):
-        share = {"rank": rank, "world_size": workers, "index_col": "id", "streaming": streaming}
+        share = {"rank": rank, "world_size": workers, "streaming": streaming}
         for part in select(rows_of(IDS), **share).parts(2):
             assert part.number % workers == rank
             assert part.number not in found
@@ -165,36 +135,32 @@ def test_workers_share_the_parts_by_their_number(workers: int, streaming: bool) 
      ([1.5, 2.0], "not an integer"), ([2**31, 1], "32 bits"), ([1, None], "not an integer")],
     ids=str,
 )  # fmt: skip
-def test_bad_ids_are_named(ids: list[Any], says: str, streaming: bool) -> None:
-    with pytest.raises((DataError, SourceError), match=says):
-        order(rows=rows_of(ids), index_col="id", streaming=streaming)
+def test_bad_ids_are_named(ids, says, streaming):
+    with pytest.raises((DataError, explore_logits.SourceError), match=says):
+        order(rows_of(ids), streaming=streaming)
 
 
 @given(ids=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=300))
-def test_a_set_of_ids_tells_each_repetition(ids: list[int]) -> None:
+def test_a_set_of_ids_tells_each_repetition(ids):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IdSet, "RECENT", 7)
-        seen, plain = IdSet(), set()
+        patch.setattr(extract_logits.IdSet, "RECENT", 7)
+        seen, plain = extract_logits.IdSet(), set()
         for index in ids:
             assert seen.add(index) == (index not in plain)
             plain.add(index)
 
 
-# Lengths ------------------------------------------------------------------------------------------
-
-
-def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path: Path) -> None:
+def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path):
     ids, path = [9, 2, 5], tmp_path / "lengths.parquet"
     columns = {"index": ids, "length": [10 * index for index in ids], "num_tokens": ids}
     pq.write_table(pa.table(columns), path)
-    for options, lengths in (
-        ({"tokenized_dataset": str(path)}, [20, 50, 90]),
-        ({"length_col": "size"}, [4, 5, 3]),
+    stored = explore_logits.read_lengths(str(path))
+    for options, measured, lengths in (
+        ({"tokenized_dataset": str(path)}, stored, [20, 50, 90]),
+        ({"length_col": "size"}, None, [4, 5, 3]),
     ):
-        selection = select(rows_of(ids), index_col="id", **options)
-        measured = read_lengths(str(path)) if "tokenized_dataset" in options else None
-        known = find_lengths(selection.config, {}, selection, measured)
-        assert known is not None
+        selection = select(rows_of(ids), **options)
+        known = extract_logits.find_lengths(selection.config, {}, selection, measured)
         places = known.places(np.array([2, 5, 9]))
         assert known.length[places].tolist() == lengths
         if known.num_tokens is not None:
@@ -209,9 +175,8 @@ def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path: Pat
 class Encoder:
     """Stands for the tokenizer: as many tokens as the row's number says."""
 
-    max_seq_len: int | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, max_seq_len: int | None = None) -> None:
+        self.max_seq_len = max_seq_len
         self.seen: list[int] = []
 
     def encode_all(self, rows: Any) -> list[EncodedRow | SkippedRow]:
@@ -223,7 +188,7 @@ class Encoder:
         return made
 
 
-def windows_of(rows: int, encoder: Any, *, left: Any = None, **options: Any) -> Any:
+def windows_of(rows: int, encoder: Any = None, *, left: Any = None, **options: Any) -> Any:
     """Return windows of parts of 10, and the numbers of the parts that were begun."""
     begun: list[int] = []
 
@@ -231,18 +196,17 @@ def windows_of(rows: int, encoder: Any, *, left: Any = None, **options: Any) -> 
         begun.append(number)
         return left(number, ids) if left else ids.tolist()
 
-    selection = select(rows_of(list(range(rows))), index_col="id")
+    selection = select(rows_of(list(range(rows))))
     options = {"rows_per_part": 10, "begin_part": begin_part, **options}
-    return list(ConversationDataset(selection, encoder, **options)), begun
+    read = extract_logits.ConversationDataset(selection, encoder or Encoder(), **options)
+    return list(read), begun
 
 
 def ids_of(windows: Any) -> list[int]:
     return [row.index for window in windows for row in window.rows]
 
 
-def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(monkeypatch):
     monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 35)
     encoder = Encoder()
     windows, begun = windows_of(205, encoder)
@@ -250,31 +214,32 @@ def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(
     assert [len(window.rows) for window in windows] == [40, 40, 40, 40, 40, 5]
     assert ids_of(windows) == encoder.seen == list(range(205))
     monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 300)  # many tokens close a window too
-    windows, _ = windows_of(100, Encoder())
+    windows, _ = windows_of(100)
     assert len(windows) > 5
     assert all(window.tokens - 10 * 52 < 300 for window in windows)
-    with pytest.raises(StopRequested):
-        windows_of(100, Encoder(), should_stop=lambda: True)
+    with pytest.raises(extract_logits.StopRequested):
+        windows_of(100, should_stop=lambda: True)
 
 
-def test_what_is_done_is_neither_read_nor_tokenized() -> None:
+def test_what_is_done_is_neither_read_nor_tokenized():
+    def left(number: int, ids: Any) -> list[int]:
+        return ids[4:6].tolist() if number == 3 else []
+
     encoder = Encoder()
-    windows, begun = windows_of(
-        50, encoder, left=lambda number, ids: ids[4:6].tolist() if number == 3 else []
-    )
+    windows, begun = windows_of(50, encoder, left=left)
     assert begun == list(range(5))
     assert ids_of(windows) == encoder.seen == [34, 35]
-    assert windows_of(50, encoder, left=lambda *_: [])[0] == []
+    assert windows_of(50, left=lambda *_: [])[0] == []
 
 
-def test_worker_processes_give_the_same_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_processes_give_the_same_windows(monkeypatch):
     monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 100)
-    plain = [ids_of([window]) for window in windows_of(600, Encoder())[0]]
+    plain = [ids_of([window]) for window in windows_of(600)[0]]
     monkeypatch.setattr(extract_logits, "worker_processes", lambda _: 0)
-    assert plain == [ids_of([window]) for window in windows_of(600, Encoder())[0]]
+    assert plain == [ids_of([window]) for window in windows_of(600)[0]]
 
 
-def test_processes_of_one_teacher_read_ahead_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_teacher_read_ahead_alike(monkeypatch):
     """However many processors each has: what the first tells them comes in the order of reading."""
     seen = []
 
@@ -285,67 +250,62 @@ def test_processes_of_one_teacher_read_ahead_alike(monkeypatch: pytest.MonkeyPat
     for name, instead in {"worker_processes": lambda _: 3, "agree": lambda n: n - 1}.items():
         monkeypatch.setattr(extract_logits, name, instead)
     monkeypatch.setattr(extract_logits, "run_ahead", read)
-    assert len(windows_of(20, Encoder())[0]) == 1
+    assert len(windows_of(20)[0]) == 1
     assert seen == [2]
 
 
-def test_too_long_by_known_lengths_is_not_tokenized() -> None:
-    encoder = Encoder()
-    encoder.max_seq_len = 30
+def test_too_long_by_known_lengths_is_not_tokenized(monkeypatch):
+    """And fills windows too: a source without one usable row would be in memory as a whole."""
     ids = np.arange(100)
     known = KnownLengths("--length-col", ids, ids % 50 + 2)
-    windows, _ = windows_of(100, encoder, lengths=known)
+    windows, _ = windows_of(100, Encoder(30), lengths=known)
     skipped = [row for window in windows for row in window.skipped]
     assert {row.index for row in skipped} == {n for n in range(100) if n % 50 + 2 > 30}
     assert {row.reason for row in skipped} == {"too_long"}
     assert "51 tokens, --max-seq-len is 30" in {row.detail for row in skipped}
-
-
-def test_what_is_skipped_fills_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a source without one usable row would be in memory as a whole before a line is logged."""
     monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 40)
-    ids, encoder = np.arange(100), Encoder()
-    encoder.max_seq_len = 1
-    windows, _ = windows_of(100, encoder, lengths=KnownLengths("--length-col", ids, ids + 2))
+    known = KnownLengths("--length-col", ids, ids + 2)
+    windows, _ = windows_of(100, Encoder(1), lengths=known)
     assert [len(window.skipped) for window in windows] == [40, 40, 20]
 
 
-def test_lengths_of_another_source_are_refused() -> None:
+def test_lengths_of_another_source_are_refused():
     ids = np.arange(100)
     known = KnownLengths("lengths", ids, np.full(100, 7))
     with pytest.raises(DataError, match="says 7 tokens for index 0, there are 2"):
-        windows_of(100, Encoder(), lengths=known)
+        windows_of(100, lengths=known)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_errors_come_after_all_that_came_before(processes: int) -> None:
+def test_errors_come_after_all_that_came_before(processes):
     def batches() -> Any:
         yield from ([n] for n in range(5))
         raise LogitsError("the source is broken")
 
     made: list[Any] = []
-    ahead = run_ahead(lambda batch: batch, batches(), processes=processes)
+    ahead = extract_logits.run_ahead(lambda batch: batch, batches(), processes=processes)
     with pytest.raises(LogitsError, match="the source is broken"):
         made.extend(ahead)
     assert made == [[n] for n in range(5)]
 
 
-def test_workers_that_are_stuck_end_the_run_and_do_not_hold_it_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_workers_that_are_stuck_end_the_run_and_do_not_hold_it_up(monkeypatch):
     """Such as by a lock that a thread held at the fork: a stopped process heeds no SIGTERM."""
     monkeypatch.setattr(extract_logits, "STUCK_S", 2)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
-    ahead = run_ahead(lambda _: os.kill(os.getpid(), signal.SIGSTOP), [[1]], processes=1)
+
+    def stop(_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
     with pytest.raises(RuntimeError) as caught:
-        next(ahead)
+        next(extract_logits.run_ahead(stop, [[1]], processes=1))
     assert "continue with --resume" in str(extract_logits.explain_want(caught.value))
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("again", [rows_of(IDS[:-1]), rows_of([1, *IDS[1:]])])
-def test_a_stream_that_has_changed_when_it_is_read_again_is_refused(again: list[Any]) -> None:
-    chosen = select(rows_of(IDS), streaming=True, random_sample=True, index_col="id")
+def test_a_stream_that_has_changed_when_it_is_read_again_is_refused(again):
+    chosen = select(rows_of(IDS), streaming=True, random_sample=True)
     passes = iter([rows_of(IDS), again])
     source = type("Source", (), {"__iter__": lambda _: iter(next(passes))})()
     with pytest.raises(DataError, match="it has changed"):
@@ -353,15 +313,12 @@ def test_a_stream_that_has_changed_when_it_is_read_again_is_refused(again: list[
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_for_temporary_files_is_named(monkeypatch):
     says = rf"cannot write {tempfile.gettempdir()}: No space left"
     with Path("/dev/full").open("r+b") as full:
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
-        with pytest.raises(HubError, match=says):
-            order(streaming=True, random_sample=True, index_col="id")
-
-
-# One conversation ---------------------------------------------------------------------------------
+        with pytest.raises(extract_logits.HubError, match=says):
+            order(streaming=True, random_sample=True)
 
 
 @pytest.mark.parametrize(
@@ -369,25 +326,21 @@ def test_a_full_disk_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatc
     [([1, 2, 3], 3, None), ([1, 2, 3], 2, "too_long"), ([], None, "no_assistant"),
      ([1, 2**18 - 1], None, None), ([1, 2**18], None, "id_too_large")],
 )  # fmt: skip
-def test_a_conversation_is_encoded_or_says_why_not(
-    ids: list[int], limit: int | None, reason: str | None
-) -> None:
-    encoded = SimpleNamespace(
-        input_ids=np.asarray(ids, np.int32), token_positions=np.ones(1, int), notes=()
-    )
-
+def test_a_conversation_is_encoded_or_says_why_not(ids, limit, reason):
     def encode(row: Any, *, max_tokens: int | None = None) -> Any:
-        if ids:
-            return encoded
-        raise ConversationError("no_assistant", "nobody answers")
+        if not ids:
+            raise ConversationError("no_assistant", "nobody answers")
+        found = np.asarray(ids, np.int32)
+        return SimpleNamespace(input_ids=found, token_positions=np.ones(1, int), notes=())
 
-    made = RowEncoder(SimpleNamespace(encode=encode), limit).encode({}, 9)  # type: ignore[arg-type]
+    made = extract_logits.RowEncoder(SimpleNamespace(encode=encode), limit).encode({}, 9)
     assert made.index == 9
     assert (made.reason if isinstance(made, SkippedRow) else None) == reason
 
 
-def test_what_the_template_hides_of_any_row_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    warn_once.cache_clear()
+def test_what_the_template_hides_of_any_row_is_said(caplog):
+    explore_logits.warn_once.cache_clear()
     ids = np.arange(3, dtype=np.int32)
-    Window().add([EncodedRow(0, ids, ids[1:]), EncodedRow(1, ids, ids[1:], ("the tools",))], None)
+    rows = [EncodedRow(0, ids, ids[1:]), EncodedRow(1, ids, ids[1:], ("the tools",))]
+    extract_logits.Window().add(rows, None)
     assert "does not show the tools" in caplog.text

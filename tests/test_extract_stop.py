@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 import pytest
@@ -30,7 +29,7 @@ def terminal() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_a_first_signal_asks_to_stop(number: int, code: int) -> None:
+def test_a_first_signal_asks_to_stop(number, code):
     before = signal.getsignal(number)
     with GracefulInterrupt() as interrupt:
         assert (interrupt.stopping, interrupt.exit_code) == (False, 0)
@@ -41,7 +40,7 @@ def test_a_first_signal_asks_to_stop(number: int, code: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_leaves_at_once(number: int, code: int) -> None:
+def test_a_second_signal_leaves_at_once(number, code):
     def work(output: IO[str]) -> None:
         with GracefulInterrupt() as interrupt:
             for _ in range(2):
@@ -52,7 +51,7 @@ def test_a_second_signal_leaves_at_once(number: int, code: int) -> None:
     assert Child(work).finish() == (code, "True\n")
 
 
-def test_a_lost_terminal_asks_once_and_does_not_stop_what_nohup_started() -> None:
+def test_a_lost_terminal_asks_once_and_does_not_stop_what_nohup_started():
     for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
         signal.signal(signal.SIGHUP, handler)
         with GracefulInterrupt() as interrupt:
@@ -62,9 +61,7 @@ def test_a_lost_terminal_asks_once_and_does_not_stop_what_nohup_started() -> Non
             assert interrupt.stopping == stops
 
 
-def test_the_deadline_keeps_time_for_one_more_step_and_the_final_upload(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_deadline_keeps_time_for_one_more_step_and_the_final_upload(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(extract_logits.time, "monotonic", lambda: clock[0])
     upload_s = [0.0]
@@ -82,7 +79,7 @@ def test_the_deadline_keeps_time_for_one_more_step_and_the_final_upload(
     assert not TimedShutdown(None).due()
 
 
-def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() -> None:
+def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting():
     with GracefulInterrupt() as interrupt:
         with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once(time.monotonic() + 0.05):
             time.sleep(60)
@@ -98,7 +95,7 @@ def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting() 
             time.sleep(60)  # a signal that came before
 
 
-def test_a_signal_on_the_way_in_ends_waiting_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_on_the_way_in_ends_waiting_too(monkeypatch):
     too_late = property(lambda _: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(GracefulInterrupt, "stopping", too_late)
     with (
@@ -110,9 +107,7 @@ def test_a_signal_on_the_way_in_ends_waiting_too(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("script", ["extract_logits", "compute_lengths", "explore_logits"])
-def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(
-    script: str, tmp_path: Path
-) -> None:
+def test_ctrl_c_while_libraries_load_leaves_without_a_traceback(script, tmp_path):
     """And the first is started as pip installs it."""
     path = ROOT / f"{script}.py"
     if script == "extract_logits":
@@ -135,7 +130,7 @@ sys.exit(x.main())
 """
 
 
-def test_ctrl_c_while_the_end_is_told_changes_nothing() -> None:
+def test_ctrl_c_while_the_end_is_told_changes_nothing():
     done = run_code(INTERRUPTED, cwd=ROOT)
     assert (done.code, done.summary["exit_code"]) == (0, 0)
     assert done.stderr.startswith("done: 1 row, 2 tokens")
