@@ -75,7 +75,7 @@ def make_cases(trials: int = 20_000) -> list[Case]:
     deep = np.concatenate([[0.0], -3000 - np.linspace(0, 2.5, 12)])
     rows = [
         # name, logits, nucleus, M, share of the trials
-        ("tiny vocabulary", np.log([0.4, 0.25, 0.15, 0.12, 0.08]), 1, 3, 2.0),
+        ("tiny", np.log([0.4, 0.25, 0.15, 0.12, 0.08]), 1, 3, 2.0),
         ("exp(-3000)", deep, 1, 5, 1.0),
         ("exp(-700)", tiny, 1, 6, 1.0),
         ("exp(-700) after ordinary ones", steps, 1, 10, 1.0),
