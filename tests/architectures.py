@@ -200,6 +200,12 @@ def plain_logits(model: Any, sequence: np.ndarray, positions: np.ndarray) -> tor
     return logits[torch.from_numpy(positions.astype(np.int64)) - 1].float()
 
 
+def own_logprobs(model: Any, ids: list[int]) -> list[float]:
+    """Return the log-probabilities that the model gives the tokens of a row but the first."""
+    logits = plain_logits(model, np.asarray(ids), np.arange(1, len(ids))).log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()
+
+
 def largest_difference(teacher: Teacher) -> float:
     """Return the largest difference of the teacher's logits from the plain forward's."""
     sequences, positions = conversations(vocab_size=teacher.vocab_size)
@@ -316,9 +322,7 @@ def measure_engine(family: str) -> EngineRow:
         """Asks transformers instead of another vLLM, which would take twice as long."""
 
         def _own_logprobs(self, ids: list[int]) -> list[float]:
-            at = np.arange(1, len(ids))
-            logits = plain_logits(plain, np.asarray(ids), at).log_softmax(-1)
-            return logits.gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()
+            return own_logprobs(plain, ids)
 
     def by_vllm(folder: str, dtype: str) -> torch.Tensor:
         config = extract_logits.ExtractionConfig(
