@@ -19,12 +19,12 @@ Kolmogorov p-values are exact, and the factor of ten is room for the χ² approx
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.special import log_softmax
 
 Draw = Callable[[np.ndarray, np.ndarray, int, int, int], np.ndarray]
 FALSE_ALARM = 1e-7
@@ -48,10 +48,13 @@ class Case:
 
     @property
     def nucleus(self) -> np.ndarray:
-        """Return the (V,) bool mask of the likeliest tokens, ties: lower id first."""
-        mask = np.zeros(len(self.log_probs), dtype=bool)
-        mask[np.argsort(-self.log_probs, kind="stable")[: self.nucleus_n]] = True
-        return mask
+        """Return the (V,) bool mask of the likeliest tokens."""
+        return np.isin(np.arange(len(self.log_probs)), self.order[: self.nucleus_n])
+
+    @property
+    def order(self) -> np.ndarray:
+        """Return the (V,) ids, likeliest first, ties: lower id first."""
+        return np.argsort(-self.log_probs, kind="stable")
 
 
 # 1 Rows -------------------------------------------------------------------------------------------
@@ -59,9 +62,7 @@ class Case:
 
 def float32_row(logits: np.ndarray) -> np.ndarray:
     """Normalize, then round to what float32 holds; the law uses the rounded values."""
-    peak = logits.max()
-    logsumexp = peak + math.log(np.exp(logits - peak).sum())
-    return (logits - logsumexp).astype(np.float32).astype(np.float64)
+    return log_softmax(logits).astype(np.float32).astype(np.float64)
 
 
 def make_cases(trials: int = 20_000) -> list[Case]:
@@ -116,22 +117,13 @@ def as_cases(
     ]
 
 
-def tail_probs(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids outside the nucleus, likeliest first, and their probabilities among them."""
-    ids = np.flatnonzero(~case.nucleus)
-    ids = ids[np.argsort(-case.log_probs[ids], kind="stable")]
-    log_p = case.log_probs[ids]
-    p = np.exp(log_p - log_p[0])
-    return ids, p / p.sum()
-
-
 # 2 Tests of one row -------------------------------------------------------------------------------
 
 
-def first_p(p: np.ndarray, ranks: np.ndarray) -> float:
+def first_p(log_p: np.ndarray, ranks: np.ndarray) -> float:
     """Return the p-value of χ² of the first draw; neighbours are merged to cells of 100."""
     cells, expected = [], [0.0]
-    for wanted in (p * len(ranks)).tolist():
+    for wanted in (np.exp(log_p) * len(ranks)).tolist():
         if expected[-1] >= MIN_EXPECTED:
             expected.append(0.0)
         expected[-1] += wanted
@@ -207,14 +199,11 @@ def uniforms_p(u: np.ndarray) -> Iterator[tuple[str, float]]:
 
 def ranks_of(case: Case, drawn: np.ndarray) -> np.ndarray:
     """Return the draws as ranks among the tail's tokens; a token of the nucleus or twice raises."""
-    ids, _ = tail_probs(case)
-    rank = np.full(len(case.log_probs), -1)
-    rank[ids] = np.arange(len(ids))
     wanted = (case.trials, case.sampled_n)
-    if drawn.shape != wanted or drawn.min() < 0 or drawn.max() >= len(rank):
+    if drawn.shape != wanted or drawn.min() < 0 or drawn.max() >= len(case.log_probs):
         said = f"drew {drawn.shape} ids from {drawn.min()} to {drawn.max()}, not {wanted}"
         raise LawViolation(f"{case.name}: {said}")
-    ranks = rank[drawn]
+    ranks = np.argsort(case.order)[drawn] - case.nucleus_n
     if (ranks < 0).any():
         raise LawViolation(f"{case.name}: drew a token of the nucleus")
     if (np.diff(np.sort(ranks, axis=1)) == 0).any():
@@ -225,9 +214,8 @@ def ranks_of(case: Case, drawn: np.ndarray) -> np.ndarray:
 def p_values(case: Case, draw: Draw, seed: int) -> Iterator[tuple[str, float]]:
     drawn = draw(case.log_probs, case.nucleus, case.sampled_n, case.trials, seed)
     ranks = ranks_of(case, np.asarray(drawn).astype(np.int64))
-    ids, p = tail_probs(case)
-    log_p = case.log_probs[ids] - case.log_probs[ids[0]] + math.log(p[0])
-    yield "first draw", first_p(p, ranks)
+    log_p = log_softmax(case.log_probs[case.order[case.nucleus_n :]])
+    yield "first draw", first_p(log_p, ranks)
     yield from uniforms_p(uniforms(log_p, ranks, seed))
 
 

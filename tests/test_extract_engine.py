@@ -78,9 +78,7 @@ def test_the_head_apart_is_that_of_the_whole_model(family, tmp_path):
     assert torch.equal(same, whole._head_logits(states, outputs))
 
 
-def test_conversations_go_in_windows_and_nothing_after_the_last_wanted_token(
-    engine, saved, monkeypatch
-):
+def test_conversations_go_in_windows_up_to_the_last_wanted_token(engine, saved, monkeypatch):
     teacher = load_teacher(configure(saved))
     assert teacher.numerics["versions"]["vllm"] == "0"
     assert json.loads(json.dumps(teacher.numerics))["layout"] == "vllm"
@@ -126,7 +124,7 @@ def test_vllm_that_fails_is_one_line(engine, saved, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "asked", "message", "remedy"),
+    ("family", "asked", "says", "remedy"),
     [
         ("gptj", {}, f"on gptj, only on {', '.join(el.VLLM_FAMILIES)}", {"engine_args": UNCHECKED}),
         ("phi3, longrope", {"engine_args": UNCHECKED}, "--max-seq-len 32 at most",
@@ -135,12 +133,10 @@ def test_vllm_that_fails_is_one_line(engine, saved, monkeypatch):
          {"max_seq_len": 256}),
     ],
 )  # fmt: skip
-def test_a_family_that_was_not_compared_needs_a_word(
-    family, asked, message, remedy, engine, tmp_path
-):
+def test_a_family_that_was_not_compared_needs_a_word(family, asked, says, remedy, engine, tmp_path):
     """And rows of more positions, or of other angles than a pass of vLLM has, are refused."""
     tiny_model(family).save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=message):
+    with pytest.raises(TeacherError, match=says):
         el.load_model_config(configure(tmp_path, **asked))
     el.load_model_config(configure(tmp_path, **{**asked, **remedy}))
 

@@ -288,9 +288,7 @@ def fixed_batch(vocab: int = 700) -> el.Batch:
 
 
 @pytest.mark.parametrize(("reference", "sampled_n"), [(True, 7), (False, 7), (False, 0)])
-def test_a_batch_is_the_same_in_any_chunks_and_on_the_host_by_one_transfer(
-    reference, sampled_n, monkeypatch
-):
+def test_a_batch_is_the_same_in_chunks_and_by_one_transfer(reference, sampled_n, monkeypatch):
     logits, batch = trained_like(14, 700), fixed_batch()
     settings = {"top_p": 0.9, "top_p_max": 20, "sampled_n": sampled_n, "reference": reference}
     run = partial(el.gpu_process_batch, batch=batch, seed=1, **settings)
