@@ -6,6 +6,7 @@ A run of a random teacher is right; one thing at a time is made wrong in what it
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -39,13 +40,11 @@ def run(tmp_path_factory):
 def check(run: Any, folder: Any, records: Records, columns: Any = None) -> None:
     """Let the oracle look at other records in place of the run's."""
     output, teacher, *_ = run
-    (folder / "data").mkdir()
-    said = (output / "extraction_config.json").read_bytes()
-    (folder / "extraction_config.json").write_bytes(said)
-    there = pq.read_schema(output / "data/part-00000.parquet")
+    shutil.copytree(output, folder, dirs_exist_ok=True)
+    part = folder / "data" / "part-00000.parquet"
     fields = columns or oracle.COLUMNS + oracle.TOKEN_COLUMNS
-    table = pa.Table.from_pylist(records, schema=pa.schema(fields, metadata=there.metadata))
-    pq.write_table(table, folder / "data" / "part-00000.parquet")
+    schema = pa.schema(fields, metadata=pq.read_schema(part).metadata)
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), part)
     oracle.check_run(folder, *teacher, CHATS)
 
 
