@@ -297,22 +297,15 @@ def measure_engine(family: str) -> EngineRow:
     sequences, positions = conversations((250, *LENGTHS), WIDE["vocab_size"])
     rows = list(zip(sequences, positions, strict=True))
     want = torch.cat([plain_logits(plain, *row) for row in rows])
-
-    class Compared(extract_logits.VllmTeacher):
-        """Asks transformers instead of another vLLM, which would take twice as long."""
-
-        def _own_logprobs(self, ids: list[int]) -> list[float]:
-            return own_logprobs(plain, ids)
+    # transformers is asked instead of another vLLM, which would take twice as long
+    extract_logits.VllmTeacher._own_logprobs = lambda _, ids: own_logprobs(plain, ids)
 
     def by_vllm(folder: str, dtype: str) -> torch.Tensor:
         config = extract_logits.ExtractionConfig(
             model=folder, dataset="d", output="./o", device="cpu", dtype=dtype, engine="vllm",
             engine_args={**CHUNKS, "unchecked": True},
         )  # fmt: skip
-        own = extract_logits.load_model_config(config)
-        head = extract_logits.load_head(config, own, torch.device("cpu"))
-        arguments = extract_logits.engine_arguments(config, own, head)
-        teacher = Compared(head, arguments, vocab_size=None)
+        teacher = extract_logits.load_teacher(config)
         got = torch.cat(list(teacher.iter_logits(sequences, positions)))
         teacher.llm.llm_engine.engine_core.shutdown()
         return got
