@@ -19,7 +19,7 @@ Kolmogorov p-values are exact, and the factor of ten is room for the χ² approx
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,15 +57,12 @@ class Case:
         return np.argsort(-self.log_probs, kind="stable")
 
 
-# 1 Rows -------------------------------------------------------------------------------------------
-
-
 def float32_row(logits: np.ndarray) -> np.ndarray:
     """Normalize, then round to what float32 holds; the law uses the rounded values."""
     return log_softmax(logits).astype(np.float32).astype(np.float64)
 
 
-def make_cases(trials: int = 20_000) -> list[Case]:
+def make_cases(trials: int) -> list[Case]:
     """Return rows of up to 64 tokens: vanishing, crowded, peaked and flat, the cheap ones first.
 
     They are the same whatever the seed of the draws.
@@ -90,7 +87,7 @@ def make_cases(trials: int = 20_000) -> list[Case]:
     return as_cases(rows, rng, trials)
 
 
-def make_large_cases(trials: int = 4_000) -> list[Case]:
+def make_large_cases(trials: int) -> list[Case]:
     """Return rows of 1,000 to 8,192 tokens: what a method that works by blocks can get wrong."""
     rng = np.random.default_rng(8)
     vanishing = np.concatenate([[0.0], -700 + rng.normal(0, 2, 2000)])
@@ -115,9 +112,6 @@ def as_cases(
         Case(name, float32_row(rng.permutation(row)), nucleus, m, int(trials * share))
         for name, row, nucleus, m, share in rows
     ]
-
-
-# 2 Tests of one row -------------------------------------------------------------------------------
 
 
 def first_p(log_p: np.ndarray, ranks: np.ndarray) -> float:
@@ -181,20 +175,17 @@ def uniforms_by_difference(
     return numbers
 
 
-def uniforms_p(u: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Yield Kolmogorov p-values of all, first and last draws, and of pairs on an 8 × 8 grid."""
-    for name, values in (("all", u.ravel()), ("first", u[:, 0]), ("last", u[:, -1])):
-        yield f"uniforms, {name}", float(stats.kstest(values, "uniform").pvalue)
+def uniforms_p(u: np.ndarray) -> dict[str, float]:
+    """Return Kolmogorov p-values of all, first and last draws, and of pairs on an 8 × 8 grid."""
+    views = {"all": u.ravel(), "first": u[:, 0], "last": u[:, -1]}
+    found = {name: stats.kstest(values, "uniform").pvalue for name, values in views.items()}
     cells = (u * 8).astype(int).clip(0, 7)
-    pairs = [("trial to trial", cells[:-1, 0], cells[1:, 0])]
+    pairs = {"trial to trial": (cells[:-1, 0], cells[1:, 0])}
     if u.shape[1] > 1:
-        pairs += [("draw to draw", cells[:, 0], cells[:, 1]), ("ends", cells[:, 0], cells[:, -1])]
-    for name, a, b in pairs:
-        counts = np.bincount(8 * a + b, minlength=64)
-        yield f"uniforms, {name}", float(stats.chisquare(counts).pvalue)
-
-
-# 3 The suite --------------------------------------------------------------------------------------
+        pairs["draw to draw"], pairs["ends"] = cells[:, :2].T, cells[:, [0, -1]].T
+    for name, (a, b) in pairs.items():
+        found[name] = stats.chisquare(np.bincount(8 * a + b, minlength=64)).pvalue
+    return {f"uniforms, {name}": float(p_value) for name, p_value in found.items()}
 
 
 def ranks_of(case: Case, drawn: np.ndarray) -> np.ndarray:
@@ -211,14 +202,6 @@ def ranks_of(case: Case, drawn: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def p_values(case: Case, draw: Draw, seed: int) -> Iterator[tuple[str, float]]:
-    drawn = draw(case.log_probs, case.nucleus, case.sampled_n, case.trials, seed)
-    ranks = ranks_of(case, np.asarray(drawn).astype(np.int64))
-    log_p = log_softmax(case.log_probs[case.order[case.nucleus_n :]])
-    yield "first draw", first_p(log_p, ranks)
-    yield from uniforms_p(uniforms(log_p, ranks, seed))
-
-
 def check_tail_law(draw: Draw, *, cases: list[Case]) -> None:
     """Require that `draw` follows the law on every row.
 
@@ -228,6 +211,11 @@ def check_tail_law(draw: Draw, *, cases: list[Case]) -> None:
     """
     threshold = FALSE_ALARM / (MAX_TESTS * len(cases))
     for k, case in enumerate(cases):
-        for test, p_value in p_values(case, draw, 1000 + k):
+        seed = 1000 + k
+        drawn = draw(case.log_probs, case.nucleus, case.sampled_n, case.trials, seed)
+        ranks = ranks_of(case, np.asarray(drawn).astype(np.int64))
+        log_p = log_softmax(case.log_probs[case.order[case.nucleus_n :]])
+        found = {"first draw": first_p(log_p, ranks)}
+        for test, p_value in (found | uniforms_p(uniforms(log_p, ranks, seed))).items():
             if not p_value >= threshold:
                 raise LawViolation(f"{case.name}: {test} fails, p = {p_value:.3g}")
