@@ -43,43 +43,31 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA = {**SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}
+TIED = {"tie_word_embeddings": True}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 8.0],
 }  # fmt: skip
 # What a row of the table needs besides SMALL; None takes a key away. The first word is the type.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama, tied": {"tie_word_embeddings": True},
-    "mistral": {"sliding_window": 16},
+    "llama": {}, "llama, tied": TIED, "mistral": {"sliding_window": 16},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
-    "qwen2": {},
-    "qwen2, tied": {"tie_word_embeddings": True},
-    "qwen3": {},
-    "qwen3_moe": EXPERTS,
+    "qwen2": {}, "qwen2, tied": TIED, "qwen3": {}, "qwen3_moe": EXPERTS,
     "qwen3_next": {
         **EXPERTS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
         "linear_value_head_dim": 8, "shared_expert_intermediate_size": 16,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
-    "cohere": {"logit_scale": 0.25},
-    "cohere2": {**SLIDING, "logit_scale": 0.25},
+    "gemma2": GEMMA, "gemma3_text": GEMMA,
+    "cohere": {"logit_scale": 0.25}, "cohere2": {**SLIDING, "logit_scale": 0.25},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7},
-    "gpt2": {},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
-    "gpt_neox": {},
-    "gptj": {"rotary_dim": 4},
+    "gpt2": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "gpt_neox": {}, "gptj": {"rotary_dim": 4},
     "gpt_oss": {**SLIDING, **LOCAL_EXPERTS},
-    "phi": {},
-    "phi3": {},
+    "phi": {}, "phi3": {},
     "phi3, longrope": {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
-    "olmo2": {},
-    "starcoder2": {"sliding_window": 16},
-    **{name: {} for name in ("stablelm", "glm4", "smollm3")},
-    "exaone4": SLIDING,
-    "nemotron": {},
+    "olmo2": {}, "starcoder2": {"sliding_window": 16}, "stablelm": {}, "glm4": {}, "smollm3": {},
+    "exaone4": SLIDING, "nemotron": {},
     "deepseek_v3": {
         "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
         "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
@@ -90,9 +78,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 2, "attention_chunk_size": 16, "intermediate_size_mlp": 48,
         "floor_scale": 16, "attn_temperature_tuning": True, "no_rope_layers": [1, 0],
     },
-    "falcon": {"head_dim": None},
-    "falcon, alibi": {"head_dim": None, "alibi": True},
-    "bloom": {},
+    "falcon": {"head_dim": None}, "falcon, alibi": {"head_dim": None, "alibi": True}, "bloom": {},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "mamba": {"state_size": 8},
@@ -200,6 +186,12 @@ def plain_logits(model: Any, sequence: np.ndarray, positions: np.ndarray) -> tor
     return logits[torch.from_numpy(positions.astype(np.int64)) - 1].float()
 
 
+def own_logprobs(model: Any, ids: list[int]) -> list[float]:
+    """Return the log-probabilities that the model gives the tokens of a row but the first."""
+    logits = plain_logits(model, np.asarray(ids), np.arange(1, len(ids))).log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()
+
+
 def largest_difference(teacher: Teacher) -> float:
     """Return the largest difference of the teacher's logits from the plain forward's."""
     sequences, positions = conversations(vocab_size=teacher.vocab_size)
@@ -208,27 +200,24 @@ def largest_difference(teacher: Teacher) -> float:
     return float((got - torch.cat(plain)[:, : teacher.vocab_size]).abs().max())
 
 
-def forced_difference(teacher: Teacher, layout: str) -> float | None:
-    """Return `largest_difference` with every batch laid out so, None when the model refuses."""
-    before, teacher.layout = teacher.layout, layout
-    try:
-        return largest_difference(teacher)
-    except (TypeError, ValueError):
-        return None
-    finally:
-        teacher.layout = before
-
-
-def measure(family: str, **changes: Any) -> Row:
+def measure(family: str) -> Row:
     """Return the line of one family."""
-    teacher = Teacher(tiny_model(family, **changes))
+    teacher = Teacher(tiny_model(family))
+    chosen = teacher.layout
     probe = teacher._probe(extract_logits.probe_rows(teacher.vocab_size))
+    forced: list[float | None] = []
+    for layout in ("padded", "masked"):
+        teacher.layout = layout
+        try:
+            forced.append(largest_difference(teacher))
+        except (TypeError, ValueError):
+            forced.append(None)
+    teacher.layout = chosen
     return Row(
         family,
-        forced_difference(teacher, "padded"),
-        forced_difference(teacher, "masked"),
+        *forced,
         extract_logits.foresight(probe, [probe[0]] * 2),
-        teacher.layout,
+        chosen,
         teacher.numerics["attention"],
         largest_difference(teacher),
         teacher.head,
@@ -275,14 +264,11 @@ def time_start() -> dict[str, float]:
 # What vLLM's attention and experts on a CPU need to be larger than in SMALL.
 WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
 WIDE |= {"num_key_value_heads": 1, "head_dim": 32}
-VLLM: dict[str, dict[str, Any]] = {
-    name: {}
-    for name in (
-        "llama", "llama, tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2",
-        "gemma3_text", "granite", "phi3", "olmo2", "starcoder2", "glm4", "smollm3", "gpt_oss",
-        "gpt2", "gpt_neox", "cohere", "cohere2", "exaone4",
-    )
-}  # fmt: skip
+VLLM: dict[str, dict[str, Any]] = {name: {} for name in (
+    "llama", "llama, tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2",
+    "gemma3_text", "granite", "phi3", "olmo2", "starcoder2", "glm4", "smollm3", "gpt_oss", "gpt2",
+    "gpt_neox", "cohere", "cohere2", "exaone4",
+)}  # fmt: skip
 VLLM["qwen3_moe"] = {"moe_intermediate_size": 32}
 VLLM["gemma2"] = VLLM["gemma3_text"] = {"query_pre_attn_scalar": 32}
 CHUNKS = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "enforce_eager": True}
@@ -311,24 +297,15 @@ def measure_engine(family: str) -> EngineRow:
     sequences, positions = conversations((250, *LENGTHS), WIDE["vocab_size"])
     rows = list(zip(sequences, positions, strict=True))
     want = torch.cat([plain_logits(plain, *row) for row in rows])
-
-    class Compared(extract_logits.VllmTeacher):
-        """Asks transformers instead of another vLLM, which would take twice as long."""
-
-        def _own_logprobs(self, ids: list[int]) -> list[float]:
-            at = np.arange(1, len(ids))
-            logits = plain_logits(plain, np.asarray(ids), at).log_softmax(-1)
-            return logits.gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()
+    # transformers is asked instead of another vLLM, which would take twice as long
+    extract_logits.VllmTeacher._own_logprobs = lambda _, ids: own_logprobs(plain, ids)
 
     def by_vllm(folder: str, dtype: str) -> torch.Tensor:
         config = extract_logits.ExtractionConfig(
             model=folder, dataset="d", output="./o", device="cpu", dtype=dtype, engine="vllm",
             engine_args={**CHUNKS, "unchecked": True},
         )  # fmt: skip
-        own = extract_logits.load_model_config(config)
-        head = extract_logits.load_head(config, own, torch.device("cpu"))
-        arguments = extract_logits.engine_arguments(config, own, head)
-        teacher = Compared(head, arguments, vocab_size=None)
+        teacher = extract_logits.load_teacher(config)
         got = torch.cat(list(teacher.iter_logits(sequences, positions)))
         teacher.llm.llm_engine.engine_core.shutdown()
         return got

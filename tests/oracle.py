@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +39,8 @@ COLUMNS = [
 ]  # fmt: skip
 TOKEN_COLUMNS = [(name, pa.list_(pa.int32())) for name in ("input_ids", "token_positions")]
 ASSISTANT = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
-# Float32 arithmetic on (x - min) / (max - min) * 65535 is good to about 0.01 of a step.
-FLOAT_STEPS = 0.02
-# A right run fails the tail test by chance once in 1e9; its random numbers are fixed, so a run
-# that passes once passes always.
-TAIL_FALSE_ALARM = 1e-9
+FLOAT_STEPS = 0.02  # float32 is good to 0.01 of a step in (x - min) / (max - min) * 65535
+TAIL_FALSE_ALARM = 1e-9  # of a right run, whose random numbers are fixed: passing once is always
 
 
 class Violation(AssertionError):
@@ -93,16 +90,12 @@ class Entries(NamedTuple):
 
 
 class StoredToken(NamedTuple):
-    """One token of one row, unpacked."""
-
     top: Entries
     tail: Entries
     logsumexp: float
 
 
 class StoredRow(NamedTuple):
-    """One row of a shard, unpacked."""
-
     index: int
     tokens: list[StoredToken]
     input_ids: list[int] | None
@@ -119,22 +112,18 @@ class OracleToken(NamedTuple):
 
 @dataclass
 class Report:
-    """Figures of a run that held, in nats; steps are a token's own quantization steps."""
+    """Figures of a run that held: errors in nats, and in a token's own quantization steps."""
 
     rows: int = 0
     tokens: int = 0
     max_logsumexp_error: float = 0.0
-    max_quantization_error_steps: float = 0.0  # beyond Tolerance.logit
+    max_steps: float = 0.0  # of quantization, beyond Tolerance.logit
     nucleus_min: int = 256
     nucleus_max: int = 0
     near_ties: int = 0
     near_boundaries: int = 0
     tail_p_value: float = 1.0
     uniforms: list[list[float]] = field(default_factory=list, repr=False)
-
-    def figures(self) -> dict[str, Any]:
-        """Return what is worth printing, as plain JSON values."""
-        return {name: value for name, value in asdict(self).items() if name != "uniforms"}
 
 
 def require(condition: bool, where: str, what: str) -> None:
@@ -177,13 +166,8 @@ def unpack_row(record: Mapping[str, Any], settings: Settings) -> StoredRow:
         holes = value is None or (isinstance(value, list) and None in value)
         require(not holes, where, f"null in {name}")
     n, m = record["num_tokens"], settings.sampled_n
-    lengths = dict.fromkeys(("top_counts", "logsumexp"), n)
-    for kind, entries, ranges in (("top", sum(record["top_counts"]), n),
-                                  ("sampled", n * m, n if m else 0)):  # fmt: skip
-        lengths |= {f"{kind}_min": ranges, f"{kind}_max": ranges}
-        lengths |= {f"{kind}_indices_low": entries, f"{kind}_logits_quantized": entries}
-    for name, wanted in lengths.items():
-        require(len(record[name]) == wanted, where, f"{name} has {len(record[name])}, not {wanted}")
+    for name in ("top_counts", "logsumexp"):
+        require(len(record[name]) == n, where, f"{name} has {len(record[name])}, not {n}")
     top = cut_entries(record, "top", record["top_counts"], where)
     tail = cut_entries(record, "sampled", [m] * n, where)
     tokens = [StoredToken(*parts) for parts in zip(top, tail, record["logsumexp"], strict=True)]
@@ -195,14 +179,18 @@ def cut_entries(
     record: Mapping[str, Any], kind: str, counts: list[int], where: str
 ) -> list[Entries]:
     """Return the entries of each token, of which `counts` says the number."""
-    names = ("indices_low", "indices_high", "logits_quantized", "min", "max")
-    low_bits, high_bits, q, low, high = (record[f"{kind}_{name}"] for name in names)
-    ids, name = unpack_ids(low_bits, high_bits, where=where), {"top": "nucleus"}.get(kind, "tail")
+    names = [f"{kind}_{name}" for name in ("indices_low", "logits_quantized", "min", "max")]
+    low_bits, q, low, high = (record[name] for name in names)
+    total = sum(counts)
+    ranges = len(counts) if total else 0
+    for name, wanted in zip(names, (total, total, ranges, ranges), strict=True):
+        require(len(record[name]) == wanted, where, f"{name} has {len(record[name])}, not {wanted}")
+    ids = unpack_ids(low_bits, record[f"{kind}_indices_high"], where=where)
     cut, start = [], 0
     for t, count in enumerate(counts):
         part = slice(start, start + count)
         ends = (low[t], high[t]) if count else (0.0, 0.0)
-        cut.append(Entries(name, ids[part], q[part], *ends))
+        cut.append(Entries({"top": "nucleus"}.get(kind, "tail"), ids[part], q[part], *ends))
         start += count
     return cut
 
@@ -319,7 +307,6 @@ class TokenCheck:
         near = self.logsumexp_error <= self.tolerance.logsumexp
         self.require(near, f"logsumexp {said!r}, right is {right!r}")
         self.check_nucleus_order()
-        self.check_twins()
         self.check_count()
         for entries in (top, tail):
             if entries.ids:
@@ -336,37 +323,28 @@ class TokenCheck:
             self.require(self.x[token_id] > -math.inf, f"{name} id {token_id} is impossible")
 
     def check_nucleus_order(self) -> None:
-        """Compare place by place: another id is right only where its logit is a near-tie."""
-        for place, token_id in enumerate(self.stored.top.ids):
-            right = int(self.truth.order[place])
-            if token_id == right:
-                continue
-            gap = abs(float(self.x[token_id] - self.x[right]))
-            self.require(
-                gap <= self.tolerance.logit and self.tolerance.logit > 0,
-                f"nucleus place {place} is id {token_id}, right is {right}, {gap:.3g} nats apart",
-            )
-            self.near_ties += 1
+        """Compare place by place: another id is right only where its logit is a near-tie.
 
-    def check_twins(self) -> None:
-        """Require exact ties by ascending id: no lower twin left out, none out of turn."""
-        seen: dict[int, int] = {}
-        for token_id in self.stored.top.ids:
-            members = self.twins.get(token_id)
-            if members is None or len({float(self.x[i]) for i in members}) > 1:
-                continue
-            wanted = members[seen.get(members[0], 0)]
-            said = f"ids {wanted} and {token_id} tie exactly; the lower id comes first"
-            self.require(wanted == token_id, said)
-            seen[members[0]] = seen.get(members[0], 0) + 1
+        Of ids that tie exactly each lower one stands before.
+        """
+        ids = self.stored.top.ids
+        order = self.truth.order[: len(ids)].tolist()
+        for place, (token_id, right) in enumerate(zip(ids, order, strict=True)):
+            if token_id != right:
+                gap = abs(float(self.x[token_id] - self.x[right]))
+                said = f"nucleus place {place}: {token_id}, right is {right}, {gap:.3g} nats apart"
+                self.require(gap <= self.tolerance.logit and self.tolerance.logit > 0, said)
+                self.near_ties += 1
+            for twin in self.twins.get(token_id, []):
+                late = twin < token_id and twin not in ids[:place]
+                said = f"ids {twin} and {token_id} tie exactly; the lower id comes first"
+                self.require(not late or self.x[twin] != self.x[token_id], said)
 
     def check_count(self) -> None:
         """Require the smallest prefix with mass ≥ top_p, capped; count what only noise allows."""
         count, top_p = len(self.stored.top.ids), self.settings.top_p
-        mass, before = 0.0, 0.0
-        for token_id in self.truth.order[:count].tolist():
-            before = mass
-            mass += math.exp(self.x[token_id] - self.truth.logsumexp)
+        p = np.exp(self.x[self.truth.order[:count]] - self.truth.logsumexp)
+        before, mass = math.fsum(p[:-1]), math.fsum(p)
         possible = int(np.count_nonzero(self.x > -math.inf))
         full = count in (self.settings.top_p_max, possible)
         # At top_p 1 either is right: every possible token, or where float64 sums reach 1.
@@ -448,24 +426,21 @@ class RunCheck:
         if self.settings.store_tokens:
             require(row.input_ids == input_ids, where, "input_ids are not the conversation's")
             require(row.token_positions == positions, where, "token_positions are not right")
-        logits = full_forward(self.model, input_ids)
+        logits, report = full_forward(self.model, input_ids), self.report
         for t, (token, position) in enumerate(zip(row.tokens, positions, strict=True)):
             x = logits[position - 1, : self.vocab_size].double().cpu().numpy()
-            what = (self.settings, self.tolerance, f"row {row.index} token {t}", self.twins)
-            self.add(TokenCheck(token, x, *what).run())
-        self.report.rows += 1
-
-    def add(self, check: TokenCheck) -> None:
-        report, (top, tail, _) = self.report, check.stored
-        report.tokens += 1
-        report.near_ties += check.near_ties
-        report.near_boundaries += check.near_boundaries
-        report.nucleus_min = min(report.nucleus_min, len(top.ids))
-        report.nucleus_max = max(report.nucleus_max, len(top.ids))
-        report.max_logsumexp_error = max(report.max_logsumexp_error, check.logsumexp_error)
-        report.max_quantization_error_steps = max(report.max_quantization_error_steps, check.steps)
-        order = check.truth.order
-        report.uniforms.append(tail_uniforms(check.x, order, top.ids, tail.ids, self.rng))
+            place = f"row {row.index} token {t}"
+            check = TokenCheck(token, x, self.settings, self.tolerance, place, self.twins).run()
+            drawn = (check.truth.order, token.top.ids, token.tail.ids)
+            report.uniforms.append(tail_uniforms(x, *drawn, self.rng))
+            report.near_ties += check.near_ties
+            report.near_boundaries += check.near_boundaries
+            report.nucleus_min = min(report.nucleus_min, len(token.top.ids))
+            report.nucleus_max = max(report.nucleus_max, len(token.top.ids))
+            report.max_logsumexp_error = max(report.max_logsumexp_error, check.logsumexp_error)
+            report.max_steps = max(report.max_steps, check.steps)
+        report.tokens += there
+        report.rows += 1
 
     def finish(self) -> Report:
         """Bound the exemptions (one in a hundred tokens, and two) and test the tail as a whole."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from scipy.stats import chi2
 
 import extract_logits
@@ -24,13 +25,6 @@ def compact(logits: torch.Tensor, min_p: float, **how: Any) -> ExtractedTokens:
 def points(tokens: ExtractedTokens, row: int) -> list[int]:
     """Return the ids that a row's points hit."""
     return tokens.sampled_ids[row, : tokens.sampled_counts[row]].tolist()
-
-
-def chances(logits: torch.Tensor) -> np.ndarray:
-    """Return the probabilities of one row, by numpy."""
-    values = logits.double().numpy()
-    weights = np.exp(values - values.max())
-    return weights / weights.sum()
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -52,10 +46,10 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab", [2, 64, 5000])
 @pytest.mark.parametrize("min_p", [1 / 255, 0.01, 0.5])
-def test_a_row_holds_what_the_definition_says(shape: str, vocab: int, min_p: float) -> None:
+def test_a_row_holds_what_the_definition_says(shape, vocab, min_p):
     """By numpy from the words: ids with p >= T, and ceil(rest / T) points, sorted."""
     logits = SHAPES[shape](vocab).unsqueeze(0)
-    p = chances(logits[0])
+    p = softmax(logits[0].double().numpy())
     kept = np.flatnonzero(p >= min_p * (1 - 1e-11))
     rest = math.fsum(np.delete(p, kept))
     for reference in (True, False):
@@ -75,27 +69,22 @@ def test_a_row_holds_what_the_definition_says(shape: str, vocab: int, min_p: flo
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("shape", ["natural", "flat", "peaked", "ties"])
 @pytest.mark.parametrize(("vocab", "grid"), [(50, 2000), (130, 2000), (9001, 200)])
-def test_every_token_is_hit_as_often_as_its_probability_says(
-    monkeypatch: pytest.MonkeyPatch, shape: str, vocab: int, grid: int, reference: bool
-) -> None:
+def test_every_token_is_hit_as_often_as_it_is_likely(monkeypatch, shape, vocab, grid, reference):
     """By enumeration: over a grid of a row's one number, points are at equal distances.
 
     So of the ids up to any one, as many points hit as their probability says, but for one.
     """
     min_p = 0.03
-    numbers = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    numbers = iter([(n + 0.5) / grid for n in range(grid)])
     row = SHAPES[shape](vocab)
-    p = chances(row)
-    at = 0
+    p = softmax(row.double().numpy())
 
-    def enumerated(states: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        nonlocal at
-        at += len(states)
-        return numbers[at - len(states) : at].unsqueeze(1)
+    def enumerated(states, _):
+        return torch.tensor([[next(numbers)] for _ in states], dtype=torch.float64)
 
     monkeypatch.setattr(extract_logits, "uniform_numbers", enumerated)
     tokens = compact(row.expand(grid, -1), min_p, reference=reference)
-    assert at == grid
+    assert not list(numbers)
     there = np.arange(tokens.sampled_ids.shape[1]) < tokens.sampled_counts.numpy()[:, None]
     hits = np.bincount(tokens.sampled_ids.numpy()[there], minlength=vocab)
     tail = np.where(p < min_p, p, 0)
@@ -104,7 +93,7 @@ def test_every_token_is_hit_as_often_as_its_probability_says(
     assert np.all(hits[tail == 0] == 0)
 
 
-def test_points_of_a_large_vocabulary_have_the_law() -> None:
+def test_points_of_a_large_vocabulary_have_the_law():
     """Chi-squared over 20 groups of tokens by probability; false alarms once in 1e6 (seed 7).
 
     Points of a row exclude each other, so the statistic is conservative.
@@ -113,7 +102,7 @@ def test_points_of_a_large_vocabulary_have_the_law() -> None:
     row = normal(5, vocab) * 2.5
     row[:30] += 9
     tokens = compact(row.repeat(rows, 1), min_p)
-    p = chances(row)
+    p = softmax(row.double().numpy())
     tail = np.where(p < min_p, p, 0)
     drawn = np.concatenate([points(tokens, n) for n in range(rows)])
     order = np.random.default_rng(3).permutation(vocab)
@@ -124,7 +113,7 @@ def test_points_of_a_large_vocabulary_have_the_law() -> None:
     assert ((seen - wanted) ** 2 / wanted).sum() < chi2.isf(1e-6, 19)
 
 
-def test_a_rest_that_doubles_hardly_hold_hits_no_id_of_another_block() -> None:
+def test_a_rest_that_doubles_hardly_hold_hits_no_id_of_another_block():
     """Of 1e-322: a sum over 64 ids, none of which has a probability above 0 in float64."""
     tokens = compact(torch.where(torch.arange(128) == 64, 746.0, 0.0).expand(200, -1), 0.01)
     hit = {points(tokens, row)[0] for row in range(200)}
@@ -132,7 +121,7 @@ def test_a_rest_that_doubles_hardly_hold_hits_no_id_of_another_block() -> None:
     assert not hit & {64, 127}, "the one that is kept; and the last, for one beyond it"
 
 
-def test_numbers_depend_on_seed_conversation_and_position_alone() -> None:
+def test_numbers_depend_on_seed_conversation_and_position_alone():
     logits = normal(4, 6, 900)
     whole, other = compact(logits, 0.01), compact(logits, 0.01, seed=8)
     alone = compact(logits[4:5], 0.01, first=4)
@@ -141,7 +130,7 @@ def test_numbers_depend_on_seed_conversation_and_position_alone() -> None:
 
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_mean_nothing_are_not_usable(bad: float, reference: bool) -> None:
+def test_logits_that_mean_nothing_are_not_usable(bad, reference):
     logits = normal(6, 3, 200)
     logits[1, 150] = bad
     logits[2] = -math.inf
@@ -151,7 +140,7 @@ def test_logits_that_mean_nothing_are_not_usable(bad: float, reference: bool) ->
 
 
 @pytest.mark.parametrize("option", ["--top-p 0.98", "--top-p-max 1", "--sampled-n 24"])
-def test_options_of_the_other_rows_are_refused_beside_it(option: str) -> None:
+def test_options_of_the_other_rows_are_refused_beside_it(option):
     """Their defaults, too."""
     command = ["--model", "m", "--dataset", "d", "--output", "./o", "--min-p", "0.01"]
     with pytest.raises(ConfigError, match="--min-p alone says what is kept"):

@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
+import test_extract_teacher
 import torch
-from architectures import conversations, plain_logits, tiny_model
+from architectures import conversations, own_logprobs, plain_logits, tiny_model
 from safetensors.torch import load_file, save_file
 
-import extract_logits
-from extract_logits import (
-    VLLM_FAMILIES,
-    ExtractionConfig,
-    Teacher,
-    TeacherError,
-    VllmTeacher,
-    load_head,
-    load_model_config,
-    load_teacher,
-)
+import extract_logits as el
+from extract_logits import Teacher, TeacherError, VllmTeacher, load_teacher
 
-CPU = torch.device("cpu")
+configure = partial(test_extract_teacher.configure, engine="vllm")
 UNCHECKED = {"unchecked": True}
-
-
-def configure(model: Any, **options: Any) -> ExtractionConfig:
-    options = {"engine": "vllm", **options}
-    return ExtractionConfig(model=str(model), dataset="d", output="./o", device="cpu", **options)
 
 
 class StandIn:
     """Gives the states that a model of transformers has, as vLLM does."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         self.model, self.calls = model, []
         config = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=256, quantization=None),
@@ -47,46 +33,41 @@ class StandIn:
         self.llm_engine = SimpleNamespace(vllm_config=config)
 
     @torch.no_grad()
-    def states(self, ids: torch.Tensor) -> torch.Tensor:
+    def states(self, ids):
         return self.model.model(input_ids=ids[None]).last_hidden_state[0]
 
-    def encode(self, prompts: list[Any], *, pooling_task: str, use_tqdm: bool) -> list[Any]:
+    def encode(self, prompts, *, pooling_task, use_tqdm):
         rows = [torch.tensor(prompt["prompt_token_ids"]) for prompt in prompts]
         self.calls.append([len(row) for row in rows])
         return [SimpleNamespace(outputs=SimpleNamespace(data=self.states(row))) for row in rows]
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.fixture
-def engine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+def engine(monkeypatch) -> StandIn:
     """Let a model of transformers stand for vLLM, installed and asked for its log-probabilities."""
     model = tiny_model("llama")
     stand_in = StandIn(model)
-
-    def own(teacher: VllmTeacher, ids: list[int]) -> list[float]:
-        logits = plain_logits(model, np.asarray(ids), np.arange(1, len(ids))).log_softmax(-1)
-        return logits.gather(1, torch.tensor(ids)[1:, None]).squeeze(1).tolist()
-
     vllm = ModuleType("vllm")
     vllm.__spec__ = SimpleNamespace(name="vllm")  # type: ignore[assignment]
     vllm.__version__ = "0"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(VllmTeacher, "_own_logprobs", own)
-    monkeypatch.setattr(extract_logits, "start_vllm", lambda arguments: stand_in)
+    monkeypatch.setattr(VllmTeacher, "_own_logprobs", lambda _, ids: own_logprobs(model, ids))
+    monkeypatch.setattr(el, "start_vllm", lambda arguments: stand_in)
     return stand_in
 
 
 @pytest.mark.parametrize("family", ["llama, tied", "gemma2", "cohere", "granite", "gpt2"])
-def test_the_head_apart_is_that_of_the_whole_model(family: str, tmp_path: Path) -> None:
+def test_the_head_apart_is_that_of_the_whole_model(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     whole = Teacher(tiny_model(family))
     config = configure(tmp_path, engine="transformers")
-    head = load_head(config, load_model_config(config), CPU)
+    head = el.load_head(config, el.load_model_config(config), torch.device("cpu"))
     apart = VllmTeacher.__new__(VllmTeacher)
     with pytest.raises(AttributeError, match="arguments"):  # where vLLM would start
         Teacher.__init__(apart, head)
@@ -97,16 +78,14 @@ def test_the_head_apart_is_that_of_the_whole_model(family: str, tmp_path: Path) 
     assert torch.equal(same, whole._head_logits(states, outputs))
 
 
-def test_conversations_go_in_windows_and_nothing_after_the_last_wanted_token(
-    engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversations_go_in_windows_up_to_the_last_wanted_token(engine, saved, monkeypatch):
     teacher = load_teacher(configure(saved))
     assert teacher.numerics["versions"]["vllm"] == "0"
     assert json.loads(json.dumps(teacher.numerics))["layout"] == "vllm"
     sequences, positions = conversations()
     positions = [at[: len(at) // 2 + 1] for at in positions]
     positions[1] = positions[1][:0]
-    monkeypatch.setattr(extract_logits, "FEED_BYTES", 75 * 32 * 4)
+    monkeypatch.setattr(el, "FEED_BYTES", 75 * 32 * 4)
     engine.calls.clear()
     got = torch.cat(list(teacher.iter_logits(sequences, positions, chunk_tokens=7)))
     rows = [row for row in zip(sequences, positions, strict=True) if len(row[1])]
@@ -120,18 +99,14 @@ def test_conversations_go_in_windows_and_nothing_after_the_last_wanted_token(
     [(lambda s: s * 1.5, "do not fit the head"), (lambda s: s.roll(1, 0), "do not fit the head"),
      (lambda s: s[:-1], "states of")],
 )  # fmt: skip
-def test_states_that_do_not_fit_the_head_are_refused(
-    states: Any, message: str, engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_that_do_not_fit_the_head_are_refused(states, message, engine, saved, monkeypatch):
     right = engine.states
     monkeypatch.setattr(engine, "states", lambda ids: states(right(ids)))
     with pytest.raises(TeacherError, match=message):
         load_teacher(configure(saved))
 
 
-def test_layers_that_see_later_tokens_are_refused(
-    engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_see_later_tokens_are_refused(engine, saved, monkeypatch):
     right = engine.states
     monkeypatch.setattr(VllmTeacher, "_refuse_wrong_states", lambda *_: None)
     monkeypatch.setattr(engine, "states", lambda ids: right(ids) + right(ids.flip(0)))
@@ -139,40 +114,35 @@ def test_layers_that_see_later_tokens_are_refused(
         load_teacher(configure(saved))
 
 
-def test_vllm_that_fails_is_one_line(
-    engine: StandIn, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(arguments: dict[str, Any]) -> None:
+def test_vllm_that_fails_is_one_line(engine, saved, monkeypatch):
+    def fail(arguments):
         raise RuntimeError("no room\nfor it")
 
-    monkeypatch.setattr(extract_logits, "start_vllm", fail)
+    monkeypatch.setattr(el, "start_vllm", fail)
     with pytest.raises(TeacherError, match=r"^--model .*vLLM RuntimeError: no room .*$"):
         load_teacher(configure(saved))
 
 
 @pytest.mark.parametrize(
-    ("family", "asked", "message", "remedy"),
+    ("family", "asked", "says", "remedy"),
     [
-        ("gptj", {}, f"on gptj, only on {', '.join(VLLM_FAMILIES)}", {"engine_args": UNCHECKED}),
+        ("gptj", {}, f"on gptj, only on {', '.join(el.VLLM_FAMILIES)}", {"engine_args": UNCHECKED}),
         ("phi3, longrope", {"engine_args": UNCHECKED}, "--max-seq-len 32 at most",
          {"max_seq_len": 32}),
         ("llama", {"max_seq_len": 257}, "--max-seq-len 257 is beyond the 256",
          {"max_seq_len": 256}),
     ],
 )  # fmt: skip
-def test_a_family_that_was_not_compared_needs_a_word(
-    family: str, asked: dict[str, Any], message: str, remedy: dict[str, Any], engine: StandIn,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+def test_a_family_that_was_not_compared_needs_a_word(family, asked, says, remedy, engine, tmp_path):
     """And rows of more positions, or of other angles than a pass of vLLM has, are refused."""
     tiny_model(family).save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=message):
-        load_model_config(configure(tmp_path, **asked))
-    load_model_config(configure(tmp_path, **{**asked, **remedy}))
+    with pytest.raises(TeacherError, match=says):
+        el.load_model_config(configure(tmp_path, **asked))
+    el.load_model_config(configure(tmp_path, **{**asked, **remedy}))
 
 
 @pytest.mark.parametrize("leaf", ["qweight", "weight_scale", "weight"])
-def test_a_quantized_head_is_refused(leaf: str, engine: StandIn, saved: Path) -> None:
+def test_a_quantized_head_is_refused(leaf, engine, saved):
     low = torch.ones(96, 32).to(torch.float8_e4m3fn)
     weights = load_file(saved / "model.safetensors")
     weights[f"lm_head.{leaf}"] = low if leaf == "weight" else torch.ones(96, 1)
@@ -181,13 +151,9 @@ def test_a_quantized_head_is_refused(leaf: str, engine: StandIn, saved: Path) ->
         load_teacher(configure(saved))
 
 
-def test_the_families_that_are_let_in_are_those_of_the_table() -> None:
+def test_the_families_that_are_let_in_are_those_of_the_table():
     text = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
     table = text.partition("\n## vLLM\n")[2].partition("\n## ")[0]
     lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
-    right = {
-        name.strip("| ").split(",")[0]
-        for name, off, *_ in lines
-        if off != "—" and float(off) < 1e-4
-    }
-    assert right == set(VLLM_FAMILIES)
+    right = [name for name, off, *_ in lines if off != "—" and float(off) < 1e-4]
+    assert {name.strip("| ").split(",")[0] for name in right} == set(el.VLLM_FAMILIES)

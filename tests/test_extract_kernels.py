@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from processes import run_code
+from processes import Finished, run_code
 from test_extract_extraction import CASES
 
-NO_TRITON = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     find_spec("triton") is None,
     reason="triton is not installed (pip install '.[kernels]'; no wheel of torch for a CPU has it)",
 )
@@ -60,25 +60,21 @@ assert el.read_kernel(torch.device("cpu")) is None is el.read_kernel(torch.devic
 """
 
 
-def run_with_triton(code: str, tmp_path: Path, interpret: str) -> tuple[list[str], str]:
-    """Run code in a fresh process, as Triton reads its environment once; return what it prints."""
-    paths = ["tests", ".", os.environ.get("PYTHONPATH", "")]
-    env = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path)}
-    env |= {"TRITON_INTERPRET": interpret}
-    done = run_code(code, cwd=Path(__file__).parent.parent, env=env)
-    return done.stdout.splitlines(), done.stderr
+def run_with_triton(code: str, tmp_path: Path, interpret: str) -> Finished:
+    """Run code in a fresh process, as Triton reads its environment once."""
+    paths = os.pathsep.join(["tests", ".", os.environ.get("PYTHONPATH", "")])
+    env = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": interpret, "PYTHONPATH": paths}
+    return run_code(code, cwd=Path(__file__).parent.parent, env=env)
 
 
-@NO_TRITON
-def test_the_kernel_gives_what_plain_torch_gives(tmp_path: Path) -> None:
-    lines, _ = run_with_triton(INTERPRETED, tmp_path, "1")
+def test_the_kernel_gives_what_plain_torch_gives(tmp_path):
+    lines = run_with_triton(INTERPRETED, tmp_path, "1").stdout.splitlines()
     assert lines[: len(CASES)] == list(CASES)
     assert len(lines) == len(CASES) + 4
 
 
-@NO_TRITON
-def test_a_kernel_that_differs_is_not_used_and_it_is_said_once(tmp_path: Path) -> None:
-    _, said = run_with_triton(REFUSED, tmp_path, "1")
+def test_a_kernel_that_differs_is_not_used_and_it_is_said_once(tmp_path):
+    said = run_with_triton(REFUSED, tmp_path, "1").stderr
     assert said.count("logits are read by plain torch, slower: no kernel") == 1
 
 
@@ -94,24 +90,14 @@ for arch, dtypes in {80: ["fp32"], 90: ["fp32", "bf16"], 100: ["fp16"]}.items():
     for dtype in dtypes:
         types = {"logits": "*" + dtype, "row_stride": "i32", "maxima": "*fp32", "sums": "*fp32"}
         types |= {"vocab": "i32", "count": "i32", "GROUP": "constexpr"}
-        made = triton.compile(
-            ASTSource(
-                kernel,
-                types,
-                constexprs={"GROUP": 32},
-                attrs={(i,): [["tt.divisibility", 16]] for i in range(5)},
-            ),
-            target=GPUTarget("cuda", arch, 32),
-        )
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+        source = ASTSource(kernel, types, constexprs={"GROUP": 32}, attrs=aligned)
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
         loads = [line for line in made.asm["ptx"].splitlines() if "ld.global" in line]
         assert loads and all(".v4." in line for line in loads), loads
         print(arch, dtype)
 """
 
 
-@NO_TRITON
-def test_the_kernel_compiles_for_cards_that_are_not_here_and_reads_16_bytes_at_a_time(
-    tmp_path: Path,
-) -> None:
-    lines, _ = run_with_triton(COMPILED, tmp_path, "0")
-    assert len(lines) == 4
+def test_the_kernel_compiles_for_cards_that_are_not_here_and_reads_16_bytes_at_a_time(tmp_path):
+    assert len(run_with_triton(COMPILED, tmp_path, "0").stdout.splitlines()) == 4
