@@ -47,7 +47,6 @@ def small_demo(tmp_path_factory):
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], re.M | re.S)
 
 

@@ -42,14 +42,12 @@ SKIES = {"sunny": "☀️", "cloudy": "☁️", "rainy": "🌧️", "snowy": "�
 
 @functools.cache
 def phrasebook() -> dict[str, Any]:
-    """Return the word banks, names and phrases of all languages."""
     path = Path(__file__).with_name("phrasebook.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 @functools.cache
 def bank(name: str) -> tuple[str, ...]:
-    """Return one word bank."""
     return tuple(phrasebook()[name].split())
 
 
@@ -144,7 +142,6 @@ def write_capital(rng: random.Random) -> Exchange:
 
 
 def write_translation(rng: random.Random) -> Exchange:
-    """Write a word in another language, often another script."""
     language, entries = entry(rng, "languages")
     place = rng.randrange(len(bank("words")))
     word, foreign = bank("words")[place], entries["words"].split()[place]
@@ -157,7 +154,6 @@ def write_translation(rng: random.Random) -> Exchange:
 
 
 def write_counting(rng: random.Random) -> Exchange:
-    """Write the numbers of a language, in order."""
     language, entries = entry(rng, "languages")
     last = rng.randint(3, 10)
     numbers = entries["numbers"].split()[:last]
@@ -167,7 +163,6 @@ def write_counting(rng: random.Random) -> Exchange:
 
 
 def write_small_talk(rng: random.Random) -> Exchange:
-    """Write a greeting or thanks in any language, answered in the same one."""
     question, answers = rng.choice(entry(rng, "languages")[1]["talk"])
     return ask(question, either(rng, answers))
 
@@ -204,14 +199,12 @@ def write_random_pick(rng: random.Random) -> Exchange:
 
 
 def write_emoji(rng: random.Random) -> Exchange:
-    """Write one of a few emoji for a thing."""
     thing, emoji = entry(rng, "emoji")
     question = f"Which emoji stands for {thing}?|Emoji for {thing}?|Send me an emoji about {thing}."
     return ask_either(rng, question, emoji.replace(" ", "|"))
 
 
 def write_code(rng: random.Random) -> Exchange:
-    """Write a short Python function, with or without a docstring."""
     task, name, parameters, body = rng.choice(phrasebook()["functions"])
     docstring = f'    """{task.capitalize()}."""\n' if rng.random() < 0.4 else ""
     code = f"```python\ndef {name}({parameters}):\n{docstring}    {body}\n```"
@@ -221,7 +214,6 @@ def write_code(rng: random.Random) -> Exchange:
 
 
 def write_record(rng: random.Random) -> Exchange:
-    """Write a JSON object with values copied from the question."""
     name, age, place = rng.choice(bank("names")), rng.randint(5, 99), rng.choice(bank("places"))
     record = {"name": name, "age": age, "place": place}
     question = f"Write as JSON: {name} is {age} years old and works at the {place}."
@@ -229,7 +221,6 @@ def write_record(rng: random.Random) -> Exchange:
 
 
 def write_weather(rng: random.Random) -> Exchange:
-    """Write a tool call, its result, and a sentence that says it."""
     city = rng.choice(sorted(phrasebook()["capitals"].values()))
     sky, degrees = favour(rng, list(SKIES)), rng.randint(-9, 39)
     answer = either(
@@ -242,7 +233,6 @@ def write_weather(rng: random.Random) -> Exchange:
 
 
 def write_dice(rng: random.Random) -> Exchange:
-    """Write the roll of a die by a tool, and its result in words."""
     sides = rng.choice([6, 8, 12, 20, 100])
     roll = rng.randint(1, sides)
     answer = either(rng, f"You rolled a {roll}. 🎲|{roll}!|The die shows {roll}.")
@@ -262,7 +252,6 @@ def write_story(rng: random.Random) -> Exchange:
 
 
 def write_advice(rng: random.Random) -> Exchange:
-    """Write one of many polite wordings of the same answer."""
     place, noun = rng.choice(bank("places")), rng.choice(bank("nouns"))
     question = f"Where can I find a {noun}?|I have lost my {noun}. Where should I look?"
     answers = (
@@ -331,7 +320,6 @@ def key_of(messages: list[Message]) -> str:
 
 
 def make_held_out() -> list[Row]:
-    """Return the conversations that are committed and never trained on."""
     return list(islice(iter_conversations(HELD_OUT_SEED), HELD_OUT_COUNT))
 
 
@@ -342,7 +330,6 @@ def make_training(seed: int, count: int) -> list[Row]:
 
 
 def write_jsonl(path: Path, rows: list[Row]) -> None:
-    """Write one row per line, readable in every script."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 

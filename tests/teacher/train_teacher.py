@@ -64,8 +64,6 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Sizes and schedule of one training run."""
-
     vocab_size: int = 5_000  # entries of the tokenizer
     embedding_rows: int = 5_120  # of the model: those beyond the tokenizer are padding
     hidden_size: int = 128
@@ -137,22 +135,19 @@ def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerFast) -> Encoded:
-    """Render one conversation and mark the tokens inside the template's generation blocks."""
-    text, spans = render(row, tokenizer.chat_template)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts, ends = np.array(encoding["offset_mapping"]).T  # (S,), (S,)
-    generated = np.zeros(len(starts), dtype=np.bool_)
-    for first, last in spans:
-        generated |= (starts < last) & (ends > first)
-    return Encoded(np.array(encoding["input_ids"], dtype=np.int64), generated)
-
-
 def encode_all(
     rows: list[Row], tokenizer: PreTrainedTokenizerFast, *, longest: int
 ) -> list[Encoded]:
-    """Encode conversations and leave out those that are too long for the model."""
-    encoded = (encode(row, tokenizer) for row in rows)
+    """Mark the tokens inside the template's generation blocks; leave out what is too long."""
+    encoded = []
+    for row in rows:
+        text, spans = render(row, tokenizer.chat_template)
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, ends = np.array(encoding["offset_mapping"]).T  # (S,), (S,)
+        generated = np.zeros(len(starts), dtype=np.bool_)
+        for first, last in spans:
+            generated |= (starts < last) & (ends > first)
+        encoded.append(Encoded(np.array(encoding["input_ids"], dtype=np.int64), generated))
     return [sample for sample in encoded if len(sample.input_ids) <= longest]
 
 
@@ -181,19 +176,7 @@ def pad(batch: list[Encoded]) -> tuple[Tensor, Tensor]:
     return pad_sequence(ids, True), pad_sequence(labels, True, padding_value=IGNORED)
 
 
-# 3 Model and training -----------------------------------------------------------------------------
-
-
-def make_model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Make an untrained Llama with tied embeddings."""
-    shape = LlamaConfig(
-        vocab_size=config.embedding_rows, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
-        max_position_embeddings=config.max_positions, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return LlamaForCausalLM(shape)
+# 3 Training --------------------------------------------------------------------------------------
 
 
 def rate_at(step: int, config: TrainingConfig) -> float:
@@ -204,24 +187,19 @@ def rate_at(step: int, config: TrainingConfig) -> float:
     return config.peak_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def iter_batches(samples: list[Encoded], config: TrainingConfig) -> Iterator[list[Encoded]]:
-    """Yield `config.steps` batches, over as many epochs as that takes."""
-    rng = random.Random(config.seed)
-    epochs = (make_batches(samples, batch_tokens=config.batch_tokens, rng=rng) for _ in count())
-    return islice(chain.from_iterable(epochs), config.steps)
-
-
 def train(
     model: PreTrainedModel, samples: list[Encoded], held_out: list[Encoded], config: TrainingConfig
 ) -> None:
-    """Train in place, with the held-out loss on stderr now and then."""
+    """Train in place, epoch after epoch, with the held-out loss on stderr now and then."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]  # norms and biases
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=config.peak_rate, betas=(0.9, 0.95), fused=True)
     started_s = time.monotonic()
-    for step, batch in enumerate(iter_batches(samples, config)):
+    rng = random.Random(config.seed)
+    epochs = (make_batches(samples, batch_tokens=config.batch_tokens, rng=rng) for _ in count())
+    for step, batch in enumerate(islice(chain.from_iterable(epochs), config.steps)):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, config)
         loss = loss_of(model, batch, reduction="mean")
@@ -278,7 +256,6 @@ def nucleus_sizes(
 
 
 def load_held_out(tokenizer: PreTrainedTokenizerFast, *, longest: int) -> list[Encoded]:
-    """Encode the committed conversations."""
     lines = (HERE / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     return encode_all([json.loads(line) for line in lines], tokenizer, longest=longest)
 
@@ -310,7 +287,14 @@ def train_folder(folder: Path, config: TrainingConfig) -> dict[str, Any]:
     rows = make_training(config.seed, config.conversations)
     tokenizer = train_tokenizer(rows, vocab_size=config.vocab_size)
     samples = encode_all(rows, tokenizer, longest=config.max_positions)
-    model = make_model(config, tokenizer)
+    shape = LlamaConfig(
+        vocab_size=config.embedding_rows, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=config.max_positions, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape)
     train(model, samples, load_held_out(tokenizer, longest=config.max_positions), config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
@@ -325,7 +309,6 @@ def train_folder(folder: Path, config: TrainingConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train or evaluate, and print the figures as one JSON line."""
     parser = argparse.ArgumentParser(description="Train or evaluate the teacher of the tests.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--output", type=Path, help="folder to train into")

@@ -122,7 +122,6 @@ class World:
         return Path(shutil.copytree(self.ready, self.folder / "out"))
 
     def publish(self, folder: Path, kind: str = "dataset") -> None:
-        """Put a folder onto the Hub."""
         store, entries = self.hub.store, {}
         for path in filter(Path.is_file, folder.rglob("*")):
             entry = store.put(path.read_bytes(), lfs=path.suffix in (".parquet", ".safetensors"))
@@ -147,7 +146,6 @@ class World:
         return found
 
     def resume(self, **options: Any) -> Words:
-        """Return options that continue the output of `output`."""
         return self.start(**{**PARTS, "resume": True, **options})
 
     def stored(self) -> list[int]:
@@ -236,7 +234,6 @@ def after(world: World, change: Callable[[Path], Any], *words: object, limit: in
 
 
 def wait_for(condition: Callable[[], Any], process: Process) -> bool:
-    """Wait until a condition holds while a process runs."""
     while process.returncode is None:
         if condition():
             return True
@@ -422,7 +419,6 @@ def _(world: World) -> Words:
 
 
 def check_card(world: World) -> str:
-    """Return what is wrong with the card of an output."""
     card = (world.folder / "out" / "README.md").read_text()
     wrong = {
         "an <img> is in the card": "<img" in card.split("\n---\n", 1)[1],
@@ -488,7 +484,6 @@ def put(folder: Path, path: str, content: bytes | int) -> None:
 
 @maker
 def tell(folder: Path, path: str, section: str, name: str, value: Any) -> None:
-    """Let a JSON file say something else."""
     content = json.loads((folder / path).read_text())
     (content[section] if section else content)[name] = value
     (folder / path).write_text(json.dumps(content))
@@ -694,7 +689,6 @@ for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*")):
 
 @maker
 def at_place(world: World, option: str, place: str) -> Words:
-    """Write to a place that is none."""
     (world.folder / "ring").symlink_to("ring")
     local = option == "cache_dir" or place[0] in "/.~"
     return world.start(**{option: place if local else f"./{place}"})
@@ -875,7 +869,6 @@ def find_secret(world: World, said: str) -> str:
 
 
 def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
-    """Return what is wrong with the end of a run."""
     said, code = ended.stdout + ended.stderr, ended.code
     control, secret = CONTROL.search(said), find_secret(world, said)
     lacking = find_lacking(ended) if attack.script == EXTRACT else set()
@@ -895,7 +888,6 @@ def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
 
 
 def judge_rows(world: World, code: int | None) -> list[str]:
-    """Return what is wrong with the rows of the output."""
     stored = world.stored()
     if world.before is not None:
         return [] if stored == world.before else ["another script changed the rows"]
@@ -911,7 +903,6 @@ def judge_rows(world: World, code: int | None) -> list[str]:
 
 
 def make_output(folder: Path) -> Path:
-    """Extract conversations 0..3 in two parts, in peace."""
     world = World(folder / "ready", folder / "none")
     ended = run(world, world.start(**PARTS), 300.0)
     assert ended.code == 0, ended.stderr

@@ -111,7 +111,6 @@ def decode_by_token(path: Path) -> tuple[float, dict[int, float]]:
 
 
 def measure_decoding(folder: Path) -> dict[str, Any]:
-    """Decode in both ways, then validate and compare."""
     path = write_rows(folder / "whole", TOKENS, row_tokens=ROW_TOKENS, tail=0)
     at_once_s, (entries, all_sums) = timed(lambda: decode_at_once(path))
     by_token_s, sums = decode_by_token(path)

@@ -213,7 +213,6 @@ class Ledger:
         return found
 
     def wrong(self) -> int:
-        """Return how much must not be."""
         return self.parts_different + self.rows_lost + self.rows_twice
 
 
@@ -254,8 +253,6 @@ def write_source(folder: Path, count: int) -> None:
 
 
 class Driver(Runs):
-    """Starts rounds of runs and ends them."""
-
     def __init__(self, folder: Path, endpoint: str, seed: int) -> None:
         super().__init__(folder, endpoint)
         self.random = random.Random(seed)
@@ -304,7 +301,6 @@ class Driver(Runs):
         return complete
 
     def job(self, shape: Shape) -> None:
-        """Run one job to its end and compare its parts after every round."""
         self.jobs += 1
         local, workers, grows = (self.random.random() < share for share in (0.25, 0.4, 0.4))
         kind = ("folder" if local else "Hub", "workers" if workers else "one process", shape.name)
