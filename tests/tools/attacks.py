@@ -363,9 +363,9 @@ LONG = {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a"} for 
 
 @maker
 def with_template(world: World, template: str) -> Words:
-    shutil.copytree(TEACHER, world.folder / "model")
+    model = shutil.copytree(TEACHER, world.folder / "model")
     world.write("model/chat_template.jinja", template + OWN)
-    return world.start(model=world.folder / "model")
+    return world.start(model=model)
 
 
 @maker
@@ -421,12 +421,12 @@ def _(world: World) -> Words:
 def check_card(world: World) -> str:
     card = (world.folder / "out" / "README.md").read_text()
     wrong = {
-        "an <img> is in the card": "<img" in card.split("\n---\n", 1)[1],
-        "a title is in the card": "\n# T" in card,
-        "the card's line is there twice": card.count(extract_logits.CARD_LINE) != 1,
-        "a control character is in the card": bool(CONTROL.search(card)),
+        "an <img>": "<img" in card.split("\n---\n", 1)[1],
+        "a title": "\n# T" in card,
+        "its line not once": card.count(extract_logits.CARD_LINE) != 1,
+        "a control character": CONTROL.search(card),
     }
-    return "; ".join(name for name, found in wrong.items() if found)
+    return "; ".join(f"in the card: {what}" for what, found in wrong.items() if found)
 
 
 @attack("a source named by codes, HTML, the card's line", 0, check=check_card)

@@ -118,6 +118,7 @@ class Runs:
     def __init__(self, folder: Path, endpoint: str) -> None:
         self.folder, self.endpoint, self.ledger = folder, endpoint, Ledger(endpoint)
         self.script = import_and_shorten_waits()
+        self.fresh_caches = (folder / "fresh" / f"{number}" for number in itertools.count())
 
     def start(self, argv: Sequence[object], one: Worker) -> Child:
         words = [*argv, "--cache-dir", one.cache]
@@ -379,42 +380,43 @@ def make_jobs(seed: int, run_s: float) -> dict[str, Rounds]:
     }
 
 
+def run_job(
+    runs: Runs, argv: Sequence[object], output: str, rounds: Rounds, wanted: Mapping[str, str]
+) -> dict[str, Any]:
+    """Run a job to its end; count what is wrong with its parts after every round."""
+    begun, ledger, unexpected = time.monotonic(), Ledger(runs.endpoint), []
+    ledger.ids = runs.ledger.ids
+    held, codes = dict[str, str](), list[int]()
+    for number, workers in enumerate([*rounds, *[rounds[-1]] * 3]):  # who refused starts again
+        own = [one._replace(cache=next(runs.fresh_caches)) for one in workers]
+        ended, complete = runs.round([*argv, "--output", output], own)
+        codes += ended
+        held = ledger.compare(output, held, wanted if complete else {})
+        if complete and number >= len(rounds) - 1:
+            break
+    else:
+        unexpected.append(f"not complete after {number + 1} rounds")
+    return {
+        "runs": len(codes), "kills": codes.count(-signal.SIGKILL), "lost": ledger.rows_lost,
+        "twice": ledger.rows_twice, "different": ledger.parts_different, "exit_codes": codes,
+        "seconds": round(time.monotonic() - begun, 1), "unexpected": unexpected,
+    }  # fmt: skip
+
+
 def print_table(seed: int, chosen: str | None) -> int:
     """Print a table and its figures; return how many jobs are not as they should be."""
-    words = ("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24,
-             "--upload-every", 3, "--max-batch-size", 1, "--resume")  # fmt: skip
-
-    def run_job(job: str, rounds: Rounds, kind: str, output: str) -> dict[str, Any]:
-        """Run a job to its end; count what is wrong with its parts after every round."""
-        begun, codes, held, unexpected = time.monotonic(), list[int](), dict[str, str](), []
-        ledger = Ledger(endpoint)
-        ledger.learn(f"{place}/wanted")
-        for number, workers in enumerate([*rounds, *[rounds[-1]] * 3]):  # who refused starts again
-            own = [one._replace(cache=next(caches)) for one in workers]
-            ended, complete = runs.round([*words, "--output", output], own)
-            codes += ended
-            held = ledger.compare(output, held, wanted if complete else {})
-            if complete and number >= len(rounds) - 1:
-                break
-        else:
-            unexpected.append(f"not complete after {number + 1} rounds")
-        return {
-            "launcher": "processes", "job": job, "output": kind, "runs": len(codes),
-            "kills": codes.count(-signal.SIGKILL), "lost": ledger.rows_lost,
-            "twice": ledger.rows_twice, "different": ledger.parts_different, "exit_codes": codes,
-            "seconds": round(time.monotonic() - begun, 1), "unexpected": unexpected,
-        }  # fmt: skip
-
+    argv = ("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24,
+            "--upload-every", 3, "--max-batch-size", 1, "--resume")  # fmt: skip
     lines = []
     with tempfile.TemporaryDirectory(prefix="scale-") as place, serve_hub(Path(place)) as endpoint:
         runs = Runs(Path(place), endpoint)
-        caches = (Path(place) / "caches" / f"{number}" for number in itertools.count())
-        wanted, run_s = runs.learn(f"{place}/wanted", words)
+        wanted, run_s = runs.learn(f"{place}/wanted", argv)
         print_head(*COLUMNS)
         for number, (job, rounds) in enumerate(make_jobs(seed, run_s).items()):
             for kind, parent in {"folder": place, "Hub": "tester"}.items():
                 if chosen in (None, job):
-                    lines.append(run_job(job, rounds, kind, f"{parent}/job-{number}"))
+                    found = run_job(runs, argv, f"{parent}/job-{number}", rounds, wanted)
+                    lines.append({"launcher": "processes", "job": job, "output": kind, **found})
                     print_row(*(lines[-1][name] for name in COLUMNS))
     bad = sum(any(line[name] for name in (*COLUMNS[-3:], "unexpected")) for line in lines)
     print(json.dumps({"lines": lines, "bad": bad}))
