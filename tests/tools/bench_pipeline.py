@@ -34,6 +34,7 @@ import pyarrow as pa
 import torch
 from bench import CHATS, TEACHER, cpu_seconds, machine, print_head, print_row
 from storage_table import encode_rows
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import extract_logits as el
@@ -111,11 +112,8 @@ def timed(device: torch.device) -> Iterator[Callable[[], float]]:
 @torch.inference_mode()
 def forward(model: Any, batch: el.Batch) -> None:
     """Run layers and head as one writes it: padded on the right, wanted positions alone."""
-    longest = max(row.input_ids.size for row in batch.rows)
-    ids = torch.zeros(len(batch.rows), longest, dtype=torch.int64)
-    for target, row in zip(ids, batch.rows, strict=True):
-        target[: row.input_ids.size] = torch.from_numpy(row.input_ids)
-    places = [torch.from_numpy(row.token_positions) + n * longest - 1
+    ids = pad_sequence([torch.from_numpy(row.input_ids).long() for row in batch.rows], True)
+    places = [torch.from_numpy(row.token_positions) + n * ids.shape[1] - 1
               for n, row in enumerate(batch.rows)]  # fmt: skip
     states = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     wanted = states.flatten(0, 1)[torch.cat(places).to(model.device)]
