@@ -18,7 +18,7 @@ import chaos
 SHORT = [attack for attack in attacks.ATTACKS if attack.short]
 
 
-def test_runs_killed_and_disturbed_at_random_give_the_parts_of_undisturbed_ones() -> None:
+def test_runs_killed_and_disturbed_at_random_give_the_parts_of_undisturbed_ones():
     command = [sys.executable, chaos.__file__, "--runs", "24", "--seed", "7"]
     done = run_process(command, timeout_s=500)
     assert done.code == 0, done.stdout + done.stderr[-4000:]
@@ -34,9 +34,7 @@ def test_runs_killed_and_disturbed_at_random_give_the_parts_of_undisturbed_ones(
     ("fault", "wrong"),
     [("none", (0, 0, 0)), ("gone", (8, 0, 1)), ("changed", (8, 0, 1)), ("twice", (0, 8, 0))],
 )
-def test_what_a_round_may_not_leave_is_counted(
-    tmp_path: Path, fault: str, wrong: tuple[int, int, int]
-) -> None:
+def test_what_a_round_may_not_leave_is_counted(tmp_path, fault, wrong):
     ledger = chaos.Ledger("no Hub")
     right = ledger.learn(str(write_parts(tmp_path / "right", random_rows(16))))
     folder = write_parts(tmp_path / "other", random_rows(16))
@@ -54,17 +52,17 @@ def test_what_a_round_may_not_leave_is_counted(
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ready(tmp_path_factory):
     return attacks.make_output(tmp_path_factory.mktemp("ready"))
 
 
 @pytest.mark.parametrize("attack", SHORT, ids=lambda attack: f"{attack.script}: {attack.name}")
-def test_an_attack_ends_as_it_may(attack: attacks.Attack, ready: Path, tmp_path: Path) -> None:
+def test_an_attack_ends_as_it_may(attack, ready, tmp_path):
     ended = attacks.run_attack(attack, tmp_path / "world", ready, slack=3.0)
     assert not ended.wrong, ended.stderr[-3000:]
 
 
-def test_what_must_not_be_is_found(ready: Path, tmp_path: Path) -> None:
+def test_what_must_not_be_is_found(ready, tmp_path):
     """A traceback, a token, an escape code, a lost row and a wrong exit are seen."""
     world = attacks.World(tmp_path / "world", ready)
     world.held = {7}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import sysconfig
 import tarfile
@@ -21,7 +20,7 @@ MODULES = {"explore_logits.py", "compute_lengths.py", "extract_logits.py"}
 
 
 @pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(tmp_path_factory):
     """Return the folder of wheel and sdist: $DIST, or built here (needs a package registry)."""
     if "DIST" in os.environ:
         return ROOT / os.environ["DIST"]
@@ -41,7 +40,7 @@ def only(folder: Path, pattern: str) -> Path:
     return path
 
 
-def test_the_wheel_holds_the_three_scripts_and_its_metadata_only(dist: Path) -> None:
+def test_the_wheel_holds_the_three_scripts_and_its_metadata_only(dist):
     with zipfile.ZipFile(only(dist, "*.whl")) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -49,16 +48,16 @@ def test_the_wheel_holds_the_three_scripts_and_its_metadata_only(dist: Path) -> 
     assert "License-Expression: MIT" in metadata
 
 
-def test_the_sdist_holds_what_is_tracked_and_nothing_else(dist: Path) -> None:
+def test_the_sdist_holds_what_is_tracked_and_nothing_else(dist):
     with tarfile.open(only(dist, "*.tar.gz")) as sdist:
         files = {m.name.partition("/")[2] for m in sdist.getmembers() if m.isfile()}
     made = {"PKG-INFO", "setup.cfg"} | {f for f in files if ".egg-info/" in f}
     tracked = set(run("git", "ls-files").splitlines())
     assert files - made - tracked == set()
-    assert {name for name in tracked - files if not re.match(r"\.", name)} == set()
+    assert {name for name in tracked - files if not name.startswith(".")} == set()
 
 
-def test_the_wheel_runs_in_a_clean_environment(dist: Path, tmp_path: Path) -> None:
+def test_the_wheel_runs_in_a_clean_environment(dist, tmp_path):
     # The dependencies are those of this environment, by a path file: torch is not installed twice.
     venv.create(tmp_path / "env", with_pip=False)
     site = only(tmp_path / "env", "lib/python*/site-packages")

@@ -23,8 +23,9 @@ from explore_logits import ALL_FIELDS, dequantize_logits, pack_indices, quantize
 sys.path.append(str(ROOT / "docs"))
 from option_table import make_option_table, replace_table
 
-README = ROOT / "README.md"
-PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+README, METADATA = TEXTS[PAGES[0]], (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 SCRIPTS = ["explore_logits.py", "compute_lengths.py", "extract_logits.py"]
 
 # Commands of the documents that no test below runs, and why.
@@ -40,63 +41,54 @@ NOT_RUN = {
 
 
 @pytest.fixture(scope="session")
-def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_demo(tmp_path_factory):
     """Extract a few conversations as `make demo` does; returns the folder of the output."""
     return extract_chats(tmp_path_factory.mktemp("demo"), "--limit", 6, "--store-tokens")
 
 
-def code_blocks(path: Path, language: str) -> Iterator[str]:
-    """Yield the fenced blocks of a language."""
-    text = path.read_text(encoding="utf-8")
-    yield from re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], re.M | re.S)
 
 
-def commands(path: Path) -> Iterator[str]:
+def commands(page: Path) -> Iterator[str]:
     """Yield the shell commands of a document: fenced, indented, or in the text."""
-    text = path.read_text(encoding="utf-8")
-    for block in code_blocks(path, "bash"):
+    for block in code_blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if command := line.partition("#")[0].strip():
                 yield re.sub(r"\s+", " ", command)
-    yield from re.findall(r"^    ((?:python|make) .+)$", text, re.M)
-    yield from re.findall(r"`((?:python|make|pip|uv) [^`\n]+)`", text)
+    yield from re.findall(r"^    ((?:python|make) .+)$", TEXTS[page], re.M)
+    yield from re.findall(r"`((?:python|make|pip|uv) [^`\n]+)`", TEXTS[page])
 
 
-def known_commands() -> list[str]:
-    """Return every command of the documents once."""
-    return sorted({command for page in PAGES for command in commands(page)})
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+REASONS = {command: [p for p in NOT_RUN if re.fullmatch(p, command)] for command in COMMANDS}
 
 
-def test_the_first_screen_holds_what_a_newcomer_needs() -> None:
-    screen = "\n".join(README.read_text(encoding="utf-8").splitlines()[:45])
+def test_the_first_screen_holds_what_a_newcomer_needs():
+    screen = "\n".join(README.splitlines()[:45])
     wanted = ["bytes a token", "make demo", "make test", "print_top_tokens", "docs/images/"]
     assert [part for part in wanted + SCRIPTS if part not in screen] == []
 
 
-def test_the_option_table_is_that_of_the_parser() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert text == replace_table(text, make_option_table()), "run python docs/option_table.py"
+def test_the_option_table_is_that_of_the_parser():
+    assert replace_table(README, make_option_table()) == README, "run python docs/option_table.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    local = [t.partition("#")[0] for t in targets if not re.match(r"https?://|#", t)]
-    assert [target for target in local if not (page.parent / target).exists()] == []
+def test_links_lead_to_files():
+    for page, text in TEXTS.items():
+        targets = re.findall(r"\]\(([^)\s]+)\)", text)
+        local = [t.partition("#")[0] for t in targets if not re.match(r"https?://|#", t)]
+        assert [t for t in local if not (page.parent / t).exists()] == [], page.name
 
 
-def test_commands_of_make_are_targets() -> None:
+def test_commands_of_make_are_targets():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = {word for c in known_commands() if c.startswith("make ") for word in c.split()[1:]}
+    named = {word for c in COMMANDS if c.startswith("make ") for word in c.split()[1:]}
     assert sorted(t for t in named if not re.search(rf"^{t}:", makefile, re.M)) == []
 
 
-@pytest.mark.parametrize("command", known_commands())
-def test_commands_run_or_say_why_not(
-    command: str, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if any(re.fullmatch(pattern, command) for pattern in NOT_RUN):
-        return
+@pytest.mark.parametrize("command", [c for c, reasons in REASONS.items() if not reasons])
+def test_commands_run_or_say_why_not(command, small_demo, tmp_path, monkeypatch):
     program, script, *words = shlex.split(command)
     assert program == "python", f"neither run here nor listed with a reason: {command}"
     places = {"demo/logits": str(small_demo), "./demo/first": str(tmp_path / "first")}
@@ -111,17 +103,12 @@ def test_commands_run_or_say_why_not(
     assert code == 0
 
 
-def test_reasons_are_needed() -> None:
-    listed = known_commands()
-    idle = [p for p in NOT_RUN if not any(re.fullmatch(p, command) for command in listed)]
-    assert idle == []
+def test_reasons_are_needed():
+    assert NOT_RUN.keys() == set(itertools.chain(*REASONS.values()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(
-    page: Path, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_snippets_run(page, small_demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for snippet in code_blocks(page, "python"):
         code = snippet.replace("demo/logits", str(small_demo)).replace('"demo/', f'"{tmp_path}/')
@@ -129,19 +116,22 @@ def test_snippets_run(
         assert capsys.readouterr().out.strip()
 
 
+FORMAT = ROOT / "docs" / "format.md"
+
+
 def golden(name: str) -> dict[str, list[str]]:
     """Return a block of test bytes of docs/format.md by the first word of its lines."""
-    (block,) = code_blocks(ROOT / "docs" / "format.md", f"golden {name}")
+    (block,) = code_blocks(FORMAT, f"golden {name}")
     return {word: rest for word, *rest in map(str.split, block.splitlines())}
 
 
-def test_packed_ids_are_the_golden_bytes() -> None:
+def test_packed_ids_are_the_golden_bytes():
     low, high = pack_indices([5, 65536, 131073, 262143, 70000])
     assert low.astype("<u2").tobytes() == bytes.fromhex("".join(golden("ids")["low"]))
     assert high == bytes.fromhex("".join(golden("ids")["high"]))
 
 
-def test_quantized_logits_are_the_golden_bytes() -> None:
+def test_quantized_logits_are_the_golden_bytes():
     wanted = golden("logits")
     q, low, high = quantize_logits(np.float32([7.5, 2, -1.25, 3, 3]), [3, 2])
     assert [f"{level:04x}" for level in q] == wanted["q"]
@@ -152,7 +142,7 @@ def test_quantized_logits_are_the_golden_bytes() -> None:
     assert [f"{level:04x}" for level in coarse] == wanted["q4"]
 
 
-def test_points_of_compact_rows_are_the_golden_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_of_compact_rows_are_the_golden_ones(monkeypatch):
     wanted = {name: list(map(float, values)) for name, values in golden("points").items()}
     half = lambda states, _: torch.full_like(states, 0.5, dtype=torch.float64)  # noqa: E731
     monkeypatch.setattr(extract_logits, "uniform_numbers", half)
@@ -167,9 +157,8 @@ def test_points_of_compact_rows_are_the_golden_ones(monkeypatch: pytest.MonkeyPa
     assert found.tolist() == wanted["sampled"]
 
 
-def test_the_format_page_lists_every_column_with_its_type() -> None:
-    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([\w<>]+) \|", text, re.M)
+def test_the_format_page_lists_every_column_with_its_type():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([\w<>]+) \|", TEXTS[FORMAT], re.M)
     columns = [(name, kind) for names, kind in rows for name in re.findall(r"\w+", names)]
     written = [
         (field.name, re.sub(r"(item|element): ", "", str(field.type)).replace("float>", "float32>"))
@@ -196,38 +185,32 @@ def known_names() -> set[str]:
     files += itertools.chain((ROOT / "tests").glob("*.py"), (ROOT / "docs").glob("*.py"))
     known = {name for path in files for name in defined_names(path)}
     known |= {field.name for field in ALL_FIELDS} | {path.stem for path in files}
-    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    known |= set(re.findall(r"^(\w+) = \[", metadata, re.M))  # extras
-    return known | set(re.findall(r'"(\w+): ', metadata)) | {"True", "False", "None"}  # markers
+    known |= set(re.findall(r"^(\w+) = \[", METADATA, re.M))  # extras
+    return known | set(re.findall(r'"(\w+): ', METADATA)) | {"True", "False", "None"}  # markers
 
 
 def unknown_names(text: str) -> list[str]:
     """Return the names and files in backticks that exist nowhere in the project."""
-    unknown = []
-    for quoted in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
-        if " " in quoted:
-            continue
+
+    def is_known(quoted: str) -> bool:
         if "/" in quoted or re.search(r"\.(py|md|toml|json|jinja|in|ipynb)$", quoted):
-            missing = not list(ROOT.glob(quoted.rstrip("/")))
-        elif re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", quoted):
-            missing = not set(quoted.removesuffix("()").split(".")) <= known_names()
-        else:
-            continue
-        if missing:
-            unknown.append(quoted)
-    return unknown
+            return any(ROOT.glob(quoted.rstrip("/")))
+        is_name = re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", quoted)
+        return not is_name or set(quoted.removesuffix("()").split(".")) <= known_names()
+
+    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [words for words in quoted if " " not in words and not is_known(words)]
 
 
-def test_the_guide_names_only_what_exists() -> None:
-    text = (ROOT / "docs" / "AGENTS.md").read_text(encoding="utf-8")
+def test_the_guide_names_only_what_exists():
+    text = TEXTS[ROOT / "docs" / "AGENTS.md"]
     assert unknown_names(text) == []
     assert not re.search(r"\.py:\d|\blines? \d", text), "line numbers go stale: name functions"
     wrong = "`extract_tokens` `no_such_function` `tests/none.py` `--limit 4`"
     assert unknown_names(wrong) == ["no_such_function", "tests/none.py"]
 
 
-def test_the_versions_agree() -> None:
-    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    (version,) = re.findall(r'^version = "(.+)"$', metadata, re.M)
+def test_the_versions_agree():
+    (version,) = re.findall(r'^version = "(.+)"$', METADATA, re.M)
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {version}" in TEXTS[ROOT / "CHANGELOG.md"]

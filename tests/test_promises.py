@@ -14,7 +14,7 @@ from promises import PAGE, TABLE, find_faults, find_idle, list_tests, make_page,
 PROMISES = read_promises(TABLE.read_text(encoding="utf-8"))
 
 
-def test_every_promise_has_a_test_that_runs(request: pytest.FixtureRequest) -> None:
+def test_every_promise_has_a_test_that_runs(request):
     tests, items = list_tests(), request.session.items
     assert find_faults(PROMISES, tests) == []
     files = {name.partition("::")[0] for name in tests}
@@ -23,12 +23,11 @@ def test_every_promise_has_a_test_that_runs(request: pytest.FixtureRequest) -> N
         assert find_idle(PROMISES, items) == []
 
 
-def test_the_page_is_that_of_the_table() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert page == make_page(PROMISES), "run python tests/tools/promises.py"
+def test_the_page_is_that_of_the_table():
+    assert PAGE.read_text(encoding="utf-8") == make_page(PROMISES), "run tests/tools/promises.py"
 
 
-def test_what_is_not_proved_is_found(request: pytest.FixtureRequest) -> None:
+def test_what_is_not_proved_is_found(request):
     here = f"{Path(__file__).name}::test_what_is_not_proved_is_found"
     promises = read_promises(f"# One\na | {here}_gone\nb |\nc | {here}\n")
     assert find_faults(promises, {here, "test_other.py::test_it"}) == [

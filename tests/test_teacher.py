@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from typing import Any
 
 import numpy as np
 import oracle
@@ -24,26 +23,21 @@ SCRIPTS = ["ARABIC", "ARMENIAN", "CJK", "CYRILLIC", "DEVANAGARI", "GEORGIAN", "G
 SCRIPTS += ["HEBREW", "HIRAGANA", "KATAKANA", "THAI"]
 
 
-Chats = list[dict[str, Any]]
-
-
 @pytest.fixture(scope="module")
-def teacher() -> tuple[Any, Any]:
+def teacher():
     return oracle.load_reference(str(MODEL))
 
 
 @pytest.fixture(scope="module")
-def encoded(chats: Chats, teacher: tuple[Any, Any]) -> list[train_teacher.Encoded]:
+def encoded(chats, teacher):
     return train_teacher.encode_all(chats, teacher[1], longest=1_024)
 
 
-def test_committed_conversations_are_what_the_script_writes(chats: Chats) -> None:
+def test_committed_conversations_are_what_the_script_writes(chats):
     assert chats == make_conversations.make_held_out()
 
 
-def test_conversations_hold_every_kind_of_turn_length_and_script(
-    chats: Chats, encoded: list[train_teacher.Encoded]
-) -> None:
+def test_conversations_hold_every_kind_of_turn_length_and_script(chats, encoded):
     for row in chats:
         assert list(row) == ["id", "subject", "messages"]
         assert row["messages"][-1]["role"] == "assistant"
@@ -66,15 +60,13 @@ def test_conversations_hold_every_kind_of_turn_length_and_script(
     assert lengths.max() > 400
 
 
-def test_no_held_out_conversation_is_trained_on(chats: Chats) -> None:
+def test_no_held_out_conversation_is_trained_on(chats):
     held_out = {make_conversations.key_of(row["messages"]) for row in chats}
     training = make_conversations.make_training(seed=1, count=2_000)
     assert not held_out & {make_conversations.key_of(row["messages"]) for row in training}
 
 
-def test_held_out_loss_is_as_stated_and_far_below_the_unigram_entropy(
-    teacher: tuple[Any, Any], encoded: list[train_teacher.Encoded]
-) -> None:
+def test_held_out_loss_is_as_stated_and_far_below_the_unigram_entropy(teacher, encoded):
     assert (MODEL / "model.safetensors").stat().st_size <= 6_000_000
     readme = (TEACHER / "README.md").read_text(encoding="utf-8")
     (stated,) = (json.loads(line) for line in readme.splitlines() if line.startswith('{"'))
@@ -84,9 +76,7 @@ def test_held_out_loss_is_as_stated_and_far_below_the_unigram_entropy(
         assert stated[name] == pytest.approx(value, abs=0.002), name
 
 
-def test_nuclei_spread_from_one_token_to_beyond_the_cap(
-    teacher: tuple[Any, Any], encoded: list[train_teacher.Encoded]
-) -> None:
+def test_nuclei_spread_from_one_token_to_beyond_the_cap(teacher, encoded):
     model, tokenizer = teacher
     sizes = train_teacher.nucleus_sizes(model, encoded[:60], vocab_size=len(tokenizer))
     shares = [np.mean((sizes >= low) & (sizes < high)) for low, high in BANDS]

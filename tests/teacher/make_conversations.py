@@ -27,10 +27,8 @@ Message = dict[str, Any]
 Exchange = list[Message]
 Row = dict[str, Any]
 
-HELD_OUT_SEED = 20_261
-HELD_OUT_COUNT = 400
-FIRST_ID = 1_000
-ID_STEP = 7
+HELD_OUT_SEED, HELD_OUT_COUNT = 20_261, 400
+FIRST_ID, ID_STEP = 1_000, 7
 LONGEST_CHARACTERS = 2_000  # a conversation that is longer gets no further exchange
 TOOLS = (
     {"name": "get_weather", "description": "Current weather", "parameters": {"city": "string"}},
@@ -44,15 +42,18 @@ SKIES = {"sunny": "☀️", "cloudy": "☁️", "rainy": "🌧️", "snowy": "�
 
 @functools.cache
 def phrasebook() -> dict[str, Any]:
-    """Return the word banks, names and phrases of all languages."""
     path = Path(__file__).with_name("phrasebook.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 @functools.cache
 def bank(name: str) -> tuple[str, ...]:
-    """Return one word bank."""
     return tuple(phrasebook()[name].split())
+
+
+def entry(rng: random.Random, section: str) -> tuple[str, Any]:
+    """Pick a key and its value of a section of the phrasebook."""
+    return rng.choice(sorted(phrasebook()[section].items()))
 
 
 def either(rng: random.Random, options: str) -> str:
@@ -68,10 +69,9 @@ def favour(rng: random.Random, words: Sequence[str]) -> str:
 
 def fill(rng: random.Random, sentence: str) -> str:
     """Replace every `{slot}` with a word of its own."""
-    banks = {slot: f"{slot}s" for slot in ("name", "adjective", "noun", "place")}
-    for slot, words in banks.items():
+    for slot in ("name", "adjective", "noun", "place"):
         while f"{{{slot}}}" in sentence:
-            sentence = sentence.replace(f"{{{slot}}}", rng.choice(bank(words)), 1)
+            sentence = sentence.replace(f"{{{slot}}}", rng.choice(bank(f"{slot}s")), 1)
     sentence = sentence.replace("{verb}", favour(rng, bank("verbs")))
     sentence = sentence.replace("{small}", str(rng.randint(2, 20)))
     return with_articles(sentence.replace("{number}", str(rng.randint(100, 999))))
@@ -85,101 +85,85 @@ def with_articles(sentence: str) -> str:
 # 2 Messages ---------------------------------------------------------------------------------------
 
 
-def user(content: str) -> Message:
-    """Make a user turn."""
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Message:
-    """Make an assistant turn."""
-    return {"role": "assistant", "content": content}
+def say(role: str, content: str, **more: Any) -> Message:
+    return {"role": role, "content": content, **more}
 
 
 def ask(question: str, answer: str) -> Exchange:
-    """Make one question with its answer."""
-    return [user(question), assistant(answer)]
+    return [say("user", question), say("assistant", answer)]
 
 
-def polite(rng: random.Random, answer: str) -> str:
-    """Put one of several openings before an answer, and sometimes a closing after it."""
-    opener = rng.choices(phrasebook()["openers"].split("|"), [8, 4, 2, 2, 1, 1, 1])[0]
-    closer = either(rng, phrasebook()["closers"])
-    return f"{opener}{answer} {closer}".rstrip()
+def ask_either(rng: random.Random, questions: str, answers: str) -> Exchange:
+    """Make one of several questions with one of several answers."""
+    question = either(rng, questions)
+    return ask(question, either(rng, answers))
 
 
-def call_tool(name: str, arguments: dict[str, Any], result: dict[str, Any]) -> Exchange:
+def call_tool(question: str, name: str, arguments: Any, result: Any, answer: str) -> Exchange:
     """Make a tool call and its result; the arguments are JSON text, as chat servers send them."""
     function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    call = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": function}],
-    }
-    answer = json.dumps(result, ensure_ascii=False)
-    return [call, {"role": "tool", "name": name, "content": answer}]
+    calls = [{"type": "function", "function": function}]
+    said = {"role": "tool", "name": name, "content": json.dumps(result, ensure_ascii=False)}
+    asked, answered = ask(question, answer)
+    return [asked, say("assistant", "", tool_calls=calls), said, answered]
 
 
 # 3 Subjects: each writes one exchange -------------------------------------------------------------
 
 
 def write_arithmetic(rng: random.Random) -> Exchange:
-    """Write a sum of small numbers, one in three with its reasoning."""
+    """Write a sum of small numbers, one in three with its reasoning, in a field or the content."""
     a, b = rng.randint(2, 60), rng.randint(2, 39)
     sign, total = rng.choice([("+", a + b), ("-", a - b), ("×", a * b)])
-    question = either(rng, f"What is {a} {sign} {b}?|{a} {sign} {b} = ?|Calculate {a} {sign} {b}.")
-    answer = either(rng, f"{a} {sign} {b} = {total}|{total}|The answer is {total}.|It is {total}.")
+    task = f"{a} {sign} {b}"
+    asked, answered = ask_either(
+        rng, f"What is {task}?|{task} = ?|Calculate {task}.",
+        f"{task} = {total}|{total}|The answer is {total}.|It is {total}.",
+    )  # fmt: skip
     if rng.random() < 1 / 3:
-        return [user(question), reason(rng, f"{a} {sign} {b} makes {total}.", answer)]
-    return ask(question, answer)
-
-
-def reason(rng: random.Random, thought: str, answer: str) -> Message:
-    """Make an assistant turn with reasoning, inside the content or in a field of its own."""
-    thought = either(rng, f"The user wants a number. {thought}|Let me see. {thought}|{thought}")
-    if rng.random() < 0.5:
-        return {"role": "assistant", "content": answer, "reasoning_content": thought}
-    return assistant(f"<think>\n{thought}\n</think>\n\n{answer}")
+        thought = f"{task} makes {total}."
+        thought = either(rng, f"The user wants a number. {thought}|Let me see. {thought}|{thought}")
+        if rng.random() < 0.5:
+            answered["reasoning_content"] = thought
+        else:
+            answered["content"] = f"<think>\n{thought}\n</think>\n\n{answered['content']}"
+    return [asked, answered]
 
 
 def write_capital(rng: random.Random) -> Exchange:
     """Write a capital: one right answer in several phrasings."""
-    country, city = rng.choice(sorted(phrasebook()["capitals"].items()))
+    country, city = entry(rng, "capitals")
     if rng.random() < 0.3:
-        question = either(rng, f"Which country has the capital {city}?|{city} is the capital of …")
-        return ask(question, either(rng, f"{country}.|{city} is the capital of {country}."))
+        question = f"Which country has the capital {city}?|{city} is the capital of …"
+        return ask_either(rng, question, f"{country}.|{city} is the capital of {country}.")
     question = f"What is the capital of {country}?|Capital of {country}?|Name {country}'s capital."
     answers = f"The capital of {country} is {city}.|{city}.|It is {city}.|{city}, of course!"
-    return ask(either(rng, question), either(rng, answers))
+    return ask_either(rng, question, answers)
 
 
 def write_translation(rng: random.Random) -> Exchange:
-    """Write a word in another language, often another script."""
-    language, entry = rng.choice(sorted(phrasebook()["languages"].items()))
+    language, entries = entry(rng, "languages")
     place = rng.randrange(len(bank("words")))
-    word, foreign = bank("words")[place], entry["words"].split()[place]
+    word, foreign = bank("words")[place], entries["words"].split()[place]
     if rng.random() < 0.3:
-        question = either(rng, f"What does “{foreign}” mean?|{foreign}?")
         meaning = f"It means “{word}” in {language}.|{language} for {word}."
-        return ask(question, either(rng, meaning))
+        return ask_either(rng, f"What does “{foreign}” mean?|{foreign}?", meaning)
     question = f"How do you say {word} in {language}?|{word.capitalize()} in {language}, please."
     answer = f"“{foreign}”|{foreign}|In {language} it is “{foreign}”.|{word} = {foreign}"
-    return ask(either(rng, question), either(rng, answer))
+    return ask_either(rng, question, answer)
 
 
 def write_counting(rng: random.Random) -> Exchange:
-    """Write the numbers of a language, in order."""
-    language, entry = rng.choice(sorted(phrasebook()["languages"].items()))
+    language, entries = entry(rng, "languages")
     last = rng.randint(3, 10)
-    numbers = entry["numbers"].split()[:last]
+    numbers = entries["numbers"].split()[:last]
     listed = "\n".join(f"{place}. {number}" for place, number in enumerate(numbers, 1))
     answer = ", ".join(numbers) if rng.random() < 0.5 else listed
     return ask(f"Count to {last} in {language}.", answer)
 
 
 def write_small_talk(rng: random.Random) -> Exchange:
-    """Write a greeting or thanks in any language, answered in the same one."""
-    _, entry = rng.choice(sorted(phrasebook()["languages"].items()))
-    question, answers = rng.choice(entry["talk"])
+    question, answers = rng.choice(entry(rng, "languages")[1]["talk"])
     return ask(question, either(rng, answers))
 
 
@@ -202,35 +186,25 @@ def write_random_pick(rng: random.Random) -> Exchange:
     """Write a free choice, some among hundreds: the flattest distributions of all."""
     number, name = str(rng.randint(100, 999)), rng.choice(bank("names"))
     noun, adjective = rng.choice(bank("nouns")), rng.choice(bank("adjectives"))
-    question, answer = rng.choice(
-        [
-            ("Pick a number between 100 and 999.", number),
-            ("Give me a random three-digit number.", number),
-            ("Give me five random numbers.", " ".join(random_numbers(rng, 5))),
-            ("Pick a number between 1 and 10.", str(rng.choice([7, 7, 7, 3, 5, 8, 4, 2, 9, 6]))),
-            ("Suggest a name for my cat.", either(rng, f"{name}|How about {name}?|{name} 🐱")),
-            ("Say a random word.", rng.choice([noun, adjective])),
-            ("Make up a password.", f"{adjective}-{noun}-{number}"),
-            ("Flip a coin.", rng.choice(["Heads.", "Tails."])),
-        ]
-    )
-    return ask(question, answer)
-
-
-def random_numbers(rng: random.Random, count: int) -> list[str]:
-    """Return three-digit numbers as text."""
-    return [str(rng.randint(100, 999)) for _ in range(count)]
+    return ask(*rng.choice([
+        ("Pick a number between 100 and 999.", number),
+        ("Give me a random three-digit number.", number),
+        ("Give me five random numbers.", " ".join(str(rng.randint(100, 999)) for _ in range(5))),
+        ("Pick a number between 1 and 10.", str(rng.choice([7, 7, 7, 3, 5, 8, 4, 2, 9, 6]))),
+        ("Suggest a name for my cat.", either(rng, f"{name}|How about {name}?|{name} 🐱")),
+        ("Say a random word.", rng.choice([noun, adjective])),
+        ("Make up a password.", f"{adjective}-{noun}-{number}"),
+        ("Flip a coin.", rng.choice(["Heads.", "Tails."])),
+    ]))  # fmt: skip
 
 
 def write_emoji(rng: random.Random) -> Exchange:
-    """Write one of a few emoji for a thing."""
-    thing, emoji = rng.choice(sorted(phrasebook()["emoji"].items()))
+    thing, emoji = entry(rng, "emoji")
     question = f"Which emoji stands for {thing}?|Emoji for {thing}?|Send me an emoji about {thing}."
-    return ask(either(rng, question), either(rng, emoji.replace(" ", "|")))
+    return ask_either(rng, question, emoji.replace(" ", "|"))
 
 
 def write_code(rng: random.Random) -> Exchange:
-    """Write a short Python function, with or without a docstring."""
     task, name, parameters, body = rng.choice(phrasebook()["functions"])
     docstring = f'    """{task.capitalize()}."""\n' if rng.random() < 0.4 else ""
     code = f"```python\ndef {name}({parameters}):\n{docstring}    {body}\n```"
@@ -240,36 +214,30 @@ def write_code(rng: random.Random) -> Exchange:
 
 
 def write_record(rng: random.Random) -> Exchange:
-    """Write a JSON object with values copied from the question."""
     name, age, place = rng.choice(bank("names")), rng.randint(5, 99), rng.choice(bank("places"))
     record = {"name": name, "age": age, "place": place}
     question = f"Write as JSON: {name} is {age} years old and works at the {place}."
-    indent = rng.choice([None, 2])
-    return ask(question, f"```json\n{json.dumps(record, indent=indent)}\n```")
+    return ask(question, f"```json\n{json.dumps(record, indent=rng.choice([None, 2]))}\n```")
 
 
 def write_weather(rng: random.Random) -> Exchange:
-    """Write a tool call, its result, and a sentence that says it."""
     city = rng.choice(sorted(phrasebook()["capitals"].values()))
     sky, degrees = favour(rng, list(SKIES)), rng.randint(-9, 39)
-    question = f"What is the weather in {city}?|Weather in {city}?|Is it warm in {city}?"
-    answers = (
-        f"It is {sky} in {city}, {degrees} °C. {SKIES[sky]}|"
+    answer = either(
+        rng, f"It is {sky} in {city}, {degrees} °C. {SKIES[sky]}|"
         f"{degrees} °C and {sky}.|In {city} it is {sky} with {degrees} °C."
-    )
+    )  # fmt: skip
+    question = f"What is the weather in {city}?|Weather in {city}?|Is it warm in {city}?"
     result = {"city": city, "sky": sky, "celsius": degrees}
-    answer = assistant(either(rng, answers))
-    call = call_tool("get_weather", {"city": city}, result)
-    return [user(either(rng, question)), *call, answer]
+    return call_tool(either(rng, question), "get_weather", {"city": city}, result, answer)
 
 
 def write_dice(rng: random.Random) -> Exchange:
-    """Write the roll of a die by a tool, and its result in words."""
     sides = rng.choice([6, 8, 12, 20, 100])
     roll = rng.randint(1, sides)
-    call = call_tool("roll_dice", {"sides": sides}, {"roll": roll})
     answer = either(rng, f"You rolled a {roll}. 🎲|{roll}!|The die shows {roll}.")
-    return [user(f"Roll a die with {sides} sides."), *call, assistant(answer)]
+    question = f"Roll a die with {sides} sides."
+    return call_tool(question, "roll_dice", {"sides": sides}, {"roll": roll}, answer)
 
 
 def write_story(rng: random.Random) -> Exchange:
@@ -284,15 +252,15 @@ def write_story(rng: random.Random) -> Exchange:
 
 
 def write_advice(rng: random.Random) -> Exchange:
-    """Write one of many polite wordings of the same answer."""
     place, noun = rng.choice(bank("places")), rng.choice(bank("nouns"))
     question = f"Where can I find a {noun}?|I have lost my {noun}. Where should I look?"
-    answer = (
+    answers = (
         f"Try the {place}.|Have a look in the {place}.|Perhaps it is in the {place}.|"
         f"I would ask somebody at the {place}.|Most people find a {noun} near the {place}."
     )
-    question, answer = with_articles(either(rng, question)), with_articles(either(rng, answer))
-    return ask(question, polite(rng, answer))
+    question, answer = with_articles(either(rng, question)), with_articles(either(rng, answers))
+    opener = rng.choices(phrasebook()["openers"].split("|"), [8, 4, 2, 2, 1, 1, 1])[0]
+    return ask(question, f"{opener}{answer} {either(rng, phrasebook()['closers'])}".rstrip())
 
 
 WRITERS: dict[str, tuple[Callable[[random.Random], Exchange], ...]] = {
@@ -317,11 +285,10 @@ SUBJECT_WEIGHTS = {"languages": 5, "chance": 2, "stories": 2, "tools": 2}
 def system_turn(rng: random.Random, subject: str) -> list[Message]:
     """Return a system turn, or none; tools are always announced in one."""
     if subject == "tools":
-        lines = "\n".join(json.dumps(tool) for tool in TOOLS)
-        return [{"role": "system", "content": f"You can call these tools:\n{lines}"}]
+        return [say("system", "\n".join(["You can call these tools:", *map(json.dumps, TOOLS)]))]
     if rng.random() < 0.7:
         return []
-    return [{"role": "system", "content": fill(rng, rng.choice(phrasebook()["systems"]))}]
+    return [say("system", fill(rng, rng.choice(phrasebook()["systems"])))]
 
 
 def write_conversation(rng: random.Random) -> tuple[str, list[Message]]:
@@ -338,17 +305,13 @@ def write_conversation(rng: random.Random) -> tuple[str, list[Message]]:
 
 def iter_conversations(seed: int, *, unlike: frozenset[str] = frozenset()) -> Iterator[Row]:
     """Yield distinct conversations without end, none of which is among `unlike` (see `key_of`)."""
-    rng = random.Random(seed)
-    seen = set(unlike)
-    number = 0
+    rng, seen, number = random.Random(seed), set(unlike), 0
     while True:
         subject, messages = write_conversation(rng)
-        key = key_of(messages)
-        if key in seen:
-            continue
-        seen.add(key)
-        yield {"id": FIRST_ID + ID_STEP * number, "subject": subject, "messages": messages}
-        number += 1
+        if (key := key_of(messages)) not in seen:
+            seen.add(key)
+            yield {"id": FIRST_ID + ID_STEP * number, "subject": subject, "messages": messages}
+            number += 1
 
 
 def key_of(messages: list[Message]) -> str:
@@ -357,7 +320,6 @@ def key_of(messages: list[Message]) -> str:
 
 
 def make_held_out() -> list[Row]:
-    """Return the conversations that are committed and never trained on."""
     return list(islice(iter_conversations(HELD_OUT_SEED), HELD_OUT_COUNT))
 
 
@@ -368,31 +330,21 @@ def make_training(seed: int, count: int) -> list[Row]:
 
 
 def write_jsonl(path: Path, rows: list[Row]) -> None:
-    """Write one row per line, readable in every script."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 
 
-# 5 CLI --------------------------------------------------------------------------------------------
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+def main() -> None:
+    """Write the held-out set, or a training set when a seed is given."""
     parser = argparse.ArgumentParser(description="Write seeded chat conversations as .jsonl.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, help="of a training set; without it, the held-out set")
     parser.add_argument("--count", type=int, default=9_000, help="training conversations")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the held-out set, or a training set when a seed is given."""
-    args = parse_args(argv)
+    args = parser.parse_args()
     rows = make_held_out() if args.seed is None else make_training(args.seed, args.count)
     write_jsonl(args.output, rows)
     print(json.dumps({"output": str(args.output), "conversations": len(rows)}))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -23,8 +23,9 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import torch
 from make_conversations import Row, make_training
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -62,8 +64,6 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Sizes and schedule of one training run."""
-
     vocab_size: int = 5_000  # entries of the tokenizer
     embedding_rows: int = 5_120  # of the model: those beyond the tokenizer are padding
     hidden_size: int = 128
@@ -96,43 +96,32 @@ class Encoded:
 def train_tokenizer(rows: list[Row], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on conversations and give it the chat template."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(MARKS) - 3,
+        vocab_size=vocab_size - len(MARKS) - 3, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(training_texts(rows), trainer)
+    )  # fmt: skip
+    chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    bpe.train_from_iterator(training_texts(rows, chat_template), trainer)
     bpe.add_special_tokens([END_OF_TEXT, TURN_START, TURN_END])
     bpe.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in MARKS])
-    return wrap_tokenizer(bpe)
-
-
-def training_texts(rows: list[Row]) -> Iterator[str]:
-    """Yield the rendered conversations without their marks, and every number below 1,000 often."""
-    marks = re.compile("|".join(re.escape(mark) for mark in (TURN_START, TURN_END, *MARKS)))
-    chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
-    for row in rows:
-        yield from marks.split(render(row, chat_template)[0])
-    for _ in range(100):
-        yield from map(str, range(1_000))
-
-
-def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
-    """Name the special tokens and attach the chat template."""
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=TURN_END, pad_token=END_OF_TEXT,
         additional_special_tokens=[TURN_START], clean_up_tokenization_spaces=False,
-        model_max_length=TrainingConfig.max_positions,
+        model_max_length=TrainingConfig.max_positions, chat_template=chat_template,
     )  # fmt: skip
-    tokenizer.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
-    return tokenizer
+
+
+def training_texts(rows: list[Row], chat_template: str) -> Iterator[str]:
+    """Yield the rendered conversations without their marks, and every number below 1,000 often."""
+    marks = re.compile("|".join(re.escape(mark) for mark in (TURN_START, TURN_END, *MARKS)))
+    for row in rows:
+        yield from marks.split(render(row, chat_template)[0])
+    yield from list(map(str, range(1_000))) * 100
 
 
 # 2 Encode -----------------------------------------------------------------------------------------
@@ -140,31 +129,25 @@ def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
 
 def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation and the spans of characters that are generated."""
-    rendered: Any = render_jinja_template(
-        conversations=[row["messages"]],
-        chat_template=chat_template,
-        return_assistant_tokens_mask=True,
+    (text,), (spans,) = render_jinja_template(
+        [row["messages"]], chat_template=chat_template, return_assistant_tokens_mask=True
     )
-    (text,), (spans,) = rendered
     return text, spans
-
-
-def encode(row: Row, tokenizer: PreTrainedTokenizerFast) -> Encoded:
-    """Render one conversation and mark the tokens inside the template's generation blocks."""
-    text, spans = render(row, tokenizer.chat_template)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts, ends = np.array(encoding["offset_mapping"]).T  # (S,), (S,)
-    generated = np.zeros(len(starts), dtype=np.bool_)
-    for first, last in spans:
-        generated |= (starts < last) & (ends > first)
-    return Encoded(np.array(encoding["input_ids"], dtype=np.int64), generated)
 
 
 def encode_all(
     rows: list[Row], tokenizer: PreTrainedTokenizerFast, *, longest: int
 ) -> list[Encoded]:
-    """Encode conversations and leave out those that are too long for the model."""
-    encoded = (encode(row, tokenizer) for row in rows)
+    """Mark the tokens inside the template's generation blocks; leave out what is too long."""
+    encoded = []
+    for row in rows:
+        text, spans = render(row, tokenizer.chat_template)
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, ends = np.array(encoding["offset_mapping"]).T  # (S,), (S,)
+        generated = np.zeros(len(starts), dtype=np.bool_)
+        for first, last in spans:
+            generated |= (starts < last) & (ends > first)
+        encoded.append(Encoded(np.array(encoding["input_ids"], dtype=np.int64), generated))
     return [sample for sample in encoded if len(sample.input_ids) <= longest]
 
 
@@ -185,45 +168,15 @@ def make_batches(
 def pad(batch: list[Encoded]) -> tuple[Tensor, Tensor]:
     """Pad a batch on the right; causal attention needs no mask for that.
 
-    Returns:
-        Ids (B, S) int64, and labels (B, S) int64: at p the token of p + 1 if it is generated.
+    Returns ids (B, S) int64, and labels (B, S) int64: at p the token of p + 1 if it is generated.
     """
-    longest = max(len(sample.input_ids) for sample in batch)
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, sample in enumerate(batch):
-        length = len(sample.input_ids)
-        ids = torch.from_numpy(sample.input_ids)
-        input_ids[row, :length] = ids
-        wanted = torch.from_numpy(sample.generated[1:])
-        labels[row, : length - 1] = torch.where(wanted, ids[1:], IGNORED)
-    return input_ids, labels
+    ids = [torch.from_numpy(sample.input_ids) for sample in batch]
+    wanted = [np.where(sample.generated, sample.input_ids, IGNORED)[1:] for sample in batch]
+    labels = [torch.from_numpy(np.append(row, IGNORED)) for row in wanted]
+    return pad_sequence(ids, True), pad_sequence(labels, True, padding_value=IGNORED)
 
 
-# 3 Model and training -----------------------------------------------------------------------------
-
-
-def make_model(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Make an untrained Llama with tied embeddings."""
-    shape = LlamaConfig(
-        vocab_size=config.embedding_rows, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
-        max_position_embeddings=config.max_positions, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return LlamaForCausalLM(shape)
-
-
-def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
-    """Make AdamW that decays matrices and leaves norms and biases alone."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.peak_rate, betas=(0.9, 0.95), fused=True)
+# 3 Training --------------------------------------------------------------------------------------
 
 
 def rate_at(step: int, config: TrainingConfig) -> float:
@@ -234,24 +187,19 @@ def rate_at(step: int, config: TrainingConfig) -> float:
     return config.peak_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def iter_batches(samples: list[Encoded], config: TrainingConfig) -> Iterator[list[Encoded]]:
-    """Yield `config.steps` batches, over as many epochs as that takes."""
-    rng = random.Random(config.seed)
-    step = 0
-    while step < config.steps:
-        for batch in make_batches(samples, batch_tokens=config.batch_tokens, rng=rng):
-            if step < config.steps:
-                yield batch
-            step += 1
-
-
 def train(
     model: PreTrainedModel, samples: list[Encoded], held_out: list[Encoded], config: TrainingConfig
 ) -> None:
-    """Train in place, with the held-out loss on stderr now and then."""
-    optimizer = make_optimizer(model, config)
+    """Train in place, epoch after epoch, with the held-out loss on stderr now and then."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim < 2]  # norms and biases
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_rate, betas=(0.9, 0.95), fused=True)
     started_s = time.monotonic()
-    for step, batch in enumerate(iter_batches(samples, config)):
+    rng = random.Random(config.seed)
+    epochs = (make_batches(samples, batch_tokens=config.batch_tokens, rng=rng) for _ in count())
+    for step, batch in enumerate(islice(chain.from_iterable(epochs), config.steps)):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, config)
         loss = loss_of(model, batch, reduction="mean")
@@ -279,26 +227,18 @@ def loss_of(model: PreTrainedModel, batch: list[Encoded], *, reduction: str) -> 
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, samples: list[Encoded]) -> dict[str, float]:
-    """Return loss and unigram entropy, in nats per token that the assistant generates."""
+    """Return loss and unigram entropy, in nats per token that the assistant generates.
+
+    The entropy is that of their own frequencies: no model that ignores the context has less loss.
+    """
     batches = make_batches(samples, batch_tokens=8_192, rng=random.Random(0))
     total = sum(float(loss_of(model, batch, reduction="sum")) for batch in batches)
-    tokens = sum(int(sample.generated[1:].sum()) for sample in samples)
-    return {
-        "held_out_tokens": tokens,
-        "held_out_loss": round(total / tokens, 4),
-        "unigram_entropy": round(unigram_entropy(samples), 4),
-    }
-
-
-def unigram_entropy(samples: list[Encoded]) -> float:
-    """Return the entropy in nats of the generated tokens' own frequencies.
-
-    No model that ignores the context has a lower loss on these very tokens.
-    """
     ids = np.concatenate([sample.input_ids[1:][sample.generated[1:]] for sample in samples])
-    counts = np.unique(ids, return_counts=True)[1]
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    shares = np.unique(ids, return_counts=True)[1] / len(ids)
+    return {
+        "held_out_tokens": len(ids), "held_out_loss": round(total / len(ids), 4),
+        "unigram_entropy": round(float(-(shares * np.log(shares)).sum()), 4),
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -316,7 +256,6 @@ def nucleus_sizes(
 
 
 def load_held_out(tokenizer: PreTrainedTokenizerFast, *, longest: int) -> list[Encoded]:
-    """Encode the committed conversations."""
     lines = (HERE / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     return encode_all([json.loads(line) for line in lines], tokenizer, longest=longest)
 
@@ -348,15 +287,15 @@ def train_folder(folder: Path, config: TrainingConfig) -> dict[str, Any]:
     rows = make_training(config.seed, config.conversations)
     tokenizer = train_tokenizer(rows, vocab_size=config.vocab_size)
     samples = encode_all(rows, tokenizer, longest=config.max_positions)
-    model = make_model(config, tokenizer)
+    shape = LlamaConfig(
+        vocab_size=config.embedding_rows, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=config.max_positions, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape)
     train(model, samples, load_held_out(tokenizer, longest=config.max_positions), config)
-    save(model, tokenizer, folder)
-    seconds = round(time.monotonic() - started_s)
-    return {**evaluate_folder(folder), "steps": config.steps, "seconds": seconds}
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer, the configuration and bfloat16 weights."""
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
@@ -365,32 +304,24 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    seconds = round(time.monotonic() - started_s)
+    return {**evaluate_folder(folder), "steps": config.steps, "seconds": seconds}
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; defaults are those of `TrainingConfig`."""
+def main() -> None:
     parser = argparse.ArgumentParser(description="Train or evaluate the teacher of the tests.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--output", type=Path, help="folder to train into")
     action.add_argument("--evaluate", type=Path, help="folder of a trained teacher")
     for name in ("steps", "conversations", "threads", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(TrainingConfig, name))
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train or evaluate, and print the figures as one JSON line."""
-    args = parse_args(argv)
-    if args.evaluate:
-        figures = evaluate_folder(args.evaluate)
+    options = vars(parser.parse_args())
+    output, evaluated = options.pop("output"), options.pop("evaluate")
+    if evaluated:
+        print(json.dumps(evaluate_folder(evaluated)))
     else:
-        config = TrainingConfig(
-            steps=args.steps, conversations=args.conversations, threads=args.threads, seed=args.seed
-        )
-        figures = train_folder(args.output, config)
-    print(json.dumps(figures))
-    return 0
+        print(json.dumps(train_folder(output, TrainingConfig(**options))))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -29,7 +29,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +60,7 @@ READ: dict[str, Any] = {"model": TEACHER, "dataset": CHATS}
 USUAL: dict[str, dict[str, Any]] = {
     EXTRACT: {**READ, "output": "./out", "cache_dir": "cache", "limit": 2},
     LENGTHS: {**READ, "output_dir": "lengths", "num_proc": 1},
+    EXPLORE: {},
 }
 PARTS = {"limit": 4, "upload_every": 2, "store_tokens": True}  # of the output that is continued
 
@@ -75,14 +76,13 @@ def show(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-# The world of an attack ---------------------------------------------------------------------------
-
-
 class World:
-    """A folder that a run works in, with what it meets there."""
+    """A folder that a run of a script works in, with what it meets there."""
 
-    def __init__(self, folder: Path, ready: Path, slack: float = 1.0) -> None:
-        self.folder, self.ready, self.slack = folder, ready, slack
+    def __init__(
+        self, folder: Path, ready: Path, script: str = EXTRACT, slack: float = 1.0
+    ) -> None:
+        self.folder, self.ready, self.script, self.slack = folder, ready, script, slack
         self.env: dict[str, str] = {}
         self.file_bytes = -1  # that a file may have: a full disk
         self.held: set[int] = set()  # ids that the output holds before
@@ -102,7 +102,7 @@ class World:
 
     @property
     def has_hub(self) -> bool:
-        return "hub" in self.__dict__
+        return "hub" in vars(self)
 
     def write(self, name: str | bytes, content: str | bytes) -> Path:
         path = self.folder / os.fsdecode(name)
@@ -116,18 +116,12 @@ class World:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         return self.write(name, "\n".join(lines) + "\n")
 
-    def teacher(self, template: str) -> Path:
-        shutil.copytree(TEACHER, self.folder / "model")
-        self.write("model/chat_template.jinja", template)
-        return self.folder / "model"
-
     def output(self) -> Path:
         """Put an output of the usual source there: conversations 0..3 in two parts."""
         self.held, self.rows = {0, 1, 2, 3}, {0, 1, 2, 3}
         return Path(shutil.copytree(self.ready, self.folder / "out"))
 
     def publish(self, folder: Path, kind: str = "dataset") -> None:
-        """Put a folder onto the Hub."""
         store, entries = self.hub.store, {}
         for path in filter(Path.is_file, folder.rglob("*")):
             entry = store.put(path.read_bytes(), lfs=path.suffix in (".parquet", ".safetensors"))
@@ -138,37 +132,29 @@ class World:
         """Let requests meet a fault, all that match where nothing else is said."""
         self.hub.fault(match, **{"count": 10**9, **how})
 
-    def start(self, script: str, *words: object, **options: Any) -> Words:
+    def start(self, *words: object, **options: Any) -> Words:
         """Return options of a run: two conversations into ./out, or their lengths, or these words.
 
         Keywords are options, `x=True` a bare one, None one that is left out.
         """
-        usual = {**USUAL[script], **options} if script in USUAL else {}
-        if minutes := usual.get("max_runtime_minutes"):  # a busy machine starts slowly
-            usual["max_runtime_minutes"] = minutes * self.slack
         found = list(words)
-        for name, value in usual.items():
+        for name, value in {**USUAL[self.script], **options}.items():
+            if name == "max_runtime_minutes" and value:
+                value *= self.slack  # a busy machine starts slowly
             if value is not None:
                 found += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
         return found
 
-    def extract(self, *words: object, **options: Any) -> Words:
-        return self.start(EXTRACT, *words, **options)
-
     def resume(self, **options: Any) -> Words:
-        """Return options that continue the output of `output`."""
-        return self.extract(**{**PARTS, "resume": True, **options})
+        return self.start(**{**PARTS, "resume": True, **options})
 
     def stored(self) -> list[int]:
         """Return the ids of all rows of the output, twice where they are there twice."""
         words, found = list(map(str, self.argv)), list[int]()
         name = words[words.index("--output") + 1] if "--output" in words else "./out"
-        if name.startswith("."):
-            place = Output(self.folder / name)
-        elif self.has_hub:
-            place = Output(name, self.hub)
-        else:
+        if not (name.startswith(".") or self.has_hub):
             return []
+        place = Output(self.folder / name) if name.startswith(".") else Output(name, self.hub)
         with contextlib.suppress(OSError):  # a name that is none
             for path in filter(PART.fullmatch, sorted(place.files())):
                 with contextlib.suppress(OSError, pa.ArrowException, KeyError):  # attacked itself
@@ -187,7 +173,7 @@ class Attack:
     name: str
     script: str
     prepare: Preparing
-    exits: tuple[int, ...] = (2,)
+    exits: tuple[int, ...]
     says: str = ""  # a pattern that is found in the last line on stderr
     during: Acting = lambda *_: None  # acts while the process runs
     resumes: bool = False  # a calm run with --resume completes the job afterwards
@@ -200,12 +186,12 @@ class Attack:
 ATTACKS: list[Attack] = []
 
 
-def add(name: str, script: str, prepare: Preparing, **how: Any) -> None:
-    ATTACKS.append(Attack(name, script, prepare, **how))
+def add(name: str, prepare: Preparing, *exits: int, script: str = EXTRACT, **how: Any) -> None:
+    ATTACKS.append(Attack(name, script, prepare, exits or (2,), **how))
 
 
-def attack(name: str, script: str, **how: Any) -> Callable[[Preparing], None]:
-    return lambda prepare: add(name, script, prepare, **how)
+def attack(name: str, *exits: int, **how: Any) -> Callable[[Preparing], None]:
+    return lambda prepare: add(name, prepare, *exits, **how)
 
 
 def maker(prepare: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
@@ -215,31 +201,28 @@ def maker(prepare: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
 
 @maker
 def start(
-    world: World, script: str, *words: object, env: dict[str, str] | None = None, **options: Any
-) -> Words:
-    """Start one of the scripts with options like these, on a Hub of its own."""
+    world: World, *words: object, match: str = "", fault: dict[str, Any] | None = None,
+    env: dict[str, str] | None = None, **options: Any,
+) -> Words:  # fmt: skip
+    """Start with these options, on a Hub of its own, where requests that match meet a fault."""
     world.env |= {"HF_ENDPOINT": world.hub.endpoint, **(env or {})}
-    return world.start(script, *words, **options)
-
-
-@maker
-def meet(world: World, script: str, match: str, fault: Any, *words: Any, **options: Any) -> Words:
-    """Start one of the scripts on a Hub on which a request meets a fault."""
     if options.get("model") == REPO:
         world.publish(TEACHER, "model")
     if match == OUTPUT_REQUESTS["listing"]:  # asks what is there already
         world.hub.store.create("dataset", REPO, private=False)
-    world.fault(match, **fault)
-    return world.start(script, *words, **options)
+    if fault:
+        world.fault(match, **fault)
+    return world.start(*words, **options)
 
 
 @maker
-def from_hub(world: World, script: str, request: str, deadline: float = 0.6, **fault: Any) -> Words:
+def from_hub(world: World, request: str, deadline: float = 0.6, **fault: Any) -> Words:
     """Read or continue an output on a Hub on which a request meets a fault."""
     world.publish(world.output())
     world.fault(request, **fault)
-    words = world.resume(output=REPO, max_runtime_minutes=deadline)
-    return words if script == EXTRACT else [REPO]
+    if world.script == EXPLORE:
+        return [REPO]
+    return world.resume(output=REPO, max_runtime_minutes=deadline)
 
 
 @maker
@@ -251,7 +234,6 @@ def after(world: World, change: Callable[[Path], Any], *words: object, limit: in
 
 
 def wait_for(condition: Callable[[], Any], process: Process) -> bool:
-    """Wait until a condition holds while a process runs."""
     while process.returncode is None:
         if condition():
             return True
@@ -292,68 +274,71 @@ WAITS = {
     "of 5,000 digits": {"Retry-After": "9" * 5000},
     "by a rate limit of ages": {"RateLimit": '"api";r=0;t=99999999999'},
 }
-ECHO = f"Authorization: Bearer {' '.join(SECRETS)}\r\n{ESCAPES}"
 SILENCE = {"latency": 600.0}
-STOPPED = {"exits": (143,), "during": stop_when_met}
-RESUMABLE = {"exits": (4, 75), "resumes": True}
-MET_BY_NEW: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    # request, fault and deadline, end of an extraction into a repository of its own
-    **{f"the Hub never answers: {step}; SIGTERM": (
-        request, SILENCE, {**STOPPED, "resumes": True})
-       for step, request in OUTPUT_REQUESTS.items()},
-    **{f"the Hub answers nonsense: {step}": (
-        request, {"text": "[1, 2]", "deadline": 0.25}, {"exits": (0, 2, 4, 75), "resumes": True})
-       for step, request in OUTPUT_REQUESTS.items()},
-    **{f"the Hub never answers: {step}; deadline": (
-        OUTPUT_REQUESTS[step], {**SILENCE, "deadline": 0.3}, RESUMABLE)
-       for step in ("repo info", "LFS upload")},
-    "the Hub answers a byte a second": (
-        "GET /api/datasets", {"text": b" ", "times": 10**6, "pause_s": 1.0}, STOPPED),
-    "nothing but HTTP 503 for commits, until the deadline": (
-        "POST .*/commit/", {"status": 503, "deadline": 0.3}, RESUMABLE),
-    "redirects in a ring": (
-        "GET /api/datasets", {"status": 302, "headers": {"Location": "/api/datasets/x/y"}},
-        {**STOPPED, "exits": (2, 4, 143)}),
-    "a stale listing after a commit that landed": (
-        "POST .*/paths-info/", {"text": "[]", "count": 3}, {"exits": (0,)}),
-    **{f"429 with a Retry-After {kind}": (
-        "GET /api/datasets", {"status": 429, "headers": headers},
-        STOPPED) for kind, headers in WAITS.items()},
-    **{f"nothing but HTTP {status}, until the deadline": (
-        "/api/", {"status": status, "deadline": 0.3}, {"exits": (4, 75)})
-       for status in (408, 409, 429, 500, 503)},
-    **{f"HTTP {status} echoes the token": (
-        "/api/(datasets|repos)", {"status": status, "message": ECHO}, {"exits": (4,)})
-       for status in (400, 401, 403, 404)},
-    **{f"HTTP 403 echoes the token: {step}": (
-        OUTPUT_REQUESTS[step], {"status": 403, "message": ECHO, "deadline": 0.5}, RESUMABLE)
-       for step in ("create", "preupload", "LFS batch", "LFS upload", "commit")},
-}  # fmt: skip
-for name, (request, fault, how) in MET_BY_NEW.items():
-    minutes = fault.pop("deadline", None)
-    met = meet(EXTRACT, request, fault, output=REPO, max_runtime_minutes=minutes)
-    add(name, EXTRACT, met, **how)
 
 
-@attack("the commit's answer is lost and then nothing answers", EXTRACT, resumes=True, **STOPPED)
+def echo(status: int) -> dict[str, Any]:
+    """Return a fault that says what it was told in secret."""
+    message = f"Authorization: Bearer {' '.join(SECRETS)}\r\n{ESCAPES}"
+    return {"status": status, "message": message}
+
+
+def met(
+    name: str, match: str, fault: dict[str, Any], *exits: int, minutes: float | None = None,
+    **how: Any,
+) -> None:  # fmt: skip
+    """Add an extraction into a repository of its own that meets a fault."""
+    run = start(match=match, fault=fault, output=REPO, max_runtime_minutes=minutes)
+    add(name, run, *exits, **how)
+
+
+for step, request in OUTPUT_REQUESTS.items():
+    met(f"the Hub never answers: {step}; SIGTERM", request, SILENCE, 143, during=stop_when_met,
+        resumes=True)  # fmt: skip
+    met(f"the Hub answers nonsense: {step}", request, {"text": "[1, 2]"}, 0, 2, 4, 75, minutes=0.25,
+        resumes=True)  # fmt: skip
+    if step in ("repo info", "LFS upload"):
+        met(f"the Hub never answers: {step}; deadline", request, SILENCE, 4, 75, minutes=0.3,
+            resumes=True)  # fmt: skip
+    if step in ("create", "preupload", "LFS batch", "LFS upload", "commit"):
+        met(f"HTTP 403 echoes the token: {step}", request, echo(403), 4, 75, minutes=0.5,
+            resumes=True)  # fmt: skip
+SLOW = {"text": b" ", "times": 10**6, "pause_s": 1.0}
+met("the Hub answers a byte a second", "GET /api/datasets", SLOW, 143, during=stop_when_met)
+RING = {"status": 302, "headers": {"Location": "/api/datasets/x/y"}}
+met("redirects in a ring", "GET /api/datasets", RING, 2, 4, 143, during=stop_when_met)
+met("nothing but HTTP 503 for commits, until the deadline", "POST .*/commit/", {"status": 503},
+    4, 75, minutes=0.3, resumes=True)  # fmt: skip
+met("a stale listing after a commit that landed", "POST .*/paths-info/",
+    {"text": "[]", "count": 3}, 0)  # fmt: skip
+for kind, headers in WAITS.items():
+    met(f"429 with a Retry-After {kind}", "GET /api/datasets", {"status": 429, "headers": headers},
+        143, during=stop_when_met)  # fmt: skip
+for status in (408, 409, 429, 500, 503):
+    met(f"nothing but HTTP {status}, until the deadline", "/api/", {"status": status}, 4, 75,
+        minutes=0.3)  # fmt: skip
+for status in (400, 401, 403, 404):
+    met(f"HTTP {status} echoes the token", "/api/(datasets|repos)", echo(status), 4)
+
+
+@attack("the commit's answer is lost and then nothing answers", 143, during=stop_when_met,
+        resumes=True)  # fmt: skip
 def _(world: World) -> Words:
     world.fault("POST .*/commit/", drop="after", count=1)
     world.fault("commit/|paths-info|tree", skip=1, **SILENCE)
-    return world.extract(output=REPO)
+    return world.start(output=REPO)
 
 
 for script, kind in product((EXTRACT, LENGTHS), ("model", "dataset")):
-    add(f"the Hub of the {kind} never answers; SIGTERM", script,
-        meet(script, "", SILENCE, **{kind: "tester/thing"}), short=kind == "model",
-        **STOPPED)  # fmt: skip
-add("the Hub of the model never answers; deadline", EXTRACT,
-    meet(EXTRACT, "", SILENCE, model=REPO, max_runtime_minutes=0.3), exits=(2, 4, 75),
-    seconds=40)  # fmt: skip
-for ending, minutes, how in (("SIGTERM", None, STOPPED), ("deadline", 0.3, {"exits": (75,)})):
-    met = meet(EXTRACT, "safetensors", SILENCE, model=REPO, max_runtime_minutes=minutes)
-    add(f"the weights of the model never come; {ending}", EXTRACT, met, **how)
-add("the Hub never answers", EXPLORE, meet(EXPLORE, "", SILENCE, REPO), seconds=200,
-    says="logits")  # fmt: skip
+    add(f"the Hub of the {kind} never answers; SIGTERM",
+        start(fault=SILENCE, **{kind: "tester/thing"}), 143, script=script, during=stop_when_met,
+        short=kind == "model")  # fmt: skip
+add("the Hub of the model never answers; deadline",
+    start(fault=SILENCE, model=REPO, max_runtime_minutes=0.3), 2, 4, 75, seconds=40)  # fmt: skip
+WEIGHTS = {"match": "safetensors", "fault": SILENCE, "model": REPO}
+add("the weights of the model never come; SIGTERM", start(**WEIGHTS), 143, during=stop_when_met)
+add("the weights of the model never come; deadline", start(**WEIGHTS, max_runtime_minutes=0.3), 75)
+add("the Hub never answers", start(REPO, fault=SILENCE), script=EXPLORE, seconds=200, says="logits")
 
 
 # Time: templates and conversations
@@ -377,24 +362,24 @@ LONG = {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a"} for 
 
 
 @maker
-def with_template(world: World, script: str, template: str) -> Words:
-    return world.start(script, model=world.teacher(template + OWN))
+def with_template(world: World, template: str) -> Words:
+    model = shutil.copytree(TEACHER, world.folder / "model")
+    world.write("model/chat_template.jinja", template + OWN)
+    return world.start(model=model)
 
 
 @maker
-def of_source(
-    world: World, script: str, *rows: Any, stored: set[int] | None = None, **options: Any
-) -> Words:
+def of_source(world: World, *rows: Any, stored: set[int] | None = None, **options: Any) -> Words:
     world.rows = stored
-    return world.start(script, dataset=world.chats(*rows), **options)
+    return world.start(dataset=world.chats(*rows), **options)
 
 
 for script, (kind, template) in product((EXTRACT, LENGTHS), TEMPLATES.items()):
-    add(f"a template: {kind}", script, with_template(script, template),
-        exits=(2, 143) if kind == "loops for ever" else (2,))  # fmt: skip
-add("a template of the output that loops for ever", EXPLORE,
+    exits = (2, 143) if kind == "loops for ever" else (2,)
+    add(f"a template: {kind}", with_template(template), *exits, script=script)
+add("a template of the output that loops for ever",
     after(lambda out: (out / "chat_template.jinja").write_text(TEMPLATES["loops for ever"] + OWN),
-          "out", "--sample", "0"), exits=(0, 2))  # fmt: skip
+          "out", "--sample", "0"), 0, 2, script=EXPLORE)  # fmt: skip
 
 
 # Data: sources
@@ -420,36 +405,35 @@ SOURCES: dict[str, tuple[list[Any], dict[str, Any], int]] = {  # rows, options, 
         [{**CHAT, "chat_template_kwargs": '{"a": ' * 3000 + "1" + "}" * 3000}, CHAT], {}, 0),
 }  # fmt: skip
 for script, (kind, (rows, options, code)) in product((EXTRACT, LENGTHS), SOURCES.items()):
-    add(f"a source: {kind}", script, of_source(script, *rows, **options), exits=(code,),
+    add(f"a source: {kind}", of_source(*rows, **options), code, script=script,
         short=kind == "JSON 20,000 deep")  # fmt: skip
 
 
-@attack("a source: a ring of links, a file named by no UTF-8", EXTRACT, exits=(0, 2), short=True)
+@attack("a source: a ring of links, a file named by no UTF-8", 0, 2, short=True)
 def _(world: World) -> Words:
     world.rows = None
     world.write(b"chats/\xff\x1b[31m.jsonl", json.dumps(CHAT) + "\n")
     (world.folder / "chats" / "again").symlink_to(world.folder / "chats")
     (world.folder / "chats" / "gone.jsonl").symlink_to("nowhere")
-    return world.extract(dataset="./chats")
+    return world.start(dataset="./chats")
 
 
 def check_card(world: World) -> str:
-    """Return what is wrong with the card of an output."""
     card = (world.folder / "out" / "README.md").read_text()
     wrong = {
-        "an <img> is in the card": "<img" in card.split("\n---\n", 1)[1],
-        "a title is in the card": "\n# T" in card,
-        "the card's line is there twice": card.count(extract_logits.CARD_LINE) != 1,
-        "a control character is in the card": bool(CONTROL.search(card)),
+        "an <img>": "<img" in card.split("\n---\n", 1)[1],
+        "a title": "\n# T" in card,
+        "its line not once": card.count(extract_logits.CARD_LINE) != 1,
+        "a control character": CONTROL.search(card),
     }
-    return "; ".join(name for name, found in wrong.items() if found)
+    return "; ".join(f"in the card: {what}" for what, found in wrong.items() if found)
 
 
-@attack("a source named by codes, HTML, the card's line", EXTRACT, exits=(0,), check=check_card)
+@attack("a source named by codes, HTML, the card's line", 0, check=check_card)
 def _(world: World) -> Words:
     name = f"{ESCAPES}<img src=x onerror=1>\n# T\n{extract_logits.CARD_LINE}\n---\n|a|b|.jsonl"
     dataset = world.chats(CHAT, CHAT, name=name.replace("/", ""))
-    return world.extract(dataset=dataset, upload_every=1)
+    return world.start(dataset=dataset, upload_every=1)
 
 
 # Names and numbers on the command line
@@ -457,10 +441,10 @@ def _(world: World) -> Words:
 for name in ("user/..", "user/x--y", "üser/näme", "user/" + "x" * 120, "user/\udcff", "user/a\nb",
              f"user/{ESCAPES}"):  # fmt: skip
     shown = show(name, 24)
-    add(f"--output {shown}", EXTRACT, start(EXTRACT, output=name))
-    add(f"--model {shown}", EXTRACT, start(EXTRACT, model=name))
-    add(f"--dataset {shown}", LENGTHS, start(LENGTHS, dataset=name))
-    add(f"OUTPUT {shown}", EXPLORE, start(EXPLORE, name))
+    add(f"--output {shown}", start(output=name))
+    add(f"--model {shown}", start(model=name))
+    add(f"--dataset {shown}", start(dataset=name), script=LENGTHS)
+    add(f"OUTPUT {shown}", start(name), script=EXPLORE)
 
 GENEROUS: dict[str, object] = {  # may be as large as one likes
     **dict.fromkeys(("--limit", "--upload-every", "--max-seq-len", "--max-batch-tokens"), 10**30),
@@ -477,28 +461,17 @@ HUGE: dict[str, object] = {
 }
 for flags, value in {**GENEROUS, **HUGE}.items():
     name = flags.split()[-1]
-    add(f"{name} beyond all measure", EXTRACT, start(EXTRACT, *flags.split(), value),
-        exits=(0, 2) if flags in GENEROUS else (2,), short=name == "--chat-template")  # fmt: skip
+    add(f"{name} beyond all measure", start(*flags.split(), value),
+        *((0, 2) if flags in GENEROUS else (2,)), short=name == "--chat-template")  # fmt: skip
 for value, name in product(
     ("nan", "inf", "-inf"), ("--max-runtime-minutes", "--upload-size-mb", "--top-p", "--plan-rate")
 ):
-    add(f"{name} {value}", EXTRACT, start(EXTRACT, name, value))
+    add(f"{name} {value}", start(name, value))
 
 
 # What the output holds
 
 SETTINGS, CHECKPOINT = "extraction_config.json", "checkpoint.json"
-CHECKPOINTS: dict[str, bytes | int] = {  # an int: a hole of that size
-    "200,000 brackets": b"[" * 200_000,
-    "nothing": b"",
-    "null": b"null",
-    "parts of wrong types": b'{"format_version": 1, "job": 3, "parts": 7, "skipped": []}',
-    "a version of 5,000 digits": b'{"format_version": ' + b"9" * 5000 + b"}",
-    "no UTF-8": b"\xff\xfe" * 50,
-    "escape codes": b'{"job": "' + ESCAPES.encode() + b'"}',
-    "60 MB of objects": b'{"parts": [' + b"{}," * 20_000_000 + b"{}]}",
-    "3 GB": 3 * 2**30,
-}
 
 
 @maker
@@ -511,24 +484,35 @@ def put(folder: Path, path: str, content: bytes | int) -> None:
 
 @maker
 def tell(folder: Path, path: str, section: str, name: str, value: Any) -> None:
-    """Let a JSON file say something else."""
     content = json.loads((folder / path).read_text())
     (content[section] if section else content)[name] = value
     (folder / path).write_text(json.dumps(content))
 
 
+CHECKPOINTS: dict[str, bytes | int] = {  # an int: a hole of that size
+    "200,000 brackets": b"[" * 200_000,
+    "nothing": b"",
+    "null": b"null",
+    "parts of wrong types": b'{"format_version": 1, "job": 3, "parts": 7, "skipped": []}',
+    "a version of 5,000 digits": b'{"format_version": ' + b"9" * 5000 + b"}",
+    "no UTF-8": b"\xff\xfe" * 50,
+    "escape codes": b'{"job": "' + ESCAPES.encode() + b'"}',
+    "60 MB of objects": b'{"parts": [' + b"{}," * 20_000_000 + b"{}]}",
+    "3 GB": 3 * 2**30,
+}
 for kind, content in CHECKPOINTS.items():
-    add(f"a checkpoint: {kind}", EXTRACT, after(put(CHECKPOINT, content)),
-        exits=(0, 2) if kind == "3 GB" else (0,))  # fmt: skip
+    exits = (0, 2) if kind == "3 GB" else (0,)
+    add(f"a checkpoint: {kind}", after(put(CHECKPOINT, content)), *exits)
     if kind in ("200,000 brackets", "parts of wrong types", "60 MB of objects"):
-        add(f"a checkpoint: {kind}", EXPLORE, after(put(CHECKPOINT, content), "out", "--validate"),
-            exits=(0, 3, 1, 2))  # fmt: skip
+        add(f"a checkpoint: {kind}", after(put(CHECKPOINT, content), "out", "--validate"),
+            0, 1, 2, 3, script=EXPLORE)  # fmt: skip
 for column, value in {
     "rows": [float("nan"), float("inf")], "mass": [float("nan"), "x"], "ids": [None, DEEP],
     "bytes": [-1, True],
 }.items():  # fmt: skip
-    add(f"a checkpoint whose {column} is absurd", EXTRACT,
-        after(tell(CHECKPOINT, "parts", column, value)), exits=(0,))  # fmt: skip
+    add(
+        f"a checkpoint whose {column} is absurd", after(tell(CHECKPOINT, "parts", column, value)), 0
+    )
 
 for setting, value in (
     *(("rows_per_part", value) for value in ("x", 0, -1, 10**30, 1.5, True, [2])),
@@ -536,8 +520,7 @@ for setting, value in (
     ("limit", "all"), ("model", 7), ("versions", None), ("chat_template_sha256", 3),
     ("vocab_size", "many"), ("format_version", 99),
 ):  # fmt: skip
-    add(f"settings: {setting} is {value!r}", EXTRACT, after(tell(SETTINGS, "", setting, value)),
-        exits=(0, 2))  # fmt: skip
+    add(f"settings: {setting} is {value!r}", after(tell(SETTINGS, "", setting, value)), 0, 2)
 SAID = {"model": str(TEACHER), "dataset": str(CHATS)}
 for kind, value in {
     "a list": [],
@@ -549,16 +532,15 @@ for kind, value in {
     "code of strangers": {**SAID, "trust_remote_code": True},
 }.items():
     words = ("--output", "./out", "--resume", "--cache-dir", "cache")
-    add(f"settings: options are {kind}", EXTRACT,
-        after(tell(SETTINGS, "", "options", value), *words), exits=(0, 2))  # fmt: skip
+    add(f"settings: options are {kind}", after(tell(SETTINGS, "", "options", value), *words), 0, 2)
 for kind, content in {
     "brackets": b"[" * 200_000, "null": b"null", "no UTF-8": b"\xff", "3 GB": 3 * 2**30,
     "a number of 5,000 digits": b'{"limit": ' + b"9" * 5000 + b"}",
 }.items():  # fmt: skip
-    add(f"settings: {kind}", EXTRACT, after(put(SETTINGS, content)), says=SETTINGS)
-    add(f"settings: {kind}", EXPLORE, after(put(SETTINGS, content), "out", "--stats"), exits=(0, 2))
+    add(f"settings: {kind}", after(put(SETTINGS, content)), says=SETTINGS)
+    add(f"settings: {kind}", after(put(SETTINGS, content), "out", "--stats"), 0, 2, script=EXPLORE)
 
-CARDS: dict[str, bytes | int] = {
+for kind, content in {
     "YAML 50,000 deep": b"---\na: " + b"[" * 50_000 + b"\n---\n",
     "YAML of aliases": b"---\n" + b"\n".join(
         b"a%d: &a%d [%s]" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9 if n else [b"1"] * 9))
@@ -569,10 +551,9 @@ CARDS: dict[str, bytes | int] = {
     "a date of the year 99999": b"---\na: 99999-99-99\nb: 2020-01-01\n---\n",
     "30 MB": b"x\n" * 15_000_000,
     "3 GB": 3 * 2**30,
-}  # fmt: skip
-for kind, content in CARDS.items():
-    add(f"a card: {kind}", EXTRACT, after(put("README.md", content), limit=5),
-        exits=(0, 4) if kind == "3 GB" else (0,))  # fmt: skip
+}.items():  # fmt: skip
+    exits = (0, 4) if kind == "3 GB" else (0,)
+    add(f"a card: {kind}", after(put("README.md", content), limit=5), *exits)
 
 
 @maker
@@ -586,9 +567,8 @@ def reshard(folder: Path, change: Callable[[bytes], bytes]) -> None:
 @maker
 def with_metadata(data: bytes, value: bytes) -> bytes:
     """Give a part other words about itself."""
-    table = pq.read_table(pa.BufferReader(data))
+    table, sink = pq.read_table(pa.BufferReader(data)), pa.BufferOutputStream()
     metadata = {**table.schema.metadata, b"logits.part": value}
-    sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), sink)
     return bytes(sink.getvalue())
 
@@ -603,9 +583,9 @@ FOOTERS: dict[str, Callable[[bytes], bytes]] = {
     "says skipped rows of wrong types": with_metadata(b'{"number": 0, "skipped": 5}'),
 }
 for kind, change in FOOTERS.items():
-    add(f"a part that {kind}", EXTRACT, after(reshard(change)), exits=(0,))
-    add(f"a part that {kind}", EXPLORE, after(reshard(change), "out", "--validate"),
-        exits=(0, 1, 2, 3))  # fmt: skip
+    add(f"a part that {kind}", after(reshard(change)), 0)
+    add(f"a part that {kind}", after(reshard(change), "out", "--validate"), 0, 1, 2, 3,
+        script=EXPLORE)  # fmt: skip
 
 
 @maker
@@ -623,8 +603,7 @@ def bomb(world: World, flag: str) -> Words:
 
 
 for flag in ("--stats", "--validate", "--sample=0"):
-    add(f"a part of few bytes that decodes to 4 GB, {flag}", EXPLORE, bomb(flag),
-        exits=(0, 1, 2, 3))  # fmt: skip
+    add(f"a part of few bytes that decodes to 4 GB, {flag}", bomb(flag), 0, 1, 2, 3, script=EXPLORE)
 
 
 # What the cache holds
@@ -669,10 +648,10 @@ CACHE_FAULTS: dict[str, Callable[[Path], Any]] = {
     "is a link to nothing": link_to("nowhere"),
     "is a link to itself": link_to("backup_part-00000.parquet"),
     "is a link to /dev/zero": link_to("/dev/zero"),
-}  # fmt: skip
+}
 for (kind, damage), (ends, name) in product(CACHE_FAULTS.items(), CACHED.items()):
     if ends == "backup" or kind in ("has damaged pages", "is noise"):
-        add(f"a {ends} in the cache that {kind}", EXTRACT, with_cache(damage, name), exits=(0,))
+        add(f"a {ends} in the cache that {kind}", with_cache(damage, name), 0)
 
 
 # The machine
@@ -688,9 +667,8 @@ def kill_child(world: World, process: Process) -> None:
         time.sleep(0.02)
 
 
-add("a process that tokenizes is killed", EXTRACT,
-    of_source(EXTRACT, *[CHAT] * 6000, limit=6000, upload_every=50), exits=(4,), during=kill_child,
-    says="memory")  # fmt: skip
+add("a process that tokenizes is killed", of_source(*[CHAT] * 6000, limit=6000, upload_every=50),
+    4, during=kill_child, says="memory")  # fmt: skip
 
 
 @maker
@@ -704,29 +682,28 @@ def remove_during(world: World, process: Process, name: str, sign: str) -> None:
 
 # What was committed and is gone before it is looked for is looked for two minutes, a commit.
 for name, sign in (("cache", "cache/*/pending"), ("out", "out/data/*")):
-    add(f"{name} is removed again and again, once there is {sign}", EXTRACT,
-        of_source(EXTRACT, *[CHAT] * 300, limit=300, upload_every=3, max_batch_size=1),
-        exits=(0, 2, 4), during=remove_during(name, sign), seconds=600.0)  # fmt: skip
+    add(f"{name} is removed again and again, once there is {sign}",
+        of_source(*[CHAT] * 300, limit=300, upload_every=3, max_batch_size=1), 0, 2, 4,
+        during=remove_during(name, sign), seconds=600.0)  # fmt: skip
 
 
 @maker
 def at_place(world: World, option: str, place: str) -> Words:
-    """Write to a place that is none."""
     (world.folder / "ring").symlink_to("ring")
     local = option == "cache_dir" or place[0] in "/.~"
-    return world.extract(**{option: place if local else f"./{place}"})
+    return world.start(**{option: place if local else f"./{place}"})
 
 
 for place in ("/proc/here", "/dev/null/here", "/dev/full", "ring/here", "a" * 300, "./\udcff",
               "~nobody-has-this/x"):  # fmt: skip
     for option, exits in (("output", (2, 4)), ("cache_dir", (0, 2, 4))):
-        add(f"--{option} {show(place, 16)}", EXTRACT, at_place(option, place), exits=exits)
+        add(f"--{option} {show(place, 16)}", at_place(option, place), *exits)
 
 
-@attack("files may have 20 kB (a full disk)", EXTRACT, exits=(4,), says="make room", resumes=True)
+@attack("files may have 20 kB (a full disk)", 4, says="make room", resumes=True)
 def _(world: World) -> Words:
     world.file_bytes = 20_000
-    return world.extract(streaming=True)
+    return world.start(streaming=True)
 
 
 NO_THREADS = """import threading
@@ -741,16 +718,15 @@ threading.Thread.start = refuse
 
 
 @maker
-def no_threads(world: World, *, after: int) -> Words:
+def no_threads(world: World, after: int) -> Words:
     """Let the start of a thread fail, as with too low a limit of processes."""
     world.write("site/sitecustomize.py", NO_THREADS.format(after))
     world.env["PYTHONPATH"] = str(world.folder / "site")
-    return world.extract()
+    return world.start()
 
 
 for count in (0, 5):
-    add(f"no thread is to be had after {count}", EXTRACT, no_threads(after=count), exits=(2, 4),
-        resumes=True)  # fmt: skip
+    add(f"no thread is to be had after {count}", no_threads(count), 2, 4, resumes=True)
 
 
 # Answers of strange size
@@ -769,55 +745,48 @@ GZIP = {"text": gzip_bomb(2 * 2**30), "headers": {"Content-Encoding": "gzip"}}
 for script in (EXTRACT, EXPLORE):
     for request in (f"GET /api/datasets/{REPO}", "GET .*/tree/", f"GET .*/{CHECKPOINT}",
                     f"GET .*/{SETTINGS}"):  # fmt: skip
-        add(f"an answer of 2 GB in gzip: {request}", script, from_hub(script, request, **GZIP),
-            exits=(0, 2, 4, 75), short=script == EXPLORE and SETTINGS in request)  # fmt: skip
+        add(f"an answer of 2 GB in gzip: {request}", from_hub(request, **GZIP), 0, 2, 4, 75,
+            script=script, short=script == EXPLORE and SETTINGS in request)  # fmt: skip
     for kind, text in NONSENSE.items():
-        add(f"the Hub answers {kind} to every question", script,
-            from_hub(script, "GET", text=text, deadline=0.3),
-            exits=(2, 4, 75) if script == EXTRACT else (2,),
+        add(f"the Hub answers {kind} to every question", from_hub("GET", text=text, deadline=0.3),
+            *((2, 4, 75) if script == EXTRACT else (2,)), script=script,
             short=(script, kind) == (EXPLORE, "deep brackets"))  # fmt: skip
-LARGE = from_hub(EXTRACT, "GET .*/tree/", text=b" " * BLOCK, times=2048)
-add("a listing of 2 GB", EXTRACT, LARGE, exits=(2, 4, 75))
-CUT = from_hub(EXTRACT, "GET .*/tree/", deadline=0.3, drop="body", drop_after=10)
-add("an answer that is cut", EXTRACT, CUT, exits=(4, 75))
+LARGE = {"text": b" " * BLOCK, "times": 2048}
+add("a listing of 2 GB", from_hub("GET .*/tree/", **LARGE), 2, 4, 75)
+CUT = {"drop": "body", "drop_after": 10}
+add("an answer that is cut", from_hub("GET .*/tree/", deadline=0.3, **CUT), 4, 75)
 
 
 # Secrets
 
 for status in (400, 401, 403, 404, 500):
-    echo = {"status": status, "message": ECHO}
-    add(f"HTTP {status} echoes the token", EXPLORE, meet(EXPLORE, "", echo, REPO),
+    add(f"HTTP {status} echoes the token", start(REPO, fault=echo(status)), script=EXPLORE,
         seconds=120, short=status == 403)  # fmt: skip
-    add(f"HTTP {status} echoes the token to the model", LENGTHS,
-        meet(LENGTHS, "", echo, model="tester/thing"), seconds=120)  # fmt: skip
-
-
+    add(f"HTTP {status} echoes the token to the model",
+        start(fault=echo(status), model="tester/thing"), script=LENGTHS, seconds=120)  # fmt: skip
 ENDINGS = {"a line's end": "\nX", "an umlaut": "äX", "an escape code": "\x1b[31m"}
 for kind, ending in ENDINGS.items():
     env = {"HF_TOKEN": TOKEN + ending}
-    add(f"the token has {kind}", EXTRACT, start(EXTRACT, output=REPO, env=env), exits=(2, 4))
-    add(f"the token has {kind}", EXPLORE, start(EXPLORE, REPO, env=env))
-names = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY")
-add("the Hub's client logs everything", EXTRACT,
-    start(EXTRACT, output=REPO, env={"HF_DEBUG": "1", **dict.fromkeys(names, "debug")}),
-    exits=(0,))  # fmt: skip
-proxy = {"HTTPS_PROXY": f"http://me:{TOKEN}@127.0.0.1:9", "HF_ENDPOINT": "https://hub.test"}
-add("a proxy with a password is not there", EXTRACT,
-    start(EXTRACT, output=REPO, max_runtime_minutes=0.3, env=proxy), exits=(4, 75))  # fmt: skip
-add("tasks of an executor fail with an echo of the token", EXTRACT,
-    meet(EXTRACT, "POST .*/commit/", {"status": 403, "message": ECHO}, "--executor", "local",
-         "--tasks", 2, "--workers", 1, output=REPO),
-    exits=(4, 75), seconds=90, traces=True)  # fmt: skip
+    add(f"the token has {kind}", start(output=REPO, env=env), 2, 4)
+    add(f"the token has {kind}", start(REPO, env=env), script=EXPLORE)
+env = dict.fromkeys(("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "debug")
+add("the Hub's client logs everything", start(output=REPO, env={"HF_DEBUG": "1", **env}), 0)
+env = {"HTTPS_PROXY": f"http://me:{TOKEN}@127.0.0.1:9", "HF_ENDPOINT": "https://hub.test"}
+add("a proxy with a password is not there",
+    start(output=REPO, max_runtime_minutes=0.3, env=env), 4, 75)  # fmt: skip
+add("tasks of an executor fail with an echo of the token",
+    start("--executor", "local", "--tasks", 2, "--workers", 1, output=REPO,
+          match="POST .*/commit/", fault=echo(403)), 4, 75, seconds=90, traces=True)  # fmt: skip
 
 
-@attack("a script of a batch system, the token in its environment", EXTRACT, exits=(0,), seconds=90)
+@attack("a script of a batch system, the token in its environment", 0, seconds=90)
 def _(world: World) -> Words:
     world.rows = None
     path = world.write("bin/sbatch", "#!/bin/sh\necho Submitted batch job 1\n")
     path.chmod(0o755)
     world.env["PATH"] = f"{path.parent}:{os.environ['PATH']}"
     options = '{"partition": "p", "time": "1:00:00"}'
-    return world.extract("--executor", "slurm", "--tasks", 2, "--executor-options", options)
+    return world.start("--executor", "slurm", "--tasks", 2, "--executor-options", options)
 
 
 # Running them -------------------------------------------------------------------------------------
@@ -838,9 +807,9 @@ class Ended:
 
 
 def run(
-    world: World, script: str, argv: Words, killed_after_s: float, during: Acting = lambda *_: None
+    world: World, argv: Words, killed_after_s: float, during: Acting = lambda *_: None
 ) -> Ended:
-    """Run a script to its end, or kill it; measure its time and its peak of memory."""
+    """Run the world's script to its end, or kill it; measure its time and its peak of memory."""
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
@@ -851,12 +820,13 @@ def run(
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
         resource.setrlimit(resource.RLIMIT_FSIZE, (world.file_bytes, world.file_bytes))
 
-    words = [sys.executable, *(os.fsencode(str(word)) for word in (ROOT / script, *argv))]
+    words = [sys.executable, *(os.fsencode(str(word)) for word in (ROOT / world.script, *argv))]
     begun, peak, killed = time.monotonic(), 0, False
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
-        process = subprocess.Popen(words, cwd=world.folder, env=env, start_new_session=True,
-                                   preexec_fn=limit, **streams)  # fmt: skip
+        process = subprocess.Popen(
+            words, cwd=world.folder, env=env, start_new_session=True, preexec_fn=limit,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+        )  # fmt: skip
         actor = threading.Thread(target=during, args=(world, process))
         actor.start()
         while process.poll() is None:
@@ -868,15 +838,37 @@ def run(
         actor.join()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what it has left behind
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read(50 * 2**20).decode(errors="surrogateescape"))
+        said = [os.pread(file.fileno(), 50 * 2**20, 0) for file in (out, err)]
+    texts = [data.decode(errors="surrogateescape") for data in said]
     return Ended(None if killed else process.returncode, *texts, seconds, peak / 2**20)
 
 
+SUMMARY = {"rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second", "output"}
+
+
+def find_lacking(ended: Ended) -> set[str]:
+    """Return what the last line of an extraction does not tell; a refused one tells nothing."""
+    if ended.code in (None, 2, -signal.SIGKILL):
+        return set()
+    with contextlib.suppress(ValueError):
+        last = json.loads(["{}", *ended.stdout.splitlines()][-1])
+        return set() if "plan" in last else SUMMARY - last.keys()
+    return SUMMARY
+
+
+def find_secret(world: World, said: str) -> str:
+    """Return where a byte of a token has gone, "" where nowhere."""
+    if any(secret in said for secret in SECRETS):
+        return "what it said"
+    for path in world.folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 50 * 2**20:
+            data = path.read_bytes()
+            if any(secret.encode() in data for secret in SECRETS):
+                return path.relative_to(world.folder).as_posix()
+    return ""
+
+
 def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
-    """Return what is wrong with the end of a run."""
     said, code = ended.stdout + ended.stderr, ended.code
     control, secret = CONTROL.search(said), find_secret(world, said)
     lacking = find_lacking(ended) if attack.script == EXTRACT else set()
@@ -895,21 +887,7 @@ def judge(attack: Attack, world: World, ended: Ended) -> list[str]:
     return [words for words, found in wrong.items() if found] + judge_rows(world, code)
 
 
-SUMMARY = {"rows", "tokens", "shards", "bytes", "skipped", "seconds", "tokens_per_second", "output"}
-
-
-def find_lacking(ended: Ended) -> set[str]:
-    """Return what the last line of an extraction does not tell; a refused one tells nothing."""
-    if ended.code in (None, 2, -signal.SIGKILL):
-        return set()
-    with contextlib.suppress(ValueError):
-        last = json.loads(["{}", *ended.stdout.splitlines()][-1])
-        return set() if "plan" in last else SUMMARY - last.keys()
-    return SUMMARY
-
-
 def judge_rows(world: World, code: int | None) -> list[str]:
-    """Return what is wrong with the rows of the output."""
     stored = world.stored()
     if world.before is not None:
         return [] if stored == world.before else ["another script changed the rows"]
@@ -924,34 +902,21 @@ def judge_rows(world: World, code: int | None) -> list[str]:
     return [words for words, found in wrong.items() if found]
 
 
-def find_secret(world: World, said: str) -> str:
-    """Return where a byte of a token has gone, "" where nowhere."""
-    if any(secret in said for secret in SECRETS):
-        return "what it said"
-    for path in world.folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and path.stat().st_size < 50 * 2**20:
-            data = path.read_bytes()
-            if any(secret.encode() in data for secret in SECRETS):
-                return path.relative_to(world.folder).as_posix()
-    return ""
-
-
 def make_output(folder: Path) -> Path:
-    """Extract conversations 0..3 in two parts, in peace."""
     world = World(folder / "ready", folder / "none")
-    ended = run(world, EXTRACT, world.extract(**PARTS), 300.0)
+    ended = run(world, world.start(**PARTS), 300.0)
     assert ended.code == 0, ended.stderr
     return world.folder / "out"
 
 
 def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) -> Ended:
     """Run an attack, and where it says so a run with --resume after it, without faults."""
-    world = World(folder, ready, slack)
+    world = World(folder, ready, attack.script, slack)
     with world.open:
         world.argv = attack.prepare(world)
         world.before = None if attack.script == EXTRACT else world.stored()
         limit_s = max(KILLED_AFTER_S, attack.seconds) * slack
-        ended = run(world, attack.script, world.argv, limit_s, attack.during)
+        ended = run(world, world.argv, limit_s, attack.during)
         ended.wrong = judge(attack, world, ended)
         if attack.check and (more := attack.check(world)):
             ended.wrong.append(more)
@@ -962,30 +927,13 @@ def run_attack(attack: Attack, folder: Path, ready: Path, slack: float = 1.0) ->
                 world.hub.clear()
             world.file_bytes = -1
             world.env.pop("PYTHONPATH", None)
-            words = [*world.argv, "--resume", "--max-runtime-minutes", 60]
-            calm = run(world, EXTRACT, words, 300.0)
+            calm = run(world, [*world.argv, "--resume", "--max-runtime-minutes", 60], 300.0)
             if calm.code != 0:
                 ended.wrong.append(f"--resume ends with {calm.code}: {calm.last_line}")
             ended.wrong += judge_rows(world, calm.code)
-        return ended
-
-
-def run_all(
-    attacks: Sequence[Attack], folder: Path, jobs: int, slack: float
-) -> Iterator[tuple[Attack, Ended]]:
-    """Run attacks, some at a time, and yield how they ended."""
-    ready = make_output(folder)
-
-    def work(number: int) -> tuple[Attack, Ended]:
-        place = folder / f"{number:03d}"
-        ended = run_attack(attacks[number], place, ready, slack)
-        if not ended.wrong:
-            shutil.rmtree(place, ignore_errors=True)
-        return attacks[number], ended
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for done in as_completed([pool.submit(work, number) for number in range(len(attacks))]):
-            yield done.result()
+    if not ended.wrong:
+        shutil.rmtree(folder, ignore_errors=True)
+    return ended
 
 
 def main() -> int:
@@ -1000,25 +948,32 @@ def main() -> int:
     if options.list:
         print(*(f"{one.script:18} {show(one.name, 80)}" for one in chosen), sep="\n")
         return 0
-    folder, done = Path(tempfile.mkdtemp(prefix="attacks-")), []
+    folder, done, wrong = Path(tempfile.mkdtemp(prefix="attacks-")), [], []
+    ready = make_output(folder)
     print_head("attack", "script", "exit", "s", "MB", "last line")
-    for one, ended in run_all(chosen, folder, options.jobs, options.slack):
-        done.append((one, ended))
-        code = "-" if ended.code is None else ended.code
-        print_row(show(one.name, 60), one.script.split("_")[0], code, f"{ended.seconds:.1f}",
-                  f"{ended.peak_mb:.0f}", show(ended.last_line, 110))  # fmt: skip
-        for said in ended.wrong:
-            print(f"    WRONG {show(said, 200)}", flush=True)
-    wrong = [f"{one.script}: {one.name}" for one, ended in done if ended.wrong]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = {
+            pool.submit(run_attack, one, folder / f"{n:03d}", ready, options.slack): one
+            for n, one in enumerate(chosen)
+        }
+        for future in as_completed(runs):
+            one, ended = runs[future], future.result()
+            done.append(ended)
+            print_row(show(one.name, 60), one.script.split("_")[0],
+                      "-" if ended.code is None else ended.code, f"{ended.seconds:.1f}",
+                      f"{ended.peak_mb:.0f}", show(ended.last_line, 110))  # fmt: skip
+            for said in ended.wrong:
+                print(f"    WRONG {show(said, 200)}", flush=True)
+            wrong += [f"{one.script}: {one.name}"] if ended.wrong else []
     if wrong:
         print(f"left for a look: {folder}")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    codes = Counter(str(ended.code) for _, ended in done)
+    codes = Counter(str(ended.code) for ended in done)
     print(json.dumps({
         "attacks": len(done), "wrong": wrong, "exits": dict(sorted(codes.items())),
-        "most_seconds": round(max((ended.seconds for _, ended in done), default=0.0), 1),
-        "most_mb": round(max((ended.peak_mb for _, ended in done), default=0.0)),
+        "most_seconds": round(max((ended.seconds for ended in done), default=0.0), 1),
+        "most_mb": round(max((ended.peak_mb for ended in done), default=0.0)),
     }))  # fmt: skip
     return int(bool(wrong))
 

@@ -50,7 +50,6 @@ def run_apart(*command: object, env: dict[str, str] | None = None) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """Name the hardware and the versions that figures depend on."""
     import numpy
     import torch
 

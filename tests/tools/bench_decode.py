@@ -25,13 +25,14 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from bench import cpu_seconds, machine
+from bench import machine
 from small_output import random_rows, rows_to_table, write_output
 
 import explore_logits as ex
@@ -75,15 +76,22 @@ def random_row(rng: np.random.Generator, tokens: int, tail: int, compact: bool) 
     return row | {"token_positions": np.arange(tokens, 2 * tokens)}
 
 
-def decode_at_once(path: Path, sums: dict[int, float]) -> int:
-    """Add a checksum of each row by its index; return the number of entries."""
-    entries = 0
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the processor seconds that some work takes, and what it gives."""
+    start = time.process_time()
+    found = work()
+    return time.process_time() - start, found
+
+
+def decode_at_once(path: Path) -> tuple[int, dict[int, float]]:
+    """Return the number of entries, and a checksum of each row by its index."""
+    entries, sums = 0, dict[int, float]()
     for block in ex.iter_blocks(path):
         check = block.top.probs + block.top.ids
         first = block.top.starts[block.row_starts[:-1]]
         sums |= zip(block.index.tolist(), np.add.reduceat(check, first).tolist(), strict=True)
         entries += check.size
-    return entries
+    return entries, sums
 
 
 def decode_by_token(path: Path) -> tuple[float, dict[int, float]]:
@@ -103,46 +111,30 @@ def decode_by_token(path: Path) -> tuple[float, dict[int, float]]:
 
 
 def measure_decoding(folder: Path) -> dict[str, Any]:
-    """Decode in both ways, then validate and compare."""
     path = write_rows(folder / "whole", TOKENS, row_tokens=ROW_TOKENS, tail=0)
-    start, all_sums = time.process_time(), dict[int, float]()
-    entries = decode_at_once(path, all_sums)
-    at_once_s = time.process_time() - start
+    at_once_s, (entries, all_sums) = timed(lambda: decode_at_once(path))
     by_token_s, sums = decode_by_token(path)
     assert all(np.isclose(sums[index], all_sums[index], rtol=1e-9) for index in sums)
-    return {
-        "benchmark": "decode", "tokens": TOKENS, "entries": entries,
-        "at_once_s": round(at_once_s, 3), "by_token_s": round(by_token_s, 3),
-        "ratio": round(by_token_s / at_once_s, 1), "faulty_shards": FAULTS,
-        "validate_s": round(time_validation(folder / "faulty"), 2),
-        "compare_permuted_s": round(time_comparison(folder), 2),
-    }  # fmt: skip
-
-
-def time_validation(folder: Path) -> float:
-    """Return the seconds that it takes to validate an output of faulty shards."""
-    first = folder / "data" / "part-00000.parquet"
+    first = folder / "faulty" / "data" / "part-00000.parquet"
     first.parent.mkdir(parents=True)
     pq.write_table(rows_to_table([{**random_rows(1, tokens=4)[0], "num_tokens": 99}]), first)
     for number in range(1, FAULTS):
         shutil.copyfile(first, first.with_name(f"part-{number:05d}.parquet"))
-    start = time.process_time()
-    report = ex.validate_output(folder)
+    validate_s, report = timed(lambda: ex.validate_output(folder / "faulty"))
     assert report.counts["length"] >= FAULTS
-    return time.process_time() - start
-
-
-def time_comparison(folder: Path) -> float:
-    """Return the seconds that it takes to compare two outputs of other orders."""
     rows = random_rows(2000, tokens=20)
     order = np.random.default_rng(0).permutation(len(rows))
     for name, chosen in (("one", rows), ("two", [rows[i] for i in order])):
         write_output(folder / name, chosen, rows_per_shard=500, rows_per_group=500)
-    start = time.process_time()
-    seen = ex.compare_outputs(folder / "one", folder / "two")
+    compare_s, seen = timed(lambda: ex.compare_outputs(folder / "one", folder / "two"))
     assert seen.common_rows == len(rows)
     assert not seen.max_divergence
-    return time.process_time() - start
+    return {
+        "benchmark": "decode", "tokens": TOKENS, "entries": entries,
+        "at_once_s": round(at_once_s, 3), "by_token_s": round(by_token_s, 3),
+        "ratio": round(by_token_s / at_once_s, 1), "faulty_shards": FAULTS,
+        "validate_s": round(validate_s, 2), "compare_permuted_s": round(compare_s, 2),
+    }  # fmt: skip
 
 
 def measure_loader(folder: Path) -> dict[str, Any]:
@@ -161,9 +153,9 @@ def time_loader(folder: Path) -> int:
     """Return tokens per processor second of a data loader without workers."""
     dataset: Any = ex.LogitIterableDataset(folder)
     loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=ex.collate_logits)
-    start = time.process_time()
-    done = sum(int((batch["teacher_positions"] >= 0).sum()) for batch in loader)
-    return round(done / (time.process_time() - start))
+    positions = (batch["teacher_positions"] for batch in loader)
+    seconds, done = timed(lambda: sum(int((p >= 0).sum()) for p in positions))
+    return round(done / seconds)
 
 
 def time_weights(path: Path) -> tuple[int, float]:
@@ -171,7 +163,7 @@ def time_weights(path: Path) -> tuple[int, float]:
     block = ex.decode_rows(pq.read_table(path).slice(0, 64))
     tail = block.tail.logits.reshape(len(block.logsumexp), -1) - block.logsumexp[:, None]
     rest = np.exp(ex.sparse_teacher(block)["teacher_log_rest"].astype(np.float64))
-    seconds = cpu_seconds(lambda: ex.weigh_tail(tail, rest))
+    seconds, _ = timed(lambda: ex.weigh_tail(tail, rest))
     few = tail[:2_000], rest[:2_000]
     error = float((ex.weigh_tail(*few) - ex.weigh_tail(*few, nodes=1_024)).abs().max())
     assert error < 1e-6, f"the quadrature is off by {error}"

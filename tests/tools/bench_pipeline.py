@@ -34,6 +34,7 @@ import pyarrow as pa
 import torch
 from bench import CHATS, TEACHER, cpu_seconds, machine, print_head, print_row
 from storage_table import encode_rows
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import extract_logits as el
@@ -111,11 +112,8 @@ def timed(device: torch.device) -> Iterator[Callable[[], float]]:
 @torch.inference_mode()
 def forward(model: Any, batch: el.Batch) -> None:
     """Run layers and head as one writes it: padded on the right, wanted positions alone."""
-    longest = max(row.input_ids.size for row in batch.rows)
-    ids = torch.zeros(len(batch.rows), longest, dtype=torch.int64)
-    for target, row in zip(ids, batch.rows, strict=True):
-        target[: row.input_ids.size] = torch.from_numpy(row.input_ids)
-    places = [torch.from_numpy(row.token_positions) + n * longest - 1
+    ids = pad_sequence([torch.from_numpy(row.input_ids).long() for row in batch.rows], True)
+    places = [torch.from_numpy(row.token_positions) + n * ids.shape[1] - 1
               for n, row in enumerate(batch.rows)]  # fmt: skip
     states = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     wanted = states.flatten(0, 1)[torch.cat(places).to(model.device)]
@@ -123,27 +121,41 @@ def forward(model: Any, batch: el.Batch) -> None:
         model.lm_head(part)
 
 
+def configure(folder: Path, args: Any, count: int, output: str) -> el.ExtractionConfig:
+    return el.ExtractionConfig(
+        model=str(folder / "teacher"), dataset=str(folder / "chats.jsonl"), index_col="id",
+        limit=count, output=str(folder / output), cache_dir=str(folder / "cache"),
+        device=args.device, dtype=args.dtype, max_batch_tokens=args.batch_tokens,
+        force_restart=True,
+    )  # fmt: skip
+
+
+def open_extraction(
+    folder: Path, model: Any, args: Any
+) -> tuple[el.Extraction, list[el.EncodedRow], list[el.Batch]]:
+    """Return an extraction by a model, its rows and their batches."""
+    job = el.open_job(configure(folder, args, args.conversations, "unused"))
+    rows = encode_rows(job, args.conversations)
+    extraction = el.Extraction(job, mock.Mock())
+    extraction.teacher = el.Teacher(model, vocab_size=job.vocab_size)
+    return extraction, rows, list(el.token_budget_batches(job.config, rows, args.batch_tokens))
+
+
 def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> dict[str, float]:
     """Return the figures of one teacher and kind of rows."""
     device = model.device
 
-    def run(count: int) -> tuple[float, dict[str, Any]]:
-        config = configure(folder, args, count, folder / f"{kind}-{count}")
+    def run(count: int) -> tuple[float, int]:
+        config = configure(folder, args, count, f"{kind}-{count}")
         with mock.patch.object(el, "make_teacher", give_teacher), timed(device) as seconds:
             summary = el.run_extraction(config)
         assert summary["exit_code"] == 0, summary
-        return seconds(), summary
+        return seconds(), summary["tokens"]
 
     def give_teacher(_: Any, __: Any, ___: Any, vocab_size: int | None) -> el.Teacher:
         return el.Teacher(model, vocab_size=vocab_size)
 
-    config = configure(folder, args, args.conversations, folder / "unused")
-    job = el.open_job(config)
-    rows = encode_rows(job, args.conversations)
-    batches = list(el.token_budget_batches(config, rows, args.batch_tokens))
-    teacher = el.Teacher(model, vocab_size=job.vocab_size)
-    extraction = el.Extraction(job, mock.Mock())
-    extraction.teacher = teacher
+    extraction, _, batches = open_extraction(folder, model, args)
     ways: dict[str, Callable[[el.Batch], Any]] = {
         "forward": lambda batch: forward(model, batch),
         "on the device": lambda batch: extraction.forward(batch).to_host(),
@@ -158,25 +170,21 @@ def compare(folder: Path, model: Any, kind: str, args: argparse.Namespace) -> di
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run(8)
-    (few, one), (many, two) = run(args.conversations), run(2 * args.conversations)
-    tokens = two["tokens"] - one["tokens"]
+    few, many = run(args.conversations), run(2 * args.conversations)
+    seconds, tokens = (more - less for less, more in zip(few, many, strict=True))
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-    return {"stored tokens": tokens, **best, "the run": many - few,
-            "tokens/s": tokens / (many - few), "peak memory, GB": peak}  # fmt: skip
+    return {"stored tokens": tokens, **best, "the run": seconds, "tokens/s": tokens / seconds,
+            "peak memory, GB": peak}  # fmt: skip
 
 
 def keep_up(folder: Path, model: Any, args: argparse.Namespace) -> dict[str, float]:
     """Return stored tokens per processor second of each stage beside the teacher."""
-    job = el.open_job(configure(folder, args, args.conversations, folder / "unused"))
+    extraction, rows, batches = open_extraction(folder, model, args)
+    job = extraction.job
     part = next(job.selection.parts(args.conversations))
     source = list(part.read(range(part.ids.size)))
-    rows = encode_rows(job, args.conversations)
-    extraction = el.Extraction(job, mock.Mock())
-    extraction.teacher = el.Teacher(model, vocab_size=job.vocab_size)
-    batches = list(el.token_budget_batches(job.config, rows, args.batch_tokens))
-    results = [extraction.forward(batch).to_host() for batch in batches]
+    pairs = [(extraction.forward(batch).to_host(), batch) for batch in batches]
     extraction.close()
-    pairs = list(zip(results, batches, strict=True))
 
     def pack() -> list[pa.Table]:
         return [el.cpu_postprocess_batch(*pair, schema=job.schema).table for pair in pairs]
@@ -188,25 +196,15 @@ def keep_up(folder: Path, model: Any, args: argparse.Namespace) -> dict[str, flo
         "encoding": lambda: el.write_part(folder / "part.parquet", table, job.schema),
     }
     tokens = sum(row.token_positions.size for row in rows)
-    return {
-        name: tokens / min(cpu_seconds(work) for _ in range(3)) for name, work in stages.items()
-    }
-
-
-def configure(folder: Path, args: Any, count: int, output: Path) -> el.ExtractionConfig:
-    return el.ExtractionConfig(
-        model=str(folder / "teacher"), dataset=str(folder / "chats.jsonl"), index_col="id",
-        limit=count, output=str(output), cache_dir=str(folder / "cache"), device=args.device,
-        dtype=args.dtype, max_batch_tokens=args.batch_tokens, force_restart=True,
-    )  # fmt: skip
+    best = {name: min(cpu_seconds(work) for _ in range(3)) for name, work in stages.items()}
+    return {name: tokens / seconds for name, seconds in best.items()}
 
 
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=["0.5B", "8B", "32B"] if gpu else ["small"]
-    )
+    shapes = ["0.5B", "8B", "32B"] if gpu else ["small"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes)
     parser.add_argument("--conversations", type=int, default=600 if gpu else 24, help="N")
     parser.add_argument("--batch-tokens", type=int, default=32_768 if gpu else 4_096)
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
@@ -216,8 +214,7 @@ def main() -> None:
     print(json.dumps(machine()))
     print_head("teacher", "logits", "stored tokens", "forward, s", "on the device, s", "the run, s",
                "forward / run", "tokens/s", "peak memory, GB")  # fmt: skip
-    figures: dict[str, dict[str, float]] = {}
-    beside: dict[str, dict[str, float]] = {}
+    figures, beside = dict[str, dict[str, float]](), dict[str, dict[str, float]]()
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -229,11 +226,10 @@ def main() -> None:
                 if kind == "peaked":
                     spread_logits(model)
                 found = figures[f"{shape} {kind}"] = compare(folder, model, kind, args)
-                seconds = [found[name] for name in ("forward", "on the device", "the run")]
-                shown = [f"{value:.2f}" for value in seconds]
-                shown += [f"{seconds[0] / seconds[2]:.0%}", f"{found['tokens/s']:,.0f}"]
-                print_row(shape, kind, f"{found['stored tokens']:,}", *shown,
-                          f"{found['peak memory, GB']:.1f}")  # fmt: skip
+                tokens, alone, device_s, run_s, rate, peak = found.values()
+                print_row(shape, kind, f"{tokens:,}", f"{alone:.2f}", f"{device_s:.2f}",
+                          f"{run_s:.2f}", f"{alone / run_s:.0%}", f"{rate:,.0f}",
+                          f"{peak:.1f}")  # fmt: skip
             beside[shape] = keep_up(folder, model, args)
             del model
     print()

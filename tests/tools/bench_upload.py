@@ -38,26 +38,6 @@ COPIES, LATENCY_S = 6, 0.2  # of the 400 embedded conversations
 # Latency ------------------------------------------------------------------------------------------
 
 
-def copy_conversations(path: Path) -> None:
-    """Write the embedded conversations several times, under ids of their own."""
-    rows = [json.loads(line) for line in CHATS.read_text(encoding="utf-8").splitlines()] * COPIES
-    lines = [json.dumps({**row, "id": number}) for number, row in enumerate(rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def note_seconds(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """Return the function, noting how long each call takes."""
-
-    def timed(*args: Any, **options: Any) -> Any:
-        begun = time.monotonic()
-        try:
-            return function(*args, **options)
-        finally:
-            seconds.append(time.monotonic() - begun)
-
-    return timed
-
-
 def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[float, float]:
     """Return the seconds of a run, and those of them that it waited for the uploader."""
     argv = [
@@ -69,9 +49,20 @@ def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[fl
     def work(output: IO[str]) -> int:
         os.dup2(os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         waited: list[float] = []
+
+        def note_seconds(function: Callable[..., Any]) -> Callable[..., Any]:
+            def timed(*args: Any, **options: Any) -> Any:
+                begun = time.monotonic()
+                try:
+                    return function(*args, **options)
+                finally:
+                    waited.append(time.monotonic() - begun)
+
+            return timed
+
         for method in ("__init__", "flush", "shutdown"):
             plain = getattr(script.StreamingHFUploader, method)
-            setattr(script.StreamingHFUploader, method, note_seconds(plain, waited))
+            setattr(script.StreamingHFUploader, method, note_seconds(plain))
         begun = time.monotonic()
         code = int(script.main([str(word) for word in argv]))
         output.write(json.dumps([time.monotonic() - begun, sum(waited)]))
@@ -79,23 +70,23 @@ def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[fl
 
     code, said = Child(work).finish()
     assert code == 0, (folder / "log.txt").read_text()[-2000:]
-    run_s, waited_s = json.loads(said.splitlines()[-1])
-    return run_s, waited_s
+    return tuple(json.loads(said.splitlines()[-1]))
 
 
 def measure_latency() -> dict[str, Any]:
     times: dict[str, list[tuple[float, float]]] = {"none": [], "latency": []}
     with tempfile.TemporaryDirectory() as place, serve_hub(Path(place)) as endpoint:
         folder, script = Path(place), import_and_shorten_waits()
-        copy_conversations(folder / "chats.jsonl")
+        rows = [json.loads(line) for line in CHATS.read_text(encoding="utf-8").splitlines()]
+        lines = [json.dumps({**row, "id": n}) for n, row in enumerate(rows * COPIES)]
+        (folder / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         time_run(script, folder, "warm-up", "--limit", 20)
         for kind in [*times] * 2:
             ask_hub(endpoint, "/_ctl/clear", {})
             if kind == "latency":
                 fault = {"match": "", "count": 10**9, "latency": LATENCY_S}
                 ask_hub(endpoint, "/_ctl/fault", fault)
-            name = f"{kind}-{len(times[kind])}"
-            times[kind].append(time_run(script, folder, name))
+            times[kind].append(time_run(script, folder, f"{kind}-{len(times[kind])}"))
     run, waited = ({kind: min(run[n] for run in runs) for kind, runs in times.items()}
                    for n in range(2))  # fmt: skip
     return {

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import hashlib
 import importlib
 import itertools
 import json
@@ -41,14 +40,15 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
 
+import pyarrow.parquet as pq
 from bench import CHATS, TEACHER, TESTS, print_head, print_row
+from outputs import Output
 from processes import Child
 
 ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice", "runtime limit")
@@ -93,37 +93,85 @@ def import_and_shorten_waits() -> Any:
     llama = "transformers.models.llama.modeling_llama"
     for name in ("torch", "datasets", "huggingface_hub", llama):
         importlib.import_module(name)
-    extract_logits = importlib.import_module("extract_logits")
-    setattr(extract_logits, "RETRY_WAITS_S", (0.02, 0.05, 0.1, 0.2))  # noqa: B010
-    clock = SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.05)), time=time.time)
-    setattr(sys.modules["huggingface_hub.utils._http"], "time", clock)  # noqa: B010
+    extract_logits: Any = importlib.import_module("extract_logits")
+    extract_logits.RETRY_WAITS_S = (0.02, 0.05, 0.1, 0.2)
+    http: Any = sys.modules["huggingface_hub.utils._http"]
+    http.time = SimpleNamespace(sleep=lambda s: time.sleep(min(s, 0.05)), time=time.time)
     return extract_logits
 
 
-def start(script: Any, folder: Path, argv: Sequence[object], delay_s: float = 0.0) -> Child:
-    """Run the script's `main` in a process of its own that logs into folder/log.txt."""
+class Worker(NamedTuple):
+    """One process of a round, and what ends it."""
 
-    def work(_: IO[str]) -> int:
-        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        faulthandler.dump_traceback_later(HANGS_S - 10, file=log)
-        time.sleep(delay_s)
-        try:
-            return int(script.main([str(word) for word in argv]))
-        except KeyboardInterrupt:  # before the run has begun to listen
-            return 130
-
-    return Child(work)
+    rank: int
+    team: int
+    cache: Path = Path("cache")
+    end: str = "none"  # a signal or the runtime limit, unless it has ended before
+    at_s: float = 0.0  # when that comes
+    again_s: float | None = None  # when the signal comes a second time
+    delay_s: float = 0.0  # before it starts
 
 
-def send_signals(signals: Iterable[tuple[float, int, Child]]) -> None:
-    """Send each signal at its time, in seconds from now, unless the run has ended."""
-    begun = time.monotonic()
-    for at_s, number, run in sorted(signals, key=lambda entry: entry[0]):
-        while time.monotonic() - begun < at_s and not run.ended():
-            time.sleep(0.002)
-        run.send(number)
+class Runs:
+    """Runs of the script in processes that log into folder/log.txt, and what becomes of parts."""
+
+    def __init__(self, folder: Path, endpoint: str) -> None:
+        self.folder, self.endpoint, self.ledger = folder, endpoint, Ledger(endpoint)
+        self.script = import_and_shorten_waits()
+        self.fresh_caches = (folder / "fresh" / f"{number}" for number in itertools.count())
+
+    def start(self, argv: Sequence[object], one: Worker) -> Child:
+        words = [*argv, "--cache-dir", one.cache]
+        if one.team > 1:
+            words += ["--rank", one.rank, "--world-size", one.team]
+        if one.end == "runtime limit":
+            words += ["--max-runtime-minutes", one.at_s / 60]
+
+        def work(_: IO[str]) -> int:
+            log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            faulthandler.dump_traceback_later(HANGS_S - 10, file=log)
+            time.sleep(one.delay_s)
+            try:
+                return int(self.script.main([str(word) for word in words]))
+            except KeyboardInterrupt:  # before the run has begun to listen
+                return 130
+
+        return Child(work)
+
+    def round(
+        self, argv: Sequence[object], workers: Sequence[Worker], hangs_s: float = 120.0
+    ) -> tuple[list[int], bool]:
+        """Run workers at a time; return exit codes, and whether one of each rank stored all."""
+        runs = [(one, self.start(argv, one)) for one in workers]
+        signals = [
+            (at_s, signal.Signals[one.end.split()[0]], run)
+            for one, run in runs
+            if one.end.startswith("SIG")
+            for at_s in (one.at_s, one.again_s)
+            if at_s is not None
+        ]
+        begun = time.monotonic()
+        for at_s, number, run in sorted(signals, key=lambda entry: entry[0]):
+            while time.monotonic() - begun < at_s and not run.ended():
+                time.sleep(0.002)
+            run.send(number)
+        codes, stored = [], set()
+        for one, run in runs:
+            with run.output:
+                codes.append(run.wait(hangs_s))
+            stored |= {one[:2]} if codes[-1] == 0 else set()
+        teams = {one.team for one in workers}
+        return codes, any({(rank, team) for rank in range(team)} <= stored for team in teams)
+
+    def learn(self, output: str, argv: Sequence[object]) -> tuple[dict[str, str], float]:
+        """Run undisturbed; return hashes of the right parts, and seconds."""
+        begun = time.monotonic()
+        words = [*argv, "--output", output]
+        codes, _ = self.round(words, [Worker(0, 1, self.folder / "alone")])
+        assert codes == [0], (self.folder / "log.txt").read_text()[-3000:]
+        return self.ledger.learn(output), time.monotonic() - begun
 
 
 class Ledger:
@@ -137,18 +185,12 @@ class Ledger:
     def hashes(self, output: str) -> dict[str, str]:
         """Return the sha256 of each part that an output lists."""
         if Path(output).is_absolute():
-            paths = filter(Path.is_file, Path(output).glob("data/**/*.parquet"))
-            return {
-                path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in paths
-            }
+            return Output(output).hashes()
         files = ask_hub(self.endpoint, "/_ctl/state")["files"].get(output, {})
         return {path: found for path, found in files.items() if path.startswith("data/")}
 
     def learn(self, folder: str) -> dict[str, str]:
         """Take the parts of a folder for right; return their hashes."""
-        import pyarrow.parquet as pq
-
         parts = self.hashes(folder)
         for path, sha256 in parts.items():
             with pq.ParquetFile(Path(folder) / path) as file:  # no threads: this process forks
@@ -172,15 +214,13 @@ class Ledger:
         return found
 
     def wrong(self) -> int:
-        """Return how much must not be."""
         return self.parts_different + self.rows_lost + self.rows_twice
 
 
 # Jobs ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Which parts a job has: the options, and `--limit` before and after it is raised."""
 
     name: str
@@ -213,79 +253,55 @@ def write_source(folder: Path, count: int) -> None:
             file.write(json.dumps({"messages": [] if 8 <= n < 12 else chat}) + "\n")
 
 
-class Driver:
-    """Starts rounds of runs and ends them."""
-
-    def __init__(self, script: Any, folder: Path, endpoint: str, seed: int) -> None:
-        self.script, self.folder, self.endpoint = script, folder, endpoint
-        self.random, self.ledger = random.Random(seed), Ledger(endpoint)
+class Driver(Runs):
+    def __init__(self, folder: Path, endpoint: str, seed: int) -> None:
+        super().__init__(folder, endpoint)
+        self.random = random.Random(seed)
         self.jobs = self.runs = self.empty_caches = 0
         self.kinds, self.kills, self.codes = Counter[str](), Counter[str](), Counter[int]()
         self.unexpected: list[str] = []
         count = max(max(shape.limits) for shape in SHAPES)
         assert Child(lambda _: write_source(folder, count)).wait() == 0  # its threads end with it
+        self.learned = {
+            (shape, limit): self.learn(f"{folder}/wanted-{shape.name}", self.words(shape, limit))
+            for shape in SHAPES for limit in shape.limits
+        }  # fmt: skip
 
-    def words(self, shape: Shape, output: str, limit: int) -> list[object]:
+    def words(self, shape: Shape, limit: int) -> list[object]:
         """Return the options of a job; batches have the same shapes in every run."""
-        source = ("--model", self.folder / "model", "--dataset", self.folder / "chats.jsonl")
-        return [*source, "--max-seq-len", 100, "--max-batch-size", 1, *shape.options,
-                "--output", output, "--limit", limit, "--resume"]  # fmt: skip
+        return ["--model", self.folder / "model", "--dataset", self.folder / "chats.jsonl",
+                "--max-seq-len", 100, "--max-batch-size", 1, *shape.options,
+                "--limit", limit, "--resume"]  # fmt: skip
 
-    def learn(self, shape: Shape) -> tuple[dict[int, dict[str, str]], float]:
-        """Run undisturbed, raising the limit; return the parts by limit, and seconds."""
-        parts, output = {}, str(self.folder / f"wanted-{shape.name}")
-        for limit in shape.limits:
-            begun = time.monotonic()
-            words = [*self.words(shape, output, limit), "--cache-dir", self.folder / "alone"]
-            code = start(self.script, self.folder, words).wait()
-            assert code == 0, (self.folder / "log.txt").read_text()[-3000:]
-            parts[limit] = self.ledger.learn(output)
-        return parts, max(time.monotonic() - begun, 0.2)
-
-    def round(
+    def disturb(
         self, argv: Sequence[object], team: int, cache: Path, run_s: float, calm: float
     ) -> bool:
         """Run a team of workers with faults, each with an end; True when all is stored."""
         rate = 0.0 if self.random.random() < calm else self.random.choice(FAULT_RATES)
         chaos = {"rate": rate, "seed": self.random.getrandbits(32)}
         ask_hub(self.endpoint, "/_ctl/chaos", chaos)
-        ranks = list(range(team))
+        ranks, workers = list(range(team)), []
         if team > 1 and self.random.random() < 0.3:
             ranks.append(self.random.randrange(team))  # started twice, on another machine
             self.kinds["started twice"] += 1
-        runs, signals = [], []
         for place, rank in enumerate(ranks):
-            worker = ("--rank", rank, "--world-size", team) if team > 1 else ()
             kept = cache if place < team else Path(f"{cache}-twin-{self.runs}")
             end = "none" if self.random.random() < calm else self.random.choice(ENDS)
-            delay_s = self.random.uniform(0.0, run_s)
-            limit = ("--max-runtime-minutes", delay_s / 60) if end == "runtime limit" else ()
-            run = start(self.script, self.folder, [*argv, "--cache-dir", kept, *worker, *limit])
-            runs.append((rank, end, run))
-            if end.startswith("SIG"):
-                number = signal.Signals[end.split()[0]]
-                signals.append((delay_s, number, run))
-                if end.endswith("twice"):
-                    signals.append((delay_s + self.random.uniform(0, 0.05), number, run))
-        send_signals(signals)
-        stored = {rank for rank, end, run in runs if self.note(end, run) == 0}
+            at_s = self.random.uniform(0.0, run_s)
+            again_s = at_s + self.random.uniform(0, 0.05) if end.endswith("twice") else None
+            workers.append(Worker(rank, team, kept, end, at_s, again_s))
+        codes, complete = self.round(argv, workers, HANGS_S)
         ask_hub(self.endpoint, "/_ctl/clear", {})
-        return stored == set(range(team))
+        self.runs += len(codes)
+        self.codes.update(codes)
+        for one, code in zip(workers, codes, strict=True):
+            self.kills[one.end] += code != 0
+            if code not in EXPECTED_CODES and (code, one.end) != (-signal.SIGKILL, "SIGKILL"):
+                said = " after a minute: it hung" if code == -signal.SIGKILL else ""
+                self.unexpected.append(f"{one.end}: exit code {code}{said}")
+        return complete
 
-    def note(self, end: str, run: Child) -> int:
-        """Wait for a run, count how it ended and return its code."""
-        code = run.wait(HANGS_S)
-        run.output.close()
-        self.runs += 1
-        self.codes[code] += 1
-        self.kills[end] += code != 0
-        if code not in EXPECTED_CODES and (code, end) != (-signal.SIGKILL, "SIGKILL"):
-            said = " after a minute: it hung" if code == -signal.SIGKILL else ""
-            self.unexpected.append(f"{end}: exit code {code}{said}")
-        return code
-
-    def job(self, shape: Shape, parts: Mapping[int, dict[str, str]], run_s: float) -> None:
-        """Run one job to its end and compare its parts after every round."""
+    def job(self, shape: Shape) -> None:
         self.jobs += 1
         local, workers, grows = (self.random.random() < share for share in (0.25, 0.4, 0.4))
         kind = ("folder" if local else "Hub", "workers" if workers else "one process", shape.name)
@@ -294,6 +310,7 @@ class Driver:
         output = str(self.folder / name) if local else f"tester/{name}"
         low, high = shape.limits
         limit = low if grows else high
+        run_s = max(self.learned[shape, high][1], 0.2)
         caches: list[Path] = []
         held: dict[str, str] = {}
         for number, team in enumerate(itertools.cycle(TEAMS if workers else (1,))):
@@ -302,9 +319,10 @@ class Driver:
                 self.empty_caches += 1
             calm = 0.1 + 0.9 * number / (number + 6)
             cache = self.random.choice(caches[-3:])
-            words = self.words(shape, output, limit)
-            complete = self.round(words, team, cache, run_s, calm)
-            held = self.ledger.compare(output, held, parts[limit] if complete else {})
+            words = [*self.words(shape, limit), "--output", output]
+            complete = self.disturb(words, team, cache, run_s, calm)
+            needed = self.learned[shape, limit][0] if complete else {}
+            held = self.ledger.compare(output, held, needed)
             if complete and limit == high:
                 break
             if complete or (held and self.random.random() < 0.4):
@@ -318,13 +336,11 @@ def run_chaos(runs: int, seed: int, folder: Path) -> tuple[dict[str, Any], bool]
     """Run jobs until there were so many runs; return the figures and whether they are good."""
     begun = time.monotonic()
     with serve_hub(folder) as endpoint:
-        driver = Driver(import_and_shorten_waits(), folder, endpoint, seed)
-        learned = {shape: driver.learn(shape) for shape in SHAPES}
+        driver = Driver(folder, endpoint, seed)
         first = list(SHAPES)  # each at least once, if there are runs for it
         while driver.runs < runs:
             weights = [shape.weight for shape in SHAPES]
-            shape = first.pop(0) if first else driver.random.choices(SHAPES, weights)[0]
-            driver.job(shape, *learned[shape])
+            driver.job(first.pop(0) if first else driver.random.choices(SHAPES, weights)[0])
         faults = ask_hub(endpoint, "/_ctl/state")["faults_met"]
     ledger = vars(driver.ledger)
     figures = {
@@ -340,104 +356,69 @@ def run_chaos(runs: int, seed: int, folder: Path) -> tuple[dict[str, Any], bool]
 # Workers killed, doubled and changed in number, as a table --------------------------------------
 
 COLUMNS = ("launcher", "job", "output", "runs", "kills", "lost", "twice", "different")
-OUTPUTS = {"folder": "", "Hub": "tester"}  # by the folder or owner that an output is in
-
-
-class Worker(NamedTuple):
-    """One process of a round."""
-
-    rank: int
-    world_size: int
-    kill_after_s: float | None = None  # SIGKILL, unless it has ended
-    delay_s: float = 0.0
-
-
 Rounds = Sequence[Sequence[Worker]]  # teams that run one after another
-
-
-def team(count: int, **options: Any) -> list[Worker]:
-    """Return the workers of a whole round."""
-    return [Worker(rank, count, **options) for rank in range(count)]
 
 
 def make_jobs(seed: int, run_s: float) -> dict[str, Rounds]:
     """Return the jobs of the table; kills come at random moments of a run of `run_s` seconds."""
     chance = random.Random(seed)
 
-    def killed(count: int) -> list[Worker]:
-        return [Worker(rank, count, chance.uniform(0.2, 1.0) * run_s) for rank in range(count)]
+    def team(count: int, **options: Any) -> list[Worker]:
+        return [Worker(rank, count, **options) for rank in range(count)]
 
+    def killed(count: int) -> list[Worker]:
+        moments = [chance.uniform(0.2, 1.0) * run_s for _ in range(count)]
+        return [Worker(rank, count, end="SIGKILL", at_s=at) for rank, at in enumerate(moments)]
+
+    one_killed = [Worker(0, 2), Worker(1, 2, end="SIGKILL", at_s=0.6 * run_s)]
     return {
         **{f"{n} worker{'s' * (n > 1)}": [team(n)] for n in (1, 2, 3, 4)},
-        "2 workers, one killed": [[Worker(0, 2), Worker(1, 2, 0.6 * run_s)], team(2)],
+        "2 workers, one killed": [one_killed, team(2)],
         "3 → 2 → 4 workers, all killed": [killed(3), killed(2), team(4)],
         "2 workers, each started twice": [[*team(2), *team(2, delay_s=0.05)]],
         "2 and 3 workers at the same time": [[*team(2), *team(3)]],
     }
 
 
-class Table:
-    """Runs jobs in a folder, each as the line of a table."""
-
-    def __init__(self, folder: Path, endpoint: str) -> None:
-        self.folder, self.endpoint = folder, endpoint
-        self.script, self.caches = import_and_shorten_waits(), itertools.count()
-        begun = time.monotonic()
-        self.run_team(str(folder / "wanted"), team(1))
-        self.run_s = time.monotonic() - begun
-
-    def run_team(self, output: str, workers: Sequence[Worker]) -> tuple[list[int], bool]:
-        """Run a round; return exit codes, and whether some process of each rank stored its part."""
-        words = [
-            *("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24),
-            *("--upload-every", 3, "--max-batch-size", 1, "--output", output, "--resume"),
-        ]
-        runs = []
-        for one in workers:
-            own = ("--cache-dir", self.folder / "caches" / f"{next(self.caches)}")
-            argv = [*words, *own, "--rank", one.rank, "--world-size", one.world_size]
-            runs.append((one, start(self.script, self.folder, argv, one.delay_s)))
-        send_signals((one.kill_after_s, signal.SIGKILL, run) for one, run in runs
-                     if one.kill_after_s)  # fmt: skip
-        codes = [run.wait() for _, run in runs]
-        stored = {one[:2] for one, run in runs if run.wait() == 0}
-        counts = {one.world_size for one in workers}
-        return codes, any({(rank, n) for rank in range(n)} <= stored for n in counts)
-
-    def line(self, job: str, rounds: Rounds, kind: str, output: str) -> dict[str, Any]:
-        """Run a job to its end; count what is wrong with its parts after every round."""
-        begun, ledger, unexpected = time.monotonic(), Ledger(self.endpoint), []
-        wanted = ledger.learn(str(self.folder / "wanted"))
-        held: dict[str, str] = {}
-        codes: list[int] = []
-        for number, workers in enumerate([*rounds, *[rounds[-1]] * 3]):  # who refused starts again
-            ended, complete = self.run_team(output, workers)
-            codes += ended
-            held = ledger.compare(output, held, wanted if complete else {})
-            if complete and number >= len(rounds) - 1:
-                break
-        else:
-            unexpected.append(f"not complete after {number + 1} rounds")
-        return {
-            "launcher": "processes", "job": job, "output": kind, "runs": len(codes),
-            "kills": codes.count(-signal.SIGKILL), "lost": ledger.rows_lost,
-            "twice": ledger.rows_twice, "different": ledger.parts_different, "exit_codes": codes,
-            "seconds": round(time.monotonic() - begun, 1), "unexpected": unexpected,
-        }  # fmt: skip
+def run_job(
+    runs: Runs, argv: Sequence[object], output: str, rounds: Rounds, wanted: Mapping[str, str]
+) -> dict[str, Any]:
+    """Run a job to its end; count what is wrong with its parts after every round."""
+    begun, ledger, unexpected = time.monotonic(), Ledger(runs.endpoint), []
+    ledger.ids = runs.ledger.ids
+    held, codes = dict[str, str](), list[int]()
+    for number, workers in enumerate([*rounds, *[rounds[-1]] * 3]):  # who refused starts again
+        own = [one._replace(cache=next(runs.fresh_caches)) for one in workers]
+        ended, complete = runs.round([*argv, "--output", output], own)
+        codes += ended
+        held = ledger.compare(output, held, wanted if complete else {})
+        if complete and number >= len(rounds) - 1:
+            break
+    else:
+        unexpected.append(f"not complete after {number + 1} rounds")
+    return {
+        "runs": len(codes), "kills": codes.count(-signal.SIGKILL), "lost": ledger.rows_lost,
+        "twice": ledger.rows_twice, "different": ledger.parts_different, "exit_codes": codes,
+        "seconds": round(time.monotonic() - begun, 1), "unexpected": unexpected,
+    }  # fmt: skip
 
 
 def print_table(seed: int, chosen: str | None) -> int:
     """Print a table and its figures; return how many jobs are not as they should be."""
+    argv = ("--model", TEACHER, "--dataset", CHATS, "--index-col", "id", "--limit", 24,
+            "--upload-every", 3, "--max-batch-size", 1, "--resume")  # fmt: skip
     lines = []
     with tempfile.TemporaryDirectory(prefix="scale-") as place, serve_hub(Path(place)) as endpoint:
-        table = Table(Path(place), endpoint)
+        runs = Runs(Path(place), endpoint)
+        wanted, run_s = runs.learn(f"{place}/wanted", argv)
         print_head(*COLUMNS)
-        for number, (job, rounds) in enumerate(make_jobs(seed, table.run_s).items()):
-            for kind, parent in OUTPUTS.items() if chosen in (None, job) else ():
-                lines.append(table.line(job, rounds, kind, f"{parent or place}/job-{number}"))
-                print_row(*(lines[-1][name] for name in COLUMNS))
-    wrong = ("lost", "twice", "different", "unexpected")
-    bad = sum(any(line[name] for name in wrong) for line in lines)
+        for number, (job, rounds) in enumerate(make_jobs(seed, run_s).items()):
+            for kind, parent in {"folder": place, "Hub": "tester"}.items():
+                if chosen in (None, job):
+                    found = run_job(runs, argv, f"{parent}/job-{number}", rounds, wanted)
+                    lines.append({"launcher": "processes", "job": job, "output": kind, **found})
+                    print_row(*(lines[-1][name] for name in COLUMNS))
+    bad = sum(any(line[name] for name in (*COLUMNS[-3:], "unexpected")) for line in lines)
     print(json.dumps({"lines": lines, "bad": bad}))
     return bad
 

@@ -222,11 +222,7 @@ class Fault(NamedTuple):
     new: str
 
     def plant(self, text: str) -> str:
-        """Return the script with the fault in it.
-
-        Raises:
-            SystemExit: the text that it replaces is not there, or more than once: mend the table.
-        """
+        """Return the script with the fault in it; ends where its text is not there once."""
         found = text.count(self.old)
         if found != 1 or self.old == self.new:
             sys.exit(f"{self.script}.py holds {found} times, not once: {self.old!r} ({self.says})")
@@ -234,7 +230,6 @@ class Fault(NamedTuple):
 
 
 def parse_faults(text: str) -> list[Fault]:
-    """Return the faults of a table in the form of `FAULTS`."""
     faults: list[Fault] = []
     script, tests = "", ""
     for block in re.split(r"\n+(?=: |== )", text.strip()):
@@ -282,27 +277,13 @@ def run_tests(fault: Fault | None, tests: Sequence[str], *options: str) -> tuple
         return done.code, done.stdout + done.stderr
 
 
-def try_fault(fault: Fault, *options: str) -> tuple[Fault, str, float]:
-    """Return a fault, the test that caught it ("" where all passed), and seconds.
-
-    Raises:
-        SystemExit: the tests could not be collected: no user would ever have met that fault.
-    """
-    began = time.monotonic()
-    code, said = run_tests(fault, fault.tests, *options)
-    failed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+::[^\s\[]+|\S+)", said, re.M)
-    if code not in (0, 1, 5) or (code == 1 and not failed):
-        sys.exit(f"{said[-3000:]}\n{fault.says}: pytest ended with exit code {code}")
-    return fault, failed[0] if code == 1 else "", time.monotonic() - began
-
-
 def try_faults(
     faults: Sequence[Fault], *options: str, jobs: int = 1
 ) -> Iterator[tuple[Fault, str, float]]:
-    """Yield what becomes of each fault, in order, once the same tests pass without one.
+    """Yield each fault, the test that caught it ("" where all passed), and seconds, in order.
 
-    Raises:
-        SystemExit: they do not pass, or a fault does not fit.
+    Ends where a fault does not fit, where the same tests do not pass without one, and where they
+    cannot be collected with it: no user would ever have met that fault.
     """
     check_faults(faults)
     files = list(dict.fromkeys(name for fault in faults for name in fault.tests))
@@ -310,12 +291,20 @@ def try_faults(
     code, said = run_tests(None, files, *options, *spread)
     if code not in (0, 5):
         sys.exit(f"{said[-3000:]}\nthe tests fail without a fault")
+
+    def try_fault(fault: Fault) -> tuple[Fault, str, float]:
+        began = time.monotonic()
+        code, said = run_tests(fault, fault.tests, *options)
+        failed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+::[^\s\[]+|\S+)", said, re.M)
+        if code not in (0, 1, 5) or (code == 1 and not failed):
+            sys.exit(f"{said[-3000:]}\n{fault.says}: pytest ended with exit code {code}")
+        return fault, failed[0] if code == 1 else "", time.monotonic() - began
+
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda fault: try_fault(fault, *options), faults)
+        yield from pool.map(try_fault, faults)
 
 
 def main() -> int:
-    """Try the faults that were asked for; print a table and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="faults whose script or words match a pattern")
     parser.add_argument("--jobs", type=int, default=1, help="copies in which tests run at a time")
