@@ -1863,9 +1863,8 @@ def render_conversation(
     if check is not None:
         check(text)
     reader = _TurnReader(template, chat, tools, rendering, choice)
-    says = {reader.said[n] for n in answers} - {""}
-    if any(said in text[a:b] for a, b in rendering.marked for said in says):
-        template = replace(template, marked=True)  # by a field that the probe does not have
+    if not template.marked and reader.switches_markers(answers):
+        template = replace(template, marked=True)
         reader = replace(reader, template=template)
     found, way = reader.turns(wanted), "generation" if template.marked else "loop"
     if not template.loops or reader.doubts(wanted, found):
@@ -1937,6 +1936,21 @@ class _TurnReader:
     def said(self) -> list[str]:
         """What each message says, as text."""
         return [str(message.get("content") or "").strip() for message in self.chat]
+
+    def switches_markers(self, answers: Sequence[int]) -> bool:
+        """Tell whether markers that the probe does not meet cover answers here.
+
+        That is by a field of the messages, such as `trained`; where it is a boolean that leaves
+        all of them out, the markers are met with its opposite.
+        """
+        if "endgeneration" not in self.template.source:
+            return False
+        says = {self.said[n] for n in answers} - {""}
+        other = [{k: not v if isinstance(v, bool) else v for k, v in m.items()} for m in self.chat]
+        ways = [self.rendering, other != self.chat and self.template.try_render(other, self.tools)]
+        return any(
+            said in way.text[a:b] for way in ways if way for a, b in way.marked for said in says
+        )
 
     def turns(self, wanted: set[int]) -> list[tuple[int, Span]]:
         """Cut the runs of text that the assistant's messages wrote; number of message and span."""

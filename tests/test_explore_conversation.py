@@ -315,7 +315,8 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template):
     assert spans(CHAT, template.replace(turn, f"{turn} and m.content != 'Birch bark.'")) == BOTH[1:]
     by_field = template.replace(turn, f"{turn} and m.trained")  # the probe has no such field
     assert spans(LAST, by_field) == BOTH[1:]
-    assert spans(CHAT, by_field) == BOTH
+    assert spans([{**message, "trained": False} for message in CHAT], by_field) == []
+    assert spans(CHAT, by_field) == BOTH  # nobody has the field
 
 
 def test_an_end_of_turn_that_is_plain_text_is_found_too():
