@@ -20,7 +20,7 @@ from processes import run_process
 from safetensors.torch import load_file
 from small_output import SETTINGS, random_rows, write_output
 from sparse_batches import randn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import explore_logits as explore
@@ -139,6 +139,8 @@ def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output):
     assert isinstance(made, datasets.IterableDataset)
     for workers in (0, 2):
         assert sorted(indices(make_loader(made, workers=workers))) == list(range(20))
+        both = ChainDataset([LogitIterableDataset(output), LogitIterableDataset(output)])
+        assert sorted(indices(make_loader(both, workers=workers))) == sorted([*range(20)] * 2)
     whole = indices(made)
     given = indices(itertools.islice(made, 11))
     again = LogitIterableDataset(output, seed=3).as_datasets()
