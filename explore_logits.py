@@ -1407,6 +1407,10 @@ class Rendering(NamedTuple):
         """Return the messages that wrote more than blanks."""
         return {number for a, b, number in self.runs if self.text[a:b].strip()}
 
+    def marks(self, said: str) -> bool:
+        """Tell whether some text stands inside the markers."""
+        return any(said in self.text[a:b] for a, b in self.marked)
+
 
 class _Marks:
     """What a marked template calls while it renders one conversation.
@@ -1791,7 +1795,7 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
     heads = {head.removeprefix(header) for head, _ in turns if head.startswith(header)}
     return {
         "prompt": prompt,
-        "marked": any(says[n] in shown[0].text[a:b] for a, b in shown[0].marked),
+        "marked": shown[0].marks(says[n]),
         "tails": tuple(sorted({tail for _, tail in turns}, key=len, reverse=True)),
         "inserted": tuple(sorted(filter(_THINK_TAG.search, heads), key=len, reverse=True)),
     }
@@ -1948,9 +1952,7 @@ class _TurnReader:
         says = {self.said[n] for n in answers} - {""}
         other = [{k: not v if isinstance(v, bool) else v for k, v in m.items()} for m in self.chat]
         ways = [self.rendering, other != self.chat and self.template.try_render(other, self.tools)]
-        return any(
-            said in way.text[a:b] for way in ways if way for a, b in way.marked for said in says
-        )
+        return any(way.marks(said) for way in ways if way for said in says)
 
     def turns(self, wanted: set[int]) -> list[tuple[int, Span]]:
         """Cut the runs of text that the assistant's messages wrote; number of message and span."""
@@ -2924,8 +2926,7 @@ class LogitDataset:
         """Return the bytes of some columns before each row group of a shard, and in all of them."""
         footer = self.footer(shard)
         groups = map(footer.row_group, range(footer.num_row_groups))
-        paths = [footer.schema.column(i).path for i in range(len(footer.schema.names))]
-        read = [i for i, path in enumerate(paths) if path.split(".")[0] in columns]
+        read = [i for i, path in enumerate(column_paths(footer)) if path.split(".")[0] in columns]
         return to_starts([sum(g.column(i).total_uncompressed_size for i in read) for g in groups])
 
     def _read(
@@ -2947,7 +2948,7 @@ class LogitDataset:
                 max(held.total_compressed_size, held.total_uncompressed_size, 8 * held.num_values)
                 for held in map(group.column, range(group.num_columns))
             ))  # fmt: skip
-        paths = [footer.schema.column(i).path for i in range(len(footer.schema.names))]
+        paths = column_paths(footer)
         with self.store.reading(name):
             table = self.store.read_groups(
                 name,
@@ -3279,6 +3280,11 @@ def iter_tables(
         left -= table.num_rows
         if left <= 0:
             return
+
+
+def column_paths(footer: Any) -> list[str]:
+    """Return the paths of a Parquet file's leaf columns, such as `top_min.list.element`."""
+    return [footer.schema.column(i).path for i in range(len(footer.schema.names))]
 
 
 def cut_table(table: pa.Table, rows: int) -> Iterator[pa.Table]:
