@@ -62,6 +62,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from inspect import signature
 from pathlib import Path
+from types import FrameType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -4867,6 +4868,10 @@ def number_of(path: str | Path) -> int:
 
 HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # None on Windows
 ALARM: signal.Signals | None = getattr(signal, "SIGALRM", None)
+# Modules that take a lock in one bytecode and say how it is given back in the next: what a signal
+# raises between the two leaves it held, and every other thread waits for ever.
+LOCKING_MODULES = frozenset({"logging", "threading", "tqdm"})
+WAIT_FOR_LOCK_S, LOCK_WAITS = 0.005, 20  # longer in the same place is waiting, which has to end
 
 
 class GracefulInterrupt:
@@ -4882,6 +4887,7 @@ class GracefulInterrupt:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._at_once = False
+        self._lock_waits = 0
         self._previous: dict[int, Any] = {}
 
     @property
@@ -4898,12 +4904,13 @@ class GracefulInterrupt:
     def leaving_at_once(self, end_s: float = math.inf) -> Iterator[None]:
         """Raise KeyboardInterrupt here at a first signal, or at a time of `time.monotonic`."""
         handled = bool(self._previous)
-        timed = handled and ALARM is not None and math.isfinite(end_s)
+        timed = handled and ALARM is not None
+        self._lock_waits = 0
         try:
             self._at_once = handled  # before the question, or a signal between them does nothing
             if handled and self.stopping:
                 raise KeyboardInterrupt
-            if timed:
+            if timed and math.isfinite(end_s):
                 signal.setitimer(signal.ITIMER_REAL, max(1e-3, end_s - time.monotonic()))
             yield
         finally:
@@ -4925,10 +4932,10 @@ class GracefulInterrupt:
             signal.signal(number, handler)
         self._previous = {}
 
-    def _receive(self, number: int, _: object) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == ALARM:
             if self._at_once:
-                raise KeyboardInterrupt
+                self._leave(frame)
             return
         if self.signal is not None and number != HANG_UP:
             os._exit(128 + number)
@@ -4936,9 +4943,19 @@ class GracefulInterrupt:
             return
         self.signal = number
         if self._at_once:
-            raise KeyboardInterrupt
+            self._leave(frame)
+            return
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended a `tee`
             os.write(2, b"\nstopping after this batch; once more to leave at once\n")
+
+    def _leave(self, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt, or have the alarm ask again where a lock may just be taken."""
+        module = "" if frame is None else str(frame.f_globals.get("__name__"))
+        locking = module.partition(".")[0] in LOCKING_MODULES and self._lock_waits < LOCK_WAITS
+        if not locking or ALARM is None:
+            raise KeyboardInterrupt
+        self._lock_waits += 1
+        signal.setitimer(signal.ITIMER_REAL, WAIT_FOR_LOCK_S)
 
 
 class TimedShutdown:

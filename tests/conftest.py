@@ -93,22 +93,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("tiny") / "model", 300)
 
 
-def release_logging() -> None:
-    """Give back logging's lock where this thread holds it: else all others wait for ever.
-
-    Before Python 3.13 a signal whose handler raises between logging's taking it and the `try`
-    leaves it held. A run ends with its process then; here other tests follow.
-    """
+@pytest.fixture(autouse=True)
+def logging_lock() -> Iterator[None]:
+    """Fail where a signal has left logging's lock held: later requests would wait for ever."""
+    yield
     lock: Any = logging._lock  # type: ignore[attr-defined]
+    held = lock._is_owned()
     while lock._is_owned():
         lock.release()
-
-
-@pytest.fixture(autouse=True)
-def free_logging() -> Iterator[None]:
-    """Let no test find logging's lock held by one before it."""
-    yield
-    release_logging()
+    assert not held
 
 
 Extract = Callable[..., Finished]
@@ -139,7 +132,6 @@ def extract(
             code: Any = extract_logits.main(words)
         except SystemExit as stop:
             code = stop.code
-        release_logging()
         return Finished(code, *capsys.readouterr())
 
     return run

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import IO
 
 import pytest
@@ -93,6 +95,47 @@ def test_where_there_is_nothing_to_save_the_deadline_and_a_signal_end_waiting():
         assert interrupt.exit_code == 143
         with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
             time.sleep(60)  # a signal that came before
+
+
+class SignallingLock:
+    """Stands for a lock; a signal comes the moment that it is taken."""
+
+    acquire = __enter__ = staticmethod(partial(os.kill, os.getpid(), signal.SIGTERM))
+
+    def __init__(self) -> None:
+        self.released = False
+
+    def release(self, *_: object) -> None:
+        self.released = True
+
+    __exit__ = release
+
+
+def test_a_signal_leaves_no_lock_of_a_library_held(monkeypatch):
+    """Else threads that deliver wait for logging's lock, and nothing ends."""
+    lock, logger = SignallingLock(), logging.getLogger("nobody asked this one before")
+
+    def log_and_wait() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(logging, "_lock", lock)
+            logger.isEnabledFor(logging.DEBUG)
+        time.sleep(60)
+
+    with GracefulInterrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
+            log_and_wait()
+        assert (lock.released, interrupt.exit_code) == (True, 143)
+
+
+def test_waiting_for_a_lock_is_ended_by_a_signal_and_by_the_deadline():
+    with GracefulInterrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once(time.monotonic() + 0.05):
+            threading.Event().wait(60)
+        assert interrupt.exit_code == 0
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(KeyboardInterrupt), interrupt.leaving_at_once():
+            threading.Event().wait(60)
+        assert interrupt.exit_code == 143
 
 
 def test_a_signal_on_the_way_in_ends_waiting_too(monkeypatch):
