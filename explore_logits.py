@@ -1944,13 +1944,16 @@ class _TurnReader:
     def switches_markers(self, answers: Sequence[int]) -> bool:
         """Tell whether markers that the probe does not meet cover answers here.
 
-        That is by a field of the messages, such as `trained`; where it is a boolean that leaves
-        all of them out, the markers are met with its opposite.
+        That is by a field of the messages, such as `trained`; where a boolean or number leaves all
+        of them out, the markers are met with its opposite.
         """
         if "endgeneration" not in self.template.source:
             return False
         says = {self.said[n] for n in answers} - {""}
-        other = [{k: not v if isinstance(v, bool) else v for k, v in m.items()} for m in self.chat]
+        other = [
+            {k: not v if isinstance(v, (int, float)) else v for k, v in message.items()}
+            for message in self.chat
+        ]
         ways = [self.rendering, other != self.chat and self.template.try_render(other, self.tools)]
         return any(way.marks(said) for way in ways if way for said in says)
 

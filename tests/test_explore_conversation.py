@@ -315,7 +315,10 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template):
     assert spans(CHAT, template.replace(turn, f"{turn} and m.content != 'Birch bark.'")) == BOTH[1:]
     by_field = template.replace(turn, f"{turn} and m.trained")  # the probe has no such field
     assert spans(LAST, by_field) == BOTH[1:]
-    assert spans([{**message, "trained": False} for message in CHAT], by_field) == []
+    for nobody in (False, 0, 0.0):
+        assert spans([{**message, "trained": nobody} for message in CHAT], by_field) == []
+    by_number = template.replace(turn, f"{turn} and (m.trained or 0) > 0.5")
+    assert spans([{**message, "trained": 0} for message in CHAT], by_number) == []
     assert spans(CHAT, by_field) == BOTH  # nobody has the field
 
 
