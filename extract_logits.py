@@ -3757,7 +3757,8 @@ LEFTOVER_S = 86_400.0  # age of a temporary file that nobody writes any more
 GRACE_S = 2.0  # that a request has even when the run was told to stop
 SLOWEST_UPLOAD_BYTES_PER_S = 200_000  # a commit slower than this is begun again
 SMALL_FILE_BYTES = 32 * 2**20  # checkpoints, settings and cards are smaller
-MOST_WAITING = 8  # parts on the disk that wait for delivery before the run has to wait
+MOST_WAITING = 8  # parts on the disk that wait for delivery, or those of a window, which become
+# whole at about the same time: with more of them the run has to wait
 CLOSING_AT_ONCE = 6  # parts in memory that are encoded or wait for it
 ENCODE_THREADS = 4  # each about 190,000 tokens a second
 LOCK_WAIT_S = 6.0  # a process that was killed may have children that hold its lock a little longer
@@ -4701,7 +4702,11 @@ class StreamingHFUploader:
         self._collect(left=0 if final else CLOSING_AT_ONCE)
         if final or self._untried():
             self.delivery = self.courier.submit(self._deliver, self.delivery, last=final)
-        enough = (lambda: False) if final else (lambda: len(self._untried()) < MOST_WAITING)
+
+        def enough() -> bool:
+            untried = [part.record.tokens for part in self._untried()]
+            return not final and (len(untried) < MOST_WAITING or sum(untried) < WINDOW_TOKENS)
+
         wait_until(lambda: enough() or self.delivery.done() or self.stopping(), math.inf)
         if self.delivery.done():
             self.delivery.result()

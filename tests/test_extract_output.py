@@ -366,7 +366,8 @@ def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(repo, 
     assert repo.rows() == stored(range(20))
 
 
-def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo, tmp_path):
+def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 1)
     uploader = open_uploader(repo, tmp_path / "cache")
     repo.hub.fault(COMMIT, latency=0.3, count=999)
     most = 0
@@ -378,6 +379,23 @@ def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo, tmp_path):
     assert not uploader.is_uploading()
     uploader.shutdown()
     assert repo.rows() == stored(range(80))
+
+
+def test_the_parts_of_a_window_wait_for_a_slow_hub_and_the_run_does_not(repo, tmp_path):
+    """They become whole at about the same time."""
+    uploader, filled = open_uploader(repo, tmp_path / "cache"), threading.Event()
+    commit = uploader.destination.commit
+
+    def commit_late(*args: Any) -> None:
+        assert filled.wait(20), "the run waits for its delivery"
+        commit(*args)
+
+    uploader.destination.commit = commit_late
+    for number in range(30):
+        fill(uploader, number, [number])
+    filled.set()
+    finish(uploader)
+    assert repo.rows() == stored(range(30))
 
 
 @pytest.fixture
