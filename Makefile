@@ -112,12 +112,12 @@ CLIENTS = axolotl==0.19.0 addict liger-kernel==0.8.1  # their other needs are TR
 clients: .cache/clients/.done
 	PYTHONPATH=.cache/clients OMP_NUM_THREADS=1 $(PY) tests/tools/clients.py
 
-# make bench   what extraction and a whole run cost, against plain ways and the bare forward (5 minutes)
+# make bench   what extraction and a whole run cost, against plain ways and the bare forward (3 minutes)
 bench: .venv/.done
 	$(PY) tests/tools/bench_extraction.py
 	$(PY) tests/tools/bench_pipeline.py
 
-# make bench-io  the same of decoding and of uploads (3 minutes)
+# make bench-io  the same of decoding and of uploads (4 minutes)
 bench-io: .venv/.done
 	$(PY) tests/tools/bench_decode.py
 	$(PY) tests/tools/bench_upload.py
