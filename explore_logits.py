@@ -5950,6 +5950,11 @@ class LogitIterableDataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._refuse_second_division()
         worker = import_extra("torch.utils.data").get_worker_info()
+        if worker is not None and self._skip and not self._by_workers:
+            raise LogitsError(  # each worker would leave out so many rows of its own
+                "the state is of rows given out without workers: finish its epoch with "
+                "num_workers=0"
+            )
         self._by_workers.fill_(worker is not None)
         if worker is not None:  # files that the main process has open are not for two
             self.output = LogitDataset(self.output.store, self.output.sizes)
@@ -6064,8 +6069,9 @@ class LogitIterableDataset:
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise LogitsError(f"the state is of {name} {state.get(name)}, this is {value}")
+        worker = import_extra("torch.utils.data").get_worker_info()
         self._epoch.fill_(state["epoch"])
-        self._by_workers.fill_(False)
+        self._by_workers.fill_(worker is not None)
         self._skip = self._rows = state["rows"]
 
     def as_datasets(self) -> Any:

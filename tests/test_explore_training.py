@@ -223,6 +223,11 @@ def test_a_state_of_another_division_or_output_is_refused(output, tmp_path):
             LogitIterableDataset(place, **options).load_state_dict(first.state_dict())
     with pytest.raises(LogitsError, match="seed None, this is 2"):
         first.load_state_dict({"_snapshot": {}})
+    first = LogitIterableDataset(output, seed=2)
+    next(iter(first))
+    first.load_state_dict(first.state_dict())
+    with pytest.raises(LogitsError, match="finish its epoch with num_workers=0"):
+        next(iter(make_loader(first, workers=2)))  # which would both leave out a row
     for looked_at in (False, True):
         in_workers = LogitIterableDataset(output, seed=2)
         if looked_at:
