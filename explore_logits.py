@@ -6081,9 +6081,14 @@ class LogitIterableDataset:
         them as any other. Without its shuffle, every epoch has the order that this one has now.
         """
         datasets = import_extra("datasets")
+        whole = LogitIterableDataset(  # no ranks divide it, and its epoch stays
+            self.output, seed=self.seed, rank=0, world_size=1, max_seq_len=self.max_seq_len,
+            text=self.text,
+        )  # fmt: skip
+        whole.set_epoch(self.epoch)
         shards = self.shuffle(len(self.output.shards)).tolist()
         return datasets.IterableDataset.from_generator(
-            self._read_shards, gen_kwargs={"shards": shards}
+            whole._read_shards, gen_kwargs={"shards": shards}
         )
 
     def _read_shards(self, shards: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -135,8 +135,11 @@ def test_packed_conversations_give_a_student_what_each_gives_alone(output, max_l
 
 
 def test_as_datasets_gives_every_row_and_goes_on_from_its_state(output):
-    made = LogitIterableDataset(output, seed=3).as_datasets()
+    dataset = LogitIterableDataset(output, seed=3)
+    made, first = dataset.as_datasets(), indices(dataset)
+    dataset.set_epoch(1)
     assert isinstance(made, datasets.IterableDataset)
+    assert indices(made) == first, "the order is that of then"
     for workers in (0, 2):
         assert sorted(indices(make_loader(made, workers=workers))) == list(range(20))
         both = ChainDataset([LogitIterableDataset(output), LogitIterableDataset(output)])
@@ -286,6 +289,7 @@ def test_ranks_come_from_the_environment_but_not_under_accelerate(output, monkey
     for use in (iter, pickle.dumps):
         with pytest.raises(LogitsError, match="divides the rows of a loader"):
             use(dataset)
+    assert sorted(indices(dataset.as_datasets())) == [*range(20)], "which divides by itself"
     assert len(indices(LogitIterableDataset(output, rank=1, world_size=2))) == 10
 
 
