@@ -6852,11 +6852,11 @@ def export_rows(
     normalize: bool = False,
 ) -> Iterator[tuple[dict[str, Any], TopEntries]]:
     """Yield every row of an output in its order, and what k entries a token keep of its teacher."""
-    rows: Any = LogitIterableDataset(dataset, seed=None, rank=0, world_size=1, text=text)
+    output = as_output(dataset)
+    vocab = RunLimits.of(output.settings).vocab_size
+    rows: Any = LogitIterableDataset(output, seed=None, rank=0, world_size=1, text=text)
     for row in rows:
-        told = read_teacher(
-            collate_logits([row]), MAX_TOKEN_ID + 1, tail="ignore", temperature=temperature
-        )
+        told = read_teacher(collate_logits([row]), vocab, tail="ignore", temperature=temperature)
         ids, log_probs, _, nucleus = (values.numpy() for values in told[:4])
         beyond = ((0, 0), (0, max(k - ids.shape[1], 0)))
         top_ids, kept, there = (

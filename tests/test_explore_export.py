@@ -73,12 +73,21 @@ def test_axolotls_older_trainer_gets_them_one_position_later(output, tmp_path):
             export_axolotl(output, tmp_path / "wrong", **wrong)
 
 
-@pytest.mark.parametrize(("temperature", "normalize"), [(1.0, False), (2.0, False), (2.0, True)])
+ALL = (3 * randn(6, 40, seed=1), {"top_p_max": 16, "sampled_n": 24})
+EQUAL_TAIL = torch.nn.functional.pad(ALL[0][:, :8].abs() + 1, (0, SETTINGS["vocab_size"] - 8))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kept", "temperature", "normalize"),
+    [
+        (*ALL, 1.0, False), (*ALL, 2.0, False), (*ALL, 2.0, True),
+        (EQUAL_TAIL, {"top_p_max": 8, "sampled_n": 0}, 2.0, False),
+    ],
+)  # fmt: skip
 def test_axolotls_targets_are_tempered_and_normalised_as_its_kernel_takes_them(
-    temperature, normalize, output, tmp_path, monkeypatch
+    teacher, kept, temperature, normalize, output, tmp_path, monkeypatch
 ):
-    teacher = 3 * randn(6, 40, seed=1)
-    row = make_row(exact_block(teacher, top_p=1.0, top_p_max=16, sampled_n=24))
+    row = make_row(exact_block(teacher, top_p=1.0, **kept))
     monkeypatch.setattr("explore_logits.LogitIterableDataset", lambda *_, **__: [row])
     export_axolotl(output, tmp_path / "a", k=8, temperature=temperature, normalize=normalize)
     found = load(tmp_path / "a")[0]
