@@ -6307,6 +6307,7 @@ def bracket_race(probs: Any, undrawn: Any) -> tuple[Any, Any, Any]:
 
 CHUNK_VALUES = 1 << 24  # logits at once, 64 MB; the loss needs about five times that for a while
 MAX_LOG_TERM = 60.0  # of a reverse KL's weighted term, which might overflow float32
+LEAST_LOG_Q = -1e4  # of what a reverse KL multiplies by q: a student's -inf is 0 log 0
 
 
 class Student(NamedTuple):
@@ -6627,7 +6628,7 @@ def sparse_divergence(logits: Any, teacher: Teacher, divergence: str) -> Any:
         constant, terms = math.log(2) / 2, (log_w + log_p).exp() * jsd_above_none(log_p - log_q)
     else:
         log_mean = teacher.log_mean.to(log_q.dtype)
-        bounded = functional.log_softmax(logits, -1).clamp(min=-1e4)  # a -inf: 0 log 0 is 0
+        bounded = functional.log_softmax(logits, -1).clamp(min=LEAST_LOG_Q)
         constant = (functional.softmax(logits, -1) * bounded).sum(-1) - log_mean
         terms = (log_w + log_q).clamp(max=MAX_LOG_TERM).exp() * (log_mean[:, None] - log_p)
     return constant + terms.masked_fill(~counted, 0).sum(-1)
@@ -6671,7 +6672,7 @@ def ghost_divergence(logits: Any, teacher: Teacher, divergence: str) -> Any:
     if divergence == "forward_kl":
         terms = log_p.exp() * (log_p - log_q)
     elif divergence == "reverse_kl":
-        terms = log_q.exp() * (log_q - log_p)
+        terms = log_q.exp() * (log_q.clamp(min=LEAST_LOG_Q) - log_p)
     else:
         terms = log_p.exp() * jsd_above_none(log_p - log_q) + log_q.exp() * (math.log(2) / 2)
     return terms.masked_fill(outside, 0).sum(-1)

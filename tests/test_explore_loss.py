@@ -212,6 +212,19 @@ def test_a_student_whose_padding_is_cut_off_has_the_loss_of_one_without(divergen
         torch.testing.assert_close(loss.detach(), wanted)
 
 
+def test_a_student_that_excludes_tokens_of_the_nucleus_has_a_finite_reverse_kl():
+    batch = batch_of(ROWS, top_p_max=20)
+    student = randn(3, 200, seed=6)
+    student[:, :100] = -torch.inf
+    for tail in TAILS:
+        loss = distillation_loss(
+            student.requires_grad_(), batch, divergence="reverse_kl", tail=tail
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert torch.isfinite(loss), tail
+        assert torch.isfinite(gradient).all(), tail
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_padding_is_pushed_away_as_by_the_dense_teacher(divergence, temperature):
