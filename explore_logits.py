@@ -4109,9 +4109,16 @@ def stored_tokens(
             "the row does not store its text (--store-tokens), so the conversation is needed"
         )
     ids, positions = (sample[name] for name in TOKEN_COLUMNS)
-    if positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < ids.size:
-        raise FormatError(f"row with index {sample['index']}: token_positions leave input_ids")
+    if not positions_ascend(ids, positions):
+        why = "token_positions do not ascend inside input_ids"
+        raise FormatError(f"row with index {sample['index']}: {why}")
     return ids, positions
+
+
+def positions_ascend(ids: npt.NDArray[Any], positions: npt.NDArray[Any]) -> bool:
+    """Say whether positions (N,) ascend from 1 on, before which nothing predicts, to the last."""
+    steps = np.diff(positions.astype(np.int64), prepend=0, append=max(ids.size, 1))
+    return bool((steps > 0).all())
 
 
 def check_alignment(
@@ -5303,9 +5310,7 @@ def mass_tolerance(block: TokenBlock) -> npt.NDArray[np.float64]:
 def stored_actual_tokens(block: TokenBlock) -> list[npt.NDArray[Any] | None]:
     """Return the ids of each row's extracted tokens where the rows store their text."""
     return [
-        ids[positions]
-        if positions.size and 0 <= positions.min() <= positions.max() < ids.size
-        else None
+        ids[positions] if positions_ascend(ids, positions) else None
         for ids, positions in zip(*(block.tokens or ([], [])), strict=True)
     ] or [None] * block.index.size
 
@@ -5579,8 +5584,7 @@ def text_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]
     for first, ids, positions in zip(firsts, *block.tokens, strict=True) if block.tokens else ():
         if positions.size:
             foreign[first] = ((ids < 0) | (ids >= limits.vocab_size)).any()
-            inside = (positions >= 1) & (positions < ids.size)
-            unsorted[first] = not inside.all() or (np.diff(positions) <= 0).any()
+            unsorted[first] = not positions_ascend(ids, positions)
     yield "text", lost, "input_ids and token_positions are missing"
     yield "text", foreign, "input_ids leave the vocabulary"
     yield "positions", unsorted, "token_positions do not ascend inside input_ids"

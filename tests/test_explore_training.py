@@ -362,6 +362,16 @@ def test_tails_of_different_sizes_in_one_output_are_refused(tmp_path):
         list(LogitIterableDataset(folder, seed=None))
 
 
+@pytest.mark.parametrize("change", [lambda at: [0, *at[1:]], lambda at: at[::-1]])
+def test_tokens_that_nothing_predicts_or_that_are_out_of_order_are_refused(tmp_path, change):
+    rows = random_rows(4, settings=STORED)
+    row = next(row for row in rows if row["num_tokens"] > 1)
+    row["token_positions"] = change(row["token_positions"])
+    folder = write_output(tmp_path, rows, settings=STORED)
+    with pytest.raises(explore.FormatError, match="token_positions do not ascend"):
+        list(LogitIterableDataset(folder, seed=None, max_seq_len=4))
+
+
 @pytest.fixture
 def run_example(monkeypatch, capsys):
     """Run a program of docs/examples in this process; return the losses that it prints."""
