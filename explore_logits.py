@@ -2901,7 +2901,9 @@ class LogitDataset:
             places.append(mine)
         if not tables:
             return pa.schema(ALL_FIELDS).empty_table()
-        return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
+        order = pa.array(np.argsort(np.concatenate(places)))
+        with self.store.reading(self.name):  # shards may have columns of other kinds
+            return pa.concat_tables(tables, promote_options="permissive").take(order)
 
     def iter_shard(
         self, shard: int, columns: Sequence[str] = READ_COLUMNS, *, rows: int = 64

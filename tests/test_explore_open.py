@@ -116,6 +116,9 @@ def test_columns_may_be_wider_or_missing_where_nothing_is_lost(tmp_path):
     assert sample["num_tokens"] == ROWS[2]["num_tokens"]
     assert all(part.size == 0 for part in sample["sampled_indices"])
     assert explore.dequantize_all_logits(sample, 0)[0].size == ROWS[2]["top_counts"][0]
+    pq.write_table(changed, tmp_path / "wide.parquet")
+    both = load_logit_dataset(tmp_path)[-2:]
+    assert [row["top_counts"] for row in both] == [ROWS[3]["top_counts"], counts]
     with pytest.raises(FormatError, match="no column 'top_counts'"):
         get_sample(table.drop_columns(["top_counts"]))
 

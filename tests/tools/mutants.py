@@ -147,7 +147,7 @@ if ⟦not →⟧self.choice.include_think:
 
 == explore_logits | test_explore_open.py
 : rows asked for in an order come in the order of the shards
-pa.concat_tables(tables)⟦.take(pa.array(np.argsort(np.concatenate(places))))→⟧
+pa.concat_tables(tables, promote_options="permissive")⟦.take(order)→⟧
 : a file of a later format is read as if it were known
 range(1, FORMAT_VERSION + ⟦1→10⟧)
 
