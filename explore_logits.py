@@ -7290,7 +7290,11 @@ def show_output(dataset: LogitDataset, args: argparse.Namespace) -> dict[str, An
     rows = args.sample or []
     if args.conversation is not None:
         rows = [row for row in [row_numbers(dataset).get(args.conversation)] if row is not None]
-    elif args.token is not None or not (args.stats or args.plot or args.validate or args.compare):
+    elif (
+        args.token is not None
+        or (args.html and not args.stats)  # a page of nothing
+        or not (args.stats or args.plot or args.validate or args.compare)
+    ):
         rows = rows or [0]
     if rows or args.conversation is not None:
         analyses = show_rows(dataset, rows, text, args)

@@ -135,6 +135,10 @@ def test_the_last_line_is_one_json_object_whatever_was_asked(output, tmp_path, c
         assert summary["rows"] in (10, [10, 10])
         assert summary.get("plot", f"{picture}.png") == f"{picture}.png"
     assert page.read_text(encoding="utf-8").count("<section id=") == 4
+    for words, sections in (("--validate", 1), ("--stats", 0)):
+        assert main([str(output), *words.split(), "--html", str(page)]) == 0
+        assert page.read_text(encoding="utf-8").count("<section id=") == sections
+    capsys.readouterr()
     assert main([str(output), "--validate", "--stats", "--compare", str(output)]) == 0
     shown = capsys.readouterr().out
     for said in ("valid: 2 shards, 10 rows", "covered by nucleus", "rows in common      10 of 10"):
