@@ -3402,6 +3402,7 @@ class Entries:
     logsumexp: npt.NDArray[np.float64]  # (T,)
     bits: int = 16  # resolution kept by the quantization
     per_token: ClassVar[tuple[str, ...]] = ("low", "high", "logsumexp")
+    noun: ClassVar[str] = "token"  # what an entry is
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:  # (T,)
@@ -3462,6 +3463,7 @@ class Points(Entries):
     rest: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # (T,)
     min_p: float = 1.0  # every token of the rest has less
     per_token: ClassVar[tuple[str, ...]] = (*Entries.per_token, "rest")
+    noun: ClassVar[str] = "point"
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float64]:
@@ -4502,7 +4504,7 @@ def print_sample_info(sample: Mapping[str, Any]) -> None:
     if "input_ids" in sample:
         stored = f", and the {plural(sample['input_ids'].size, 'token')} of its text"
     print(f"conversation {sample['index']}: {plural(sample['num_tokens'], 'token')}{stored}")
-    drawn = plural(block.tail.counts.max(initial=0), "token")
+    drawn = plural(block.tail.counts.max(initial=0), block.tail.noun)
     for label, values, how in (
         ("nucleus size", block.top.counts, "{:.3g}"),
         ("covered by it", block.top.mass, "{:.1%}"),
@@ -4969,7 +4971,9 @@ def plot_logit_distribution(sample: Mapping[str, Any], t: int = 0, *, tokenizer:
         axes.plot(np.arange(ids.size) + 1, logits, "o-", ms=4, color=colours[0], label=label)
         if tail.size:
             behind = ids.size + np.arange(tail.size) + 1
-            label = f"tail sample, {plural(tail.size, 'token')} (ranks unknown)"
+            part = sample.block.tail
+            unknown = "logits" if isinstance(part, Points) else "ranks"
+            label = f"tail sample, {plural(tail.size, part.noun)} ({unknown} unknown)"
             axes.plot(behind, np.sort(tail)[::-1], "^", ms=5, color=colours[1], label=label)
         total = float(sample["logsumexp"][t])
         axes.axhline(total, color=colours[7], ls="--", lw=1, label="log-sum-exp (probability 1)")
@@ -4994,13 +4998,14 @@ def plot_nucleus_vs_sampled(sample: Mapping[str, Any], t: int | None = None) -> 
     if t is not None:
         t = check_token(sample, t)
         block, which = block.tokens_at(t, t + 1), f"token {t}"
-    parts = {"nucleus": block.top.log_probs, "tail sample": block.tail.log_probs}
-    edges = np.linspace(min([-1.0, *(part.min(initial=0) for part in parts.values())]), 0, 61)
+    parts = {"nucleus": block.top, "tail sample": block.tail}
+    least = min(-1.0, *(part.log_probs.min(initial=0) for part in parts.values()))
+    edges = np.linspace(least, 0, 61)
     with drawing() as (figure, axes, colours):
-        for (name, values), colour, hatch in zip(parts.items(), colours, ("", "//"), strict=False):
+        for (name, part), colour, hatch in zip(parts.items(), colours, ("", "//"), strict=False):
             look = {"color": colour, "edgecolor": colour, "alpha": 0.6, "hatch": hatch}
-            label = f"{name}, {plural(values.size, 'stored logit')}"
-            axes.hist(values, edges, label=label, **look)
+            label = f"{name}, {plural(part.ids.size, part.noun)}"
+            axes.hist(part.log_probs, edges, label=label, **look)
         axes.set(xlabel="log-probability (nats)", ylabel="entries", yscale="log")
         axes.set_title(f"Conversation {sample['index']}: what is stored of {which}")
         axes.legend(loc="upper left")

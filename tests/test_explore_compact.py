@@ -1,5 +1,6 @@
 """Compact rows as the explorer reads, scores, checks and shows them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,15 @@ def test_a_token_without_a_logit_has_at_most_the_threshold(output):
             assert token.probability >= p * 0.999
             assert token.rank <= 1 + (exact[first + token.t] > p).sum()
     assert len(seen) > 1
+
+
+def test_points_are_not_shown_as_tokens_with_logits(output, capsys):
+    sample = explore.get_sample(output)
+    for plot in (explore.plot_logit_distribution, explore.plot_nucleus_vs_sampled):
+        told = plot(sample).axes[0].get_legend().get_texts()
+        assert any(re.match(r"tail sample, [0-9]+ points", text.get_text()) for text in told)
+    explore.print_sample_info(sample)
+    assert re.search(r"tail of [0-9]+ points", capsys.readouterr().out)
 
 
 def test_every_way_to_show_them_works(output, tmp_path):
