@@ -5954,7 +5954,7 @@ class LogitIterableDataset:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of another epoch, from its start; workers that are running see it."""
-        if epoch != self.epoch:
+        if check_count("epoch", epoch) != self.epoch:
             self._skip, self._rows = 0, None if self._rows is None else 0
         self._epoch.fill_(epoch)
 
@@ -6159,6 +6159,11 @@ def collate_logits(
         number of the conversation in its sequence, -1 for padding; `index` (B, C), -1 for padding.
     """
     torch = import_extra("torch")
+    if not rows or not all(isinstance(row, Mapping) and "teacher_ids" in row for row in rows):
+        raise LogitsError(
+            "collate_logits takes rows of LogitIterableDataset with all of their columns "
+            "(transformers' Trainer needs remove_unused_columns=False)"
+        )
     cut = [cut_row(row, max_length) for row in rows]
     groups = pack_rows(cut, max_length) if pack else [[row] for row in cut]
     longest, tokens = (
@@ -6406,6 +6411,9 @@ def distillation_loss(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     student = student_logits
     student = student if isinstance(student, Student) else Student(student)
+    if not torch.is_tensor(student.states):
+        kind = describe_type(student.states)
+        raise LogitsError(f"a student's logits are a tensor, as model(...).logits is, not {kind}")
     samples = tail in ("unbiased", "renormalized") and bool(batch["teacher_points"].any())
     if samples and divergence != "forward_kl":
         raise LogitsError(

@@ -183,6 +183,11 @@ WRONG = {  # calls, d an output that is open and s a sample of it, by what they 
     "cannot count on device 'nonsense'": ("analyze_nucleus_sizes(d, device='nonsense')",),
     "text is what open_text\\(output\\) returns": ("LogitIterableDataset(d, text='x')",),
     "world_size='2': an integer of 0": ("LogitIterableDataset(d, world_size='2')",),
+    "epoch=-1: an integer of 0": ("LogitIterableDataset(d).set_epoch(-1)",),
+    "takes rows of LogitIterableDataset with all of their columns.*remove_unused_columns": (
+        "collate_logits([])", "collate_logits([s])", "collate_logits(d[:2])",
+        "collate_logits(d[0])"),
+    r"tensor, as model\(...\).logits is, not a dict": ("distillation_loss({}, {})",),
 }  # fmt: skip
 
 
