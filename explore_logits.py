@@ -5784,13 +5784,13 @@ def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
     """
     keys_a, probs_a, top_a = known_entries(a)
     keys_b, probs_b, _ = known_entries(b)
-    place = np.minimum(np.searchsorted(keys_b, keys_a), max(keys_b.size - 1, 0))
-    shared = keys_b[place] == keys_a if keys_b.size else np.zeros(keys_a.size, bool)
+    place = np.searchsorted(keys_b, keys_a)
+    shared = np.append(keys_b, -1)[place] == keys_a  # -1 is no key
     cells = shared | top_a
     owner = keys_a[cells] >> 18
     p = probs_a[cells]
-    most = np.exp(unstored_bound(b))[owner]
-    q = np.where(shared[cells], probs_b[place[cells]], most)
+    q = np.exp(unstored_bound(b))[owner]
+    q[shared[cells]] = probs_b[place[shared]]
     n, tiny = a.logsumexp.size, np.finfo(np.float64).tiny
     terms = p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))
     rest_p = np.maximum(1 - np.bincount(owner, p, n), 0)

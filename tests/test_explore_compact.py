@@ -126,6 +126,9 @@ def test_compared_with_plain_rows_of_the_same_teacher_they_do_not_differ(output,
         assert found.max_divergence < 1e-4
     other = write(tmp_path / "other", -LOGITS)
     assert compare_outputs(output, other).mean_divergence > 0.1
+    flat = [write(tmp_path / f"{t}", LOGITS[[4, 4]], [2], min_p=t) for t in (None, 0.1)]
+    for pair in (flat, flat[::-1], 2 * flat[1:]):  # one has no nucleus at all
+        assert compare_outputs(*pair).max_divergence < 0.3
 
 
 @pytest.mark.parametrize("bits", [4, 8, 13, 16])
