@@ -7215,9 +7215,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("output", metavar="OUTPUT", help="folder, Parquet file or Hub dataset")
     add("--split", default="train", help="split of OUTPUT (default: %(default)s)")
-    add = parser.add_argument_group("what to show (default: --sample 0)").add_argument
+    shown = parser.add_argument_group("what to show (default: --sample 0)")
+    add = shown.add_mutually_exclusive_group().add_argument
     add("--sample", type=row_list, metavar="ROWS", help="rows, such as 3 or 0,5 or 0-4")
     add("--conversation", type=int, metavar="ID", help="the row of this index in the source")
+    add = shown.add_argument
     add("--token", type=int, metavar="T", help="predictions at this token of the row")
     add("--html", metavar="FILE", help="write the rows, and with --stats those, as one page")
     add("--plot", metavar="FILE", help="write a picture of the nucleus sizes (extra viz)")

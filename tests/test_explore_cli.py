@@ -80,7 +80,7 @@ def test_rows_are_numbers_lists_and_ranges_and_a_bad_command_line_exits_2(capsys
     assert row_list("0,5,-1") == [0, 5, -1]
     assert row_list("2-4,9") == [2, 3, 4, 9]
     for words in ("", "out --sample many", "out --sample 5-2", "out --sample 0-99999999",
-                  "out --top 0"):  # fmt: skip
+                  "out --top 0", "out --sample 3 --conversation 3"):  # fmt: skip
         with pytest.raises(SystemExit) as caught:
             parse_args(words.split())
         assert caught.value.code == 2
