@@ -6476,7 +6476,8 @@ def distillation_loss_from_hidden(
             student's head is given, so after its last norm.
         head_weight, head_bias: (V, H) and (V,).
         batch: from `collate_logits`, on the same device.
-        transform: what the model does to the logits after its head, such as a scale or a soft-cap.
+        transform: what the model does to the logits after its head, such as a scale or a soft-cap;
+            parameters of its own would get no gradient.
         options: of `distillation_loss`.
     """
     head = head_weight.to(hidden.dtype)  # what autocast would do
