@@ -2893,11 +2893,12 @@ class LogitDataset:
             mine = np.flatnonzero(shards == shard)
             inside = wanted[mine] - starts[shard]
             groups = np.unique(np.searchsorted(begins, inside, side="right") - 1)
-            if self._kept is None or self._kept[0] != (shard, groups.tolist()):
+            kept = self._kept  # another thread may keep others meanwhile
+            if kept is None or kept[0] != (shard, groups.tolist()):
                 table = self._read(shard, groups.tolist()).combine_chunks()
-                self._kept = (shard, groups.tolist()), table
+                kept = self._kept = (shard, groups.tolist()), table
             held = np.concatenate([np.arange(*begins[g : g + 2]) for g in groups.tolist()])
-            tables.append(self._kept[1].take(pa.array(np.searchsorted(held, inside))))
+            tables.append(kept[1].take(pa.array(np.searchsorted(held, inside))))
             places.append(mine)
         if not tables:
             return pa.schema(ALL_FIELDS).empty_table()

@@ -83,6 +83,19 @@ def test_one_row_reads_one_row_group(output, monkeypatch):
     assert read == [("data/part-00001.parquet", [1])]
 
 
+def test_threads_that_share_an_output_get_the_rows_that_they_ask_for(output, monkeypatch):
+    dataset, arange = load_logit_dataset(output), np.arange
+
+    def interrupted(*args: Any) -> Any:  # by a thread that reads a row of another group
+        monkeypatch.setattr(np, "arange", arange)
+        dataset.take([19])
+        return arange(*args)
+
+    for row in (2, 13):
+        monkeypatch.setattr(np, "arange", interrupted)
+        assert dataset.take([row])["index"].to_pylist() == [row]
+
+
 def test_long_rows_are_read_and_decoded_a_few_at_a_time(output, monkeypatch):
     table = rows_to_table(ROWS)
     for rows in (output, table, ROWS):
