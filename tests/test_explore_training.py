@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -439,10 +440,31 @@ def test_transformers_own_loader_takes_as_datasets(extracted, run_example, monke
     assert len(wanted) == 6
 
 
+def test_two_processes_of_trl_take_the_step_of_one(output):
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
+    rows = [*LogitIterableDataset(output)]
+    logits = randn(20, 40, STORED["vocab_size"], seed=1)
+    count = sum(row["teacher_positions"].size for row in rows)
+    trainer = SimpleNamespace(args=SimpleNamespace(average_tokens_across_devices=True))
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    losses = []
+    for part in (slice(0, 7), slice(7, 20)):
+        batch = collate_logits(rows[part])
+        said = SimpleNamespace(logits=logits[part, : batch["input_ids"].shape[1]])
+        compute_loss = load_example("sft_trainer").DistillationSFTTrainer.compute_loss
+        losses.append(compute_loss(trainer, lambda *, s=said, **_: s, batch, False, count))
+    batch = collate_logits(rows)
+    wanted = distillation_loss(logits[:, : batch["input_ids"].shape[1]], batch)
+    torch.testing.assert_close(sum(losses) / 2, wanted)  # as DDP averages gradients
+
+
 @pytest.mark.slow
-def test_the_trainer_runs_on_two_processes(tmp_path, extracted):
+@pytest.mark.parametrize("name", ["trainer", "sft_trainer"])
+def test_the_trainers_run_on_two_processes(name, tmp_path, extracted):
+    if name == "sft_trainer":
+        pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += [ROOT / "docs" / "examples" / "trainer.py", extracted, "--steps", "8"]
+    command += [ROOT / "docs" / "examples" / f"{name}.py", extracted, "--steps", "8"]
     command += ["--save", tmp_path / "student"]
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = run_process(command, timeout_s=500, cwd=ROOT, env=env)

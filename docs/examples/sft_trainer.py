@@ -1,6 +1,7 @@
-"""Train a small student on stored logits with TRL's SFTTrainer.
+"""Train a small student on stored logits with TRL's SFTTrainer, on one process or several.
 
 python docs/examples/sft_trainer.py demo/logits --steps 20
+torchrun --nproc-per-node 2 docs/examples/sft_trainer.py demo/logits --steps 20
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class DistillationSFTTrainer(SFTTrainer):
         outputs = model(**text)
         loss = distillation_loss(outputs.logits, inputs, reduction="sum")
         count = num_items_in_batch
-        loss = loss / ((inputs["labels"][:, 1:] != -100).sum() if count is None else count)
+        if count is None:
+            count = (inputs["labels"][:, 1:] != -100).sum()
+        elif self.args.average_tokens_across_devices:  # the gradients are a mean over processes
+            loss = loss * self.accelerator.num_processes
+        loss = loss / count
         return (loss, outputs) if return_outputs else loss
 
 
@@ -60,6 +65,7 @@ def main() -> None:
         dataset_kwargs={"skip_prepare_dataset": True},  # the rows are tokenized
         max_length=None,  # LogitIterableDataset cuts them, with their teacher
         remove_unused_columns=False,  # the teacher's are no arguments of the model
+        accelerator_config={"dispatch_batches": False},  # batches differ in length
         bf16=False,
         logging_steps=1,
         report_to="none",
