@@ -5099,7 +5099,7 @@ class NucleusSizeStats(Figures):
         """Return percentile `q`: the smallest size that so many percent do not exceed."""
         if not (isinstance(q, (int, float, np.number)) and 0 <= q <= 100):
             raise LogitsError(f"percentile {q!r:.40}: a number from 0 to 100 is needed")
-        place = max(math.ceil(q / 100 * self.tokens), 1)
+        place = max(math.ceil(q * self.tokens / 100), 1)  # 7 / 100 * 100 is over 7
         return int(np.searchsorted(np.cumsum(self.histogram), place)) if self.tokens else 0
 
     def facts(self) -> dict[str, str]:

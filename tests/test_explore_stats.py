@@ -45,6 +45,8 @@ def test_nucleus_sizes_are_exact_for_every_kind_of_dataset(output):
     stats = analyze_nucleus_sizes([])
     assert (stats.tokens, stats.min, stats.max, stats.mean, stats.std) == (0, 0, 0, 0, 0)
     assert stats.percentile(50) == 0
+    hundred = explore.NucleusSizeStats(np.bincount(range(1, 101), minlength=256), 1)
+    assert [hundred.percentile(q) for q in range(1, 101)] == [*range(1, 101)]
 
 
 @settings(max_examples=100, deadline=None)

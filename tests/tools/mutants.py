@@ -176,7 +176,7 @@ twice[keys[1:][np.diff(keys) ⟦==→<⟧ 0] >> 18] = True
 
 == explore_logits | test_explore_stats.py
 : a percentile may lie one size too low
-max(math.⟦ceil→floor⟧(q / 100 * self.tokens), 1)
+max(math.⟦ceil→floor⟧(q * self.tokens / 100), 1)
 
 == explore_logits | test_explore_training.py test_explore_loss.py
 : a student is trained one position late
