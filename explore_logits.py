@@ -6262,9 +6262,8 @@ def weigh_tail(log_probs: Any, rest: Any, *, nodes: int | None = None) -> Any:
     """
     torch = import_extra("torch")
     log_probs = torch.as_tensor(log_probs)
-    place = "cpu" if log_probs.device.type == "mps" else log_probs.device  # it has no float64
-    log_rest = torch.as_tensor(rest).to(place).double().log()
-    shares = log_probs.to(place).double().T - log_rest
+    shares = widen(log_probs).T
+    shares = shares - widen(rest).to(shares.device).log()
     weights = torch.zeros_like(shares)  # (M, T)
     undrawn = 1 - shares.exp().sum(0)
     undecided = ((undrawn >= LEAST_UNDRAWN) & (shares.shape[0] > 0)).nonzero()[:, 0]
@@ -6283,6 +6282,12 @@ def weigh_tail(log_probs: Any, rest: Any, *, nodes: int | None = None) -> Any:
         found += (LEAST_LOG_SHARE - shares[:, part]).clamp(min=0)
         weights[:, undecided[part]] = found.clamp(min=0)
     return weights.T.to(log_probs)
+
+
+def widen(values: Any) -> Any:
+    """Return a tensor in float64: of a device that has none, such as Apple's, on the processor."""
+    values = import_extra("torch").as_tensor(values)
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def integrate_weights(probs: Any, undrawn: Any, log_times: Any) -> Any:
@@ -6557,7 +6562,7 @@ def read_teacher(
     elif drawn.any() and (tail == "unbiased" or temperature != 1):
         if (sizes[~points] != sizes[~points][0]).any():
             raise LogitsError("the tail samples of one batch differ in size")
-        rest = log_rest[~points].double().exp()
+        rest = widen(log_rest[~points]).exp()
         found = weigh_tail(log_probs[drawn].view(rest.numel(), -1), rest)
         log_weights[drawn] = found.to(log_weights.dtype).reshape(-1)
     outside = (vocab - nucleus.sum(-1)).clamp(min=1).log()  # (N,)

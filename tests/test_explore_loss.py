@@ -269,6 +269,27 @@ def test_half_precision_is_widened_and_its_gradient_does_not_underflow(dtype, ne
     np.testing.assert_allclose(gradients[0].float(), gradients[1], rtol=near, atol=1e-6)
 
 
+class OfApple(torch.Tensor):
+    """A tensor that says that it is where there is no float64."""
+
+    device = property(lambda _: torch.device("mps"))
+
+    def double(self):
+        raise TypeError("the MPS framework does not support float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_device_without_float64_has_the_tail_weighed_on_the_processor():
+    batch = batch_of(ROWS)
+    there = {k: v.as_subclass(OfApple) for k, v in batch.items() if k.startswith("teacher_log")}
+    student = randn(3, 200, seed=6)
+    assert float(distillation_loss(student, batch | there)) == float(
+        distillation_loss(student, batch)
+    )
+
+
 def test_what_does_not_fit_the_batch_or_is_no_choice_is_refused():
     batch = make_batch(teacher_row("flat", 200)[None])
     none = make_batch(teacher_row("natural", 200)[None], top_p_max=20, sampled_n=0)
