@@ -6795,9 +6795,10 @@ def export_distillkit(
     `compressed_logprobs`, k float32 by descending value as bytes, and `bytepacked_indices`, the ids
     at ceil(log2 V) bits each, the highest bit first. `compression_config.yaml` beside them is what
     `teacher.logprob_compressor` has to say (k = exact_k: nothing is approximated). Entries beyond
-    the nucleus have log-probability -100 and ids of their own. Where nothing was extracted, the
-    distribution is the text's next token if the label there is set, else any other token. Returns
-    the number of rows; `datasets.load_from_disk` reads the folder.
+    the nucleus have log-probability -100 and ids of their own. Where nothing was extracted, or no
+    token was likely enough for a nucleus (`--min-p`), the distribution is the text's next token if
+    the label there is set, else any other token. Returns the number of rows;
+    `datasets.load_from_disk` reads the folder.
 
     DistillKit's `symmetric_uniform` takes the logarithm of what the k probabilities leave, the
     teacher's and the student's, also where a factor 0 leaves out the result. So the teacher's leave
@@ -6825,7 +6826,8 @@ def export_distillkit(
     target, k = check_export(folder, k), min(k, vocab)
 
     def convert(row: Mapping[str, Any], top: TopEntries) -> dict[str, npt.NDArray[Any]]:
-        labels, where = row["labels"], row["teacher_positions"] - 1
+        some = top.there.any(1)  # of a compact row, a token may have no nucleus
+        labels, where = row["labels"], row["teacher_positions"][some] - 1
         if labels_at == "predicting":
             labels = np.append(labels[1:], IGNORED_LABEL)
         ids, there = np.zeros((2, labels.size - 1, k), np.int32)
@@ -6833,7 +6835,7 @@ def export_distillkit(
         ids[:, 0], there[:, 0], log_probs[:, 0] = row["input_ids"][1:], 1, FILLER_LOG_PROB
         found = np.where(top.there, top.log_probs, LEAST_LOG_REST)
         found += np.minimum(FILLER_LOG_PROB - np.log(np.exp(found).sum(1, keepdims=True)), 0)
-        ids[where], there[where], log_probs[where] = top.ids, top.there, found
+        ids[where], there[where], log_probs[where] = top.ids[some], top.there[some], found[some]
         others = other_ids(ids, there, vocab)
         told = labels[:-1] != IGNORED_LABEL
         told[where] = True

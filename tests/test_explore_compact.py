@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -138,7 +139,11 @@ def test_what_the_extractor_wrote_is_valid_and_exported(tmp_path, bits):
     assert report.ok, report
     assert (report.rows, report.tokens) == (3, 15)
     assert explore.export_axolotl(output, tmp_path / "axolotl", k=8) == 3
-    assert explore.export_distillkit(output, tmp_path / "distillkit", k=8) == 3
+    how = {"k": 8, "labels_at": "predicting"}
+    assert explore.export_distillkit(output, tmp_path / "distillkit", **how) == 3
+    first = datasets.load_from_disk(str(tmp_path / "distillkit"))[0]
+    stored = np.array(first["compressed_logprobs"][4], np.uint8).view("<f4")
+    assert stored[0] > -1e-5, "no nucleus: the text's token, not eight that DistillKit would scale"
     with np.errstate(divide="raise"):  # where no token is kept, there is nothing to normalise
         explore.export_axolotl(output, tmp_path / "normal", k=8, normalize=True)
 
