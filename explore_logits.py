@@ -5961,6 +5961,10 @@ class LogitIterableDataset:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._refuse_second_division()
+        if not len(self) and len(self.output):
+            raise LogitsError(
+                f"{plural(len(self.output), 'row')} for {self.world_size} processes: none gets any"
+            )
         worker = import_extra("torch.utils.data").get_worker_info()
         if worker is not None and self._skip and not self._by_workers:
             raise LogitsError(  # each worker would leave out so many rows of its own

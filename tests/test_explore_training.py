@@ -282,6 +282,8 @@ def test_ranks_come_from_the_environment_but_not_under_accelerate(output, monkey
     assert (dataset.rank, dataset.world_size, len(indices(dataset))) == (1, 2, 10)
     with pytest.raises(LogitsError, match=r"rank 2 is not in 0\.\.1"):
         LogitIterableDataset(output, rank=2, world_size=2)
+    with pytest.raises(LogitsError, match="20 rows for 21 processes: none gets any"):
+        iter(LogitIterableDataset(output, rank=2, world_size=21))
     for wrong in ("x", "", "-1", "1.0", "²"):
         monkeypatch.setenv("RANK", wrong)
         with pytest.raises(LogitsError, match=f"RANK='{wrong}' in the environment"):
