@@ -465,9 +465,9 @@ def test_two_processes_of_trl_take_the_step_of_one(output):
 def test_the_trainers_run_on_two_processes(name, tmp_path, extracted):
     if name == "sft_trainer":
         pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += [ROOT / "docs" / "examples" / f"{name}.py", extracted, "--steps", "8"]
-    command += ["--save", tmp_path / "student"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # its own port
+    command += ["--nproc-per-node", "2", ROOT / "docs" / "examples" / f"{name}.py", extracted]
+    command += ["--steps", "8", "--save", tmp_path / "student"]
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = run_process(command, timeout_s=500, cwd=ROOT, env=env)
     assert done.code == 0, done.stderr
