@@ -61,6 +61,7 @@ from explore_logits import (
     open_conversations,
     option,
     outlive_readers,
+    refuse_inside,
     source_id,
     source_revision,
     warn_once,
@@ -120,6 +121,7 @@ class LengthsConfig(ConversationOptions):
             raise ConfigError("--private makes a Hub repo private: it needs --push-to-hub")
         if Path(self.filename).name != self.filename or not self.filename.endswith(".parquet"):
             raise ConfigError(f"--filename {self.filename!r}: must be a plain name in .parquet")
+        refuse_inside(self, output_dir=self.output_dir)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -727,7 +727,8 @@ def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
         raise SourceError(f"{name}: {what} .jsonl, .json, .parquet, .csv")
     if path.is_file():
         return {"train": [str(path)]}
-    files = datasets.load_dataset_builder(str(path), name=subset).config.data_files
+    folder = os.path.abspath(path)  # `.` has no name by itself
+    files = datasets.load_dataset_builder(folder, name=subset).config.data_files
     splits = {str(split): list(each) for split, each in files.items()}
     taken = {_kind_of_file(file) for each in splits.values() for file in each}
     if "" in taken:
@@ -831,8 +832,9 @@ def _read_csv(lines: Iterator[str], integers: Sequence[str | None]) -> Iterator[
 def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
     """Return JSON and CSV files as a table in the cache of `datasets`; mixed columns are Json."""
     datasets = import_extra("datasets")
-    stats = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
-    key = hashlib.sha256(json.dumps([1, stats, list(integers)]).encode()).hexdigest()
+    stats = [(os.path.abspath(file), os.stat(file)) for file in files]
+    seen = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]
+    key = hashlib.sha256(json.dumps([1, seen, list(integers)]).encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE) / "rows" / f"{key[:32]}.arrow"
     if not path.exists():
         kinds: dict[str, set[str]] = {}
@@ -969,7 +971,8 @@ def source_revision(
     """Name the version of a source (or model: `kind`): a commit, or a digest of local files.
 
     It covers their whole content up to 1 GB together; of more, names, sizes and 16 places of each,
-    so that it stays cheap. None when the Hub does not say.
+    so that it stays cheap. Hidden files and folders, such as .git and .cache of a download, are no
+    part of it. None when the Hub does not say.
     """
     path = local_path(dataset)
     if not path.exists():
@@ -979,7 +982,7 @@ def source_revision(
         except (hub.errors.HTTPError, OSError, ValueError):
             return None
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if file.is_file() and not is_hidden(file.relative_to(path))]
     sizes = [file.stat().st_size for file in files]
     digest = hashlib.sha256()
     for file, size in zip(files, sizes, strict=True):
@@ -992,6 +995,31 @@ def source_revision(
                 data.seek(place)
                 digest.update(data.read(2**16))
     return "sha256:" + digest.hexdigest()
+
+
+def is_hidden(path: Path) -> bool:
+    """Tell whether a file or a folder that it is in has a name with a dot before it."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def refuse_inside(options: ConversationOptions, **places: str) -> None:
+    """Refuse to write into the folder of the model or the dataset: it would be another one then.
+
+    Args:
+        places: folders that are written to, by the option that names each.
+
+    Raises:
+        ConfigError: names both.
+    """
+    for (name, place), kind in itertools.product(places.items(), ("model", "dataset")):
+        folder = Path(os.path.realpath(local_path(given := getattr(options, kind))))
+        written = Path(os.path.realpath(local_path(place)))
+        inside = folder.is_dir() and written.is_relative_to(folder)
+        if inside and not is_hidden(written.relative_to(folder)):
+            raise ConfigError(
+                f"{flag_of(name)} {place} is inside --{kind} {given}, which would be another one "
+                "with these files in it: give a folder outside"
+            )
 
 
 def source_columns(dataset: Any) -> list[str]:

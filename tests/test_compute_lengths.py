@@ -132,6 +132,7 @@ def test_bad_input_ends_with_code_2_one_line_and_no_file(measure, write_chats, t
         ('--template-kwargs {"tools":1}', "'tools' is no argument"),
         ("--filename a/b.parquet", "--filename"),
         (f"--output-dir {CHATS}", "cannot write"),
+        (f"--output-dir {TEACHER}/lengths", "is inside --model"),
         ("--index-col id", "index 4 occurs twice",
          *({"id": n, "messages": chat("Hello.")} for n in (4, 5, 4))),
         ("--index-col id", "no conversation can be used: 3 null",

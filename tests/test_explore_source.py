@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -171,6 +172,23 @@ def test_what_is_damaged_is_named_with_file_and_place(name, streaming, tmp_path)
     with pytest.raises(SourceError, match=message) as caught:
         list(open_source(str(tmp_path / next(iter(files)).split("/")[0]), streaming=streaming))
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_one_relative_name_size_and_time_are_told_apart(tmp_path, monkeypatch):
+    for name, again in (("a", "b"), ("b", "c")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for said in (name, again):
+            write_rows(Path("r.jsonl"), [{"text": said}])
+            os.utime("r.jsonl", (1, 1))
+            assert open_source("r.jsonl")["text"] == [said]
+
+
+@STREAMED
+def test_the_folder_that_one_is_in_is_a_dataset(streaming, tmp_path, monkeypatch):
+    write_rows(tmp_path / "r.jsonl", PLAIN_ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert list(open_source(".", streaming=streaming)) == PLAIN_ROWS
 
 
 def test_what_is_not_there_or_needs_more_is_named(tmp_path, monkeypatch):
@@ -344,6 +362,9 @@ def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path):
     path.write_bytes(data)
     others = {explore.source_revision(str(place)) for place in (path, tmp_path)}
     assert len({first, None} | others) == 4
+    (hidden := tmp_path / ".cache" / "huggingface" / "taken_at").parent.mkdir(parents=True)
+    hidden.write_text("of this machine")
+    assert explore.source_revision(str(tmp_path)) in others
 
 
 # Lengths ------------------------------------------------------------------------------------------
