@@ -121,6 +121,7 @@ from explore_logits import (
     part_path,
     plural,
     read_lengths,
+    refuse_inside,
     shard_schema,
     show_line,
     source_columns,
@@ -408,6 +409,13 @@ class ExtractionConfig(ConversationOptions):
                     "--force-restart would discard rows with every task that is started again: "
                     "empty the output yourself, or give another --output"
                 )
+        if self.length_col is not None and self.streaming and self.tokenized_dataset is None:
+            raise ConfigError(
+                "--length-col of the source is read before its rows, which --streaming does not: "
+                "leave one of them out, or give --tokenized-dataset"
+            )
+        written = {"output": self.output} if is_local(self.output) else {}
+        refuse_inside(self, **written, cache_dir=self.cache_dir)
         self._check_engine()
         for flag in self._given(*NOT_BESIDE_MIN_P) if self.min_p is not None else ():
             refuse_beside_min_p(flag)
@@ -532,8 +540,9 @@ def prepare_dataset(
         DataError, SourceError: no such column, bad or repeated ids, nothing left.
     """
     names = source_columns(source)
-    if config.subject_col is not None and config.subject_col not in names:
-        raise DataError(f"no column {config.subject_col!r}; there are {', '.join(names)}")
+    of_source = [config.subject_col, None if config.tokenized_dataset else config.length_col]
+    if missing := [name for name in of_source if name is not None and name not in names]:
+        raise DataError(f"no column {missing[0]!r}; there are {', '.join(names)}")
     used = columns.needed() | {config.subject_col, config.length_col}
     if source.column_names is not None:  # what is not decoded costs no time
         source = source.select_columns([name for name in names if name in used])
@@ -544,7 +553,7 @@ def prepare_dataset(
     if config.random_sample:
         numbers = order_at_random(ids[config.start_offset :], config.seed) + config.start_offset
     if config.sample_subject is not None:
-        groups = read_column(source, config.subject_col or "").to_pylist()
+        groups = read_values(source, config.subject_col or "")
         limits = GroupLimits(config.sample_subject)
         if missing := limits.find_missing(groups):
             raise ConfigError(missing)
@@ -562,8 +571,14 @@ def prepare_dataset(
 
 
 def read_column(source: Any, column: str) -> pa.ChunkedArray:
-    """Return a column of a map-style source."""
+    """Return a column of a map-style source as its table holds it: JSON is text there."""
     return source.select_columns([column]).with_format("arrow")[:].column(column)
+
+
+def read_values(source: Any, column: str) -> list[Any]:
+    """Return a column of a map-style source as a stream gives it."""
+    values: list[Any] = source.select_columns([column])[:][column]
+    return values
 
 
 def read_source_ids(source: Any, columns: ConversationColumns) -> range | npt.NDArray[np.int64]:
@@ -580,8 +595,8 @@ def read_source_ids(source: Any, columns: ConversationColumns) -> range | npt.ND
         return range(len(source))
     values = read_column(source, column)
     if len(values) and not (pa.types.is_integer(values.type) and values.null_count == 0):
-        for number, value in enumerate(values):
-            source_id({column: value.as_py()}, number, columns)
+        for number, value in enumerate(read_values(source, column)):
+            source_id({column: value}, number, columns)
     ids = values.to_numpy()
     for number in np.flatnonzero((ids < -INDEX_LIMIT) | (ids >= INDEX_LIMIT))[:1].tolist():
         source_id({column: int(ids[number])}, number, columns)
@@ -5009,6 +5024,7 @@ LOCAL_OPTIONS = {
     *("executor", "executor_options", "plan", "plan_rate", "plan_tokens", "resume", "tasks"),
     *("tensor_parallel", "verify_mask", "workers", "world_size"),
 }
+PATH_OPTIONS = {"model", "dataset", "chat_template", "tokenized_dataset"}  # recorded in full
 
 
 @dataclass(frozen=True)
@@ -5143,9 +5159,10 @@ def describe_settings(
     kept += ["random_sample", "subject_col", "sample_subject"]
     kept += NOT_BESIDE_MIN_P if config.min_p is None else ["min_p"]
     options = {
-        entry.name: absolute(getattr(config, entry.name))
+        entry.name: absolute(value) if entry.name in PATH_OPTIONS else value
         for entry in fields(config)
-        if entry.name not in LOCAL_OPTIONS and getattr(config, entry.name) != entry.default
+        if entry.name not in LOCAL_OPTIONS
+        and (value := getattr(config, entry.name)) != entry.default
     }
     return {
         "format_version": format_version(compact=config.min_p is not None),
@@ -5161,10 +5178,9 @@ def describe_settings(
     }
 
 
-def absolute(value: Any) -> Any:
-    """Return the full path of what is a file or folder here; anything else as it is."""
-    place = os.path.expanduser(value) if isinstance(value, str) else ""
-    return os.path.abspath(place) if os.sep in place and os.path.exists(place) else value
+def absolute(name: str) -> str:
+    """Return the full path of what is a file or folder here; the name of anything else as it is."""
+    return os.path.abspath(local_path(name)) if is_local(name) else name
 
 
 def choose_rows_per_part(selection: Selection, encoder: RowEncoder) -> int:

@@ -36,6 +36,7 @@ import extract_logits
         ({"sampled_n": 1000000}, "--sampled-n 1000000"),
         ({"device": "tpu"}, "--device tpu"),
         ({"subject_col": "topic", "sample_subject": '{"a": 1}'}, "topic"),
+        ({"length_col": "size"}, "no column 'size'"),
         ({"start_offset": 1000000}, "--start-offset"),
         ({"start_offset": 1000000, "streaming": True, "upload_size_mb": 1},
          "no conversation was selected"),

@@ -120,6 +120,9 @@ def test_a_value_is_taken_up_to_its_bounds_and_refused_beyond(name, inside, outs
         ({**TASKS, "plan": True}, "--plan"), ({**TASKS, "force_restart": True}, "empty output"),
         ({**TASKS, "rank": 0, "world_size": 2}, "--rank"),
         ({**TASKS, "tensor_parallel": True}, "--tensor-parallel"),
+        ({"length_col": "n", "streaming": True}, "--length-col --streaming --tokenized-dataset"),
+        ({"dataset": "."}, "--output ./o --dataset"),
+        ({"model": "..", "output": "u/n", "cache_dir": "c"}, "--cache-dir c --model .."),
     ],
 )  # fmt: skip
 def test_options_that_contradict_each_other_are_refused(options, named):
@@ -127,6 +130,10 @@ def test_options_that_contradict_each_other_are_refused(options, named):
         make(**options)
     assert all(word in str(refusal.value) for word in named.split())
     assert "\n" not in str(refusal.value)
+
+
+def test_hidden_folders_may_be_in_the_folder_of_model_and_dataset():
+    assert make(model=".", dataset=".", output="./.out").output == "./.out"
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,15 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(hub, extract, tmp_path
     assert output.rows() == Output("out").rows()
 
 
+def test_an_output_alone_continues_from_any_folder(extract, source, tmp_path, monkeypatch):
+    """Also a job whose files were named without a folder; a column is no file of its name."""
+    Path("messages").mkdir()
+    extract(dataset=source.name, messages_col="messages", limit=2).passed()
+    monkeypatch.chdir(tmp_path / "messages")
+    alone = {"model": None, "dataset": None, "output": tmp_path / "out", "cache_dir": "cache"}
+    assert extract(**alone, resume=True, limit=4).passed()["rows"] == 4
+
+
 @pytest.mark.parametrize("stored", ["shards", "pending rows"])
 def test_a_run_resumed_another_day_keeps_the_date(stored, extract, source, model, monkeypatch):
     """That it tells the template."""

@@ -115,6 +115,23 @@ def test_a_limit_of_a_group_that_no_row_is_of_is_refused_or_told(options, stream
     assert len(re.findall(said, caplog.text)) == in_order
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_groups_and_ids_of_mixed_kinds_are_what_was_written(streaming, write_chats):
+    groups = ["a", 3, None, True, "a", 0.5]
+    file = write_chats(rows_of([1, 2, "3", 4, 5, 6], groups))
+    source = explore_logits.open_source(str(file), streaming=streaming)
+    config = {"model": "m", "dataset": "d", "output": "./o", "streaming": streaming}
+    limits = {"a": 1, "3": 0, "": 0, "True": 0, "0.5": 0}
+    by_group = ExtractionConfig(**config, subject_col="subject", sample_subject=limits)
+    (part,) = extract_logits.prepare_dataset(
+        by_group, source, ConversationColumns("messages")
+    ).parts(9)
+    assert part.ids.tolist() == [0]
+    columns = ConversationColumns("messages", index="id")
+    with pytest.raises(LogitsError, match="row 2: 'id' is '3', not an integer"):
+        list(extract_logits.prepare_dataset(ExtractionConfig(**config), source, columns).parts(9))
+
+
 @pytest.mark.parametrize("workers", [1, 3, 20])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_workers_share_the_parts_by_their_number(workers, streaming):
