@@ -32,6 +32,7 @@ import csv
 import difflib
 import errno
 import functools
+import glob
 import hashlib
 import html
 import importlib
@@ -676,6 +677,7 @@ def open_source(
         elif isinstance(rows := splits[name], datasets.Dataset):
             rows = rows.to_iterable_dataset() if streaming else rows
         elif _kind_of_file((rows := _like_files(rows))[0]) == "parquet":
+            rows = [glob.escape(os.path.abspath(file)) for file in rows]
             how = {"split": name, "streaming": streaming}
             rows = datasets.load_dataset("parquet", data_files={name: rows}, **how)
         elif streaming:
@@ -728,6 +730,8 @@ def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
     if path.is_file():
         return {"train": [str(path)]}
     folder = os.path.abspath(path)  # `.` has no name by itself
+    if glob.has_magic(folder) or "::" in folder:  # other folders could be meant, too
+        raise SourceError(f"{name}: a path with *, ?, [ or :: is read as a pattern: rename it")
     files = datasets.load_dataset_builder(folder, name=subset).config.data_files
     splits = {str(split): list(each) for split, each in files.items()}
     taken = {_kind_of_file(file) for each in splits.values() for file in each}
@@ -785,7 +789,8 @@ def read_rows(
         if file.endswith(".zst"):
             import_extra("zstandard")
         try:
-            with import_extra("fsspec").open(file, "rb", compression="infer") as data:
+            local, path = import_extra("fsspec").filesystem("file"), os.path.abspath(file)
+            with local.open(path, "rb", compression="infer") as data:
                 lines = decode(data)
                 yield from _read_csv(lines, integers) if ".csv" in file else _read_json(lines)
         except _read_faults() as error:

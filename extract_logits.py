@@ -541,8 +541,8 @@ def prepare_dataset(
     """
     names = source_columns(source)
     of_source = [config.subject_col, None if config.tokenized_dataset else config.length_col]
-    if missing := [name for name in of_source if name is not None and name not in names]:
-        raise DataError(f"no column {missing[0]!r}; there are {', '.join(names)}")
+    if absent := [name for name in of_source if name is not None and name not in names]:
+        raise DataError(f"no column {absent[0]!r}; there are {', '.join(names)}")
     used = columns.needed() | {config.subject_col, config.length_col}
     if source.column_names is not None:  # what is not decoded costs no time
         source = source.select_columns([name for name in names if name in used])

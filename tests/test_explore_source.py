@@ -185,6 +185,21 @@ def test_files_of_one_relative_name_size_and_time_are_told_apart(tmp_path, monke
 
 
 @STREAMED
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_name_is_no_pattern_and_no_address(kind, streaming, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["r?", "r1", "r[1]", *(["file:r", "r::1"] if kind == "jsonl" else [])]
+    for name in names:
+        write_rows(tmp_path / f"plain.{kind}", [{"text": name}]).replace(f"{name}.{kind}")
+    for name in names:
+        assert list(open_source(f"{name}.{kind}", streaming=streaming)) == [{"text": name}]
+    Path("r*").mkdir()
+    write_rows(tmp_path / "plain.jsonl", PLAIN_ROWS).replace("r*/r.jsonl")
+    with pytest.raises(SourceError, match="rename it"):
+        open_source("./r*", streaming=streaming)
+
+
+@STREAMED
 def test_the_folder_that_one_is_in_is_a_dataset(streaming, tmp_path, monkeypatch):
     write_rows(tmp_path / "r.jsonl", PLAIN_ROWS)
     monkeypatch.chdir(tmp_path)
