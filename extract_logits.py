@@ -1393,9 +1393,12 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
                     f"--model {config.model} has an adapter beside a whole model: give a folder "
                     "without adapter_config.json, or one with the adapter alone"
                 )
-            described = json.loads(Path(file).read_text(encoding="utf-8"))
-            adapter, base = source, str(described.get("base_model_name_or_path"))
-            revision = described.get("revision") or "main"
+            adapter, (base, revision) = source, read_base(file)
+            if is_local(base) and not local_path(base).is_dir():
+                raise TeacherError(
+                    f"--model {config.model} is an adapter of {base}: no such folder from here; "
+                    "give its full path in adapter_config.json"
+                )
             source = find_folder(base, revision)
     if adapter is not None and importlib.util.find_spec("peft") is None:
         raise TeacherError(
@@ -1404,6 +1407,19 @@ def locate_model(config: ExtractionConfig) -> tuple[dict[str, Any], str | None]:
         )
     options = {"pretrained_model_name_or_path": source, "revision": revision}
     return {**options, "trust_remote_code": config.trust_remote_code}, adapter
+
+
+def read_base(file: str) -> tuple[str, str]:
+    """Return name and revision of the model that an adapter is of, by its adapter_config.json."""
+    described = json.loads(Path(file).read_text(encoding="utf-8"))
+    return str(described.get("base_model_name_or_path")), described.get("revision") or "main"
+
+
+def find_base_revision(config: ExtractionConfig, adapter: str) -> str | None:
+    """Return the commit of the model that an adapter is of, or the digest of its files."""
+    file = find_file(adapter, "adapter_config.json", config.revision)
+    base, revision = read_base(str(file))
+    return source_revision(base) if is_local(base) else find_commit(base, revision, kind="model")
 
 
 def find_folder(model: str, revision: str) -> str:
@@ -1425,9 +1441,14 @@ def find_folder(model: str, revision: str) -> str:
     raise TeacherError(f"--model {model} cannot be loaded: {why}")
 
 
-def tokenizer_source(config: ExtractionConfig) -> tuple[str, str | None]:
-    """Return model and revision that the tokenizer is of: an adapter may leave it to its base."""
-    options, adapter = locate_model(config)
+def tokenizer_source(
+    config: ExtractionConfig, options: Mapping[str, Any], adapter: str | None
+) -> tuple[str, str | None]:
+    """Return model and revision that the tokenizer is of: an adapter may leave it to its base.
+
+    Args:
+        options, adapter: of `locate_model`.
+    """
     if adapter is None or find_file(adapter, "tokenizer_config.json", config.revision):
         return config.model, config.revision
     return options["pretrained_model_name_or_path"], options["revision"]
@@ -5053,7 +5074,8 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     config = replace(config, revision=pinned["model"])
     resolve_device(config.device)
     model_config = load_model_config(config)
-    name, revision = tokenizer_source(config)
+    options, adapter = locate_model(config)
+    name, revision = tokenizer_source(config, options, adapter)
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=config.trust_remote_code)
     measured = None
     if config.tokenized_dataset is not None:
@@ -5072,6 +5094,8 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     settings = describe_settings(config, encoder, model_config, vocab_size)
     for kind, commit in pinned.items():
         settings[f"{kind}_revision"] = commit or source_revision(getattr(config, kind))
+    if adapter is not None:
+        settings["base_revision"] = find_base_revision(config, adapter)
     settings["rows_per_part"] = recorded.get("rows_per_part") or choose_rows_per_part(
         selection, encoder
     )

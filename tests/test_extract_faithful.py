@@ -279,7 +279,9 @@ def test_an_adapter_is_added_to_its_base(tmp_path):
                 weight.normal_(0, 0.3)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(lora)
-    assert el.tokenizer_source(configure(lora)) == (str(base), "main")
+    found = el.locate_model(configure(lora))
+    assert el.tokenizer_source(configure(lora), *found) == (str(base), "main")
+    assert el.find_base_revision(configure(lora), str(lora)) == el.source_revision(str(base))
     got, plain = (all_logits(load_teacher(configure(folder))) for folder in (lora, base))
     want = all_logits(Teacher(adapted.merge_and_unload()))
     assert float((got - want).abs().max()) <= TOLERANCE
@@ -300,6 +302,8 @@ def test_an_adapter_needs_peft_and_stands_beside_no_whole_model(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "peft", None)
     assert f"is an adapter of {base}: pip install peft" in refusal(lora)
     assert "has an adapter beside a whole model" in refusal(base)
+    (lora / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "./none"}))
+    assert "is an adapter of ./none: no such folder" in refusal(lora)
 
 
 class OnMps(torch.Tensor):
