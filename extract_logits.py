@@ -861,6 +861,7 @@ class RowEncoder:
 
     conversation: ConversationEncoder
     max_seq_len: int | None = None  # tokens
+    unknown: frozenset[int] = frozenset()  # ids of added tokens that the model has no row for
 
     def encode(self, row: Row, index: int) -> EncodedRow | SkippedRow:
         """Render, tokenize and align one conversation; one that cannot be used says why."""
@@ -874,6 +875,9 @@ class RowEncoder:
             return SkippedRow(index, "too_long", why)
         if highest > MAX_TOKEN_ID:
             why = f"token id {highest}, the format ends at {MAX_TOKEN_ID}"
+            return SkippedRow(index, "id_too_large", why)
+        if highest in self.unknown:
+            why = f"the model has no row for token id {highest}, which the tokenizer adds"
             return SkippedRow(index, "id_too_large", why)
         return EncodedRow(index, encoded.input_ids, encoded.token_positions, encoded.notes)
 
@@ -5088,7 +5092,8 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
         date=begun.get("template_date"),
         dataset_revision=pinned["dataset"],
     )
-    encoder = RowEncoder(conversation, config.max_seq_len or max_positions(model_config))
+    limit = config.max_seq_len or max_positions(model_config)
+    encoder = RowEncoder(conversation, limit, find_unknown(tokenizer, model_config))
     vocab_size = check_vocabulary(config, tokenizer)
     selection = prepare_dataset(config, source, conversation.columns)
     settings = describe_settings(config, encoder, model_config, vocab_size)
@@ -5159,6 +5164,12 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
         cached = try_to_load_from_cache(repo, "config.json", revision=revision, repo_type=kind)
         return Path(cached).parent.name if isinstance(cached, str) else None
     return None
+
+
+def find_unknown(tokenizer: Any, model_config: Any) -> frozenset[int]:
+    """Return the ids of tokens that were added to a tokenizer, and not to its model."""
+    rows = getattr(model_config.get_text_config(), "vocab_size", None) or MAX_TOKEN_ID + 1
+    return frozenset(i for i in tokenizer.get_added_vocab().values() if i >= rows)
 
 
 def check_vocabulary(config: ExtractionConfig, tokenizer: Any) -> int:

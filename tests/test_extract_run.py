@@ -78,6 +78,16 @@ def test_nothing_usable_is_an_error_and_not_an_empty_run(why, extract, write_cha
     assert not [*Path("out").rglob("*.parquet"), *Path("cache").rglob("*.parquet")]
 
 
+def test_a_row_with_a_token_that_only_the_tokenizer_has_is_left_out(extract, write_chats):
+    tiny_model(300).save_pretrained("adding")
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save_pretrained("adding")
+    write_chats([{"messages": chat(said)} for said in ("yes", "a <pad> b", "no")])
+    summary = extract(model="./adding", store_tokens=True).passed()
+    assert (Output("out").ids(), summary["skipped"]) == ([0, 2], {"id_too_large": 1})
+
+
 def test_a_row_with_nan_logits_is_left_out_and_named(extract, write_chats, tmp_path):
     write_chats([{"messages": chat("Q" if n == 5 else "z" * n)} for n in range(1, 13)])
     done = extract(model=broken_teacher(tmp_path / "broken", "Q"), max_batch_size=4)
