@@ -835,11 +835,15 @@ def _read_csv(lines: Iterator[str], integers: Sequence[str | None]) -> Iterator[
 
 
 def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
-    """Return JSON and CSV files as a table in the cache of `datasets`; mixed columns are Json."""
+    """Return JSON and CSV files as a table in the cache of `datasets`.
+
+    Columns of anything but text or integers are JSON there, decoded here when they are read:
+    `datasets` does so by a reader that rounds numbers and drops half pairs of surrogates.
+    """
     datasets = import_extra("datasets")
     stats = [(os.path.abspath(file), os.stat(file)) for file in files]
     seen = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]
-    key = hashlib.sha256(json.dumps([1, seen, list(integers)]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([2, seen, list(integers)]).encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE) / "rows" / f"{key[:32]}.arrow"
     if not path.exists():
         kinds: dict[str, set[str]] = {}
@@ -847,15 +851,27 @@ def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
             for name, value in row.items():
                 kinds.setdefault(name, set()).update([] if value is None else [_kind_of(value)])
         one = {name: min(found) if len(found) == 1 else "json" for name, found in kinds.items()}
-        types = {"json": datasets.Json(), **{k: datasets.Value(k) for k in ("int64", "string")}}
-        schema = datasets.Features({name: types[kind] for name, kind in one.items()}).arrow_schema
+        types = {n: datasets.Value(k if k == "int64" else "string") for n, k in one.items()}
+        schema = datasets.Features(types).arrow_schema
+        encoded = [name for name, kind in one.items() if kind == "json"]
+        schema = schema.with_metadata({**schema.metadata, b"json": json.dumps(encoded)})
         with whole_file(path) as part, pa.ipc.new_stream(str(part), schema) as table:
             rows = read_rows(files, integers)
             while batch := list(itertools.islice(rows, 1000)):
                 for row in batch:
-                    row |= {name: _json_cell(row[name]) for name in row if one[name] == "json"}
+                    row |= {name: _json_cell(row[name]) for name in encoded if name in row}
                 table.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    return datasets.Dataset.from_file(str(path))
+    with pa.ipc.open_stream(str(path)) as stored:
+        encoded = json.loads(stored.schema.metadata[b"json"])
+    decode = functools.partial(_decode_json, encoded)
+    return datasets.Dataset.from_file(str(path)).with_transform(decode)
+
+
+def _decode_json(encoded: Sequence[str], batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {
+        name: [cell and json.loads(cell) for cell in cells] if name in encoded else cells
+        for name, cells in batch.items()
+    }
 
 
 @contextlib.contextmanager
@@ -877,13 +893,8 @@ def _kind_of(value: Any) -> str:
 
 
 def _json_cell(value: Any) -> str | None:
-    """Write JSON that `datasets` reads rightly: integers over 64 bits and half pairs as text."""
     text = None if value is None else json.dumps(value, ensure_ascii=False)
-    if text is None or (is_unicode(text) and not re.search(r"\d{19}", text)):
-        return text
-    if isinstance(value, str):  # first halves would be dropped in silence, second ones are not
-        return json.dumps(re.sub("[\ud800-\udbff]", "\udc00", value))
-    return json.dumps(json.dumps(value))
+    return text if text is None or is_unicode(text) else json.dumps(value)
 
 
 def is_unicode(text: str) -> bool:

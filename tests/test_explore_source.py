@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import random
 import sys
@@ -182,6 +183,19 @@ def test_files_of_one_relative_name_size_and_time_are_told_apart(tmp_path, monke
             write_rows(Path("r.jsonl"), [{"text": said}])
             os.utime("r.jsonl", (1, 1))
             assert open_source("r.jsonl")["text"] == [said]
+
+
+NUMBERS = [0.13436424411240122, 5e-324, 1.7976931348623157e308, 1234567890123456789.0, 2**70, -0.0]
+
+
+@STREAMED
+def test_numbers_are_what_was_written_to_the_last_digit(streaming, tmp_path):
+    """And a text of many digits leaves the list that it is in a list."""
+    said = [{"role": "user", "content": "12345678901234567890"}]
+    rows = [{"prompt": said, "completion": n, "tools": [{"x": n}]} for n in [*NUMBERS, math.inf]]
+    path = write_rows(tmp_path / "r.jsonl", [*rows, {"prompt": "a", "completion": "b"}])
+    found = list(open_source(str(path), streaming=streaming))[:-1]
+    assert list(map(repr, found)) == list(map(repr, rows))
 
 
 @STREAMED
