@@ -5773,20 +5773,20 @@ def run_tasks(config: ExtractionConfig) -> dict[str, Any]:
             executor.run()
         except (LogitsError, RuntimeError) as error:
             failed = hide_tokens(first_line(error))
-            logger.error("%s", failed)
-    submitted = config.tasks if config.executor == "slurm" else 0
+    submitted = config.tasks if config.executor == "slurm" and not failed else 0
     left = 0 if submitted else len(executor.get_incomplete_ranks(skip_completed=True))
     seconds, stored = time.monotonic() - began, count_stored(read_all_records(destination))
     return summarize(
         stored,
         config.output,
-        EXIT_RUNTIME if left or (failed and not submitted) else 0,
+        EXIT_RUNTIME if left or failed else 0,
         tokens=stored["tokens"] - before["tokens"],
         seconds=seconds,
         tasks=config.tasks,
         tasks_left=left,
         tasks_submitted=submitted,
         logs=str(executor.logging_dir.path),
+        **({"error": failed} if failed else {}),
     )
 
 

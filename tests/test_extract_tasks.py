@@ -122,6 +122,13 @@ def test_local_tasks_store_every_part_and_only_missing_ones_again(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+def test_the_last_line_says_why_tasks_failed(tmp_path):
+    done = run_tasks(tmp_path, "--executor", "local", "--tasks", 1, "--messages-col", "nope")
+    assert (done.code, done.summary["tasks_left"]) == (75, 1)
+    for said in (done.summary["error"], done.stderr.splitlines()[-1]):
+        assert "no column 'nope' (--messages-col)" in said
+
+
 @pytest.mark.slow
 def test_tasks_on_a_ray_cluster_store_every_row_once(tmp_path):
     needs("ray")
