@@ -677,8 +677,8 @@ def open_source(
         elif isinstance(rows := splits[name], datasets.Dataset):
             rows = rows.to_iterable_dataset() if streaming else rows
         elif _kind_of_file((rows := _like_files(rows))[0]) == "parquet":
+            how = {"split": name, "streaming": streaming, "name": _fingerprint(rows)}
             rows = [glob.escape(os.path.abspath(file)) for file in rows]
-            how = {"split": name, "streaming": streaming}
             rows = datasets.load_dataset("parquet", data_files={name: rows}, **how)
         elif streaming:
             given = {"files": tuple(rows), "integers": tuple(integers)}  # lists mean shards
@@ -841,10 +841,8 @@ def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
     `datasets` does so by a reader that rounds numbers and drops half pairs of surrogates.
     """
     datasets = import_extra("datasets")
-    stats = [(os.path.abspath(file), os.stat(file)) for file in files]
-    seen = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]
-    key = hashlib.sha256(json.dumps([2, seen, list(integers)]).encode()).hexdigest()
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "rows" / f"{key[:32]}.arrow"
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    path = cache / "rows" / f"{_fingerprint(files, *integers)}.arrow"
     if not path.exists():
         kinds: dict[str, set[str]] = {}
         for row in read_rows(files, integers):
@@ -865,6 +863,13 @@ def _tabulate(files: Sequence[str], integers: Sequence[str | None]) -> Any:
         encoded = json.loads(stored.schema.metadata[b"json"])
     decode = functools.partial(_decode_json, encoded)
     return datasets.Dataset.from_file(str(path)).with_transform(decode)
+
+
+def _fingerprint(files: Sequence[str], *options: str | None) -> str:
+    """Return a name for what is cached of files: of others of the same path and time, another."""
+    stats = [(os.path.abspath(file), os.stat(file)) for file in files]
+    seen = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]
+    return hashlib.sha256(json.dumps([2, seen, options]).encode()).hexdigest()[:32]
 
 
 def _decode_json(encoded: Sequence[str], batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

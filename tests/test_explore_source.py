@@ -175,14 +175,15 @@ def test_what_is_damaged_is_named_with_file_and_place(name, streaming, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_files_of_one_relative_name_size_and_time_are_told_apart(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_of_one_relative_name_size_and_time_are_told_apart(kind, tmp_path, monkeypatch):
     for name, again in (("a", "b"), ("b", "c")):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         for said in (name, again):
-            write_rows(Path("r.jsonl"), [{"text": said}])
-            os.utime("r.jsonl", (1, 1))
-            assert open_source("r.jsonl")["text"] == [said]
+            path = write_rows(Path(f"r.{kind}"), [{"text": said}])
+            os.utime(path, (1, 1))
+            assert list(open_source(str(path))) == [{"text": said}]
 
 
 NUMBERS = [0.13436424411240122, 5e-324, 1.7976931348623157e308, 1234567890123456789.0, 2**70, -0.0]
