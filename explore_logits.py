@@ -641,6 +641,7 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
 # JSON and CSV are read here, row by row, whether streamed or not: nulls and numbers stay as they
 # were written, and a bad line is named when it is met. The rest is read by `datasets`.
 
+FIRST_ROWS = 1000  # that tell the columns where no schema does: a key may be left out of some rows
 _FILE = re.compile(r"\.(jsonl?|csv|parquet)(?:\.(?:gz|zst|bz2|xz))?$")
 
 
@@ -749,7 +750,8 @@ def _like_files(files: Sequence[str]) -> list[str]:
     for file in files:
         with _reading(file):
             if _kind_of_file(file) != "parquet":
-                columns[file] = list(next(read_rows([file]), ()))
+                first = itertools.islice(read_rows([file]), FIRST_ROWS)
+                columns[file] = [*dict.fromkeys(name for row in first for name in row)]
                 continue
             with pq.ParquetFile(file) as table:
                 columns[file] = table.schema_arrow.names if table.metadata.num_rows else []
@@ -1045,7 +1047,8 @@ def refuse_inside(options: ConversationOptions, **places: str) -> None:
 
 def source_columns(dataset: Any) -> list[str]:
     """Return the column names of an open source; those of its first rows where no schema says."""
-    names = dataset.column_names or dict.fromkeys(name for row in dataset.take(16) for name in row)
+    first = () if dataset.column_names else dataset.take(FIRST_ROWS)
+    names = dataset.column_names or dict.fromkeys(name for row in first for name in row)
     if not names:
         raise SourceError(f"dataset {getattr(dataset, 'name', '')!r} has no rows")
     return list(names)

@@ -91,6 +91,16 @@ def test_a_folder_of_files_is_one_dataset(streaming, tmp_path):
     assert list(open_source(str(tmp_path), split="test", streaming=streaming)) == PLAIN_ROWS[:1]
 
 
+@STREAMED
+def test_keys_that_rows_leave_out_are_columns(streaming, tmp_path):
+    rows = [*PLAIN_ROWS * 6, {**PLAIN_ROWS[0], "tools": []}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    write_rows(tmp_path / "b.jsonl", rows[::-1])
+    source = open_source(str(tmp_path), streaming=streaming)
+    assert explore.source_columns(source) == ["question", "answer", "tools"]
+    assert len(list(source)) == 2 * len(rows)
+
+
 def test_files_of_another_kind_are_not_left_out_in_silence(tmp_path, caplog):
     """But a .json file may be about the others."""
     (folder := tmp_path / "chats").mkdir()
