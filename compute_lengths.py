@@ -53,6 +53,7 @@ from explore_logits import (
     SourceError,
     add_options,
     conversation_settings,
+    count_processors,
     first_line,
     import_extra,
     local_path,
@@ -167,8 +168,7 @@ def measure_source(
     """Measure all batches of a source, in order, in `workers` processes (None: one each CPU)."""
     source = without_idle_columns(source, encoder.columns)
     table = source if hasattr(source, "__len__") else None  # read in the workers; streams here
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or cpus or 1
+    workers = workers or count_processors()
     batches: Iterable[tuple[int, Batch | int]] = stream_batches(source, batch_size)
     if table is not None:
         batches = [(n, min(batch_size, len(table) - n)) for n in range(0, len(table), batch_size)]

@@ -158,6 +158,13 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def count_processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def show_line(text: str) -> str:
     """Write text from anywhere on one line, without what acts on a terminal or opens the Hub."""
     return hide_tokens(show_text(re.sub(r"\s*\n\s*", " ", text.strip())))

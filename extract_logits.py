@@ -98,6 +98,7 @@ from explore_logits import (
     OneLineParser,
     add_options,
     conversation_settings,
+    count_processors,
     differing_settings,
     first_line,
     flag_of,
@@ -1114,13 +1115,6 @@ def worker_processes(rows: int) -> int:
     return max(1, min(MOST_WORKERS, count_processors() * 3 // 4))
 
 
-def count_processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # --------------------------------------------------------------------------------------------------
 # 3 Batches
 # --------------------------------------------------------------------------------------------------
@@ -1888,6 +1882,7 @@ class Teacher:
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(model.config, name, False):
                 setattr(model.config, name, False)  # memory that nothing here reads
+        model.config.return_dict = True  # a tuple does not say what is what
         for module in model.modules():  # to look for padding, only to warn, waits for the device
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):
                 module.warn_if_padding_and_no_attention_mask = lambda *ids_and_mask: None
@@ -5658,7 +5653,8 @@ def fetch_and_pack(batch: Batch, result: GPUBatchResult, *, schema: pa.Schema) -
 
 
 SKIP_REMEDIES = {
-    "too_long": "raise --max-seq-len",
+    "too_long": "raise --max-seq-len where the model has more positions",
+    "id_too_large": "give a model and a tokenizer that belong together",
     "refused_by_template": "give another --chat-template",
     "no_tokens": "give another --chat-template",
 }

@@ -186,6 +186,11 @@ def test_chunks_are_in_row_order_and_as_large_as_asked(layout, chunk_tokens):
     assert list(teacher.iter_logits(sequences, [np.zeros(0, np.int32)] * 3)) == []
 
 
+def test_a_configuration_that_asks_for_tuples_changes_nothing():
+    want = all_logits(Teacher(tiny_model("qwen2")))
+    assert torch.equal(all_logits(Teacher(tiny_model("qwen2", return_dict=False))), want)
+
+
 def test_a_forward_that_does_not_end_leaves_the_model_as_it_was(monkeypatch):
     teacher = Teacher(tiny_model("qwen2"))
 
