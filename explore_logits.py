@@ -671,7 +671,10 @@ def open_source(
     """
     datasets, path = import_extra("datasets"), local_path(dataset)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # logs and raises
-    name, as_written = split if streaming else re.split(r"[\[+]", split)[0], False
+    asked, as_written = {part.partition("[")[0] for part in split.split("+")}, False
+    name = min(asked)
+    if streaming and name != split:
+        raise SourceError(f"--split {split}: a stream is not sliced; leave out --streaming")
     with _reading(dataset, split, subset):
         if not path.exists():
             if dataset.startswith((".", "/", "~")) or _FILE.search(dataset):
@@ -680,7 +683,7 @@ def open_source(
             answers = hub_answers(dataset, "dataset")
             with contextlib.nullcontext() if answers else _cache_alone():
                 rows, name = datasets.load_dataset(dataset, name=subset, **how), split
-        elif name not in (splits := _find_splits(path, subset)):
+        elif name not in (splits := _find_splits(path, subset)) or len(asked) > 1:
             raise ValueError(f"Available splits: {[*splits]}")  # as `datasets` says it
         elif isinstance(rows := splits[name], datasets.Dataset):
             rows = rows.to_iterable_dataset() if streaming else rows

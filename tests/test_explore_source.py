@@ -126,8 +126,16 @@ def test_a_split_may_be_sliced_where_the_source_is_a_table(kind, tmp_path):
     path = write_rows(tmp_path / f"rows.{kind}", PLAIN_ROWS)
     found = list(open_source(str(path), split="train[3:]+train[:1]"))
     assert found == [*PLAIN_ROWS[3:], PLAIN_ROWS[0]]
-    with pytest.raises(SourceError, match=r"no split .*; it has train"):
+    with pytest.raises(SourceError, match="a stream is not sliced; leave out --streaming"):
         open_source(str(path), split="train[:2]", streaming=True)
+
+
+def test_one_split_at_a_time_and_all_that_there_are_are_named(tmp_path):
+    for name in ("train", "test"):
+        write_rows(tmp_path / f"{name}.jsonl", PLAIN_ROWS)
+    for split in ("train+test", "test[:2]+train[:1]", "dev"):
+        with pytest.raises(SourceError, match=r"has no split .*; it has train, test"):
+            open_source(str(tmp_path), split=split)
 
 
 def table(answer: Any) -> bytes:
