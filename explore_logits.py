@@ -1297,7 +1297,7 @@ def _content_text(content: Any, role: str) -> tuple[Any, str]:
 # A template that writes nothing while it passes over the messages is read by replacing what a turn
 # says: what both renderings share before and after delimits the turn.
 
-_THINK = r"(?:seed:)?(?:think(?:ing)?|thought|reason(?:ing)?)"
+_THINK = r"(?:\w+:)?(?:think(?:ing)?|thought|reason(?:ing)?)(?::\w+)?"
 _OPEN = rf"(?:<\|?{_THINK}\|?>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel>thought\n)"
 _CLOSE = rf"(?:</{_THINK}>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>)"
 _THINK_TAG = re.compile(f"{_OPEN}|{_CLOSE}", re.IGNORECASE)
@@ -1458,6 +1458,11 @@ def date_of_today() -> str:
 # Rendering with marks -----------------------------------------------------------------------------
 
 
+def _names_called(message: Mapping[str, Any]) -> list[Any]:
+    calls = [c for c in message.get("tool_calls") or () if isinstance(c, Mapping)]
+    return [dict(call.get("function") or call).get("name") for call in calls]
+
+
 class Rendering(NamedTuple):
     """A rendered conversation: `runs` tell which message wrote what, None: the template itself."""
 
@@ -1468,6 +1473,16 @@ class Rendering(NamedTuple):
     def shown(self) -> set[int | None]:
         """Return the messages that wrote more than blanks."""
         return {number for a, b, number in self.runs if self.text[a:b].strip()}
+
+    def last_told(self, messages: Messages) -> Rendering:
+        """Give the last message what a template writes of it when its loop is over."""
+        last, after = len(messages) - 1, self.runs[-2:]
+        if [who for *_, who in after] != [last - 1, None] or last in self.shown():
+            return self
+        start, end, _ = after[1]
+        says = [messages[-1].get("content"), *_names_called(messages[-1])]
+        told = any(said and str(said).strip() in self.text[start:end] for said in says)
+        return self._replace(runs=[*self.runs[:-1], (start, end, last)]) if told else self
 
     def marks(self, said: str) -> bool:
         """Tell whether some text stands inside the markers."""
@@ -1708,6 +1723,7 @@ class ChatTemplate:
     prompt: str = ""  # the generation prompt, such as "<|im_start|>assistant\n"
     tails: tuple[str, ...] = ()  # what it writes after what an assistant says; longest first
     inserted: tuple[str, ...] = ()  # think tags that it writes where the data has none; the same
+    closing: str = ""  # the token by which what follows a turn ends it, where it does not itself
 
     @cached_property
     def header(self) -> str:
@@ -1717,7 +1733,7 @@ class ChatTemplate:
     @property
     def ends(self) -> tuple[str, ...]:
         """What ends a turn, such as "<|im_end|>"; longest first."""
-        found = {tail[: self.through_tokens(tail)].strip() for tail in self.tails}
+        found = {tail[: self.through_tokens(tail)].strip() for tail in (*self.tails, self.closing)}
         return tuple(sorted(filter(None, found), key=len, reverse=True))
 
     def through_tokens(self, tail: str) -> int:
@@ -1753,7 +1769,7 @@ class ChatTemplate:
             if _compile_marked(self.source)[1]:  # marks where they might change what is written
                 plain = write(inside=False)
                 rendering = rendering if rendering.text == plain.text else plain
-            return rendering
+            return rendering if prompt else rendering.last_told(messages)
         except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, TypeError,
                 ValueError, LookupError, AttributeError, ArithmeticError) as error:  # fmt: skip
             sandbox = isinstance(error, jinja2.exceptions.SecurityError)
@@ -1832,7 +1848,8 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
     prompt = ""
     if asked and before:  # what follows the messages, but for what follows them anyway
         end = max([b for _, b, who in asked.runs if who is not None], default=0)
-        end = end if asked.text[end:].strip() else _shared_prefix(asked.text, before.text)
+        tells = end and asked.text[end:].strip()
+        end = end if tells else _shared_prefix(asked.text, before.text)
         after = before.text[end:] if before.text.startswith(asked.text[:end]) else ""
         prompt = asked.text[end:].removesuffix(after)
     turns = []
@@ -1853,6 +1870,13 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
         turns = [(h, tail[: common or end]) for (h, tail), end in zip(turns, ends, strict=True)]
     if not prompt.strip() and turns[0][0].strip():
         prompt = turns[0][0]
+    closing = ""
+    for text, runs, _ in shown if template.loops else []:
+        end = max((b for _, b, who in runs if who == n), default=len(text))
+        token = next((token for token in template.added if text.startswith(token, end)), "")
+        alone = text[end:].strip() == token != prompt.strip()
+        if alone or token not in text[: text.find(says[n - 1])]:  # else it begins other turns
+            closing = closing or token
     header = replace(template, prompt=prompt).header
     heads = {head.removeprefix(header) for head, _ in turns if head.startswith(header)}
     return {
@@ -1860,6 +1884,7 @@ def _probe_turns(template: ChatTemplate, opening: tuple[str, ...]) -> dict[str, 
         "marked": shown[0].marks(says[n]),
         "tails": tuple(sorted({tail for _, tail in turns}, key=len, reverse=True)),
         "inserted": tuple(sorted(filter(_THINK_TAG.search, heads), key=len, reverse=True)),
+        "closing": "" if any(tail.strip() for _, tail in turns) else closing,
     }
 
 
@@ -2042,6 +2067,8 @@ class _TurnReader:
                     end = found.end() if found else end
             elif self.chat[number].get("tool_calls"):
                 end += self.closing_of_calls(number, a, b, first=is_first)
+            if not template.marked and text.startswith(template.closing, b):
+                end = max(end, b + len(template.closing))
             spans.append((number, self.cut(number, start, end, a)))
         last = max(n for n, message in enumerate(self.chat) if message["role"] == "assistant")
         if template.marked and self.choice.include_end and last in begun:
@@ -2065,7 +2092,12 @@ class _TurnReader:
             asked = template.try_render(self.chat[:number], self.tools, prompt=True)
             text = asked.text if asked else ""
             longest = range(min(len(text), len(said), len(prompt) + 256), 0, -1)  # short, headers
-            self.found[kind] = said[: next((n for n in longest if text.endswith(said[:n])), 0)]
+            given = said[: next((n for n in longest if text.endswith(said[:n])), 0)]
+            if not given.strip():  # the prompt goes on otherwise: whole tokens and lines are given
+                given = said[: _shared_prefix(prompt, said)]
+                whole = [token.end() for token in template.tokens.finditer(given)]
+                given = given if given == said else given[: max(given.rfind("\n") + 1, 0, *whole)]
+            self.found[kind] = given
         header = self.found[kind]
         return len(header) if header.strip() and said.startswith(header) else 0
 
@@ -2154,15 +2186,20 @@ class _TurnReader:
             other_message = {**_with_arguments(message, marked), **said}
             chat = [*self.chat[:number], other_message, *self.chat[number + 1 :]]
             other = template.try_render(chat, self.tools)
-            if other is None or mark not in other.text:
+            if other is None or not (mark in other.text or json.dumps(mark)[1:-1] in other.text):
                 continue  # the template does not show the turn
             first = _shared_prefix(text, other.text)
             end = len(text) - _shared_prefix(text[first:][::-1], other.text[first:][::-1])
             prompt = template.prompt
             place = text.rfind(prompt, floor, first) if prompt else -1
             between = text[place + len(prompt) : first]
-            near = place >= 0 and not _THINK_TAG.sub("", template.tokens.sub("", between)).strip()
-            start = place + len(prompt) if near else first
+            calls = bool(message.get("tool_calls"))  # their markup stands around what was replaced
+            near = calls or not _THINK_TAG.sub("", template.tokens.sub("", between)).strip()
+            start = place + len(prompt) if place >= 0 and near else first
+            ends = [text.find(tail, end) for tail in template.tails if calls and tail.strip()]
+            after = min((at for at in ends if at >= 0), default=end)
+            if not any(said and said in text[end:after] for said in self.said):
+                end = after
             tail = next((t for t in template.tails if t and text.startswith(t, end)), "")
             floor = end + len(tail)
             if number in wanted:
@@ -2173,8 +2210,7 @@ class _TurnReader:
         """Say what was given and does not show: messages, calls, tools."""
         text, shown, found = self.rendering.text, self.rendering.shown(), []
         for number, message in enumerate(self.chat if self.template.loops else []):
-            calls = [c for c in message.get("tool_calls") or () if isinstance(c, Mapping)]
-            names = [dict(call.get("function") or call).get("name") for call in calls]
+            names = _names_called(message)
             said = self.said[number]
             if any(name and str(name) not in text for name in names):
                 found.append("the tool calls of an assistant message")

@@ -229,6 +229,16 @@ MACRO = "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}" + each("{{ turn(m
 BLOCK = each("{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}")
 TOOL = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
 LAST = [dict(message, trained=n == 3) for n, message in enumerate(CHAT)]
+CALLING, CALL_SAID = says("", tool_calls=[{"function": CALL}]), 'f {"a": null}<|end|>'
+LAST_APART = (  # writes the last message when the loop is over
+    each(HEAD + SAID, "messages[:-1]") + "{% set m = messages[-1] %}"
+    + HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}{% endfor %}<|end|>\n" + PROMPT
+)  # fmt: skip
+GATHERED_CALLS = GATHERED.replace(
+    "m.content + '<|end|>", "m.content + (('f ' + m.tool_calls[0].function.arguments"
+    " | tojson(ensure_ascii=True)) if m.tool_calls else '') + '<|end|>",
+)  # fmt: skip
 # template, way by which turns are found, spans of CHAT or of another conversation
 TURNS: dict[str, Any] = {
     "plain": (PLAIN, "loop", BOTH, CHAT),
@@ -263,6 +273,28 @@ TURNS: dict[str, Any] = {
         "generation", BOTH[1:], CHAT),
     "markers in a macro": (MACRO, "generation", BOTH, CHAT),
     "markers in a block": (BLOCK, "generation", BOTH, CHAT),
+    "a prompt that goes on": (
+        PLAIN.replace(PROMPT, PROMPT.replace("{% endif", "He thinks:\n{% endif")), "loop",
+        ["Hello.<|end|>"], [CHAT[0], says("Hello.")]),
+    "a header without an answer": (
+        each("<|start|>{{ m.role }}{% if m.content %}{{ '\n' }}" + SAID + "{% endif %}") + PROMPT,
+        "loop", BOTH[1:], [CHAT[0], says(""), *CHAT[2:]]),
+    "think tags with a name of their own": (
+        THINKS.replace("</think", "</mm:think").replace("<think", "<mm:think"), "loop", BOTH, CHAT),
+    "an end that the next message writes": (
+        each(branch("", "{{ '' if loop.first else '<|end|>' }}") + HEAD + "{{ m.content }}")
+        + PROMPT, "loop", [BOTH[0], "Dune."], CHAT),
+    "an end after the last message alone": (
+        each("<|{{ m.role }}|>{{ m.content }}") + "<|end|>{# <|user|><|assistant|> #}", "loop",
+        ["Dune.<|end|>"], CHAT[2:]),
+    "an end that comes between messages": (
+        "<|start|>system\n" + each("<|end|>" + HEAD + "{{ m.content }}") + "<|end|>" + PROMPT,
+        "loop", BOTH, CHAT),
+    "the last message after the loop": (
+        LAST_APART, "loop", [BOTH[0], CALL_SAID], [*CHAT[:3], CALLING]),
+    "gathered calls": (
+        GATHERED_CALLS, "replacing", [CALL_SAID, BOTH[1]],
+        [CHAT[0], CALLING, {"role": "tool", "content": "Rainy."}, CHAT[3]]),
     "no end": (
         each("<|{{ m.role }}|>{{ m.content }}") + "{# <|user|><|assistant|> #}",
         "loop", ["Birch bark.", "Dune."], CHAT),
