@@ -2906,6 +2906,7 @@ def read_blocks(
     at = top_k_ids(held.flatten(1), k)
     top = held.flatten(1).gather(1, at).double()  # (N, k)
     top_ids = blocks.gather(1, at // BLOCK) * BLOCK + at % BLOCK
+    top_ids.clamp_(max=logits.shape[1] - 1)  # padding is above the NaN of a CPU, which is negative
     held.flatten(1).scatter_(1, at, float("-inf"))
     maxima, sums = sum_blocks(held.double())
     weights.scatter_(1, blocks, maxima + sums.log_())
