@@ -1882,7 +1882,7 @@ class Teacher:
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(model.config, name, False):
                 setattr(model.config, name, False)  # memory that nothing here reads
-        model.config.return_dict = True  # a tuple does not say what is what
+        model.config.return_dict = text.return_dict = True  # a checkpoint of old may ask for tuples
         for module in model.modules():  # to look for padding, only to warn, waits for the device
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):
                 module.warn_if_padding_and_no_attention_mask = lambda *ids_and_mask: None
@@ -1970,9 +1970,9 @@ class Teacher:
         """Split a batch into runs of rows that may share a forward pass."""
         if self.layout == "single":
             return [[i] for i in range(len(lengths))]
-        edge = rope_edge(self.model.config)
-        runs = itertools.groupby(range(len(lengths)), key=lambda i: lengths[i] > edge)
-        return [list(run) for _, run in runs]
+        edges = rope_edges(self.model.config)
+        beyond = [sum(length > edge for edge in edges) for length in lengths]
+        return [list(run) for _, run in itertools.groupby(range(len(lengths)), beyond.__getitem__)]
 
     def _logits(
         self, rows: list[torch.Tensor], wanted: list[torch.Tensor], size: int
@@ -2294,17 +2294,16 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
-def rope_edge(config: Any) -> float:
-    """Return the length beyond which the model turns every row of a batch by other angles.
+def rope_edges(config: Any) -> list[float]:
+    """Return the lengths beyond which the model turns every row of a batch by other angles.
 
     LongRoPE chooses its short or long factors by the longest row, so a short conversation beside
     a long one would get other logits than alone.
     """
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if part.get("rope_type") == "longrope":
-            return float(part.get("original_max_position_embeddings") or math.inf)
-    return math.inf
+    parts = (rope, *(value for value in rope.values() if isinstance(value, dict)))
+    longs = [part for part in parts if part.get("rope_type") == "longrope"]
+    return sorted(float(part.get("original_max_position_embeddings") or math.inf) for part in longs)
 
 
 # vLLM as the engine: it runs the layers, and `Teacher` all that follows.
@@ -2362,7 +2361,8 @@ def check_vllm(config: ExtractionConfig, model_config: Any) -> None:
             f"--model {config.model} is an adapter, which --engine vllm does not add: give a "
             "folder with the merged weights (merge_and_unload of peft)"
         )
-    edge, longest = rope_edge(model_config), config.max_seq_len or max_positions(model_config)
+    edge = min(rope_edges(model_config), default=math.inf)
+    longest = config.max_seq_len or max_positions(model_config)
     if math.isfinite(edge) and (longest is None or longest > edge):
         raise TeacherError(
             f"--engine vllm turns all conversations as the longest, beyond {edge:.0f} tokens: give "

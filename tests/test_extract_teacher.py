@@ -16,6 +16,7 @@ import torch
 import transformers
 from architectures import (
     FAMILIES,
+    LONGROPE,
     VISION,
     conversations,
     largest_difference,
@@ -186,9 +187,17 @@ def test_chunks_are_in_row_order_and_as_large_as_asked(layout, chunk_tokens):
     assert list(teacher.iter_logits(sequences, [np.zeros(0, np.int32)] * 3)) == []
 
 
-def test_a_configuration_that_asks_for_tuples_changes_nothing():
-    want = all_logits(Teacher(tiny_model("qwen2")))
-    assert torch.equal(all_logits(Teacher(tiny_model("qwen2", return_dict=False))), want)
+def test_layers_of_two_kinds_may_have_angles_for_long_rows_from_other_lengths_on():
+    later = {**LONGROPE, "original_max_position_embeddings": 38}
+    model = tiny_model(
+        "gemma3_text", rope_parameters={"full_attention": later, "sliding_attention": LONGROPE}
+    )
+    assert largest_difference(Teacher(model)) <= TOLERANCE
+
+
+def test_a_configuration_that_asks_for_tuples_is_no_fault():
+    assert largest_difference(Teacher(tiny_model("qwen2", return_dict=False))) <= TOLERANCE
+    assert largest_difference(Teacher(tiny_model("llava", return_dict=False))) <= TOLERANCE
 
 
 def test_a_forward_that_does_not_end_leaves_the_model_as_it_was(monkeypatch):
