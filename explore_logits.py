@@ -2059,7 +2059,7 @@ class _TurnReader:
             start, end, is_first = a, b, number not in begun
             begun.add(number)
             if is_first:
-                start += self.header_length(number, text[a:b])
+                start += self.header_length(number, a, b)
             if template.marked:
                 start, end = max(start, inside[0][0]), inside[-1][1]
                 if not self.choice.include_end and self.written(start, end) is None:
@@ -2076,9 +2076,9 @@ class _TurnReader:
             spans += [(last, span) for span in marked if span[0] >= after]
         return spans
 
-    def header_length(self, number: int, said: str) -> int:
+    def header_length(self, number: int, a: int, b: int) -> int:
         """Return how much of a turn's text the generation prompt gives."""
-        template = self.template
+        template, before, said = self.template, self.rendering.text[:a], self.rendering.text[a:b]
         prompt = template.header if template.marked else template.prompt
         for given in (prompt, template.header):
             if given and said.startswith(given):
@@ -2094,7 +2094,8 @@ class _TurnReader:
             longest = range(min(len(text), len(said), len(prompt) + 256), 0, -1)  # short, headers
             given = said[: next((n for n in longest if text.endswith(said[:n])), 0)]
             if not given.strip():  # the prompt goes on otherwise: whole tokens and lines are given
-                given = said[: _shared_prefix(prompt, said)]
+                given = text[a:] if text.startswith(before) else prompt
+                given = said[: _shared_prefix(given, said)]
                 whole = [token.end() for token in template.tokens.finditer(given)]
                 given = given if given == said else given[: max(given.rfind("\n") + 1, 0, *whole)]
             self.found[kind] = given

@@ -276,6 +276,11 @@ TURNS: dict[str, Any] = {
     "a prompt that goes on": (
         PLAIN.replace(PROMPT, PROMPT.replace("{% endif", "He thinks:\n{% endif")), "loop",
         ["Hello.<|end|>"], [CHAT[0], says("Hello.")]),
+    "a prompt that goes on after a tool": (
+        each("{{ '</tool>' if loop.index0 and loop.previtem.role == 'tool' }}" + HEAD + SAID)
+        + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' }}"
+        "<|start|>assistant\n<think>\n{% endif %}", "loop", [BOTH[0], "Elm.<|end|>", BOTH[1]],
+        TOOL),
     "a header without an answer": (
         each("<|start|>{{ m.role }}{% if m.content %}{{ '\n' }}" + SAID + "{% endif %}") + PROMPT,
         "loop", BOTH[1:], [CHAT[0], says(""), *CHAT[2:]]),
