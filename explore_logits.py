@@ -2083,6 +2083,8 @@ class _TurnReader:
         for given in (prompt, template.header):
             if given and said.startswith(given):
                 return len(given)
+            if given and number == 0 and given in said:  # a default system message comes before
+                return said.index(given) + len(given)
         if not prompt:
             return 0
         near = [{}, *self.chat][number : number + 2]  # the message before, if any, and this one
@@ -2100,7 +2102,10 @@ class _TurnReader:
                 given = given if given == said else given[: max(given.rfind("\n") + 1, 0, *whole)]
             self.found[kind] = given
         header = self.found[kind]
-        return len(header) if header.strip() and said.startswith(header) else 0
+        if not header.strip() or not said.startswith(header):
+            return 0
+        more = template.header if said.startswith(template.header, len(header)) else ""
+        return len(header + more)
 
     def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:
         """Return how much of the next turn's text closes this one's calls.
@@ -2145,6 +2150,8 @@ class _TurnReader:
         """Return the length of the think tags that a turn starts with and its data lacks."""
         tag = next((t for t in self.template.inserted if said.startswith(t.rstrip())), "")
         content = message.get("content") if isinstance(message.get("content"), str) else ""
+        if not tag and (found := _EMPTY_THINK.match(said)):  # where no plain conversation has any
+            tag = found[0].removesuffix(content[: len(content) - len(content.lstrip())])
         if _EMPTY_THINK.match(tag):
             own = bool(_EMPTY_THINK.match(str(content)))
         else:

@@ -281,6 +281,18 @@ TURNS: dict[str, Any] = {
         + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' }}"
         "<|start|>assistant\n<think>\n{% endif %}", "loop", [BOTH[0], "Elm.<|end|>", BOTH[1]],
         TOOL),
+    "a header after what closes the tool's": (
+        each("{{ '</tool>' if loop.index0 and loop.previtem.role == 'tool' }}" + HEAD + SAID)
+        + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' else "
+        "'<|start|>assistant\n' }}{% endif %}", "loop", [BOTH[0], "Elm.<|end|>", BOTH[1]], TOOL),
+    "a first turn after a default system message": (
+        each("{{ '<|start|>system\nBe kind.<|end|>\n' if loop.first }}" + HEAD + SAID) + PROMPT,
+        "loop", BOTH, CHAT[1:]),
+    "empty thoughts after a tool alone": (
+        each("{% if loop.index0 and loop.previtem.role == 'tool' %}" + HEAD + "<think></think>"
+             "{{ m.content }}<|end|>\n{% else %}" + HEAD + SAID + "{% endif %}") + PROMPT, "loop",
+        [BOTH[0], "\nElm.<|end|>", BOTH[1]],
+        [*TOOL[:3], says("\nElm."), *TOOL[4:]]),
     "a header without an answer": (
         each("<|start|>{{ m.role }}{% if m.content %}{{ '\n' }}" + SAID + "{% endif %}") + PROMPT,
         "loop", BOTH[1:], [CHAT[0], says(""), *CHAT[2:]]),
