@@ -2456,7 +2456,22 @@ def tokenize_with_offsets(
     ids = np.asarray(encoded["input_ids"], np.int32).reshape(-1)
     spans = encoded["offset_mapping"] if fast else _spell_tokens(text, ids.tolist(), tokenizer)
     offsets = np.asarray(spans, np.int64).reshape(-1, 2)
+    eaters = _blank_eaters(tokenizer, len(tokenizer)) if fast else {}
+    for at in np.flatnonzero(np.isin(ids, [*eaters])):
+        own = eaters[int(ids[at])]
+        if (start := text.find(own, *offsets[at])) >= 0:
+            offsets[at] = start, start + len(own)
     return ids, offsets[:, 0], offsets[:, 1]
+
+
+@lru_cache(maxsize=64)
+def _blank_eaters(tokenizer: Any, _size: int) -> dict[int, str]:
+    """Return the added tokens whose offsets take in blanks beside them, such as those of Phi-3.
+
+    A role header would otherwise be the assistant's where its answer begins with a blank.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return {number: token.content for number, token in added if token.lstrip or token.rstrip}
 
 
 def _spell_tokens(text: str, ids: list[int], tokenizer: Any) -> list[Span]:

@@ -14,7 +14,7 @@ import pytest
 from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import explore_logits as explore
@@ -443,6 +443,19 @@ def test_any_content_gives_exactly_what_the_template_says(turns):
 def test_a_token_is_the_assistants_where_one_of_its_characters_is(borders, span, expected):
     starts, ends = np.array([[int(end, 16) for end in pair] for pair in borders.split()]).T
     assert explore.token_positions_of([span], starts, ends).tolist() == expected
+
+
+@pytest.mark.parametrize("sides", [("rstrip",), ("lstrip", "rstrip")])
+def test_a_role_header_that_eats_blanks_is_not_the_assistants(sides):
+    """As of Phi-3, where an answer that begins with a line break would take it in."""
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    eating = [
+        AddedToken(text, **dict.fromkeys(sides, True)) for text in ("<|assistant|>", "<|end|>")
+    ]
+    tokenizer.add_special_tokens({"additional_special_tokens": eating})
+    tokenizer.chat_template = each("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n")
+    encoded = encode_conversation([CHAT[0], says("\nDune."), *CHAT[2:]], tokenizer)
+    assert taken(encoded, tokenizer) == "Dune.<|end|>" + BOTH[1]
 
 
 def test_all_bytes_of_a_character_are_extracted():
