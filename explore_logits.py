@@ -2149,14 +2149,14 @@ class _TurnReader:
     def inserted_think(self, said: str, message: Mapping[str, Any]) -> int:
         """Return the length of the think tags that a turn starts with and its data lacks."""
         tag = next((t for t in self.template.inserted if said.startswith(t.rstrip())), "")
-        content = message.get("content") if isinstance(message.get("content"), str) else ""
+        content = given if isinstance(given := message.get("content"), str) else ""
         if not tag and (found := _EMPTY_THINK.match(said)):  # where no plain conversation has any
             tag = found[0].removesuffix(content[: len(content) - len(content.lstrip())])
         if _EMPTY_THINK.match(tag):
-            own = bool(_EMPTY_THINK.match(str(content)))
+            own = bool(_EMPTY_THINK.match(content))
         else:
             reasons = [str(message.get(key) or "").strip() for key in _REASONING_KEYS]
-            own = any(reasons) or bool(_THINK_TAG.search(str(content)))
+            own = any(reasons) or bool(_THINK_TAG.search(content))
         return 0 if own else _shared_prefix(tag, said)  # blanks after it may be trimmed
 
     def doubts(self, wanted: set[int], spans: Iterable[tuple[int, Span]]) -> bool:
