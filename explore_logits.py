@@ -2083,7 +2083,7 @@ class _TurnReader:
         for given in (prompt, template.header):
             if given and said.startswith(given):
                 return len(given)
-            if given and number == 0 and given in said:  # a default system message comes before
+            if given.strip() and number == 0 and given in said:  # a default system message before
                 return said.index(given) + len(given)
         if not prompt:
             return 0

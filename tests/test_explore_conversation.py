@@ -288,6 +288,10 @@ TURNS: dict[str, Any] = {
     "a first turn after a default system message": (
         each("{{ '<|start|>system\nBe kind.<|end|>\n' if loop.first }}" + HEAD + SAID) + PROMPT,
         "loop", BOTH, CHAT[1:]),
+    "a first turn of two lines where the prompt is a line break": (
+        "<|start|>" + each(branch("{{ m.content }}<|end|>", "[{{ m.content }}]"))
+        + "{% if add_generation_prompt %}{{ '\n' }}{% endif %}",
+        "loop", ["Birch\nbark.<|end|>"], [says("Birch\nbark.")]),
     "empty thoughts after a tool alone": (
         each("{% if loop.index0 and loop.previtem.role == 'tool' %}" + HEAD + "<think></think>"
              "{{ m.content }}<|end|>\n{% else %}" + HEAD + SAID + "{% endif %}") + PROMPT, "loop",
