@@ -55,7 +55,7 @@ import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -3957,6 +3957,8 @@ class Hub:
             headers["Range"] = f"bytes=-{last}"
         content = bytearray()
         with hub_errors(self.name), get_session().stream("GET", url, headers=headers) as answer:
+            if answer.status_code == 416:  # there are no last bytes of an empty file
+                return b""
             if answer.status_code >= 400:
                 answer.read()
             hf_raise_for_status(answer)
@@ -3971,8 +3973,11 @@ class Hub:
     ) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        gone = {*delete} - add.keys()
+        if gone:  # what is not there any more, as of a commit whose answer was lost, is refused
+            gone &= self.list(gone).keys()
         operations: list[Any] = [
-            *(CommitOperationDelete(path) for path in delete if path not in add),
+            *map(CommitOperationDelete, sorted(gone)),
             *(CommitOperationAdd(path, content) for path, content in add.items()),
         ]
         with hub_errors(self.name):
@@ -4128,15 +4133,18 @@ def open_destination(output: str, *, private: bool = False) -> Destination:
 
 
 def read_settings(
-    destination: Destination, listed: Container[str], should_stop: Callable[[], bool] = never
+    destination: Destination, listed: Collection[str], should_stop: Callable[[], bool] = never
 ) -> dict[str, Any]:
-    """Return extraction_config.json of an output, {} when there is none.
+    """Return extraction_config.json of an output, else what a part holds of it, else {}.
 
     Raises:
         ConfigError: it is not readable.
         HubError: the output refused or was out of reach.
     """
     if CONFIG_FILE not in listed:
+        for path in sorted(filter(PART_NAME.fullmatch, listed)):
+            with contextlib.suppress(*NO_PART):
+                return read_footer(destination, path, should_stop)[1]
         return {}
     text = retry(lambda: destination.read(CONFIG_FILE), should_stop)
     kinds = {"rows_per_part": int, "limit": int, "numerics": dict, "options": dict}
@@ -4153,6 +4161,26 @@ def read_settings(
             f"{CONFIG_FILE} is damaged ({error}): remove it (the parts hold the settings, too) and "
             "continue with --resume"
         ) from None
+
+
+def read_footer(
+    destination: Destination, path: str, should_stop: Callable[[], bool] = never
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a part of an output says of itself, and the settings of its run.
+
+    Raises:
+        NO_PART: it is none.
+        HubError: the output refused or was out of reach.
+    """
+
+    def read_end(size: int) -> bytes:
+        return retry(lambda: destination.read(path, size), should_stop)
+
+    end = read_end(1 << 16)
+    size = int.from_bytes(end[-8:-4], "little") + 8
+    if end[-4:] == b"PAR1" and len(end) < size <= SMALL_FILE_BYTES:
+        end = read_end(size)
+    return read_metadata(pa.BufferReader(end))
 
 
 def cache_key(output: str) -> str:
@@ -4401,7 +4429,7 @@ class StreamingHFUploader:
         self.waiting: dict[int, ClosedPart] = {}  # to be delivered
         self.listed: dict[int, PartRecord | None] = {}  # parts of the output; None: not known yet
         self.mine: set[int] = set()  # those that this worker's checkpoint tells of
-        self.numerics: Mapping[str, Any] = {}  # that the output was begun with
+        self.recorded: Mapping[str, Any] = {}  # settings that the output was begun with
         self.delivered = self.carded = 0  # parts of this run; of them, those that its card tells of
         self.slowest_s = 0.0  # commit so far
         self.shut = False
@@ -4486,7 +4514,9 @@ class StreamingHFUploader:
         for path in waiting:
             with contextlib.suppress(*NO_PART):  # it is set aside when it is needed
                 compare_settings(read_metadata(path)[1], self.settings, str(path))
-        self.numerics = settings.get("numerics") or {}
+        self.recorded = settings
+        if numerics := settings.get("numerics"):  # of a run that needs no teacher any more, too
+            self.settings["numerics"] = numerics
         return set()
 
     def _is_own(self, path: str | Path) -> bool:
@@ -4503,7 +4533,8 @@ class StreamingHFUploader:
             job, records = decode_checkpoint(self._ask(self.destination.read, path))
             jobs.add(job)
             for number in records.keys() & self.listed.keys() if job == self.job else ():
-                self._note(records[number], own=path == self.checkpoint)
+                if files.get(part_path(number)) == records[number].bytes:  # else its footer tells
+                    self._note(records[number], own=path == self.checkpoint)
         return jobs
 
     def _note(self, record: PartRecord, *, own: bool) -> None:
@@ -4530,11 +4561,7 @@ class StreamingHFUploader:
         """Learn from a listed part itself what no checkpoint tells."""
         path = part_path(number)
         try:
-            tail = self._ask(self.destination.read, path, 1 << 16)
-            size = int.from_bytes(tail[-8:-4], "little") + 8
-            if tail[-4:] == b"PAR1" and len(tail) < size <= SMALL_FILE_BYTES:
-                tail = self._ask(self.destination.read, path, size)
-            described, settings = read_metadata(pa.BufferReader(tail))
+            described, settings = read_footer(self.destination, path, self._no_more_tries)
             record, of_job = read_record(described), job_digest(settings) == self.job
         except NO_PART as error:
             logger.warning("%s is not whole, it is made again: %s", path, first_line(error))
@@ -4542,6 +4569,22 @@ class StreamingHFUploader:
         if of_job and record.number == number:
             sizes = self._ask(self.destination.list, [path])
             self._note(replace(record, bytes=sizes.get(path, 0)), own=self._is_own(path))
+
+    def discard_strays(self) -> None:
+        """Let the last commit remove what is listed beyond the parts of the job, all of them begun.
+
+        A discarded job had more parts, and one of its workers was stopped before it removed them;
+        or a person copied one. Its rows would be there twice.
+        """
+        busy = {*self.closing, *self.waiting}  # before `listed`, where delivered ones are at once
+        unknown = [number for number, record in list(self.listed.items()) if record is None]
+        for number in unknown:
+            path = part_path(number)
+            if self._is_own(path) and number not in busy:
+                self._read_metadata(number)
+                if self.listed[number] is None:
+                    logger.warning("%s is no part of this job: it is removed", path)
+                    self.removals.add(path)
 
     def settle(self, numerics: Mapping[str, Any]) -> None:
         """Record what really ran, once the teacher is loaded.
@@ -4552,7 +4595,7 @@ class StreamingHFUploader:
         numerics = json.loads(json.dumps(dict(numerics)))
         before, now = (
             {name: found[name] for name in NUMERICS_OF_JOB if name in found}
-            for found in (self.numerics, numerics)
+            for found in (self.recorded.get("numerics") or {}, numerics)
         )
         if before and (changes := list_differences(before, now)):
             raise ConfigError(
@@ -4758,7 +4801,7 @@ class StreamingHFUploader:
                 self.waiting[number] = closing.result()
                 del self.closing[number]
 
-    def _deliver(self, before: Future[None], *, last: bool) -> None:
+    def _deliver(self, before: Future[None], *, last: bool, again: bool = False) -> None:
         """Make the output list what waits, in one commit; the local copies go after that only.
 
         Runs in the thread that uploads, one delivery after the other, none after a refusal.
@@ -4769,21 +4812,22 @@ class StreamingHFUploader:
         waiting = dict(sorted(self.waiting.items()))
         parts = {n: part for n, part in waiting.items() if last or not part.failed}
         size = sum(part.record.bytes for part in parts.values())
+        removed = set(self.removals)
         try:
             content = self._ask(self._content, parts, last)
-            if content or self.removals:
+            if content or removed:
                 message = f"Add {plural(len(parts), 'part')}" if parts else "Update card"
                 limit_s = REQUEST_S + size / SLOWEST_UPLOAD_BYTES_PER_S
                 self._ask(self.destination.create)
                 commit = self.destination.commit
-                self._ask(commit, message, content, sorted(self.removals), limit_s=limit_s)
+                self._ask(commit, message, content, sorted(removed), limit_s=limit_s)
                 self._ask(self._see, parts)
         except OutOfReachError as error:
             if not self._no_more_tries():
                 self._keep(parts, error)
             return
         self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
-        self.removals = set()
+        self.removals -= removed
         for number, part in parts.items():
             self.listed[number] = part.record
             self.mine.add(number)
@@ -4791,6 +4835,8 @@ class StreamingHFUploader:
         self.delivered += len(parts)
         if "README.md" in content:
             self.carded = self.delivered
+            if last and not again and self.world_size > 1:  # what others have committed meanwhile
+                self._deliver(before, last=True, again=True)
 
     def _no_more_tries(self) -> bool:
         return self.shut or self.stopping() or time.monotonic() >= self.deadline()
@@ -4826,22 +4872,28 @@ class StreamingHFUploader:
 
     def _content(self, parts: Mapping[int, ClosedPart], last: bool) -> dict[str, Path | bytes]:
         """Return the files of a commit, the checkpoint last; none where nothing changes."""
-        if not parts and not (last and self.delivered > self.carded):
+        if not parts and not (last and (self.delivered > self.carded or self._holds_all())):
             return {}
+        card = self._card(parts) if last or (self.world_size == 1 and not self.carded) else {}
+        if not parts:
+            return card
         new = {number: part.record for number, part in parts.items()}
         records = {n: record for n, record in self._known().items() if n in self.mine} | new
         content: dict[str, Path | bytes] = {part_path(n): part.path for n, part in parts.items()}
         content[CONFIG_FILE] = encode_json(self.settings)
         if self.chat_template:
             content[TEMPLATE_FILE] = self.chat_template.encode()
-        if last or (self.world_size == 1 and not self.carded):
-            content |= self._card(new)
-        return content | {self.checkpoint: encode_checkpoint(self.job, records.values())}
+        return content | card | {self.checkpoint: encode_checkpoint(self.job, records.values())}
 
-    def _card(self, new: Mapping[int, PartRecord]) -> dict[str, Path | bytes]:
+    def _holds_all(self) -> bool:
+        """Tell whether no part is missing before the last one that is known of."""
+        known = self._known()
+        return bool(known) and len(known) == max(known) + 1
+
+    def _card(self, parts: Mapping[int, ClosedPart]) -> dict[str, Path | bytes]:
         """Return the card with the figures of all workers, above what a person wrote into it.
 
-        Nothing where what is there cannot be kept.
+        Nothing where it is there already, or what is there cannot be kept.
         """
         files = self.destination.list()
         if self.world_size > 1:
@@ -4850,9 +4902,15 @@ class StreamingHFUploader:
         if len(previous) == SMALL_FILE_BYTES:
             logger.warning("the card of %s is too large to be updated", self.destination.name)
             return {}
-        records, text = {**self._known(), **new}.values(), previous.decode(errors="replace")
-        card = make_card(self.destination.name, self.settings, records, text)
-        return {"README.md": card.encode()}
+        records = self._known() | {number: part.record for number, part in parts.items()}
+        as_recorded = {} if parts or self.delivered else self.recorded  # no row is of this run
+        card = make_card(
+            self.destination.name,
+            {**self.settings, **as_recorded},
+            [record for _, record in sorted(records.items())],
+            previous.decode(errors="replace"),
+        ).encode()
+        return {} if card == previous else {"README.md": card}
 
     # -- end
 
@@ -5393,6 +5451,7 @@ class Follower:
 
     add_sample: Callable[..., Any] = nothing
     skip = settle = create_output = load_pending_into_buffer = flush = should_flush = nothing
+    discard_strays = nothing
     is_uploading = buffer_fill = expected_upload_s = holds_rows = discard = shutdown = nothing
 
 
@@ -5494,6 +5553,7 @@ class Extraction:
         if alone and not agree(bool(self.rows or self.output.holds_rows())):
             self.output.discard()
             raise DataError(f"nothing to extract: {explain_skips(self.skipped)}")
+        self.output.discard_strays()
         return True
 
     def close(self) -> None:

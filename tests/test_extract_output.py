@@ -104,7 +104,18 @@ def test_an_output_that_is_neither_folder_nor_repository_is_refused(name, tmp_pa
 # Resume -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpoint", ["whole", "missing", "broken", "old", "missing, a part cut"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        "whole",
+        "missing",
+        "broken",
+        "old",
+        "missing, part cut",
+        "whole, part cut",
+        "whole, part empty",
+    ],
+)
 def test_resume_from_an_empty_cache_knows_what_is_done(checkpoint, place, tmp_path):
     run_uploader(place, tmp_path / "cache", 10)
     older = place.read("checkpoint.json")
@@ -112,11 +123,11 @@ def test_resume_from_an_empty_cache_knows_what_is_done(checkpoint, place, tmp_pa
     whole, hashes = place.json("checkpoint.json"), place.hashes()
     if checkpoint in ("broken", "old"):
         place.write("checkpoint.json", older if checkpoint == "old" else b"null")
-    elif checkpoint != "whole":
+    elif "whole" not in checkpoint:
         place.delete("checkpoint.json")
-    is_cut = "cut" in checkpoint
-    if is_cut:
-        place.write("data/part-00001.parquet", place.read("data/part-00001.parquet")[:-50])
+    if is_cut := "part" in checkpoint:
+        kept = 0 if "empty" in checkpoint else -50
+        place.write("data/part-00001.parquet", place.read("data/part-00001.parquet")[:kept])
     asked = run_uploader(place, tmp_path / "elsewhere", 25)["asked"]
     assert asked == (list(range(10, 20)) if is_cut else [])
     assert place.hashes() == hashes
@@ -147,6 +158,37 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place, tmp_path):
     assert [path for path in place.files() if "checkpoint" in path] == ["checkpoint.json"]
     assert place.json("checkpoint.json")["parts"]["number"] == [0]
     assert place.json("extraction_config.json")["top_p"] == 0.9
+
+
+@pytest.mark.parametrize("fault", [{"status": 503, "after": True}, {"drop": "after"}])
+def test_starting_over_needs_no_answer_of_the_commit_that_removes_the_old(fault, repo, tmp_path):
+    run_uploader(repo, tmp_path / "cache", 45)
+    over = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
+    uploader = open_uploader(repo, tmp_path / "cache", **over)
+    repo.delete("data/part-00004.parquet")  # by a person
+    repo.hub.fault(COMMIT, **fault)
+    fill_parts(uploader, 15)
+    assert finish(uploader)["rows"] == 15
+    assert repo.rows() == stored(range(15))
+
+
+def test_parts_beyond_those_of_the_job_go_where_they_are_of_another_one(place, tmp_path):
+    run_uploader(place, tmp_path / "cache", 60)
+    smaller = {"settings": {"top_p": 0.9}, "world_size": 2}
+    for rank in (0, 1):  # the second is stopped before it removes its own of the old job
+        over = {"resume": False, "force_restart": True}
+        uploader = open_uploader(place, tmp_path / f"{rank}", rank=rank, **over, **smaller)
+        if rank == 0:
+            fill(uploader, 0)
+            uploader.flush(final=True)
+        uploader.shutdown()
+    assert list(place.part_paths()) == [0, 1, 3, 5]
+    place.write("data/part-00009.parquet", place.read("data/part-00000.parquet"))
+    uploader = open_uploader(place, tmp_path / "1", rank=1, **smaller)
+    assert fill(uploader, 1) == list(range(10, 20))
+    uploader.discard_strays()
+    finish(uploader)
+    assert place.parts() == {0: list(range(10)), 1: list(range(10, 20))}
 
 
 def test_threads_may_read_the_settings_while_the_teacher_settles(folder, tmp_path):
@@ -185,7 +227,9 @@ def test_other_settings_are_refused_with_their_differences(place, tmp_path):
     place.write("extraction_config.json", json.dumps(changed).encode())
     with pytest.raises(ConfigError, match="are of another job than extraction_config"):
         open_uploader(place, tmp_path / "cache", settings={"rows_per_part": 20})
-    place.delete("extraction_config.json")
+    place.delete("extraction_config.json", "checkpoint.json")  # the parts hold them, too
+    with pytest.raises(ConfigError, match="rows_per_part"):
+        open_uploader(place, tmp_path / "cache", settings={"rows_per_part": 20})
     run_uploader(place, tmp_path / "cache", 20)
     assert place.hashes() == before
     uploader = open_uploader(place, tmp_path / "there")
@@ -476,6 +520,35 @@ def test_tokens_are_hidden_in_errors_logs_files_and_cards(job, repo, tmp_path, m
     texts += [repo.read(path).decode(errors="replace") for path in repo.files()]
     texts += [p.read_bytes().decode(errors="replace") for p in tmp_path.rglob("*") if p.is_file()]
     assert not [text for text in texts if any(secret in text for secret in secrets)]
+
+
+def test_a_card_that_a_run_could_not_bring_up_to_date_is_by_the_next_one(place, tmp_path):
+    """Of a run that was killed, and of workers that end at the same time; once."""
+    uploader = open_uploader(place, tmp_path / "cache")
+    fill_parts(uploader, 20)
+    uploader.flush()
+    uploader.delivery.result()
+    uploader.shutdown()  # before its last flush
+    run_uploader(place, tmp_path / "cache", 20)
+    assert "| conversations | 20 |" in place.read("README.md").decode()
+    first, second = (
+        open_uploader(place, tmp_path / f"{rank}", rank=rank, world_size=2) for rank in (0, 1)
+    )
+    commit = first.destination.commit
+
+    def commit_after_the_other(*args):
+        if fill(second, 3):
+            finish(second)
+        commit(*args)
+
+    first.destination.commit = commit_after_the_other
+    fill(first, 2)
+    finish(first)
+    assert "| conversations | 40 |" in place.read("README.md").decode()
+    if place.hub:
+        commits = len(place.hub.store.get("dataset", REPO).commits)
+        run_uploader(place, tmp_path / "there", 40)
+        assert len(place.hub.store.get("dataset", REPO).commits) == commits
 
 
 @pytest.mark.parametrize("before", ["", "<!-- mine -->\n", "---\ntags: [\n---\nHello.\n"])

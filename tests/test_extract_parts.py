@@ -122,6 +122,10 @@ def test_a_size_is_turned_into_rows_once(extract, write_chats, folder):
     extract(**job, limit=90, cache_dir="elsewhere").passed()  # where nothing was measured
     assert [len(ids) for ids in folder.parts().values()][:-1] == [rows] * (89 // rows)
     assert dict(list(before.items())[:-1]).items() <= folder.hashes().items()
+    before = folder.hashes()
+    folder.delete("extraction_config.json", "checkpoint.json")
+    extract(**{**job, "upload_size_mb": 0.05}, limit=90).passed()
+    assert folder.hashes() == before
 
 
 # The file -----------------------------------------------------------------------------------------
