@@ -4513,7 +4513,9 @@ class StreamingHFUploader:
         compare_settings(settings, self.settings, self.destination.name)
         for path in waiting:
             with contextlib.suppress(*NO_PART):  # it is set aside when it is needed
-                compare_settings(read_metadata(path)[1], self.settings, str(path))
+                kept = read_metadata(path)[1]
+                compare_settings(kept, self.settings, str(path))
+                settings = settings or kept
         self.recorded = settings
         if numerics := settings.get("numerics"):  # of a run that needs no teacher any more, too
             self.settings["numerics"] = numerics
@@ -4633,7 +4635,10 @@ class StreamingHFUploader:
             if found is None:
                 continue
             record = read_record(found[1], path.stat().st_size)
-            if record.number in self.waiting or self._is_done(record.number, record.ids):
+            is_done = self._is_done(record.number, record.ids)  # looks at what is listed
+            there = self.listed.get(record.number)
+            is_shorter = there is not None and record.conversations < there.conversations
+            if record.number in self.waiting or is_done or is_shorter:  # of a lower --limit
                 remove_cached(path)
             else:
                 self.waiting[record.number] = ClosedPart(path, record)
@@ -4675,7 +4680,12 @@ class StreamingHFUploader:
         if number in self.closing:
             self._collect()
         closed = self.waiting.get(number)
-        if self._is_done(number, digest) or (closed is not None and closed.record.ids == digest):
+        pending = self.folder / "pending" / f"pending-{number:05d}.parquet"
+        if self._is_done(number, digest):
+            with contextlib.suppress(OSError):
+                remove_cached(pending)  # another machine has gone on with it
+            return []
+        if closed is not None and closed.record.ids == digest:
             return []
         if closed is not None:  # of a lower --limit: made again, once nobody delivers it
             wait_until(lambda: self.delivery.done() or self._no_more_tries(), math.inf)

@@ -396,6 +396,28 @@ def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_t
     assert not list(tmp_path.glob("cache/**/*.parquet"))
 
 
+def test_a_backup_of_a_lower_limit_never_takes_the_place_of_a_longer_part(repo, tmp_path):
+    repo.hub.fault(COMMIT, status=503, count=10_000)
+    assert len(run_uploader(repo, tmp_path / "cache", 25)["undelivered"]) == 3
+    repo.hub.clear()
+    run_uploader(repo, tmp_path / "elsewhere", 28)
+    run_uploader(repo, tmp_path / "cache", 28)
+    assert repo.rows() == stored(range(28))
+
+
+def test_who_delivers_what_another_run_has_made_records_what_ran_there(repo, tmp_path):
+    uploader = open_uploader(repo, tmp_path / "cache")
+    uploader.settle({"weights": "float32"})
+    repo.hub.fault(COMMIT, status=503, count=10_000)
+    fill_parts(uploader, 10)
+    assert finish(uploader)["undelivered"]
+    repo.hub.clear()
+    run_uploader(repo, tmp_path / "cache", 10)  # without a teacher
+    assert repo.json("extraction_config.json")["numerics"] == {"weights": "float32"}
+    with pytest.raises(ConfigError, match="weights"):
+        open_uploader(repo, tmp_path / "there").settle({"weights": "int8"})
+
+
 def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(repo, tmp_path):
     listing = rf"GET /api/datasets/{REPO}(/tree|/revision|\?|$)"
     uploader = open_uploader(repo, tmp_path / "cache")

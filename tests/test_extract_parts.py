@@ -226,6 +226,17 @@ def test_pending_rows_go_into_their_part_and_go_away_once_it_is_listed(place, tm
     assert cached(tmp_path) == []
 
 
+def test_pending_rows_of_a_part_that_another_machine_has_delivered_go_away(place, tmp_path):
+    uploader = open_uploader(place, tmp_path / "cache")
+    uploader.begin_part(0, list(range(10)))
+    uploader.add_sample(make_rows(range(4)))
+    uploader.shutdown()
+    assert cached(tmp_path)
+    run_uploader(place, tmp_path / "elsewhere", 10)
+    assert run_uploader(place, tmp_path / "cache", 10)["undelivered"] == []
+    assert not cached(tmp_path)
+
+
 def leave_in_cache(kind: str, output: Output, cache: Path) -> Path:
     """Leave ten rows in the cache as a run does that is stopped at some point; return the file."""
     before = set(cache.glob("*/**/*.parquet"))
