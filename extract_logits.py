@@ -5468,6 +5468,8 @@ class Follower:
 def exit_code(stored: Mapping[str, Any], complete: bool, stop_signal: int | None) -> int:
     """Return how the process ends, once everything that could be done is done."""
     left = [Path(path).name for path in stored["undelivered"]]
+    if complete:  # pending rows are of parts beyond --limit then
+        left = [name for name in left if not name.startswith("pending-")]
     if stop_signal is not None and not (complete and not left):
         return 128 + stop_signal
     if any(name.startswith("backup_") for name in left) or (complete and left):

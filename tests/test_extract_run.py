@@ -54,6 +54,14 @@ def test_the_runtime_limit_stops_resumably(extract, source):
     assert Output("out").ids() == list(range(8))
 
 
+def test_pending_rows_beyond_a_lower_limit_do_not_keep_a_run_from_being_done(extract, source):
+    job = {"upload_every": 4, "limit": 4, "resume": True}
+    extract(**job).passed()
+    pending = Path("cache") / extract_logits.cache_key("./out") / "pending/pending-00002.parquet"
+    pending.touch()  # of --limit 12, stopped
+    assert extract(**job).passed()["undelivered"] == [str(pending)]
+
+
 def broken_teacher(folder: Path, letter: str | None) -> Path:
     """Save a teacher with a NaN in its norm, or in one row of its embedding."""
     model, tokenizer = tiny_model(300), tiny_tokenizer(300)
