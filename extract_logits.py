@@ -6019,7 +6019,8 @@ def plan_extraction(job: Job, should_stop: Callable[[], bool] = never) -> dict[s
     if shards > FILES_PER_REPOSITORY:
         limits.append(
             f"{shards:,} shards, where a repository should hold {FILES_PER_REPOSITORY:,} files: "
-            f"give --upload-size-mb {math.ceil(1.1 * size / 1e6 / FILES_PER_REPOSITORY):,} or more"
+            f"give --upload-every {math.ceil(job.rows_per_part * shards / FILES_PER_REPOSITORY)} "
+            "or more"
         )
     return {
         "plan": True,
