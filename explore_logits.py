@@ -5507,7 +5507,7 @@ def validate_output(name: str | Path | Sequence[str | Path] | LogitDataset) -> V
     Checked are: the files can be read; columns, types and metadata; one run's settings
     throughout; list lengths; ids in range and never twice for a token; order, quantization and
     finite ranges; the nucleus covers top_p or is cut by the cap, and is no larger than needed; no
-    tail token above the nucleus; probabilities that sum to 1 at most; positions of stored tokens;
+    tail token above the nucleus; probabilities that can sum to 1; positions of stored tokens;
     no conversation twice; what parts say of themselves; the shards that checkpoints list.
 
     Args:
@@ -5695,6 +5695,9 @@ def mass_rules(block: TokenBlock, limits: RunLimits) -> Iterator[tuple[Any, ...]
     mass, tail, tolerance = top.mass, block.tail.mass, mass_tolerance(block)
     slack = 2 * tolerance + tail * np.expm1(block.tail.error)
     yield "sum", mass + tail > 1 + slack, "probabilities sum to {:.6f}", mass + tail
+    others = np.maximum(limits.vocab_size - top.counts - block.tail.counts, 0)
+    most = mass + tail + others * np.exp(unstored_bound(block))
+    yield "sum", most < 1 - slack, "the vocabulary's probabilities sum to {:.6f} at most", most
     short = (mass < top_p - tolerance) & (top.counts < min(limits.top_p_max, limits.vocab_size))
     message = f"nucleus of {{}} covers {{:.6f}}, less than top_p {top_p:g}"
     yield "mass", short, message, top.counts, mass
@@ -6522,7 +6525,8 @@ def distillation_loss(
         alpha: share of the teacher in the loss; the rest is the cross-entropy on the text's own
             tokens, at temperature 1.
         label_smoothing: of that cross-entropy, as PyTorch's.
-        weights: of the tokens, (B, T) or (N,); `mean` divides by their sum.
+        weights: of the tokens, (B, T) or (N,); `mean` divides by their sum. A token whose label is
+            set to -100 has none, as in other losses.
         reduction: `mean` over the N tokens, `sum`, or `none` for (N,).
         chunk_tokens: tokens at once. None takes 16 million logits; memory for about five times
             that is needed for a while, beside the gradient.
@@ -6580,7 +6584,7 @@ def distillation_loss(
     if weights.shape != losses.shape:
         shape, count = tuple(weights.shape), losses.numel()
         raise LogitsError(f"weights of shape {shape} for {count} tokens: give (B, T) or (N,)")
-    weights = weights.to(losses)
+    weights = weights.to(losses) * (teacher.labels != IGNORED_LABEL)
     losses, total = losses * weights, weights.sum()
     if reduction == "none":
         return losses
@@ -6946,7 +6950,7 @@ def export_distillkit(
     """
     check_choice("labels_at", labels_at, ("predicted", "predicting"))
     output = as_output(dataset)
-    vocab = int(load_extraction_config(output).get("vocab_size") or MAX_TOKEN_ID + 1)
+    vocab = RunLimits.of(output.settings).vocab_size
     bits = max((vocab - 1).bit_length(), 1)
     target, k = check_export(folder, k), min(k, vocab)
 

@@ -112,6 +112,7 @@ DAMAGE: dict[str, tuple[str, Row]] = {
     "a log-sum-exp below the largest logit": ("logsumexp", shift_logsumexp(HURT, -40.0)),
     "probabilities over one": ("sum", shift_logsumexp(HURT, -0.5)),
     "a nucleus with less mass": ("mass", shift_logsumexp(HURT, 0.2)),
+    "a log-sum-exp that no vocabulary has": ("sum", shift_logsumexp(HURT, 20.0)),
     "a nucleus larger than needed": ("minimal", shift_range("top", 0.5)),
     "a position past the text": ("positions", item("token_positions", -1, 10**6)),
     "a position at the very start": ("positions", item("token_positions", 0, 0)),
