@@ -197,6 +197,18 @@ def test_chunks_reductions_layouts_and_weights_of_tokens_give_the_same_loss():
     assert (gradient[0, :9].abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_token_whose_label_is_masked_is_not_learned(alpha):
+    batch, logits = batch_of(6 * ["natural"]), randn(6, 256, seed=4).requires_grad_()
+    each = distillation_loss(logits, batch, alpha=alpha, reduction="none")
+    labels = batch["labels"].clone()
+    labels[0, 1:4] = -100
+    loss = distillation_loss(logits, {**batch, "labels": labels}, alpha=alpha)
+    torch.testing.assert_close(loss, each[3:].mean())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[:3] == 0).all()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_student_whose_padding_is_cut_off_has_the_loss_of_one_without(divergence, tail):
