@@ -7420,7 +7420,7 @@ def run_commands(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if args.compare:
         comparison = compare_outputs(dataset, args.compare)
         print(break_lines(str(comparison)))
-        summary |= asdict(comparison)
+        summary["comparison"] = asdict(comparison)
         failed |= not comparison.tokens
     if args.validate and not report.ok:
         return summary, 3  # what breaks the rules is not summed up
@@ -7439,7 +7439,7 @@ def show_output(dataset: LogitDataset, args: argparse.Namespace) -> dict[str, An
         actual = text().actual_tokens if args.text else None
         stats = compute_dataset_stats(dataset, max_samples=args.max_samples, actual_tokens=actual)
         print_dataset_stats(stats)
-        summary |= {"tokens": stats.tokens, "bytes_per_token": stats.bytes_per_token}
+        summary |= {name: getattr(stats, name) for name in ("rows", "tokens", "bytes_per_token")}
     rows = args.sample or []
     if args.conversation is not None:
         rows = [row for row in [row_numbers(dataset).get(args.conversation)] if row is not None]

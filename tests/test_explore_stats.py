@@ -200,9 +200,9 @@ def test_without_a_common_token_there_is_no_figure(tmp_path, capsys):
     two = write_output(tmp_path / "two", others, settings=STORED)
     assert explore.main([str(one), "--compare", str(two), "--stats"]) == 3
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (summary["rows"], summary["common_rows"]) == ([4, 4], 0)
+    assert (summary["rows"], summary["comparison"]["rows"]) == (4, [4, 4])
     for figure in ("mean_divergence", "max_divergence", "same_first", "max_logsumexp"):
-        assert summary[figure] is None
+        assert summary["comparison"][figure] is None
 
 
 def test_what_is_no_probability_is_refused():
