@@ -205,7 +205,10 @@ def test_without_a_common_token_there_is_no_figure(tmp_path, capsys):
         assert summary["comparison"][figure] is None
 
 
-def test_what_is_no_probability_is_refused():
-    damaged = {**ROWS[0], "logsumexp": [-1e308] * ROWS[0]["num_tokens"]}
-    with np.errstate(all="ignore"), pytest.raises(explore.LogitsError, match="not finite"):
-        compare_outputs([damaged], [ROWS[0]])
+@pytest.mark.parametrize("logsumexp", [-1e308, max(ROWS[0]["top_max"]) - 0.1, float("nan")])
+def test_what_is_no_probability_is_refused(logsumexp):
+    damaged = {**ROWS[0], "logsumexp": [logsumexp] * ROWS[0]["num_tokens"]}
+    rows = [ROWS[1], damaged]
+    for read in (compute_dataset_stats, lambda rows: compare_outputs(rows, rows)):
+        with pytest.raises(explore.FormatError, match=r"row 1: token \d has a log-sum-exp"):
+            read(rows)
