@@ -6084,7 +6084,7 @@ class LogitIterableDataset:
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of another epoch, from its start; workers that are running see it."""
+        """Choose the order of another epoch, for the passes that begin from now on."""
         if check_count("epoch", epoch) != self.epoch:
             self._skip, self._rows = 0, None if self._rows is None else 0
         self._epoch.fill_(epoch)
@@ -6104,13 +6104,15 @@ class LogitIterableDataset:
         self._by_workers.fill_(worker is not None)
         if worker is not None:  # files that the main process has open are not for two
             self.output = LogitDataset(self.output.store, self.output.sizes)
-        runs = self.iter_runs(*((worker.id, worker.num_workers) if worker else ()), skip=self._skip)
+        epoch = self.epoch  # of this pass, whichever is chosen while it runs
+        place = (worker.id, worker.num_workers) if worker else (0, 1)
+        runs = self.iter_runs(epoch, *place, skip=self._skip)
         self._rows, self._skip = self._skip, 0  # the pass after this one is whole again
 
         def give() -> Iterator[dict[str, Any]]:
             for shard, rows in runs:
                 for item in self.read_rows(shard, rows):
-                    self._rows = (self._rows or 0) + 1
+                    self._rows = (self._rows or 0) + (epoch == self.epoch)
                     yield item
 
         return give()
@@ -6126,28 +6128,28 @@ class LogitIterableDataset:
             )
 
     def iter_runs(
-        self, worker: int = 0, workers: int = 1, *, skip: int = 0
+        self, epoch: int, worker: int, workers: int, *, skip: int
     ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Yield the shards, and the rows in them, that a worker of this rank has in this epoch.
+        """Yield the shards, and the rows in them, that a worker of this rank has in an epoch.
 
         The runs of the ranks are equally long, those of a rank's workers up to one row.
         """
         share = len(self)
         first = self.rank * share + share * worker // workers + skip
         last = self.rank * share + share * (worker + 1) // workers
-        shards, begin = self.shuffle(len(self.output.shards)), 0
+        shards, begin = self.shuffle(epoch, len(self.output.shards)), 0
         for shard in shards.tolist():
             end = begin + self.output.count_rows(shard)
             if begin < last and end > first:
-                rows = self.shuffle(end - begin, shard)
+                rows = self.shuffle(epoch, end - begin, shard)
                 yield shard, rows[max(first - begin, 0) : last - begin]
             begin = end
 
-    def shuffle(self, count: int, *of: int) -> npt.NDArray[np.int64]:
-        """Return the order of this epoch's shards, or of the rows of one of them."""
+    def shuffle(self, epoch: int, count: int, *of: int) -> npt.NDArray[np.int64]:
+        """Return the order of an epoch's shards, or of the rows of one of them."""
         order = np.arange(count)
         if self.seed is not None:
-            np.random.default_rng([self.seed, self.epoch, *of]).shuffle(order)
+            np.random.default_rng([self.seed, epoch, *of]).shuffle(order)
         return order
 
     def read_rows(self, shard: int, rows: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
@@ -6232,14 +6234,15 @@ class LogitIterableDataset:
             text=self.text,
         )  # fmt: skip
         whole.set_epoch(self.epoch)
-        shards = self.shuffle(len(self.output.shards)).tolist()
+        shards = self.shuffle(self.epoch, len(self.output.shards)).tolist()
         return datasets.IterableDataset.from_generator(
             whole._read_shards, gen_kwargs={"shards": shards}
         )
 
     def _read_shards(self, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
         for shard in shards:
-            yield from self.read_rows(shard, self.shuffle(self.output.count_rows(shard), shard))
+            rows = self.shuffle(self.epoch, self.output.count_rows(shard), shard)
+            yield from self.read_rows(shard, rows)
 
 
 def launched(name: str, otherwise: int) -> int:

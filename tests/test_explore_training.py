@@ -180,10 +180,25 @@ def test_ranks_and_workers_divide_the_rows_evenly(output, world, workers):
     seen = Counter()
     for rank in range(world):
         dataset = LogitIterableDataset(output, rank=rank, world_size=world)
-        runs = [run for worker in range(workers) for run in dataset.iter_runs(worker, workers)]
+        places = [(worker, workers) for worker in range(workers)]
+        runs = [run for place in places for run in dataset.iter_runs(0, *place, skip=0)]
         seen.update(8 * shard + int(row) for shard, rows in runs for row in rows)
         assert seen.total() == (rank + 1) * (20 // world), "every rank takes as many steps"
     assert set(seen.values()) == {1}, "no row goes to two ranks"
+
+
+def test_a_pass_keeps_the_order_that_it_began_with(output):
+    seen = []
+    for rank in range(2):
+        dataset = LogitIterableDataset(output, rank=rank, world_size=2)
+        rows = iter(dataset)
+        dataset.set_epoch(1)
+        seen += indices(itertools.islice(rows, 5))
+        dataset.set_epoch(2)
+        seen += indices(rows)
+        state = dataset.state_dict()
+        assert (state["epoch"], state["rows"]) == (2, 0), "these are no rows of the new epoch"
+    assert sorted(seen) == list(range(20)), "no row goes to two ranks"
 
 
 def test_workers_give_every_row_once_and_those_that_live_on_see_the_next_epoch(output):
