@@ -182,7 +182,7 @@ max(math.⟦ceil→floor⟧(q * self.tokens / 100), 1)
 : a student is trained one position late
 row["teacher_positions"] + ⟦(s - 1)→s⟧
 : every epoch has the order of the first
-np.random.default_rng([self.seed, ⟦self.epoch, →⟧*of])
+np.random.default_rng([self.seed, ⟦epoch, →⟧*of])
 
 == explore_logits | test_explore_loss.py
 : the divergence is scaled by the temperature and not by its square
