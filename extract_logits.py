@@ -3676,6 +3676,7 @@ def writer_options(schema: pa.Schema) -> dict[str, Any]:
         "column_encoding": {leaf: how for leaf, how in encodings.items() if how != "DICTIONARY"},
         "write_statistics": ["index", "num_tokens"],
         "write_page_index": True,  # the Hub's viewer uses it
+        "write_page_checksum": True,  # 4 bytes a page, which readers here verify
     }
 
 

@@ -11,6 +11,7 @@ import resource
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import chat, rows_of
@@ -18,6 +19,7 @@ from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader,
 from processes import Child
 from shard_rows import make_rows, stored
 
+from explore_logits import LogitsError, load_logit_dataset
 from extract_logits import ConfigError, HubError
 
 
@@ -409,3 +411,22 @@ def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(f
         assert "make room" in said
     assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
     assert folder.rows() == stored(range(30))
+
+
+def test_a_flipped_bit_of_a_part_is_noticed_where_it_is_read(tmp_path):
+    # 200 bits before the footer, seed 1; some are in what nobody reads
+    output = Output(tmp_path / "out")
+    run_uploader(output, tmp_path / "cache", 10)
+    path = tmp_path / "out" / output.part_paths()[0]
+    sound, right = path.read_bytes(), output.table(0)
+    footer = len(sound) - 8 - int.from_bytes(sound[-8:-4], "little")
+    noticed = 0
+    for bit in np.random.default_rng(1).choice(8 * footer, 200, replace=False).tolist():
+        data = bytearray(sound)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            assert load_logit_dataset(tmp_path / "out").take(range(10)).equals(right), bit
+        except LogitsError:
+            noticed += 1
+    assert noticed > 150
