@@ -4518,8 +4518,6 @@ class StreamingHFUploader:
                 compare_settings(kept, self.settings, str(path))
                 settings = settings or kept
         self.recorded = settings
-        if numerics := settings.get("numerics"):  # of a run that needs no teacher any more, too
-            self.settings["numerics"] = numerics
         return set()
 
     def _is_own(self, path: str | Path) -> bool:
@@ -4891,7 +4889,8 @@ class StreamingHFUploader:
         new = {number: part.record for number, part in parts.items()}
         records = {n: record for n, record in self._known().items() if n in self.mine} | new
         content: dict[str, Path | bytes] = {part_path(n): part.path for n, part in parts.items()}
-        content[CONFIG_FILE] = encode_json(self.settings)
+        numerics = {k: v for k, v in self.recorded.items() if k == "numerics"}
+        content[CONFIG_FILE] = encode_json(numerics | self.settings)  # a run may need no teacher
         if self.chat_template:
             content[TEMPLATE_FILE] = self.chat_template.encode()
         return content | card | {self.checkpoint: encode_checkpoint(self.job, records.values())}
