@@ -2087,6 +2087,8 @@ class _TurnReader:
                 return said.index(given) + len(given)
         if not prompt:
             return 0
+        if (named := self.named_header(number, said)) is not None:
+            return named
         near = [{}, *self.chat][number : number + 2]  # the message before, if any, and this one
         told = [tuple(key for key, value in message.items() if value) for message in near]
         kind = ("header", *told, near[0].get("role"), said[:40])
@@ -2106,6 +2108,23 @@ class _TurnReader:
             return 0
         more = template.header if said.startswith(template.header, len(header)) else ""
         return len(header + more)
+
+    def named_header(self, number: int, said: str) -> int | None:
+        """Return the length of a header that holds the speaker's `name`; None: it holds none.
+
+        The generation prompt has no name: the turn without it ends in the same words.
+        """
+        chat = [*self.chat]
+        if not chat[number].get("name"):
+            return None
+        chat[number] = {key: value for key, value in chat[number].items() if key != "name"}
+        if not (plain := self.template.try_render(chat, self.tools)):
+            return None
+        a, b = next(((x, y) for x, y, who in plain.runs if who == number), (0, 0))
+        rest = plain.text[
+            a + replace(self, chat=chat, rendering=plain).header_length(number, a, b) : b
+        ]
+        return len(said) - len(rest) if rest and said.endswith(rest) else None
 
     def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:
         """Return how much of the next turn's text closes this one's calls.
