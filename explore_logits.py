@@ -6637,7 +6637,8 @@ def distillation_loss_from_hidden(
     Args:
         hidden: (B, S, H), or (N, H) for the positions of `flat_positions(batch)`: what the
             student's head is given, so after its last norm.
-        head_weight, head_bias: (V, H) and (V,).
+        head_weight, head_bias: (V, H) and (V,), whole: of a student sharded by FSDP or DeepSpeed,
+            what `full_tensor()` or `GatheredParameters` gives.
         batch: from `collate_logits`, on the same device.
         transform: what the model does to the logits after its head, such as a scale or a soft-cap;
             parameters of its own would get no gradient.
