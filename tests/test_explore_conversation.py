@@ -2,11 +2,9 @@
 
 import copy
 import cProfile
-import importlib.util
 import json
 import pickle
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,13 +97,10 @@ SHOWN = [user("a"), {"role": "tool", "content": [{"type": "image"}]}, says("b")]
     [([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], AB),
      ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]', AB),
      ({"role": ["user", "assistant"], "content": ["a", "b"]}, AB),
-     ([{"role": "user", "content": [{"type": "text", "text": "a"}], "name": None},
-       {"role": "assistant", "content": ["b"], "tool_calls": [], "reasoning_content": None}], AB),
+     ([user("a") | {"name": None}, says(["b"], tool_calls=[], reasoning_content=None)], AB),
      (np.array(AB), AB),
      ([{"role": "user", "content": [{"type": "input_text", "text": "h"}, "i"]}, says(PARTS)],
       [user("hi"), says("yo", reasoning_content="they greet")]),
-     ([user("a"), says(THOUGHT)],
-      [user("a"), {"role": "assistant", "reasoning_content": "they greet"}]),
      (SHOWN, SHOWN),  # what a tool gives is the template's to write
      ([user("a"), says("b", function_call=CALL)],  # a call of old is a tool call
       [user("a"), says("b", tool_calls=[{"type": "function", "function": CALL}])])],
@@ -116,12 +111,9 @@ def test_both_dialects_and_every_way_of_storing_them_are_read(value, expected):
 
 def test_roles_are_known_by_their_usual_names_in_any_case():
     for role, names in (
-        ("user", "user human HUMAN prompter"),
-        ("assistant", "assistant Assistant gpt bot model function_call tool_call"),
-        ("tool", "tool observation function tool_response Function"),
-        ("system", "system System"),
-        ("critic", "critic"),
-    ):
+        ("user", "user human HUMAN"), ("assistant", "assistant Assistant gpt bot function_call"),
+        ("tool", "tool observation function"), ("system", "System"), ("critic", "critic"),
+    ):  # fmt: skip
         said = read([{"from": name, "value": "x"} for name in names.split()]).messages
         assert {message["role"] for message in said} == {role}
 
@@ -131,14 +123,11 @@ def test_roles_are_known_by_their_usual_names_in_any_case():
     [(None, "null"), ([], "empty"), (7, "malformed"), ([{"content": "a"}], "malformed"),
      ([user("a"), {"role": "assistant", "content": None}], "null"),
      ([user("a"), says(" \n")], "empty"),
-     ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
      ([user("a") | {"content": [{"image": "x", "text": ""}]}, says("b")], "not_text"),
      ([user("a"), says("b", tool_calls='[{"function": {')], "malformed"),
-     ([user("a"), says("b", function_call="f")], "malformed"),
      ([user("a"), says("b", weight="0")], "malformed"),
      ([user("a"), says(PARTS, reasoning="other")], "malformed"),
-     ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
-     ({"role": "user", "content": "hi"}, "malformed")],
+     ({"role": ["user", "assistant"], "content": ["a"]}, "malformed")],
     ids=str,
 )  # fmt: skip
 def test_a_conversation_that_cannot_be_used_says_why(value, reason):
@@ -228,7 +217,9 @@ MARKED_TURN = HEAD + branch("{{ m.content }}<|end|>".join(MARKS) + "\n", SAID)
 MACRO = "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}" + each("{{ turn(m) }}")
 BLOCK = each("{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}")
 TOOL = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
-LAST = [dict(message, trained=n == 3) for n, message in enumerate(CHAT)]
+OF_TOOL = [BOTH[0], "Elm.<|end|>", BOTH[1]]
+AFTER_TOOL = "loop.index0 and loop.previtem.role == 'tool'"
+CLOSED = each(f"{{{{ '</tool>' if {AFTER_TOOL} }}}}" + HEAD + SAID)
 CALLING, CALL_SAID = says("", tool_calls=[{"function": CALL}]), 'f {"a": null}<|end|>'
 LAST_APART = (  # writes the last message when the loop is over
     each(HEAD + SAID, "messages[:-1]") + "{% set m = messages[-1] %}"
@@ -239,26 +230,27 @@ GATHERED_CALLS = GATHERED.replace(
     "m.content + '<|end|>", "m.content + (('f ' + m.tool_calls[0].function.arguments"
     " | tojson(ensure_ascii=True)) if m.tool_calls else '') + '<|end|>",
 )  # fmt: skip
-# template, way by which turns are found, spans of CHAT or of another conversation
+# template, way by which turns are found, spans of CHAT or of another conversation: one for each
+# way through `_probe_turns` and `_TurnReader`
 TURNS: dict[str, Any] = {
     "plain": (PLAIN, "loop", BOTH, CHAT),
     "marked": (MARKED, "generation", BOTH, CHAT),
     "gathered": (GATHERED, "replacing", BOTH, CHAT),
-    "a message written ahead": (AHEAD, "replacing", [BOTH[0], "Elm.<|end|>", BOTH[1]], TOOL),
+    "a message written ahead": (AHEAD, "replacing", OF_TOOL, TOOL),
+    "messages that are joined": (
+        COPIES, "replacing", [BOTH[0], "Dune.", "Elm.<|end|>"], [*CHAT, says("Elm.")]),
     "think tags of the template": (THINKS, "loop", BOTH, CHAT),
     "blanks of the data after them": (
         THINKS, "loop", ["\nDune.<|end|>"], [CHAT[0], says("\nDune.")]),
-    "blanks that the template strips": (
-        THINKS.replace("m.content }}", "m.content.lstrip('\n') }}"), "loop", ["Dune.<|end|>"],
-        [CHAT[0], says("\nDune.")]),
-    **{
-        f"{what} of the data, {kind}": (
-            template, way, [f"{said}<|end|>"], [*CHAT[:1], says(said)])
-        for kind, template, way in (
-            ("plain", PLAIN, "loop"), ("marked", MARKED, "generation"), ("opened", THINKS, "loop"))
-        for what, said in (("a thought", "<think>\nIvy\n</think>\n\nDune."),
-                           ("empty think tags", "<think>\n\n</think>\n\nDune."))
-    },
+    "a thought of the data": (
+        THINKS, "loop", ["<think>\nIvy\n</think>\n\nDune.<|end|>"],
+        [CHAT[0], says("<think>\nIvy\n</think>\n\nDune.")]),
+    "empty think tags of the data": (
+        MARKED, "generation", ["<think>\n\n</think>\n\nDune.<|end|>"],
+        [CHAT[0], says("<think>\n\n</think>\n\nDune.")]),
+    "empty thoughts after a tool alone": (
+        each(f"{HEAD}{{{{ '<think></think>' if {AFTER_TOOL} }}}}{SAID}") + PROMPT, "loop",
+        [BOTH[0], "\nElm.<|end|>", BOTH[1]], [*TOOL[:3], says("\nElm."), *TOOL[4:]]),
     "a header inside the markers": (
         each(branch(f"<|start|>assistant\n{SAID}".join(MARKS))) + PROMPT, "generation",
         [*BOTH, "Echo.<|end|>"], [*CHAT, says("Echo.")]),
@@ -266,25 +258,23 @@ TURNS: dict[str, Any] = {
         MARKED.replace("<|end|>\n" + MARKS[1], MARKS[1] + "<|end|>\n"), "generation", BOTH, CHAT),
     "nothing marked": (
         MARKED.replace("== 'assistant'", "== 'assistant' and m.trained"), "loop", BOTH, CHAT),
-    "content outside of the markers": (
-        MARKED.replace(SAID + MARKS[1], MARKS[1] + SAID), "loop", BOTH, CHAT),
     "turns that are not marked": (
         MARKED.replace("== 'assistant'", "== 'assistant' and loop.last"),
         "generation", BOTH[1:], CHAT),
     "markers in a macro": (MACRO, "generation", BOTH, CHAT),
     "markers in a block": (BLOCK, "generation", BOTH, CHAT),
+    "markers in a block that is measured": (  # marks must not change what is written
+        BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"), "loop",
+        [f"{BOTH[0]}37", f"{BOTH[1]}31"], CHAT),
     "a prompt that goes on": (
         PLAIN.replace(PROMPT, PROMPT.replace("{% endif", "He thinks:\n{% endif")), "loop",
         ["Hello.<|end|>"], [CHAT[0], says("Hello.")]),
     "a prompt that goes on after a tool": (
-        each("{{ '</tool>' if loop.index0 and loop.previtem.role == 'tool' }}" + HEAD + SAID)
-        + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' }}"
-        "<|start|>assistant\n<think>\n{% endif %}", "loop", [BOTH[0], "Elm.<|end|>", BOTH[1]],
-        TOOL),
+        CLOSED + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' }}"
+        "<|start|>assistant\n<think>\n{% endif %}", "loop", OF_TOOL, TOOL),
     "a header after what closes the tool's": (
-        each("{{ '</tool>' if loop.index0 and loop.previtem.role == 'tool' }}" + HEAD + SAID)
-        + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' else "
-        "'<|start|>assistant\n' }}{% endif %}", "loop", [BOTH[0], "Elm.<|end|>", BOTH[1]], TOOL),
+        CLOSED + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' else "
+        "'<|start|>assistant\n' }}{% endif %}", "loop", OF_TOOL, TOOL),
     "a first turn after a default system message": (
         each("{{ '<|start|>system\nBe kind.<|end|>\n' if loop.first }}" + HEAD + SAID) + PROMPT,
         "loop", BOTH, CHAT[1:]),
@@ -292,16 +282,9 @@ TURNS: dict[str, Any] = {
         "<|start|>" + each(branch("{{ m.content }}<|end|>", "[{{ m.content }}]"))
         + "{% if add_generation_prompt %}{{ '\n' }}{% endif %}",
         "loop", ["Birch\nbark.<|end|>"], [says("Birch\nbark.")]),
-    "empty thoughts after a tool alone": (
-        each("{% if loop.index0 and loop.previtem.role == 'tool' %}" + HEAD + "<think></think>"
-             "{{ m.content }}<|end|>\n{% else %}" + HEAD + SAID + "{% endif %}") + PROMPT, "loop",
-        [BOTH[0], "\nElm.<|end|>", BOTH[1]],
-        [*TOOL[:3], says("\nElm."), *TOOL[4:]]),
     "a header without an answer": (
         each("<|start|>{{ m.role }}{% if m.content %}{{ '\n' }}" + SAID + "{% endif %}") + PROMPT,
         "loop", BOTH[1:], [CHAT[0], says(""), *CHAT[2:]]),
-    "think tags with a name of their own": (
-        THINKS.replace("</think", "</mm:think").replace("<think", "<mm:think"), "loop", BOTH, CHAT),
     "an end that the next message writes": (
         each(branch("", "{{ '' if loop.first else '<|end|>' }}") + HEAD + "{{ m.content }}")
         + PROMPT, "loop", [BOTH[0], "Dune."], CHAT),
@@ -323,34 +306,17 @@ TURNS: dict[str, Any] = {
         "{{ bos_token }}" + each(branch("{{ ' ' + m.content|trim + eos_token }}",
                                         "[INST] {{ m.content }}[/INST]")),
         "loop", [" Birch bark.<eos>", " Dune.<eos>"], CHAT),
-    "vicuna": (
-        "Hello." + each(branch("{{ ' ASSISTANT: ' + m.content + eos_token }}",
-                               "{{ ' USER: ' + m.content }}"))
-        + "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
-        "loop", [" Birch bark.<eos>", " Dune.<eos>"], CHAT),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TURNS)
 def test_turns_are_found_whatever_the_template_does(name):
     template, way, expected, chat = TURNS[name]
-    assert spans(chat, template) == expected
-    encoded = encode_conversation(chat, tokenizer_for(template))
-    assert taken(encoded, tokenizer_for(template)) == "".join(expected)
-    assert encoded.way == way
-    assert encoded.end_of_turn == (None if name == "no end" else re.search("<.*$", expected[0])[0])
-
-
-def test_marks_inside_a_block_never_change_what_is_written():
-    counted = tokenizer_for(BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"))
-    turns = [f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in CHAT]
-    turns[::2] = [f"{turn}\n" for turn in turns[::2]]
-    text = encode_conversation(CHAT, counted).text
-    assert text == "".join(f"{turn}{len(turn)}" for turn in turns)
-
-
-def test_messages_that_the_template_joins_are_told_apart():
-    assert spans([*CHAT, says("Elm.")], COPIES) == [BOTH[0], "Dune.", "Elm.<|end|>"]
+    rendered = render(chat, template)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == expected
+    assert rendered.way == way
+    end = "<eos>" if name == "mistral" else "<|end|>"
+    assert rendered.end_of_turn == (None if name == "no end" else end)
 
 
 def test_what_the_template_adds_comes_when_it_is_asked_for():
@@ -367,11 +333,9 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template):
     turn = "m.role == 'assistant'"
     assert spans(CHAT, template.replace(turn, f"{turn} and m.content != 'Birch bark.'")) == BOTH[1:]
     by_field = template.replace(turn, f"{turn} and m.trained")  # the probe has no such field
-    assert spans(LAST, by_field) == BOTH[1:]
-    for nobody in (False, 0, 0.0):
+    assert spans([{**m, "trained": m["content"] == "Dune."} for m in CHAT], by_field) == BOTH[1:]
+    for nobody in (False, 0.0):
         assert spans([{**message, "trained": nobody} for message in CHAT], by_field) == []
-    by_number = template.replace(turn, f"{turn} and (m.trained or 0) > 0.5")
-    assert spans([{**message, "trained": 0} for message in CHAT], by_number) == []
     assert spans(CHAT, by_field) == BOTH  # nobody has the field
 
 
@@ -383,29 +347,6 @@ def test_an_end_of_turn_that_is_plain_text_is_found_too():
         tokenizer.add_tokens(blanks)
         prepared = explore.prepare_template(tokenizer, template)
         assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
-
-
-def test_a_given_date_is_what_the_template_prints():
-    tokenizer = tokenizer_for("{{ strftime_now('%d %b %Y, %H:%M') }}" + PLAIN)
-    encoded = encode_conversation(CHAT, tokenizer, date="2024-07-26")
-    assert encoded.text.startswith("26 Jul 2024, 00:00<|")
-    assert encode_conversation(CHAT, tokenizer, date="2025-01-02").text.startswith("02 Jan 2025")
-    assert not encode_conversation(CHAT, tokenizer).text.startswith("02 Jan 2025")
-
-
-def test_the_first_token_is_never_extracted():
-    template = each("{{ m.content }}<|end|>".join(MARKS))
-    encoded = encode_conversation([says("Birch bark.")], tokenizer_for(template))
-    assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
-
-
-def test_arguments_as_an_object_or_as_text_render_alike():
-    listed = "{% for c in m.tool_calls %}{{ c.function.arguments | items | list }}{% endfor %}"
-    tokenizer = tokenizer_for(each(HEAD + "{{ m.content }}" + listed + "<|end|>\n") + PROMPT)
-    for arguments in ({"town": "Lima"}, '{"town": "Lima"}'):
-        call = {"function": {"name": "f", "arguments": arguments}}
-        encoded = encode_conversation([CHAT[0], says("", tool_calls=[call])], tokenizer)
-        assert encoded.text.endswith("\n[('town', 'Lima')]<|end|>\n")
 
 
 MARKUP = ("<|end|>", "<|start|>", "<|start|>assistant\n", "</think>", "\u200d", "👩", " ", "\n")
@@ -449,13 +390,10 @@ def test_a_token_is_the_assistants_where_one_of_its_characters_is(borders, span,
     assert explore.token_positions_of([span], starts, ends).tolist() == expected
 
 
-@pytest.mark.parametrize("sides", [("rstrip",), ("lstrip", "rstrip")])
-def test_a_role_header_that_eats_blanks_is_not_the_assistants(sides):
+def test_a_role_header_that_eats_blanks_is_not_the_assistants():
     """As of Phi-3, where an answer that begins with a line break would take it in."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    eating = [
-        AddedToken(text, **dict.fromkeys(sides, True)) for text in ("<|assistant|>", "<|end|>")
-    ]
+    eating = [AddedToken(text, rstrip=True) for text in ("<|assistant|>", "<|end|>")]
     tokenizer.add_special_tokens({"additional_special_tokens": eating})
     tokenizer.chat_template = each("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n")
     encoded = encode_conversation([CHAT[0], says("\nDune."), *CHAT[2:]], tokenizer)
@@ -498,12 +436,17 @@ def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused():
 # Errors -------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_without_an_assistant_names_the_roles():
-    with pytest.raises(explore.ConversationError, match="roles critic, user") as refused:
-        encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
-    assert refused.value.reason == "no_assistant"
-    half = [user("half \ud800 a pair"), says("b")]
-    assert refusal(encode_conversation, half, tokenizer_for(PLAIN)) == "malformed"
+def test_a_refused_conversation_says_why_and_survives_the_way_out_of_a_process():
+    for template, messages, reason, said in (
+        (PLAIN, [user("a"), {"role": "critic", "content": "b"}], "no_assistant", "critic, user"),
+        (PLAIN, [user("half \ud800 a pair"), says("b")], "malformed", "surrogate"),
+        (PLAIN + "{{ raise_exception('\x1b[2Jno') if messages | length > 2 }}", CHAT,
+         "refused_by_template", r"␛\[2Jno"),
+    ):  # fmt: skip
+        with pytest.raises(explore.ConversationError, match=said) as refused:
+            encode_conversation(messages, tokenizer_for(template))
+        error = pickle.loads(pickle.dumps(refused.value))
+        assert (error.reason, str(error)) == (reason, str(refused.value))
 
 
 def test_of_named_templates_the_one_that_transformers_takes_is_taken():
@@ -521,83 +464,32 @@ def test_of_named_templates_the_one_that_transformers_takes_is_taken():
         load_chat_template(None, tokenizer)
 
 
-def test_a_refusal_of_the_template_is_quoted_and_survives_the_way_out_of_a_process():
-    for most, work, said in (
-        (2, "{{ raise_exception('\x1b[2Jno') }}", r"␛\[2Jno"), (3, LOOPS, "sandbox"),
-    ):  # fmt: skip
-        template = PLAIN + f"{{% if messages|length > {most} %}}{work}{{% endif %}}"
-        with pytest.raises(explore.ConversationError, match=said) as refused:
-            encode_conversation(CHAT, tokenizer_for(template))
-        error = pickle.loads(pickle.dumps(refused.value))
-        assert (error.reason, str(error)) == ("refused_by_template", str(refused.value))
-
-
-def copy_teacher(folder: Path, **config: Any) -> Path:
-    """Copy the teacher's tokenizer without its template, with more in its configuration."""
-    folder.mkdir()
-    (folder / "tokenizer.json").write_bytes((TEACHER / "tokenizer.json").read_bytes())
-    ours = json.loads((TEACHER / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(ours | config), encoding="utf-8")
-    return folder
-
-
 def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path):
     assert load_chat_template(None, tokenizer_for(PLAIN)) == PLAIN
-    folder = copy_teacher(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.chat_template = None
     with pytest.raises(TemplateError, match=r"no chat template.*--chat-template"):
-        load_chat_template(None, explore.load_tokenizer(str(folder)))
-    (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": MARKED}))
-    (tmp_path / "t.txt").write_bytes((folder / "chat_template.json").read_bytes())
-    for place in (tmp_path / "t.jinja", folder / "chat_template.json", tmp_path / "t.txt"):
-        assert load_chat_template(str(place), tokenizer_for(PLAIN)) == MARKED
-    beside = explore.load_tokenizer(str(folder))
-    assert load_chat_template(None, beside) == MARKED
-    named = [{"name": "default", "template": MARKED}]
-    (tmp_path / "named.json").write_text(json.dumps({"chat_template": named}))
-    assert load_chat_template(str(tmp_path / "named.json"), tokenizer_for(PLAIN)) == MARKED
+        load_chat_template(None, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    named = {"chat_template": [{"name": "default", "template": MARKED}]}
+    for name, text in (
+        ("t.jinja", MARKED), ("t.txt", json.dumps({"chat_template": MARKED})),
+        ("chat_template.json", json.dumps(named)),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert load_chat_template(str(tmp_path / name), tokenizer_for(PLAIN)) == MARKED
+    assert load_chat_template(None, explore.load_tokenizer(str(tmp_path))) == MARKED
 
 
 def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path):
-    deep, remedy = 3000, ".*--chat-template"
-    for name, text, said in (
-        ("none.json", None, ""), ("cut.json", '{"chat_tem', ""),
-        ("other.json", '{"template": "x"}', ""), ("for.jinja", "{% for %}" + PLAIN, remedy),
-        ("if.jinja", "{% if a %}" * deep + "{% endif %}" * deep + PLAIN, remedy),
-        ("deep.jinja", "{{ " + "(" * deep + "1" + ")" * deep + " }}" + PLAIN, remedy),
+    for name, text in (
+        ("other.json", '{"template": "x"}'), ("for.jinja", "{% for %}" + PLAIN),
+        ("deep.jinja", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}" + PLAIN),
     ):  # fmt: skip
-        if text is not None:
-            (tmp_path / name).write_text(text, encoding="utf-8")
-        with pytest.raises(TemplateError, match=re.escape(name) + said) as refused:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(TemplateError, match=re.escape(name)) as refused:
             load_chat_template(str(tmp_path / name), tokenizer_for(PLAIN))
         assert "\n" not in str(refused.value)
-
-
-def test_a_tokenizer_that_cannot_be_used_is_named_with_the_remedy(tmp_path, monkeypatch):
-    with pytest.raises(explore.LogitsError, match="nowhere"):
-        explore.load_tokenizer(str(tmp_path / "nowhere"))
-    auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
-    for n, (code, trust, message) in enumerate((
-        ("", False, "--trust-remote-code"),
-        ("import no_such_package_x", True, "pip install no_such_package_x$"),
-        ("from transformers import no_such_name_x", True, "does not fit the packages here"),
-        ("raise type('Own', (Exception,), {})('broken')", True, "Own: broken"),
-    )):  # fmt: skip
-        folder = copy_teacher(tmp_path / f"teacher{n}", auto_map=auto, tokenizer_class="Own")
-        (folder / "tokenization_own.py").write_text(code)
-        with pytest.raises(explore.LogitsError, match=message):
-            explore.load_tokenizer(str(folder), trust_remote_code=trust)
-    for file, package in (("tekken.json", "mistral-common"), ("tokenizer.model", "sentencepiece")):
-        (folder := tmp_path / package).mkdir()
-        (folder / file).write_text("{}")
-        (folder / "config.json").write_text('{"model_type": "mistral"}')
-        if importlib.util.find_spec(package.replace("-", "_")) is None:
-            with pytest.raises(explore.LogitsError, match=f"pip install {package}$"):
-                explore.load_tokenizer(str(folder))
-    theirs = type("MistralCommonBackend", (), {})  # it knows no offsets and no template
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: theirs())
-    with pytest.raises(explore.LogitsError, match=r"use a copy that holds tokenizer\.json"):
-        explore.load_tokenizer(str(TEACHER))
 
 
 # Together -----------------------------------------------------------------------------------------
@@ -645,15 +537,13 @@ LOOPS = repeat(repeat(""))
 # one for each way through the sandbox: operators, filters, methods, what is written by itself
 HOSTILE = [
     LOOPS, "{% macro f() %}" + LOOPS + "{% endmacro %}{{ f() }}",
-    "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (1000000000, 1) }}", "{{ '{:>9999999999}'.format(1) }}",
-    "{{ '%1000000000d' | format(1) }}", "{{ 'a' | center(1000000000) }}",
-    "{{ ['a'] | map('center', 1000000000) | list }}", "{{ 'a' * 10 ** 11 }}",
+    "{{ '%*d' % (1000000000, 1) }}", "{{ '{:>9999999999}'.format(1) }}",
+    "{{ '%1000000000d' | format(1) }}", "{{ ['a'] | map('center', 1000000000) | list }}",
     "{{ 10 ** (10 ** 10) }}", DOUBLED.replace("OP", "+"), DOUBLED.replace("OP", "~"),
     "{{ (['a' * 9999] * 9999) | join }}", "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
     "{{ {'a': 1} | tojson(indent=1000000000) }}", "{{ (1).to_bytes(1000000000, 'big') }}",
-    "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}", "{{ ''.__class__.__mro__ }}",
-    *(NESTED + "{{ " + way + " }}"
-      for way in ("ns.t", "{'a': ns.t}", "ns.t | upper", "ns.t ~ ''", "'%s' % ns.t")),
+    "{{ ''.__class__.__mro__ }}",
+    *(NESTED + "{{ " + way + " }}" for way in ("{'a': ns.t}", "ns.t | upper", "'%s' % ns.t")),
 ]  # fmt: skip
 
 
@@ -665,7 +555,7 @@ HOSTILE = [
 )  # fmt: skip
 def test_a_template_that_does_too_much_or_shows_no_assistant_is_refused_for_all(template, said):
     with pytest.raises(TemplateError, match=said) as refused:
-        encode_conversation(CHAT, tokenizer_for(PLAIN), chat_template=template)
+        explore.prepare_template(tokenizer_for(PLAIN), template)
     assert "\n" not in str(refused.value)
 
 
