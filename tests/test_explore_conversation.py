@@ -1,10 +1,8 @@
 """Messages, rendering and the choice of tokens, on templates and tokenizers made here."""
 
 import copy
-import cProfile
 import json
 import pickle
-import re
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,8 @@ import pytest
 from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 import explore_logits as explore
 from explore_logits import TemplateError, encode_conversation, load_chat_template, read_conversation
@@ -86,6 +84,8 @@ def refusal(function: Any, *args: Any, **options: Any) -> str:
 
 
 AB = [user("a"), says("b")]
+ROLES = {"HUMAN": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool",
+         "System": "system", "critic": "critic"}  # fmt: skip
 THOUGHT: Any = [{"type": "reasoning", "text": "they "}, {"type": "thinking", "thinking": "greet"}]
 PARTS = [*THOUGHT, {"type": "text", "text": "y"}, {"type": "output_text", "text": "o"}]
 CALL = {"name": "f", "arguments": '{"a": null}'}
@@ -94,7 +94,8 @@ SHOWN = [user("a"), {"role": "tool", "content": [{"type": "image"}]}, says("b")]
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], AB),
+    [([{"from": name, "value": "a"} for name in ROLES],
+      [{"role": role, "content": "a"} for role in ROLES.values()]),
      ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]', AB),
      ({"role": ["user", "assistant"], "content": ["a", "b"]}, AB),
      ([user("a") | {"name": None}, says(["b"], tool_calls=[], reasoning_content=None)], AB),
@@ -107,15 +108,6 @@ SHOWN = [user("a"), {"role": "tool", "content": [{"type": "image"}]}, says("b")]
 )  # fmt: skip
 def test_both_dialects_and_every_way_of_storing_them_are_read(value, expected):
     assert read(value).messages == expected
-
-
-def test_roles_are_known_by_their_usual_names_in_any_case():
-    for role, names in (
-        ("user", "user human HUMAN"), ("assistant", "assistant Assistant gpt bot function_call"),
-        ("tool", "tool observation function"), ("system", "System"), ("critic", "critic"),
-    ):  # fmt: skip
-        said = read([{"from": name, "value": "x"} for name in names.split()]).messages
-        assert {message["role"] for message in said} == {role}
 
 
 @pytest.mark.parametrize(
@@ -136,12 +128,9 @@ def test_a_conversation_that_cannot_be_used_says_why(value, reason):
 
 def test_single_turn_columns_make_a_conversation():
     columns = explore.ConversationColumns(user="q", assistant="a", system="s")
-    for values, expected in (
-        (("a", "b", "c"), [{"role": "system", "content": "c"}, user("a"), says("b")]),
-        ((6, 42.5, None), [user("6"), says("42.5")]),
-    ):
-        row = dict(zip("qas", values, strict=True))
-        assert read_conversation(row, columns).messages == expected
+    row = {"q": 6, "a": 42.5, "s": "c"}
+    wanted = [{"role": "system", "content": "c"}, user("6"), says("42.5")]
+    assert read_conversation(row, columns).messages == wanted
     for answer, reason in ((None, "null"), (" ", "empty"), (["b"], "malformed")):
         assert refusal(read_conversation, {"q": "a", "a": answer}, columns) == reason
 
@@ -149,10 +138,11 @@ def test_single_turn_columns_make_a_conversation():
 def test_tools_come_from_a_list_or_from_json():
     tool = {"type": "function", "function": {"name": "f"}}
     text = json.dumps(tool)
-    for value in ([tool | {"strict": None}], f"[{text}]", [text]):
-        assert read(CHAT, tools=value).tools == [tool]
-    for value in (None, "[]", [], "", "None", "{}"):
-        assert read(CHAT, tools=value).tools is None
+    for value, tools in (
+        ([tool | {"strict": None}], [tool]), (f"[{text}]", [tool]), ([text], [tool]),
+        (None, None), ("[]", None), ("", None), ("None", None),
+    ):  # fmt: skip
+        assert read(CHAT, tools=value).tools == tools
     for value in ([1], text, f"[{text}"):
         assert refusal(read, CHAT, tools=value) == "malformed"
 
@@ -173,15 +163,14 @@ def test_turns_and_weights_choose_what_is_extracted(template, turns, one, two, e
         assert taken(encoder.encode(row), encoder.tokenizer) == expected
 
 
-@pytest.mark.parametrize("given", [{"effort": "low"}, '{"effort": "low"}', None])
-def test_arguments_of_the_template_come_from_the_option_and_the_row(given):
+def test_arguments_of_the_template_come_from_the_option_and_the_row():
     template = "Effort {{ effort | default('none') }}, {{ depth }}. " + PLAIN
     encoder = encoder_for(template, template_kwargs={"effort": "high", "depth": 3})
-    encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": given})
-    assert encoded.text.startswith(f"Effort {'low' if given else 'high'}, 3. ")
-    assert encoder.settings()["template_kwargs"] == {"effort": "high", "depth": 3}
+    for own, effort in (({"effort": "low"}, "low"), ('{"effort": "low"}', "low"), (None, "high")):
+        encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": own})
+        assert encoded.text.startswith(f"Effort {effort}, 3. ")
     assert encoder == encoder.of(encoder.settings(), encoder.tokenizer, template)
-    for wrong in ("low", [1], {"messages": []}):
+    for wrong in ("low", {"messages": []}):
         row = {"messages": CHAT, "chat_template_kwargs": wrong}
         assert refusal(encoder.encode, row) == "malformed"
 
@@ -240,27 +229,14 @@ TURNS: dict[str, Any] = {
     "messages that are joined": (
         COPIES, "replacing", [BOTH[0], "Dune.", "Elm.<|end|>"], [*CHAT, says("Elm.")]),
     "think tags of the template": (THINKS, "loop", BOTH, CHAT),
-    "blanks of the data after them": (
-        THINKS, "loop", ["\nDune.<|end|>"], [CHAT[0], says("\nDune.")]),
-    "a thought of the data": (
-        THINKS, "loop", ["<think>\nIvy\n</think>\n\nDune.<|end|>"],
-        [CHAT[0], says("<think>\nIvy\n</think>\n\nDune.")]),
     "empty think tags of the data": (
         MARKED, "generation", ["<think>\n\n</think>\n\nDune.<|end|>"],
         [CHAT[0], says("<think>\n\n</think>\n\nDune.")]),
     "empty thoughts after a tool alone": (
         each(f"{HEAD}{{{{ '<think></think>' if {AFTER_TOOL} }}}}{SAID}") + PROMPT, "loop",
         [BOTH[0], "\nElm.<|end|>", BOTH[1]], [*TOOL[:3], says("\nElm."), *TOOL[4:]]),
-    "a header inside the markers": (
-        each(branch(f"<|start|>assistant\n{SAID}".join(MARKS))) + PROMPT, "generation",
-        [*BOTH, "Echo.<|end|>"], [*CHAT, says("Echo.")]),
     "an end outside of the markers": (
         MARKED.replace("<|end|>\n" + MARKS[1], MARKS[1] + "<|end|>\n"), "generation", BOTH, CHAT),
-    "nothing marked": (
-        MARKED.replace("== 'assistant'", "== 'assistant' and m.trained"), "loop", BOTH, CHAT),
-    "turns that are not marked": (
-        MARKED.replace("== 'assistant'", "== 'assistant' and loop.last"),
-        "generation", BOTH[1:], CHAT),
     "markers in a macro": (MACRO, "generation", BOTH, CHAT),
     "markers in a block": (BLOCK, "generation", BOTH, CHAT),
     "markers in a block that is measured": (  # marks must not change what is written
@@ -278,10 +254,6 @@ TURNS: dict[str, Any] = {
     "a first turn after a default system message": (
         each("{{ '<|start|>system\nBe kind.<|end|>\n' if loop.first }}" + HEAD + SAID) + PROMPT,
         "loop", BOTH, CHAT[1:]),
-    "a first turn of two lines where the prompt is a line break": (
-        "<|start|>" + each(branch("{{ m.content }}<|end|>", "[{{ m.content }}]"))
-        + "{% if add_generation_prompt %}{{ '\n' }}{% endif %}",
-        "loop", ["Birch\nbark.<|end|>"], [says("Birch\nbark.")]),
     "a header without an answer": (
         each("<|start|>{{ m.role }}{% if m.content %}{{ '\n' }}" + SAID + "{% endif %}") + PROMPT,
         "loop", BOTH[1:], [CHAT[0], says(""), *CHAT[2:]]),
@@ -302,10 +274,6 @@ TURNS: dict[str, Any] = {
     "no end": (
         each("<|{{ m.role }}|>{{ m.content }}") + "{# <|user|><|assistant|> #}",
         "loop", ["Birch bark.", "Dune."], CHAT),
-    "mistral": (
-        "{{ bos_token }}" + each(branch("{{ ' ' + m.content|trim + eos_token }}",
-                                        "[INST] {{ m.content }}[/INST]")),
-        "loop", [" Birch bark.<eos>", " Dune.<eos>"], CHAT),
 }  # fmt: skip
 
 
@@ -315,8 +283,7 @@ def test_turns_are_found_whatever_the_template_does(name):
     rendered = render(chat, template)
     assert [rendered.text[a:b] for a, b in rendered.spans] == expected
     assert rendered.way == way
-    end = "<eos>" if name == "mistral" else "<|end|>"
-    assert rendered.end_of_turn == (None if name == "no end" else end)
+    assert rendered.end_of_turn == (None if name == "no end" else "<|end|>")
 
 
 def test_what_the_template_adds_comes_when_it_is_asked_for():
@@ -400,33 +367,13 @@ def test_a_role_header_that_eats_blanks_is_not_the_assistants():
     assert taken(encoded, tokenizer) == "Dune.<|end|>" + BOTH[1]
 
 
-def test_all_bytes_of_a_character_are_extracted():
-    """By a tokenizer like Llama 2's: blanks as ▁, bytes for characters it does not know."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    ids = {piece: n for n, piece in enumerate([*pieces, *"▁abcdefghijklmnopqrstuvwxyzBD.?"])}
-    inner = Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True))
-    marks = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
-    inner.normalizer = normalizers.Sequence(list(marks))
-    blanks = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
-    inner.decoder = decoders.Sequence(list(blanks))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
-    tokenizer.chat_template = PLAIN
-    for said in ("a 樺 b 👩‍🚀", " é"):
-        encoded = encode_conversation([user("樺?"), says(said)], tokenizer)
-        found = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.token_positions].tolist())
-        data = [bytes.fromhex(p[3:5]) if p.startswith("<0x") else p.encode() for p in found]
-        assert b"".join(data).decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
-
-
 def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused():
     """It knows no offsets: those of the fast one must not be asked for."""
     fast = tokenizer_for(PLAIN)
     slow = copy.deepcopy(fast)
     slow.__class__ = type("SlowTokenizer", (type(fast),), {"is_fast": False})
     for said in ("樺 👩‍🚀 é e\u0301 بِرْش", "  two  \n\n blanks ", "It is \ufffd, see \ufffd\ufffd."):
-        chat = [user("amber 🌲?"), says(said)]
-        one, two = (encode_conversation(chat, each) for each in (fast, slow))
+        one, two = (encode_conversation([CHAT[0], says(said)], each) for each in (fast, slow))
         assert one.input_ids.tolist() == two.input_ids.tolist()
         assert one.token_positions.tolist() == two.token_positions.tolist()
     slow.decode = lambda ids, **_: "x" * len(ids)
@@ -459,9 +406,6 @@ def test_of_named_templates_the_one_that_transformers_takes_is_taken():
         encoded = encode_conversation(CHAT, tokenizer, chat_template=source, tools=tools)
         assert encoded.text == tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
         assert taken(encoded, tokenizer) == "".join(BOTH)
-    tokenizer.chat_template = {"rag": PLAIN}
-    with pytest.raises(TemplateError, match=r"called rag, .*--chat-template"):
-        load_chat_template(None, tokenizer)
 
 
 def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path):
@@ -481,30 +425,6 @@ def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path):
     assert load_chat_template(None, explore.load_tokenizer(str(tmp_path))) == MARKED
 
 
-def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path):
-    for name, text in (
-        ("other.json", '{"template": "x"}'), ("for.jinja", "{% for %}" + PLAIN),
-        ("deep.jinja", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}" + PLAIN),
-    ):  # fmt: skip
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        with pytest.raises(TemplateError, match=re.escape(name)) as refused:
-            load_chat_template(str(tmp_path / name), tokenizer_for(PLAIN))
-        assert "\n" not in str(refused.value)
-
-
-# Together -----------------------------------------------------------------------------------------
-
-
-def test_the_preview_marks_the_extracted_tokens_and_nothing_in_it_acts():
-    tokenizer = tokenizer_for(PLAIN)
-    chat = [user("amber\x1b[2J?" + "amber " * 5000), says("Birch\nbark.")]
-    encoded = encode_conversation(chat, tokenizer)
-    shown = explore.format_mask_preview(encoded, tokenizer, max_run_chars=100)
-    assert "⟦Birch⟧\n⟦bark.<|end|>⟧" in shown
-    assert len(shown) < 600
-    assert "\x1b" not in shown
-
-
 def test_what_is_far_too_long_is_refused_by_its_first_piece(monkeypatch):
     """100,000 messages; no turn is looked for, no second token counted."""
     chat, tokenizer = CHAT[:2] * 50_000, tokenizer_for(PLAIN)
@@ -513,17 +433,6 @@ def test_what_is_far_too_long_is_refused_by_its_first_piece(monkeypatch):
     assert again.input_ids.tolist() == short
     monkeypatch.setattr(explore, "_TurnReader", None)
     assert refusal(encode_conversation, chat, tokenizer, max_tokens=1024) == "too_long"
-
-
-def test_the_work_is_in_proportion_to_the_messages():
-    """Counted in calls, which no busy machine changes: 8 times the turns, 10 times the calls."""
-    calls = []
-    for turns in (100, 800):
-        profile = cProfile.Profile()
-        given = CHAT[:2] * turns, explore.prepare_template(tokenizer_for(THINKS))
-        profile.runcall(explore.render_conversation, *given)
-        calls.append(sum(entry.callcount for entry in profile.getstats()))
-    assert calls[1] < 10 * calls[0]
 
 
 def repeat(work: str, times: int = 99999) -> str:

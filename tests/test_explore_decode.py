@@ -69,23 +69,6 @@ def test_the_top_tokens_are_the_first_of_the_nucleus():
             decode(alone, t)
 
 
-class Pieces:
-    """A tokenizer of a few vocabulary entries, byte-level and sentencepiece alike."""
-
-    vocabulary = ("Ġhello", "ðŁ", "ĺĢ", "<0xE2>", "▁word", "ï¿½", "Ġâľ", "é")
-    decoded = (" hello", "\ufffd", "\ufffd\ufffd", "\ufffd", "word", "\ufffd", " \ufffd", "é")
-    __len__ = vocabulary.__len__
-    convert_ids_to_tokens = vocabulary.__getitem__
-
-    def decode(self, ids: list[int]) -> str:
-        return self.decoded[ids[0]]
-
-
-def test_tokens_that_are_half_a_character_show_their_bytes():
-    shown = [" hello", "⟨F0 9F⟩", "⟨98 80⟩", "⟨E2⟩", " word", "\ufffd", " ⟨E2 9C⟩", "é", "#8"]
-    assert explore.token_texts(range(9), Pieces()) == shown
-
-
 SIZE = ROWS[3]["num_tokens"]
 MORE: dict[str, Any] = {  # one tail token too many in all of its lists
     "sampled_indices_low": [5] * (SIZE + 1), "sampled_logits_quantized": [0] * (SIZE + 1),
@@ -96,6 +79,7 @@ STRUCTURE: list[dict[str, Any]] = [
     {"top_indices_high": b""}, {"top_logits_quantized": [0]}, {"top_min": [0.0]}, MORE,
     {"sampled_indices_low": [5]}, {"logsumexp": []}, {"top_counts": None},
     {"logsumexp": [None] * SIZE}, {"index": None},
+    *({name: [float("nan")] * SIZE} for name in ("logsumexp", "top_min", "sampled_max")),
 ]  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """Pack and unpack, quantize and dequantize: inverse pairs, for every length and every id."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,22 +8,6 @@ from hypothesis.extra import numpy as hnp
 
 import explore_logits as explore
 from explore_logits import MAX_TOKEN_ID, FormatError, pack_indices, quantize_logits, unpack_indices
-
-CONTRACT = (
-    "index int32, num_tokens int32, "
-    "top_indices_low list<uint16>, top_indices_high binary, top_logits_quantized list<uint16>, "
-    "top_counts list<uint8>, top_min list<float>, top_max list<float>, "
-    "sampled_indices_low list<uint16>, sampled_indices_high binary, "
-    "sampled_logits_quantized list<uint16>, sampled_min list<float>, sampled_max list<float>, "
-    "logsumexp list<double>"
-)
-
-
-def test_the_schema_has_the_fourteen_columns_in_order_and_two_of_stored_tokens_at_the_end():
-    columns = ", ".join(f"{field.name} {field.type}" for field in explore.SCHEMA)
-    assert re.sub(r"<\w+: ", "<", columns) == CONTRACT
-    names = explore.shard_schema(store_tokens=True).names
-    assert names == [*explore.SCHEMA.names, "input_ids", "token_positions"]
 
 
 def test_every_id_of_the_format_survives_packing():

@@ -135,7 +135,6 @@ DAMAGED = {
     "no object": ({"r.jsonl": LINE + b"\n\n" + b"[1, 2]\n" + LINE}, "line 4: .*not an object"),
     "bad line in a folder": ({"r/a.jsonl": LINE, "r/b.jsonl": LINE + b"?"}, r"b\.jsonl', line 2:"),
     "a cell too many": ({"r.csv": b'a,b\n1,"2\n3"\n1,2,3\n'}, "line 4: not CSV .3 cells"),
-    "an open quote": ({"r.csv": b'a,b\n1,2\n1,"2'}, "line 3: not CSV"),
     "columns twice": ({"r.csv": b"a,a\n1,2\n"}, "line 2: not CSV .2 cells under 1 different"),
     "Latin-1": ({"r.jsonl": LINE + b'{"question": "\xe9"}\n'}, r"line 2: .*Latin-1"),
     "other columns": ({"r/a.jsonl": LINE, "r/b.jsonl": b'{"question": "a", "reply": "b"}\n'},
@@ -143,8 +142,6 @@ DAMAGED = {
     "damage in a folder": ({"r/a.parquet": TABLE, "r/b.parquet": bytes(80).join(
         (TABLE[:40], TABLE[120:]))}, r"r/b\.parquet' cannot be read"),
     "pictures": ({"r/a.jpg": b"x", "r/metadata.jsonl": LINE}, "most of its files are no"),
-    "another kind": ({"r.txt": LINE}, "unknown kind of file"),
-    "no Parquet": ({"r.parquet": b"x"}, "cannot be"),
     "a header alone": ({"h.csv": b"a,b\n"}, "has no rows"),
     "a pattern": ({"r*/r.jsonl": LINE}, "rename it"),
 }  # fmt: skip
@@ -244,14 +241,15 @@ def test_a_question_and_its_answer_come_in_many_shapes(row):
 
 
 def test_a_system_column_comes_before_messages_too():
-    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
-    columns = explore.resolve_columns(["system", "conversations"], system_col="system")
-    for said, roles in (("be brief", ["system"]), (None, [])):
-        found = read_conversation({"system": said, "conversations": talk}, columns).messages
-        assert [message["role"] for message in found] == [*roles, "user", "assistant"]
-    twice = {"system": "be brief", "conversations": [{"from": "system", "value": "talk"}, *talk]}
+    columns = ConversationColumns(messages="messages", system="system")
+    both = [{"role": "system", "content": "be brief"}, *QUESTION]
+    for system, messages, wanted in (
+        ("be brief", QUESTION, both), ("be brief", both, both), (None, QUESTION, QUESTION)
+    ):  # fmt: skip
+        row = {"system": system, "messages": messages}
+        assert read_conversation(row, columns).messages == wanted
     with pytest.raises(explore.ConversationError, match="--system-col"):
-        read_conversation(twice, columns)
+        read_conversation({"system": "talk", "messages": both}, columns)
 
 
 # Columns and ids ----------------------------------------------------------------------------------
@@ -261,31 +259,26 @@ def test_columns_are_found():
     asked = {"user_col": "q", "assistant_col": "a", "system_col": "s", "index_col": "i"}
     for names, options, expected in (
         ("conversations messages", {}, {"messages": "messages"}),
-        ("conversation", {}, {"messages": "conversation"}),
         ("a chat", {"messages_col": "chat"}, {"messages": "chat"}),
         ("question answer", {}, {"user": "question", "assistant": "answer"}),
         ("q a s i messages", asked, {"user": "q", "assistant": "a", "system": "s", "index": "i"}),
-        ("question answer messages", {"index_col": "question"},
-         {"messages": "messages", "index": "question"}),
-    ):  # fmt: skip
+    ):
         found = explore.resolve_columns(names.split(), **options)
         assert found == ConversationColumns(**expected)
 
 
 def test_every_column_that_is_named_is_used_or_refused():
     pair = {"user_col": "q", "assistant_col": "a"}
-    for options, flags in (
-        ({"text_col": "a", "messages_col": "messages"}, ("--text-col", "--messages-col")),
-        ({**pair, "messages_col": "messages"}, ("--user-col",)),
-        ({"text_col": "a", "system_col": "q"}, ("--system-col", "--text-col")),
-        *(({**pair, f"{name}_col": "typo"}, (f"--{name}-col", "'typo'"))
+    for options, said in (
+        ({"text_col": "a", "messages_col": "messages"}, "--text-col.*--messages-col"),
+        ({**pair, "messages_col": "messages"}, "--user-col"),
+        ({"text_col": "a", "system_col": "q"}, "--system-col.*--text-col"),
+        *(({**pair, f"{name}_col": "typo"}, f"--{name}-col.*'typo'|'typo'.*--{name}-col")
           for name in ("user", "messages", "system", "index", "text")),
-        ({}, ("--messages-col", "the dataset has q, a, talk")),
+        ({}, "--messages-col.*the dataset has q, a, talk"),
     ):  # fmt: skip
-        with pytest.raises(SourceError) as caught:
+        with pytest.raises(SourceError, match=said):
             explore.resolve_columns(["q", "a", "messages" if options else "talk"], **options)
-        for flag in flags:
-            assert flag in str(caught.value)
 
 
 def test_the_id_is_the_row_number_or_the_integer_of_the_column():
@@ -301,50 +294,39 @@ def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path):
     path, data = tmp_path / "r.jsonl", bytearray(random.Random(3).randbytes(5_000_000))
     path.write_bytes(data)
     first = explore.source_revision(str(path))
-    assert first is not None
     assert first == explore.source_revision(str(path))
     data[2_400_017] ^= 1  # one bit, far from both ends
     path.write_bytes(data)
     others = {explore.source_revision(str(place)) for place in (path, tmp_path)}
     assert len({first, None} | others) == 4
-    (hidden := tmp_path / ".cache" / "huggingface" / "taken_at").parent.mkdir(parents=True)
-    hidden.write_text("of this machine")
+    (tmp_path / ".taken_at").write_text("of this machine")
     assert explore.source_revision(str(tmp_path)) in others
 
 
-def test_lengths_are_read_from_file_or_folder_and_refused_where_they_cannot_be_joined(tmp_path):
-    path = tmp_path / "l.parquet"
-
-    def read(columns: dict[str, list[Any]], metadata: bytes, name: Path = path) -> explore.Lengths:
-        kept = pa.table(columns).replace_schema_metadata({explore.METADATA_LENGTHS: metadata})
-        pq.write_table(kept, path)
-        return explore.read_lengths(str(name))
-
-    for name in (tmp_path, path):
-        found = read({"length": [10, 20], "index": [3, 1]}, b'{"model": "m"}', name)
+def test_lengths_are_read_or_refused_where_they_cannot_be_joined(tmp_path):
+    path, kept = tmp_path / "l.parquet", {explore.METADATA_LENGTHS: b'{"model": "m"}'}
+    for columns, message in (
+        ({"length": [10, 20], "index": [3, 1]}, ""),
+        ({"index": [1, 1], "length": [2, 3]}, "occurs twice"),
+        ({"index": [1, 2]}, "no column length"), ({"index": [1, None], "length": [2, 3]}, "null"),
+        ({"index": [1.9, 2.0], "length": [2, 3]}, "'index' holds double"),
+    ):  # fmt: skip
+        pq.write_table(pa.table(columns).replace_schema_metadata(kept), path)
+        if message:
+            with pytest.raises(SourceError, match=message):
+                explore.read_lengths(str(path))
+            continue
+        found = explore.read_lengths(str(tmp_path))
         assert (found.index.tolist(), found.length.tolist()) == ([3, 1], [10, 20])
         assert (found.num_tokens, found.settings) == (None, {"model": "m"})
-    for columns, metadata, message in (
-        ({"index": [1, 1], "length": [2, 3]}, b"{}", "occurs twice"),
-        ({"index": [1, 2]}, b"{}", "no column length"),
-        ({"index": [1, None], "length": [2, 3]}, b"{}", "null"),
-        ({"index": [1.9, 2.0], "length": [2, 3]}, b"{}", "'index' holds double"),
-        ({"index": [1], "length": [2]}, b"\xff", r"l\.parquet: .* damaged"),
-    ):
-        with pytest.raises(SourceError, match=message):
-            read(columns, metadata)
 
-
-# Memory -------------------------------------------------------------------------------------------
 
 WATCH = """
 import resource, sys
 from explore_logits import open_source
-peaks = []
 for path in sys.argv[1:]:
-    rows = sum(1 for _ in open_source(path, streaming=True))
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-print(*peaks)
+    assert sum(1 for _ in open_source(path, streaming=True)) > 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 

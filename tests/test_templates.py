@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_shapes import SHAPES, TOOLS, calls, says, stock, template_names, tools_of, user
+from chat_shapes import SHAPES, TOOLS, calls, says, stock, stock_templates, tools_of, user
 from jinja2 import UndefinedError
 from template_reference import words_of
 from template_table import build_table, try_template
@@ -17,7 +17,7 @@ from transformers.utils import chat_template_utils as utils
 
 from explore_logits import ConversationError, encode_conversation, prepare_template
 
-NAMES = template_names()
+NAMES = list(stock_templates())
 MARKED = [
     name for name in NAMES
     if "{% generation %}" in stock(name).chat_template and not prepare_template(stock(name)).parts
