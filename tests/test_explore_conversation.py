@@ -254,6 +254,10 @@ TURNS: dict[str, Any] = {
     "a first turn after a default system message": (
         each("{{ '<|start|>system\nBe kind.<|end|>\n' if loop.first }}" + HEAD + SAID) + PROMPT,
         "loop", BOTH, CHAT[1:]),
+    "a first answer of two lines where the prompt is a line break": (
+        "<|start|>" + each(branch("{{ m.content }}<|end|>"))
+        + PROMPT.replace("<|start|>assistant\n", "{{ '\n' }}"), "loop",
+        ["Birch\nbark.<|end|>"], [says("Birch\nbark.")]),
     "a header without an answer": (
         each("<|start|>{{ m.role }}{% if m.content %}{{ '\n' }}" + SAID + "{% endif %}") + PROMPT,
         "loop", BOTH[1:], [CHAT[0], says(""), *CHAT[2:]]),
@@ -466,12 +470,3 @@ def test_a_template_that_does_too_much_or_shows_no_assistant_is_refused_for_all(
     with pytest.raises(TemplateError, match=said) as refused:
         explore.prepare_template(tokenizer_for(PLAIN), template)
     assert "\n" not in str(refused.value)
-
-
-def test_widths_and_numbers_that_people_write_are_not_refused():
-    template = (
-        "{{ '%5d|%s' % (1700000000, 'x') }}{{ '{:>8} {}'.format(3, 1700000000) }}"
-        "{{ '-' * 80 }}{{ 'a' | center(40) }}{{ 2 ** 20 }}{{ 1700000000 * 1000 + 1 }}"
-        "{{ {'most': 1700000000} | tojson(indent=4) }}{{ [1700000000, 2] | join(', ') }}" + PLAIN
-    )
-    assert spans(CHAT, template) == BOTH

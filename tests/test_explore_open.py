@@ -108,7 +108,6 @@ def test_all_kinds_of_datasets_give_the_same_samples_and_stay_as_they_are(output
 WRONG = {  # calls, d an output that is open and s a sample of it, by what they are answered
     "a sample is needed, .* not a LogitDataset": ("print_top_tokens(d, 0)",),
     "a dataset is an output by name, .* not a list of int": ("get_sample([3])",),
-    "decoded already: use them as they are": ("get_sample([s])", "get_sample(s)"),
     "a row number is an integer": ("d['3']", "get_sample(d, slice(2))", "get_sample(d, True)"),
     "a token's number is an integer, not 1.5": ("decode_top_tokens(s, 1.5)",),
     "percentile 101: a number from 0 to 100": ("analyze_nucleus_sizes(d).percentile(101)",),
