@@ -130,17 +130,6 @@ def test_bad_input_ends_with_code_2_one_line_and_no_file(measure, write_chats, t
         assert not list(tmp_path.glob("lengths/*"))
 
 
-def test_output_is_a_folder_or_a_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("there").mkdir()
-    for output, *told in (
-        ("./new", "./new", None, False), ("there", "there", None, False),
-        ("tester/lengths", "data/lengths", "tester/lengths", True),
-    ):  # fmt: skip
-        config = LengthsConfig(model="m", dataset="d", output=output)
-        assert [config.output_dir, config.output_repo, config.push_to_hub] == told
-
-
 # Parts --------------------------------------------------------------------------------------------
 
 

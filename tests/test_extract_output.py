@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,9 +147,7 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place, tmp_path):
     assert place.json("extraction_config.json")["top_p"] == 0.9
 
 
-def test_workers_that_start_over_leave_nothing_of_the_old_job_and_all_of_each_other(
-    place, tmp_path
-):
+def test_workers_that_start_over_leave_nothing_old_and_all_of_each_other(place, tmp_path):
     run_workers(place, tmp_path / "cache", 4, parts=7)
     new = {"settings": OVER["settings"], "world_size": 3}
     workers = [open_uploader(place, tmp_path / f"{n}", rank=n, **OVER | new) for n in range(3)]
@@ -174,8 +173,6 @@ def test_other_settings_are_refused_with_their_differences(place, tmp_path):
     before, longer = place.hashes(), {"rows_per_part": 20}
     with pytest.raises(ConfigError, match=r"top_p.*0\.98.*0\.9"):
         open_uploader(place, tmp_path / "elsewhere", settings={"top_p": 0.9})
-    other = {"versions": {"torch": "3"}}
-    open_uploader(place, tmp_path / "elsewhere", settings=other).shutdown()
     changed = {**place.json("extraction_config.json"), **longer}
     place.write("extraction_config.json", json.dumps(changed).encode())
     with pytest.raises(ConfigError, match="are of another job than extraction_config"):
@@ -183,7 +180,8 @@ def test_other_settings_are_refused_with_their_differences(place, tmp_path):
     place.delete("extraction_config.json", "checkpoint.json")  # the parts hold them, too
     with pytest.raises(ConfigError, match="rows_per_part"):
         open_uploader(place, tmp_path / "cache", settings=longer)
-    run_uploader(place, tmp_path / "cache", 20)
+    versions = {"versions": {"torch": "3"}}  # which are not of the job
+    assert run_uploader(place, tmp_path / "cache", 20, settings=versions)["asked"] == []
     assert place.hashes() == before
     uploader = open_uploader(place, tmp_path / "there")
     swapped = [*range(10, 19), 300]
@@ -233,19 +231,6 @@ def test_without_a_checkpoint_resume_reads_footers_without_a_token_and_no_rows(r
     assert not [line for line in fetched if line["auth"]]
 
 
-def test_two_writers_of_one_part_write_the_same(place, tmp_path):
-    options = {"rank": 1, "world_size": 2}
-    twins = [open_uploader(place, tmp_path / name, **options) for name in ("one", "other")]
-    for twin in twins:
-        assert fill(twin, 1) == list(range(10, 20))
-    for twin in twins:
-        twin.flush()
-    for twin in twins:
-        fill(twin, 3)
-        assert finish(twin)["undelivered"] == []
-    assert place.parts() == {1: list(range(10, 20)), 3: list(range(30, 40))}
-
-
 # Faults -------------------------------------------------------------------------------------------
 
 
@@ -272,27 +257,21 @@ def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(repo, tmp_path, fau
 
 @pytest.mark.parametrize(
     ("header", "value", "least"),
-    [("Retry-After", "7", 7), ("Retry-After", "99999999", 0), ("Retry-After", "-5", 0),
-     ("RateLimit", '"api";r=0;t=99999999', 0)],
+    [("Retry-After", "300", 300), ("Retry-After", "99999999", 60), ("Retry-After", "-5", 60),
+     ("RateLimit", '"api";r=0;t=99999999', 60)],
 )  # fmt: skip
-def test_a_run_waits_as_told_but_no_hours(header, value, least, repo, tmp_path, monkeypatch):
-    waited = [0.0]  # by a clock that jumps where somebody waits, but not for an answer under way
-    sleep, clock = time.sleep, time.monotonic
+def test_a_run_waits_as_told_but_no_hours(header, value, least, monkeypatch):
+    def request() -> None:
+        response = SimpleNamespace(status_code=429, headers={header.lower(): value, header: value})
+        raise extract_logits.explain_refusal(response, "too many requests", REPO)
 
-    def sleep_less(seconds):
-        asking = {thread.name for thread in threading.enumerate()} >= {"request"}
-        if asking and threading.current_thread().name != "request":
-            return sleep(seconds)
-        waited[0] += seconds
-        return sleep(min(seconds, 0.0002))
-
-    monkeypatch.setattr(time, "sleep", sleep_less)
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + waited[0])
-    for request_line in (COMMIT, "preupload/", "objects/batch"):
-        repo.hub.fault(request_line, status=429, headers={header: value})
-    run_uploader(repo, tmp_path / "cache", 10)
-    assert repo.rows() == stored(range(10))
-    assert least <= waited[0] < 3600
+    pauses: list[float] = []
+    monkeypatch.setattr(extract_logits, "bounded", lambda request, *_: request())
+    monkeypatch.setattr(extract_logits, "wait_until", lambda _, limit_s: pauses.append(limit_s))
+    with pytest.raises(HubError, match="--resume"):
+        extract_logits.retry(request)
+    assert least <= min(pauses)
+    assert max(pauses) <= 900
 
 
 @pytest.mark.parametrize(
@@ -357,19 +336,6 @@ def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(repo, 
     assert repo.rows() == stored(range(20))
 
 
-def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 1)
-    uploader = open_uploader(repo, tmp_path / "cache")
-    repo.hub.fault(COMMIT, latency=0.3, count=999)
-    most = 0
-    for number in range(80):
-        fill(uploader, number, [number])
-        most = max(most, len(list(tmp_path.glob("cache/*/part-*.parquet"))))
-    assert 1 < most <= 45
-    finish(uploader)
-    assert repo.rows() == stored(range(80))
-
-
 @pytest.fixture
 def job(extract: Extract, write_chats: Write, repo: Output) -> Extract:
     """Run `main` over 12 conversations into three parts of the repository."""
@@ -384,21 +350,16 @@ def complete(job: Extract, repo: Output) -> None:
     assert repo.ids() == list(range(12))
 
 
-@pytest.mark.parametrize(
-    ("request_line", "codes"), [("GET /api/(datasets|whoami)", (75, 4)), ("commit/", (130,))]
-)
-def test_a_hub_that_never_answers_holds_no_run(request_line, codes, job, repo, monkeypatch):
-    """Beyond its deadline or a signal."""
-    limit = {"max_runtime_minutes": 2 / 60} if 130 not in codes else {}
+def test_a_hub_that_never_answers_holds_no_run(job, repo, monkeypatch):
+    """Beyond a signal, as beyond its deadline."""
     with monkeypatch.context() as slow:
         slow.setattr(extract_logits, "RETRY_WAITS_S", (60.0,) * 6)
-        repo.hub.fault(request_line, latency=600.0, count=10**6)
-        if not limit:
-            threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        repo.hub.fault("commit/", latency=600.0, count=10**6)
+        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
         begun = time.monotonic()
-        done = job(**limit)
+        done = job()
         assert time.monotonic() - begun < 25, "the Hub held the run"
-    assert done.code in codes, done.stderr
+    assert done.code == 130, done.stderr
     complete(job, repo)
 
 
@@ -414,18 +375,6 @@ def test_what_the_hub_did_not_take_is_exit_code_4_and_the_next_run_delivers(job,
     kept = [Path(path) for path in done.summary["undelivered"]]
     assert kept
     assert all(path.name.startswith("backup_") and path.exists() for path in kept)
-    complete(job, repo)
-
-
-@pytest.mark.parametrize(
-    ("request_line", "text"),
-    [("GET .*/tree/", "[1, 2]"), ("preupload/", "<html>sign in</html>"), ("commit/", "[1, 2]")],
-)
-def test_answers_that_make_no_sense_end_in_one_line(request_line, text, job, repo):
-    repo.hub.fault(request_line, text=text, count=10**6)
-    done = job()
-    assert "Traceback" not in done.stderr
-    assert done.code in (0, 2, 4)  # 0 where nobody needs the answer
     complete(job, repo)
 
 
@@ -509,15 +458,3 @@ def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(repo
     done = run_code(code, env={**env, "HF_HUB_OFFLINE": "0"}, cwd=tmp_path)
     loaded = f"['train'] {list(range(20))} {SCHEMA.names}"
     assert done.stdout.splitlines()[-2:] == ["0 True", loaded]
-
-
-def test_names_from_strangers_stay_names_on_the_card(folder, tmp_path):
-    evil = f"x\n# Title\n{extract_logits.CARD_LINE}\n<img src=//evil>\n| a | b |\n```\n---"
-    sizes = []
-    for rows in (10, 20):
-        run_uploader(folder, tmp_path / "cache", rows, settings={"dataset": evil, "model": evil})
-        card = folder.read("README.md").decode()
-        assert "<img" not in card.split("\n---\n", 1)[1]
-        assert "\n# Title" not in card
-        sizes.append(len(card))
-    assert max(sizes) - min(sizes) < 60  # figures, not the card again

@@ -6,21 +6,19 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import chat, rows_of
-from outputs import Output, digest_ids, fill, fill_parts, finish, open_uploader, run_uploader
-from processes import Child
+from outputs import Output, digest_ids, fill, finish, open_uploader, run_uploader
 from shard_rows import make_rows, stored
 
 from explore_logits import LogitsError, load_logit_dataset
-from extract_logits import ConfigError, HubError, digest_path
+from extract_logits import ConfigError, digest_path
 
 
 def some_unusable(count: int) -> list[dict[str, Any]]:
@@ -326,27 +324,6 @@ def test_bytes_are_on_the_disk_before_a_file_gets_its_name(folder, tmp_path, mon
     run_uploader(folder, tmp_path / "cache", 12)
     assert folder.rows() == stored(range(12))
     assert (tmp_path / "out/data").stat().st_ino in synced
-
-
-@pytest.mark.parametrize("limit", [3000, 12_000])  # less than a pending file, and less than a part
-def test_a_full_disk_is_a_clear_error_and_the_run_completes_once_there_is_room(
-    limit, folder, tmp_path
-):
-    def work(output: IO[str]) -> None:
-        uploader = open_uploader(folder, tmp_path / "cache")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            fill_parts(uploader, 30)
-            finish(uploader)
-        except HubError as error:
-            output.write(str(error))
-        uploader.shutdown()
-
-    code, said = Child(work).finish()
-    assert code == 0
-    assert "make room" in said
-    assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
-    assert folder.rows() == stored(range(30))
 
 
 def test_a_flipped_bit_of_a_part_is_noticed_where_it_is_read(tmp_path):

@@ -205,16 +205,6 @@ def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(m
         windows_of(100, should_stop=lambda: True)
 
 
-def test_what_is_done_is_neither_read_nor_tokenized():
-    def left(number: int, ids: Any) -> list[int]:
-        return ids[4:6].tolist() if number == 3 else []
-
-    encoder = Encoder()
-    windows, begun = windows_of(50, encoder, left=left)
-    assert begun == list(range(5))
-    assert ids_of(windows) == encoder.seen == [34, 35]
-
-
 def test_too_long_by_known_lengths_is_not_tokenized():
     ids, encoder = np.arange(100), Encoder()
     encoder.max_seq_len = 30
@@ -269,11 +259,3 @@ def test_a_conversation_is_encoded_or_says_why_not(ids, limit, reason):
     made = extract_logits.RowEncoder(SimpleNamespace(encode=encode), limit).encode({}, 9)
     assert made.index == 9
     assert (made.reason if isinstance(made, SkippedRow) else None) == reason
-
-
-def test_what_the_template_hides_of_any_row_is_said(caplog):
-    explore_logits.warn_once.cache_clear()
-    ids = np.arange(3, dtype=np.int32)
-    rows = [EncodedRow(0, ids, ids[1:]), EncodedRow(1, ids, ids[1:], ("the tools",))]
-    extract_logits.Window().add(rows, None)
-    assert "does not show the tools" in caplog.text
