@@ -38,10 +38,10 @@ def make_encoder() -> ConversationEncoder:
     return ConversationEncoder(tokenizer, explore.load_chat_template(None, tokenizer), COLUMNS)
 
 
-def by_index(path: Path | str) -> dict[int, tuple[int, int]]:
-    """Return lengths and tokens by index, of a lengths file."""
-    rows = pq.read_table(path).to_pylist()
-    return {row["index"]: (row["length"], row["num_tokens"]) for row in rows}
+def by_index(measured: Any) -> dict[int, tuple[int, int]]:
+    """Return lengths and tokens by index, in the order of the rows."""
+    pairs = zip(measured.length.tolist(), measured.num_tokens.tolist(), strict=True)
+    return dict(zip(measured.index.tolist(), pairs, strict=True))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def measure(tmp_path, capsys) -> Callable[..., Finished]:
 def test_the_counts_are_what_extraction_would_take_and_are_reported(tmp_path, expected, measure):
     done = measure("--index-col", "id")
     assert done.code == 0
-    assert by_index(tmp_path / "lengths/lengths.parquet") == expected
+    assert by_index(explore.read_lengths(str(tmp_path / "lengths/lengths.parquet"))) == expected
     totals = np.sum(list(expected.values()), axis=0).tolist()
     summary = done.summary
     assert [summary["total_length"], summary["total_num_tokens"]] == totals
@@ -76,10 +76,7 @@ def test_many_processes_give_the_same_counts_in_the_same_order(streaming, expect
     source = open_source(str(CHATS), streaming=streaming)
     batches = list(measure_source(source, make_encoder(), batch_size=70, workers=2))
     assert [len(batch["index"]) for batch in batches] == [70] * 5 + [50]
-    measured = compute_lengths.collect(batches)
-    pairs = zip(measured.length.tolist(), measured.num_tokens.tolist(), strict=True)
-    assert dict(zip(measured.index.tolist(), pairs, strict=True)) == expected
-    assert measured.index.tolist() == list(expected)
+    assert list(by_index(compute_lengths.collect(batches)).items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("how", [(), ("--streaming", "--batch-size", "90")], ids=str)
@@ -107,7 +104,7 @@ def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(write_chats, me
     assert done.code == 0
     assert done.summary["skipped"] == {"null": 2, "empty": 1, "no_assistant": 1}
     assert (done.summary["rows"], done.summary["usable"]) == (6, 2)
-    found = by_index(done.summary["output"])
+    found = by_index(explore.read_lengths(done.summary["output"]))
     assert [index for index, counts in found.items() if counts == (0, 0)] == [1, 2, 3, 5]
     assert found[0] == found[4]
 
@@ -115,8 +112,6 @@ def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(write_chats, me
 def test_bad_input_ends_with_code_2_one_line_and_no_file(measure, write_chats, tmp_path, caplog):
     for options, message, *rows in (
         ("--messages-col talk", "the dataset has id"),
-        ("--output-repo a/b", "--push-to-hub"),
-        ("--filename a/b.parquet", "--filename"),
         (f"--output-dir {CHATS}", "cannot write"),
         ("--index-col id", "index 4 occurs twice",
          *({"id": n, "messages": chat("Hello.")} for n in (4, 5, 4))),

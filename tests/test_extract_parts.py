@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import chat, rows_of
-from outputs import Output, digest_ids, fill, finish, open_uploader, run_uploader
+from outputs import Output, digest_ids, finish, open_uploader, run_uploader
 from shard_rows import make_rows, stored
 
 from explore_logits import LogitsError, load_logit_dataset
@@ -148,18 +148,6 @@ def test_a_part_has_the_same_bytes_in_whatever_order_its_rows_come(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
-def test_part_9000_lies_in_a_folder_of_its_own_and_is_found_there(place, tmp_path):
-    paths = {
-        8_999: "data/part-08999.parquet", 9_000: "data/001/part-09000.parquet",
-        120_000: "data/013/part-120000.parquet",
-    }  # fmt: skip
-    for name, left in (("cache", [9_000]), ("elsewhere", [])):
-        uploader = open_uploader(place, tmp_path / name)
-        assert [fill(uploader, number, [number]) for number in paths][1] == left
-        finish(uploader)
-        assert place.part_paths() == paths
-
-
 def test_row_groups_are_small_and_pages_are_indexed(folder, tmp_path):
     uploader = open_uploader(folder, tmp_path / "cache")
     for number, tokens in enumerate((5, 900)):
@@ -181,11 +169,9 @@ def test_rows_of_no_part_under_way_and_rows_that_came_before_are_ignored(folder,
     uploader = open_uploader(folder, tmp_path / "cache")
     uploader.add_sample(make_rows([2, 3]))
     assert uploader.begin_part(0, range(5)) == [0, 1, 2, 3, 4]
-    uploader.add_sample(make_rows([0, 3, 0, 77]))
-    uploader.add_sample(make_rows([3, 1, 2]))
-    assert not uploader.should_flush()
-    uploader.add_sample(make_rows([4]))
-    assert uploader.should_flush()
+    for ids in ([0, 3, 0, 77], [3, 1, 2], [4]):
+        assert not uploader.should_flush()
+        uploader.add_sample(make_rows(ids))
     assert uploader.begin_part(0, range(5)) == []
     uploader.add_sample(make_rows([4]))
     assert finish(uploader)["rows"] == 5

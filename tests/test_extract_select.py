@@ -134,20 +134,18 @@ def test_a_set_of_ids_tells_each_repetition(ids):
 
 
 def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path):
-    ids, path = [9, 2, 5], tmp_path / "lengths.parquet"
+    ids, path = [9, 2, 5], str(tmp_path / "lengths.parquet")
     columns = {"index": ids, "length": [10 * index for index in ids], "num_tokens": ids}
     pq.write_table(pa.table(columns), path)
-    stored = explore_logits.read_lengths(str(path))
     for options, measured, lengths in (
-        ({"tokenized_dataset": str(path)}, stored, [20, 50, 90]),
+        ({"tokenized_dataset": path}, explore_logits.read_lengths(path), [20, 50, 90]),
         ({"length_col": "size"}, None, [4, 5, 3]),
     ):
         selection = select(rows_of(ids), **options)
         known = extract_logits.find_lengths(selection.config, {}, selection, measured)
         places = known.places(np.array([2, 5, 9]))
         assert known.length[places].tolist() == lengths
-        if known.num_tokens is not None:
-            assert known.num_tokens[places].tolist() == [2, 5, 9]
+        assert measured is None or known.num_tokens[places].tolist() == [2, 5, 9]
         with pytest.raises(DataError, match="lacks 1 of 2 conversations, such as index 4"):
             known.places(np.array([2, 4]))
 
@@ -172,22 +170,19 @@ class Encoder:
         ]
 
 
-def windows_of(rows: int, encoder: Any = None, *, left: Any = None, **options: Any) -> Any:
+def windows_of(rows: int, encoder: Any = None, **options: Any) -> Any:
     """Return windows of parts of 10, and the numbers of the parts that were begun."""
     begun: list[int] = []
 
     def begin_part(number: int, ids: Any) -> list[int]:
         begun.append(number)
-        return left(number, ids) if left else ids.tolist()
+        return ids.tolist()
 
-    selection = select(rows_of(list(range(rows))))
     options = {"rows_per_part": 10, "begin_part": begin_part, **options}
-    read = extract_logits.ConversationDataset(selection, encoder or Encoder(), **options)
-    return list(read), begun
-
-
-def ids_of(windows: Any) -> list[int]:
-    return [row.index for window in windows for row in window.rows]
+    selection = select(rows_of(list(range(rows))))
+    return list(
+        extract_logits.ConversationDataset(selection, encoder or Encoder(), **options)
+    ), begun
 
 
 def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(monkeypatch):
@@ -196,7 +191,8 @@ def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(m
     windows, begun = windows_of(205, encoder)
     assert begun == list(range(21))
     assert [len(window.rows) for window in windows] == [40, 40, 40, 40, 40, 5]
-    assert ids_of(windows) == encoder.seen == list(range(205))
+    assert encoder.seen == list(range(205))
+    assert [row.index for window in windows for row in window.rows] == encoder.seen
     monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 300)  # many tokens close a window too
     windows, _ = windows_of(100)
     assert len(windows) > 5
