@@ -5,11 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
-import signal
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -346,19 +342,6 @@ def complete(job: Extract, repo: Output) -> None:
     repo.hub.clear()
     assert job().passed()["rows"] == 12
     assert repo.ids() == list(range(12))
-
-
-def test_a_hub_that_never_answers_holds_no_run(job, repo, monkeypatch):
-    """Beyond a signal, as beyond its deadline."""
-    with monkeypatch.context() as slow:
-        slow.setattr(extract_logits, "RETRY_WAITS_S", (60.0,) * 6)
-        repo.hub.fault("commit/", latency=600.0, count=10**6)
-        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-        begun = time.monotonic()
-        done = job()
-        assert time.monotonic() - begun < 25, "the Hub held the run"
-    assert done.code == 130, done.stderr
-    complete(job, repo)
 
 
 def test_what_the_hub_did_not_take_is_exit_code_4_and_the_next_run_delivers(job, repo, monkeypatch):

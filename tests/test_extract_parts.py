@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,17 +18,6 @@ from shard_rows import make_rows, stored
 
 from explore_logits import LogitsError, load_logit_dataset
 from extract_logits import ConfigError, digest_path
-
-
-def some_unusable(count: int) -> list[dict[str, Any]]:
-    """Return rows of which 3, 4 to 7 (a whole part of 4) and 9 cannot be used."""
-    rows = rows_of(count)
-    rows[3]["messages"] = rows[3]["messages"][:1]
-    for number in range(4, 8):
-        rows[number]["messages"] = []
-    rows[9]["messages"] = chat("z" * 200)
-    return rows
-
 
 # Which conversations a part holds -----------------------------------------------------------------
 
@@ -62,23 +50,14 @@ def test_a_higher_limit_appends_and_rewrites_the_last_part_at_most(extract, writ
     assert folder.hashes() == at_once
 
 
-def test_workers_of_any_number_write_the_parts_of_one(extract, write_chats, folder):
-    write_chats(some_unusable(30))
-    job = {"upload_every": 4, "max_batch_size": 1, "max_seq_len": 100, "resume": True}
-    extract(**job, output="./one").passed()
-    for rank, workers, parts in ((1, 3, {1, 4, 7}), (0, 2, {0, 1, 2, 4, 6, 7})):
-        extract(**job, rank=rank, world_size=workers).passed()
-        assert set(folder.parts()) == parts  # of 8, for 30 conversations
-    for rank in range(4):
-        extract(**job, rank=rank, world_size=4).passed()
-    assert folder.hashes() == Output("one").hashes()
-    summary = extract(**job).passed()  # as one process
-    assert (summary["rows"], summary["new_rows"]) == (24, 0)
-
-
 def test_a_part_says_what_it_holds_and_who_has_no_row(extract, write_chats, folder, monkeypatch):
     """Who has none is not tried again."""
-    write_chats(some_unusable(14))
+    rows = rows_of(14)
+    rows[3]["messages"] = rows[3]["messages"][:1]
+    for number in range(4, 8):  # a whole part
+        rows[number]["messages"] = []
+    rows[9]["messages"] = chat("z" * 200)
+    write_chats(rows)
     job = {"upload_every": 4, "max_seq_len": 100, "top_p_max": 20}
     summary = extract(**job).passed()
     skipped = {"no_assistant": 1, "empty": 4, "too_long": 1}
