@@ -35,7 +35,7 @@ class Output:
         """Return the path of every file but the temporary ones of a process that was killed."""
         if self.hub is not None:
             is_there = ("dataset", self.name) in self.hub.store.repos
-            return self.hub.files(self.name).keys() - {".gitattributes"} if is_there else set()
+            return set(self.hub.files(self.name)) if is_there else set()
         paths = (path for path in Path(self.name).rglob("*") if path.is_file())
         return {p.relative_to(self.name).as_posix() for p in paths if p.suffix != ".tmp"}
 
@@ -108,12 +108,12 @@ def open_uploader(output: Output, cache: Path, **options: Any) -> Any:
     )
 
 
-def fill(uploader: Any, number: int, ids: Iterable[int] | None = None, batch: int = 3) -> list[int]:
+def fill(uploader: Any, number: int, ids: Iterable[int] | None = None) -> list[int]:
     """Give a part, of ten rows, the rows that it lacks, as a run does; return which these were."""
     ids = range(10 * number, 10 * number + 10) if ids is None else ids
     left: list[int] = uploader.begin_part(number, list(ids))
-    for at in range(0, len(left), batch):
-        uploader.add_sample(make_rows(left[at : at + batch]))
+    for at in range(0, len(left), 3):
+        uploader.add_sample(make_rows(left[at : at + 3]))
         if uploader.should_flush():
             uploader.flush()
     return left

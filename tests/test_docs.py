@@ -173,8 +173,8 @@ def unknown_names(text: str) -> list[str]:
         is_name = re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", quoted)
         return not is_name or set(quoted.removesuffix("()").split(".")) <= KNOWN
 
-    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    return [words for words in quoted if " " not in words and not is_known(words)]
+    quoted = re.findall(r"`([^`\s]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [words for words in quoted if not is_known(words)]
 
 
 def test_the_guide_names_only_what_exists():

@@ -156,66 +156,39 @@ def test_lengths_are_joined_by_id_whatever_the_order_of_their_rows(tmp_path):
 class Encoder:
     """Stands for the tokenizer: as many tokens as the row's number says."""
 
-    max_seq_len: int | None = None
+    max_seq_len = 30
 
     def __init__(self) -> None:
         self.seen: list[int] = []
 
     def encode_all(self, rows: Any) -> list[EncodedRow | SkippedRow]:
         self.seen += [index for index, row in rows if not isinstance(row, SkippedRow)]
-        ids = [np.arange(index % 50 + 2, dtype=np.int32) for index, _ in rows]
         return [
-            row if isinstance(row, SkippedRow) else EncodedRow(index, found, found[1:])
-            for (index, row), found in zip(rows, ids, strict=True)
+            row if isinstance(row, SkippedRow) else EncodedRow(index, np.arange(index % 50 + 2), [])
+            for index, row in rows
         ]
 
 
-def windows_of(rows: int, encoder: Any = None, **options: Any) -> Any:
-    """Return windows of parts of 10, and the numbers of the parts that were begun."""
-    begun: list[int] = []
-
-    def begin_part(number: int, ids: Any) -> list[int]:
-        begun.append(number)
-        return ids.tolist()
-
-    options = {"rows_per_part": 10, "begin_part": begin_part, **options}
-    selection = select(rows_of(list(range(rows))))
-    return list(
-        extract_logits.ConversationDataset(selection, encoder or Encoder(), **options)
-    ), begun
-
-
-def test_windows_hold_whole_parts_in_order_and_tokenize_each_conversation_once(monkeypatch):
-    monkeypatch.setattr(extract_logits, "WINDOW_ROWS", 35)
-    encoder = Encoder()
-    windows, begun = windows_of(205, encoder)
-    assert begun == list(range(21))
-    assert [len(window.rows) for window in windows] == [40, 40, 40, 40, 40, 5]
-    assert encoder.seen == list(range(205))
-    assert [row.index for window in windows for row in window.rows] == encoder.seen
-    monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 300)  # many tokens close a window too
-    windows, _ = windows_of(100)
-    assert len(windows) > 5
-    assert all(window.tokens - 10 * 52 < 300 for window in windows)
-    with pytest.raises(extract_logits.StopRequested):
-        windows_of(100, should_stop=lambda: True)
+def windows_of(encoder: Any, lengths: Any) -> list[Any]:
+    """Return windows of 100 conversations in parts of 10."""
+    selection, take = select(rows_of(list(range(100)))), lambda _, ids: ids.tolist()
+    options = {"rows_per_part": 10, "begin_part": take, "lengths": lengths}
+    return list(extract_logits.ConversationDataset(selection, encoder, **options))
 
 
 def test_too_long_by_known_lengths_is_not_tokenized():
     ids, encoder = np.arange(100), Encoder()
-    encoder.max_seq_len = 30
     known = KnownLengths("--length-col", ids, ids % 50 + 2)
-    windows, _ = windows_of(100, encoder, lengths=known)
-    skipped = [row for window in windows for row in window.skipped]
+    skipped = [row for window in windows_of(encoder, known) for row in window.skipped]
     assert {row.index for row in skipped} == {n for n in range(100) if n % 50 + 2 > 30}
-    assert {row.index for row in skipped}.isdisjoint(encoder.seen)
+    assert encoder.seen == [n for n in range(100) if n % 50 + 2 <= 30]
     assert {row.reason for row in skipped} == {"too_long"}
 
 
 def test_lengths_of_another_source_are_refused():
     known = KnownLengths("lengths", np.arange(100), np.full(100, 7))
     with pytest.raises(DataError, match="says 7 tokens for index 0, there are 2"):
-        windows_of(100, lengths=known)
+        windows_of(Encoder(), known)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
