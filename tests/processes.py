@@ -58,8 +58,7 @@ def run_process(
         except subprocess.TimeoutExpired:
             in_time = False
             os.killpg(process.pid, signal.SIGABRT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+            time.sleep(5)  # to say where it stands
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         said = []

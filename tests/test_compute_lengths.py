@@ -13,8 +13,8 @@ from conftest import CHATS, TEACHER, Finished, chat
 
 import compute_lengths
 import explore_logits as explore
-from compute_lengths import LengthsConfig, get_transform_fn, measure_source
-from explore_logits import ConversationColumns, ConversationEncoder, open_conversations, open_source
+from compute_lengths import get_transform_fn, measure_source
+from explore_logits import ConversationColumns, ConversationEncoder, open_source
 
 COLUMNS = ConversationColumns(messages="messages", index="id")
 
@@ -109,20 +109,18 @@ def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(write_chats, me
     assert found[0] == found[4]
 
 
-def test_bad_input_ends_with_code_2_one_line_and_no_file(measure, write_chats, tmp_path, caplog):
-    for options, message, *rows in (
-        ("--messages-col talk", "the dataset has id"),
-        (f"--output-dir {CHATS}", "cannot write"),
-        ("--index-col id", "index 4 occurs twice",
-         *({"id": n, "messages": chat("Hello.")} for n in (4, 5, 4))),
-        ("--index-col id", "no conversation can be used: 3 null",
-         *({"id": n, "messages": None} for n in (0, 1, 2))),
-    ):  # fmt: skip
-        assert measure(*options.split(), dataset=write_chats(rows) if rows else CHATS).code == 2
-        last = caplog.records[-1].getMessage()
-        assert message in last
-        assert "\n" not in last
-        assert not list(tmp_path.glob("lengths/*"))
+@pytest.mark.parametrize(
+    ("ids", "messages", "said"),
+    [([4, 5, 4], chat("Hello."), "index 4 occurs twice"),
+     ([0, 1, 2], None, "no conversation can be used: 3 null")],
+)  # fmt: skip
+def test_bad_input_ends_with_code_2_and_no_file(
+    ids, messages, said, measure, write_chats, tmp_path, caplog
+):
+    rows = [{"id": index, "messages": messages} for index in ids]
+    assert measure("--index-col", "id", dataset=write_chats(rows)).code == 2
+    assert said in caplog.records[-1].getMessage()
+    assert not list(tmp_path.glob("lengths/*"))
 
 
 # Parts --------------------------------------------------------------------------------------------
@@ -138,16 +136,6 @@ def test_the_transform_maps_a_dataset_and_says_why_rows_cannot_be_used(chats, ex
     found = [(row["index"], (row["length"], row["num_tokens"])) for row in mapped]
     assert found == list(wanted.items())
     assert list(mapped["reason"]) == ["null", "no_assistant"] + [None] * 40
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_of_other_columns_are_measured_too(streaming, write_chats):
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    path = write_chats([{"messages": chat("So.")}, {"messages": chat("So."), "tools": tools}])
-    config = LengthsConfig(model=str(TEACHER), dataset=str(path), streaming=streaming)
-    (batch,) = measure_source(*open_conversations(config), batch_size=9, workers=1)
-    assert batch["reason"] == [None, None]
-    assert batch["length"][0] < batch["length"][1]
 
 
 def test_percentiles_are_values_that_occur():

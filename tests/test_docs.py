@@ -24,7 +24,6 @@ from option_table import make_option_table, replace_table
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 README, METADATA = TEXTS[PAGES[0]], (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-SCRIPTS = ["explore_logits.py", "compute_lengths.py", "extract_logits.py"]
 
 # Commands of the documents that no test below runs, and why.
 NOT_RUN = {

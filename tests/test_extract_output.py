@@ -337,13 +337,6 @@ def job(extract: Extract, write_chats: Write, repo: Output) -> Extract:
     return functools.partial(extract, output=REPO, upload_every=4, resume=True)
 
 
-def complete(job: Extract, repo: Output) -> None:
-    """Let the next run meet a Hub that works: it stores every row."""
-    repo.hub.clear()
-    assert job().passed()["rows"] == 12
-    assert repo.ids() == list(range(12))
-
-
 def test_what_the_hub_did_not_take_is_exit_code_4_and_the_next_run_delivers(job, repo, monkeypatch):
     with monkeypatch.context() as away:
         away.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -356,7 +349,9 @@ def test_what_the_hub_did_not_take_is_exit_code_4_and_the_next_run_delivers(job,
     kept = [Path(path) for path in done.summary["undelivered"]]
     assert kept
     assert all(path.name.startswith("backup_") and path.exists() for path in kept)
-    complete(job, repo)
+    repo.hub.clear()
+    assert job().passed()["rows"] == 12
+    assert repo.ids() == list(range(12))
 
 
 # Secrets and cards --------------------------------------------------------------------------------

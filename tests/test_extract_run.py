@@ -77,16 +77,6 @@ def test_nothing_usable_is_an_error_and_not_an_empty_run(why, extract, write_cha
     assert not [*Path("out").rglob("*.parquet"), *Path("cache").rglob("*.parquet")]
 
 
-def test_a_row_with_a_token_that_only_the_tokenizer_has_is_left_out(extract, write_chats):
-    tiny_model(300).save_pretrained("adding")
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.add_tokens(["<pad>"])
-    tokenizer.save_pretrained("adding")
-    write_chats([{"messages": chat(said)} for said in ("yes", "a <pad> b", "no")])
-    summary = extract(model="./adding", store_tokens=True).passed()
-    assert (Output("out").ids(), summary["skipped"]) == ([0, 2], {"id_too_large": 1})
-
-
 def test_a_row_with_nan_logits_is_left_out_and_named(extract, write_chats, tmp_path):
     write_chats([{"messages": chat("Q" if n == 5 else "z" * n)} for n in range(1, 13)])
     done = extract(model=broken_teacher(tmp_path / "broken", "Q"), max_batch_size=4)
@@ -171,14 +161,6 @@ def test_a_resumed_run_keeps_to_the_commits_it_began_with(hub, extract, tmp_path
     Path("chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert extract(model=TEACHER, store_tokens=True).code == 0
     assert output.rows() == Output("out").rows()
-
-
-def test_an_output_alone_continues_from_any_folder(extract, source, tmp_path, monkeypatch):
-    extract(dataset=source.name, limit=2).passed()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    alone = {"model": None, "dataset": None, "output": tmp_path / "out"}
-    assert extract(**alone, resume=True, limit=4).passed()["rows"] == 4
 
 
 def test_a_run_resumed_another_day_keeps_the_date(extract, source, model, monkeypatch):
