@@ -81,14 +81,14 @@ def make_cases(trials: int) -> list[Case]:
 
 
 def make_large_cases(trials: int) -> list[Case]:
-    """Return rows of 1,000 to 4,096 tokens: what a method that works by blocks can get wrong."""
+    """Return rows of 1,000 to 2,048 tokens: what a method that works by blocks can get wrong."""
     rng = np.random.default_rng(8)
     vanishing = np.concatenate([[0.0], -700 + rng.normal(0, 2, 2000)])
     ordinary = np.concatenate([[0.0], rng.uniform(-3, -1, 10), -760 + rng.normal(0, 2, 2000)])
     uneven = np.where(np.arange(1000) // 64 % 3 == 1, 0.0, -4.0) + rng.normal(0, 1, 1000)
     rows = [
-        ("natural, large", -1.1 * np.log(np.arange(1, 3001)), 20, 24, trials),
-        ("flat, large", rng.normal(0, 0.3, 4096), 1, 24, trials // 2),
+        ("natural, large", -1.1 * np.log(np.arange(1, 2001)), 20, 24, trials),
+        ("flat, large", rng.normal(0, 0.3, 2048), 1, 24, trials // 2),
         ("geometric, large", -0.5 * np.arange(1500.0), 1, 16, trials // 2),
         ("exp(-700), large", vanishing, 1, 24, trials // 2),
         ("exp(-760) after ordinary ones, large", ordinary, 1, 24, trials // 2),

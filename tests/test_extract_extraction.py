@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,16 +62,12 @@ CASES = {
     "trained_not_multiple_of_64": lambda: trained_like(24, 5021),
     "trained_bfloat16": lambda: trained_like(24, 5021, dtype=torch.bfloat16),
     "trained_float16": lambda: trained_like(24, 6400, dtype=torch.float16),
-    "small_vocabulary": lambda: trained_like(24, 300),
     "just_enough_vocabulary": lambda: trained_like(24, 124),
     "flat": lambda: torch.zeros(6, 4000),
-    "nearly_flat": lambda: trained_like(6, 4000) * 1e-4,
     "ties": lambda: trained_like(12, 5021).mul(4).round() / 4,
-    "two_levels": lambda: (trained_like(6, 2000) > 8).float() * 5,
     "minus_infinity": masked_rows,
     "tiny_tail": lambda: peaked_rows(700.0),
     "underflowing_tail": lambda: peaked_rows(3000.0),
-    "staircase": lambda: -100.0 * torch.arange(500.0).repeat(4, 1),
     "huge": lambda: trained_like(6, 2000) * 1e6,
     "signed_zeros": lambda: torch.cat([torch.tensor([1, -0.0, 2, 0.0, 2]), -torch.ones(140)])[None],
 }
@@ -83,14 +80,13 @@ def check(logits, *, reference, top_p=0.98, cap=100, m=24) -> el.ExtractedTokens
     assert found.usable.all()
     assert torch.isfinite(found.top_logits).all()  # beyond the count, too
     assert 0 <= int(found.top_ids.min()) <= int(found.top_ids.max()) < logits.shape[1]
-    near = 1e-12 if reference else oracle.SAME_LOGITS.logsumexp  # the former sums in float64
+    near = 1e-12 if reference else 6e-8  # the latter sums in float32 inside blocks
     for t, row in enumerate(logits.double().numpy()):
         right = oracle.oracle_token(row, top_p, cap)
         count, tail = int(found.top_counts[t]), found.sampled_ids[t].tolist()
         assert found.top_ids[t, :count].tolist() == right.nucleus, f"row {t}"
         assert found.top_logits[t, :count].tolist() == row[right.nucleus].tolist(), f"row {t}"
         assert len(set(tail) - set(right.nucleus)) == m, f"row {t}"
-        assert 0 <= min(tail, default=0) <= max(tail, default=0) < len(row), f"row {t}"
         assert found.sampled_logits[t].tolist() == row[tail].tolist(), f"row {t}"
         assert np.isfinite(row[tail]).all(), f"row {t}"
         error = abs(float(found.logsumexp[t]) - right.logsumexp)
@@ -111,37 +107,28 @@ def test_every_token_of_a_whole_vocabulary_is_the_oracles(vocab, dtype, referenc
     check(trained_like(4, vocab, dtype=dtype), reference=reference)
 
 
+SETTINGS = [(0.98, 1, 24), (0.5, 255, 0), (1.0, 100, 1), (1e-6, 100, 24), (0.9, 255, 40)]
+
+
 @PATHS
-@pytest.mark.parametrize(
-    ("top_p", "cap", "m"),
-    [(0.98, 1, 24), (0.98, 3, 2), (0.5, 255, 0), (1.0, 100, 1), (1e-6, 100, 24), (0.9, 255, 40),
-     (1.0, 255, 0)],
-)  # fmt: skip
+@pytest.mark.parametrize(("top_p", "cap", "m"), [*SETTINGS, (1.0, 255, 0)])
 def test_other_settings_are_the_oracles(top_p, cap, m, reference):
     few = torch.where(torch.arange(400) < 150, -torch.arange(400.0), -math.inf)
-    for logits in (
-        trained_like(9, 300), trained_like(9, 20_000) * 0.3, torch.rand(9, 700), few[None],
-    ):  # fmt: skip
+    for logits in (trained_like(9, 300), trained_like(9, 20_000) * 0.3, few[None]):
         check(logits, reference=reference, top_p=top_p, cap=cap, m=m)
 
 
 @PATHS
-@pytest.mark.parametrize("vocab", [300, 70_000])
-def test_the_nucleus_includes_the_token_that_crosses_top_p(vocab, reference):
+def test_the_nucleus_includes_the_token_that_crosses_top_p_and_ties_go_by_id(reference):
     """Probabilities 1/2, 1/4, 1/8, …: two tokens hold 0.75, and a hair more needs a third."""
-    places = torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:11]
-    row = torch.full((1, vocab), -math.inf)
+    places = torch.randperm(70_000, generator=torch.Generator().manual_seed(1))[:11]
+    row = torch.full((1, 70_000), -math.inf)
     row[0, places] = torch.tensor([*range(-1, -11, -1), -10]) * math.log(2)
     for top_p, count in ((0.75 - 1e-6, 2), (0.75 + 1e-6, 3)):
         found = check(row, reference=reference, top_p=top_p, cap=8, m=2)
         assert int(found.top_counts[0]) == count
-
-
-@PATHS
-def test_ties_go_by_id_and_take_the_shorter_prefix(reference):
-    row = torch.full((1, 124), 3.7)
-    got = check(row, top_p=0.5 - 1e-9, reference=reference)
-    assert got.top_ids[0, : got.top_counts[0]].tolist() == list(range(62))
+    alike = check(torch.full((1, 124), 3.7), top_p=0.5 - 1e-9, reference=reference)
+    assert alike.top_ids[0, : alike.top_counts[0]].tolist() == list(range(62))
 
 
 @PATHS
@@ -181,9 +168,8 @@ def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(vocab, reference)
     position = torch.tensor([5, 9, 9, 2, 70_000, 1, 3, 4, 2**31 - 1])
     whole = extract(logits, index=index, position=position, reference=reference)
     for order in ([8, 3, 0, 5], [4], [7, 6, 5, 4, 3, 2, 1, 0, 8]):
-        some = extract(
-            logits[order], index=index[order], position=position[order], reference=reference
-        )
+        where = {"index": index[order], "position": position[order], "reference": reference}
+        some = extract(logits[order], **where)
         for name in FIELDS:
             assert torch.equal(getattr(whole, name)[order], getattr(some, name)), name
 
@@ -198,17 +184,17 @@ def test_another_seed_index_or_position_is_another_tail(reference):
 
 
 SMALL, LARGE = tail_law.make_cases, tail_law.make_large_cases
+FEW = [case for case in SMALL(300) if case.name in ("peaked", "tiny")]
 
 
 @pytest.mark.parametrize(
     ("reference", "loose", "vary", "cases"),
     [
-        (False, False, "position", SMALL(5_000)), (False, True, "position", SMALL(5_000)),
-        (False, False, "position", LARGE(1_500)), (False, True, "position", LARGE(1_500)),
+        (False, False, "position", [*SMALL(5_000), *LARGE(1_500)]),
+        (False, True, "position", [*SMALL(5_000), *LARGE(1_500)]),
         (True, False, "position", [*SMALL(5_000), *LARGE(300)]),
         (False, False, "index", SMALL(2_000)), (True, False, "index", SMALL(2_000)),
-        *((path, False, "seed", [case for case in SMALL(300) if case.name in ("peaked", "tiny")])
-          for path in (False, True)),
+        (False, False, "seed", FEW), (True, False, "seed", FEW),
     ],
 )  # fmt: skip
 def test_the_tail_follows_the_law(reference, loose, vary, cases):
@@ -268,17 +254,6 @@ def test_rows_are_quantized_as_the_format_says(bits):
         np.testing.assert_array_equal(found, right)
 
 
-class FixedTeacher:
-    """Serves given logits in chunks of positions."""
-
-    def __init__(self, logits: torch.Tensor, chunk: int) -> None:
-        self.logits, self.chunk = logits, chunk
-
-    def iter_logits(self, sequences: list[Any], token_positions: list[Any]) -> Any:
-        assert sum(p.size for p in token_positions) == self.logits.shape[0]
-        return iter(self.logits.split(self.chunk))
-
-
 def fixed_batch(vocab: int = 700) -> el.Batch:
     rng = np.random.default_rng(3)
     rows = []
@@ -293,7 +268,10 @@ def test_a_batch_is_the_same_in_chunks_and_by_one_transfer(reference, sampled_n,
     logits, batch = trained_like(14, 700), fixed_batch()
     settings = {"top_p": 0.9, "top_p_max": 20, "sampled_n": sampled_n, "reference": reference}
     run = partial(el.gpu_process_batch, batch=batch, seed=1, **settings)
-    whole, parts = (run(FixedTeacher(logits, chunk)) for chunk in (14, 3))
+    whole, parts = (
+        run(SimpleNamespace(iter_logits=lambda *_, chunk=chunk: iter(logits.split(chunk))))
+        for chunk in (14, 3)
+    )
     transfers, move = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(1) or move(self))
     host = parts.to_host()

@@ -5,25 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import (
-    FAMILIES,
-    LONGROPE,
-    VISION,
-    conversations,
-    largest_difference,
-    measure,
-    plain_logits,
-    tiny_model,
-)
+from architectures import FAMILIES, conversations, largest_difference, plain_logits, tiny_model
 from transformers import Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -31,7 +22,7 @@ import extract_logits as el
 from extract_logits import ExtractionConfig, Teacher, TeacherError, load_teacher
 
 TOLERANCE = 1e-4  # of a float32 logit, the promise for every family
-measured = functools.cache(measure)  # one row of the table for all tests
+measured = functools.cache(architectures.measure)  # one row of the table for all tests
 
 
 def configure(model: Any, **options: Any) -> ExtractionConfig:
@@ -87,35 +78,26 @@ class PlainQwen2(Qwen2ForCausalLM):
         return CausalLMOutput(logits=self.lm_head(hidden))
 
 
-def counting_model(config):
-    """Return a causal model whose logits depend on how many tokens a row has."""
-    return mixing_model(config, lambda hidden, real: hidden * (1 + real.sum(1)[:, None, None] / 50))
-
-
-def stretched_model(config):
-    """Return a model whose logits depend on the length of the padded row."""
-    return mixing_model(config, lambda hidden, real: hidden * (1 + hidden.shape[1] / 50))
-
-
 @pytest.mark.parametrize(
     ("kind", "head", "layout"),
-    [(counting_model, "chunked", "masked"), (stretched_model, "chunked", "single"),
-     (InseparableQwen2, "forward", "single"), (PlainQwen2, "chunked", "padded")],
+    [
+        # the first depends on how many tokens a row has, the other on the length with padding
+        (lambda h, real: h * (1 + real.sum(1)[:, None, None] / 50), "chunked", "masked"),
+        (lambda h, real: h * (1 + h.shape[1] / 50), "chunked", "single"),
+        (InseparableQwen2, "forward", "single"), (PlainQwen2, "chunked", "padded"),
+    ],
 )  # fmt: skip
 def test_where_padding_is_wrong_too_conversations_go_one_at_a_time(kind, head, layout):
     """A mask is there only where it is needed; a head that cannot be run apart runs inside."""
-    teacher = Teacher(kind(tiny_model("qwen2").config))
+    config = tiny_model("qwen2").config
+    teacher = Teacher(kind(config) if isinstance(kind, type) else mixing_model(config, kind))
     assert (teacher.head, teacher.layout) == (head, layout)
     assert largest_difference(teacher) <= TOLERANCE
 
 
 CAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "qwen2": lambda x: x,
-    "phi": lambda x: x,
-    "gemma2": lambda x: 5.0 * torch.tanh(x / 5.0),
-    "cohere": lambda x: x * 0.25,
-    "granite": lambda x: x / 4.0,
-}
+    "qwen2": lambda x: x, "gemma2": lambda x: 5.0 * torch.tanh(x / 5.0), "cohere": lambda x: x / 4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", CAPS)
@@ -174,34 +156,17 @@ def test_padding_rows_of_the_vocabulary_never_come_back():
 
 
 @pytest.mark.parametrize("layout", ["padded", "masked", "single"])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
-def test_chunks_are_in_row_order_and_as_large_as_asked(layout, chunk_tokens):
+def test_chunks_are_in_row_order_and_as_large_as_asked(layout):
     teacher = Teacher(tiny_model("qwen3"))
     teacher.layout = layout
     sequences, _ = conversations((12, 30, 5))
-    positions = [np.array(p, np.int32) for p in ([1, 11], [4, 5, 29], [])]
-    chunks = list(teacher.iter_logits(sequences, positions, chunk_tokens=chunk_tokens))
-    expected = [plain_logits(teacher.model, *row) for row in zip(sequences, positions, strict=True)]
-    assert max(len(chunk) for chunk in chunks) <= chunk_tokens
-    assert float((torch.cat(chunks) - torch.cat(expected)).abs().max()) <= TOLERANCE
+    rows = sequences, [np.array(p, np.int32) for p in ([1, 11], [4, 5, 29], [])]
+    expected = torch.cat([plain_logits(teacher.model, *row) for row in zip(*rows, strict=True)])
+    for size in (1, 7):
+        chunks = list(teacher.iter_logits(*rows, chunk_tokens=size))
+        assert max(len(chunk) for chunk in chunks) <= size
+        assert float((torch.cat(chunks) - expected).abs().max()) <= TOLERANCE
     assert list(teacher.iter_logits(sequences, [np.zeros(0, np.int32)] * 3)) == []
-
-
-def test_layers_of_two_kinds_may_have_angles_for_long_rows_from_other_lengths_on():
-    later = {**LONGROPE, "original_max_position_embeddings": 38}
-    model = tiny_model(
-        "gemma3_text", rope_parameters={"full_attention": later, "sliding_attention": LONGROPE}
-    )
-    try:
-        off = largest_difference(Teacher(model))
-    except UnboundLocalError:
-        pytest.skip("this version of transformers runs one long row of such a model and no second")
-    assert off <= TOLERANCE
-
-
-def test_a_configuration_that_asks_for_tuples_is_no_fault():
-    assert largest_difference(Teacher(tiny_model("qwen2", return_dict=False))) <= TOLERANCE
-    assert largest_difference(Teacher(tiny_model("llava", return_dict=False))) <= TOLERANCE
 
 
 def test_a_forward_that_does_not_end_leaves_the_model_as_it_was(monkeypatch):
@@ -232,11 +197,10 @@ def test_weights_kept_on_disk_by_hooks_give_the_same_logits(tmp_path):
     assert float((all_logits(Teacher(spread)) - expected).abs().max()) <= TOLERANCE
 
 
-def test_a_teacher_runs_as_asked_else_in_float32_and_says_how(tmp_path, caplog):
+def test_a_teacher_runs_as_asked_else_in_float32_and_says_how(tmp_path):
     """A checkpoint in bfloat16 with padding rows beyond id 89, on a CPU."""
     tiny_model("qwen2").to(torch.bfloat16).save_pretrained(tmp_path)
-    with caplog.at_level(logging.INFO, logger="extract_logits"):
-        teacher = load_teacher(configure(tmp_path), vocab_size=90)
+    teacher = load_teacher(configure(tmp_path), vocab_size=90)
     assert (teacher.dtype, teacher.device.type) == (torch.float32, "cpu")
     assert (teacher.vocab_size, teacher.max_seq_len) == (90, 256)
     assert not teacher.model.training
@@ -246,24 +210,18 @@ def test_a_teacher_runs_as_asked_else_in_float32_and_says_how(tmp_path, caplog):
     assert numerics["architecture"] == "Qwen2ForCausalLM"
     assert numerics["versions"]["transformers"] == transformers.__version__
     assert {"weights", "quantization", "attention", "experts", "layout", "head"} < set(numerics)
-    assert "in float32, attention sdpa, head chunked in float32; padded: padded on" in caplog.text
     asked = {"dtype": "bfloat16", "attn": "eager", "max_seq_len": 256}
     numerics = load_teacher(configure(tmp_path, **asked)).numerics
     assert (numerics["weights"], numerics["attention"]) == ("bfloat16", "eager")
     with pytest.raises(TeacherError, match="--max-seq-len 257 is beyond the 256 positions"):
         load_teacher(configure(tmp_path, max_seq_len=257))
-    with pytest.raises(TeacherError, match="leave --attn at auto"):
-        load_teacher(configure(tmp_path, attn="nonsense"))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "^--model ./nowhere: no such folder$"),
-        ("no name of a model/at all/of the Hub", "cannot be loaded"),
         ("a-user/no-model", "^--model a-user/no-model cannot be loaded: the Hub is out of reach"),
-        ("{}", "model_type"),  # from here on the config.json of a folder
-        ('{"model_type": "from-the-future"}', "from-the-future"),
+        ('{"model_type": "from-the-future"}', "from-the-future"),  # config.json of a folder
         ('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}',
          "give --trust-remote-code"),
     ],
@@ -281,8 +239,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(name, message, tmp_path, monk
     ("name", "gpus", "mps", "local_rank", "device"),
     [
         ("auto", 0, False, "0", "cpu"), ("auto", 0, True, "0", "mps"),
-        ("auto", 2, True, "0", "cuda:0"), ("auto", 2, False, "3", "cuda:1"),
-        ("cuda:1", 2, False, "0", "cuda:1"), ("cpu", 2, True, "0", "cpu"),
+        ("auto", 2, True, "3", "cuda:1"), ("cpu", 2, True, "0", "cpu"),
     ],
 )  # fmt: skip
 def test_auto_takes_the_best_device_that_is_there(monkeypatch, name, gpus, mps, local_rank, device):
@@ -297,7 +254,7 @@ def test_the_table_in_the_documentation_is_that_of_this_code():
     page = Path(__file__).parent.parent / "docs" / "architectures.md"
     lines = [line.split(" | ") for line in page.read_text().splitlines() if " | chunked |" in line]
     documented = {line[0].removeprefix("| "): line[4:6] for line in lines}
-    assert list(documented) == [*FAMILIES, *VISION]
+    assert list(documented) == [*FAMILIES, *architectures.VISION]
     if f"transformers {transformers.__version__}, November" in page.read_text():
         rows = {family: measured(family) for family in documented}
         assert documented == {name: [row.layout, row.attention] for name, row in rows.items()}
@@ -305,10 +262,9 @@ def test_the_table_in_the_documentation_is_that_of_this_code():
 
 @pytest.mark.parametrize(
     ("family", "stated", "positions"),
-    [("qwen2", 300, 300), ("gpt2", 300, 300), ("mpt", None, 256), ("bloom", None, None),
-     ("mamba2", None, None)],
-)  # fmt: skip
+    [("qwen2", 300, 300), ("gpt2", 300, 300), ("mpt", None, 256), ("bloom", None, None)],
+)
 def test_the_longest_conversation_is_read_from_the_configuration(family, stated, positions):
-    """BLOOM's linear biases and a recurrent state have no last position."""
+    """BLOOM's linear biases have no last position."""
     config = tiny_model(family, max_position_embeddings=stated).config
     assert el.max_positions(config) == positions
