@@ -11,41 +11,28 @@ from conftest import CHATS, ROOT, TEACHER, run_script
 from processes import run_process
 from small_output import SETTINGS, random_rows, write_output
 
-import extract_logits
-
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        *(({name: None}, "--" + name) for name in ("model", "dataset", "output")),
-        *(({name: " "}, f"--{name} is empty") for name in ("model", "dataset", "output")),
+        ({"model": None}, "--model"), ({"output": " "}, "--output is empty"),
         ({"model": "./no-such-model"}, "no such folder"),
         *(({name: 300 * "x"}, "too long") for name in ("model", "dataset", "output", "cache_dir")),
         ({"model": "weights.gguf"}, "is GGUF, which is not read"),
-        ({"model": "taken/below"}, "is a file: give the folder"),
         ({"model": "./bare"}, "the folder holds none that can be read"),  # no tokenizer
-        ({"dataset": "./no-such-file.jsonl"}, "no-such-file.jsonl"),
         ({"dataset": "broken.jsonl"}, "line 3"),
         ({"dataset": "unanswered.jsonl"}, "2 no_assistant; check --mess"),
         ({"dataset": "qa.jsonl", "max_seq_len": 3}, "2 too_long; raise --max-seq-len"),
-        ({"split": "tset"}, "tset"),
-        ({"messages_col": "chat"}, "chat"),
-        ({"index_col": "row_id"}, "row_id"),
-        ({"index_col": "messages"}, "not an integer"),
-        ({"top_p_max": 256}, "--top-p-max 256"),
-        ({"sampled_n": 1000000}, "--sampled-n 1000000"),
-        ({"device": "tpu"}, "--device tpu"),
-        ({"subject_col": "topic", "sample_subject": '{"a": 1}'}, "topic"),
-        ({"length_col": "size"}, "no column 'size'"),
+        ({"split": "tset"}, "tset"), ({"messages_col": "chat"}, "chat"),
+        ({"index_col": "messages"}, "not an integer"), ({"device": "tpu"}, "--device tpu"),
+        ({"top_p_max": 256}, "--top-p-max 256"), ({"sampled_n": 1000000}, "--sampled-n 1000000"),
         ({"start_offset": 1000000}, "--start-offset"),
         ({"start_offset": 1000000, "streaming": True, "upload_size_mb": 1},
          "no conversation was selected"),
-        ({"chat_template": "./no.jinja"}, "no.jinja"),
+        ({"chat_template": "./no.jinja"}, "no.jinja"), ({"limt": 3}, "--limt: is it --limit?"),
         ({"tokenized_dataset": "data/none.parquet"}, "no such folder or file"),
-        ({"limt": 3}, "--limt: is it --limit?"),
         ({"output": "hf_abcDEF123456abcDEF"}, "--output '***' is neither"),
         ({"output": "./taken/below/it"}, "--output: "),
-        ({"cache_dir": "taken/below/x"}, "--cache-dir: "),
     ],
     ids=str,
 )  # fmt: skip
@@ -65,15 +52,6 @@ def test_a_bad_option_or_source_is_one_line_that_names_it(options, said, extract
     assert said in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_help_shows_every_option_in_80_columns(extract, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    done = extract("--help")
-    assert done.code == 0
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    for name in extract_logits.ExtractionConfig.__dataclass_fields__:
-        assert "--" + name.replace("_", "-") in done.stdout
 
 
 def test_a_run_does_not_end_because_its_log_is_full(model, tmp_path):
@@ -109,9 +87,3 @@ def test_a_hub_out_of_reach_is_asked_once_and_its_cache_used(script, cached, tmp
     assert "Retry" not in done.stderr
     said = "the Hub is out of reach and no (tokenizer of someone/|such )model is in its cache here"
     assert bool(re.search(said, done.stderr)) == (not cached), done.stderr
-    if script != "explore_logits" and cached:
-        there = [word if word != CHATS else "someone/chats" for word in words]
-        done = run_script(f"{script}.py", *there, cwd=tmp_path, **away)
-        assert done.code == 2
-        assert "Retry" not in done.stderr
-        assert "dataset 'someone/chats' cannot be opened: Couldn't reach" in done.stderr

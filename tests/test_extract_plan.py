@@ -64,15 +64,6 @@ def test_several_workers_share_the_hours_of_the_whole_job(make_job):
     assert planned["hours_each"] == pytest.approx(planned["hours"] / 4, rel=0.01)
 
 
-@pytest.mark.parametrize("size", [{"upload_every": 2}, {"upload_size_mb": 0.01}])
-def test_what_a_plan_says_of_too_many_shards_helps(size, make_job, monkeypatch):
-    monkeypatch.setattr(extract_logits, "FILES_PER_REPOSITORY", 3)
-    (limit,) = extract_logits.plan_extraction(make_job(limit=40, **size))["limits"]
-    enough = int(limit.split("--upload-every ")[1].split()[0])
-    plan = extract_logits.plan_extraction(make_job(limit=40, upload_every=enough))
-    assert (plan["shards"], plan["limits"]) == (3, [])
-
-
 def test_processes_of_one_teacher_end_the_probe_after_the_same_batch(make_job, monkeypatch):
     """Or one of them would wait for the others in a batch that they do not run."""
     answers = itertools.cycle([False, True])  # of the first process: go on, it is enough

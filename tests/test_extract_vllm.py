@@ -60,20 +60,10 @@ def test_rows_are_those_of_transformers_up_to_rounding(outputs):
         nuclei += int(np.sum(row["top_counts"] != other["top_counts"]))
         same += int(np.sum(row["sampled_indices"] == other["sampled_indices"]))
         drawn += np.size(row["sampled_indices"])
-    print(f"log-sum-exp off by {off:.1g}, {nuclei} nuclei differ, {same} of {drawn} draws the same")
     assert off < 1e-4
     assert nuclei <= 2
     # a draw is a function of seed, conversation, position and logits: only near ties change it
     assert same > 0.995 * drawn
-
-
-def test_settings_say_which_engine_and_a_run_by_the_other_is_refused(outputs):
-    settings = load_logit_dataset(outputs["vllm"]).settings
-    assert settings["engine"] == "vllm"
-    assert settings["numerics"]["versions"]["vllm"]
-    done = extract(outputs["vllm"], "transformers", "--resume")
-    assert done.code == 2
-    assert "engine" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
