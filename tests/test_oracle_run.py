@@ -70,15 +70,6 @@ def test_a_run_with_other_options_is_right(every_kind, tmp_path, options):
     assert report.rows == 5
 
 
-def test_every_row_of_a_run_on_question_and_answer_columns_is_right(tmp_path):
-    records = [
-        {"question": "One?", "answer": "Two.", "rules": "Add one.", "number": 900},
-        {"question": "Three?", "answer": "Four.\n", "rules": "", "number": 17},
-    ]
-    columns = ["--system-col", "rules", "--index-col", "number"]
-    assert run_checked(tmp_path, TEACHER, records, *columns)[1].rows == 2
-
-
 @pytest.mark.parametrize("vocab_size", [300, 262_144])
 def test_every_row_of_a_run_of_a_random_teacher_is_right(vocab_size, tmp_path):
     """Padding rows have the largest logits of all, a hundred pairs of ids tie exactly."""
