@@ -89,14 +89,6 @@ def test_every_token_is_hit_as_often_as_it_is_likely(monkeypatch, shape, vocab, 
     assert np.all(hits[tail == 0] == 0)
 
 
-def test_a_rest_that_doubles_hardly_hold_hits_no_id_of_another_block():
-    """Of 1e-322: a sum over 64 ids, none of which has a probability above 0 in float64."""
-    tokens = compact(torch.where(torch.arange(128) == 64, 746.0, 0.0).expand(200, -1), 0.01)
-    hit = {points(tokens, row)[0] for row in range(200)}
-    assert len(hit) > 3
-    assert not hit & {64, 127}, "the one that is kept; and the last, for one beyond it"
-
-
 def test_numbers_depend_on_seed_conversation_and_position_alone():
     logits = normal(4, 6, 900)
     whole, other = compact(logits, 0.01), compact(logits, 0.01, seed=8)
@@ -105,20 +97,18 @@ def test_numbers_depend_on_seed_conversation_and_position_alone():
 
 
 @pytest.mark.parametrize("reference", [True, False])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_mean_nothing_are_not_usable(bad, reference):
-    logits = normal(6, 3, 200)
-    logits[1, 150] = bad
-    logits[2] = -math.inf
+def test_logits_that_mean_nothing_are_not_usable(reference):
+    logits = normal(6, 4, 200)
+    logits[1, 150], logits[2], logits[3, 150] = math.nan, -math.inf, math.inf
     tokens = compact(logits, 0.01, reference=reference)
-    assert tokens.usable.tolist() == [True, False, False]
-    assert tokens.sampled_counts[1:].tolist() == [0, 0]
+    assert tokens.usable.tolist() == [True, False, False, False]
+    assert tokens.sampled_counts[1:].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("option", ["--top-p 0.98", "--top-p-max 1", "--sampled-n 24"])
-def test_options_of_the_other_rows_are_refused_beside_it(option):
+def test_options_of_the_other_rows_are_refused_beside_it():
     """Their defaults, too."""
     command = ["--model", "m", "--dataset", "d", "--output", "./o", "--min-p", "0.01"]
-    with pytest.raises(el.ConfigError, match="--min-p alone says what is kept"):
-        el.parse_args([*command, *option.split()])
+    for option in ("--top-p 0.98", "--top-p-max 1", "--sampled-n 24"):
+        with pytest.raises(el.ConfigError, match="--min-p alone says what is kept"):
+            el.parse_args([*command, *option.split()])
     assert el.parse_args(command).min_p == 0.01

@@ -149,18 +149,6 @@ def test_unusable_rows_are_flagged_and_leave_the_others_alone(reference):
 
 
 @PATHS
-def test_the_last_possible_tokens_are_all_drawn_and_one_less_is_refused(reference):
-    logits = torch.full((4, 900), -math.inf)
-    logits[:, 100:224] = 0.0
-    got = extract(logits, reference=reference)  # nucleus 100, so the tail takes all 24 others
-    assert got.usable.all()
-    for top, tail in zip(got.top_ids.tolist(), got.sampled_ids.tolist(), strict=True):
-        assert sorted(top + tail) == list(range(100, 224))
-    with pytest.raises(el.ConfigError, match=r"--sampled-n 24 .* 23 tokens that --top-p-max 100"):
-        extract(torch.zeros(1, 123), reference=reference)
-
-
-@PATHS
 @pytest.mark.parametrize("vocab", [300, 5021])
 def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(vocab, reference):
     logits, index = trained_like(9, vocab), torch.arange(9) // 7

@@ -36,23 +36,17 @@ def test_a_plan_foretells_the_run_and_writes_nothing(extract, tmp_path):
     assert foretold["shards"] == stored["shards"] == 3
     assert foretold["commits"] == 4
     assert foretold["bytes"] == pytest.approx(stored["bytes"], rel=0.05)
-    assert foretold["output"] == "./out"
-    assert "row/s" not in planned.stderr  # a bar of the whole job would not come to its end
-    for word in ("bytes on disk", "hours", f"{foretold['stored_tokens']:,}"):
-        assert word in planned.stdout
     assert extract(**job, limit=12, plan=True).code == 0  # it does not look at the output
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_sample_stands_for_a_large_job(streaming, make_job, monkeypatch):
+def test_a_sample_stands_for_a_large_job(make_job, monkeypatch):
     """100 of 400 rows; the sample is fixed by the ids, so the deviation never flickers."""
     exact = sample_job(make_job(), lambda: False)
     monkeypatch.setattr(extract_logits, "PLAN_ROWS", 100)
-    sample, again = (sample_job(make_job(streaming=s), lambda: False) for s in (streaming, False))
+    sample, other = (sample_job(make_job(streaming=s), lambda: False) for s in (True, False))
     assert (sample.selected, sample.measured) == (400, 100)
-    ids, others = ({row.index for row in found.encoded} for found in (sample, again))
-    assert ids == others
-    planned = plan_extraction(make_job(streaming=streaming))
+    assert {row.index for row in sample.encoded} == {row.index for row in other.encoded}
+    planned = plan_extraction(make_job(streaming=True))
     assert (planned["rows"], planned["measured_rows"]) == (exact.rows, 100)
     assert planned["tokens"] == pytest.approx(exact.tokens, rel=0.2)
 
@@ -69,11 +63,6 @@ def test_processes_of_one_teacher_end_the_probe_after_the_same_batch(make_job, m
     answers = itertools.cycle([False, True])  # of the first process: go on, it is enough
     monkeypatch.setattr(extract_logits, "agree", lambda _: next(answers))
     assert plan_extraction(make_job())["probe"]["batches"] == 1
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -94,12 +83,12 @@ def test_the_first_usable_conversations_are_shown(job, capsys):
     assert "[Y/n]" not in err
 
 
-@pytest.mark.parametrize(
-    ("answer", "goes_on"), [("\n", True), ("YES\n", True), ("n\n", False), ("", False)]
-)
+@pytest.mark.parametrize(("answer", "goes_on"), [("\n", True), ("n\n", False), ("", False)])
 def test_on_a_terminal_the_answer_decides(job, answer, goes_on, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", Terminal(2 * answer))
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    for name in ("stdin", "stderr"):
+        terminal = io.StringIO(2 * answer)
+        terminal.isatty = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, name, terminal)
     assert extract_logits.confirm_masks(job) == goes_on
     if not goes_on:  # and it leaves nothing behind
         with pytest.raises(extract_logits.ConfigError, match="--verify-mask"):
