@@ -85,10 +85,10 @@ class Entries(NamedTuple):
 
 
 class OracleToken(NamedTuple):
-    """The right answer for one position: log-sum-exp, nucleus in its order, full order."""
+    """The right answer for one position."""
 
     logsumexp: float
-    nucleus: list[int]
+    nucleus: list[int]  # in its order
     order: np.ndarray  # (V,) ids by descending logit, ties by ascending id
 
 
@@ -99,10 +99,9 @@ class Report:
     rows: int = 0
     tokens: int = 0
     max_logsumexp_error: float = 0.0  # in nats
-    nucleus_min: int = 256
-    nucleus_max: int = 0
     exempt: int = 0  # near-ties that stood otherwise
     tail_p_value: float = 1.0
+    sizes: set[int] = field(default_factory=set, repr=False)  # of nuclei
     uniforms: list[list[float]] = field(default_factory=list, repr=False)
 
 
@@ -309,8 +308,7 @@ class RunCheck:
         said = f"nucleus of wrong size: {count} tokens hold {mass!r}, all but one {before!r}"
         require(max(missing, excess) <= self.tolerance.mass, where, said)
         report.exempt += max(missing, excess) > 1e-12
-        report.nucleus_min = min(report.nucleus_min, count)
-        report.nucleus_max = max(report.nucleus_max, count)
+        report.sizes.add(count)
 
     def check_values(self, entries: Entries, x: np.ndarray, where: str) -> None:
         """Require the exact range and every logit within half a step of it."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -82,27 +80,6 @@ def test_the_device_sets_the_token_budget_where_options_do_not():
         rows = [row(number, 100) for number in range(1000)]
         first = next(iter(extract_logits.token_budget_batches(config, rows, 1024)))
         assert len(first.rows) == size, options
-
-
-@pytest.mark.parametrize(
-    ("limit", "length", "seconds", "budget", "tried"),
-    [
-        (60_000, 1000, 0.0, 32_768, [16_000, 16_000, 32_000, 65_000]),  # until memory is full
-        (5_000, 1000, 0.0, 4096, [16_000, 8_000, 4_000]),  # until a batch fits
-        (10**9, 1000, 2.1 / 32_000, 32_768, [16_000, 16_000, 32_000]),  # until it takes too long
-    ],
-)
-def test_the_budget_is_the_largest_that_fits(limit, length, seconds, budget, tried, monkeypatch):
-    sizes: list[int] = []
-
-    def run(batch: Batch) -> None:
-        sizes.append(sum(one.input_ids.size for one in batch.rows))
-        if sizes[-1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(extract_logits.time, "monotonic", lambda: seconds * sum(sizes))
-    found = extract_logits.find_batch_tokens(run, length=length, vocab_size=50, start=16_384)
-    assert (found, sizes) == (budget, tried)
 
 
 def test_halves_hold_every_row_once_in_order():

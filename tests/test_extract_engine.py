@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import test_extract_teacher
@@ -42,19 +43,13 @@ class StandIn:
 
 
 @pytest.fixture
-def saved(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def engine(monkeypatch) -> StandIn:
-    """Let a model of transformers stand for vLLM, installed and asked for its log-probabilities."""
+def engine(monkeypatch, tmp_path) -> StandIn:
+    """Let a model of transformers, saved in ./model, stand for vLLM, which is installed."""
     model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
     stand_in = StandIn(model)
-    vllm = ModuleType("vllm")
-    vllm.__spec__ = SimpleNamespace(name="vllm")  # type: ignore[assignment]
-    vllm.__version__ = "0"  # type: ignore[attr-defined]
+    vllm: Any = ModuleType("vllm")
+    vllm.__spec__, vllm.__version__ = SimpleNamespace(name="vllm"), "0"
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(VllmTeacher, "_own_logprobs", lambda _, ids: own_logprobs(model, ids))
     monkeypatch.setattr(el, "start_vllm", lambda arguments: stand_in)
@@ -77,8 +72,8 @@ def test_the_head_apart_is_that_of_the_whole_model(family, tmp_path):
     assert torch.equal(same, whole._head_logits(states, outputs))
 
 
-def test_conversations_go_in_windows_up_to_the_last_wanted_token(engine, saved, monkeypatch):
-    teacher = load_teacher(configure(saved))
+def test_conversations_go_in_windows_up_to_the_last_wanted_token(engine, tmp_path, monkeypatch):
+    teacher = load_teacher(configure(tmp_path / "model"))
     assert teacher.numerics["versions"]["vllm"] == "0"
     assert json.loads(json.dumps(teacher.numerics))["layout"] == "vllm"
     sequences, positions = conversations()
@@ -94,17 +89,17 @@ def test_conversations_go_in_windows_up_to_the_last_wanted_token(engine, saved, 
 
 
 def test_states_that_do_not_fit_the_head_or_see_later_tokens_are_refused(
-    engine, saved, monkeypatch
+    engine, tmp_path, monkeypatch
 ):
-    right = engine.states
+    right, config = engine.states, configure(tmp_path / "model")
     for wrong in (lambda s: s * 1.5, lambda s: s.roll(1, 0)):
         monkeypatch.setattr(engine, "states", lambda ids, wrong=wrong: wrong(right(ids)))
         with pytest.raises(TeacherError, match="do not fit the head"):
-            load_teacher(configure(saved))
+            load_teacher(config)
     monkeypatch.setattr(VllmTeacher, "_refuse_wrong_states", lambda *_: None)
     monkeypatch.setattr(engine, "states", lambda ids: right(ids) + right(ids.flip(0)))
     with pytest.raises(TeacherError, match="in vLLM it is not causal"):
-        load_teacher(configure(saved))
+        load_teacher(config)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +116,14 @@ def test_a_family_that_was_not_compared_needs_a_word(family, asked, remedy, engi
     el.load_model_config(configure(tmp_path, **{**asked, **remedy}))
 
 
-def test_a_quantized_head_is_refused(engine, saved):
-    weights = load_file(saved / "model.safetensors")
+def test_a_quantized_head_is_refused(engine, tmp_path):
+    config, file = configure(tmp_path / "model"), tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
     low = weights["lm_head.weight"].to(torch.float8_e4m3fn)
     for more in ({"lm_head.weight_scale": torch.ones(96, 1)}, {"lm_head.weight": low}):
-        save_file({**weights, **more}, saved / "model.safetensors", {"format": "pt"})
+        save_file({**weights, **more}, file, {"format": "pt"})
         with pytest.raises(TeacherError, match="the head is quantized"):
-            load_teacher(configure(saved))
+            load_teacher(config)
 
 
 def test_the_families_that_are_let_in_are_those_of_the_table():

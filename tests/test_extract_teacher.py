@@ -189,21 +189,6 @@ def test_a_model_that_cannot_be_loaded_is_one_line(name, message, tmp_path, monk
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "gpus", "mps", "local_rank", "device"),
-    [
-        ("auto", 0, False, "0", "cpu"), ("auto", 0, True, "0", "mps"),
-        ("auto", 2, True, "3", "cuda:1"), ("cpu", 2, True, "0", "cpu"),
-    ],
-)  # fmt: skip
-def test_auto_takes_the_best_device_that_is_there(monkeypatch, name, gpus, mps, local_rank, device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert str(el.resolve_device(name)) == device
-
-
 def test_the_table_in_the_documentation_is_that_of_this_code():
     page = Path(__file__).parent.parent / "docs" / "architectures.md"
     lines = [line.split(" | ") for line in page.read_text().splitlines() if " | chunked |" in line]

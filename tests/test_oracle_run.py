@@ -46,7 +46,7 @@ def test_every_row_of_a_run_of_the_embedded_teacher_is_right(every_kind, tmp_pat
     output, report = run_checked(tmp_path, TEACHER, every_kind, *options)
     assert report.rows == 24
     assert len(list(output.glob("data/*.parquet"))) >= 3
-    assert (report.nucleus_min, report.nucleus_max) == (1, 100)
+    assert (min(report.sizes), max(report.sizes)) == (1, 100)
     assert report.max_logsumexp_error <= 1e-5
 
 
@@ -82,7 +82,7 @@ def test_every_row_of_a_run_of_a_random_teacher_is_right(vocab_size, tmp_path):
     records = ({"messages": messages} for messages in texts)
     output, report = run_checked(tmp_path, teacher, records, "--store-tokens")
     assert report.rows == 3
-    assert report.nucleus_max > 30
+    assert max(report.sizes) > 30
     rows = oracle.read_run(output, oracle.Settings.from_output(output)).values()
     stored = [i for row in rows for part in row["top"] + row["tail"] for i in part.ids]
     assert max(stored) > 0.98 * vocab_size
