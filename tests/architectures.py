@@ -247,12 +247,12 @@ CHUNKS |= {"distributed_executor_backend": "uni"}
 
 
 class EngineRow(NamedTuple):
-    """A family run by vLLM against the plain forward of transformers, in float32."""
+    """A family run by vLLM; the divergences are mean KL(float32 || bfloat16) of a token."""
 
     architecture: str
     difference: float | None = None  # the largest of any logit in float32; None: it does not run
-    divergence: float | None = None  # mean KL(float32 || bfloat16) of a token, by vLLM
-    plain_divergence: float | None = None  # the same of transformers in bfloat16
+    divergence: float | None = None
+    plain_divergence: float | None = None  # that of transformers
     problem: str = ""
 
 
@@ -260,9 +260,8 @@ def measure_engine(family: str) -> EngineRow:
     """Return the line of one family; in a process of its own, as vLLM leaves much behind."""
     plain = tiny_model(family, **WIDE, **VLLM[family])
     extract_logits.set_attention(plain, "eager")  # sdpa of transformers 5.19 drops soft-caps
-    sequences, positions = conversations((250, *LENGTHS), WIDE["vocab_size"])
-    rows = list(zip(sequences, positions, strict=True))
-    want = torch.cat([plain_logits(plain, *row) for row in rows])
+    rows = conversations((250, *LENGTHS), WIDE["vocab_size"])
+    want = torch.cat([plain_logits(plain, *row) for row in zip(*rows, strict=True)])
     # transformers is asked instead of another vLLM, which would take twice as long
     extract_logits.VllmTeacher._own_logprobs = lambda _, ids: own_logprobs(plain, ids)
 
@@ -272,7 +271,7 @@ def measure_engine(family: str) -> EngineRow:
             engine_args={**CHUNKS, "unchecked": True},
         )  # fmt: skip
         teacher = extract_logits.load_teacher(config)
-        got = torch.cat(list(teacher.iter_logits(sequences, positions)))
+        got = torch.cat(list(teacher.iter_logits(*rows)))
         teacher.llm.llm_engine.engine_core.shutdown()
         return got
 
@@ -280,18 +279,17 @@ def measure_engine(family: str) -> EngineRow:
         log_p, log_q = want.double().log_softmax(-1), logits.double().log_softmax(-1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
+    difference = None
     with tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
         tiny_tokenizer(WIDE["vocab_size"]).save_pretrained(folder)
-        difference = None
         try:
             difference = float((by_vllm(folder, "float32") - want).abs().max())
             low = divergence(by_vllm(folder, "bfloat16"))
         except extract_logits.LogitsError as error:
-            problem = extract_logits.first_line(error)
-            return EngineRow(family, difference, problem=problem)
+            return EngineRow(family, difference, problem=extract_logits.first_line(error))
     plain.to(torch.bfloat16)
-    own = torch.cat([plain_logits(plain, *row) for row in rows])
+    own = torch.cat([plain_logits(plain, *row) for row in zip(*rows, strict=True)])
     return EngineRow(family, difference, low, divergence(own))
 
 

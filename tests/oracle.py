@@ -110,26 +110,19 @@ def require(condition: bool, where: str, what: str) -> None:
         raise Violation(f"{where}: {what}")
 
 
-# 1 What is stored ---------------------------------------------------------------------------------
-
-
 def check_schema(file: Path, settings: Settings) -> None:
-    """Require the exact names, order and types, and that the shard explains itself."""
+    """Require the exact names, order and types."""
     schema = pq.read_schema(file)
     expected = pa.schema(COLUMNS + (TOKEN_COLUMNS if settings.store_tokens else []))
     require(schema.names == expected.names, file.name, f"columns are {schema.names}")
     for column, wanted in zip(schema, expected, strict=True):
         require(column.type.equals(wanted.type), file.name, f"column {column}, not {wanted.type}")
-    texts = [value.decode("utf-8", "replace") for value in (schema.metadata or {}).values()]
-    explained = any('"top_p"' in text and '"seed"' in text for text in texts)
-    require(explained, file.name, "the settings are not in the key-value metadata")
 
 
 def unpack_ids(low: list[int], high: bytes, *, where: str) -> list[int]:
     """Put 16 low bits and 2 high bits together; bits 0-1 of a byte belong to the first id."""
     require(len(high) == (len(low) + 3) // 4, where, f"{len(high)} high bytes, {len(low)} ids")
-    used = len(low) % 4
-    padded = used == 0 or high[-1] >> (2 * used) == 0
+    padded = len(low) % 4 == 0 or high[-1] >> (2 * (len(low) % 4)) == 0
     require(padded, where, "the last high byte is not zero padded")
     return [bits + 65536 * ((high[i // 4] >> (2 * (i % 4))) & 3) for i, bits in enumerate(low)]
 
@@ -182,9 +175,6 @@ def read_run(output: Path, settings: Settings) -> dict[int, dict[str, Any]]:
     return rows
 
 
-# 2 What is right ----------------------------------------------------------------------------------
-
-
 def oracle_token(x: np.ndarray, top_p: float, top_p_max: int) -> OracleToken:
     """Return log-sum-exp and nucleus of one row of logits (V,) float64, by the definition.
 
@@ -233,9 +223,6 @@ def reference_vocab_size(model: Any, tokenizer: Any) -> int:
     """Return V: ids up to the tokenizer's highest; embedding rows beyond are padding."""
     highest = max(tokenizer.get_vocab().values())
     return min(highest + 1, model.get_output_embeddings().weight.shape[0])
-
-
-# 3 Compare ----------------------------------------------------------------------------------------
 
 
 class RunCheck:

@@ -37,9 +37,7 @@ def make(**options: Any) -> ExtractionConfig:
 def test_every_option_reaches_its_field_with_its_type(name):
     hint = get_type_hints(ExtractionConfig)[name]
     flag = "--" + name.replace("_", "-")
-    plain: dict[Any, tuple[str, Any]] = {
-        bool: ("", True), str: ("some text", "some text"), int: ("7", 7), float: ("0.5", 0.5)
-    }  # fmt: skip
+    plain = {bool: ("", True), str: ("text", "text"), int: ("7", 7), float: ("0.5", 0.5)}
     text, value = SAMPLES[name] if name in SAMPLES else plain[(get_args(hint) or [hint])[0]]
     argv = [*ARGV, flag, *([text] if text else []), *PARTNERS.get(name, "").split()]
     assert parse_args(ARGV) == ExtractionConfig(**REQUIRED)

@@ -13,8 +13,6 @@ import extract_logits
 from explore_logits import shard_schema
 from extract_logits import AsyncPostProcessor, Batch, EncodedRow, GPUBatchResult
 
-HIGHEST_ID = 2**18 - 1
-
 
 def random_batch(rng: np.random.Generator, sizes: list[int]) -> Batch:
     """Return conversations of sizes[i] extracted tokens each, at ascending places."""
@@ -22,30 +20,25 @@ def random_batch(rng: np.random.Generator, sizes: list[int]) -> Batch:
     for number, size in enumerate(sizes):
         length = size + int(rng.integers(1, 30))
         positions = 1 + np.sort(rng.choice(length - 1, size, replace=False))
-        ids = rng.integers(0, HIGHEST_ID + 1, length)
+        ids = rng.integers(0, 2**18, length)
         rows.append(EncodedRow(17 * number - 5, ids.astype(np.int32), positions.astype(np.int32)))
     return Batch(rows)
 
 
 def random_result(rng: np.random.Generator, n: int, k: int, m: int) -> GPUBatchResult:
     """Return a host result of n tokens; entries beyond a token's count hold other numbers."""
-
-    def entries(part: str, width: int) -> dict[str, Any]:
-        return {
-            f"{part}_ids": rng.integers(0, HIGHEST_ID + 1, (n, width)).astype(np.int32),
-            f"{part}_q": rng.integers(0, 65536, (n, width)).astype(np.int32),
-            f"{part}_min": rng.normal(size=n).astype(np.float32),
-            f"{part}_max": rng.normal(size=n).astype(np.float32),
-        }
-
+    parts: dict[str, Any] = {}
+    for part, width in (("top", k), ("sampled", m)):
+        parts[f"{part}_ids"] = rng.integers(0, 2**18, (n, width)).astype(np.int32)
+        parts[f"{part}_q"] = rng.integers(0, 65536, (n, width)).astype(np.int32)
+        for end in ("min", "max"):
+            parts[f"{part}_{end}"] = rng.normal(size=n).astype(np.float32)
     logsumexp = rng.normal(20, 2, n)
     return GPUBatchResult(
-        **entries("top", k), **entries("sampled", m),
+        **parts, logsumexp=logsumexp, nucleus_mass=rng.uniform(0.9, 1, n),
         top_counts=rng.integers(1, k + 1, n).astype(np.int32),
-        sampled_counts=np.full(n, m, np.int32),
-        logsumexp=logsumexp, nucleus_mass=rng.uniform(0.9, 1, n),
+        sampled_counts=np.full(n, m, np.int32), usable=np.ones(n, bool),
         actual_logits=(logsumexp - rng.exponential(3, n)).astype(np.float32),
-        usable=np.ones(n, bool),
     )  # fmt: skip
 
 

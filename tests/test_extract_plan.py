@@ -69,9 +69,9 @@ def test_processes_of_one_teacher_end_the_probe_after_the_same_batch(make_job, m
 def job(tmp_path: Path, model: Path, write_chats: Write) -> Job:
     """Six conversations, of which the first two cannot be used."""
     chats = [[], chat("")[:1], *(chat(f"ANSWER-{n}") for n in range(2, 6))]
-    source = write_chats([{"messages": messages} for messages in chats])
-    files = {"model": model, "dataset": source, "output": tmp_path / "out"}
-    options = {name: str(path) for name, path in {**files, "cache_dir": tmp_path / "cache"}.items()}
+    files = {"model": model, "dataset": write_chats([{"messages": each} for each in chats])}
+    files |= {"output": tmp_path / "out", "cache_dir": tmp_path / "cache"}
+    options = {name: str(path) for name, path in files.items()}
     return open_job(ExtractionConfig(**options, verify_mask=True))
 
 
