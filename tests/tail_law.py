@@ -8,19 +8,19 @@ proportional to the teacher's. A sampler under test is a function
 in the order drawn, and `check_tail_law(draw)` raises `LawViolation` naming the row, the test and
 the p-value.
 
-The first draw is tested by itself, by χ² on cells that expect ≥ 100 trials. All draws are placed in
-the distribution function of what is left, which gives independent uniform numbers exactly when the
-law is right (Rosenblatt 1952): Kolmogorov and pairwise χ².
+The first draw is tested by χ² on cells that expect ≥ 100 trials. All draws are placed in the
+distribution function of what is left, which gives independent uniform numbers exactly when the law
+is right (Rosenblatt 1952): Kolmogorov and pairwise χ².
 
-False alarms: a right sampler fails the whole suite with probability ≤ 1e-6 per seed. `FALSE_ALARM`
-is 1e-7, shared equally among the rows and at most `MAX_TESTS` tests of each (Bonferroni); the
-Kolmogorov p-values are exact, and the factor of ten is room for the χ² approximation so far out.
+A right sampler fails with probability ≤ 1e-6 per seed. `FALSE_ALARM` is 1e-7, shared equally among
+the rows and `MAX_TESTS` tests of each (Bonferroni); the Kolmogorov p-values are exact, and the
+factor of ten is room for the χ² approximation so far out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -36,8 +36,7 @@ class LawViolation(AssertionError):
     """The sampler does not draw by its law."""
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A row to draw from: log-probabilities that float32 holds exactly, the `nucleus` likeliest."""
 
     name: str
@@ -58,10 +57,7 @@ def as_cases(rows: list[tuple[str, np.ndarray, int, int, int]], seed: int) -> li
 
 
 def make_cases(trials: int) -> list[Case]:
-    """Return rows of up to 64 tokens: vanishing, crowded, peaked and flat, the cheap ones first.
-
-    They are the same whatever the seed of the draws.
-    """
+    """Return rows of up to 64 tokens: vanishing, crowded, peaked and flat, the cheap ones first."""
     rng = np.random.default_rng(7)
     tiny = np.concatenate([[0.0], -700 - np.linspace(0, 4, 30)])
     steps = np.concatenate([[0.0, -1.0, -2.0], -700 - np.linspace(0, 3, 20), [-760, -761, -800]])

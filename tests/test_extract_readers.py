@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import datasets
 import duckdb
 import pandas as pd
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 from small_output import SETTINGS, random_rows, rows_to_table
 
@@ -34,15 +33,12 @@ def shard(request: Any, tmp_path_factory: Any) -> tuple[Path, list[dict[str, Any
     return folder / "part-00000.parquet", table.to_pylist()
 
 
-def load(path: Path, **how: Any) -> Any:
-    return datasets.load_dataset("parquet", data_files=str(path), split="train", **how)
-
-
-READERS: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
-    "pyarrow": lambda path: pq.read_table(path).to_pylist(),
+READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
     "pandas": lambda path: pd.read_parquet(path).to_dict("records"),
-    "datasets": lambda path: load(path, cache_dir=str(path.parent / "datasets")),
-    "a stream": lambda path: load(path, streaming=True),
+    "datasets": lambda path: datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent)),
+    "a stream": lambda path: datasets.load_dataset(
+        "parquet", data_files=str(path), split="train", streaming=True
+    ),
     "polars": lambda path: pl.read_parquet(path).to_dicts(),
     "lazy polars": lambda path: pl.scan_parquet(path).collect(engine="streaming").to_dicts(),
     "duckdb": lambda path: duckdb.read_parquet(str(path)).df().to_dict("records"),
