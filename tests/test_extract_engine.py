@@ -56,7 +56,7 @@ def engine(monkeypatch, tmp_path) -> StandIn:
     return stand_in
 
 
-@pytest.mark.parametrize("family", ["llama, tied", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama, tied", *el.VLLM_FAMILIES])
 def test_the_head_apart_is_that_of_the_whole_model(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     whole = Teacher(tiny_model(family))
