@@ -1,7 +1,5 @@
 """The tool that plants faults: its table fits the scripts, and what it says of a fault is so."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -2,9 +2,8 @@
 
     python tests/tools/promises.py
 
-`promises.txt` beside this file holds a promise a line: a sentence, `|`, the tests that prove it as
-pytest names them. Ends with exit code 1 where a named test does not exist and where a file of tests
-proves none. That not all tests of a promise are skipped here, `tests/test_promises.py` sees.
+`promises.txt` holds a promise a line: a sentence, `|`, its tests as pytest names them. Ends with
+exit code 1 where a named test does not exist and where a file of tests proves none.
 """
 
 from __future__ import annotations
