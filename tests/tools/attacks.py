@@ -64,7 +64,6 @@ PARTS = {"limit": 4, "upload_every": 2, "store_tokens": True}  # of the output t
 
 Words = Sequence[object]
 Process = subprocess.Popen[bytes]
-Acting = Callable[["World", Process], None]
 
 
 class World:
@@ -131,7 +130,7 @@ class Attack:
     prepare: Callable[[World], Words]  # makes the world and returns the options of the run
     exits: tuple[int, ...]
     says: str = ""  # a pattern that is found in the last line on stderr
-    during: Acting = lambda *_: None  # acts while the process runs
+    during: Callable[..., Any] = lambda *_: None  # acts while the process runs
     resumes: bool = False  # a calm run with --resume completes the job afterwards
     seconds: float = SECONDS
     traces: bool = False  # a library writes a traceback of its own into its log
@@ -261,9 +260,8 @@ for script, kind in product((EXTRACT, LENGTHS), ("model", "dataset")):
     add(f"the Hub of the {kind} never answers; SIGTERM",
         start(faults={"": SILENCE}, **{kind: "tester/thing"}), 143, script=script,
         during=stop_when_met, short=kind == "model")  # fmt: skip
-WEIGHTS = {"faults": {"safetensors": SILENCE}, "model": REPO}
-add("the weights of the model never come; SIGTERM", start(**WEIGHTS), 143, during=stop_when_met)
-add("the weights of the model never come; deadline", start(**WEIGHTS, max_runtime_minutes=0.3), 75)
+add("the weights of the model never come; deadline",
+    start(faults={"safetensors": SILENCE}, model=REPO, max_runtime_minutes=0.3), 75)  # fmt: skip
 add("the Hub never answers", start(REPO, faults={"": SILENCE}), script=EXPLORE, seconds=200,
     says="logits")  # fmt: skip
 for script in (EXTRACT, EXPLORE):
@@ -351,10 +349,9 @@ for kind, name in {"surrogates": "user/\udcff", "escape codes": f"user/{ESCAPES}
     add(f"--dataset of {kind}", start(dataset=name), script=LENGTHS)
     add(f"OUTPUT of {kind}", start(name), script=EXPLORE)
 for flags, value, *exits in (
-    ("--limit", 10**30, 0, 2), ("--max-seq-len", 10**30, 0, 2), ("--seed", 10**30),
-    ("--max-runtime-minutes", "1e308", 0, 2), ("--rank 0 --world-size", "9" * 5000),
-    ("--template-kwargs", "[" * 100_000), ("--batch-thresholds", '{"' + "9" * 5000 + '": 1}'),
-    ("--device", f"cuda:{10**30}"), ("--top-p", "inf"), ("--chat-template", "/dev/zero"),
+    ("--limit", 10**30, 0, 2), ("--seed", 10**30), ("--max-runtime-minutes", "1e308", 0, 2),
+    ("--rank 0 --world-size", "9" * 5000), ("--template-kwargs", "[" * 100_000),
+    ("--batch-thresholds", '{"' + "9" * 5000 + '": 1}'), ("--chat-template", "/dev/zero"),
 ):  # fmt: skip
     words = flags.split()
     add(f"{words[-1]} {value!s:.9}", start(*words, value), *exits, short=value == "/dev/zero")
@@ -399,7 +396,6 @@ CONTENTS = {
     "README.md": {
         "YAML 50,000 deep": b"---\na: " + b"[" * 50_000 + b"\n---\n",
         "YAML of aliases": b"---\n" + ALIASES + b"---\n",
-        "YAML with Python": b"---\na: !!python/object/apply:os.system ['touch /tmp/owned']\n---\n",
         "its line a thousand times": extract_logits.CARD_LINE.encode() * 1000,
         "a date of the year 99999": b"---\na: 99999-99-99\nb: 2020-01-01\n---\n",
     },
@@ -417,11 +413,9 @@ add("a template of the output that loops for ever",
 SAID = {"model": str(TEACHER), "dataset": str(CHATS)}
 BARE = ("--output", "./out", "--resume", "--cache-dir", "cache")  # options are the output's
 for setting, value in (
-    ("rows_per_part", "x"), ("rows_per_part", 10**30), ("rows_per_part", True), ("numerics", 3),
-    ("template_date", 5), ("model_revision", [1]), ("dataset_revision", {"a": 1}), ("model", 7),
-    ("versions", None), ("format_version", 99), ("options", []), ("options", {"model": 5}),
-    ("options", {"dataset": ESCAPES, "model": ESCAPES}),
-    ("options", {"cache_dir": "/etc/x", **SAID}), ("options", {"trust_remote_code": True, **SAID}),
+    ("rows_per_part", "x"), ("rows_per_part", 10**30), ("template_date", 5), ("model", 7),
+    ("dataset_revision", {"a": 1}), ("versions", None), ("format_version", 99), ("options", []),
+    ("options", {"model": ESCAPES, "dataset": 7}), ("options", {"cache_dir": "/etc/x", **SAID}),
 ):  # fmt: skip
     words = BARE if setting == "options" else ()
     change = edit(SETTINGS, tell(**{setting: value}))
@@ -513,7 +507,7 @@ class Ended:
 
 
 def run(
-    world: World, argv: Words, killed_after_s: float, during: Acting = lambda *_: None
+    world: World, argv: Words, killed_after_s: float, during: Callable[..., Any] = lambda *_: None
 ) -> Ended:
     """Run the world's script to its end, or kill it; measure its time and its peak of memory."""
     env = {
