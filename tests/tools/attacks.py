@@ -295,7 +295,8 @@ add("tasks of an executor fail with an echo of the token",
     start("--executor", "local", "--tasks", 2, "--workers", 1, output=REPO,
           faults={STEPS["commit"]: echo(403)}), 4, 75, seconds=90, traces=True)  # fmt: skip
 add("a script of a batch system, the token in its environment",
-    start("--executor", "slurm", "--tasks", 2, "--executor-options", '{"time": "1:00:00"}',
+    start("--executor", "slurm", "--tasks", 2,
+          "--executor-options", '{"partition": "p", "time": "1:00:00"}',
           files={"bin/sbatch": "#!/bin/sh\necho Submitted batch job 1\n"},
           env={"PATH": f"bin:{os.environ['PATH']}"}), 0, seconds=90)  # fmt: skip
 

@@ -18,7 +18,6 @@ tokenizes, packs and encodes in a second. Ends in one JSON line.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
@@ -186,15 +185,12 @@ def keep_up(folder: Path, model: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     shapes = ["0.5B", "8B", "32B"] if GPU else ["small"]
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes)
-    args = parser.parse_args()
     print(json.dumps(machine()))
     print_head("teacher", "logits", "stored tokens", "forward, s", "on the device, s", "the run, s",
                "forward / run", "tokens/s", "peak memory, GB")  # fmt: skip
     figures, beside = dict[str, dict[str, float]](), dict[str, dict[str, float]]()
-    for shape in args.shapes:
+    for shape in shapes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_chats(folder / "chats.jsonl", 2 * CONVERSATIONS)
@@ -210,7 +206,7 @@ def main() -> None:
             beside[shape] = keep_up(folder, model)
             del model
     print()
-    print_head("teacher", *(f"{name}, tokens/s" for name in beside[args.shapes[0]]))
+    print_head("teacher", *(f"{name}, tokens/s" for name in beside[shapes[0]]))
     for shape, rates in beside.items():
         print_row(shape, *(f"{rate:,.0f}" for rate in rates.values()))
     print(json.dumps({"pipeline": figures, "tokens per processor second": beside}))

@@ -184,24 +184,23 @@ class Runs:
 
     def round(self, argv: Sequence[object], workers: Sequence[Worker]) -> tuple[list[int], bool]:
         """Run workers at a time; return exit codes, and whether one of each rank stored all."""
-        runs = [(one, self.start(argv, one)) for one in workers]
+        runs, begun = [self.start(argv, one) for one in workers], time.monotonic()
         signals = [
-            (at_s, signal.Signals[one.end.split()[0]], run)
-            for one, run in runs
+            (at_s, signal.Signals[one.end.split()[0]], place)
+            for place, one in enumerate(workers)
             if one.end.startswith("SIG")
             for at_s in (one.at_s, one.again_s)
             if at_s is not None
         ]
-        begun = time.monotonic()
-        for at_s, number, run in sorted(signals, key=lambda entry: entry[0]):
-            while time.monotonic() - begun < at_s and not run.ended():
+        for at_s, number, place in sorted(signals):
+            while time.monotonic() - begun < at_s and not runs[place].ended():
                 time.sleep(0.002)
-            run.send(number)
-        codes, stored = [], set()
-        for one, run in runs:
+            runs[place].send(number)
+        codes = []
+        for run in runs:
             with run.output:
                 codes.append(run.wait(HANGS_S))
-            stored |= {one[:2]} if codes[-1] == 0 else set()
+        stored = {one[:2] for one, code in zip(workers, codes, strict=True) if code == 0}
         teams = {one.team for one in workers}
         return codes, any({(rank, team) for rank in range(team)} <= stored for team in teams)
 
@@ -238,7 +237,7 @@ class Driver(Runs):
         super().__init__(folder, endpoint)
         self.random = random.Random(seed)
         self.jobs = self.runs = self.empty_caches = 0
-        self.kinds, self.kills, self.codes = Counter[str](), Counter[str](), Counter[int]()
+        self.kills = Counter[str]()
         self.unexpected: list[str] = []
         assert Child(lambda _: write_source(folder, 600)).wait() == 0  # its threads end with it
         self.learned = {
@@ -262,7 +261,6 @@ class Driver(Runs):
         ranks, workers = list(range(team)), []
         if team > 1 and self.random.random() < 0.3:
             ranks.append(self.random.randrange(team))  # started twice, on another machine
-            self.kinds["started twice"] += 1
         for place, rank in enumerate(ranks):
             kept = cache if place < team else Path(f"{cache}-twin-{self.runs}")
             end = "none" if self.random.random() < calm else self.random.choice(ENDS)
@@ -272,7 +270,6 @@ class Driver(Runs):
         codes, complete = self.round(argv, workers)
         ask_hub(self.endpoint, "/_ctl/clear", {})
         self.runs += len(codes)
-        self.codes.update(codes)
         for one, code in zip(workers, codes, strict=True):
             self.kills[one.end] += code != 0
             if code not in EXPECTED_CODES and (code, one.end) != (-signal.SIGKILL, "SIGKILL"):
@@ -282,8 +279,6 @@ class Driver(Runs):
     def job(self, shape: str) -> None:
         self.jobs += 1
         local, workers, grows = (self.random.random() < share for share in (0.25, 0.4, 0.4))
-        kind = ("folder" if local else "Hub", "workers" if workers else "one process", shape)
-        self.kinds.update([*kind, *["limit raised"] * grows])
         name = f"job-{self.jobs}"
         output = str(self.folder / name) if local else f"tester/{name}"
         low, high = SHAPES[shape][1]
@@ -306,7 +301,7 @@ class Driver(Runs):
             if complete or (held and self.random.random() < 0.4):
                 limit = high
             if number == 40:
-                self.unexpected.append(f"{name} ({', '.join(kind)}): not complete in 40 rounds")
+                self.unexpected.append(f"{output}: not complete in 40 rounds")
                 break
 
 
@@ -328,10 +323,10 @@ def run_chaos(runs: int, seed: int) -> int:
         shutil.rmtree(folder)
     ledger = {k: v for k, v in vars(driver.ledger).items() if k.startswith(("parts", "rows"))}
     print(json.dumps({
-        **{name: getattr(driver, name) for name in ("jobs", "runs", "kinds", "empty_caches")},
-        **ledger, "unexpected": driver.unexpected, "kills": driver.kills.total(),
-        "kills_by": driver.kills, "exit_codes": dict(sorted(driver.codes.items())),
-        "faults": faults, "seed": seed, "seconds": round(time.monotonic() - begun, 1),
+        "jobs": driver.jobs, "runs": driver.runs, "kills": driver.kills.total(),
+        "kills_by": driver.kills, "empty_caches": driver.empty_caches, "faults": faults, **ledger,
+        "unexpected": driver.unexpected, "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
     }))  # fmt: skip
     return int(bad)
 
