@@ -62,9 +62,6 @@ class Encoded:
     generated: np.ndarray  # (S,) bool
 
 
-# Tokenizer ----------------------------------------------------------------------------------------
-
-
 def train_tokenizer(rows: list[Row]) -> Any:
     """Train a byte-level BPE on conversations and give it the chat template."""
     bpe = Tokenizer(models.BPE())
@@ -94,9 +91,6 @@ def training_texts(rows: list[Row], chat_template: str) -> Iterator[str]:
     for row in rows:
         yield from marks.split(render(row, chat_template)[0])
     yield from list(map(str, range(1_000))) * 100
-
-
-# Encode -------------------------------------------------------------------------------------------
 
 
 def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
@@ -143,9 +137,6 @@ def pad(batch: list[Encoded]) -> tuple[Tensor, Tensor]:
     return pad_sequence(ids, True), pad_sequence(labels, True, padding_value=IGNORED)
 
 
-# Training -----------------------------------------------------------------------------------------
-
-
 def train(model: Any, samples: list[Encoded], held_out: list[Encoded], steps: int) -> None:
     """Train in place, epoch after epoch, with the held-out loss on stderr now and then."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -178,9 +169,6 @@ def loss_of(model: Any, batch: list[Encoded], *, reduction: str) -> Tensor:
     wanted = labels != IGNORED
     logits = model.lm_head(hidden[wanted]).float()  # (N, V)
     return torch.nn.functional.cross_entropy(logits, labels[wanted], reduction=reduction)
-
-
-# Evaluation ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -229,9 +217,6 @@ def evaluate_folder(folder: Path) -> dict[str, Any]:
         "share_nucleus_100": round(float((sizes >= 100).mean()), 4),
         "nucleus_max": int(sizes.max()),
     }  # fmt: skip
-
-
-# Run ----------------------------------------------------------------------------------------------
 
 
 def train_folder(folder: Path, steps: int, conversations: int) -> dict[str, Any]:

@@ -1,20 +1,13 @@
 """Decode the nuclei of 1,000,000 stored tokens, all at once and token by token; and load to train.
 
     python tests/tools/bench_decode.py
-
-Ends in one JSON line, whose times are of the processor, so that other jobs hardly matter: seconds
-for the million tokens by whole rows (ids, logits and probabilities), and for the same by a loop
-over tokens, which is timed on every 20th row, must give the same sums, and is scaled up. Then
-seconds for `validate_output` of 10,000 faulty shards of one row each, and for `compare_outputs` of
-two outputs of 2,000 rows in different orders.
-
     python tests/tools/bench_decode.py --loader
 
-How many tokens one worker decodes, weighs and batches in a second of its processor, of rows by
-default and of compact ones; and of the weights of the tail alone, which the loss computes.
-
-All rows are random: nuclei of 1 to 100 entries, 28 on average, 24 tail tokens; of compact ones 9
-and 9 on average.
+Ends in one JSON line, whose times are of the processor. The loop over tokens is timed on every 20th
+row, must give the same sums, and is scaled up. With --loader: how many tokens one worker decodes,
+weighs and batches in a second, of rows by default and of compact ones, and of the weights of the
+tail alone, which the loss computes. All rows are random: nuclei of 1 to 100 entries, 28 on average,
+24 tail tokens; of compact ones 9 and 9 on average.
 """
 
 from __future__ import annotations

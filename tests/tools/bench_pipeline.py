@@ -4,16 +4,8 @@
 
 Teachers have the shape of models that people use and random weights, made on the device. Logits are
 "flat" as they come, "peaked" where the last norm is scaled until they spread like a trained one's.
-Conversations are long answers of the embedded ones. For each teacher and kind of rows it times
-
-- forward: the model's own layers over the run's batches, and the head in the model's type at the
-  wanted positions, nothing kept;
-- on the device: the same batches to nucleus, tail and log-sum-exp, as the run has them;
-- the run: what N conversations more take of it, from 2N and N of them; so start, loading and
-  first batches do not count, reading, packing and writing do.
-
-Then what stands beside the teacher and must keep up with it: stored tokens that one processor
-tokenizes, packs and encodes in a second. Ends in one JSON line.
+The run is what N conversations more take of it, from 2N and N of them, so that start, loading and
+first batches do not count. What the columns are: docs/benchmarks.md. Ends in one JSON line.
 """
 
 from __future__ import annotations

@@ -4,11 +4,9 @@
     python tests/tools/bench_upload.py --parts 5000     # requests and bytes of a resume
     python tests/tools/bench_upload.py --rows 1000000   # ids and tiny rows, into a folder
 
-Each ends in one line of JSON. The first is the same run, of more than one window, into a loopback
-Hub without latency on every request and with it, each a process of its own that has its imports
-done: the time of each; the part of it that the run waits for the uploader (opening the output, room
-in the queue, the end), which other load on the machine hardly changes; and by how much the run gets
-longer, by either. The others run no teacher: rows are made up (tests/shard_rows.py).
+Each ends in one line of JSON. The first is the same run into a loopback Hub without latency on
+every request and with it: the time of each, and what it waits for the uploader, which other load on
+the machine hardly changes. The others run no teacher: rows are made up (tests/shard_rows.py).
 """
 
 from __future__ import annotations

@@ -57,8 +57,6 @@ SHAPES = {  # of parts: options, `--limit` before and after it is raised, how of
     "many": (("--upload-every", 70), (530, 600), 1),  # enough for processes that encode
 }
 
-# What tools that fork runs share ------------------------------------------------------------------
-
 
 @contextmanager
 def serve_hub(folder: Path) -> Iterator[str]:

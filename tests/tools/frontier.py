@@ -9,17 +9,8 @@
 Every arm is an estimate p' of p. The gradient of the forward KL in a student's logits is then
 q Σp' - p', so that one loop trains them all; a test compares it with `distillation_loss`. A seed
 decides conversations, their order and what is drawn of p; all arms share conversations, order and
-the student that they begin with, the teacher with some of its layers taken out. A teacher of yours
-is run over the conversations once (column `id`): some are held out, and every seed draws its own
-of the others. Bytes are those of the shard that the project writes; of draws, those of a Parquet
-file of ids and hits. Beside the held-out KL:
-
-- rare: loss on the tenth of the held-out tokens that the teacher expects most seldom;
-- gradient: of the head's, at the start, the distance from the dense teacher's over its length;
-- by row: the same where every row of the head counts alike, whatever its size, as in Adam: root of
-  the mean over rows of E |g' - g|² / E |g'|².
-
-Results are kept in `--output` and not made twice. Ends in one JSON line.
+the student that they begin with. What the columns are: docs/distillation.md. Results are kept in
+`--output` and not made twice. Ends in one JSON line.
 """
 
 from __future__ import annotations

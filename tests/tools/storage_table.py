@@ -3,19 +3,10 @@
     python tests/tools/storage_table.py       # two minutes of one core; ends in one JSON line
     python tests/tools/storage_table.py --teacher FOLDER --chats FILE …  # another teacher's rows
 
-The rows are those of the embedded teacher on some of its conversations, and rows of a vocabulary of
-151,936 made up to look like a trained model's; or those of a teacher of yours, a table for each
-file of conversations (column `id`). The whole distribution p is at hand for all. Every line is
-extracted, written and read back by the project's own code. From what comes back the loss makes an
-estimate p' of p, and the gradient of the forward KL in the student's logits is q - p', so that
-p' - p is what storage adds to it, whatever the student:
-
-- noise: the root of the mean, over tokens and seeds of the extraction, of |p' - E p'|²;
-- bias: the root of the mean over tokens of |E p' - p|², from pairs of seeds, 0 where the pairs
-  cannot tell it from none.
-
-Both are divided by the size, printed above each table, of the gradients of a student that gives
-every token the teacher's mean distribution.
+The whole distribution p is at hand for all rows. Every line is extracted, written and read back by
+the project's own code; from what comes back the loss makes an estimate p' of p, and p' - p is what
+storage adds to a student's gradient: noise is the root of the mean, over tokens and seeds of the
+extraction, of |p' - E p'|², bias that of |E p' - p|², from pairs of seeds. See docs/storage.md.
 """
 
 from __future__ import annotations
