@@ -420,7 +420,7 @@ for kind, change in {
     "is cut": lambda data: data[: len(data) // 2],
     "announces a footer of 4 GB": lambda data: data[:-8] + b"\xff\xff\xff\xffPAR1",
     "has a footer of noise": lambda data: data[:-300] + b"\x9b" * 292 + data[-8:],
-    "says brackets of itself": lambda data: data.replace(b'{"number": ', b"[" * 11),
+    "says brackets of itself": lambda data: data.replace(b'{"actual": ', b"[" * 11),
     "says types of itself": lambda data: data.replace(b'"skipped": {}', b'"skipped":  5'),
 }.items():
     add(f"a part that {kind}", after(edit(PART_0, change)), 0)
