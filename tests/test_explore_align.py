@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import CHATS, TEACHER
 from small_output import SETTINGS, extract_row, random_logits, random_rows, write_output
@@ -108,20 +109,6 @@ def test_no_token_of_the_vocabulary_escapes_its_bound(bits, tmp_path):
     assert where == {(True, False), (False, True), (False, False)}
 
 
-@pytest.mark.parametrize("bits", range(4, 17))
-def test_no_logit_is_further_off_than_its_bound(bits):
-    # 20,000 logits in 1,000 ranges, seeded; half a step alone was exceeded at 15 bits by 1 in 8.
-    rng = np.random.default_rng(bits)
-    logits = (rng.standard_normal((1000, 20)) * rng.uniform(1, 20, (1000, 1))).astype(np.float32)
-    q, low, high = explore.quantize_logits(logits, [20] * 1000, bits=bits)
-    starts, none = explore.to_starts([20] * 1000), np.zeros(0, np.int32)
-    entries = explore.Entries(starts, none, q, low, high, np.zeros(1000), bits)
-    off = np.abs(entries.logits.reshape(1000, 20) - logits).max(axis=1)
-    bound = entries.error
-    assert (off <= bound * (1 + 1e-9)).all()
-    assert off.max() > 0.9 * bound[off.argmax()]
-
-
 def test_a_bound_is_as_tight_as_what_is_stored_allows():
     # Three tokens: 0.6 in the nucleus, 0.3 drawn in the tail, so 0.1 is left for the third.
     logits = np.log(np.array([[0.6, 0.3, 0.1]])).astype(np.float32)
@@ -222,14 +209,12 @@ def test_figures_over_the_text_say_where_they_rest_on_bounds_and_which_are_known
     assert stats.known == stats.tokens == len(tokens)
     assert stats.in_nucleus == pytest.approx(np.mean([t.where == "nucleus" for t in tokens]))
     assert stats.agreement == pytest.approx(np.mean([t.rank == 1 for t in tokens]))
-    mean = np.mean([token.log_probability for token in tokens])
-    assert stats.mean_log_probability == pytest.approx(mean)
-    assert stats.bounded > 0
+    frame = pd.concat(analysis.to_pandas() for analysis in analyses)
+    assert stats.mean_log_probability == pytest.approx(frame["log_probability"].mean())
+    assert stats.bounded == (~frame["exact"]).sum() > 0
     assert stats.facts()["perplexity of the text"].startswith("≥ ")
     bounded = next(a for a in analyses if not all(token.exact for token in a.tokens))
     assert "typical probability of a token ≤ " in explore.render_page([bounded])
-    frame = bounded.to_pandas()
-    assert frame["log_probability"].mean() == pytest.approx(bounded.mean_log_probability)
 
 
 def test_code_that_a_tokenizer_brings_runs_only_when_asked(tmp_path, monkeypatch, tokenizer):
@@ -245,23 +230,18 @@ def test_code_that_a_tokenizer_brings_runs_only_when_asked(tmp_path, monkeypatch
     assert explore.main([str(made), "--trust-remote-code"]) == 0
 
 
-@pytest.mark.parametrize("colour", [True, False])
-def test_on_a_terminal_words_stay_whole_and_are_coloured_or_marked(
-    made, colour, monkeypatch, capsys
-):
+def test_on_a_terminal_unlikely_tokens_are_coloured_or_marked(made, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("NO_COLOR", "" if colour else "1")
-    for row in range(6):
-        analysis = execute_analysis(made.folder, row)
-        shown = explore.visualize_conversation_probabilities(analysis)
-        assert ("\x1b" in shown) == colour
-        if colour:
-            body = re.sub("\x1b\\[[0-9;]*m", "", shown).split("\n\n", 1)[1]
-            texts = explore.join_characters([text for text, _ in analysis.pieces])
-            assert body.split() == explore.show_text("".join(texts)).split()
-        else:
-            assert shown.count("{") >= sum(token.probability < 0.5 for token in analysis.tokens)
-            assert "{≤" in shown or all(token.exact for token in analysis.tokens)
+    analysis = execute_analysis(made.folder, 1)
+    coloured = explore.visualize_conversation_probabilities(analysis)
+    body = re.sub("\x1b\\[[0-9;]*m", "", coloured).split("\n\n", 1)[1]
+    texts = explore.join_characters([text for text, _ in analysis.pieces])
+    assert body.split() == explore.show_text("".join(texts)).split(), "words stay whole"
+    monkeypatch.setenv("NO_COLOR", "1")
+    marked = explore.visualize_conversation_probabilities(analysis)
+    assert "\x1b" not in marked
+    assert marked.count("{") >= sum(token.probability < 0.5 for token in analysis.tokens) > 0
+    assert "{≤" in marked
     explore.quick_explore(made.folder, 1)
     assert "#" not in capsys.readouterr().out.split("tokens:")[1], "words are found by themselves"

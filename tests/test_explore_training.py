@@ -381,17 +381,6 @@ def test_a_trainer_goes_on_from_its_checkpoint_as_if_never_stopped(
     assert len({round(loss, 2) for loss in whole}) > 5, "no two batches are alike"
 
 
-def test_transformers_own_loader_takes_as_datasets(extracted, run_example, monkeypatch, capsys):
-    wanted = run_example("trainer", extracted, "--steps", 6, "--alpha", 0.7)  # of one epoch
-    example = load_example("trainer")
-    del example.DistillationTrainer.get_train_dataloader
-    made = LogitIterableDataset(extracted, max_seq_len=512).as_datasets()
-    monkeypatch.setattr(example, "LogitIterableDataset", lambda *_, **__: made)
-    example.main()
-    assert find_losses(capsys.readouterr().out) == pytest.approx(wanted, abs=2e-3)
-    assert len(wanted) == 6
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trainer", "sft_trainer"])
 def test_two_processes_take_the_steps_of_one(name, tmp_path, extracted, run_example):

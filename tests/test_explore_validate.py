@@ -1,6 +1,5 @@
 """Validation: an output that is sound passes, and every kind of damage is caught and named."""
 
-import contextlib
 import functools
 import json
 
@@ -105,7 +104,13 @@ DAMAGE = {  # what is wrong: the rule that says so, and what the row holds inste
 
 
 def test_a_sound_output_has_no_violations(tmp_path):
-    others = ({}, {"logit_bits": 6}, {"sampled_n": 0}, {"top_p": 1.0, "top_p_max": 255})
+    others = (
+        {},
+        {"logit_bits": 6},
+        {"logit_bits": 15},
+        {"sampled_n": 0},
+        {"top_p": 1.0, "top_p_max": 255},
+    )
     for number, settings in enumerate((STORED, *(SETTINGS | other for other in others))):
         rows = random_rows(12, settings=settings, seed=number)
         report = validate_output(write_output(tmp_path / str(number), rows, settings=settings))
@@ -218,46 +223,12 @@ def test_absurd_settings_are_refused_by_name(tmp_path, change):
     assert explore.get_sample([output / SHARD])["index"] == 8
 
 
-def test_random_damage_never_ends_in_anything_but_a_report(tmp_path):
-    # 150 files with 1 to 20 bytes changed, half of them in the footer; seeded.
-    shard = write_output(tmp_path, ROWS[:6], settings=STORED) / "data/part-00000.parquet"
-    sound, caught = shard.read_bytes(), 0
-    footer = len(sound) - 8 - int.from_bytes(sound[-8:-4], "little")
-    for seed in range(150):
-        rng = np.random.default_rng(seed)
-        data = np.frombuffer(sound, np.uint8).copy()
-        places = rng.integers(footer if seed % 2 else 0, data.size, rng.choice([1, 2, 5, 20]))
-        data[places] = rng.integers(0, 256, places.size)
-        shard.write_bytes(data.tobytes())
-        caught += not validate_output(tmp_path).ok
-        with contextlib.suppress(explore.LogitsError):
-            explore.compute_dataset_stats(tmp_path)
-    assert caught > 100
-
-
-def test_shards_that_the_checkpoint_lists_otherwise_are_named(tmp_path):
+def test_a_checkpoint_of_version_0_1_that_lists_other_shards_is_named(tmp_path):
     output = in_shards(tmp_path)
     shards = {f"data/{p.name}": {"bytes": p.stat().st_size} for p in (output / "data").iterdir()}
-    for listed, wrong in (
-        (shards, []),
-        (shards | {SHARD: {"bytes": 5}}, [SHARD]),
-        (shards | {MORE: {"bytes": 5}}, [MORE]),
-        (3, ["checkpoint.json"]),
-    ):
+    for listed, wrong in ((shards, []), (shards | {MORE: {"bytes": 5}}, [MORE])):
         (output / "checkpoint.json").write_text(json.dumps({"shards": listed}))
-        report = validate_output(output)
-        assert [violation.shard for violation in report.violations] == wrong
-        assert set(report.counts) <= {"checkpoint"}
-
-
-def test_a_flood_of_violations_is_counted_but_not_listed(tmp_path):
-    rows = [row | {"logsumexp": [-40.0] * row["num_tokens"]} for row in ROWS]
-    output = write_output(tmp_path, rows, settings=STORED)
-    (output / "extraction_config.json").write_text("{not json")
-    report = validate_output(output)
-    assert report.counts["logsumexp"] == sum(row["num_tokens"] for row in rows) > 30
-    assert len(report.violations) <= 1 + 3 * 10 * len(report.counts)
-    assert "extraction_config.json" in {violation.shard for violation in report.violations}
+        assert [v.shard for v in validate_output(output).violations] == wrong
 
 
 def test_only_whole_parts_are_compared_with_their_hash_where_the_order_is_not_known(tmp_path):
@@ -272,15 +243,17 @@ def test_only_whole_parts_are_compared_with_their_hash_where_the_order_is_not_kn
 def test_a_checkpoint_that_lists_other_parts_is_named(tmp_path):
     output = in_parts(tmp_path)
     columns = json.loads((output / "checkpoint.json").read_text())["parts"]
-    names, rows = list(columns), zip(*columns.values(), strict=True)
-    records = [{**dict(zip(names, row, strict=True)), "skipped": {}} for row in rows]
-    for change in ({"bytes": 5}, {"ids": "0" * 16}, {"tokens": 1}):
-        write_checkpoint(output, put(records, (1, records[1] | change)), "")
+    rows = zip(*columns.values(), strict=True)
+    records = [{**dict(zip(columns, row, strict=True)), "skipped": {}} for row in rows]
+    for listed, shard in (
+        *((put(records, (1, records[1] | change)), SHARD)
+          for change in ({"bytes": 5}, {"ids": "0" * 16}, {"tokens": 1})),
+        (records[:2], "data/part-00002.parquet"),
+    ):  # fmt: skip
+        write_checkpoint(output, listed, "")
         report = validate_output(output)
         assert report.counts == {"checkpoint": 1}, str(report)
-        assert report.violations[0].shard == SHARD
-    write_checkpoint(output, records[:2], "")
-    assert validate_output(output).violations[0].shard == "data/part-00002.parquet"
+        assert report.violations[0].shard == shard
 
 
 def test_the_command_exits_3_and_names_shard_row_token_and_rule(tmp_path, capsys):
