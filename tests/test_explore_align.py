@@ -1,7 +1,6 @@
 """Putting rows beside their text: the right token at the right place, exact or honestly bounded."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,20 +227,3 @@ def test_code_that_a_tokenizer_brings_runs_only_when_asked(tmp_path, monkeypatch
     with pytest.raises(explore.LogitsError, match="--trust-remote-code, trust_remote_code=True"):
         execute_analysis(made)
     assert explore.main([str(made), "--trust-remote-code"]) == 0
-
-
-def test_on_a_terminal_unlikely_tokens_are_coloured_or_marked(made, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    analysis = execute_analysis(made.folder, 1)
-    coloured = explore.visualize_conversation_probabilities(analysis)
-    body = re.sub("\x1b\\[[0-9;]*m", "", coloured).split("\n\n", 1)[1]
-    texts = explore.join_characters([text for text, _ in analysis.pieces])
-    assert body.split() == explore.show_text("".join(texts)).split(), "words stay whole"
-    monkeypatch.setenv("NO_COLOR", "1")
-    marked = explore.visualize_conversation_probabilities(analysis)
-    assert "\x1b" not in marked
-    assert marked.count("{") >= sum(token.probability < 0.5 for token in analysis.tokens) > 0
-    assert "{≤" in marked
-    explore.quick_explore(made.folder, 1)
-    assert "#" not in capsys.readouterr().out.split("tokens:")[1], "words are found by themselves"

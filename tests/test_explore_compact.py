@@ -1,18 +1,21 @@
 """Compact rows as the explorer reads, scores, checks and shows them."""
 
+import itertools
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import TEACHER
 from small_output import STORED, write_parts
+from sparse_batches import randn
 
 import explore_logits as explore
 import extract_logits as extract
 from explore_logits import compare_outputs, distillation_loss, logits_to_probs
 
 VOCAB, MIN_P, SIZES = 700, 0.01, [5, 1, 9]
-LOGITS = torch.randn(15, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
+LOGITS = 3 * randn(15, VOCAB, seed=1)
 LOGITS[4] *= 0.01  # flat
 LOGITS[7, 2:] = -200.0  # certain
 PLAIN = {name: STORED[name] for name in ("top_p", "top_p_max", "sampled_n")}
@@ -84,7 +87,6 @@ def test_a_token_without_a_logit_has_at_most_the_threshold(output):
 
 def test_every_way_to_show_them_works(output, tmp_path):
     sample = explore.get_sample(output)
-    explore.print_sample_info(sample)
     explore.print_top_tokens(sample, 4)
     explore.plot_logit_distribution(sample, 4)
     explore.plot_nucleus_vs_sampled(sample)
@@ -115,16 +117,14 @@ def test_compared_with_plain_rows_of_the_same_teacher_they_do_not_differ(output,
 def test_what_the_extractor_wrote_is_valid_and_exported(tmp_path, bits):
     output = write(tmp_path / "out", LOGITS - 100, bits=bits)  # as GPT-2's, all below 0
     report = explore.validate_output(output)
-    assert report.ok, report
-    assert (report.rows, report.tokens) == (3, 15)
-    assert explore.export_axolotl(output, tmp_path / "axolotl", k=8) == 3
+    assert (report.ok, report.rows, report.tokens) == (True, 3, 15), report
     how = {"k": 8, "labels_at": "predicting"}
     assert explore.export_distillkit(output, tmp_path / "distillkit", **how) == 3
     first = datasets.load_from_disk(str(tmp_path / "distillkit"))[0]
     stored = np.array(first["compressed_logprobs"][4], np.uint8).view("<f4")
     assert stored[0] > -1e-5, "no nucleus: the text's token, not eight that DistillKit would scale"
     with np.errstate(divide="raise"):  # where no token is kept, there is nothing to normalise
-        explore.export_axolotl(output, tmp_path / "normal", k=8, normalize=True)
+        assert explore.export_axolotl(output, tmp_path / "normal", k=8, normalize=True) == 3
 
 
 FAULTS = {  # rule: row, column, what its list becomes
@@ -151,10 +151,10 @@ def test_the_gradient_is_that_of_the_whole_distribution_on_average(tmp_path, sca
     A coordinate of the tail deviates by sqrt(p (share - p)), share at most min_p. Seeds are fixed.
     """
     count = 2000
-    teacher = torch.randn(60, generator=torch.Generator().manual_seed(4)) * scale
+    teacher = scale * randn(60, seed=4)
     batch = make_batch(write(tmp_path, teacher.expand(count, -1), [1] * count, min_p=min_p))
-    student = torch.randn(60, generator=torch.Generator().manual_seed(9)).double()
-    leaf = student.expand(count, -1).clone().requires_grad_()
+    student = randn(60, seed=9).double()
+    leaf = student.repeat(count, 1).requires_grad_()
     distillation_loss(leaf, batch, reduction="sum").backward()
     p = teacher.double().softmax(-1)
     deviation = torch.where(p < min_p, (min_p * p).sqrt(), 0.0)
@@ -164,18 +164,15 @@ def test_the_gradient_is_that_of_the_whole_distribution_on_average(tmp_path, sca
     assert leaf.grad.std(0).max() > 1e-3  # they do differ
 
 
-@pytest.mark.parametrize("tail", ["ghost", "ignore"])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-def test_what_needs_no_tail_is_that_of_plain_rows(tmp_path, divergence, tail):
+def test_what_needs_no_tail_is_that_of_plain_rows(tmp_path):
     """Where both keep the same nucleus: a teacher with eight probable tokens and equal others."""
     teacher = torch.full((15, VOCAB), -9.0)
     teacher[:, 100:108] = torch.arange(8.0) / 100
-    outputs = (write(tmp_path / str(min_p), teacher, min_p=min_p) for min_p in (0.05, None))
-    compact, plain = (
-        float(distillation_loss(-LOGITS, make_batch(output), divergence=divergence, tail=tail))
-        for output in outputs
-    )
-    assert compact == pytest.approx(plain, rel=2e-2)
+    batches = [make_batch(write(tmp_path / str(p), teacher, min_p=p)) for p in (0.05, None)]
+    for divergence, tail in itertools.product(explore.DIVERGENCES, ("ghost", "ignore")):
+        how = {"divergence": divergence, "tail": tail}
+        compact, plain = (float(distillation_loss(-LOGITS, batch, **how)) for batch in batches)
+        assert compact == pytest.approx(plain, rel=2e-2), how
 
 
 def test_what_needs_the_logits_of_the_tail_is_refused(output):

@@ -167,11 +167,3 @@ def test_without_a_common_token_there_is_no_figure(output, tmp_path, capsys):
     assert comparison["rows"] == [30, 4]
     for figure in ("mean_divergence", "max_divergence", "same_first", "max_logsumexp"):
         assert comparison[figure] is None
-
-
-@pytest.mark.parametrize("logsumexp", [-1e308, max(ROWS[0]["top_max"]) - 0.1])
-def test_what_is_no_probability_is_refused(logsumexp):
-    rows = [ROWS[1], {**ROWS[0], "logsumexp": [logsumexp] * ROWS[0]["num_tokens"]}]
-    for read in (compute_dataset_stats, lambda rows: compare_outputs(rows, rows)):
-        with pytest.raises(explore.FormatError, match=r"row 1: token \d has a log-sum-exp"):
-            read(rows)

@@ -71,8 +71,8 @@ DAMAGE = {  # what is wrong: the rule that says so, and what the row holds inste
     "num_tokens too large": ("length", {"num_tokens": 2**31 - 1}),
     "no tokens at all": ("length", {
         **EMPTY_ROW, "num_tokens": 0, "top_indices_high": b"", "sampled_indices_high": b""}),
-    **{f"{name} too short": ("length", {name: HURT[name][:-1]})
-       for name in ("top_counts", "sampled_indices_low", "token_positions")},
+    "counts too short": ("length", {"top_counts": HURT["top_counts"][:-1]}),
+    "tail ids too short": ("length", {"sampled_indices_low": HURT["sampled_indices_low"][:-1]}),
     "fewer tail tokens than drawn": ("tail count", {
         **ids("sampled", TAIL_IDS[:HALF]),
         "sampled_logits_quantized": HURT["sampled_logits_quantized"][:HALF]}),
@@ -104,13 +104,8 @@ DAMAGE = {  # what is wrong: the rule that says so, and what the row holds inste
 
 
 def test_a_sound_output_has_no_violations(tmp_path):
-    others = (
-        {},
-        {"logit_bits": 6},
-        {"logit_bits": 15},
-        {"sampled_n": 0},
-        {"top_p": 1.0, "top_p_max": 255},
-    )
+    others = [{"logit_bits": bits} for bits in (6, 15, 16)]
+    others += [{"sampled_n": 0}, {"top_p": 1.0, "top_p_max": 255}]
     for number, settings in enumerate((STORED, *(SETTINGS | other for other in others))):
         rows = random_rows(12, settings=settings, seed=number)
         report = validate_output(write_output(tmp_path / str(number), rows, settings=settings))
