@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import EYES, SMALL, VISION, largest_difference, tiny_model
+from architectures import (
+    EYES,
+    SMALL,
+    VISION,
+    VOCAB,
+    conversations,
+    largest_difference,
+    plain_logits,
+    tiny_model,
+)
 from safetensors.torch import load_file, save_file
 from test_extract_teacher import TOLERANCE, all_logits, configure, mixing_model
 
@@ -221,7 +230,9 @@ def test_an_adapter_is_added_to_its_base_or_refused_with_the_remedy(tmp_path, mo
     assert el.tokenizer_source(configure(lora), *found) == (str(base), "main")
     assert el.find_base_revision(configure(lora), str(lora)) == el.source_revision(str(base))
     got, plain = (all_logits(load_teacher(configure(folder))) for folder in (lora, base))
-    want = all_logits(Teacher(adapted.merge_and_unload()))
+    want = torch.cat(
+        [plain_logits(adapted.eval(), *row) for row in zip(*conversations(), strict=True)]
+    )
     assert float((got - want).abs().max()) <= TOLERANCE
     assert float((got - plain).abs().max()) > 0.1
     weights = load_file(lora / "adapter_model.safetensors")
@@ -233,3 +244,96 @@ def test_an_adapter_is_added_to_its_base_or_refused_with_the_remedy(tmp_path, mo
     (base / "adapter_config.json").unlink()
     monkeypatch.setitem(sys.modules, "peft", None)
     assert f"is an adapter of {base}: pip install peft" in refusal(lora)
+
+
+PLAIN_LORA = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "r": 2}
+
+
+def save_adapter(
+    folder: Path, added: Any, *, tied: bool = False, rows: int | None = None
+) -> tuple[Path, Any]:
+    """Write an adapter, drawn at random, of a base with rows added; return it as it was trained."""
+    import peft
+
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    base = save(folder / "base", tiny_model("llama", tie_word_embeddings=tied))
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    adapted = peft.get_peft_model(model, added)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.normal_(0, 0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+    return folder, adapted.eval()
+
+
+HEADS = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.filterwarnings("ignore")  # peft asks to read about tied weights
+@pytest.mark.parametrize(
+    ("change", "tied", "rows"),
+    [({"target_modules": ["q_proj", "embed_tokens"]}, True, None),
+     ({"target_modules": ["q_proj", "lm_head"]}, True, None),
+     ({"target_modules": HEADS}, True, None),
+     ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True, None),
+     ({"modules_to_save": ["embed_tokens"]}, True, None),
+     ({"trainable_token_indices": [90]}, True, None), ({}, False, 99),
+     ({"modules_to_save": HEADS}, False, 99), ({"modules_to_save": HEADS}, True, 99)],
+)  # fmt: skip
+def test_an_adapter_gives_what_it_was_trained_to_give(tmp_path, change, tied, rows):
+    """Of tied weights one alone may be changed, and a vocabulary may have grown."""
+    peft = pytest.importorskip("peft", reason="peft loads adapters")
+    lora, adapted = save_adapter(
+        tmp_path, peft.LoraConfig(**{**PLAIN_LORA, **change}), tied=tied, rows=rows
+    )
+    given = [np.array([5, 90, 7, (rows or VOCAB) - 1, 30], np.int32)], [np.arange(1, 5)]
+    got = all_logits(load_teacher(configure(lora)), *given)
+    want = plain_logits(adapted, given[0][0], given[1][0])
+    assert float((got - want).abs().max()) <= TOLERANCE * float(want.std())
+    added: Any = SimpleNamespace(get_added_vocab=lambda: {"old": 90, "new": 98, "none": 99})
+    unknown = el.find_unknown(added, el.load_model_config(configure(lora)))
+    assert unknown == ({99} if rows else {98, 99})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_is_not_added_whole_is_refused(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft", reason="peft loads adapters")
+
+    def edit(name: str, **changes: Any) -> Path:
+        folder, _ = save_adapter(tmp_path / name, peft.LoraConfig(**PLAIN_LORA))
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return folder
+
+    said = refusal(edit("tensors", target_modules=["q_proj"]))
+    assert re.search(r"no place for \d+ tensors of its adapter \(\S+up_proj.lora_A.weight, …", said)
+    assert "no place for 1 options of its adapter (lora_new" in refusal(edit("o", lora_new=2))
+    load_teacher(configure(edit("unset", lora_new=None, lora_newer=False)))
+    kinds = (
+        (
+            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            "a PROMPT_TUNING, to",
+        ),
+        (
+            peft.LoraConfig(**PLAIN_LORA, lora_bias=True),
+            "because the base layer has no bias); give",
+        ),
+        (peft.LoraConfig(**PLAIN_LORA, alora_invocation_tokens=[9]), "not support merging); give"),
+    )
+    for number, (added, why) in enumerate(kinds):
+        said = refusal(save_adapter(tmp_path / str(number), added)[0])
+        assert said.startswith(": peft cannot add its adapter, a ")
+        assert why in said
+    folder, _ = save_adapter(tmp_path / "grown", peft.LoraConfig(**PLAIN_LORA), rows=99)
+    weights = load_file(folder / "adapter_model.safetensors")
+    del weights["base_model.model.lm_head.weight"]
+    save_file(weights, folder / "adapter_model.safetensors")
+    assert "of 99 tokens, its base has 96" in refusal(folder)
+    merge = peft.tuners.lora.Linear.get_delta_weight
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear, "get_delta_weight", lambda *given: 2 * merge(*given)
+    )
+    assert "off by" in refusal(edit("wrongly"))
