@@ -10,7 +10,7 @@ import pytest
 from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
 import explore_logits as explore
@@ -470,3 +470,17 @@ def test_a_template_that_does_too_much_or_shows_no_assistant_is_refused_for_all(
     with pytest.raises(TemplateError, match=said) as refused:
         explore.prepare_template(tokenizer_for(PLAIN), template)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_blanks_that_a_tokenizer_cuts_off_its_offsets_are_the_assistants_nevertheless(nested):
+    """As ByteLevel does unless told otherwise; the user's own tokenizer goes on doing it."""
+    plain, cutting = (tokenizer_for(each("{{ m.role }}: {{ m.content }}\n")) for _ in "ab")
+    post = processors.ByteLevel()
+    cutting.backend_tokenizer.post_processor = processors.Sequence([post]) if nested else post
+    own = cutting("a  b", return_offsets_mapping=True)["offset_mapping"]
+    for said in ("    42 is it  ", "\n  two\n\n  ", "one ", " "):
+        one, two = (encode_conversation([CHAT[0], says(said)], t) for t in (plain, cutting))
+        assert one.input_ids.tolist() == two.input_ids.tolist()
+        assert one.token_positions.tolist() == two.token_positions.tolist(), said
+    assert cutting("a  b", return_offsets_mapping=True)["offset_mapping"] == own != [(0, 4)]
