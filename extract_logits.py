@@ -1800,17 +1800,18 @@ def merge_adapter(model: Any, adapter: str, revision: str | None) -> Any:
         except LOADING_FAULTS as error:
             why = "" if isinstance(error, AttributeError) else f" ({first_line(error).rstrip('.')})"
             raise TeacherError(
-                f"peft cannot add its adapter, a {settings.peft_type.value}, to the weights{why}; "
+                f"peft cannot add its adapter to the weights: {settings.peft_type.value}{why}; "
                 "give a plain LoRA, or a whole model"
             ) from error
         got = merged(input_ids=ids, use_cache=False).logits[0].float()
     check_adapter(settings, find_file(adapter, "adapter_config.json", revision), unused, caught)
     off = float(disagreement(got, want).median())
-    if not off <= ROUNDING.get(str(merged.dtype).removeprefix("torch."), 0.1):
+    kind = "any" if applied_quantization(merged) else str(merged.dtype).removeprefix("torch.")
+    if not off <= ROUNDING.get(kind, 0.1):
         raise TeacherError(
             f"its adapter added to the weights gives logits that are off by {off:.1g} of their "
-            "spread from those beside the weights; give a whole model, or the adapter of a base "
-            "that is not quantized"
+            "spread, as where weights are quantized or layers share them; give a whole model, or "
+            "in adapter_config.json a base that is not quantized"
         )
     return merged
 
