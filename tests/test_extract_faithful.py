@@ -319,7 +319,7 @@ def test_an_adapter_that_is_not_added_whole_is_refused(tmp_path):
     )
     for number, (added, why) in enumerate(kinds):
         said = refusal(save_adapter(tmp_path / str(number), added)[0])
-        assert said.startswith(": peft cannot add its adapter to the weights: ")
+        assert ": peft cannot add its adapter to the weights: " in said
         assert why in said
     folder, _ = save_adapter(tmp_path / "grown", peft.LoraConfig(**PLAIN_LORA), rows=99)
     weights = load_file(folder / "adapter_model.safetensors")
