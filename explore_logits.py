@@ -55,6 +55,7 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -646,11 +647,12 @@ def source_id(row: Mapping[str, Any], number: int, columns: ConversationColumns)
 
 # Opening ------------------------------------------------------------------------------------------
 #
-# JSON and CSV are read here, row by row, whether streamed or not: nulls and numbers stay as they
-# were written, and a bad line is named when it is met. The rest is read by `datasets`.
+# JSON and CSV are read here, row by row, local or on the Hub, streamed or not: nulls and numbers
+# stay as they were written, and a bad line is named when it is met. The rest `datasets` reads.
 
 FIRST_ROWS = 1000  # that tell the columns where no schema does: a key may be left out of some rows
 _FILE = re.compile(r"\.(jsonl?|csv|parquet)(?:\.(?:gz|zst|bz2|xz))?$")
+_HUB_FILE = re.compile(r"hf://datasets/(.+?)@([0-9a-f]{40})/(.+)")
 
 
 def open_source(
@@ -668,7 +670,8 @@ def open_source(
     .csv file, also compressed, a folder of them, or one written by `save_to_disk`. With `streaming`
     it is never held in memory or written to a cache, without it `split` may slice: `train[:100]`.
     Columns of CSV files in `integers` hold such, all others are read as text. Raises SourceError,
-    which names the splits there are, file and line, or that the Hub is out of reach.
+    which names the splits there are, file and line, or that the Hub is out of reach and its cache
+    holds no such dataset or another commit of it.
     """
     datasets, path = import_extra("datasets"), local_path(dataset)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # logs and raises
@@ -677,19 +680,21 @@ def open_source(
     if streaming and name != split:
         raise SourceError(f"--split {split}: a stream is not sliced; leave out --streaming")
     with _reading(dataset, split, subset):
-        if not path.exists():
-            if dataset.startswith((".", "/", "~")) or _FILE.search(dataset):
-                raise SourceError(f"dataset {dataset!r}: no such file or folder")
-            how = {"split": split, "streaming": streaming, "revision": revision}
-            answers = hub_answers(dataset, "dataset")
-            with contextlib.nullcontext() if answers else _cache_alone():
-                rows, name = datasets.load_dataset(dataset, name=subset, **how), split
-        elif name not in (splits := _find_splits(path, subset)) or len(asked) > 1:
+        if path.exists():
+            splits = _find_splits(path, subset)
+        elif dataset.startswith((".", "/", "~")) or _FILE.search(dataset):
+            raise SourceError(f"dataset {dataset!r}: no such file or folder")
+        else:
+            splits = _find_splits_of_hub(dataset, subset, split, streaming, revision)
+            name = split if split in splits else name
+        if name not in splits or (len(asked) > 1 and name != split):
             raise ValueError(f"Available splits: {[*splits]}")  # as `datasets` says it
-        elif isinstance(rows := splits[name], datasets.Dataset):
-            rows = rows.to_iterable_dataset() if streaming else rows
+        if not isinstance(rows := splits[name], list):
+            is_table = isinstance(rows, datasets.Dataset)
+            rows = rows.to_iterable_dataset() if streaming and is_table else rows
         elif _kind_of_file((rows := _like_files(rows))[0]) == "parquet":
             how = {"split": name, "streaming": streaming, "name": _fingerprint(rows)}
+            how["features"] = _unite_types(rows)
             rows = [glob.escape(os.path.abspath(file)) for file in rows]
             rows = datasets.load_dataset("parquet", data_files={name: rows}, **how)
         elif streaming:
@@ -718,6 +723,91 @@ def _cache_alone() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def _find_splits_of_hub(
+    dataset: str, subset: str | None, split: str, streaming: bool, revision: str | None
+) -> Mapping[str, Any]:
+    """Return the files of a dataset on the Hub by split, or the split where they are not read here.
+
+    Files of the split are fetched, but for a stream. Raises SourceError where the Hub is out of
+    reach and its cache has the dataset at another commit.
+    """
+    datasets, answers = import_extra("datasets"), hub_answers(dataset, "dataset")
+    with contextlib.nullcontext() if answers else _cache_alone():
+        splits = _list_files_of_hub(dataset, subset, revision, answers)
+        if not splits or len(asked := {part.partition("[")[0] for part in split.split("+")}) > 1:
+            how = {"split": split, "streaming": streaming, "revision": revision}
+            return {split: datasets.load_dataset(dataset, name=subset, **how)}
+        if not (answers and streaming):
+            splits |= {name: _fetch(splits[name]) for name in asked & splits.keys()}
+        return splits
+
+
+def _list_files_of_hub(
+    dataset: str, subset: str | None, revision: str | None, answers: bool
+) -> dict[str, list[str]]:
+    """Return the JSON and CSV files of a dataset on the Hub by split, nothing of other datasets.
+
+    What the Hub lists is kept for when it is out of reach.
+    """
+    datasets, constants = import_extra("datasets"), import_extra("huggingface_hub.constants")
+
+    def listing(commit: str | None) -> Path:
+        key = hashlib.sha256(json.dumps([dataset, subset, commit]).encode()).hexdigest()[:32]
+        return Path(datasets.config.HF_DATASETS_CACHE, "rows", f"{key}.json")
+
+    if not answers and not is_exact(revision):
+        revision = cached_commit(dataset, revision) or revision
+    if not answers and listing(revision).is_file():
+        return dict(json.loads(listing(revision).read_text()))
+    builder = datasets.load_dataset_builder(dataset, name=subset, revision=revision)
+    if not answers:
+        if revision not in (None, builder.hash):
+            raise SourceError(
+                f"dataset {dataset!r}: the Hub is out of reach, and its cache here holds commit "
+                f"{builder.hash}, not {revision}: run once where the Hub answers"
+            )
+        info = json.loads(Path(builder.cache_dir, "dataset_info.json").read_text())
+        if info.get("builder_name") not in ("json", "csv"):
+            return {}
+        folder = f"datasets--{dataset.replace('/', '--')}"  # where `datasets` has left all of them
+        path = Path(constants.HF_HUB_CACHE, folder, "snapshots", builder.hash)
+        return dict(_find_splits(path, subset))
+    splits = {str(split): list(each) for split, each in (builder.config.data_files or {}).items()}
+    known, own = vars(builder.config), vars(type(builder.config)())
+    changed = [name for name in known if known[name] != own[name]]  # by a README.md
+    if not {*changed} <= {"name", "version", "data_dir", "data_files", "description"}:
+        return {}
+    for file in itertools.chain(*splits.values()):
+        if not _HUB_FILE.fullmatch(file) or _kind_of_file(file) in ("", "parquet"):
+            return {}
+    with contextlib.suppress(OSError), whole_file(listing(builder.hash)) as part:
+        part.write_text(json.dumps(splits))
+    return splits
+
+
+def _fetch(files: Sequence[str]) -> list[str]:
+    """Return where files of the Hub are in its cache here, to which they are brought."""
+    hub = import_extra("huggingface_hub")
+
+    def fetch(file: str) -> str:
+        if not (found := _HUB_FILE.fullmatch(file)):
+            return file
+        repo, commit, name = found.groups()
+        return str(hub.hf_hub_download(repo, name, repo_type="dataset", revision=commit))
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(fetch, files))
+
+
+def cached_commit(repo: str, revision: str | None = None, *, kind: str = "dataset") -> str | None:
+    """Return the commit that a branch of a repository is (None: main) by the Hub's cache here."""
+    folder = f"{kind}s--{repo.replace('/', '--')}"
+    cache = import_extra("huggingface_hub.constants").HF_HUB_CACHE
+    with contextlib.suppress(OSError, ValueError):
+        return Path(cache, folder, "refs", revision or "main").read_text()
+    return None
+
+
 def _kind_of_file(name: str) -> str:
     """Return "jsonl", "json", "csv" or "parquet", "" for anything else."""
     found = _FILE.search(name)
@@ -732,7 +822,8 @@ def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
         raise SourceError(f"{name} is a file or a saved dataset: it has no --subset {subset}")
     if saved:
         tables = datasets.load_from_disk(str(path))
-        return tables if isinstance(tables, dict) else {"train": tables}
+        tables = tables if isinstance(tables, dict) else {"train": tables}
+        return {split: table.with_format(None) for split, table in tables.items()}
     kinds = [_kind_of_file(path.name)]
     if path.is_dir():
         kinds = [_kind_of_file(file.name) for file in path.rglob("[!.]*") if file.is_file()]
@@ -752,12 +843,31 @@ def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
     # it takes the files of one kind; what else is .json may be about the others
     for kind in sorted({*kinds} - {*taken, "json", ""}):
         log.warning("%s: its .%s files are not read, give them apart", name, kind)
+    read, readme = {*itertools.chain(*splits.values())}, path / "README.md"
+    idle = [
+        str(file.relative_to(path))
+        for file in sorted(path.rglob("[!.]*"))
+        if not is_hidden(file.relative_to(path))
+        if (file.is_symlink() and file.is_dir())
+        or (_kind_of_file(file.name) in taken and os.path.abspath(file) not in read)
+    ]
+    if idle and not (readme.is_file() and b"data_files" in readme.read_bytes()):
+        what = "which name no split as others do (train-…), or are links to folders"
+        few = show_line(", ".join(idle[:3])) + (", …" if len(idle) > 3 else "")
+        log.warning("%s: not read: %s, %s (%s)", name, plural(len(idle), "file"), what, few)
     return splits
 
 
 def _like_files(files: Sequence[str]) -> list[str]:
-    """Return the files that hold rows, of those read together: all have the same columns."""
+    """Return the files that hold rows, of those read together: all have the same columns.
+
+    Columns of Parquet files hold the same, too: `datasets` makes 007 a number where others hold
+    such.
+    """
     columns: dict[str, list[str]] = {}
+    types: dict[str, tuple[str, str]] = {}  # what a column holds, and the file that said so
+    if _HUB_FILE.fullmatch(files[0]):  # a request each, and a stream may end before most of them
+        return list(files)
     for file in files:
         with _reading(file):
             if _kind_of_file(file) != "parquet":
@@ -766,16 +876,53 @@ def _like_files(files: Sequence[str]) -> list[str]:
                 continue
             with pq.ParquetFile(file) as table:
                 columns[file] = table.schema_arrow.names if table.metadata.num_rows else []
+                for entry in table.schema_arrow if columns[file] else ():
+                    for place, kind in _list_types(entry.name, entry.type):
+                        expected, other = types.setdefault(place, (kind, file))
+                        if kind != expected:
+                            raise SourceError(
+                                f"dataset {file!r}: column {place} holds {kind}, that of "
+                                f"{Path(other).name} {expected}; write both alike, or give one file"
+                            )
     full = [file for file in files if columns[file]]
     if not full:
         raise SourceError(f"dataset {files[0]!r} has no rows")
+    is_json = _kind_of_file(full[0]).startswith("json")  # where a key may be left out
+    optional = ConversationColumns().needed() if is_json else set()
     for file in full:
-        if other := ", ".join(sorted({*columns[full[0]]} ^ {*columns[file]})):
+        if other := ", ".join(sorted(({*columns[full[0]]} ^ {*columns[file]}) - optional)):
             raise SourceError(
                 f"dataset {file!r} and {Path(full[0]).name} have different columns ({other}); "
                 "give one of the files, or a folder of like ones"
             )
     return full
+
+
+def _unite_types(files: Sequence[str]) -> Any:
+    """Return the features of Parquet files where the first does not tell, for it holds nulls."""
+    schemas = [pq.read_schema(file).remove_metadata() for file in files]
+    if not any(re.search(r"(^|: )null\b", str(kind)) for kind in schemas[0].types):
+        return None
+    united = pa.unify_schemas(schemas, promote_options="permissive")
+    return import_extra("datasets").Features.from_arrow_schema(united)
+
+
+def _list_types(place: str, kind: pa.DataType) -> Iterator[tuple[str, str]]:
+    """Yield what a column and the fields in it hold, whatever its width; nothing for nulls.
+
+    Whole columns of numbers are alike, too: pandas makes floats of integers beside a null.
+    """
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    for field_in in map(kind.field, range(kind.num_fields)):
+        name = "[]" if kind.num_fields == 1 and not pa.types.is_struct(kind) else field_in.name
+        yield from _list_types(f"{place}.{name}", field_in.type)
+    if not kind.num_fields and not pa.types.is_null(kind):
+        plain = re.sub(r"^large_|_view$|\W.*", "", str(kind))
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            is_whole = pa.types.is_integer(kind) and "." in place
+            plain = "integer" if is_whole else "number"
+        yield place, plain
 
 
 def read_rows(
@@ -792,7 +939,7 @@ def read_rows(
         nonlocal number
         number = 1  # of the line that is read, which may fail
         for line in iter(data.readline, b""):
-            yield line.decode("utf-8-sig")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             number += 1
         number -= 1
 
@@ -802,13 +949,16 @@ def read_rows(
         if file.endswith(".zst"):
             import_extra("zstandard")
         try:
-            local, path = import_extra("fsspec").filesystem("file"), os.path.abspath(file)
-            with local.open(path, "rb", compression="infer") as data:
-                lines = decode(data)
-                yield from _read_csv(lines, integers) if ".csv" in file else _read_json(lines)
+            place, path = import_extra("fsspec").filesystem("file"), os.path.abspath(file)
+            if _HUB_FILE.fullmatch(file):
+                place, path = import_extra("huggingface_hub").HfFileSystem(), file
+            with place.open(path, "rb", compression="infer") as data:
+                lines, is_csv = decode(data), _kind_of_file(file) == "csv"
+                yield from _read_csv(lines, integers) if is_csv else _read_json(lines)
         except _read_faults() as error:
             said = next((said for kind, said in _WHY.items() if isinstance(error, kind)), "")
-            damaged = "" if getattr(error, "errno", None) else ": the file is damaged"
+            passing = getattr(error, "errno", None) or isinstance(error, transfer_errors())
+            damaged = "" if passing else ": the file is damaged"
             why = said.format(error) or first_line(error) + damaged
             raise SourceError(f"dataset {file!r}, line {number}: {why}") from None
 
@@ -958,6 +1108,7 @@ def _read_faults() -> tuple[type[Exception], ...]:
     found += [RuntimeError, zlib.error, lzma.LZMAError, csv.Error, pa.ArrowException]
     found += [importlib.import_module("datasets").exceptions.DatasetsError]
     found += [importlib.import_module("yaml").YAMLError]  # of a README.md
+    found += transfer_errors()
     with contextlib.suppress(ImportError):
         found.append(importlib.import_module("zstandard").ZstdError)
     return tuple(found)
@@ -1006,7 +1157,7 @@ def source_revision(
 
     It covers their whole content up to 1 GB together; of more, names, sizes and 16 places of each,
     so that it stays cheap. Hidden files and folders, such as .git and .cache of a download, are no
-    part of it. None when the Hub does not say.
+    part of it. None when neither the Hub nor its cache says.
     """
     path = local_path(dataset)
     if not path.exists():
@@ -1014,7 +1165,7 @@ def source_revision(
         try:
             return str(hub.HfApi().repo_info(dataset, revision=revision, repo_type=kind).sha)
         except (hub.errors.HTTPError, OSError, ValueError):
-            return None
+            return cached_commit(dataset, revision, kind=kind)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.is_file() and not is_hidden(file.relative_to(path))]
     sizes = [file.stat().st_size for file in files]
@@ -1081,6 +1232,7 @@ _ROLES = {name: role for role, names in {
     "system": "system",
     "developer": "developer",
 }.items() for name in names.split()}  # fmt: skip
+_INSTRUCTORS = ("system", "developer")
 _PARTS = {"text": "text", "input_text": "text", "output_text": "text",
           "reasoning": "reasoning", "thinking": "reasoning"}  # fmt: skip
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -1206,10 +1358,20 @@ def _read_pair(cells: Mapping[str, Any], columns: ConversationColumns) -> Messag
     found: Messages = []
     for role, column in (("assistant", columns.assistant), ("user", columns.user)):
         value = cells[str(column)]
+        whole = role == "user" and found[0]["role"] not in ("assistant", "tool")
         if isinstance(value, list) and value and isinstance(value[0], dict):
             messages = _read_messages(value, str(column))
-            if role == "assistant" and messages[0]["role"] != "assistant":
-                return messages  # the whole conversation, as preference data has it in `chosen`
+            if whole:
+                asked, again = (
+                    [(m["role"], m.get("content")) for m in each if m["role"] not in _INSTRUCTORS]
+                    for each in (messages, found)
+                )
+                if asked == again[: len(asked)]:  # the prompt may yet have the only system message
+                    instructed = found[0]["role"] in _INSTRUCTORS
+                    lead = itertools.takewhile(lambda m: m["role"] in _INSTRUCTORS, messages)
+                    messages = [] if instructed else list(lead)
+        elif whole:
+            return found  # the whole conversation, as preference data has it in `chosen`
         else:
             text = _cell_text(cells, column)
             if role == "user" and (context := _cell_text(cells, columns.context, needed=False)):

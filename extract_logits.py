@@ -97,6 +97,7 @@ from explore_logits import (
     LogitsError,
     OneLineParser,
     add_options,
+    cached_commit,
     conversation_settings,
     count_processors,
     differing_settings,
@@ -5244,6 +5245,13 @@ def open_job(config: ExtractionConfig, should_stop: Callable[[], bool] = never) 
     settings["rows_per_part"] = recorded.get("rows_per_part") or choose_rows_per_part(
         selection, encoder
     )
+    every = settings["rows_per_part"]
+    if (
+        recorded
+        and config.upload_size_mb is None
+        and config.upload_every not in (every, ExtractionConfig.upload_every)
+    ):
+        logger.warning("--upload-every %d: the job was begun with %d", config.upload_every, every)
     lengths = find_lengths(config, settings, selection, measured)
     schema = shard_schema(
         store_tokens=config.store_tokens, compact=config.min_p is not None, settings=settings
@@ -5292,7 +5300,7 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
     """
     if is_exact(revision):
         return revision
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
     def ask() -> str | None:
         with hub_errors(repo):
@@ -5300,10 +5308,7 @@ def find_commit(repo: str, revision: str | None, *, kind: str) -> str | None:
 
     with contextlib.suppress(HubError, PassingError, ValueError):
         return bounded(ask, never, 60.0)
-    with contextlib.suppress(ValueError):
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision, repo_type=kind)
-        return Path(cached).parent.name if isinstance(cached, str) else None
-    return None
+    return cached_commit(repo, revision, kind=kind)
 
 
 def find_unknown(tokenizer: Any, model_config: Any) -> frozenset[int]:

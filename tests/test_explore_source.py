@@ -1,5 +1,6 @@
 """Opening chat datasets: every kind of file, columns, ids, and errors that name the remedy."""
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -339,3 +341,148 @@ def test_memory_stays_flat_while_a_stream_grows_tenfold(tmp_path):
     _, small, lines, parquet = map(int, done.stdout.split())
     assert lines - small < 30, f"peak memory grew from {small} to {lines} MB (JSON lines)"
     assert parquet - lines < 30, f"peak memory grew from {lines} to {parquet} MB (Parquet)"
+
+
+# What was left out, or read as something else -----------------------------------------------------
+
+CSV = 'id,question,answer\n1,"a\n\ufeffb",02139\n2,q,NA\n3,q,TRUE\n4,q,\n'
+
+
+def put(hub: Any, repo: str, **files: str | bytes) -> str:
+    """Make a commit of a dataset on the Hub, and return its id."""
+    api = huggingface_hub.HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.create_repo(repo, repo_type="dataset", exist_ok=True)
+    data = {
+        n.replace("_", "."): t if isinstance(t, bytes) else t.encode() for n, t in files.items()
+    }
+    add = [huggingface_hub.CommitOperationAdd(*file) for file in data.items()]
+    made = api.create_commit(repo, add, commit_message="add", repo_type="dataset")
+    return str(made.oid)
+
+
+@pytest.fixture
+def near(hub, tmp_path, monkeypatch):
+    """A Hub with a cache of this test's; `near(False)` puts the Hub out of reach."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+    def set_near(value: bool) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", not value)
+
+    return set_near
+
+
+@STREAMED
+def test_files_on_the_hub_are_read_as_they_are_here(streaming, near, hub, tmp_path):
+    rows = [{"id": 2**40 + n, "answer": [{"budget": x, "on": "2024-01-01"}]}
+            for n, x in enumerate(NUMBERS)]  # fmt: skip
+    for kind, text in (("csv", CSV), ("jsonl", "".join(json.dumps(row) + "\n" for row in rows))):
+        (tmp_path / f"train.{kind}").write_text(text)
+        commit = put(hub, f"u/{kind}", **{f"train_{kind}": text, f"test_{kind}": text})
+        how = {"integers": ["id"], "streaming": streaming}
+        here = list(open_source(str(tmp_path / f"train.{kind}"), **how))
+        for revision in (None, commit):
+            found = list(open_source(f"u/{kind}", revision=revision, **how))
+            assert list(map(repr, found)) == list(map(repr, here))
+    near(False)
+    with contextlib.nullcontext() if not streaming else pytest.raises(SourceError, match="cache"):
+        assert list(open_source("u/csv", split="train[:2]" if not streaming else "train")) != []
+    with pytest.raises(SourceError, match="has no split 'dev'; it has train, test"):
+        open_source("u/csv", split="dev")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("by", ["this script", "load_dataset"])
+def test_of_a_hub_out_of_reach_the_commit_that_is_meant_is_read_or_none(kind, by, near, hub):
+    commits = []
+    for answer in ("one", "two"):
+        data = table(answer) if kind == "parquet" else f'{{"answer": "{answer}"}}'
+        near(True)
+        commits.append(put(hub, "u/qa", **{f"train_{kind}": data}))
+        if by == "load_dataset":
+            datasets.load_dataset("u/qa")
+        else:
+            open_source("u/qa")
+        near(False)
+        assert explore.source_revision("u/qa") == commits[-1]
+        for revision in (None, commits[-1]):
+            assert open_source("u/qa", revision=revision)[0]["answer"] == answer
+    if (kind, by) == ("jsonl", "this script"):
+        assert open_source("u/qa", revision=commits[0])[0]["answer"] == "one"
+    else:
+        with pytest.raises(SourceError, match=f"cache here holds commit {commits[1]}"):
+            open_source("u/qa", revision=commits[0])
+
+
+def test_files_of_no_split_are_named(tmp_path, caplog):
+    for name in ("algebra", "train-tickets", "b/cooking"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / f"{name}.jsonl", PLAIN_ROWS)
+    (tmp_path / "more").symlink_to(tmp_path / "b")
+    assert len(open_source(str(tmp_path))) == 5
+    assert "3 files" in caplog.text
+    assert "algebra.jsonl, b/cooking.jsonl, more" in caplog.text
+    caplog.clear()
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: a, data_files: '*.jsonl'}\n---"
+    )
+    assert len(open_source(str(tmp_path))) == 10
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("form", ["torch", "arrow", "pandas"])
+def test_a_saved_dataset_is_read_without_the_format_it_was_given(form, tmp_path):
+    rows = [{"messages": [*QUESTION, {**ANSWER[0], "weight": 1.0}], "n": 3}]
+    made = datasets.Dataset.from_list(rows).with_format(form, columns=["n"])
+    made.save_to_disk(tmp_path / "a")
+    datasets.DatasetDict(train=made).save_to_disk(tmp_path / "b")
+    for name in "ab":
+        assert read_conversation(open_source(str(tmp_path / name))[0], MESSAGES).messages
+
+
+@STREAMED
+def test_parquet_files_whose_columns_hold_something_else_are_refused(streaming, tmp_path):
+    """Their width may differ, nulls and keys may be missing."""
+    number, text = pa.array([1]), pa.array(["007"])
+    lists = [pa.array([[{"a": 1}]]), pa.array([[{"a": "1"}]])]
+    lists += [pa.array([[{"a": 1.5}]]), pa.array([[{"a": None}]])]
+    alike = [(number, number.cast("int8")), (text, text.cast("large_string")), (lists[3], lists[0]),
+             (pa.nulls(1), text), (number, number.cast("float64"))]  # fmt: skip
+    other = [(number, text), (text, number), *itertools.combinations(lists[:3], 2)]
+    for pairs, fine in ((alike, True), (other, False)):
+        for n, pair in enumerate(pairs):
+            (folder := tmp_path / f"{fine}{n}").mkdir()
+            for name, column in zip("ab", pair, strict=True):
+                pq.write_table(pa.table({"x": column}), folder / f"{name}.parquet")
+            with contextlib.nullcontext() if fine else pytest.raises(SourceError, match="column x"):
+                found = open_source(str(folder), streaming=streaming)
+                assert [row["x"] for row in found] == [each for c in pair for each in c.to_pylist()]
+
+
+def test_a_prompt_goes_only_where_the_answer_repeats_it():
+    system, call = {"role": "system", "content": "s"}, {"function": {"name": "f"}}
+    asked = [*QUESTION, {"role": "assistant", "tool_calls": [call]}]
+    told = [{"role": "tool", "content": "5"}, *ANSWER]
+    talk = QUESTION + ANSWER
+    for prompt, answer, whole in (
+        (asked, told, asked + told),
+        ([system, *QUESTION], talk, [system, *talk]),
+        ([system], talk, [system, *talk]),
+        ([system, *QUESTION], [system, *talk], [system, *talk]),
+        (QUESTION, [system, *talk], [system, *talk]),
+        (talk, [{"role": "user", "content": "more"}, *ANSWER],
+         [*talk, {"role": "user", "content": "more"}, *ANSWER]),
+        ("q", talk, talk), (None, talk, talk),
+    ):  # fmt: skip
+        row = {"prompt": prompt, "completion": answer}
+        assert read_conversation(row, explore.resolve_columns(row)).messages == whole
+
+
+@STREAMED
+def test_the_kind_of_a_file_is_in_the_end_of_its_name(streaming, tmp_path):
+    """And what a conversation may lack, one file of several may lack."""
+    (folder := tmp_path / "shards.csv").mkdir()
+    write_rows(folder / "a.csv.jsonl", PLAIN_ROWS)
+    write_rows(folder / "b.jsonl", [{**PLAIN_ROWS[0], "tools": TOOLS}])
+    assert len(list(open_source(str(folder), streaming=streaming))) == 6
