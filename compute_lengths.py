@@ -276,10 +276,12 @@ def format_skipped(skipped: Mapping[str, int]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def describe_measure(config: LengthsConfig, encoder: ConversationEncoder) -> dict[str, Any]:
-    """Return what the lengths depend on; extraction compares it with its own settings."""
+def find_revisions(config: LengthsConfig) -> dict[str, str | None]:
+    """Name the versions of model and dataset; with `conversation_settings` all lengths depend on.
+
+    Extraction compares both with its own.
+    """
     return {
-        **conversation_settings(config, encoder),
         "model_revision": config.revision or source_revision(config.model, kind="model"),
         "dataset_revision": source_revision(config.dataset),
     }
@@ -392,12 +394,17 @@ def format_report(measured: MeasuredSource) -> str:
 
 def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
     """Measure a dataset and store the result; return both. Raises LogitsError."""
-    source, encoder = open_conversations(config)
+    revisions = find_revisions(config)
+    source, encoder = open_conversations(config, dataset_revision=revisions["dataset_revision"])
     total = len(source) if hasattr(source, "__len__") else None
     log.info("measuring %s rows of %s", "all" if total is None else f"{total:,}", config.dataset)
     batches = measure_source(source, encoder, batch_size=config.batch_size, workers=config.num_proc)
     measured = collect(batches, total=total)
-    settings = describe_measure(config, encoder)
+    local = (entry for entry in revisions.items() if str(entry[1]).startswith("sha256:"))
+    if changed := dict(local).items() - find_revisions(config).items():  # those of the Hub are held
+        what = min(changed)[0].removesuffix("_revision")
+        raise SourceError(f"the {what} has changed while it was measured; measure it again")
+    settings = conversation_settings(config, encoder) | revisions
     path = local_path(config.output_dir) / config.filename
     write_lengths(measured, settings, path)
     log.info("wrote %s", path)

@@ -178,3 +178,16 @@ def test_a_push_that_the_hub_refuses_keeps_the_file_and_says_where(status, hub, 
     hub.fault("POST .*/commit/", status=status, count=99)
     assert push().code == 2
     assert Path(re.search(r"kept as (.*lengths\.parquet)", caplog.text)[1]).exists()
+
+
+def test_lengths_are_those_of_the_data_that_is_recorded(measure, write_chats, monkeypatch, caplog):
+    path, collect = write_chats([{"messages": chat("word " * 80)}]), compute_lengths.collect
+
+    def collect_late(*args: Any, **options: Any) -> Any:
+        write_chats([{"messages": chat("short")}])
+        return collect(*args, **options)
+
+    monkeypatch.setattr(compute_lengths, "collect", collect_late)
+    assert measure("--num-proc", 1, dataset=path).code == 2
+    assert "the dataset has changed while it was measured" in caplog.text
+    assert measure("--num-proc", 1, dataset=path).code == 0

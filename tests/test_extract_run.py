@@ -175,3 +175,9 @@ def test_a_run_resumed_another_day_keeps_the_date(extract, source, model, monkey
     rows = Output("out").rows().values()
     assert {tokenizer.decode(row["input_ids"])[:11] for row in rows} == {"09 May 2030"}
     assert explore_logits.main(["out", "--sample", "0-3"]) == 0
+
+
+def test_another_size_of_parts_is_not_passed_over_without_a_word(extract, source, caplog):
+    for every, warned in ((2, False), (2, False), (1, True)):
+        assert extract(upload_every=every, limit=4, resume=True).code == 0
+        assert ("--upload-every 1: the job was begun with 2" in caplog.text) == warned
