@@ -843,14 +843,15 @@ def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
     # it takes the files of one kind; what else is .json may be about the others
     for kind in sorted({*kinds} - {*taken, "json", ""}):
         log.warning("%s: its .%s files are not read, give them apart", name, kind)
-    read, readme = {*itertools.chain(*splits.values())}, path / "README.md"
+    read = {*map(os.path.realpath, itertools.chain(*splits.values()))}
     idle = [
         str(file.relative_to(path))
         for file in sorted(path.rglob("[!.]*"))
         if not is_hidden(file.relative_to(path))
         if (file.is_symlink() and file.is_dir())
-        or (_kind_of_file(file.name) in taken and os.path.abspath(file) not in read)
+        or (_kind_of_file(file.name) in taken and os.path.realpath(file) not in read)
     ]
+    readme = path / "README.md"
     if idle and not (readme.is_file() and b"data_files" in readme.read_bytes()):
         what = "which name no split as others do (train-…), or are links to folders"
         few = show_line(", ".join(idle[:3])) + (", …" if len(idle) > 3 else "")

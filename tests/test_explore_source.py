@@ -429,6 +429,10 @@ def test_files_of_no_split_are_named(tmp_path, caplog):
     )
     assert len(open_source(str(tmp_path))) == 10
     assert not caplog.records
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "train-tickets.jsonl").unlink()
+    assert len(open_source(str(tmp_path / "more"))) == 5
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("form", ["torch", "arrow", "pandas"])
