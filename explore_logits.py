@@ -947,13 +947,14 @@ def read_rows(
     _read_faults()  # imports, which a reader that is closed halfway is not to wait for
     for file in files:
         number = 0
-        if file.endswith(".zst"):
-            import_extra("zstandard")
+        packed = None if file.endswith(".zst") else "infer"  # fsspec reads no lines of zstd
         try:
             place, path = import_extra("fsspec").filesystem("file"), os.path.abspath(file)
             if _HUB_FILE.fullmatch(file):
                 place, path = import_extra("huggingface_hub").HfFileSystem(), file
-            with place.open(path, "rb", compression="infer") as data:
+            with place.open(path, "rb", compression=packed) as data:
+                if packed is None:
+                    data = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(data), "zstd"))
                 lines, is_csv = decode(data), _kind_of_file(file) == "csv"
                 yield from _read_csv(lines, integers) if is_csv else _read_json(lines)
         except _read_faults() as error:
@@ -1110,8 +1111,6 @@ def _read_faults() -> tuple[type[Exception], ...]:
     found += [importlib.import_module("datasets").exceptions.DatasetsError]
     found += [importlib.import_module("yaml").YAMLError]  # of a README.md
     found += transfer_errors()
-    with contextlib.suppress(ImportError):
-        found.append(importlib.import_module("zstandard").ZstdError)
     return tuple(found)
 
 
@@ -1158,7 +1157,8 @@ def source_revision(
 
     It covers their whole content up to 1 GB together; of more, names, sizes and 16 places of each,
     so that it stays cheap. Hidden files and folders, such as .git and .cache of a download, are no
-    part of it. None when neither the Hub nor its cache says.
+    part of it, nor what `datasets` caches in a saved dataset. None when neither the Hub nor its
+    cache says.
     """
     path = local_path(dataset)
     if not path.exists():
@@ -1169,6 +1169,7 @@ def source_revision(
             return cached_commit(dataset, revision, kind=kind)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.is_file() and not is_hidden(file.relative_to(path))]
+    files = [file for file in files if not re.fullmatch(r"cache-.*\.arrow", file.name)]
     sizes = [file.stat().st_size for file in files]
     digest = hashlib.sha256()
     for file, size in zip(files, sizes, strict=True):

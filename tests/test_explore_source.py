@@ -442,7 +442,11 @@ def test_a_saved_dataset_is_read_without_the_format_it_was_given(form, tmp_path)
     made.save_to_disk(tmp_path / "a")
     datasets.DatasetDict(train=made).save_to_disk(tmp_path / "b")
     for name in "ab":
+        revision = explore.source_revision(str(tmp_path / name))
         assert read_conversation(open_source(str(tmp_path / name))[0], MESSAGES).messages
+        open_source(str(tmp_path / name)).filter(lambda row: row["n"] > 3)  # leaves a cache there
+        assert any(tmp_path.rglob(f"{name}/**/cache-*"))
+        assert explore.source_revision(str(tmp_path / name)) == revision
 
 
 @STREAMED
@@ -490,3 +494,13 @@ def test_the_kind_of_a_file_is_in_the_end_of_its_name(streaming, tmp_path):
     write_rows(folder / "a.csv.jsonl", PLAIN_ROWS)
     write_rows(folder / "b.jsonl", [{**PLAIN_ROWS[0], "tools": TOOLS}])
     assert len(list(open_source(str(folder), streaming=streaming))) == 6
+
+
+@STREAMED
+def test_zstd_is_read_in_all_its_frames_and_not_beyond_a_cut(streaming, tmp_path):
+    frames = [pa.compress(part, "zstd", asbytes=True) for part in (LINE, LINE[:9], LINE[9:], WHOLE)]
+    (path := tmp_path / "r.jsonl.zst").write_bytes(b"".join(frames[:3]))
+    assert list(open_source(str(path), streaming=streaming)) == PLAIN_ROWS[:1] * 2
+    path.write_bytes(frames[0] + frames[3][:9])
+    with pytest.raises(SourceError, match=r"zst', line \d: .*damaged"):
+        list(open_source(str(path), streaming=streaming))
