@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_shapes import TOOLS
 from conftest import ROOT
 from processes import run_code
 
@@ -126,9 +127,14 @@ def test_files_of_another_kind_are_not_left_out_in_silence(tmp_path, caplog):
     assert "its .parquet files are not read" in caplog.text
 
 
-WHOLE = io.BytesIO()
-pq.write_table(pa.Table.from_pylist([{"question": "q", "answer": "word " * 50}] * 500), WHOLE)
-TABLE = WHOLE.getvalue()
+def table(answer: str) -> bytes:
+    """Return a Parquet file of 500 such answers."""
+    data = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"question": "q", "answer": answer}] * 500), data)
+    return data.getvalue()
+
+
+TABLE = table("word " * 50)
 LINE = json.dumps(PLAIN_ROWS[0]).encode() + b"\n"
 RANDOM = b"".join(b'{"x": %d}\n' % (n * 7919 % 99991) for n in range(4000))
 # files of a source, what is said of it: one for each reader and each fault that it can meet
@@ -498,7 +504,7 @@ def test_the_kind_of_a_file_is_in_the_end_of_its_name(streaming, tmp_path):
 
 @STREAMED
 def test_zstd_is_read_in_all_its_frames_and_not_beyond_a_cut(streaming, tmp_path):
-    frames = [pa.compress(part, "zstd", asbytes=True) for part in (LINE, LINE[:9], LINE[9:], WHOLE)]
+    frames = [pa.compress(part, "zstd", asbytes=True) for part in (LINE, LINE[:9], LINE[9:], TABLE)]
     (path := tmp_path / "r.jsonl.zst").write_bytes(b"".join(frames[:3]))
     assert list(open_source(str(path), streaming=streaming)) == PLAIN_ROWS[:1] * 2
     path.write_bytes(frames[0] + frames[3][:9])
