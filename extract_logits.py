@@ -6433,20 +6433,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LogitsError as error:
         sys.stderr.write(f"extract_logits.py: {hide_tokens(str(error))}\n")
         return EXIT_BAD_INPUT
-    if summary.keys() == {"exit_code"}:  # one of a group that another process speaks for
-        return int(summary["exit_code"])
     if argv is None:  # a Ctrl-C from here on changes nothing any more
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "plan" in summary:
         sys.stdout.write(format_plan(summary) + "\n")
-    print(json.dumps(summary))  # noqa: T201
-    sys.stdout.flush()
-    sys.stderr.write(describe_end(summary) + "\n")
+    if summary.keys() != {"exit_code"}:  # else one of a group that another process speaks for
+        print(json.dumps(summary))  # noqa: T201
+        sys.stdout.flush()
+        sys.stderr.write(describe_end(summary) + "\n")
     if argv is None:
         requests = [thread for thread in threading.enumerate() if thread.name == "request"]
         for thread in requests:  # one that writes a file has its time
             thread.join(GRACE_S)
-        if any(thread.is_alive() for thread in requests):  # the client's own would hold us up
+        # the Hub's client would hold us up, and threads of a group once aborted at the very end
+        if config.tensor_parallel or any(thread.is_alive() for thread in requests):
             sys.stderr.flush()
             os._exit(int(summary["exit_code"]))
     return int(summary["exit_code"])
