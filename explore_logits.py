@@ -6052,6 +6052,7 @@ class LogitIterableDataset:
         rank: int | None = None,
         world_size: int | None = None,
         max_seq_len: int | None = None,
+        batch_size: int | None = None,
         text: TextSource | None = None,
     ) -> None:
         """Open an output; nothing is read yet.
@@ -6062,6 +6063,8 @@ class LogitIterableDataset:
             rank, world_size: this process's part; from the environment (RANK, WORLD_SIZE) if None.
             max_seq_len: cut longer conversations at this many tokens; one that then has N = 0
                 stays, so that ranks keep in step.
+            batch_size: of the loader, where it has several workers: each then has whole batches but
+                for the last one of all, and there are as many as `len(loader)` says.
             text: of an output that does not store its tokens; None finds tokenizer, template and
                 source from the settings.
 
@@ -6070,7 +6073,7 @@ class LogitIterableDataset:
             OpenError: there is no such output.
         """
         numbers = {"seed": seed, "rank": rank, "world_size": world_size, "max_seq_len": max_seq_len}
-        for name, value in numbers.items():
+        for name, value in {**numbers, "batch_size": batch_size}.items():
             if value is not None:
                 check_count(name, value)
         if not isinstance(text, (TextSource, type(None))):
@@ -6078,6 +6081,7 @@ class LogitIterableDataset:
         torch = import_extra("torch")
         self.output = as_output(dataset)
         self.seed, self.max_seq_len, self.text = seed, max_seq_len, text
+        self.batch_size = batch_size
         self.rank = launched("RANK", 0) if rank is None else rank
         self.world_size = launched("WORLD_SIZE", 1) if world_size is None else world_size
         self._from_environment = world_size is None and self.world_size > 1
@@ -6151,11 +6155,15 @@ class LogitIterableDataset:
     ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Yield the shards, and the rows in them, that a worker of this rank has in an epoch.
 
-        The runs of the ranks are equally long, those of a rank's workers up to one row.
+        The runs of the ranks are equally long, those of a rank's workers up to one batch.
         """
-        share = len(self)
-        first = self.rank * share + share * worker // workers + skip
-        last = self.rank * share + share * (worker + 1) // workers
+        share, size = len(self), self.batch_size or 1
+        batches = -(-share // size)
+        first, last = (
+            self.rank * share + min(batches * w // workers * size, share)
+            for w in (worker, worker + 1)
+        )
+        first += skip
         shards, begin = self.shuffle(epoch, len(self.output.shards)), 0
         for shard in shards.tolist():
             end = begin + self.output.count_rows(shard)
@@ -6225,7 +6233,7 @@ class LogitIterableDataset:
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a state to fit."""
         own = {"seed": self.seed, "rank": self.rank, "world_size": self.world_size}
-        return {**own, "dataset_rows": len(self.output)}
+        return {**own, "dataset_rows": len(self.output), "batch_size": self.batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken, once: the pass after the next is whole again.

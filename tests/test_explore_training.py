@@ -498,3 +498,26 @@ def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(tmp_path
     options = ("--bits", 2, "--steps", 20, "--learning-rate", 5e-4)
     before, *_, after = run_example("quantized_student", folder, *options)
     assert after < 0.95 * before
+
+
+@pytest.mark.parametrize(("world", "workers", "size"), [(1, 3, 3), (2, 2, 4), (1, 4, 9)])
+def test_workers_that_know_the_batch_size_give_as_many_batches_as_the_loader_says(
+    output, world, workers, size
+):
+    args = SimpleNamespace(dataloader_num_workers=workers, device=torch.device("cpu"))
+    trainer = SimpleNamespace(args=args, _train_batch_size=size, data_collator=collate_logits)
+    get_loader = load_example("trainer").DistillationTrainer.get_train_dataloader
+    seen = []
+    for rank in range(world):
+        trainer.train_dataset = LogitIterableDataset(output, rank=rank, world_size=world)
+        told = LogitIterableDataset(output, rank=rank, world_size=world, batch_size=size)
+        loader = make_loader(told, size, workers)
+        batches = [batch["index"].tolist() for batch in loader]
+        assert len(batches) == len(loader) == len([*get_loader(trainer)])
+        assert {len(batch) for batch in batches[:-1]} <= {size}
+        seen += itertools.chain(*batches)
+    assert sorted(seen) == list(range(20))
+    told = LogitIterableDataset(output, batch_size=size)
+    iter(told)
+    with pytest.raises(LogitsError, match=f"batch_size {size}, this is None"):
+        LogitIterableDataset(output).load_state_dict(told.state_dict())

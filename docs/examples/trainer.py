@@ -47,8 +47,10 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Make a loader that accelerate does not divide: the dataset divides itself."""
+        dataset: Any = self.train_dataset
+        dataset.batch_size = self._train_batch_size  # whole batches to each worker
         loader: Any = DataLoader(
-            self.train_dataset,
+            dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
