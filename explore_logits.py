@@ -6220,7 +6220,8 @@ class LogitIterableDataset:
         """Return where this epoch stands, as plain numbers.
 
         Raises:
-            LogitsError: no row was given out in this process; workers may have given some.
+            LogitsError: no row was given out in this process; workers may have given some. Or
+                accelerate is reading rows, which fetches a batch more than it has given out.
         """
         in_worker = import_extra("torch.utils.data").get_worker_info() is not None
         if self._rows is None or (self._by_workers and not in_worker):
@@ -6228,6 +6229,16 @@ class LogitIterableDataset:
                 "no row was given out in this process: with workers, take torchdata's "
                 "StatefulDataLoader and its own state_dict, which asks them"
             )
+        state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+        for loader in state().dataloader_references if state and not in_worker else ():
+            rows = getattr(loader, "dataset", None)  # this dataset, or accelerate's part of it
+            mine = self in (rows, getattr(rows, "dataset", None))
+            if mine and not loader.use_stateful_dataloader:
+                raise LogitsError(
+                    "accelerate's loader is a batch ahead of what it has given out: prepare it "
+                    "with DataLoaderConfiguration(use_stateful_dataloader=True) and take its own "
+                    "state_dict"
+                )
         return {**self._identity(), "epoch": self.epoch, "rows": self._rows}
 
     def _identity(self) -> dict[str, Any]:

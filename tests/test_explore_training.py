@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DataLoaderConfiguration
 from conftest import ROOT, TEACHER, extract_chats, load_example
 from huggingface_hub import HfApi, HfFileSystem
 from processes import run_process
@@ -521,3 +522,29 @@ def test_workers_that_know_the_batch_size_give_as_many_batches_as_the_loader_say
     iter(told)
     with pytest.raises(LogitsError, match=f"batch_size {size}, this is None"):
         LogitIterableDataset(output).load_state_dict(told.state_dict())
+
+
+def test_a_state_that_accelerate_has_run_ahead_of_is_refused_and_its_own_goes_on(output):
+    def prepare(**options):
+        dataset, config = LogitIterableDataset(output, seed=2), DataLoaderConfiguration(**options)
+        return dataset, Accelerator(cpu=True, dataloader_config=config).prepare(
+            make_loader(dataset)
+        )
+
+    for dispatch in (None, False):
+        dataset, loader = prepare(dispatch_batches=dispatch)
+        batches = iter(loader)
+        next(batches)
+        with pytest.raises(LogitsError, match="use_stateful_dataloader=True"):
+            dataset.state_dict()
+        other = LogitIterableDataset(output)
+        next(iter(other))
+        assert other.state_dict()["rows"] == 1, "which accelerate does not read"
+        assert len([*batches]) == 6
+        assert dataset.state_dict()["rows"] == 20
+        pytest.importorskip("torchdata.stateful_dataloader")
+        stateful = {"use_stateful_dataloader": True, "dispatch_batches": dispatch}
+        (_, loader), (_, again) = prepare(**stateful), prepare(**stateful)
+        given = indices(itertools.islice(loader, 3))
+        again.load_state_dict(loader.state_dict())
+        assert given + indices(again) == indices(make_loader(LogitIterableDataset(output, seed=2)))
