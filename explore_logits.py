@@ -5351,7 +5351,7 @@ class DatasetStats(Figures):
     mean_mass: float  # probability that the nucleus covers
     min_mass: float
     mean_tail_mass: float  # probability of the tail sample
-    mean_first: float  # probability of the likeliest token
+    mean_first: float  # probability of the likeliest token; 0 where there is no nucleus
     capped: float | None  # share of nuclei that K cut before they covered top_p
     known: int = 0
     agreement: float | None = None  # the actual token is the likeliest
@@ -5360,10 +5360,11 @@ class DatasetStats(Figures):
     bounded: int = 0  # known tokens that are not stored, whose probability is a bound
     mean_log_probability: float | None = None  # of the actual token; bounds taken as they are
     bytes_per_token: float | None = None
+    without_nucleus: int = 0  # tokens; `mean_first` and `agreement` are lower bounds if there are
 
     def facts(self) -> dict[str, str]:
         """Return the figures as text, by label; what is not known is left out."""
-        perplexity = None
+        perplexity, least = None, "≥ " if self.without_nucleus else ""
         if self.mean_log_probability is not None:
             perplexity = math.exp(min(-self.mean_log_probability, 700))
         figures = (
@@ -5375,9 +5376,9 @@ class DatasetStats(Figures):
             ("covered by nucleus", self.mean_mass, "{:.2%}"),
             ("covered at least", self.min_mass, "{:.2%}"),
             ("covered by tail", self.mean_tail_mass, "{:.2%}"),
-            ("likeliest token", self.mean_first, "{:.1%}"),
+            ("likeliest token", self.mean_first, least + "{:.1%}"),
             ("cut by the cap", self.capped, "{:.2%}"),
-            ("actual is likeliest", self.agreement, "{:.2%}"),
+            ("actual is likeliest", self.agreement, least + "{:.2%}"),
             ("actual in nucleus", self.in_nucleus, "{:.2%}"),
             ("actual in tail", self.in_tail, "{:.2%}"),
             ("perplexity of the text", perplexity, "≥ {:.3f}" if self.bounded else "{:.3f}"),
@@ -5427,7 +5428,7 @@ def compute_dataset_stats(
         means["bytes_per_token"] = compute_bytes_per_token_stats(dataset).bytes_per_token
     return DatasetStats(
         nucleus.rows, nucleus.tokens, nucleus, min_mass=least, known=known,
-        bounded=int(sums["bounded"]), **means,
+        bounded=int(sums["bounded"]), without_nucleus=int(histogram[0]), **means,
     )  # fmt: skip
 
 
@@ -5856,7 +5857,8 @@ class Comparison:
     tokens: int
     mean_divergence: float | None = None
     max_divergence: float | None = None
-    same_first: float | None = None  # share of tokens with the same likeliest token
+    nuclei: int = 0  # tokens that have a nucleus in both
+    same_first: float | None = None  # share of those with the same likeliest token
     max_logsumexp: float | None = None  # largest difference
     largest: Sequence[tuple[float, int, int]] = ()  # divergence, conversation, token
 
@@ -5868,9 +5870,10 @@ class Comparison:
         ]
         if not self.tokens:
             return "\n".join([*lines, "nothing to compare: no token is in both"])
+        alike = "none" if self.same_first is None else f"{self.same_first:.3%}"
         lines += [
             f"KL, mean and max    {self.mean_divergence:.3g} and {self.max_divergence:.3g} nats",
-            f"same likeliest      {self.same_first:.3%}",
+            f"same likeliest      {alike} of {self.nuclei:,} tokens with a nucleus in both",
             f"log-sum-exp differs by {self.max_logsumexp:.3g} at most",
             *(["largest differences"] if self.largest else []),
         ]
@@ -5906,22 +5909,24 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     seen = Comparison((ids.size, other_ids.size), one.size, int((~equal).sum()), tokens)
     if not tokens:
         return seen
-    total, most, same, peak = 0.0, 0.0, 0, 0.0
+    total, most, nuclei, same, peak = 0.0, 0.0, 0, 0, 0.0
     worst: list[tuple[float, int, int]] = []
     chunks = np.flatnonzero(np.diff(ends // COMPARED_TOKENS)) + 1
     for chunk in zip(np.split(one[equal], chunks), np.split(two[equal], chunks), strict=True):
         a, b = (decode_rows(rows.take(some)) for rows, some in zip(pair, chunk, strict=True))
         divergence = bound_divergence(a, b)
         total, most = total + float(divergence.sum()), max(most, float(divergence.max(initial=0)))
-        same += int((a.first_ids == b.first_ids).sum())
+        alike = (a.first_ids == b.first_ids)[(a.first_ids >= 0) & (b.first_ids >= 0)]
+        nuclei, same = nuclei + alike.size, same + int(alike.sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
             row, t = a.place(token)
             worst.append((float(divergence[token]), int(a.index[row]), t))
         worst = sorted(worst, key=lambda item: -item[0])[:largest]
     worst = [item for item in worst if item[0] > 0]
-    return replace(seen, mean_divergence=total / tokens, max_divergence=most,
-                   same_first=same / tokens, max_logsumexp=peak, largest=worst)  # fmt: skip
+    return replace(seen, mean_divergence=total / tokens, max_divergence=most, nuclei=nuclei,
+                   same_first=same / nuclei if nuclei else None, max_logsumexp=peak,
+                   largest=worst)  # fmt: skip
 
 
 def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
