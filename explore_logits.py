@@ -6585,8 +6585,8 @@ def distillation_loss(
 
     Raises:
         LogitsError: an option is none of the choices; logits and batch do not fit together; the
-            batch lacks what `tail`, the divergence or the temperature needs; the teacher has ids of
-            V or more.
+            batch lacks what `tail`, the divergence or the temperature needs, or was cast to less
+            than float32; the teacher has ids of V or more.
 
     Source: Kool, van Hoof and Welling (2020) for the weights; Hinton, Vinyals and Dean (2015) for
     the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens;
@@ -6637,7 +6637,8 @@ def distillation_loss(
         shape, count = tuple(weights.shape), losses.numel()
         raise LogitsError(f"weights of shape {shape} for {count} tokens: give (B, T) or (N,)")
     weights = weights.to(losses) * (teacher.labels != IGNORED_LABEL)
-    losses, total = losses * weights, weights.sum()
+    # A masked token may have an infinite loss, which 0 times is NaN.
+    losses, total = torch.where(weights != 0, losses * weights, 0.0), weights.sum()
     if reduction == "none":
         return losses
     # Where nothing is weighed, in a batch without a token for one, there is nothing to learn.
@@ -6717,8 +6718,8 @@ def read_teacher(
     """Return the teacher of a batch, at a temperature, for a student of `vocab` entries.
 
     Raises:
-        LogitsError: the batch lacks what `tail` or the temperature needs, or has ids that the
-            student does not.
+        LogitsError: the batch lacks what `tail` or the temperature needs, has ids that the
+            student does not, or was cast to less than float32.
     """
     torch = import_extra("torch")
     if not 0 < temperature < math.inf:
@@ -6726,6 +6727,12 @@ def read_teacher(
     there = batch["teacher_positions"] >= 0
     told = (batch[name][there] for name in TEACHER_COLUMNS)
     ids, log_probs, stored, sampled, log_rest, points = told
+    for name in ("teacher_log_probs", "teacher_log_rest"):
+        if batch[name].dtype.itemsize < 4:
+            raise LogitsError(
+                f"{name} was cast to {batch[name].dtype}, as Trainer does under DeepSpeed: keep it "
+                "in float32, as _prepare_input of docs/examples/trainer.py does"
+            )
     sampled, nucleus = stored & sampled, stored & ~sampled
     drawn, sizes = sampled & ~points[:, None], sampled.sum(-1)
     if temperature != 1 and points.any():
