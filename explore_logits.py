@@ -6102,6 +6102,11 @@ class LogitIterableDataset:
         self._refuse_second_division()
         return self.__dict__
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        for number in (self._epoch, self._by_workers):
+            number.share_memory_()  # a copy is in memory that no worker would see
+
     def __len__(self) -> int:
         """Return the rows that this rank has in an epoch."""
         return len(self.output) // self.world_size
@@ -6340,12 +6345,14 @@ def collate_logits(
         number of the conversation in its sequence, -1 for padding; `index` (B, C), -1 for padding.
     """
     torch = import_extra("torch")
-    if not rows or not all(isinstance(row, Mapping) and "teacher_ids" in row for row in rows):
+    names = {"index", "input_ids", "labels", "teacher_positions", *TEACHER_COLUMNS}
+    if not rows or not all(isinstance(row, Mapping) and names <= {*row} for row in rows):
         raise LogitsError(
             "collate_logits takes rows of LogitIterableDataset with all of their columns "
             "(transformers' Trainer needs remove_unused_columns=False)"
         )
-    cut = [cut_row(row, max_length) for row in rows]
+    arrays = ({name: np.asarray(row[name]) for name in names} for row in rows)  # of tensors, too
+    cut = [cut_row(row, max_length) for row in arrays]
     groups = pack_rows(cut, max_length) if pack else [[row] for row in cut]
     longest, tokens = (
         max(sum(row[name].size for row in group) for group in groups)

@@ -1,5 +1,6 @@
 """Rows to train on: what they hold, their order, how they are divided, going on from a state."""
 
+import copy
 import itertools
 import json
 import pickle
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from small_output import SETTINGS, random_rows, write_output
 from sparse_batches import randn
 from torch.utils.data import ChainDataset, DataLoader, IterableDataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import explore_logits as explore
 from explore_logits import LogitIterableDataset, LogitsError, collate_logits, distillation_loss
@@ -548,3 +549,55 @@ def test_a_state_that_accelerate_has_run_ahead_of_is_refused_and_its_own_goes_on
         given = indices(itertools.islice(loader, 3))
         again.load_state_dict(loader.state_dict())
         assert given + indices(again) == indices(make_loader(LogitIterableDataset(output, seed=2)))
+
+
+@pytest.mark.parametrize("name", ["trainer", "sft_trainer"])
+def test_the_trainers_take_a_batch_without_a_token_and_one_that_deepspeed_would_round(name, output):
+    if name == "sft_trainer":
+        pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
+    kind = load_example(name)
+    kind = getattr(kind, "DistillationTrainer", None) or kind.DistillationSFTTrainer
+    trainer = kind.__new__(kind)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"), average_tokens_across_devices=False)
+    trainer.is_deepspeed_enabled, config = True, SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(hf_ds_config=config)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    batch = trainer._prepare_input(collate_logits([*LogitIterableDataset(output, max_seq_len=1)]))
+    assert batch["teacher_log_probs"].dtype == batch["teacher_log_rest"].dtype == torch.float32
+    said = SimpleNamespace(logits=torch.zeros(20, 1, STORED["vocab_size"]))
+    trainer.batch, losses = batch, []
+    for count in (None, 0, torch.tensor(0)):
+        if name == "trainer":
+            losses.append(trainer.distill(said, batch["labels"], count))
+        else:
+            losses.append(trainer.compute_loss(lambda **_: said, batch, False, count))
+    assert losses == [0, 0, 0]
+
+
+def test_the_trainer_refuses_several_gpus_of_one_process(extracted, monkeypatch, run_example):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit, match="run this under torchrun"):
+        run_example("trainer", extracted, "--steps", 1)
+
+
+def test_rows_of_tensors_make_the_same_batch_and_rows_without_a_column_none(output):
+    dataset = LogitIterableDataset(output, seed=None)
+    rows = [*dataset]
+    in_torch = [*dataset.as_datasets().with_format("torch")]
+    for how in ({}, {"pack": True, "max_length": 64}):
+        assert_same([collate_logits(in_torch, **how)], [collate_logits(rows, **how)])
+    for name in rows[0]:
+        for given in (rows, in_torch):
+            some = [{key: value for key, value in row.items() if key != name} for row in given]
+            with pytest.raises(LogitsError, match="with all of their columns"):
+                collate_logits(some)
+
+
+def test_workers_that_live_on_see_the_next_epoch_of_a_copy(output):
+    first = LogitIterableDataset(output, seed=5)
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        loader = make_loader(copied, workers=1, persistent_workers=True)
+        seen = [indices(loader)]
+        copied.set_epoch(1)
+        assert indices(loader) != seen[0]
+        assert first.epoch == 0, "a copy has an epoch of its own"
