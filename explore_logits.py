@@ -28,6 +28,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("explore-logits"):
 import argparse
 import base64
 import contextlib
+import copy
 import csv
 import difflib
 import errno
@@ -2468,6 +2469,7 @@ def tokenize_with_offsets(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokenize rendered text: ids (S,) int32, start and end of each in characters (S,) int64."""
     fast = bool(getattr(tokenizer, "is_fast", False))
+    tokenizer = _keep_blanks(tokenizer, len(tokenizer)) if fast else tokenizer
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False,
         return_attention_mask=False, return_token_type_ids=False,
@@ -2481,6 +2483,21 @@ def tokenize_with_offsets(
         if (start := text.find(own, *offsets[at])) >= 0:
             offsets[at] = start, start + len(own)
     return ids, offsets[:, 0], offsets[:, 1]
+
+
+@lru_cache(maxsize=64)
+def _keep_blanks(tokenizer: Any, _size: int) -> Any:
+    """Return a tokenizer of which the offsets take in the blanks of a token, which some cut off.
+
+    A token that begins before an answer and ends in blanks of it would be no part of it.
+    """
+    post = getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None)
+    if post is None or b'"trim_offsets":true' not in (state := post.__getstate__()):
+        return tokenizer
+    kept, post = copy.deepcopy((tokenizer, post))  # offsets alone change: ids stay as they are
+    post.__setstate__(state.replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+    kept.backend_tokenizer.post_processor = post
+    return kept
 
 
 @lru_cache(maxsize=64)

@@ -1294,6 +1294,7 @@ WEIGHT_FILES = (  # as transformers looks for them
 CONSTANT = re.compile(
     r"(inv_freq|masked_bias|position_ids|causal_mask|(cos|sin)_cached|\.version)$"
 )
+EMBEDDING = re.compile(r"\b(embed_tokens|lm_head)(\.base_layer)?\.weight$")  # as peft knows them
 LOADING_FAULTS = (  # what transformers and safetensors raise over a model that they cannot load
     OSError, ValueError, ImportError, RuntimeError, AttributeError, TypeError, LookupError,
     AssertionError,
@@ -1473,10 +1474,12 @@ def load_model_config(config: ExtractionConfig) -> Any:
     from transformers import AutoConfig
     from transformers.quantizers import AutoHfQuantizer
 
-    options, _ = locate_model(config)
+    options, adapter = locate_model(config)
     with loading_errors(config):
         found = AutoConfig.from_pretrained(**options)
         choose_class(config, found)
+        if adapter is not None:
+            add_rows(config, found.get_text_config(), adapter)
         quantization = quantization_of(found)
         if quantization is not None and config.engine == "transformers":
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
@@ -1490,6 +1493,20 @@ def load_model_config(config: ExtractionConfig) -> Any:
     if config.engine == "vllm":
         check_vllm(config, found)
     return found
+
+
+def add_rows(config: ExtractionConfig, text_config: Any, adapter: str) -> None:
+    """Let the configuration of a base have as many tokens as an adapter that brings its own."""
+    stored = read_headers({"pretrained_model_name_or_path": adapter, "revision": config.revision})
+    rows = [shape[0] for name, (_, shape, _) in stored.items() if EMBEDDING.search(name)]
+    if rows and rows[0] != text_config.vocab_size:
+        if len(rows) == 1 and not text_config.tie_word_embeddings:
+            raise TeacherError(
+                f"--model {config.model} is an adapter of {rows[0]} tokens, its base has "
+                f"{text_config.vocab_size}, and it lacks either embedding or head of those added; "
+                "give a whole model"
+            )
+        text_config.vocab_size = rows[0]
 
 
 def choose_class(config: ExtractionConfig, model_config: Any) -> Any:
@@ -1563,7 +1580,12 @@ def load_model(config: ExtractionConfig, model_config: Any, device: torch.device
         check_weights(model, info, quantization=quantization_of(model_config), stored=stored)
         check_precision(stored, quantization_of(model_config))
         check_head(model, stored)
-        return model if adapter is None else merge_adapter(model, adapter, config.revision)
+        if adapter is None:
+            return model
+        rows = model_config.get_text_config().vocab_size
+        if rows != model.config.get_text_config().vocab_size:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        return merge_adapter(model, adapter, config.revision)
 
 
 def place_weights(
@@ -1633,12 +1655,12 @@ Stored = Mapping[str, tuple[str, tuple[int, ...], str]]  # of a tensor: file, sh
 
 
 def read_headers(options: Mapping[str, Any]) -> Stored:
-    """Return what a checkpoint holds, by name; nothing of one that is not in safetensors."""
+    """Return what a checkpoint or adapter holds, by name; nothing where it is no safetensors."""
     from safetensors import safe_open
 
     source, revision = options["pretrained_model_name_or_path"], options["revision"]
     single, index = (find_file(source, name, revision) for name in WEIGHT_FILES[:2])
-    names = [WEIGHT_FILES[0]]
+    names = [WEIGHT_FILES[0] if single else "adapter_model.safetensors"]
     if index and not single:
         parts = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(parts.values()))
@@ -1748,19 +1770,73 @@ def check_head(model: Any, stored: Stored) -> None:
 
 
 def merge_adapter(model: Any, adapter: str, revision: str | None) -> Any:
-    """Return the model with a trained adapter added to its weights."""
+    """Return the model with a trained adapter added to its weights, all of it and as trained.
+
+    Raises:
+        TeacherError: peft does not know all of the adapter, or cannot add it.
+    """
     import warnings
 
     import peft
 
-    with warnings.catch_warnings(record=True) as caught:
+    ids = probe_rows(model.config.get_text_config().vocab_size)[0][None].to(model.device)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
-        merged = peft.PeftModel.from_pretrained(model, adapter, revision=revision)
-        merged = merged.merge_and_unload()
+        adapted = peft.PeftModel.from_pretrained(model, adapter, revision=revision)
+        # once more for what has no place, of which the first time tells nothing
+        unused = adapted.load_adapter(adapter, "default", revision=revision).unexpected_keys
+        pair = model.get_output_embeddings(), model.get_input_embeddings()
+        head, embedding = (getattr(layer, "base_layer", layer) for layer in pair)
+        if (head, embedding) != pair and getattr(head, "weight", None) is embedding.weight:
+            # tied: what is added to one of them would be added to both
+            head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False
+        want = model(input_ids=ids, use_cache=False).logits[0].float()
+        settings: Any = adapted.peft_config["default"]
+        try:
+            merged = adapted.merge_and_unload()
+        except torch.OutOfMemoryError:
+            raise
+        except LOADING_FAULTS as error:
+            why = "" if isinstance(error, AttributeError) else f" ({first_line(error).rstrip('.')})"
+            raise TeacherError(
+                f"peft cannot add its adapter to the weights: {settings.peft_type.value}{why}; "
+                "give a plain LoRA, or a whole model"
+            ) from error
+        got = merged(input_ids=ids, use_cache=False).logits[0].float()
+    check_adapter(settings, find_file(adapter, "adapter_config.json", revision), unused, caught)
+    off = float(disagreement(got, want).median())
+    kind = "any" if applied_quantization(merged) else str(merged.dtype).removeprefix("torch.")
+    if not off <= ROUNDING.get(kind, 0.1):
+        raise TeacherError(
+            f"its adapter added to the weights gives logits that are off by {off:.1g} of their "
+            "spread, as where weights are quantized or layers share them; give a whole model, or "
+            "in adapter_config.json a base that is not quantized"
+        )
+    return merged
+
+
+def check_adapter(settings: Any, file: str | None, unused: list[str], caught: list[Any]) -> None:
+    """Refuse an adapter of which `peft` does not know a tensor, or an option that is set.
+
+    Args:
+        settings, file: its options as `peft` knows them, and as they are written.
+        unused: names of tensors without a place.
+        caught: warnings of `peft`.
+    """
     for warning in caught:
         if "adapter keys" in str(warning.message):
             raise TeacherError(str(warning.message).splitlines()[0])
-    return merged
+    written = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    unknown = sorted(name for name in written if written[name] and not hasattr(settings, name))
+    lost = [name for name in unused if ".modules_to_save." not in name]  # of these it writes two
+    for kind, names in (("tensors", lost), ("options", unknown)):
+        if names:
+            raise TeacherError(
+                f"peft {importlib.metadata.version('peft')} has no place for {len(names)} {kind} "
+                f"of its adapter ({names[0]}, …), so its logits would be wrong; "
+                "pip install -U peft, or give a whole model"
+            )
 
 
 def applied_quantization(model: Any) -> dict[str, Any] | None:

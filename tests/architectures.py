@@ -2,7 +2,6 @@
 
     python tests/architectures.py                 the table of docs/architectures.md
     python tests/architectures.py qwen3 gpt_oss   some rows of it
-    python tests/architectures.py --json          the same as one JSON line
     python tests/architectures.py --start         what the checks at the start cost a 270M teacher
     python tests/architectures.py --engine vllm   the table of families that vLLM runs
 
@@ -15,20 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tiny_teachers import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from processes import run_process
 
 import extract_logits
 from extract_logits import Teacher
@@ -130,25 +131,24 @@ VISION: dict[str, dict[str, Any]] = {
 LENGTHS = (40, 23, 31, 2, 37)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: differences are the largest of any logit; None: it refuses."""
+class Row(NamedTuple):
+    """One line of the table: differences are the largest of any logit."""
 
     architecture: str
-    padded: float | None
-    masked: float | None  # padded with a mask
+    padded: float
+    masked: float  # padded with a mask
     future: float  # what other tokens at the end change before them, in spreads of the logits
     layout: str  # what the teacher chose by itself
     attention: str
     difference: float  # and how far that is off
     head: str
-    reason: str
 
 
 def tiny_model(family: str, **changes: Any) -> Any:
-    """Return a random model of `family` in float32, the same at every call."""
-    from transformers import AutoConfig
+    """Return a random model of `family` in float32, the same at every call.
 
+    Matrices and convolutions have unit gain, so that every layer matters to the logits.
+    """
     torch.manual_seed(0)
     seen = "vision_config" in changes
     settings = VISION.get(family) or ({} if seen else {**SMALL, **FAMILIES.get(family, {})})
@@ -157,17 +157,12 @@ def tiny_model(family: str, **changes: Any) -> Any:
     asked: Any = SimpleNamespace(model=family, trust_remote_code=False)
     auto = extract_logits.choose_class(asked, config)
     model = auto.from_config(config, dtype=torch.float32).eval()
-    widen(model)
-    return model
-
-
-def widen(model: Any) -> None:
-    """Draw matrices and convolutions of unit gain, so that every layer matters to the logits."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() >= 2:
                 weight.normal_(0.0, (weight.numel() / len(weight)) ** -0.5, generator=draw)
+    return model
 
 
 def conversations(
@@ -194,60 +189,36 @@ def own_logprobs(model: Any, ids: list[int]) -> list[float]:
 
 def largest_difference(teacher: Teacher) -> float:
     """Return the largest difference of the teacher's logits from the plain forward's."""
-    sequences, positions = conversations(vocab_size=teacher.vocab_size)
-    plain = [plain_logits(teacher.model, *row) for row in zip(sequences, positions, strict=True)]
-    got = torch.cat(list(teacher.iter_logits(sequences, positions, chunk_tokens=16)))
-    return float((got - torch.cat(plain)[:, : teacher.vocab_size]).abs().max())
+    rows = conversations(vocab_size=teacher.vocab_size)
+    plain = torch.cat([plain_logits(teacher.model, *row) for row in zip(*rows, strict=True)])
+    got = torch.cat(list(teacher.iter_logits(*rows, chunk_tokens=16)))
+    return float((got - plain[:, : teacher.vocab_size]).abs().max())
 
 
 def measure(family: str) -> Row:
     """Return the line of one family."""
     teacher = Teacher(tiny_model(family))
-    chosen = teacher.layout
-    probe = teacher._probe(extract_logits.probe_rows(teacher.vocab_size))
-    forced: list[float | None] = []
-    for layout in ("padded", "masked"):
+    chosen, off = teacher.layout, []
+    for layout in ("padded", "masked", chosen):
         teacher.layout = layout
-        try:
-            forced.append(largest_difference(teacher))
-        except (TypeError, ValueError):
-            forced.append(None)
-    teacher.layout = chosen
-    return Row(
-        family,
-        *forced,
-        extract_logits.foresight(probe, [probe[0]] * 2),
-        chosen,
-        teacher.numerics["attention"],
-        largest_difference(teacher),
-        teacher.head,
-        teacher.layout_reason,
-    )
+        off.append(largest_difference(teacher))
+    probe = teacher._probe(extract_logits.probe_rows(teacher.vocab_size))
+    future = extract_logits.foresight(probe, [probe[0]] * 2)
+    attention = teacher.numerics["attention"]
+    return Row(family, *off[:2], future, chosen, attention, off[2], teacher.head)
 
 
-def markdown(head: str, rows: Iterable[Iterable[Any]], missing: str) -> str:
-    """Return a table; numbers with one digit, `missing` in the place of None."""
-
-    def show(value: Any) -> str:
-        if value is None:
-            return missing
-        return f"{value:.0e}" if isinstance(value, float) else str(value)
-
-    names = head.split("|")
-    lines = [" | ".join(map(show, row)) for row in rows]
-    return "\n".join([f"| {' | '.join(names)} |", "|---" * len(names) + "|",
-                      *(f"| {line} |" for line in lines)])  # fmt: skip
-
-
-def table(rows: list[Row]) -> str:
-    head = "architecture|padded|with a mask|later tokens|chosen|attention|max difference|head"
-    return markdown(head, (list(asdict(row).values())[:-1] for row in rows), "refused")
+def print_table(head: str, rows: list[Any]) -> None:
+    """Print rows as Markdown; numbers with one digit."""
+    print(f"| {' | '.join(head.split('|'))} |", "|---" * (head.count("|") + 1) + "|", sep="\n")
+    for row in rows:
+        cells = ("—" if cell is None else cell for cell in row)
+        shown = (f"{cell:.0e}" if isinstance(cell, float) else cell for cell in cells)
+        print(f"| {' | '.join(shown)} |")
 
 
 def time_start() -> dict[str, float]:
     """Return CPU seconds of the checks and of four rows, by a model of Gemma 3 270M's shape."""
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig
-
     config = Gemma3TextConfig(
         vocab_size=262_144, hidden_size=640, intermediate_size=2_048, num_hidden_layers=18,
         num_attention_heads=4, num_key_value_heads=1, head_dim=256,
@@ -275,28 +246,22 @@ CHUNKS = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "enforce_eager": Tru
 CHUNKS |= {"distributed_executor_backend": "uni"}
 
 
-@dataclass(frozen=True)
-class EngineRow:
-    """A family run by vLLM against the plain forward of transformers, in float32."""
+class EngineRow(NamedTuple):
+    """A family run by vLLM; the divergences are mean KL(float32 || bfloat16) of a token."""
 
     architecture: str
-    difference: float | None  # the largest of any logit in float32; None: it does not run
-    divergence: float | None  # mean KL(float32 || bfloat16) of a token, by vLLM
-    plain_divergence: float | None  # the same of transformers in bfloat16
+    difference: float | None = None  # the largest of any logit in float32; None: it does not run
+    divergence: float | None = None
+    plain_divergence: float | None = None  # that of transformers
     problem: str = ""
 
 
 def measure_engine(family: str) -> EngineRow:
     """Return the line of one family; in a process of its own, as vLLM leaves much behind."""
-    import tempfile
-
-    from tiny_teachers import tiny_tokenizer
-
     plain = tiny_model(family, **WIDE, **VLLM[family])
     extract_logits.set_attention(plain, "eager")  # sdpa of transformers 5.19 drops soft-caps
-    sequences, positions = conversations((250, *LENGTHS), WIDE["vocab_size"])
-    rows = list(zip(sequences, positions, strict=True))
-    want = torch.cat([plain_logits(plain, *row) for row in rows])
+    rows = conversations((250, *LENGTHS), WIDE["vocab_size"])
+    want = torch.cat([plain_logits(plain, *row) for row in zip(*rows, strict=True)])
     # transformers is asked instead of another vLLM, which would take twice as long
     extract_logits.VllmTeacher._own_logprobs = lambda _, ids: own_logprobs(plain, ids)
 
@@ -306,7 +271,7 @@ def measure_engine(family: str) -> EngineRow:
             engine_args={**CHUNKS, "unchecked": True},
         )  # fmt: skip
         teacher = extract_logits.load_teacher(config)
-        got = torch.cat(list(teacher.iter_logits(sequences, positions)))
+        got = torch.cat(list(teacher.iter_logits(*rows)))
         teacher.llm.llm_engine.engine_core.shutdown()
         return got
 
@@ -314,39 +279,30 @@ def measure_engine(family: str) -> EngineRow:
         log_p, log_q = want.double().log_softmax(-1), logits.double().log_softmax(-1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
+    difference = None
     with tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
         tiny_tokenizer(WIDE["vocab_size"]).save_pretrained(folder)
-        difference = None
         try:
             difference = float((by_vllm(folder, "float32") - want).abs().max())
             low = divergence(by_vllm(folder, "bfloat16"))
         except extract_logits.LogitsError as error:
-            return EngineRow(family, difference, None, None, extract_logits.first_line(error))
+            return EngineRow(family, difference, problem=extract_logits.first_line(error))
     plain.to(torch.bfloat16)
-    own = torch.cat([plain_logits(plain, *row) for row in rows])
+    own = torch.cat([plain_logits(plain, *row) for row in zip(*rows, strict=True)])
     return EngineRow(family, difference, low, divergence(own))
-
-
-def engine_table(rows: list[EngineRow]) -> str:
-    head = "architecture|max difference, float32|KL, bfloat16|KL of transformers, bfloat16"
-    return markdown(head, (list(asdict(row).values())[:-1] for row in rows), "—")
 
 
 def measure_engines(families: list[str]) -> list[EngineRow]:
     """Return the lines of families, each measured by a process of its own."""
     rows = []
     for family in families:
-        command = [sys.executable, __file__, "--engine", "vllm", "--alone", "--json", family]
-        done = run_process(command, timeout_s=600)
-        try:
-            (found,) = json.loads(done.stdout.splitlines()[-1])
-            row = EngineRow(**found)
-        except (IndexError, ValueError):
-            last = ["", *done.stderr.strip().splitlines()][-1]
-            row = EngineRow(family, None, None, None, f"exit {done.code}: {last}")
-        print(row.architecture, row.problem or "ran", file=sys.stderr, flush=True)
-        rows.append(row)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            try:
+                rows.append(apart.submit(measure_engine, family).result())
+            except BrokenProcessPool as error:
+                rows.append(EngineRow(family, problem=str(error)))
+        print(family, rows[-1].problem or "ran", file=sys.stderr, flush=True)
     return rows
 
 
@@ -354,23 +310,23 @@ def main() -> int:
     """Print the table; exit 1 when a difference is above 1e-4."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("families", nargs="*", help="rows; default all")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of Markdown")
     parser.add_argument("--start", action="store_true", help="time the checks at the start")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--alone", action="store_true", help="vLLM in this process")
     args = parser.parse_args()
-    if args.engine == "vllm":
-        run = [measure_engine(family) for family in args.families] if args.alone else None
-        found = run or measure_engines(args.families or list(VLLM))
-        print(json.dumps([asdict(row) for row in found]) if args.json else engine_table(found))
-        return int(any(row.difference is None or row.difference > 1e-4 for row in found))
     if args.start:
         print(json.dumps(time_start()))
         return 0
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows = [measure(family) for family in args.families or (*FAMILIES, *VISION)]
-    print(json.dumps([asdict(row) for row in rows]) if args.json else table(rows))
-    return int(any(row.difference > 1e-4 for row in rows))
+    rows: list[Any]
+    if args.engine == "vllm":
+        rows = measure_engines(args.families or list(VLLM))
+        head = "architecture|max difference, float32|KL, bfloat16|KL of transformers, bfloat16"
+        print_table(head, [row[:-1] for row in rows])
+    else:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        rows = [measure(family) for family in args.families or (*FAMILIES, *VISION)]
+        head = "architecture|padded|with a mask|later tokens|chosen|attention|max difference|head"
+        print_table(head, rows)
+    return int(any(row.difference is None or row.difference > 1e-4 for row in rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Every word of a message occurs in that message only, so a test can tell from tex
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,13 @@ _MARKUP = re.compile(
 )
 
 
-def template_folder() -> Path:
-    """Return the folder of the stock templates that the `trl` package carries."""
+@cache
+def stock_templates() -> dict[str, str]:
+    """Return the stock templates that the `trl` package carries, by name."""
     import trl
 
-    return Path(trl.__file__).parent / "chat_templates"
-
-
-def template_names() -> list[str]:
-    """Return the names of all stock templates."""
-    return sorted(path.stem for path in template_folder().glob("*.jinja"))
+    paths = (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(paths)}
 
 
 @lru_cache(maxsize=128)
@@ -109,7 +106,6 @@ def tokenizer_for(source: str) -> Any:
     return tokenizer
 
 
-@lru_cache(maxsize=128)
 def stock(name: str) -> Any:
     """Return a tokenizer with a stock template."""
-    return tokenizer_for((template_folder() / f"{name}.jinja").read_text(encoding="utf-8"))
+    return tokenizer_for(stock_templates()[name])

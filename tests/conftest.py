@@ -32,17 +32,13 @@ CHATS = ROOT / "tests" / "teacher" / "conversations.jsonl"
 
 def chat(answer: str, question: str = "?") -> list[dict[str, str]]:
     """Return a conversation of one question and one answer."""
-    said = (("user", question), ("assistant", answer))
-    return [{"role": role, "content": content} for role, content in said]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def rows_of(count: int, **columns: list[Any]) -> list[dict[str, Any]]:
     """Return source rows whose answers begin with their number and differ in length."""
     return [
-        {
-            "messages": chat(f"{n}" + "z" * (n % 7)),
-            **{c: values[n] for c, values in columns.items()},
-        }
+        {"messages": chat(f"{n}" + "z" * (n % 7)), **{c: v[n] for c, v in columns.items()}}
         for n in range(count)
     ]
 
@@ -97,11 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logging_lock() -> Iterator[None]:
     """Fail where a signal has left logging's lock held: later requests would wait for ever."""
     yield
-    lock: Any = logging._lock  # type: ignore[attr-defined]
-    held = lock._is_owned()
-    while lock._is_owned():
-        lock.release()
-    assert not held
+    assert not logging._lock._is_owned()
 
 
 Extract = Callable[..., Finished]
@@ -174,9 +166,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
 
 def load_example(name: str) -> Any:
     """Import a program of docs/examples."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(name, ROOT / f"docs/examples/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

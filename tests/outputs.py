@@ -34,11 +34,10 @@ class Output:
     def files(self) -> set[str]:
         """Return the path of every file but the temporary ones of a process that was killed."""
         if self.hub is not None:
-            found = self.hub.store.repos.get(("dataset", self.name))
-            return set(self.hub.files(self.name)) - {".gitattributes"} if found else set()
+            is_there = ("dataset", self.name) in self.hub.store.repos
+            return set(self.hub.files(self.name)) if is_there else set()
         paths = (path for path in Path(self.name).rglob("*") if path.is_file())
-        files = {path.relative_to(self.name).as_posix() for path in paths}
-        return {path for path in files if not path.endswith(".tmp")}
+        return {p.relative_to(self.name).as_posix() for p in paths if p.suffix != ".tmp"}
 
     def read(self, path: str) -> bytes:
         if self.hub is not None:
@@ -52,18 +51,18 @@ class Output:
         """Put a file there as a person would."""
         if self.hub is not None:
             self.hub.edit(self.name, path, content)
-            return
-        (Path(self.name) / path).parent.mkdir(parents=True, exist_ok=True)
-        (Path(self.name) / path).write_bytes(content)
+        else:
+            (Path(self.name) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(self.name) / path).write_bytes(content)
 
     def delete(self, *paths: str) -> None:
         """Take files away as a person would."""
         if self.hub is not None:
             repo = self.hub.store.get("dataset", self.name)
             self.hub.store.commit(repo, "Delete", {}, paths)
-            return
-        for path in paths:
-            (Path(self.name) / path).unlink()
+        else:
+            for path in paths:
+                (Path(self.name) / path).unlink()
 
     def part_paths(self) -> dict[int, str]:
         """Return the path of each part by its number; every file in data/ is a part."""
@@ -84,15 +83,13 @@ class Output:
 
     def rows(self) -> dict[int, dict[str, Any]]:
         """Return all rows by id."""
-        tables = [self.table(number) for number in self.part_paths()]
-        rows = [row for table in tables for row in table.to_pylist()]
+        rows = [row for number in self.part_paths() for row in self.table(number).to_pylist()]
         assert len({row["index"] for row in rows}) == len(rows), "a row is there twice"
         return {row["index"]: row for row in rows}
 
     def record(self, number: int) -> dict[str, Any]:
         """Return what a part says of itself."""
-        found: dict[str, Any] = json.loads(self.table(number).schema.metadata[b"logits.part"])
-        return found
+        return dict(json.loads(self.table(number).schema.metadata[b"logits.part"]))
 
     def hashes(self) -> dict[str, str]:
         """Return the sha256 of each part."""
@@ -111,12 +108,12 @@ def open_uploader(output: Output, cache: Path, **options: Any) -> Any:
     )
 
 
-def fill(uploader: Any, number: int, ids: Iterable[int] | None = None, batch: int = 3) -> list[int]:
+def fill(uploader: Any, number: int, ids: Iterable[int] | None = None) -> list[int]:
     """Give a part, of ten rows, the rows that it lacks, as a run does; return which these were."""
     ids = range(10 * number, 10 * number + 10) if ids is None else ids
     left: list[int] = uploader.begin_part(number, list(ids))
-    for at in range(0, len(left), batch):
-        uploader.add_sample(make_rows(left[at : at + batch]))
+    for at in range(0, len(left), 3):
+        uploader.add_sample(make_rows(left[at : at + 3]))
         if uploader.should_flush():
             uploader.flush()
     return left
@@ -126,7 +123,7 @@ def fill_parts(uploader: Any, rows: int) -> list[int]:
     """Fill the parts of 10 that hold the rows 0..rows; return what they lacked."""
     left = []
     for first in range(0, rows, 10):
-        left += fill(uploader, first // 10, range(first, min(rows, first + 10)))
+        left += fill(uploader, first // 10, range(rows)[first : first + 10])
     return left
 
 
@@ -134,14 +131,13 @@ def finish(uploader: Any) -> dict[str, Any]:
     """Deliver everything and return the summary."""
     uploader.flush(final=True)
     uploader.shutdown()
-    summary: dict[str, Any] = uploader.summary()
-    return summary
+    return dict(uploader.summary())
 
 
 def run_uploader(output: Output, cache: Path, rows: int, **options: Any) -> dict[str, Any]:
     """Run over rows 0..rows as the next run of a job does; return its summary.
 
-    Under "asked" are the rows that it had still to extract.
+    "asked" are the rows that it had still to extract.
     """
     uploader = open_uploader(output, cache, **options)
     uploader.load_pending_into_buffer()

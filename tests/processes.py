@@ -9,14 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import IO, Any
-
-CHILD_S = 150  # that a fork may live
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,7 @@ class Finished:
     @property
     def summary(self) -> dict[str, Any]:
         """The JSON object on the last line of stdout."""
-        result: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
-        return result
+        return dict(json.loads(self.stdout.strip().splitlines()[-1]))
 
     def passed(self) -> dict[str, Any]:
         """Return the summary of a process that has done all that was asked for."""
@@ -43,13 +39,9 @@ def run_process(
     command: Iterable[object], *, timeout_s: float = 300.0, env: dict[str, str] | None = None,
     **options: Any,
 ) -> Finished:  # fmt: skip
-    """Run a command as the leader of a process group.
+    """Run a command as the leader of a process group; `env` is added to that of this process.
 
     What it says goes to files: a pipe would be open as long as any process that it has started.
-
-    Args:
-        env: added to that of this process.
-        options: of `subprocess.Popen`; a file for stdout or stderr is not read.
 
     Raises:
         AssertionError: it did not end in time; says where every Python of the group stood.
@@ -66,8 +58,7 @@ def run_process(
         except subprocess.TimeoutExpired:
             in_time = False
             os.killpg(process.pid, signal.SIGABRT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+            time.sleep(5)  # to say where it stands
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         said = []
@@ -79,11 +70,7 @@ def run_process(
 
 
 def run_code(code: str, *words: object, **options: Any) -> Finished:
-    """Run a program in a fresh Python; options are those of `run_process`.
-
-    Raises:
-        AssertionError: it failed, or did not end.
-    """
+    """Run a program, which has to succeed, in a fresh Python; options are of `run_process`."""
     done = run_process([sys.executable, "-c", code, *words], **options)
     assert done.code == 0, done.stderr
     return done
@@ -91,8 +78,6 @@ def run_code(code: str, *words: object, **options: Any) -> Finished:
 
 class Child:
     """A fork of this process: starts in milliseconds, with everything imported.
-
-    It does some work, writes text and leaves.
 
     Args:
         work: gets a stream to write to; an int that it returns is the exit code.
@@ -104,27 +89,20 @@ class Child:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(reader)
-            os.setpgid(0, 0)  # a Ctrl-C at the terminal is ours to pass on
-            end = threading.Timer(CHILD_S, os.kill, (os.getpid(), signal.SIGKILL))
-            end.daemon = True
-            end.start()  # or who reads from a child that hangs would wait for ever
-            self._work(work, writer)
+            code = 1
+            try:
+                os.close(reader)
+                os.setpgid(0, 0)  # a Ctrl-C at the terminal is ours to pass on
+                with os.fdopen(writer, "w", buffering=1) as stream:
+                    code = work(stream) or 0
+            except BaseException:
+                traceback.print_exc()
+                raise
+            finally:
+                os._exit(code)
         os.close(writer)
         self.output = os.fdopen(reader)
         self._status: int | None = None
-
-    @staticmethod
-    def _work(work: Callable[[IO[str]], int | None], writer: int) -> None:
-        code = 1
-        try:
-            with os.fdopen(writer, "w", buffering=1) as stream:
-                code = work(stream) or 0
-        except BaseException:
-            traceback.print_exc()
-            raise
-        finally:
-            os._exit(code)
 
     def ended(self) -> bool:
         """Tell whether the child has ended."""

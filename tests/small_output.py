@@ -1,8 +1,7 @@
 """Write small outputs that obey the format, from random distributions, without a model.
 
 The distributions are like a teacher's: most positions nearly sure, some torn between many tokens.
-`write_parts` makes a whole output folder, `write_output` one of version 0.1; `random_rows` the rows
-alone.
+`write_parts` makes a whole output folder, `write_output` one of version 0.1.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 import explore_logits as explore
 
+Row = Mapping[str, Any]
 SETTINGS: dict[str, Any] = {
     "format_version": 1, "model": "tests/teacher", "model_revision": None,
     "dataset": "tests/teacher/conversations.jsonl", "dataset_revision": None, "subset": None,
@@ -39,7 +39,7 @@ def random_logits(rng: np.random.Generator, tokens: int, vocab: int) -> np.ndarr
 
 
 def extract_row(
-    logits: np.ndarray, settings: Mapping[str, Any], rng: np.random.Generator, *, index: int
+    logits: np.ndarray, settings: Row, rng: np.random.Generator, *, index: int
 ) -> dict[str, Any]:
     """Extract one row from its logits by the definition, token by token, in float64."""
     tops, tails, wide = [], [], logits.astype(np.float64)
@@ -54,16 +54,15 @@ def extract_row(
         race = row[rest] + rng.gumbel(size=rest.size)
         tops.append(order[:size])
         tails.append(rest[np.argsort(-race)][: settings["sampled_n"]])
-    counts = [ids.size for ids in tops]
     return {
         "index": index, "num_tokens": len(tops), **pack_entries("top", tops, logits, settings),
-        "top_counts": counts, **pack_entries("sampled", tails, logits, settings),
-        "logsumexp": logsumexp.tolist(),
+        "top_counts": [ids.size for ids in tops],
+        **pack_entries("sampled", tails, logits, settings), "logsumexp": logsumexp.tolist(),
     }  # fmt: skip
 
 
 def pack_entries(
-    part: str, ids: Sequence[np.ndarray], logits: np.ndarray, settings: Mapping[str, Any]
+    part: str, ids: Sequence[np.ndarray], logits: np.ndarray, settings: Row
 ) -> dict[str, Any]:
     """Pack one part, nucleus or tail, of every token."""
     flat = np.concatenate(ids)
@@ -79,7 +78,7 @@ def pack_entries(
 
 
 def random_rows(
-    count: int, *, settings: Mapping[str, Any] = SETTINGS, seed: int = 0, tokens: int = 12
+    count: int, *, settings: Row = SETTINGS, seed: int = 0, tokens: int = 12
 ) -> list[dict[str, Any]]:
     """Return rows of 1 to `tokens` tokens each, with the text's tokens when settings ask."""
     rng = np.random.default_rng(seed)
@@ -112,18 +111,15 @@ class Vocabulary:
         return f"<{token}>"
 
 
-def rows_to_table(
-    rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str, Any] = SETTINGS
-) -> pa.Table:
+def rows_to_table(rows: Sequence[Row], *, settings: Row = SETTINGS) -> pa.Table:
     """Return rows as a table with the schema and metadata of a shard."""
     how = {"store_tokens": settings["store_tokens"], "compact": "min_p" in settings}
     return pa.Table.from_pylist([*rows], schema=explore.shard_schema(**how, settings=settings))
 
 
 def write_output(
-    folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, *,
-    settings: Mapping[str, Any] = SETTINGS, rows_per_shard: int = 8, rows_per_group: int = 3,
-    chat_template: str = "",
+    folder: Path, rows: Sequence[Row] | None = None, *, settings: Row = SETTINGS,
+    rows_per_shard: int = 8, rows_per_group: int = 3, chat_template: str = "",
 ) -> Path:  # fmt: skip
     """Write an output folder as version 0.1 laid it out, several row groups to a shard."""
     rows = random_rows(20, settings=settings) if rows is None else rows
@@ -138,15 +134,13 @@ def write_output(
 
 
 def write_parts(
-    folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, *,
-    settings: Mapping[str, Any] = SETTINGS, skipped: Mapping[int, str] | None = None,
-    rows_per_part: int = 8, first_part: int = 0, workers: int = 1,
+    folder: Path, rows: Sequence[Row] | None = None, *, settings: Row = SETTINGS,
+    skipped: Mapping[int, str] | None = None, rows_per_part: int = 8, first_part: int = 0,
+    workers: int = 1,
 ) -> Path:  # fmt: skip
     """Write an output folder in parts, each with what it says of itself, and the checkpoints.
 
-    Args:
-        rows: in the order of their selection, ids ascending.
-        skipped: reason by id of the conversations that were selected and give no row.
+    Ids ascend; `skipped` is the reason by id of those that were selected and give no row.
     """
     settings = {**settings, "rows_per_part": rows_per_part}
     rows = random_rows(20, settings=settings) if rows is None else rows
@@ -177,7 +171,7 @@ def write_parts(
     return folder
 
 
-def write_checkpoint(folder: Path, records: Sequence[Mapping[str, Any]], suffix: str) -> None:
+def write_checkpoint(folder: Path, records: Sequence[Row], suffix: str) -> None:
     """Write the checkpoint of a worker: what its parts say of themselves, by columns."""
     names = ("number", "ids", "conversations", "rows", "tokens", "bytes", "nucleus", "capped",
              "mass", "actual")  # fmt: skip

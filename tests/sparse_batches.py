@@ -74,13 +74,9 @@ def exact_block(logits: Tensor, **settings: Any) -> ex.TokenBlock:
 def make_row(block: ex.TokenBlock) -> dict[str, Any]:
     """Return a conversation to train on whose tokens are those of a block."""
     count = block.tail.counts.size
-    return {
-        "index": 0,
-        "input_ids": np.zeros(count + 1, np.int32),
-        "labels": np.zeros(count + 1, np.int64),
-        "teacher_positions": np.arange(1, count + 1),
-        **ex.sparse_teacher(block),
-    }
+    text = {"input_ids": np.zeros(count + 1, np.int32), "labels": np.zeros(count + 1, np.int64)}
+    told = {"teacher_positions": np.arange(1, count + 1), **ex.sparse_teacher(block)}
+    return {"index": 0, **text, **told}
 
 
 def make_batch(logits: Tensor, **settings: Any) -> dict[str, Tensor]:
@@ -134,14 +130,9 @@ def estimate(
     deviations = [float(found.numpy().std()) for found, _ in pairs]
     errors = [max(deviation / len(values) ** 0.5, 1e-9) for deviation in deviations]
     spread = (gradients - true_gradient).square().sum(-1).mean().sqrt()
-    return Estimates(
-        true=float(true.detach()),
-        bias=biases[0],
-        deviation=deviations[0],
-        sigmas=list(np.divide(biases, errors)),
-        gradient_bias=float(off.norm() / true_gradient.norm()),
-        gradient_deviation=float(spread / true_gradient.norm()),
-    )
+    lengths = (float(length / true_gradient.norm()) for length in (off.norm(), spread))
+    sigmas = list(np.divide(biases, errors))
+    return Estimates(float(true.detach()), biases[0], deviations[0], sigmas, *lengths)
 
 
 def main() -> None:

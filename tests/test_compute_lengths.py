@@ -1,6 +1,5 @@
 """compute_lengths: the counts are extraction's, whatever the processes; output, Hub, exit codes."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,12 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHATS, TEACHER, Finished, chat, run_script
-from huggingface_hub import HfApi
+from conftest import CHATS, TEACHER, Finished, chat
 
 import compute_lengths
 import explore_logits as explore
-from compute_lengths import LengthsConfig, LengthsError, get_transform_fn, measure_source
-from explore_logits import ConversationColumns, ConversationEncoder, open_conversations, open_source
+from compute_lengths import get_transform_fn, measure_source
+from explore_logits import ConversationColumns, ConversationEncoder, open_source
 
 COLUMNS = ConversationColumns(messages="messages", index="id")
 
@@ -25,7 +23,6 @@ COLUMNS = ConversationColumns(messages="messages", index="id")
 def own_cache(tmp_path, monkeypatch):
     """Keep what `datasets` caches inside the test's folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +33,15 @@ def expected(chats) -> dict[int, tuple[int, int]]:
     return {n: (made.input_ids.size, made.token_positions.size) for n, made in found.items()}
 
 
-def make_config(**options: Any) -> LengthsConfig:
-    """Return a configuration for the embedded teacher and conversations."""
-    return LengthsConfig(**{"model": str(TEACHER), "dataset": str(CHATS), **options})
-
-
 def make_encoder() -> ConversationEncoder:
     tokenizer = explore.load_tokenizer(str(TEACHER))
     return ConversationEncoder(tokenizer, explore.load_chat_template(None, tokenizer), COLUMNS)
 
 
-def by_index(path: Path | str) -> dict[int, tuple[int, int]]:
-    """Return lengths and tokens by index, of a lengths file."""
-    rows = pq.read_table(path).to_pylist()
-    return {row["index"]: (row["length"], row["num_tokens"]) for row in rows}
+def by_index(measured: Any) -> dict[int, tuple[int, int]]:
+    """Return lengths and tokens by index, in the order of the rows."""
+    pairs = zip(measured.length.tolist(), measured.num_tokens.tolist(), strict=True)
+    return dict(zip(measured.index.tolist(), pairs, strict=True))
 
 
 @pytest.fixture
@@ -71,7 +63,7 @@ def measure(tmp_path, capsys) -> Callable[..., Finished]:
 def test_the_counts_are_what_extraction_would_take_and_are_reported(tmp_path, expected, measure):
     done = measure("--index-col", "id")
     assert done.code == 0
-    assert by_index(tmp_path / "lengths/lengths.parquet") == expected
+    assert by_index(explore.read_lengths(str(tmp_path / "lengths/lengths.parquet"))) == expected
     totals = np.sum(list(expected.values()), axis=0).tolist()
     summary = done.summary
     assert [summary["total_length"], summary["total_num_tokens"]] == totals
@@ -84,10 +76,7 @@ def test_many_processes_give_the_same_counts_in_the_same_order(streaming, expect
     source = open_source(str(CHATS), streaming=streaming)
     batches = list(measure_source(source, make_encoder(), batch_size=70, workers=2))
     assert [len(batch["index"]) for batch in batches] == [70] * 5 + [50]
-    measured = compute_lengths.collect(batches)
-    pairs = zip(measured.length.tolist(), measured.num_tokens.tolist(), strict=True)
-    assert dict(zip(measured.index.tolist(), pairs, strict=True)) == expected
-    assert measured.index.tolist() == list(expected)
+    assert list(by_index(compute_lengths.collect(batches)).items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("how", [(), ("--streaming", "--batch-size", "90")], ids=str)
@@ -108,55 +97,30 @@ def test_the_file_says_what_it_was_measured_with(how, tmp_path, measure):
     assert [file.name for file in path.parent.iterdir()] == ["l.parquet"]
 
 
-def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(write_chats, measure, caplog):
+def test_rows_that_cannot_be_used_stay_with_zero_and_are_counted(write_chats, measure):
     said = chat("Hello.")
     chats = (said, None, [], said[:1], said, [{"role": "assistant"}])
     done = measure(dataset=write_chats([{"messages": messages} for messages in chats]))
     assert done.code == 0
     assert done.summary["skipped"] == {"null": 2, "empty": 1, "no_assistant": 1}
     assert (done.summary["rows"], done.summary["usable"]) == (6, 2)
-    found = by_index(done.summary["output"])
+    found = by_index(explore.read_lengths(done.summary["output"]))
     assert [index for index, counts in found.items() if counts == (0, 0)] == [1, 2, 3, 5]
     assert found[0] == found[4]
-    assert "index 1 cannot be used (null)" in caplog.text
 
 
-def test_bad_input_ends_with_code_2_one_line_and_no_file(measure, write_chats, tmp_path, caplog):
-    for options, message, *rows in (
-        ("--split dev", "it has train"),
-        ("--messages-col talk", "the dataset has id"),
-        ("--model ./nowhere", "nowhere"),
-        ("--revision main", "has no revisions"),
-        ("--output-repo a/b", "--push-to-hub"),
-        ("--text-col subject --turns last", "--turns: --text-col uses no chat template"),
-        ('--template-kwargs {"tools":1}', "'tools' is no argument"),
-        ("--filename a/b.parquet", "--filename"),
-        (f"--output-dir {CHATS}", "cannot write"),
-        (f"--output-dir {TEACHER}/lengths", "is inside --model"),
-        ("--index-col id", "index 4 occurs twice",
-         *({"id": n, "messages": chat("Hello.")} for n in (4, 5, 4))),
-        ("--index-col id", "no conversation can be used: 3 null",
-         *({"id": n, "messages": None} for n in (0, 1, 2))),
-    ):  # fmt: skip
-        assert measure(*options.split(), dataset=write_chats(rows) if rows else CHATS).code == 2
-        last = caplog.records[-1].getMessage()
-        assert message in last
-        assert "\n" not in last
-        assert not list(tmp_path.glob("lengths/*"))
-
-
-def test_output_is_a_folder_or_a_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("there").mkdir()
-    for output, *told in (
-        ("./new", "./new", None, False), ("there", "there", None, False),
-        (str(tmp_path), str(tmp_path), None, False),
-        ("tester/lengths", "data/lengths", "tester/lengths", True),
-    ):  # fmt: skip
-        config = make_config(output=output)
-        assert [config.output_dir, config.output_repo, config.push_to_hub] == told
-    with pytest.raises(explore.ConfigError, match="--output excludes --output-dir"):
-        make_config(output="./new", output_dir="y")
+@pytest.mark.parametrize(
+    ("ids", "messages", "said"),
+    [([4, 5, 4], chat("Hello."), "index 4 occurs twice"),
+     ([0, 1, 2], None, "no conversation can be used: 3 null")],
+)  # fmt: skip
+def test_bad_input_ends_with_code_2_and_no_file(
+    ids, messages, said, measure, write_chats, tmp_path, caplog
+):
+    rows = [{"id": index, "messages": messages} for index in ids]
+    assert measure("--index-col", "id", dataset=write_chats(rows)).code == 2
+    assert said in caplog.records[-1].getMessage()
+    assert not list(tmp_path.glob("lengths/*"))
 
 
 # Parts --------------------------------------------------------------------------------------------
@@ -172,42 +136,6 @@ def test_the_transform_maps_a_dataset_and_says_why_rows_cannot_be_used(chats, ex
     found = [(row["index"], (row["length"], row["num_tokens"])) for row in mapped]
     assert found == list(wanted.items())
     assert list(mapped["reason"]) == ["null", "no_assistant"] + [None] * 40
-
-
-def test_rows_of_other_columns_are_measured_too(write_chats):
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    path = write_chats([{"messages": chat("So.")}, {"messages": chat("So."), "tools": tools}])
-    for streaming in (False, True):
-        source, encoder = open_conversations(make_config(dataset=str(path), streaming=streaming))
-        (batch,) = measure_source(source, encoder, batch_size=9, workers=1)
-        assert batch["reason"] == [None, None]
-        assert batch["length"][0] < batch["length"][1]
-
-
-def test_a_system_column_that_nobody_asked_for_is_not_left_out_in_silence(write_chats, caplog):
-    row = {"system": "Be brief.", "question": "Why?", "answer": "So.", "history": []}
-    path = str(write_chats([row]))
-    open_conversations(make_config(dataset=path, system_col="system"))
-    assert not caplog.records
-    with caplog.at_level("INFO"):
-        open_conversations(make_config(dataset=path))
-    assert "--system-col system uses it" in caplog.text
-    assert "read without the columns system, history" in caplog.text
-
-
-def test_what_a_template_lacks_is_said(tmp_path, caplog):
-    explore.warn_once.cache_clear()
-    (path := tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    open_conversations(make_config(chat_template=str(path), template_kwargs={"enable": True}))
-    for hidden in ("an end of the assistant's turn", "the argument 'enable'"):
-        assert f"the chat template does not show {hidden}" in caplog.text
-
-
-def test_a_worker_that_dies_is_an_error_with_a_remedy():
-    fatal = type("Fatal", (), {"__reduce__": lambda _: (os._exit, (9,))})()  # kills who unpickles
-    source, encoder = open_source(str(CHATS)), ConversationEncoder(fatal, "", COLUMNS)
-    with pytest.raises(LengthsError, match="--num-proc"):
-        list(measure_source(source, encoder, batch_size=100, workers=2))
 
 
 def test_percentiles_are_values_that_occur():
@@ -250,21 +178,3 @@ def test_a_push_that_the_hub_refuses_keeps_the_file_and_says_where(status, hub, 
     hub.fault("POST .*/commit/", status=status, count=99)
     assert push().code == 2
     assert Path(re.search(r"kept as (.*lengths\.parquet)", caplog.text)[1]).exists()
-
-
-def test_a_hub_dataset_is_measured_and_pushed_from_the_command_line(hub, tmp_path):
-    api, chats = HfApi(), {"repo_id": "tester/chats", "repo_type": "dataset"}
-    api.create_repo(**chats)
-    some = b"".join(CHATS.read_bytes().splitlines(keepends=True)[:40])
-    api.upload_file(path_or_fileobj=some, path_in_repo="train.jsonl", **chats)
-    done = run_script(
-        "compute_lengths.py", "--model", TEACHER, "--dataset", "tester/chats", "--num-proc", 1,
-        "--output-dir", tmp_path, "--output-repo", "tester/lengths", "--push-to-hub",
-        HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"),
-    )  # fmt: skip
-    assert done.code == 0, done.stderr
-    assert (done.summary["repo"], done.summary["rows"]) == ("tester/lengths", 40)
-    lengths = explore.read_lengths(str(tmp_path / "lengths.parquet"))
-    assert lengths.settings["dataset_revision"] == api.dataset_info("tester/chats").sha
-    there = hub.content("tester/lengths", "data/lengths.parquet")
-    assert there == (tmp_path / "lengths.parquet").read_bytes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -46,15 +45,6 @@ def test_the_wheel_holds_the_three_scripts_and_its_metadata_only(dist):
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert {name for name in names if ".dist-info/" not in name} == MODULES
     assert "License-Expression: MIT" in metadata
-
-
-def test_the_sdist_holds_what_is_tracked_and_nothing_else(dist):
-    with tarfile.open(only(dist, "*.tar.gz")) as sdist:
-        files = {m.name.partition("/")[2] for m in sdist.getmembers() if m.isfile()}
-    made = {"PKG-INFO", "setup.cfg"} | {f for f in files if ".egg-info/" in f}
-    tracked = set(run("git", "ls-files").splitlines())
-    assert files - made - tracked == set()
-    assert {name for name in tracked - files if not name.startswith(".")} == set()
 
 
 def test_the_wheel_runs_in_a_clean_environment(dist, tmp_path):

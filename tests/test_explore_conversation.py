@@ -1,12 +1,8 @@
 """Messages, rendering and the choice of tokens, on templates and tokenizers made here."""
 
 import copy
-import cProfile
-import importlib.util
 import json
 import pickle
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +10,8 @@ import pytest
 from chat_shapes import TEACHER, says, tokenizer_for, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, processors
+from transformers import AutoTokenizer
 
 import explore_logits as explore
 from explore_logits import TemplateError, encode_conversation, load_chat_template, read_conversation
@@ -88,6 +84,8 @@ def refusal(function: Any, *args: Any, **options: Any) -> str:
 
 
 AB = [user("a"), says("b")]
+ROLES = {"HUMAN": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool",
+         "System": "system", "critic": "critic"}  # fmt: skip
 THOUGHT: Any = [{"type": "reasoning", "text": "they "}, {"type": "thinking", "thinking": "greet"}]
 PARTS = [*THOUGHT, {"type": "text", "text": "y"}, {"type": "output_text", "text": "o"}]
 CALL = {"name": "f", "arguments": '{"a": null}'}
@@ -96,16 +94,14 @@ SHOWN = [user("a"), {"role": "tool", "content": [{"type": "image"}]}, says("b")]
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], AB),
+    [([{"from": name, "value": "a"} for name in ROLES],
+      [{"role": role, "content": "a"} for role in ROLES.values()]),
      ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]', AB),
      ({"role": ["user", "assistant"], "content": ["a", "b"]}, AB),
-     ([{"role": "user", "content": [{"type": "text", "text": "a"}], "name": None},
-       {"role": "assistant", "content": ["b"], "tool_calls": [], "reasoning_content": None}], AB),
+     ([user("a") | {"name": None}, says(["b"], tool_calls=[], reasoning_content=None)], AB),
      (np.array(AB), AB),
      ([{"role": "user", "content": [{"type": "input_text", "text": "h"}, "i"]}, says(PARTS)],
       [user("hi"), says("yo", reasoning_content="they greet")]),
-     ([user("a"), says(THOUGHT)],
-      [user("a"), {"role": "assistant", "reasoning_content": "they greet"}]),
      (SHOWN, SHOWN),  # what a tool gives is the template's to write
      ([user("a"), says("b", function_call=CALL)],  # a call of old is a tool call
       [user("a"), says("b", tool_calls=[{"type": "function", "function": CALL}])])],
@@ -114,31 +110,16 @@ def test_both_dialects_and_every_way_of_storing_them_are_read(value, expected):
     assert read(value).messages == expected
 
 
-def test_roles_are_known_by_their_usual_names_in_any_case():
-    for role, names in (
-        ("user", "user human HUMAN prompter"),
-        ("assistant", "assistant Assistant gpt bot model function_call tool_call"),
-        ("tool", "tool observation function tool_response Function"),
-        ("system", "system System"),
-        ("critic", "critic"),
-    ):
-        said = read([{"from": name, "value": "x"} for name in names.split()]).messages
-        assert {message["role"] for message in said} == {role}
-
-
 @pytest.mark.parametrize(
     ("value", "reason"),
     [(None, "null"), ([], "empty"), (7, "malformed"), ([{"content": "a"}], "malformed"),
      ([user("a"), {"role": "assistant", "content": None}], "null"),
      ([user("a"), says(" \n")], "empty"),
-     ([user("a") | {"content": [{"type": "image", "url": "x"}]}, says("b")], "not_text"),
      ([user("a") | {"content": [{"image": "x", "text": ""}]}, says("b")], "not_text"),
      ([user("a"), says("b", tool_calls='[{"function": {')], "malformed"),
-     ([user("a"), says("b", function_call="f")], "malformed"),
      ([user("a"), says("b", weight="0")], "malformed"),
      ([user("a"), says(PARTS, reasoning="other")], "malformed"),
-     ({"role": ["user", "assistant"], "content": ["a"]}, "malformed"),
-     ({"role": "user", "content": "hi"}, "malformed")],
+     ({"role": ["user", "assistant"], "content": ["a"]}, "malformed")],
     ids=str,
 )  # fmt: skip
 def test_a_conversation_that_cannot_be_used_says_why(value, reason):
@@ -147,12 +128,9 @@ def test_a_conversation_that_cannot_be_used_says_why(value, reason):
 
 def test_single_turn_columns_make_a_conversation():
     columns = explore.ConversationColumns(user="q", assistant="a", system="s")
-    for values, expected in (
-        (("a", "b", "c"), [{"role": "system", "content": "c"}, user("a"), says("b")]),
-        ((6, 42.5, None), [user("6"), says("42.5")]),
-    ):
-        row = dict(zip("qas", values, strict=True))
-        assert read_conversation(row, columns).messages == expected
+    row = {"q": 6, "a": 42.5, "s": "c"}
+    wanted = [{"role": "system", "content": "c"}, user("6"), says("42.5")]
+    assert read_conversation(row, columns).messages == wanted
     for answer, reason in ((None, "null"), (" ", "empty"), (["b"], "malformed")):
         assert refusal(read_conversation, {"q": "a", "a": answer}, columns) == reason
 
@@ -160,10 +138,11 @@ def test_single_turn_columns_make_a_conversation():
 def test_tools_come_from_a_list_or_from_json():
     tool = {"type": "function", "function": {"name": "f"}}
     text = json.dumps(tool)
-    for value in ([tool | {"strict": None}], f"[{text}]", [text]):
-        assert read(CHAT, tools=value).tools == [tool]
-    for value in (None, "[]", [], "", "None", "{}"):
-        assert read(CHAT, tools=value).tools is None
+    for value, tools in (
+        ([tool | {"strict": None}], [tool]), (f"[{text}]", [tool]), ([text], [tool]),
+        (None, None), ("[]", None), ("", None), ("None", None),
+    ):  # fmt: skip
+        assert read(CHAT, tools=value).tools == tools
     for value in ([1], text, f"[{text}"):
         assert refusal(read, CHAT, tools=value) == "malformed"
 
@@ -184,15 +163,14 @@ def test_turns_and_weights_choose_what_is_extracted(template, turns, one, two, e
         assert taken(encoder.encode(row), encoder.tokenizer) == expected
 
 
-@pytest.mark.parametrize("given", [{"effort": "low"}, '{"effort": "low"}', None])
-def test_arguments_of_the_template_come_from_the_option_and_the_row(given):
+def test_arguments_of_the_template_come_from_the_option_and_the_row():
     template = "Effort {{ effort | default('none') }}, {{ depth }}. " + PLAIN
     encoder = encoder_for(template, template_kwargs={"effort": "high", "depth": 3})
-    encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": given})
-    assert encoded.text.startswith(f"Effort {'low' if given else 'high'}, 3. ")
-    assert encoder.settings()["template_kwargs"] == {"effort": "high", "depth": 3}
+    for own, effort in (({"effort": "low"}, "low"), ('{"effort": "low"}', "low"), (None, "high")):
+        encoded = encoder.encode({"messages": CHAT, "chat_template_kwargs": own})
+        assert encoded.text.startswith(f"Effort {effort}, 3. ")
     assert encoder == encoder.of(encoder.settings(), encoder.tokenizer, template)
-    for wrong in ("low", [1], {"messages": []}):
+    for wrong in ("low", {"messages": []}):
         row = {"messages": CHAT, "chat_template_kwargs": wrong}
         assert refusal(encoder.encode, row) == "malformed"
 
@@ -228,7 +206,9 @@ MARKED_TURN = HEAD + branch("{{ m.content }}<|end|>".join(MARKS) + "\n", SAID)
 MACRO = "{% macro turn(m) %}" + MARKED_TURN + "{% endmacro %}" + each("{{ turn(m) }}")
 BLOCK = each("{% set x %}" + MARKED_TURN + "{% endset %}{{ x }}")
 TOOL = [*CHAT[:2], {"role": "tool", "content": "Rainy."}, says("Elm."), *CHAT[2:]]
-LAST = [dict(message, trained=n == 3) for n, message in enumerate(CHAT)]
+OF_TOOL = [BOTH[0], "Elm.<|end|>", BOTH[1]]
+AFTER_TOOL = "loop.index0 and loop.previtem.role == 'tool'"
+CLOSED = each(f"{{{{ '</tool>' if {AFTER_TOOL} }}}}" + HEAD + SAID)
 CALLING, CALL_SAID = says("", tool_calls=[{"function": CALL}]), 'f {"a": null}<|end|>'
 LAST_APART = (  # writes the last message when the loop is over
     each(HEAD + SAID, "messages[:-1]") + "{% set m = messages[-1] %}"
@@ -239,69 +219,48 @@ GATHERED_CALLS = GATHERED.replace(
     "m.content + '<|end|>", "m.content + (('f ' + m.tool_calls[0].function.arguments"
     " | tojson(ensure_ascii=True)) if m.tool_calls else '') + '<|end|>",
 )  # fmt: skip
-# template, way by which turns are found, spans of CHAT or of another conversation
+# template, way by which turns are found, spans of CHAT or of another conversation: one for each
+# way through `_probe_turns` and `_TurnReader`
 TURNS: dict[str, Any] = {
     "plain": (PLAIN, "loop", BOTH, CHAT),
     "marked": (MARKED, "generation", BOTH, CHAT),
     "gathered": (GATHERED, "replacing", BOTH, CHAT),
-    "a message written ahead": (AHEAD, "replacing", [BOTH[0], "Elm.<|end|>", BOTH[1]], TOOL),
+    "a message written ahead": (AHEAD, "replacing", OF_TOOL, TOOL),
+    "messages that are joined": (
+        COPIES, "replacing", [BOTH[0], "Dune.", "Elm.<|end|>"], [*CHAT, says("Elm.")]),
     "think tags of the template": (THINKS, "loop", BOTH, CHAT),
-    "blanks of the data after them": (
-        THINKS, "loop", ["\nDune.<|end|>"], [CHAT[0], says("\nDune.")]),
-    "blanks that the template strips": (
-        THINKS.replace("m.content }}", "m.content.lstrip('\n') }}"), "loop", ["Dune.<|end|>"],
-        [CHAT[0], says("\nDune.")]),
-    **{
-        f"{what} of the data, {kind}": (
-            template, way, [f"{said}<|end|>"], [*CHAT[:1], says(said)])
-        for kind, template, way in (
-            ("plain", PLAIN, "loop"), ("marked", MARKED, "generation"), ("opened", THINKS, "loop"))
-        for what, said in (("a thought", "<think>\nIvy\n</think>\n\nDune."),
-                           ("empty think tags", "<think>\n\n</think>\n\nDune."))
-    },
-    "a header inside the markers": (
-        each(branch(f"<|start|>assistant\n{SAID}".join(MARKS))) + PROMPT, "generation",
-        [*BOTH, "Echo.<|end|>"], [*CHAT, says("Echo.")]),
+    "empty think tags of the data": (
+        MARKED, "generation", ["<think>\n\n</think>\n\nDune.<|end|>"],
+        [CHAT[0], says("<think>\n\n</think>\n\nDune.")]),
+    "empty thoughts after a tool alone": (
+        each(f"{HEAD}{{{{ '<think></think>' if {AFTER_TOOL} }}}}{SAID}") + PROMPT, "loop",
+        [BOTH[0], "\nElm.<|end|>", BOTH[1]], [*TOOL[:3], says("\nElm."), *TOOL[4:]]),
     "an end outside of the markers": (
         MARKED.replace("<|end|>\n" + MARKS[1], MARKS[1] + "<|end|>\n"), "generation", BOTH, CHAT),
-    "nothing marked": (
-        MARKED.replace("== 'assistant'", "== 'assistant' and m.trained"), "loop", BOTH, CHAT),
-    "content outside of the markers": (
-        MARKED.replace(SAID + MARKS[1], MARKS[1] + SAID), "loop", BOTH, CHAT),
-    "turns that are not marked": (
-        MARKED.replace("== 'assistant'", "== 'assistant' and loop.last"),
-        "generation", BOTH[1:], CHAT),
     "markers in a macro": (MACRO, "generation", BOTH, CHAT),
     "markers in a block": (BLOCK, "generation", BOTH, CHAT),
+    "markers in a block that is measured": (  # marks must not change what is written
+        BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"), "loop",
+        [f"{BOTH[0]}37", f"{BOTH[1]}31"], CHAT),
     "a prompt that goes on": (
         PLAIN.replace(PROMPT, PROMPT.replace("{% endif", "He thinks:\n{% endif")), "loop",
         ["Hello.<|end|>"], [CHAT[0], says("Hello.")]),
     "a prompt that goes on after a tool": (
-        each("{{ '</tool>' if loop.index0 and loop.previtem.role == 'tool' }}" + HEAD + SAID)
-        + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' }}"
-        "<|start|>assistant\n<think>\n{% endif %}", "loop", [BOTH[0], "Elm.<|end|>", BOTH[1]],
-        TOOL),
+        CLOSED + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' }}"
+        "<|start|>assistant\n<think>\n{% endif %}", "loop", OF_TOOL, TOOL),
     "a header after what closes the tool's": (
-        each("{{ '</tool>' if loop.index0 and loop.previtem.role == 'tool' }}" + HEAD + SAID)
-        + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' else "
-        "'<|start|>assistant\n' }}{% endif %}", "loop", [BOTH[0], "Elm.<|end|>", BOTH[1]], TOOL),
+        CLOSED + "{% if add_generation_prompt %}{{ '</tool>' if messages[-1].role == 'tool' else "
+        "'<|start|>assistant\n' }}{% endif %}", "loop", OF_TOOL, TOOL),
     "a first turn after a default system message": (
         each("{{ '<|start|>system\nBe kind.<|end|>\n' if loop.first }}" + HEAD + SAID) + PROMPT,
         "loop", BOTH, CHAT[1:]),
-    "a first turn of two lines where the prompt is a line break": (
-        "<|start|>" + each(branch("{{ m.content }}<|end|>", "[{{ m.content }}]"))
-        + "{% if add_generation_prompt %}{{ '\n' }}{% endif %}",
-        "loop", ["Birch\nbark.<|end|>"], [says("Birch\nbark.")]),
-    "empty thoughts after a tool alone": (
-        each("{% if loop.index0 and loop.previtem.role == 'tool' %}" + HEAD + "<think></think>"
-             "{{ m.content }}<|end|>\n{% else %}" + HEAD + SAID + "{% endif %}") + PROMPT, "loop",
-        [BOTH[0], "\nElm.<|end|>", BOTH[1]],
-        [*TOOL[:3], says("\nElm."), *TOOL[4:]]),
+    "a first answer of two lines where the prompt is a line break": (
+        "<|start|>" + each(branch("{{ m.content }}<|end|>"))
+        + PROMPT.replace("<|start|>assistant\n", "{{ '\n' }}"), "loop",
+        ["Birch\nbark.<|end|>"], [says("Birch\nbark.")]),
     "a header without an answer": (
         each("<|start|>{{ m.role }}{% if m.content %}{{ '\n' }}" + SAID + "{% endif %}") + PROMPT,
         "loop", BOTH[1:], [CHAT[0], says(""), *CHAT[2:]]),
-    "think tags with a name of their own": (
-        THINKS.replace("</think", "</mm:think").replace("<think", "<mm:think"), "loop", BOTH, CHAT),
     "an end that the next message writes": (
         each(branch("", "{{ '' if loop.first else '<|end|>' }}") + HEAD + "{{ m.content }}")
         + PROMPT, "loop", [BOTH[0], "Dune."], CHAT),
@@ -319,38 +278,16 @@ TURNS: dict[str, Any] = {
     "no end": (
         each("<|{{ m.role }}|>{{ m.content }}") + "{# <|user|><|assistant|> #}",
         "loop", ["Birch bark.", "Dune."], CHAT),
-    "mistral": (
-        "{{ bos_token }}" + each(branch("{{ ' ' + m.content|trim + eos_token }}",
-                                        "[INST] {{ m.content }}[/INST]")),
-        "loop", [" Birch bark.<eos>", " Dune.<eos>"], CHAT),
-    "vicuna": (
-        "Hello." + each(branch("{{ ' ASSISTANT: ' + m.content + eos_token }}",
-                               "{{ ' USER: ' + m.content }}"))
-        + "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
-        "loop", [" Birch bark.<eos>", " Dune.<eos>"], CHAT),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TURNS)
 def test_turns_are_found_whatever_the_template_does(name):
     template, way, expected, chat = TURNS[name]
-    assert spans(chat, template) == expected
-    encoded = encode_conversation(chat, tokenizer_for(template))
-    assert taken(encoded, tokenizer_for(template)) == "".join(expected)
-    assert encoded.way == way
-    assert encoded.end_of_turn == (None if name == "no end" else re.search("<.*$", expected[0])[0])
-
-
-def test_marks_inside_a_block_never_change_what_is_written():
-    counted = tokenizer_for(BLOCK.replace("{{ x }}", "{{ x }}{{ x | length }}"))
-    turns = [f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in CHAT]
-    turns[::2] = [f"{turn}\n" for turn in turns[::2]]
-    text = encode_conversation(CHAT, counted).text
-    assert text == "".join(f"{turn}{len(turn)}" for turn in turns)
-
-
-def test_messages_that_the_template_joins_are_told_apart():
-    assert spans([*CHAT, says("Elm.")], COPIES) == [BOTH[0], "Dune.", "Elm.<|end|>"]
+    rendered = render(chat, template)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == expected
+    assert rendered.way == way
+    assert rendered.end_of_turn == (None if name == "no end" else "<|end|>")
 
 
 def test_what_the_template_adds_comes_when_it_is_asked_for():
@@ -367,11 +304,9 @@ def test_markers_choose_among_turns_inside_macros_and_blocks(template):
     turn = "m.role == 'assistant'"
     assert spans(CHAT, template.replace(turn, f"{turn} and m.content != 'Birch bark.'")) == BOTH[1:]
     by_field = template.replace(turn, f"{turn} and m.trained")  # the probe has no such field
-    assert spans(LAST, by_field) == BOTH[1:]
-    for nobody in (False, 0, 0.0):
+    assert spans([{**m, "trained": m["content"] == "Dune."} for m in CHAT], by_field) == BOTH[1:]
+    for nobody in (False, 0.0):
         assert spans([{**message, "trained": nobody} for message in CHAT], by_field) == []
-    by_number = template.replace(turn, f"{turn} and (m.trained or 0) > 0.5")
-    assert spans([{**message, "trained": 0} for message in CHAT], by_number) == []
     assert spans(CHAT, by_field) == BOTH  # nobody has the field
 
 
@@ -383,29 +318,6 @@ def test_an_end_of_turn_that_is_plain_text_is_found_too():
         tokenizer.add_tokens(blanks)
         prepared = explore.prepare_template(tokenizer, template)
         assert spans(CHAT, prepared) == ["Birch bark.\n### End", "Dune.\n### End"]
-
-
-def test_a_given_date_is_what_the_template_prints():
-    tokenizer = tokenizer_for("{{ strftime_now('%d %b %Y, %H:%M') }}" + PLAIN)
-    encoded = encode_conversation(CHAT, tokenizer, date="2024-07-26")
-    assert encoded.text.startswith("26 Jul 2024, 00:00<|")
-    assert encode_conversation(CHAT, tokenizer, date="2025-01-02").text.startswith("02 Jan 2025")
-    assert not encode_conversation(CHAT, tokenizer).text.startswith("02 Jan 2025")
-
-
-def test_the_first_token_is_never_extracted():
-    template = each("{{ m.content }}<|end|>".join(MARKS))
-    encoded = encode_conversation([says("Birch bark.")], tokenizer_for(template))
-    assert encoded.token_positions.tolist() == list(range(1, encoded.input_ids.size))
-
-
-def test_arguments_as_an_object_or_as_text_render_alike():
-    listed = "{% for c in m.tool_calls %}{{ c.function.arguments | items | list }}{% endfor %}"
-    tokenizer = tokenizer_for(each(HEAD + "{{ m.content }}" + listed + "<|end|>\n") + PROMPT)
-    for arguments in ({"town": "Lima"}, '{"town": "Lima"}'):
-        call = {"function": {"name": "f", "arguments": arguments}}
-        encoded = encode_conversation([CHAT[0], says("", tool_calls=[call])], tokenizer)
-        assert encoded.text.endswith("\n[('town', 'Lima')]<|end|>\n")
 
 
 MARKUP = ("<|end|>", "<|start|>", "<|start|>assistant\n", "</think>", "\u200d", "👩", " ", "\n")
@@ -449,36 +361,14 @@ def test_a_token_is_the_assistants_where_one_of_its_characters_is(borders, span,
     assert explore.token_positions_of([span], starts, ends).tolist() == expected
 
 
-@pytest.mark.parametrize("sides", [("rstrip",), ("lstrip", "rstrip")])
-def test_a_role_header_that_eats_blanks_is_not_the_assistants(sides):
+def test_a_role_header_that_eats_blanks_is_not_the_assistants():
     """As of Phi-3, where an answer that begins with a line break would take it in."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    eating = [
-        AddedToken(text, **dict.fromkeys(sides, True)) for text in ("<|assistant|>", "<|end|>")
-    ]
+    eating = [AddedToken(text, rstrip=True) for text in ("<|assistant|>", "<|end|>")]
     tokenizer.add_special_tokens({"additional_special_tokens": eating})
     tokenizer.chat_template = each("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n")
     encoded = encode_conversation([CHAT[0], says("\nDune."), *CHAT[2:]], tokenizer)
     assert taken(encoded, tokenizer) == "Dune.<|end|>" + BOTH[1]
-
-
-def test_all_bytes_of_a_character_are_extracted():
-    """By a tokenizer like Llama 2's: blanks as ▁, bytes for characters it does not know."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    ids = {piece: n for n, piece in enumerate([*pieces, *"▁abcdefghijklmnopqrstuvwxyzBD.?"])}
-    inner = Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True))
-    marks = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
-    inner.normalizer = normalizers.Sequence(list(marks))
-    blanks = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
-    inner.decoder = decoders.Sequence(list(blanks))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
-    tokenizer.chat_template = PLAIN
-    for said in ("a 樺 b 👩‍🚀", " é"):
-        encoded = encode_conversation([user("樺?"), says(said)], tokenizer)
-        found = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.token_positions].tolist())
-        data = [bytes.fromhex(p[3:5]) if p.startswith("<0x") else p.encode() for p in found]
-        assert b"".join(data).decode().replace("▁", " ").lstrip("\n") == said + "<|end|>"
 
 
 def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused():
@@ -487,8 +377,7 @@ def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused():
     slow = copy.deepcopy(fast)
     slow.__class__ = type("SlowTokenizer", (type(fast),), {"is_fast": False})
     for said in ("樺 👩‍🚀 é e\u0301 بِرْش", "  two  \n\n blanks ", "It is \ufffd, see \ufffd\ufffd."):
-        chat = [user("amber 🌲?"), says(said)]
-        one, two = (encode_conversation(chat, each) for each in (fast, slow))
+        one, two = (encode_conversation([CHAT[0], says(said)], each) for each in (fast, slow))
         assert one.input_ids.tolist() == two.input_ids.tolist()
         assert one.token_positions.tolist() == two.token_positions.tolist()
     slow.decode = lambda ids, **_: "x" * len(ids)
@@ -498,12 +387,17 @@ def test_a_slow_tokenizer_is_aligned_by_decoding_or_refused():
 # Errors -------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_without_an_assistant_names_the_roles():
-    with pytest.raises(explore.ConversationError, match="roles critic, user") as refused:
-        encode_conversation([user("a"), {"role": "critic", "content": "b"}], tokenizer_for(PLAIN))
-    assert refused.value.reason == "no_assistant"
-    half = [user("half \ud800 a pair"), says("b")]
-    assert refusal(encode_conversation, half, tokenizer_for(PLAIN)) == "malformed"
+def test_a_refused_conversation_says_why_and_survives_the_way_out_of_a_process():
+    for template, messages, reason, said in (
+        (PLAIN, [user("a"), {"role": "critic", "content": "b"}], "no_assistant", "critic, user"),
+        (PLAIN, [user("half \ud800 a pair"), says("b")], "malformed", "surrogate"),
+        (PLAIN + "{{ raise_exception('\x1b[2Jno') if messages | length > 2 }}", CHAT,
+         "refused_by_template", r"␛\[2Jno"),
+    ):  # fmt: skip
+        with pytest.raises(explore.ConversationError, match=said) as refused:
+            encode_conversation(messages, tokenizer_for(template))
+        error = pickle.loads(pickle.dumps(refused.value))
+        assert (error.reason, str(error)) == (reason, str(refused.value))
 
 
 def test_of_named_templates_the_one_that_transformers_takes_is_taken():
@@ -516,101 +410,23 @@ def test_of_named_templates_the_one_that_transformers_takes_is_taken():
         encoded = encode_conversation(CHAT, tokenizer, chat_template=source, tools=tools)
         assert encoded.text == tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
         assert taken(encoded, tokenizer) == "".join(BOTH)
-    tokenizer.chat_template = {"rag": PLAIN}
-    with pytest.raises(TemplateError, match=r"called rag, .*--chat-template"):
-        load_chat_template(None, tokenizer)
-
-
-def test_a_refusal_of_the_template_is_quoted_and_survives_the_way_out_of_a_process():
-    for most, work, said in (
-        (2, "{{ raise_exception('\x1b[2Jno') }}", r"␛\[2Jno"), (3, LOOPS, "sandbox"),
-    ):  # fmt: skip
-        template = PLAIN + f"{{% if messages|length > {most} %}}{work}{{% endif %}}"
-        with pytest.raises(explore.ConversationError, match=said) as refused:
-            encode_conversation(CHAT, tokenizer_for(template))
-        error = pickle.loads(pickle.dumps(refused.value))
-        assert (error.reason, str(error)) == ("refused_by_template", str(refused.value))
-
-
-def copy_teacher(folder: Path, **config: Any) -> Path:
-    """Copy the teacher's tokenizer without its template, with more in its configuration."""
-    folder.mkdir()
-    (folder / "tokenizer.json").write_bytes((TEACHER / "tokenizer.json").read_bytes())
-    ours = json.loads((TEACHER / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(ours | config), encoding="utf-8")
-    return folder
 
 
 def test_the_template_comes_from_the_file_else_from_the_tokenizer(tmp_path):
     assert load_chat_template(None, tokenizer_for(PLAIN)) == PLAIN
-    folder = copy_teacher(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    tokenizer.chat_template = None
     with pytest.raises(TemplateError, match=r"no chat template.*--chat-template"):
-        load_chat_template(None, explore.load_tokenizer(str(folder)))
-    (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": MARKED}))
-    (tmp_path / "t.txt").write_bytes((folder / "chat_template.json").read_bytes())
-    for place in (tmp_path / "t.jinja", folder / "chat_template.json", tmp_path / "t.txt"):
-        assert load_chat_template(str(place), tokenizer_for(PLAIN)) == MARKED
-    beside = explore.load_tokenizer(str(folder))
-    assert load_chat_template(None, beside) == MARKED
-    named = [{"name": "default", "template": MARKED}]
-    (tmp_path / "named.json").write_text(json.dumps({"chat_template": named}))
-    assert load_chat_template(str(tmp_path / "named.json"), tokenizer_for(PLAIN)) == MARKED
-
-
-def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path):
-    deep, remedy = 3000, ".*--chat-template"
-    for name, text, said in (
-        ("none.json", None, ""), ("cut.json", '{"chat_tem', ""),
-        ("other.json", '{"template": "x"}', ""), ("for.jinja", "{% for %}" + PLAIN, remedy),
-        ("if.jinja", "{% if a %}" * deep + "{% endif %}" * deep + PLAIN, remedy),
-        ("deep.jinja", "{{ " + "(" * deep + "1" + ")" * deep + " }}" + PLAIN, remedy),
+        load_chat_template(None, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    named = {"chat_template": [{"name": "default", "template": MARKED}]}
+    for name, text in (
+        ("t.jinja", MARKED), ("t.txt", json.dumps({"chat_template": MARKED})),
+        ("chat_template.json", json.dumps(named)),
     ):  # fmt: skip
-        if text is not None:
-            (tmp_path / name).write_text(text, encoding="utf-8")
-        with pytest.raises(TemplateError, match=re.escape(name) + said) as refused:
-            load_chat_template(str(tmp_path / name), tokenizer_for(PLAIN))
-        assert "\n" not in str(refused.value)
-
-
-def test_a_tokenizer_that_cannot_be_used_is_named_with_the_remedy(tmp_path, monkeypatch):
-    with pytest.raises(explore.LogitsError, match="nowhere"):
-        explore.load_tokenizer(str(tmp_path / "nowhere"))
-    auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
-    for n, (code, trust, message) in enumerate((
-        ("", False, "--trust-remote-code"),
-        ("import no_such_package_x", True, "pip install no_such_package_x$"),
-        ("from transformers import no_such_name_x", True, "does not fit the packages here"),
-        ("raise type('Own', (Exception,), {})('broken')", True, "Own: broken"),
-    )):  # fmt: skip
-        folder = copy_teacher(tmp_path / f"teacher{n}", auto_map=auto, tokenizer_class="Own")
-        (folder / "tokenization_own.py").write_text(code)
-        with pytest.raises(explore.LogitsError, match=message):
-            explore.load_tokenizer(str(folder), trust_remote_code=trust)
-    for file, package in (("tekken.json", "mistral-common"), ("tokenizer.model", "sentencepiece")):
-        (folder := tmp_path / package).mkdir()
-        (folder / file).write_text("{}")
-        (folder / "config.json").write_text('{"model_type": "mistral"}')
-        if importlib.util.find_spec(package.replace("-", "_")) is None:
-            with pytest.raises(explore.LogitsError, match=f"pip install {package}$"):
-                explore.load_tokenizer(str(folder))
-    theirs = type("MistralCommonBackend", (), {})  # it knows no offsets and no template
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: theirs())
-    with pytest.raises(explore.LogitsError, match=r"use a copy that holds tokenizer\.json"):
-        explore.load_tokenizer(str(TEACHER))
-
-
-# Together -----------------------------------------------------------------------------------------
-
-
-def test_the_preview_marks_the_extracted_tokens_and_nothing_in_it_acts():
-    tokenizer = tokenizer_for(PLAIN)
-    chat = [user("amber\x1b[2J?" + "amber " * 5000), says("Birch\nbark.")]
-    encoded = encode_conversation(chat, tokenizer)
-    shown = explore.format_mask_preview(encoded, tokenizer, max_run_chars=100)
-    assert "⟦Birch⟧\n⟦bark.<|end|>⟧" in shown
-    assert len(shown) < 600
-    assert "\x1b" not in shown
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert load_chat_template(str(tmp_path / name), tokenizer_for(PLAIN)) == MARKED
+    assert load_chat_template(None, explore.load_tokenizer(str(tmp_path))) == MARKED
 
 
 def test_what_is_far_too_long_is_refused_by_its_first_piece(monkeypatch):
@@ -621,17 +437,6 @@ def test_what_is_far_too_long_is_refused_by_its_first_piece(monkeypatch):
     assert again.input_ids.tolist() == short
     monkeypatch.setattr(explore, "_TurnReader", None)
     assert refusal(encode_conversation, chat, tokenizer, max_tokens=1024) == "too_long"
-
-
-def test_the_work_is_in_proportion_to_the_messages():
-    """Counted in calls, which no busy machine changes: 8 times the turns, 10 times the calls."""
-    calls = []
-    for turns in (100, 800):
-        profile = cProfile.Profile()
-        given = CHAT[:2] * turns, explore.prepare_template(tokenizer_for(THINKS))
-        profile.runcall(explore.render_conversation, *given)
-        calls.append(sum(entry.callcount for entry in profile.getstats()))
-    assert calls[1] < 10 * calls[0]
 
 
 def repeat(work: str, times: int = 99999) -> str:
@@ -645,15 +450,13 @@ LOOPS = repeat(repeat(""))
 # one for each way through the sandbox: operators, filters, methods, what is written by itself
 HOSTILE = [
     LOOPS, "{% macro f() %}" + LOOPS + "{% endmacro %}{{ f() }}",
-    "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (1000000000, 1) }}", "{{ '{:>9999999999}'.format(1) }}",
-    "{{ '%1000000000d' | format(1) }}", "{{ 'a' | center(1000000000) }}",
-    "{{ ['a'] | map('center', 1000000000) | list }}", "{{ 'a' * 10 ** 11 }}",
+    "{{ '%*d' % (1000000000, 1) }}", "{{ '{:>9999999999}'.format(1) }}",
+    "{{ '%1000000000d' | format(1) }}", "{{ ['a'] | map('center', 1000000000) | list }}",
     "{{ 10 ** (10 ** 10) }}", DOUBLED.replace("OP", "+"), DOUBLED.replace("OP", "~"),
     "{{ (['a' * 9999] * 9999) | join }}", "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
     "{{ {'a': 1} | tojson(indent=1000000000) }}", "{{ (1).to_bytes(1000000000, 'big') }}",
-    "{{ ([[1] * 9999] * 9999) | sum(start=[]) }}", "{{ ''.__class__.__mro__ }}",
-    *(NESTED + "{{ " + way + " }}"
-      for way in ("ns.t", "{'a': ns.t}", "ns.t | upper", "ns.t ~ ''", "'%s' % ns.t")),
+    "{{ ''.__class__.__mro__ }}",
+    *(NESTED + "{{ " + way + " }}" for way in ("{'a': ns.t}", "ns.t | upper", "'%s' % ns.t")),
 ]  # fmt: skip
 
 
@@ -665,14 +468,19 @@ HOSTILE = [
 )  # fmt: skip
 def test_a_template_that_does_too_much_or_shows_no_assistant_is_refused_for_all(template, said):
     with pytest.raises(TemplateError, match=said) as refused:
-        encode_conversation(CHAT, tokenizer_for(PLAIN), chat_template=template)
+        explore.prepare_template(tokenizer_for(PLAIN), template)
     assert "\n" not in str(refused.value)
 
 
-def test_widths_and_numbers_that_people_write_are_not_refused():
-    template = (
-        "{{ '%5d|%s' % (1700000000, 'x') }}{{ '{:>8} {}'.format(3, 1700000000) }}"
-        "{{ '-' * 80 }}{{ 'a' | center(40) }}{{ 2 ** 20 }}{{ 1700000000 * 1000 + 1 }}"
-        "{{ {'most': 1700000000} | tojson(indent=4) }}{{ [1700000000, 2] | join(', ') }}" + PLAIN
-    )
-    assert spans(CHAT, template) == BOTH
+@pytest.mark.parametrize("nested", [False, True])
+def test_blanks_that_a_tokenizer_cuts_off_its_offsets_are_the_assistants_nevertheless(nested):
+    """As ByteLevel does unless told otherwise; the user's own tokenizer goes on doing it."""
+    plain, cutting = (tokenizer_for(each("{{ m.role }}: {{ m.content }}\n")) for _ in "ab")
+    post = processors.ByteLevel()
+    cutting.backend_tokenizer.post_processor = processors.Sequence([post]) if nested else post
+    own = cutting("a  b", return_offsets_mapping=True)["offset_mapping"]
+    for said in ("    42 is it  ", "\n  two\n\n  ", "one ", " "):
+        one, two = (encode_conversation([CHAT[0], says(said)], t) for t in (plain, cutting))
+        assert one.input_ids.tolist() == two.input_ids.tolist()
+        assert one.token_positions.tolist() == two.token_positions.tolist(), said
+    assert cutting("a  b", return_offsets_mapping=True)["offset_mapping"] == own != [(0, 4)]

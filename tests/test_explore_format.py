@@ -1,7 +1,5 @@
 """Pack and unpack, quantize and dequantize: inverse pairs, for every length and every id."""
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,52 +9,32 @@ from hypothesis.extra import numpy as hnp
 import explore_logits as explore
 from explore_logits import MAX_TOKEN_ID, FormatError, pack_indices, quantize_logits, unpack_indices
 
-CONTRACT = (
-    "index int32, num_tokens int32, "
-    "top_indices_low list<uint16>, top_indices_high binary, top_logits_quantized list<uint16>, "
-    "top_counts list<uint8>, top_min list<float>, top_max list<float>, "
-    "sampled_indices_low list<uint16>, sampled_indices_high binary, "
-    "sampled_logits_quantized list<uint16>, sampled_min list<float>, sampled_max list<float>, "
-    "logsumexp list<double>"
-)
-IDS = st.integers(0, MAX_TOKEN_ID)
-
-
-def test_the_schema_has_the_fourteen_columns_in_order_and_two_of_stored_tokens_at_the_end():
-    columns = ", ".join(f"{field.name} {field.type}" for field in explore.SCHEMA)
-    assert re.sub(r"<\w+: ", "<", columns) == CONTRACT
-    names = explore.shard_schema(store_tokens=True).names
-    assert names == [*explore.SCHEMA.names, "input_ids", "token_positions"]
-
 
 def test_every_id_of_the_format_survives_packing():
     ids = np.arange(MAX_TOKEN_ID + 1)
     assert np.array_equal(unpack_indices(*pack_indices(ids)), ids)
 
 
-@settings(max_examples=300)
-@given(st.lists(st.lists(IDS, max_size=5), max_size=6))
+@given(st.lists(st.lists(st.integers(0, MAX_TOKEN_ID), max_size=5), max_size=6))
 def test_counts_cut_the_ids_into_tokens(tokens):
     flat = [token for part in tokens for token in part]
     low, high = pack_indices(flat)
     assert (low.dtype, len(high)) == (np.uint16, -(-len(flat) // 4))
-    assert unpack_indices(low, high).tolist() == flat
     parts = unpack_indices(low, high, counts=[len(part) for part in tokens])
     assert [part.tolist() for part in parts] == tokens
 
 
-@pytest.mark.parametrize("bad", [MAX_TOKEN_ID + 1, 2**31 - 1, -1])
-def test_an_id_outside_the_format_is_refused_by_name(bad):
-    with pytest.raises(FormatError, match=str(bad)):
-        pack_indices([5, bad])
+def test_an_id_outside_the_format_is_refused_by_name():
+    for bad in (MAX_TOKEN_ID + 1, 2**31 - 1, -1):
+        with pytest.raises(FormatError, match=str(bad)):
+            pack_indices([5, bad])
 
 
 FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
-LOGITS = hnp.arrays(np.float32, st.integers(1, 40), elements=FLOATS)
 
 
 @settings(max_examples=200, deadline=None)
-@given(LOGITS, st.integers(4, 16))
+@given(hnp.arrays(np.float32, st.integers(1, 40), elements=FLOATS), st.integers(4, 16))
 def test_dequantized_logits_are_within_half_a_step(logits, bits):
     q, vmin, vmax = quantize_logits(logits, bits=bits)
     back = explore.dequantize_logits(q, vmin, vmax)
@@ -75,13 +53,7 @@ def test_equal_logits_quantize_to_zero_and_come_back():
     assert back.tolist() == [3.5, 3.5, 7]
 
 
-def test_fewer_bits_keep_the_levels_and_the_ends():
-    q, _, _ = quantize_logits(np.linspace(0, 1, 1000), bits=4)
-    assert len(set(q.tolist())) == 16
-    assert (q.min(), q.max()) == (0, 65535)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_a_logit_that_is_not_finite_is_refused(bad):
-    with pytest.raises(FormatError, match="logit 2 of 3 is"):
-        quantize_logits([1.0, 2.0, bad])
+def test_a_logit_that_is_not_finite_is_refused():
+    for bad in (float("nan"), float("-inf")):
+        with pytest.raises(FormatError, match="logit 2 of 3 is"):
+            quantize_logits([1.0, 2.0, bad])

@@ -13,7 +13,6 @@ def test_it_runs_and_shows_tables_pictures_and_the_page(tmp_path, monkeypatch):
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [list(output.data) for cell in cells for output in cell.outputs] == [["image/png"]] * 4
     assert all(cell.execution_count is None for cell in cells)
-    assert NOTEBOOK.stat().st_size < 200_000
     monkeypatch.setenv("LOGITS", str(extract_chats(tmp_path, "--limit", 12)))
     run = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(book, timeout=1000, kernel_name="python3", resources=run).execute()

@@ -2,11 +2,11 @@
 
 import gzip
 import io
+import itertools
 import json
 import math
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,16 @@ def test_every_kind_of_file_gives_its_rows(kind, streaming, tmp_path):
     assert isinstance(source, Stream if streaming else datasets.Dataset)
     assert explore.source_columns(source) == ["question", "answer"]
     assert list(source) == PLAIN_ROWS
-    with pytest.raises(SourceError, match=r"no split 'dev'; it has train \(--split\)"):
-        open_source(str(path), split="dev", streaming=streaming)
-    with pytest.raises(SourceError, match="it has no --subset x"):
-        open_source(str(path), subset="x", streaming=streaming)
+    for options, message in (
+        ({"split": "dev"}, r"no split 'dev'; it has train \(--split\)"),
+        ({"subset": "x"}, "it has no --subset x"),
+        ({"split": "train+test"}, "a stream is not sliced|has no split .*; it has train"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            open_source(str(path), streaming=streaming, **options)
+    if not streaming:  # a table may be sliced
+        sliced = [*PLAIN_ROWS[3:], PLAIN_ROWS[0]]
+        assert list(open_source(str(path), split="train[3:]+train[:1]")) == sliced
 
 
 @STREAMED
@@ -80,25 +86,31 @@ def test_cells_of_csv_files_are_as_they_are_written(streaming, tmp_path):
 
 
 @STREAMED
-def test_a_folder_of_files_is_one_dataset(streaming, tmp_path):
-    write_rows(tmp_path / "train-00000.parquet", PLAIN_ROWS[:2])
-    write_rows(tmp_path / "train-00001.parquet", PLAIN_ROWS[2:])
-    write_rows(tmp_path / "test-00000.parquet", PLAIN_ROWS[:1])
-    none = pq.read_table(tmp_path / "test-00000.parquet").slice(1)
-    for number in (2, 3):  # shards that a filter left nothing of
-        pq.write_table(none, tmp_path / f"train-0000{number}.parquet")
-    assert list(open_source(str(tmp_path), streaming=streaming)) == PLAIN_ROWS
-    assert list(open_source(str(tmp_path), split="test", streaming=streaming)) == PLAIN_ROWS[:1]
+def test_a_folder_of_files_or_tables_is_one_dataset(streaming, tmp_path, monkeypatch):
+    (files := tmp_path / "files").mkdir()
+    write_rows(files / "train-00000.parquet", PLAIN_ROWS[:2])
+    write_rows(files / "train-00001.parquet", PLAIN_ROWS[2:])
+    none = pq.read_table(write_rows(files / "test-00000.parquet", PLAIN_ROWS[:1])).slice(1)
+    pq.write_table(none, files / "train-00002.parquet")  # a shard that a filter left nothing of
+    splits = {"train": PLAIN_ROWS, "test": PLAIN_ROWS[:1]}
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    monkeypatch.chdir(files)
+    for folder, (split, rows) in itertools.product((".", "../saved"), splits.items()):
+        assert list(open_source(folder, split=split, streaming=streaming)) == rows
 
 
 @STREAMED
-def test_keys_that_rows_leave_out_are_columns(streaming, tmp_path):
-    rows = [*PLAIN_ROWS * 6, {**PLAIN_ROWS[0], "tools": []}]
+def test_columns_may_be_left_out_of_rows_and_change_their_kind(streaming, tmp_path):
+    rows: list[Any] = [{"score": 1, "note": "x"} for _ in range(3)]
+    rows += [{"score": 1.5, "note": None, "late": [{"a": None}]}, {"score": None, "note": 3}]
     write_rows(tmp_path / "a.jsonl", rows)
     write_rows(tmp_path / "b.jsonl", rows[::-1])
     source = open_source(str(tmp_path), streaming=streaming)
-    assert explore.source_columns(source) == ["question", "answer", "tools"]
-    assert len(list(source)) == 2 * len(rows)
+    names = explore.source_columns(source)
+    assert names == ["score", "note", "late"]
+    wanted = [[row.get(name) for name in names] for row in rows + rows[::-1]]
+    assert [[row.get(name) for name in names] for row in source] == wanted
 
 
 def test_files_of_another_kind_are_not_left_out_in_silence(tmp_path, caplog):
@@ -112,72 +124,26 @@ def test_files_of_another_kind_are_not_left_out_in_silence(tmp_path, caplog):
     assert "its .parquet files are not read" in caplog.text
 
 
-@STREAMED
-def test_splits_that_save_to_disk_wrote_open(streaming, tmp_path):
-    splits = {"train": PLAIN_ROWS[:1], "dev": PLAIN_ROWS}
-    saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
-    datasets.DatasetDict(saved).save_to_disk(tmp_path)
-    for name, rows in splits.items():
-        assert list(open_source(str(tmp_path), split=name, streaming=streaming)) == rows
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
-def test_a_split_may_be_sliced_where_the_source_is_a_table(kind, tmp_path):
-    path = write_rows(tmp_path / f"rows.{kind}", PLAIN_ROWS)
-    found = list(open_source(str(path), split="train[3:]+train[:1]"))
-    assert found == [*PLAIN_ROWS[3:], PLAIN_ROWS[0]]
-    with pytest.raises(SourceError, match="a stream is not sliced; leave out --streaming"):
-        open_source(str(path), split="train[:2]", streaming=True)
-
-
-def test_one_split_at_a_time_and_all_that_there_are_are_named(tmp_path):
-    for name in ("train", "test"):
-        write_rows(tmp_path / f"{name}.jsonl", PLAIN_ROWS)
-    for split in ("train+test", "test[:2]+train[:1]", "dev"):
-        with pytest.raises(SourceError, match=r"has no split .*; it has train, test"):
-            open_source(str(tmp_path), split=split)
-
-
-def table(answer: Any) -> bytes:
-    """Return a Parquet file of 500 such answers."""
-    data = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{"question": "q", "answer": answer}] * 500), data)
-    return data.getvalue()
-
-
+WHOLE = io.BytesIO()
+pq.write_table(pa.Table.from_pylist([{"question": "q", "answer": "word " * 50}] * 500), WHOLE)
+TABLE = WHOLE.getvalue()
 LINE = json.dumps(PLAIN_ROWS[0]).encode() + b"\n"
-WHOLE = table("word " * 50)
 RANDOM = b"".join(b'{"x": %d}\n' % (n * 7919 % 99991) for n in range(4000))
-# files of a source, what is said of it
+# files of a source, what is said of it: one for each reader and each fault that it can meet
 DAMAGED = {
     "cut": ({"r.jsonl.gz": gzip.compress(RANDOM)[:9000]}, r"r\.jsonl\.gz', line \d+: .*damaged"),
-    "no gzip": ({"r.jsonl.gz": LINE}, r"r\.jsonl\.gz', line 1: .*damaged"),
     "no object": ({"r.jsonl": LINE + b"\n\n" + b"[1, 2]\n" + LINE}, "line 4: .*not an object"),
-    "half a line": ({"r.jsonl": LINE + b'{"a": ['}, "line 2: not JSON"),
-    "half an array": ({"r.json": b"[1"}, "line 1: not JSON"),
+    "bad line in a folder": ({"r/a.jsonl": LINE, "r/b.jsonl": LINE + b"?"}, r"b\.jsonl', line 2:"),
     "a cell too many": ({"r.csv": b'a,b\n1,"2\n3"\n1,2,3\n'}, "line 4: not CSV .3 cells"),
-    "an open quote": ({"r.csv": b'a,b\n1,2\n1,"2'}, "line 3: not CSV"),
     "columns twice": ({"r.csv": b"a,a\n1,2\n"}, "line 2: not CSV .2 cells under 1 different"),
-    "UTF-16 lines": ({"r.jsonl": LINE.decode().encode("utf-16")}, "line 1: .*UTF-16"),
     "Latin-1": ({"r.jsonl": LINE + b'{"question": "\xe9"}\n'}, r"line 2: .*Latin-1"),
-    "UTF-16 table": ({"r.csv": "question,answer\na,b\n".encode("utf-16")}, "csv.*: .*UTF-16"),
     "other columns": ({"r/a.jsonl": LINE, "r/b.jsonl": b'{"question": "a", "reply": "b"}\n'},
                       r"b\.jsonl' and a\.jsonl have different columns \(answer, reply\)"),
-    "other columns in tables": ({"r/a.csv": b"x,y\na,b\n", "r/b.csv": b"x,z\na,b\n"},
-                                r"b\.csv' and a\.csv have different columns"),
-    "another type in a folder": ({"r/a.parquet": WHOLE, "r/b.parquet": table([1])},
-                                 r"r/b\.parquet' cannot be read"),
-    "damage in a folder": ({"r/a.parquet": WHOLE, "r/b.parquet": bytes(80).join(
-        (WHOLE[:40], WHOLE[120:]))}, r"r/b\.parquet' cannot be read"),
-    "half a README": ({"r/README.md": b"---\nconfigs: [\n---\n", "r/a.jsonl": LINE},
-                      r"its README\.md"),
+    "damage in a folder": ({"r/a.parquet": TABLE, "r/b.parquet": bytes(80).join(
+        (TABLE[:40], TABLE[120:]))}, r"r/b\.parquet' cannot be read"),
     "pictures": ({"r/a.jpg": b"x", "r/metadata.jsonl": LINE}, "most of its files are no"),
-    "bad line in a folder": ({"r/a.jsonl": LINE, "r/b.jsonl": LINE + b"?"}, r"b\.jsonl', line 2:"),
-    "another kind": ({"r.txt": LINE}, "unknown kind of file"),
-    "no Parquet": ({"r.parquet": b"x"}, "cannot be"),
-    "no rows of JSON": ({"e.json": b"[]"}, "has no rows"),
-    "no lines": ({"e.jsonl": b""}, "has no rows"),
     "a header alone": ({"h.csv": b"a,b\n"}, "has no rows"),
+    "a pattern": ({"r*/r.jsonl": LINE}, "rename it"),
 }  # fmt: skip
 
 
@@ -204,17 +170,17 @@ def test_files_of_one_relative_name_size_and_time_are_told_apart(kind, tmp_path,
             assert list(open_source(str(path))) == [{"text": said}]
 
 
-NUMBERS = [0.13436424411240122, 5e-324, 1.7976931348623157e308, 1234567890123456789.0, 2**70, -0.0]
+NUMBERS = [0.13436424411240122, 5e-324, 1.7976931348623157e308, 1e18, 2**70, -0.0, math.inf]
 
 
 @STREAMED
-def test_numbers_are_what_was_written_to_the_last_digit(streaming, tmp_path):
+def test_json_is_what_was_written_to_the_last_digit_and_half_a_character(streaming, tmp_path):
     """And a text of many digits leaves the list that it is in a list."""
     said = [{"role": "user", "content": "12345678901234567890"}]
-    rows = [{"prompt": said, "completion": n, "tools": [{"x": n}]} for n in [*NUMBERS, math.inf]]
-    path = write_rows(tmp_path / "r.jsonl", [*rows, {"prompt": "a", "completion": "b"}])
-    found = list(open_source(str(path), streaming=streaming))[:-1]
-    assert list(map(repr, found)) == list(map(repr, rows))
+    rows = [{"prompt": said, "completion": n, "tools": [{"x": n}]} for n in NUMBERS]
+    rows.append({"prompt": "half \ud800 a pair", "completion": "b", "tools": []})
+    source = open_source(str(write_rows(tmp_path / "r.jsonl", rows)), streaming=streaming)
+    assert list(map(repr, source)) == list(map(repr, rows))
 
 
 @STREAMED
@@ -226,41 +192,18 @@ def test_a_name_is_no_pattern_and_no_address(kind, streaming, tmp_path, monkeypa
         write_rows(tmp_path / f"plain.{kind}", [{"text": name}]).replace(f"{name}.{kind}")
     for name in names:
         assert list(open_source(f"{name}.{kind}", streaming=streaming)) == [{"text": name}]
-    Path("r*").mkdir()
-    write_rows(tmp_path / "plain.jsonl", PLAIN_ROWS).replace("r*/r.jsonl")
-    with pytest.raises(SourceError, match="rename it"):
-        open_source("./r*", streaming=streaming)
-
-
-@STREAMED
-def test_the_folder_that_one_is_in_is_a_dataset(streaming, tmp_path, monkeypatch):
-    write_rows(tmp_path / "r.jsonl", PLAIN_ROWS)
-    monkeypatch.chdir(tmp_path)
-    assert list(open_source(".", streaming=streaming)) == PLAIN_ROWS
-
-
-def test_what_is_not_there_or_needs_more_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    (tmp_path / "r.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    for name, message in (
-        (f"{tmp_path}/r.jsonl.zst", "pip install zstandard"),
-        (f"{tmp_path}/none", "no such file"),
-        ("nobody/nothing", "nobody/nothing"),
-    ):
-        with pytest.raises(explore.LogitsError, match=message):
-            open_source(name)
 
 
 # Nulls and shapes ---------------------------------------------------------------------------------
 
-CALL = {"function": {"name": "f", "arguments": {"a": 1, "unit": None}}}
-OTHER_CALL = {"function": {"name": "g", "arguments": {"b": "x"}}}
-TOOLS = [{"type": "function", "default": None}, {"type": "function", "name": "g"}]
-WITH_CALLS = [
-    {"messages": [*QUESTION, {"role": "assistant", "tool_calls": [c]}], "tools": [tool]}
-    for c, tool in zip((CALL, OTHER_CALL), TOOLS, strict=True)
-]
+
+def with_call(arguments: dict[str, Any], **tool: str | None) -> dict[str, Any]:
+    """Return a row that calls a tool, and its tools."""
+    said = {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
+    return {"messages": [*QUESTION, said], "tools": [{"type": "function", **tool}]}
+
+
+WITH_CALLS = [with_call({"a": 1, "unit": None}, default=None), with_call({"b": "x"}, name="g")]
 
 
 @STREAMED
@@ -277,82 +220,36 @@ def test_nulls_of_the_data_stay_and_those_of_arrow_go(kind, streaming, tmp_path)
     source = open_source(str(path), streaming=streaming)
     features = explore.ConversationEncoder(None, "", MESSAGES).for_source(source).features
     read = [read_conversation(row, MESSAGES, features) for row in source]
-    kept = {} if kind == "structs" else {"unit": None}
-    call = {"function": {"name": "f", "arguments": {"a": 1, **kept}}}
-    assert [conversation.messages for conversation in read] == [
-        [*QUESTION, {"role": "assistant", "tool_calls": [one]}] for one in (call, OTHER_CALL)
-    ]
-    default = {} if kind == "structs" else {"default": None}
-    tools = [conversation.tools for conversation in read]
-    assert tools == [[{"type": "function", **default}], [TOOLS[1]]]
+    wanted = [with_call({"a": 1}), WITH_CALLS[1]] if kind == "structs" else WITH_CALLS
+    assert [{"messages": chat.messages, "tools": chat.tools} for chat in read] == wanted
 
 
 @pytest.mark.parametrize(
     "row",
-    [{"prompt": "q", "completion": "a"}, {"prompt": "q", "response": "a"},
-     {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": QUESTION, "completion": ANSWER},
-     {"prompt": "q", "completion": ANSWER}, {"instruction": "q", "input": " ", "output": "a"},
+    [{"prompt": "q", "completion": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"},
+     {"prompt": QUESTION, "completion": ANSWER}, {"prompt": "q", "completion": ANSWER},
+     {"instruction": "q", "input": " ", "output": "a"},
+     {"instruction": "q", "context": "1, 2", "response": "a"},  # Dolly's names; above, Alpaca's
      {"prompt": "q", "chosen": QUESTION + ANSWER, "rejected": QUESTION}],
     ids=str,
 )  # fmt: skip
 def test_a_question_and_its_answer_come_in_many_shapes(row):
-    columns = explore.resolve_columns(row)
-    assert read_conversation(row, columns).messages == QUESTION + ANSWER
+    columns, about = explore.resolve_columns(row), f"q\n\n{row.get('context')}"
+    asked = [{"role": "user", "content": about}] if "context" in row else QUESTION
+    assert read_conversation(row, columns).messages == asked + ANSWER
     assert ConversationColumns.of(columns.settings()) == columns
 
 
-@pytest.mark.parametrize("names", ["input output", "context response"])
-def test_what_an_instruction_is_about_is_part_of_the_question(names):
-    """Alpaca's names, and Dolly's."""
-    context, answer = names.split()
-    row = {"instruction": "Add.", context: "1, 2", answer: "3"}
-    for options in ({}, {"user_col": "instruction", "assistant_col": answer}):
-        said = read_conversation(row, explore.resolve_columns(row, **options)).messages
-        assert [message["content"] for message in said] == ["Add.\n\n1, 2", "3"]
-
-
 def test_a_system_column_comes_before_messages_too():
-    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
-    columns = explore.resolve_columns(["system", "conversations"], system_col="system")
-    for said, roles in (("be brief", ["system"]), (None, [])):
-        found = read_conversation({"system": said, "conversations": talk}, columns).messages
-        assert [message["role"] for message in found] == [*roles, "user", "assistant"]
-    twice = {"system": "be brief", "conversations": [{"from": "system", "value": "talk"}, *talk]}
+    columns = ConversationColumns(messages="messages", system="system")
+    both = [{"role": "system", "content": "be brief"}, *QUESTION]
+    for system, messages, wanted in (
+        ("be brief", QUESTION, both), ("be brief", both, both), (None, QUESTION, QUESTION)
+    ):  # fmt: skip
+        row = {"system": system, "messages": messages}
+        assert read_conversation(row, columns).messages == wanted
     with pytest.raises(explore.ConversationError, match="--system-col"):
-        read_conversation(twice, columns)
-
-
-def test_a_column_may_become_another_kind_after_the_first_rows(tmp_path):
-    """As numbers do that were whole by chance, and columns that come late."""
-    rows: list[Any] = [{"score": 1, "note": "x"} for _ in range(3)]
-    rows += [{"score": 1.5, "note": None, "late": [{"a": None}]}, {"score": None, "note": 3}]
-    found = list(open_source(str(write_rows(tmp_path / "r.jsonl", rows))))
-    for name in ("score", "note"):
-        assert [row[name] for row in found] == [row[name] for row in rows]
-    assert found[3]["late"] == [{"a": None}]
-
-
-@STREAMED
-def test_rows_that_differ_in_type_give_the_same_conversations(streaming, tmp_path):
-    given = [{"function": {"name": "f", "arguments": each}} for each in ({"x": 1}, "{}")]
-    calls = [{"role": "assistant", "content": "d", "tool_calls": [call]} for call in given]
-    parts = {"role": "user", "content": [{"type": "text", "text": "c"}]}
-    rows = [{"messages": QUESTION + ANSWER}, {"messages": [parts, *calls], "tools": TOOLS[1:]}]
-    source = open_source(str(write_rows(tmp_path / "r.jsonl", rows)), streaming=streaming)
-    found = [read_conversation(row, MESSAGES, source.features) for row in source]
-    assert found == [read_conversation(row, MESSAGES) for row in rows]
-
-
-def test_what_json_holds_and_a_table_does_not_comes_back_from_it(tmp_path):
-    call = {"function": {"name": "f", "arguments": {"n": 2**70, "x": None}}}
-    asked = {"role": "user", "content": "half \ud800 a pair"}
-    rows = [{"id": 2**70, "messages": [asked, {"role": "assistant", "tool_calls": [call]}]}]
-    source = open_source(str(write_rows(tmp_path / "r.jsonl", rows)))
-    assert read_conversation(source[0], MESSAGES, source.features).messages == rows[0]["messages"]
-    with pytest.raises(SourceError, match="not an integer"):
-        explore.source_id(source[0], 0, ConversationColumns(messages="messages", index="id"))
-    text = open_source(str(write_rows(tmp_path / "t.jsonl", [{"a": "x \ud800"}, {"a": "y"}])))
-    assert [explore.is_unicode(row["a"]) for row in text] == [False, True]
+        read_conversation({"system": "talk", "messages": both}, columns)
 
 
 # Columns and ids ----------------------------------------------------------------------------------
@@ -362,40 +259,33 @@ def test_columns_are_found():
     asked = {"user_col": "q", "assistant_col": "a", "system_col": "s", "index_col": "i"}
     for names, options, expected in (
         ("conversations messages", {}, {"messages": "messages"}),
-        ("conversation", {}, {"messages": "conversation"}),
         ("a chat", {"messages_col": "chat"}, {"messages": "chat"}),
         ("question answer", {}, {"user": "question", "assistant": "answer"}),
         ("q a s i messages", asked, {"user": "q", "assistant": "a", "system": "s", "index": "i"}),
-        ("question answer messages", {"index_col": "question"},
-         {"messages": "messages", "index": "question"}),
-    ):  # fmt: skip
+    ):
         found = explore.resolve_columns(names.split(), **options)
         assert found == ConversationColumns(**expected)
 
 
 def test_every_column_that_is_named_is_used_or_refused():
     pair = {"user_col": "q", "assistant_col": "a"}
-    for options, flags in (
-        ({"text_col": "a", "messages_col": "messages"}, ("--text-col", "--messages-col")),
-        ({**pair, "messages_col": "messages"}, ("--user-col",)),
-        ({**pair, "text_col": "a"}, ("--text-col", "--user-col")),
-        ({"text_col": "a", "system_col": "q"}, ("--system-col", "--text-col")),
-        *(({**pair, f"{name}_col": "typo"}, (f"--{name}-col", "'typo'"))
-          for name in ("user", "assistant", "messages", "system", "index", "text")),
+    for options, said in (
+        ({"text_col": "a", "messages_col": "messages"}, "--text-col.*--messages-col"),
+        ({**pair, "messages_col": "messages"}, "--user-col"),
+        ({"text_col": "a", "system_col": "q"}, "--system-col.*--text-col"),
+        *(({**pair, f"{name}_col": "typo"}, f"--{name}-col.*'typo'|'typo'.*--{name}-col")
+          for name in ("user", "messages", "system", "index", "text")),
+        ({}, "--messages-col.*the dataset has q, a, talk"),
     ):  # fmt: skip
-        with pytest.raises(SourceError) as caught:
-            explore.resolve_columns(["q", "a", "messages"], **options)
-        assert all(flag in str(caught.value) for flag in flags)
-    with pytest.raises(SourceError, match=r"--messages-col.*the dataset has left, right"):
-        explore.resolve_columns(["left", "right"])
+        with pytest.raises(SourceError, match=said):
+            explore.resolve_columns(["q", "a", "messages" if options else "talk"], **options)
 
 
 def test_the_id_is_the_row_number_or_the_integer_of_the_column():
     by_column = ConversationColumns(messages="m", index="id")
     assert explore.source_id({"id": 3}, 12, ConversationColumns(messages="m")) == 12
-    assert explore.source_id({"id": 3}, 12, by_column) == 3
     assert explore.source_id({"id": np.int64(4)}, 12, by_column) == 4
-    for value in ("3", 3.0, None, True, 2**31, -(2**31) - 1):
+    for value in ("3", 3.0, None, True, 2**31, -(2**31) - 1, 2**70):
         with pytest.raises(SourceError, match=r"row 12.*leave --index-col out"):
             explore.source_id({"id": value}, 12, by_column)
 
@@ -404,60 +294,39 @@ def test_the_revision_of_a_local_source_changes_with_its_content(tmp_path):
     path, data = tmp_path / "r.jsonl", bytearray(random.Random(3).randbytes(5_000_000))
     path.write_bytes(data)
     first = explore.source_revision(str(path))
-    assert first is not None
     assert first == explore.source_revision(str(path))
     data[2_400_017] ^= 1  # one bit, far from both ends
     path.write_bytes(data)
     others = {explore.source_revision(str(place)) for place in (path, tmp_path)}
     assert len({first, None} | others) == 4
-    (hidden := tmp_path / ".cache" / "huggingface" / "taken_at").parent.mkdir(parents=True)
-    hidden.write_text("of this machine")
+    (tmp_path / ".taken_at").write_text("of this machine")
     assert explore.source_revision(str(tmp_path)) in others
 
 
-# Lengths ------------------------------------------------------------------------------------------
+def test_lengths_are_read_or_refused_where_they_cannot_be_joined(tmp_path):
+    path, kept = tmp_path / "l.parquet", {explore.METADATA_LENGTHS: b'{"model": "m"}'}
+    for columns, message in (
+        ({"length": [10, 20], "index": [3, 1]}, ""),
+        ({"index": [1, 1], "length": [2, 3]}, "occurs twice"),
+        ({"index": [1, 2]}, "no column length"), ({"index": [1, None], "length": [2, 3]}, "null"),
+        ({"index": [1.9, 2.0], "length": [2, 3]}, "'index' holds double"),
+    ):  # fmt: skip
+        pq.write_table(pa.table(columns).replace_schema_metadata(kept), path)
+        if message:
+            with pytest.raises(SourceError, match=message):
+                explore.read_lengths(str(path))
+            continue
+        found = explore.read_lengths(str(tmp_path))
+        assert (found.index.tolist(), found.length.tolist()) == ([3, 1], [10, 20])
+        assert (found.num_tokens, found.settings) == (None, {"model": "m"})
 
-
-def test_lengths_are_read_with_what_they_were_measured_with(tmp_path):
-    path, columns = tmp_path / "lengths.parquet", [[3, 1], [10, 20], [5, 6]]
-    schema = explore.LENGTHS_SCHEMA.with_metadata({explore.METADATA_LENGTHS: b'{"model": "m"}'})
-    pq.write_table(pa.table(columns, schema=schema), path)
-    for name in (tmp_path, path):
-        read = explore.read_lengths(str(name))
-        assert [each.tolist() for each in (read.index, read.length, read.num_tokens)] == columns
-        assert read.settings == {"model": "m"}
-    pq.write_table(pa.table({"index": [2, 1], "length": [2, 3]}), path)
-    read = explore.read_lengths(str(path))
-    assert (read.num_tokens, read.settings) == (None, {})
-
-
-@pytest.mark.parametrize(
-    ("columns", "metadata", "message"),
-    [({"index": [1, 1], "length": [2, 3]}, b"{}", "occurs twice"),
-     ({"index": [1, 2]}, b"{}", "no column length"),
-     ({"index": [1, None], "length": [2, 3]}, b"{}", "null"),
-     ({"index": [1.9, 2.0], "length": [2, 3]}, b"{}", "'index' holds double"),
-     ({"index": [1], "length": [2], "num_tokens": ["1"]}, b"{}", "'num_tokens' holds"),
-     ({"index": [1], "length": [2]}, b"[1]", r"l\.parquet: .* damaged"),
-     ({"index": [1], "length": [2]}, b"\xff", r"l\.parquet: .* damaged")],
-)  # fmt: skip
-def test_lengths_that_cannot_be_joined_are_refused(columns, metadata, message, tmp_path):
-    table = pa.table(columns).replace_schema_metadata({explore.METADATA_LENGTHS: metadata})
-    pq.write_table(table, tmp_path / "l.parquet")
-    with pytest.raises(SourceError, match=message):
-        explore.read_lengths(str(tmp_path / "l.parquet"))
-
-
-# Memory -------------------------------------------------------------------------------------------
 
 WATCH = """
 import resource, sys
 from explore_logits import open_source
-peaks = []
 for path in sys.argv[1:]:
-    rows = sum(1 for _ in open_source(path, streaming=True))
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-print(*peaks)
+    assert sum(1 for _ in open_source(path, streaming=True)) > 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 

@@ -9,20 +9,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from scipy.stats import chi2
 
-import extract_logits
-from extract_logits import ConfigError, ExtractedTokens, extract_tokens, parse_args
+import extract_logits as el
 
 
-def compact(logits: torch.Tensor, min_p: float, **how: Any) -> ExtractedTokens:
+def compact(logits: torch.Tensor, min_p: float, **how: Any) -> el.ExtractedTokens:
     """Extract compact rows of conversations `first`, `first` + 1, …"""
     index = torch.arange(logits.shape[0]) + how.pop("first", 0)
     usual = {"top_p": 0.98, "top_p_max": 100, "sampled_n": 24, "seed": 7}
-    return extract_tokens(logits, index, index + 3, min_p=min_p, **usual | how)
+    return el.extract_tokens(logits, index, index + 3, min_p=min_p, **usual | how)
 
 
-def points(tokens: ExtractedTokens, row: int) -> list[int]:
+def points(tokens: el.ExtractedTokens, row: int) -> list[int]:
     """Return the ids that a row's points hit."""
     return tokens.sampled_ids[row, : tokens.sampled_counts[row]].tolist()
 
@@ -35,11 +33,9 @@ SHAPES = {
     "peaked": lambda v: normal(1, v) * 8,
     "natural": lambda v: normal(2, v) * 3,
     "flat": lambda v: torch.linspace(0, 0.01, v),
-    "one for all": lambda v: torch.where(torch.arange(v) == 1, 0.0, -math.inf),
     "a rest of 1e-12": lambda v: torch.where(torch.arange(v) == 1, 30.0, 2.0),
     "ties": lambda v: (torch.arange(v) % 5).float() * 2,
     "bfloat16": lambda v: (normal(3, v) * 4).bfloat16(),
-    "1e-30": lambda v: torch.where(torch.arange(v) % 7 == 1, 0.0, -69.0),
 }
 
 
@@ -67,7 +63,7 @@ def test_a_row_holds_what_the_definition_says(shape, vocab, min_p):
 
 
 @pytest.mark.parametrize("reference", [True, False])
-@pytest.mark.parametrize("shape", ["natural", "flat", "peaked", "ties"])
+@pytest.mark.parametrize("shape", ["natural", "flat", "ties"])
 @pytest.mark.parametrize(("vocab", "grid"), [(50, 2000), (130, 2000), (9001, 200)])
 def test_every_token_is_hit_as_often_as_it_is_likely(monkeypatch, shape, vocab, grid, reference):
     """By enumeration: over a grid of a row's one number, points are at equal distances.
@@ -82,7 +78,7 @@ def test_every_token_is_hit_as_often_as_it_is_likely(monkeypatch, shape, vocab, 
     def enumerated(states, _):
         return torch.tensor([[next(numbers)] for _ in states], dtype=torch.float64)
 
-    monkeypatch.setattr(extract_logits, "uniform_numbers", enumerated)
+    monkeypatch.setattr(el, "uniform_numbers", enumerated)
     tokens = compact(row.expand(grid, -1), min_p, reference=reference)
     assert not list(numbers)
     there = np.arange(tokens.sampled_ids.shape[1]) < tokens.sampled_counts.numpy()[:, None]
@@ -93,34 +89,6 @@ def test_every_token_is_hit_as_often_as_it_is_likely(monkeypatch, shape, vocab, 
     assert np.all(hits[tail == 0] == 0)
 
 
-def test_points_of_a_large_vocabulary_have_the_law():
-    """Chi-squared over 20 groups of tokens by probability; false alarms once in 1e6 (seed 7).
-
-    Points of a row exclude each other, so the statistic is conservative.
-    """
-    vocab, rows, min_p = 151_936, 100, 0.02
-    row = normal(5, vocab) * 2.5
-    row[:30] += 9
-    tokens = compact(row.repeat(rows, 1), min_p)
-    p = softmax(row.double().numpy())
-    tail = np.where(p < min_p, p, 0)
-    drawn = np.concatenate([points(tokens, n) for n in range(rows)])
-    order = np.random.default_rng(3).permutation(vocab)
-    groups = np.empty(vocab, int)
-    groups[order] = np.minimum(tail[order].cumsum() / tail.sum() * 20, 19)
-    seen = np.bincount(groups[drawn], minlength=20)
-    wanted = np.bincount(groups, weights=tail, minlength=20) / tail.sum() * drawn.size
-    assert ((seen - wanted) ** 2 / wanted).sum() < chi2.isf(1e-6, 19)
-
-
-def test_a_rest_that_doubles_hardly_hold_hits_no_id_of_another_block():
-    """Of 1e-322: a sum over 64 ids, none of which has a probability above 0 in float64."""
-    tokens = compact(torch.where(torch.arange(128) == 64, 746.0, 0.0).expand(200, -1), 0.01)
-    hit = {points(tokens, row)[0] for row in range(200)}
-    assert len(hit) > 3
-    assert not hit & {64, 127}, "the one that is kept; and the last, for one beyond it"
-
-
 def test_numbers_depend_on_seed_conversation_and_position_alone():
     logits = normal(4, 6, 900)
     whole, other = compact(logits, 0.01), compact(logits, 0.01, seed=8)
@@ -129,20 +97,18 @@ def test_numbers_depend_on_seed_conversation_and_position_alone():
 
 
 @pytest.mark.parametrize("reference", [True, False])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_mean_nothing_are_not_usable(bad, reference):
-    logits = normal(6, 3, 200)
-    logits[1, 150] = bad
-    logits[2] = -math.inf
+def test_logits_that_mean_nothing_are_not_usable(reference):
+    logits = normal(6, 4, 200)
+    logits[1, 150], logits[2], logits[3, 150] = math.nan, -math.inf, math.inf
     tokens = compact(logits, 0.01, reference=reference)
-    assert tokens.usable.tolist() == [True, False, False]
-    assert tokens.sampled_counts[1:].tolist() == [0, 0]
+    assert tokens.usable.tolist() == [True, False, False, False]
+    assert tokens.sampled_counts[1:].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("option", ["--top-p 0.98", "--top-p-max 1", "--sampled-n 24"])
-def test_options_of_the_other_rows_are_refused_beside_it(option):
+def test_options_of_the_other_rows_are_refused_beside_it():
     """Their defaults, too."""
     command = ["--model", "m", "--dataset", "d", "--output", "./o", "--min-p", "0.01"]
-    with pytest.raises(ConfigError, match="--min-p alone says what is kept"):
-        parse_args([*command, *option.split()])
-    assert parse_args(command).min_p == 0.01
+    for option in ("--top-p 0.98", "--top-p-max 1", "--sampled-n 24"):
+        with pytest.raises(el.ConfigError, match="--min-p alone says what is kept"):
+            el.parse_args([*command, *option.split()])
+    assert el.parse_args(command).min_p == 0.01

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -12,23 +12,6 @@ from extract_logits import ConfigError, ExtractionConfig, parse_args
 REQUIRED = {"model": "m", "dataset": "d", "output": "./o"}
 TASKS = {"executor": "local", "tasks": 3}
 ARGV = ["--model", "m", "--dataset", "d", "--output", "./o"]
-
-# Names and defaults that people script against; a change here is a change of what users type.
-DEFAULTS: dict[str, Any] = {
-    "revision": None, "trust_remote_code": False, "device": "auto", "dtype": "auto",
-    "attn": "auto", "engine": "transformers", "engine_args": None, "subset": None,
-    "split": "train", "streaming": False, "messages_col": None,
-    "user_col": "question", "assistant_col": "answer", "system_col": None, "index_col": None,
-    "limit": None, "start_offset": 0, "random_sample": False, "subject_col": None,
-    "sample_subject": None, "full_dataset": False, "seed": 42, "length_col": None,
-    "tokenized_dataset": None, "max_seq_len": None, "chat_template": None,
-    "include_think": False, "include_end": False, "verify_mask": False, "top_p": 0.98,
-    "top_p_max": 100, "sampled_n": 24, "logit_bits": 16, "store_tokens": False,
-    "batch_thresholds": None, "max_batch_size": None, "max_batch_tokens": None,
-    "private": False, "upload_every": 500, "upload_size_mb": None,
-    "cache_dir": ".logit_extraction_cache", "plan": False, "resume": False,
-    "force_restart": False, "max_runtime_minutes": None, "rank": None, "world_size": None,
-}  # fmt: skip
 
 # An option's text on the command line and the value that it means; what it needs beside it.
 SAMPLES: dict[str, tuple[str, Any]] = {
@@ -50,22 +33,14 @@ def make(**options: Any) -> ExtractionConfig:
     return ExtractionConfig(**{**REQUIRED, **options})
 
 
-def test_every_option_keeps_its_name_and_default():
-    declared = {entry.name: entry.default for entry in fields(ExtractionConfig)}
-    assert parse_args(ARGV) == ExtractionConfig(**REQUIRED)
-    assert {name for name, default in declared.items() if default is MISSING} == set(REQUIRED)
-    assert {name: declared[name] for name in DEFAULTS} == DEFAULTS
-
-
 @pytest.mark.parametrize("name", [entry.name for entry in fields(ExtractionConfig)])
 def test_every_option_reaches_its_field_with_its_type(name):
     hint = get_type_hints(ExtractionConfig)[name]
     flag = "--" + name.replace("_", "-")
-    plain: dict[Any, tuple[str, Any]] = {
-        bool: ("", True), str: ("some text", "some text"), int: ("7", 7), float: ("0.5", 0.5)
-    }  # fmt: skip
+    plain = {bool: ("", True), str: ("text", "text"), int: ("7", 7), float: ("0.5", 0.5)}
     text, value = SAMPLES[name] if name in SAMPLES else plain[(get_args(hint) or [hint])[0]]
     argv = [*ARGV, flag, *([text] if text else []), *PARTNERS.get(name, "").split()]
+    assert parse_args(ARGV) == ExtractionConfig(**REQUIRED)
     found = getattr(parse_args(argv), name)
     assert (found, type(found)) == (value, type(value))
 
@@ -74,22 +49,15 @@ def test_every_option_reaches_its_field_with_its_type(name):
     ("name", "inside", "outside"),
     [
         ("top_p", [1e-9, 0.5, 1], [0, -0.1, 1.0001, float("nan")]),
-        ("top_p_max", [1, 255], [0, 256]),
-        ("sampled_n", [0, 1000], [-1]),
+        ("top_p_max", [1, 255], [0, 256]), ("sampled_n", [0, 1000], [-1]),
         ("min_p", [1 / 255, 0.5], [0.001, 0.6, -1.0, float("nan")]),
-        ("logit_bits", [4, 16], [3, 17]),
-        ("limit", [1, 2**31], [0, -5, 10**30]),
-        ("start_offset", [0, 10**9], [-1]),
-        ("seed", [0, 2**63 - 1], [-1, 2**63]),
-        ("max_seq_len", [2], [1, 0]),
-        ("max_batch_size", [1], [0]),
-        ("max_batch_tokens", [1], [0]),
-        ("upload_every", [1], [0, 10**30]),
-        ("upload_size_mb", [0.5], [0, -1, float("nan")]),
-        ("max_runtime_minutes", [0.01], [0, -1]),
-        ("dtype", ["float16"], ["float8", ""]),
+        ("logit_bits", [4, 16], [3, 17]), ("limit", [1, 2**31], [0, -5, 10**30]),
+        ("start_offset", [0, 10**9], [-1]), ("seed", [0, 2**63 - 1], [-1, 2**63]),
+        ("max_seq_len", [2], [1, 0]), ("max_batch_size", [1], [0]), ("max_batch_tokens", [1], [0]),
+        ("upload_every", [1], [0, 10**30]), ("upload_size_mb", [0.5], [0, -1, float("nan")]),
+        ("max_runtime_minutes", [0.01], [0, -1]), ("dtype", ["float16"], ["float8", ""]),
     ],
-)
+)  # fmt: skip
 def test_a_value_is_taken_up_to_its_bounds_and_refused_beyond(name, inside, outside):
     for value in inside:
         assert getattr(make(**{name: value}), name) == value
@@ -104,22 +72,15 @@ def test_a_value_is_taken_up_to_its_bounds_and_refused_beyond(name, inside, outs
     [
         ({"resume": True, "force_restart": True}, "--resume --force-restart"),
         ({"sample_subject": {"a": 1}}, "--sample-subject --subject-col"),
-        ({"subject_col": "s"}, "--sample-subject --subject-col"),
         ({"rank": 0}, "--rank --world-size"),
-        ({"world_size": 2}, "--rank --world-size"),
         ({"rank": 2, "world_size": 2}, "--rank --world-size 2"),
         ({"full_dataset": True, "limit": 5}, "--full-dataset --limit"),
-        ({"full_dataset": True, "start_offset": 5}, "--full-dataset --start-offset"),
-        ({"full_dataset": True, "random_sample": True}, "--full-dataset --random-sample"),
         ({"engine_args": {}}, "--engine vllm"),
         ({"engine": "vllm", "tensor_parallel": True}, "tensor_parallel_size"),
         ({"engine": "vllm", "attn": "sdpa"}, "--attn sdpa --engine transformers"),
         ({"engine": "vllm", "engine_args": {"max_model_len": 9}}, "--max-seq-len"),
-        ({"engine": "vllm", "engine_args": {"runner": "draft"}}, "extraction sets it"),
-        ({"executor": "local"}, "--tasks"), ({"tasks": 3}, "--executor"),
-        ({**TASKS, "plan": True}, "--plan"), ({**TASKS, "force_restart": True}, "empty output"),
-        ({**TASKS, "rank": 0, "world_size": 2}, "--rank"),
-        ({**TASKS, "tensor_parallel": True}, "--tensor-parallel"),
+        ({"executor": "local"}, "--tasks"), ({**TASKS, "plan": True}, "--plan"),
+        ({**TASKS, "force_restart": True}, "empty output"),
         ({"length_col": "n", "streaming": True}, "--length-col --streaming --tokenized-dataset"),
         ({"dataset": "."}, "--output ./o --dataset"),
         ({"model": "..", "output": "u/n", "cache_dir": "c"}, "--cache-dir c --model .."),
@@ -132,18 +93,10 @@ def test_options_that_contradict_each_other_are_refused(options, named):
     assert "\n" not in str(refusal.value)
 
 
-def test_hidden_folders_may_be_in_the_folder_of_model_and_dataset():
-    assert make(model=".", dataset=".", output="./.out").output == "./.out"
-
-
 @pytest.mark.parametrize(
     ("flag", "text"),
-    [
-        *(("--batch-thresholds", text) for text in ("{512: 8}", "{}", "[8, 4]", '{"long": 8}',
-          '{"512": 0}', '{"512": true}')),
-        *(("--sample-subject", text) for text in ('{"math": -1}', '"math"')),
-        ("--limit", "1.5"), ("--top-p", "0.9o"), ("--dtype", "float8"),
-    ],
+    [("--batch-thresholds", "{512: 8}"), ("--batch-thresholds", '{"512": true}'),
+     ("--sample-subject", '{"math": -1}'), ("--limit", "1.5"), ("--dtype", "float8")],
 )  # fmt: skip
 def test_a_value_that_cannot_be_read_exits_2_with_one_line_that_names_it(flag, text, capsys):
     with pytest.raises(SystemExit) as stop:

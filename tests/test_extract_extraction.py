@@ -7,7 +7,7 @@ tests are seeded, so they give the same answer every time.
 from __future__ import annotations
 
 import math
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import oracle
 import pytest
 import tail_law
 import torch
-from architectures import VOCAB, tiny_model
 
 import extract_logits as el
 from explore_logits import quantize_logits
@@ -31,11 +30,9 @@ def extract(logits: torch.Tensor, **options: Any) -> el.ExtractedTokens:
     return el.extract_tokens(logits, **usual | options)
 
 
-def trained_like(
-    rows: int, vocab: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def trained_like(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rows from sure to torn: the best logits fall off as a power of their rank."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     slope = rng.uniform(0.5, 6.0, (rows, 1))
     ranked = -slope * np.log1p(np.arange(vocab)) + rng.normal(0, 0.5, (rows, vocab))
     return torch.from_numpy(rng.permuted(ranked, axis=1) + 20).to(dtype)
@@ -59,18 +56,14 @@ def peaked_rows(depth: float) -> torch.Tensor:
 CASES = {
     "trained_multiple_of_64": lambda: trained_like(24, 6400),
     "trained_not_multiple_of_64": lambda: trained_like(24, 5021),
-    "trained_bfloat16": lambda: trained_like(24, 5021, dtype=torch.bfloat16),
-    "trained_float16": lambda: trained_like(24, 6400, dtype=torch.float16),
-    "small_vocabulary": lambda: trained_like(24, 300),
+    "trained_bfloat16": lambda: trained_like(24, 5021, torch.bfloat16),
+    "trained_float16": lambda: trained_like(24, 6400, torch.float16),
     "just_enough_vocabulary": lambda: trained_like(24, 124),
     "flat": lambda: torch.zeros(6, 4000),
-    "nearly_flat": lambda: trained_like(6, 4000) * 1e-4,
     "ties": lambda: trained_like(12, 5021).mul(4).round() / 4,
-    "two_levels": lambda: (trained_like(6, 2000) > 8).float() * 5,
     "minus_infinity": masked_rows,
     "tiny_tail": lambda: peaked_rows(700.0),
     "underflowing_tail": lambda: peaked_rows(3000.0),
-    "staircase": lambda: -100.0 * torch.arange(500.0).repeat(4, 1),
     "huge": lambda: trained_like(6, 2000) * 1e6,
     "signed_zeros": lambda: torch.cat([torch.tensor([1, -0.0, 2, 0.0, 2]), -torch.ones(140)])[None],
 }
@@ -83,14 +76,13 @@ def check(logits, *, reference, top_p=0.98, cap=100, m=24) -> el.ExtractedTokens
     assert found.usable.all()
     assert torch.isfinite(found.top_logits).all()  # beyond the count, too
     assert 0 <= int(found.top_ids.min()) <= int(found.top_ids.max()) < logits.shape[1]
-    near = 1e-12 if reference else oracle.SAME_LOGITS.logsumexp  # the former sums in float64
+    near = 1e-12 if reference else 6e-8  # the latter sums in float32 inside blocks
     for t, row in enumerate(logits.double().numpy()):
         right = oracle.oracle_token(row, top_p, cap)
         count, tail = int(found.top_counts[t]), found.sampled_ids[t].tolist()
         assert found.top_ids[t, :count].tolist() == right.nucleus, f"row {t}"
         assert found.top_logits[t, :count].tolist() == row[right.nucleus].tolist(), f"row {t}"
         assert len(set(tail) - set(right.nucleus)) == m, f"row {t}"
-        assert 0 <= min(tail, default=0) <= max(tail, default=0) < len(row), f"row {t}"
         assert found.sampled_logits[t].tolist() == row[tail].tolist(), f"row {t}"
         assert np.isfinite(row[tail]).all(), f"row {t}"
         error = abs(float(found.logsumexp[t]) - right.logsumexp)
@@ -106,42 +98,33 @@ def test_every_token_is_the_oracles(case, top_p, reference):
 
 
 @PATHS
-@pytest.mark.parametrize(("vocab", "dtype"), [(262_144, torch.float32), (151_669, torch.bfloat16)])
-def test_every_token_of_a_whole_vocabulary_is_the_oracles(vocab, dtype, reference):
-    check(trained_like(4, vocab, dtype=dtype), reference=reference)
+def test_every_token_of_a_whole_vocabulary_is_the_oracles(reference):
+    check(trained_like(4, 262_144), reference=reference)
+    check(trained_like(4, 151_669, torch.bfloat16), reference=reference)
 
 
 @PATHS
 @pytest.mark.parametrize(
     ("top_p", "cap", "m"),
-    [(0.98, 1, 24), (0.98, 3, 2), (0.5, 255, 0), (1.0, 100, 1), (1e-6, 100, 24), (0.9, 255, 40),
-     (1.0, 255, 0)],
-)  # fmt: skip
+    [(0.98, 1, 24), (1.0, 100, 1), (1e-6, 100, 24), (0.9, 255, 40), (1.0, 255, 0)],
+)
 def test_other_settings_are_the_oracles(top_p, cap, m, reference):
     few = torch.where(torch.arange(400) < 150, -torch.arange(400.0), -math.inf)
-    for logits in (
-        trained_like(9, 300), trained_like(9, 20_000) * 0.3, torch.rand(9, 700), few[None],
-    ):  # fmt: skip
+    for logits in (trained_like(9, 300), trained_like(9, 20_000) * 0.3, few[None]):
         check(logits, reference=reference, top_p=top_p, cap=cap, m=m)
 
 
 @PATHS
-@pytest.mark.parametrize("vocab", [300, 70_000])
-def test_the_nucleus_includes_the_token_that_crosses_top_p(vocab, reference):
+def test_the_nucleus_includes_the_token_that_crosses_top_p_and_ties_go_by_id(reference):
     """Probabilities 1/2, 1/4, 1/8, …: two tokens hold 0.75, and a hair more needs a third."""
-    places = torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:11]
-    row = torch.full((1, vocab), -math.inf)
+    places = torch.randperm(70_000, generator=torch.Generator().manual_seed(1))[:11]
+    row = torch.full((1, 70_000), -math.inf)
     row[0, places] = torch.tensor([*range(-1, -11, -1), -10]) * math.log(2)
     for top_p, count in ((0.75 - 1e-6, 2), (0.75 + 1e-6, 3)):
         found = check(row, reference=reference, top_p=top_p, cap=8, m=2)
         assert int(found.top_counts[0]) == count
-
-
-@PATHS
-def test_ties_go_by_id_and_take_the_shorter_prefix(reference):
-    row = torch.full((1, 124), 3.7)
-    got = check(row, top_p=0.5 - 1e-9, reference=reference)
-    assert got.top_ids[0, : got.top_counts[0]].tolist() == list(range(62))
+    alike = check(torch.full((1, 124), 3.7), top_p=0.5 - 1e-9, reference=reference)
+    assert alike.top_ids[0, : alike.top_counts[0]].tolist() == list(range(62))
 
 
 @PATHS
@@ -163,27 +146,14 @@ def test_unusable_rows_are_flagged_and_leave_the_others_alone(reference):
 
 
 @PATHS
-def test_the_last_possible_tokens_are_all_drawn_and_one_less_is_refused(reference):
-    logits = torch.full((4, 900), -math.inf)
-    logits[:, 100:224] = 0.0
-    got = extract(logits, reference=reference)  # nucleus 100, so the tail takes all 24 others
-    assert got.usable.all()
-    for top, tail in zip(got.top_ids.tolist(), got.sampled_ids.tolist(), strict=True):
-        assert sorted(top + tail) == list(range(100, 224))
-    with pytest.raises(el.ConfigError, match=r"--sampled-n 24 .* 23 tokens that --top-p-max 100"):
-        extract(torch.zeros(1, 123), reference=reference)
-
-
-@PATHS
 @pytest.mark.parametrize("vocab", [300, 5021])
 def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(vocab, reference):
     logits, index = trained_like(9, vocab), torch.arange(9) // 7
     position = torch.tensor([5, 9, 9, 2, 70_000, 1, 3, 4, 2**31 - 1])
     whole = extract(logits, index=index, position=position, reference=reference)
     for order in ([8, 3, 0, 5], [4], [7, 6, 5, 4, 3, 2, 1, 0, 8]):
-        some = extract(
-            logits[order], index=index[order], position=position[order], reference=reference
-        )
+        where = {"index": index[order], "position": position[order], "reference": reference}
+        some = extract(logits[order], **where)
         for name in FIELDS:
             assert torch.equal(getattr(whole, name)[order], getattr(some, name)), name
 
@@ -197,22 +167,17 @@ def test_another_seed_index_or_position_is_another_tail(reference):
     assert len(torch.cat(drawn).unique(dim=0)) == 12
 
 
-SMALL, LARGE = tail_law.make_cases, tail_law.make_large_cases
+SMALL, LARGE = tail_law.make_cases(5_000), tail_law.make_large_cases(1_500)
 
 
 @pytest.mark.parametrize(
     ("reference", "loose", "vary", "cases"),
-    [
-        (False, False, "position", SMALL(5_000)), (False, True, "position", SMALL(5_000)),
-        (False, False, "position", LARGE(1_500)), (False, True, "position", LARGE(1_500)),
-        (True, False, "position", [*SMALL(5_000), *LARGE(300)]),
-        (False, False, "index", SMALL(2_000)), (True, False, "index", SMALL(2_000)),
-        *((path, False, "seed", [case for case in SMALL(300) if case.name in ("peaked", "tiny")])
-          for path in (False, True)),
-    ],
+    [(False, False, "position", SMALL + LARGE), (False, True, "position", SMALL + LARGE),
+     (True, False, "position", SMALL + tail_law.make_large_cases(300)),
+     (False, False, "index", SMALL)],
 )  # fmt: skip
 def test_the_tail_follows_the_law(reference, loose, vary, cases):
-    """A trial is another position, index or seed. One false alarm in 1e6 seeds; these are fixed.
+    """A trial is another position or index. One false alarm in 1e6 seeds; these are fixed.
 
     A loose cap leaves likely tokens between the nucleus and the cap, a tight one leaves none.
     """
@@ -223,19 +188,14 @@ def test_the_tail_follows_the_law(reference, loose, vary, cases):
         if loose:
             held = np.cumsum([0.0, *np.sort(np.exp(log_probs))[::-1]])
             top_p, cap = float(held[count - 1] + held[count]) / 2, min(100, len(log_probs) - m)
-        parts, rows_n = [], 1 if vary == "seed" else max(1, 4_000_000 // len(row))
-        for start in range(0, n_trials, rows_n):
-            trial = torch.arange(start, min(start + rows_n, n_trials))
-            still = torch.full_like(trial, 5)
-            found = extract(
-                row.expand(len(trial), -1), index=trial if vary == "index" else still,
-                position=trial if vary == "position" else still, top_p=top_p, top_p_max=cap,
-                sampled_n=m, seed=start if vary == "seed" else seed, reference=reference,
-            )  # fmt: skip
-            assert (found.top_counts == count).all()
-            assert set(found.top_ids[0, :count].tolist()) == set(np.flatnonzero(nucleus).tolist())
-            parts.append(found.sampled_ids.numpy())
-        return np.concatenate(parts)
+        where = {"index": torch.full((n_trials,), 5), "position": torch.full((n_trials,), 5)}
+        where[vary] = torch.arange(n_trials)
+        sizes = {"top_p": top_p, "top_p_max": cap, "sampled_n": m}
+        rows = row.expand(n_trials, -1)
+        found = extract(rows, **where, **sizes, seed=seed, reference=reference)
+        assert (found.top_counts == count).all()
+        assert set(found.top_ids[0, :count].tolist()) == set(np.flatnonzero(nucleus).tolist())
+        return found.sampled_ids.numpy()
 
     tail_law.check_tail_law(draw, cases=cases)
 
@@ -255,12 +215,11 @@ def test_a_gpu_gives_what_a_cpu_gives(case):
     assert (got.logsumexp.cpu() - want.logsumexp).abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, 16])
 def test_rows_are_quantized_as_the_format_says(bits):
     rng = np.random.default_rng(5)
-    values = rng.normal(0, 8, (200, 30)).astype(np.float32)
+    values, counts = rng.normal(0, 8, (200, 30)).astype(np.float32), rng.integers(1, 31, 200)
     values[3] = 1.5
-    counts = rng.integers(1, 31, 200)
     q, low, high = el.quantize_rows(torch.from_numpy(values), torch.from_numpy(counts), bits=bits)
     there = np.arange(30) < counts[:, None]
     wanted = quantize_logits(values[there], counts, bits=bits)
@@ -268,32 +227,20 @@ def test_rows_are_quantized_as_the_format_says(bits):
         np.testing.assert_array_equal(found, right)
 
 
-class FixedTeacher:
-    """Serves given logits in chunks of positions."""
-
-    def __init__(self, logits: torch.Tensor, chunk: int) -> None:
-        self.logits, self.chunk = logits, chunk
-
-    def iter_logits(self, sequences: list[Any], token_positions: list[Any]) -> Any:
-        assert sum(p.size for p in token_positions) == self.logits.shape[0]
-        return iter(self.logits.split(self.chunk))
-
-
-def fixed_batch(vocab: int = 700) -> el.Batch:
-    rng = np.random.default_rng(3)
-    rows = []
+@pytest.mark.parametrize(("reference", "sampled_n"), [(True, 7), (False, 0)])
+def test_a_batch_is_the_same_in_chunks_and_by_one_transfer(reference, sampled_n, monkeypatch):
+    logits, rng, rows = trained_like(14, 700), np.random.default_rng(3), []
     for index, n in ((11, 5), (4, 1), (90, 8)):
         at = np.sort(rng.choice(np.arange(1, 20), n, replace=False)).astype(np.int32)
-        rows.append(el.EncodedRow(index, rng.integers(0, vocab, 20).astype(np.int32), at))
-    return el.Batch(rows)
-
-
-@pytest.mark.parametrize(("reference", "sampled_n"), [(True, 7), (False, 7), (False, 0)])
-def test_a_batch_is_the_same_in_chunks_and_by_one_transfer(reference, sampled_n, monkeypatch):
-    logits, batch = trained_like(14, 700), fixed_batch()
+        rows.append(el.EncodedRow(index, rng.integers(0, 700, 20).astype(np.int32), at))
+    batch = el.Batch(rows)
     settings = {"top_p": 0.9, "top_p_max": 20, "sampled_n": sampled_n, "reference": reference}
-    run = partial(el.gpu_process_batch, batch=batch, seed=1, **settings)
-    whole, parts = (run(FixedTeacher(logits, chunk)) for chunk in (14, 3))
+    whole, parts = (
+        el.gpu_process_batch(
+            SimpleNamespace(iter_logits=lambda *_, chunk=chunk: iter(logits.split(chunk))),
+            batch, seed=1, **settings,
+        ) for chunk in (14, 3)
+    )  # fmt: skip
     transfers, move = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(1) or move(self))
     host = parts.to_host()
@@ -301,29 +248,9 @@ def test_a_batch_is_the_same_in_chunks_and_by_one_transfer(reference, sampled_n,
     for name, value in vars(parts).items():
         np.testing.assert_array_equal(getattr(host, name), value.numpy(), name, strict=True)
         np.testing.assert_array_equal(getattr(whole, name), value, name)
-    actual = np.concatenate([row.input_ids[row.token_positions] for row in batch.rows])
+    actual = np.concatenate([row.input_ids[row.token_positions] for row in rows])
     np.testing.assert_array_equal(host.actual_logits, logits.numpy()[np.arange(14), actual])
     p = torch.softmax(logits.double(), -1).numpy()
     inside = np.arange(20) < host.top_counts[:, None]
     mass = (np.take_along_axis(p, host.top_ids, 1) * inside).sum(1)
     np.testing.assert_allclose(host.nucleus_mass, mass, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
-def test_a_batch_asks_the_device_for_no_value(family, monkeypatch):
-    """On one that knows shapes alone. Also of a model that looks for padding in its ids."""
-    no_numbers = torch.device("meta")
-    for sizes in (el.WEIGHED_AT_ONCE, el.HELD_AT_ONCE):
-        monkeypatch.setitem(sizes, "meta", sizes["cuda"])
-    monkeypatch.setattr(el, "HEAD_CHUNK_BYTES", 4 * VOCAB * 10)
-    padding = {"pad_token_id": 0} if family == "gpt2" else {}
-    teacher = el.Teacher(tiny_model(family, **padding))  # checked where there are numbers
-    teacher.layout = "padded"
-    teacher.model.to(no_numbers)
-    teacher.device = no_numbers
-    batch = fixed_batch(VOCAB)
-    result = el.gpu_process_batch(teacher, batch, top_p=0.9, top_p_max=20, sampled_n=7, seed=1)
-    assert result.top_ids.device == no_numbers
-    assert (result.top_ids.shape, result.sampled_q.shape) == ((14, 20), (14, 7))
-    with pytest.raises((RuntimeError, NotImplementedError)):  # it would have been noticed
-        result.top_ids.sum().item()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
-import signal
-import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +23,7 @@ from extract_logits import ConfigError, HubError
 
 REPO = "tester/logits"
 COMMIT = f"POST /api/datasets/{REPO}/commit/"
+OVER = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
 
 
 @pytest.fixture
@@ -78,43 +76,28 @@ def test_an_output_holds_parts_checkpoint_settings_template_and_card(place, tmp_
 
 
 def test_a_repository_is_created_once_there_is_something_to_store(repo, tmp_path):
-    open_uploader(repo, tmp_path / "cache").shutdown()
+    open_uploader(repo, tmp_path / "cache", private=True).shutdown()
     assert not requests(repo.hub, r"POST /api/repos/create")
-    uploader = open_uploader(repo, tmp_path / "cache", private=True)
-    uploader.create_output()
-    uploader.shutdown()
-    assert repo.hub.store.get("dataset", REPO).private
     run_uploader(repo, tmp_path / "cache", 15, private=True)
+    assert repo.hub.store.get("dataset", REPO).private
     assert repo.rows() == stored(range(15))
     repo.hub.store.get("dataset", REPO).private = False
     with pytest.raises(ConfigError, match="public"):
         open_uploader(repo, tmp_path / "cache", private=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["nothing-such", "a/b/c", "user/..", "user/x--y", "üser/näme", "user/" + "n" * 120]
-)
+@pytest.mark.parametrize("name", ["nothing-such", "user/..", "user/x--y", "üser/näme"])
 def test_an_output_that_is_neither_folder_nor_repository_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError):
         open_uploader(Output(name), tmp_path / "cache")
-    assert "\n" not in str(refusal.value)
 
 
 # Resume -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "checkpoint",
-    [
-        "whole",
-        "missing",
-        "broken",
-        "old",
-        "missing, part cut",
-        "whole, part cut",
-        "whole, part empty",
-    ],
+    "checkpoint", ["missing", "broken", "old", "missing, part cut", "whole, part cut"]
 )
 def test_resume_from_an_empty_cache_knows_what_is_done(checkpoint, place, tmp_path):
     run_uploader(place, tmp_path / "cache", 10)
@@ -123,11 +106,10 @@ def test_resume_from_an_empty_cache_knows_what_is_done(checkpoint, place, tmp_pa
     whole, hashes = place.json("checkpoint.json"), place.hashes()
     if checkpoint in ("broken", "old"):
         place.write("checkpoint.json", older if checkpoint == "old" else b"null")
-    elif "whole" not in checkpoint:
+    elif "missing" in checkpoint:
         place.delete("checkpoint.json")
-    if is_cut := "part" in checkpoint:
-        kept = 0 if "empty" in checkpoint else -50
-        place.write("data/part-00001.parquet", place.read("data/part-00001.parquet")[:kept])
+    if is_cut := "cut" in checkpoint:
+        place.write("data/part-00001.parquet", place.read("data/part-00001.parquet")[:-50])
     asked = run_uploader(place, tmp_path / "elsewhere", 25)["asked"]
     assert asked == (list(range(10, 20)) if is_cut else [])
     assert place.hashes() == hashes
@@ -147,11 +129,12 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place, tmp_path):
     assert place.rows() == stored(range(20))
     assert {"checkpoint-w00.json", "checkpoint-w01.json"} <= place.files()
     assert "| conversations | 20 |" in place.read("README.md").decode()
-    for options in ({}, {"rank": 1, "world_size": 2}, {"rank": 0, "world_size": 1}):
+    for options in ({}, {"rank": 1, "world_size": 2}):
         with pytest.raises(ConfigError, match=r"--resume.*--force-restart"):
             open_uploader(place, tmp_path / "late", **options, resume=False)
-    options = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
-    uploader = open_uploader(place, tmp_path / "cache", **options)
+    uploader = open_uploader(place, tmp_path / "cache", **OVER)
+    if place.hub:
+        place.hub.fault(COMMIT, status=503, after=True)  # of that which removes the old parts
     assert fill(uploader, 0, range(100, 110)) == list(range(100, 110))
     assert finish(uploader)["rows"] == 10
     assert place.parts() == {0: list(range(100, 110))}
@@ -160,77 +143,41 @@ def test_an_output_with_parts_needs_resume_or_force_restart(place, tmp_path):
     assert place.json("extraction_config.json")["top_p"] == 0.9
 
 
-@pytest.mark.parametrize("fault", [{"status": 503, "after": True}, {"drop": "after"}])
-def test_starting_over_needs_no_answer_of_the_commit_that_removes_the_old(fault, repo, tmp_path):
-    run_uploader(repo, tmp_path / "cache", 45)
-    over = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}}
-    uploader = open_uploader(repo, tmp_path / "cache", **over)
-    repo.delete("data/part-00004.parquet")  # by a person
-    repo.hub.fault(COMMIT, **fault)
-    fill_parts(uploader, 15)
-    assert finish(uploader)["rows"] == 15
-    assert repo.rows() == stored(range(15))
-
-
-def test_parts_beyond_those_of_the_job_go_where_they_are_of_another_one(place, tmp_path):
-    run_uploader(place, tmp_path / "cache", 60)
-    smaller = {"settings": {"top_p": 0.9}, "world_size": 2}
-    for rank in (0, 1):  # the second is stopped before it removes its own of the old job
-        over = {"resume": False, "force_restart": True}
-        uploader = open_uploader(place, tmp_path / f"{rank}", rank=rank, **over, **smaller)
-        if rank == 0:
-            fill(uploader, 0)
-            uploader.flush(final=True)
-        uploader.shutdown()
-    assert list(place.part_paths()) == [0, 1, 3, 5]
-    place.write("data/part-00009.parquet", place.read("data/part-00000.parquet"))
-    uploader = open_uploader(place, tmp_path / "1", rank=1, **smaller)
-    assert fill(uploader, 1) == list(range(10, 20))
-    uploader.discard_strays()
-    finish(uploader)
-    assert place.parts() == {0: list(range(10)), 1: list(range(10, 20))}
-
-
-def test_threads_may_read_the_settings_while_the_teacher_settles(folder, tmp_path):
-    uploader = open_uploader(folder, tmp_path / "cache")
-    reading = iter(uploader.settings.items())
-    uploader.settle({"weights": "float32"})
-    assert len(list(reading)) == len(uploader.settings) - 1
-    uploader.shutdown()
-
-
-def test_workers_that_start_over_leave_each_others_checkpoints(folder, tmp_path):
-    run_workers(folder, tmp_path / "cache", 3, parts=4)
-    again = {"resume": False, "force_restart": True, "settings": {"top_p": 0.9}, "world_size": 2}
-    uploaders = [open_uploader(folder, tmp_path / f"cache/{n}", rank=n, **again) for n in (0, 1)]
-    for number in (1, 0):  # the second is done before the first
-        fill(uploaders[number], number)
-        finish(uploaders[number])
-    assert folder.parts() == {0: list(range(10)), 1: list(range(10, 20))}
-    names = {path for path in folder.files() if path.startswith("checkpoint")}
-    assert names == {"checkpoint-w00.json", "checkpoint-w01.json"}
-    assert "| conversations | 20 |" in folder.read("README.md").decode()
+def test_workers_that_start_over_leave_nothing_old_and_all_of_each_other(place, tmp_path):
+    run_workers(place, tmp_path / "cache", 4, parts=7)
+    new = {"settings": OVER["settings"], "world_size": 3}
+    workers = [open_uploader(place, tmp_path / f"{n}", rank=n, **OVER | new) for n in range(3)]
+    workers[2].shutdown()  # before it removes its own of the old job
+    for rank in (1, 0):
+        fill(workers[rank], rank)
+        finish(workers[rank])
+    assert list(place.part_paths()) == [0, 1, 2, 5]
+    place.write("data/part-00011.parquet", place.read("data/part-00000.parquet"))
+    third = open_uploader(place, tmp_path / "2", rank=2, **new)
+    assert fill(third, 2) == list(range(20, 30))
+    third.discard_strays()
+    finish(third)
+    assert place.parts() == {n: list(range(10 * n, 10 * n + 10)) for n in range(3)}
+    names = {path for path in place.files() if path.startswith("checkpoint")}
+    assert names == {f"checkpoint-w0{n}.json" for n in range(3)}
+    assert "| conversations | 30 |" in place.read("README.md").decode()
 
 
 def test_other_settings_are_refused_with_their_differences(place, tmp_path):
     """Also those that are not of the parts; a part of other conversations is not done."""
     run_uploader(place, tmp_path / "cache", 20)
-    before = place.hashes()
-    for change, said in (
-        ({"top_p": 0.9}, r"top_p.*0\.98.*0\.9"), ({"rows_per_part": 11}, "rows_per_part")
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=said):
-            open_uploader(place, tmp_path / "elsewhere", settings=change)
-    other = {"settings": {"versions": {"torch": "3"}}}
-    open_uploader(place, tmp_path / "elsewhere", **other).shutdown()
-    changed = {**place.json("extraction_config.json"), "rows_per_part": 20}
+    before, longer = place.hashes(), {"rows_per_part": 20}
+    with pytest.raises(ConfigError, match=r"top_p.*0\.98.*0\.9"):
+        open_uploader(place, tmp_path / "elsewhere", settings={"top_p": 0.9})
+    changed = {**place.json("extraction_config.json"), **longer}
     place.write("extraction_config.json", json.dumps(changed).encode())
     with pytest.raises(ConfigError, match="are of another job than extraction_config"):
-        open_uploader(place, tmp_path / "cache", settings={"rows_per_part": 20})
+        open_uploader(place, tmp_path / "cache", settings=longer)
     place.delete("extraction_config.json", "checkpoint.json")  # the parts hold them, too
     with pytest.raises(ConfigError, match="rows_per_part"):
-        open_uploader(place, tmp_path / "cache", settings={"rows_per_part": 20})
-    run_uploader(place, tmp_path / "cache", 20)
+        open_uploader(place, tmp_path / "cache", settings=longer)
+    versions = {"versions": {"torch": "3"}}  # which are not of the job
+    assert run_uploader(place, tmp_path / "cache", 20, settings=versions)["asked"] == []
     assert place.hashes() == before
     uploader = open_uploader(place, tmp_path / "there")
     swapped = [*range(10, 19), 300]
@@ -244,42 +191,33 @@ def test_no_code_of_strangers_runs_because_an_output_says_so(folder, tmp_path):
     options = {"model": "m", "dataset": "d", "trust_remote_code": True, "cache_dir": "/x"}
     kinds = {"streaming": True, "top_p": 0.9, "batch_thresholds": {"512": 8}, "seed": 7, "limit": 7}
     run_uploader(folder, tmp_path / "cache", 10, settings={"options": options | kinds})
-    words = ["--output", folder.name, "--resume", "--limit", "9"]
-    config = extract_logits.parse_args(words)
+    config = extract_logits.parse_args(["--output", folder.name, "--resume", "--limit", "9"])
     assert (config.trust_remote_code, config.cache_dir) == (False, ".logit_extraction_cache")
     taken = {**kinds, "batch_thresholds": {512: 8}, "limit": 9}
     assert {name: getattr(config, name) for name in taken} == taken
-    bad = {"options": {"model": "m", "dataset": "d", "seed": []}}
-    folder.write("extraction_config.json", json.dumps(bad).encode())
-    with pytest.raises(SystemExit):
-        extract_logits.parse_args(words)
 
 
 def test_resume_reads_a_listing_the_settings_and_the_checkpoints_alone(repo, tmp_path):
-    hub = repo.hub
     run_workers(repo, tmp_path / "cache", 3, parts=9)
-    hub.clear()
+    repo.hub.clear()
     uploader = open_uploader(repo, tmp_path / "late", rank=3, world_size=4)
     assert sorted(uploader.get_resume_info()["parts"]) == list(range(9))
     uploader.shutdown()
-    assert not requests(hub, "/data/|GET /_lfs")
-    assert len(requests(hub, "/checkpoint-w")) <= 6  # a redirect or a look at each
-    assert len(hub.log) <= 14
-    assert sum(line["sent"] for line in hub.log) < 30_000
+    assert not requests(repo.hub, "/data/|GET /_lfs")
+    assert len(repo.hub.log) <= 14
 
 
 def test_without_a_checkpoint_resume_reads_footers_without_a_token_and_no_rows(repo, tmp_path):
-    uploader = open_uploader(repo, tmp_path / "cache", settings={"rows_per_part": 100})
-    for number in range(2):
-        fill(uploader, number, range(100 * number, 100 * number + 100), batch=100)
-    uploader.begin_part(2, [300])
+    uploader = open_uploader(repo, tmp_path / "cache")
+    fill(uploader, 0)
+    uploader.begin_part(1, [300])
     uploader.add_sample(make_rows([300], tokens=60_000))
     finish(uploader)
-    assert len(repo.read("data/part-00002.parquet")) > 5e6
+    assert len(repo.read("data/part-00001.parquet")) > 5e6
     repo.delete("checkpoint.json")
     repo.hub.clear()
-    uploader = open_uploader(repo, tmp_path / "other", settings={"rows_per_part": 100})
-    assert uploader.begin_part(1, range(100, 200)) == uploader.begin_part(2, [300]) == []
+    uploader = open_uploader(repo, tmp_path / "other")
+    assert uploader.begin_part(0, range(10)) == uploader.begin_part(1, [300]) == []
     uploader.shutdown()
     assert sum(line["sent"] for line in repo.hub.log) < 500_000
     fetched = requests(repo.hub, "GET /_lfs")  # from the storage, which gets no token
@@ -287,29 +225,14 @@ def test_without_a_checkpoint_resume_reads_footers_without_a_token_and_no_rows(r
     assert not [line for line in fetched if line["auth"]]
 
 
-def test_two_writers_of_one_part_write_the_same(place, tmp_path):
-    options = {"rank": 1, "world_size": 2}
-    twins = [open_uploader(place, tmp_path / name, **options) for name in ("one", "other")]
-    for twin in twins:
-        assert fill(twin, 1) == list(range(10, 20))
-    for twin in twins:
-        twin.flush()
-    for twin in twins:
-        fill(twin, 3)
-        assert finish(twin)["undelivered"] == []
-    assert place.parts() == {1: list(range(10, 20)), 3: list(range(30, 40))}
-
-
 # Faults -------------------------------------------------------------------------------------------
 
 
 FAULTS: list[dict[str, Any]] = [
     *({"status": status} for status in (408, 409, 412, 425, 500)),
-    {"status": 429, "headers": {"Retry-After": "0"}},
-    {"status": 503, "after": True},
-    {"drop": "body", "drop_after": 10},
-    *({"drop": when, "rst": rst} for when in ("before", "after") for rst in (False, True)),
-]
+    {"status": 429, "headers": {"Retry-After": "0"}}, {"status": 503, "after": True},
+    {"drop": "body", "drop_after": 10}, {"drop": "before"}, {"drop": "after"},
+]  # fmt: skip
 UPLOAD_REQUESTS = ("preupload/", "objects/batch", "PUT /_lfs", "objects/verify", "commit/")
 
 
@@ -328,28 +251,21 @@ def test_a_fault_that_can_pass_costs_no_row_and_doubles_none(repo, tmp_path, fau
 
 @pytest.mark.parametrize(
     ("header", "value", "least"),
-    [("Retry-After", "7", 7), ("Retry-After", "99999999", 0), ("Retry-After", "-5", 0),
-     ("Retry-After", "Thu, 01 Jan 2099 00:00:00 GMT", 0),
-     ("RateLimit", '"api";r=0;t=99999999', 0)],
+    [("Retry-After", "300", 300), ("Retry-After", "99999999", 60), ("Retry-After", "-5", 60),
+     ("RateLimit", '"api";r=0;t=99999999', 60)],
 )  # fmt: skip
-def test_a_run_waits_as_told_but_no_hours(header, value, least, repo, tmp_path, monkeypatch):
-    waited = [0.0]  # by a clock that jumps where somebody waits, but not for an answer under way
-    sleep, clock = time.sleep, time.monotonic
+def test_a_run_waits_as_told_but_no_hours(header, value, least, monkeypatch):
+    def request() -> None:
+        response = SimpleNamespace(status_code=429, headers={header.lower(): value, header: value})
+        raise extract_logits.explain_refusal(response, "too many requests", REPO)
 
-    def sleep_less(seconds):
-        asking = {thread.name for thread in threading.enumerate()} >= {"request"}
-        if asking and threading.current_thread().name != "request":
-            return sleep(seconds)
-        waited[0] += seconds
-        return sleep(min(seconds, 0.0002))
-
-    monkeypatch.setattr(time, "sleep", sleep_less)
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + waited[0])
-    for request_line in (COMMIT, "preupload/", "objects/batch"):
-        repo.hub.fault(request_line, status=429, headers={header: value})
-    run_uploader(repo, tmp_path / "cache", 10)
-    assert repo.rows() == stored(range(10))
-    assert least <= waited[0] < 3600
+    pauses: list[float] = []
+    monkeypatch.setattr(extract_logits, "bounded", lambda request, *_: request())
+    monkeypatch.setattr(extract_logits, "wait_until", lambda _, limit_s: pauses.append(limit_s))
+    with pytest.raises(HubError, match="--resume"):
+        extract_logits.retry(request)
+    assert least <= min(pauses)
+    assert max(pauses) <= 900
 
 
 @pytest.mark.parametrize(
@@ -358,42 +274,37 @@ def test_a_run_waits_as_told_but_no_hours(header, value, least, repo, tmp_path, 
 def test_what_no_retry_heals_is_refused_at_once_and_the_rows_stay(repo, tmp_path, status, remedy):
     uploader = open_uploader(repo, tmp_path / "cache")
     repo.hub.fault("preupload|commit/", status=status, count=99)
-    with pytest.raises(HubError, match=remedy) as refusal:  # noqa: PT012
+    with pytest.raises(HubError, match=remedy):  # noqa: PT012
         fill_parts(uploader, 15)
         uploader.flush(final=True)
-    assert "\n" not in str(refusal.value)
     uploader.shutdown()
     assert len(requests(repo.hub, "preupload|commit/")) <= 2  # of parts already under way
     repo.hub.clear()
     assert set(run_uploader(repo, tmp_path / "cache", 15)["asked"]) <= set(range(10, 15))
     assert repo.rows() == stored(range(15))
-
-
-def test_a_token_that_may_not_write_is_refused_before_the_work(repo, tmp_path, monkeypatch):
-    run_uploader(repo, tmp_path / "cache", 10)
-    repo.hub.read_only.add(REPO)
-    with pytest.raises(HubError, match="write"):
+    repo.hub.fault("auth-check/write", status=status)  # a token that may not write
+    with pytest.raises(HubError, match=remedy):
         open_uploader(repo, tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
-    for token in ("", "hf_wrongwrongwrong"):
-        monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(HubError, match="hf auth login"):
-            open_uploader(repo, tmp_path / "cache")
 
 
 def test_what_stays_undelivered_becomes_a_backup_that_the_end_and_the_next_run_try(repo, tmp_path):
+    uploader = open_uploader(repo, tmp_path / "cache")
+    uploader.settle({"weights": "float32"})
     repo.hub.fault(COMMIT, status=503, count=10_000)
-    summary = run_uploader(repo, tmp_path / "cache", 25)
+    fill_parts(uploader, 25)
+    summary = finish(uploader)
     assert summary["rows"] == 0
     assert sorted(Path(path).name for path in summary["undelivered"]) == [
         f"backup_part-{number:05d}.parquet" for number in range(3)
     ]
     repo.hub.clear()
     repo.hub.fault(COMMIT, status=503, count=7)  # every try of the first delivery
-    summary = run_uploader(repo, tmp_path / "cache", 40)
+    summary = run_uploader(repo, tmp_path / "cache", 40)  # without a teacher
     assert (summary["asked"], summary["undelivered"]) == (list(range(20, 40)), [])
     assert repo.rows() == stored(range(40))
     assert not list(tmp_path.glob("cache/**/*.parquet"))
+    with pytest.raises(ConfigError, match="weights"):  # what ran is recorded
+        open_uploader(repo, tmp_path / "there").settle({"weights": "int8"})
 
 
 def test_a_backup_of_a_lower_limit_never_takes_the_place_of_a_longer_part(repo, tmp_path):
@@ -403,19 +314,6 @@ def test_a_backup_of_a_lower_limit_never_takes_the_place_of_a_longer_part(repo, 
     run_uploader(repo, tmp_path / "elsewhere", 28)
     run_uploader(repo, tmp_path / "cache", 28)
     assert repo.rows() == stored(range(28))
-
-
-def test_who_delivers_what_another_run_has_made_records_what_ran_there(repo, tmp_path):
-    uploader = open_uploader(repo, tmp_path / "cache")
-    uploader.settle({"weights": "float32"})
-    repo.hub.fault(COMMIT, status=503, count=10_000)
-    fill_parts(uploader, 10)
-    assert finish(uploader)["undelivered"]
-    repo.hub.clear()
-    run_uploader(repo, tmp_path / "cache", 10)  # without a teacher
-    assert repo.json("extraction_config.json")["numerics"] == {"weights": "float32"}
-    with pytest.raises(ConfigError, match="weights"):
-        open_uploader(repo, tmp_path / "there").settle({"weights": "int8"})
 
 
 def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(repo, tmp_path):
@@ -432,70 +330,11 @@ def test_a_listing_that_is_stale_after_a_commit_loses_and_doubles_nothing(repo, 
     assert repo.rows() == stored(range(20))
 
 
-def test_a_slow_hub_slows_the_run_instead_of_filling_the_disk(repo, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract_logits, "WINDOW_TOKENS", 1)
-    uploader = open_uploader(repo, tmp_path / "cache")
-    repo.hub.fault(COMMIT, latency=0.3, count=999)
-    most = 0
-    for number in range(80):
-        fill(uploader, number, [number])
-        most = max(most, len(list(tmp_path.glob("cache/*/part-*.parquet"))))
-    assert 1 < most <= 45
-    uploader.flush(final=True)
-    assert not uploader.is_uploading()
-    uploader.shutdown()
-    assert repo.rows() == stored(range(80))
-
-
-def test_the_parts_of_a_window_wait_for_a_slow_hub_and_the_run_does_not(repo, tmp_path):
-    """They become whole at about the same time."""
-    uploader, filled = open_uploader(repo, tmp_path / "cache"), threading.Event()
-    commit = uploader.destination.commit
-
-    def commit_late(*args: Any) -> None:
-        assert filled.wait(20), "the run waits for its delivery"
-        commit(*args)
-
-    uploader.destination.commit = commit_late
-    for number in range(30):
-        fill(uploader, number, [number])
-    filled.set()
-    finish(uploader)
-    assert repo.rows() == stored(range(30))
-
-
 @pytest.fixture
 def job(extract: Extract, write_chats: Write, repo: Output) -> Extract:
     """Run `main` over 12 conversations into three parts of the repository."""
     write_chats(rows_of(12))
     return functools.partial(extract, output=REPO, upload_every=4, resume=True)
-
-
-def complete(job: Extract, repo: Output) -> None:
-    """Let the next run meet a Hub that works: it stores every row."""
-    repo.hub.clear()
-    assert job().passed()["rows"] == 12
-    assert repo.ids() == list(range(12))
-
-
-@pytest.mark.parametrize(
-    ("request_line", "by"),
-    [("GET /api/(datasets|whoami)", "deadline"), ("PUT /_lfs", "deadline"), ("commit/", "signal")],
-)
-def test_a_hub_that_never_answers_holds_no_run(request_line, by, job, repo, monkeypatch):
-    """Beyond its deadline or a signal."""
-    with monkeypatch.context() as slow:
-        slow.setattr(extract_logits, "RETRY_WAITS_S", (60.0,) * 6)
-        repo.hub.fault(request_line, latency=600.0, count=10**6)
-        limit = {"max_runtime_minutes": 2 / 60} if by == "deadline" else {}
-        if by == "signal":
-            threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-        begun = time.monotonic()
-        done = job(**limit)
-        assert time.monotonic() - begun < 25, "the Hub held the run"
-    assert done.code in ((75, 4) if by == "deadline" else (130,)), done.stderr
-    assert "Traceback" not in done.stderr
-    complete(job, repo)
 
 
 def test_what_the_hub_did_not_take_is_exit_code_4_and_the_next_run_delivers(job, repo, monkeypatch):
@@ -510,20 +349,9 @@ def test_what_the_hub_did_not_take_is_exit_code_4_and_the_next_run_delivers(job,
     kept = [Path(path) for path in done.summary["undelivered"]]
     assert kept
     assert all(path.name.startswith("backup_") and path.exists() for path in kept)
-    complete(job, repo)
-
-
-@pytest.mark.parametrize(
-    ("request_line", "text"),
-    [("GET .*/tree/", "[1, 2]"), (f"GET /api/datasets/{REPO}", "<html>sign in</html>"),
-     ("preupload/", "<html>sign in</html>"), ("preupload/", "[1, 2]"), ("commit/", "[1, 2]")],
-)  # fmt: skip
-def test_answers_that_make_no_sense_end_in_one_line(request_line, text, job, repo):
-    repo.hub.fault(request_line, text=text, count=10**6)
-    done = job()
-    assert "Traceback" not in done.stderr
-    assert done.code in (0, 2, 4)  # 0 where nobody needs the answer
-    complete(job, repo)
+    repo.hub.clear()
+    assert job().passed()["rows"] == 12
+    assert repo.ids() == list(range(12))
 
 
 # Secrets and cards --------------------------------------------------------------------------------
@@ -544,46 +372,22 @@ def test_tokens_are_hidden_in_errors_logs_files_and_cards(job, repo, tmp_path, m
     assert not [text for text in texts if any(secret in text for secret in secrets)]
 
 
-def test_a_card_that_a_run_could_not_bring_up_to_date_is_by_the_next_one(place, tmp_path):
-    """Of a run that was killed, and of workers that end at the same time; once."""
-    uploader = open_uploader(place, tmp_path / "cache")
-    fill_parts(uploader, 20)
-    uploader.flush()
-    uploader.delivery.result()
-    uploader.shutdown()  # before its last flush
-    run_uploader(place, tmp_path / "cache", 20)
-    assert "| conversations | 20 |" in place.read("README.md").decode()
-    first, second = (
-        open_uploader(place, tmp_path / f"{rank}", rank=rank, world_size=2) for rank in (0, 1)
-    )
-    commit = first.destination.commit
-
-    def commit_after_the_other(*args):
-        if fill(second, 3):
-            finish(second)
-        commit(*args)
-
-    first.destination.commit = commit_after_the_other
-    fill(first, 2)
-    finish(first)
-    assert "| conversations | 40 |" in place.read("README.md").decode()
-    if place.hub:
-        commits = len(place.hub.store.get("dataset", REPO).commits)
-        run_uploader(place, tmp_path / "there", 40)
-        assert len(place.hub.store.get("dataset", REPO).commits) == commits
-
-
-@pytest.mark.parametrize("before", ["", "<!-- mine -->\n", "---\ntags: [\n---\nHello.\n"])
+@pytest.mark.parametrize("before", ["<!-- mine -->\n", "---\ntags: [\n---\nHello.\n"])
 def test_a_person_may_edit_the_card_while_the_run_goes_on(place, tmp_path, before):
     """And a card that was there before the run is kept, whole where its header is none."""
     if place.hub:
         place.hub.store.create("dataset", REPO, private=False)
-    if before:
-        place.write("README.md", before.encode())
-    run_uploader(place, tmp_path / "cache", 7)
+    place.write("README.md", before.encode())
+    uploader = open_uploader(place, tmp_path / "cache")
+    fill_parts(uploader, 20)
+    uploader.flush()
+    uploader.delivery.result()
+    uploader.shutdown()  # before the card tells it
+    run_uploader(place, tmp_path / "cache", 20)
     uploader = open_uploader(place, tmp_path / "there")  # knows these rows by the checkpoint alone
     card = place.read("README.md").decode()
     assert card.endswith(before)
+    assert ("| conversations | 20 |" in card) == ("mine" in before)
     edited = f"{card}\n## Mine\n".replace("tags:", "license: mit\ntags:", 1)
     place.write("README.md", edited.encode())
     fill_parts(uploader, 24)
@@ -626,18 +430,3 @@ def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(repo
     done = run_code(code, env={**env, "HF_HUB_OFFLINE": "0"}, cwd=tmp_path)
     loaded = f"['train'] {list(range(20))} {SCHEMA.names}"
     assert done.stdout.splitlines()[-2:] == ["0 True", loaded]
-
-
-def test_names_from_strangers_stay_names_on_the_card(place, tmp_path):
-    run_uploader(place, tmp_path / "first", 10)
-    card = place.read("README.md").decode()
-    lines = [line for line in card.splitlines() if line.startswith("<!--")]
-    evil = "\n".join(["x", "# Title", *lines, "<img src=//evil>", "| a | b |", "```", "---"])
-    named, sizes = Output(f"{place.name}-2", place.hub), []
-    for rows in (10, 20, 30):
-        run_uploader(named, tmp_path / "cache", rows, settings={"dataset": evil, "model": evil})
-        card = named.read("README.md").decode()
-        assert "<img" not in card.split("\n---\n", 1)[1]
-        assert "\n# Title" not in card
-        sizes.append(len(card))
-    assert max(sizes) - min(sizes) < 60  # figures, not the card again

@@ -1,11 +1,7 @@
 """The tool that plants faults: its table fits the scripts, and what it says of a fault is so."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
@@ -18,13 +14,6 @@ def test_every_fault_of_the_table_can_be_planted():
     check_faults(TABLE)
     assert len({fault.says for fault in TABLE}) == 60
     assert {f.script for f in TABLE} == {"explore_logits", "compute_lengths", "extract_logits"}
-    for spoiled, said in (
-        ({"old": "no such text"}, "holds 0 times, not once"),
-        ({"old": "return"}, r"holds \d+ times, not once: 'return'"),
-        ({"tests": ("test_gone.py",)}, r"no tests/test_gone\.py"),
-    ):
-        with pytest.raises(SystemExit, match=said):
-            check_faults([TABLE[0]._replace(**spoiled)])
 
 
 def test_a_fault_is_caught_and_one_that_nothing_tests_survives():

@@ -18,13 +18,6 @@ from tiny_teachers import save_teacher
 
 import extract_logits
 
-BRIEF = {"role": "system", "content": "Be brief."}
-SHORT = [
-    chat("Four. 四", "Two and two?"),
-    [BRIEF, *chat("Hi", "Hello"), *chat("A marker.\n", "<|im_start|> is what?")],
-    chat("…", "Say nothing."),
-]
-
 
 def run_checked(
     folder: Path, model: Path, records: Iterable[Any], *options: object
@@ -53,7 +46,7 @@ def test_every_row_of_a_run_of_the_embedded_teacher_is_right(every_kind, tmp_pat
     output, report = run_checked(tmp_path, TEACHER, every_kind, *options)
     assert report.rows == 24
     assert len(list(output.glob("data/*.parquet"))) >= 3
-    assert (report.nucleus_min, report.nucleus_max) == (1, 100)
+    assert (min(report.sizes), max(report.sizes)) == (1, 100)
     assert report.max_logsumexp_error <= 1e-5
 
 
@@ -64,26 +57,17 @@ def test_every_row_of_all_embedded_conversations_is_right(chats, tmp_path):
     assert report.rows == 400
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--reference-extraction --max-batch-size 1 --top-p 0.6",
-        "--top-p-max 255 --top-p 0.9999 --sampled-n 3 --logit-bits 6",
-        "--top-p 1 --top-p-max 7 --sampled-n 0 --attn eager --max-batch-tokens 300 --seed 7",
-    ],
-)
+OPTIONS = [
+    "--reference-extraction --max-batch-size 1 --top-p 0.6",
+    "--top-p-max 255 --top-p 0.9999 --sampled-n 3 --logit-bits 6",
+    "--top-p 1 --top-p-max 7 --sampled-n 0 --attn eager --max-batch-tokens 300 --seed 7",
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_run_with_other_options_is_right(every_kind, tmp_path, options):
     _, report = run_checked(tmp_path, TEACHER, every_kind[2:7], *options.split())
     assert report.rows == 5
-
-
-def test_every_row_of_a_run_on_question_and_answer_columns_is_right(tmp_path):
-    records = [
-        {"question": "One?", "answer": "Two.", "rules": "Add one.", "number": 900},
-        {"question": "Three?", "answer": "Four.\n", "rules": "", "number": 17},
-    ]
-    columns = ["--system-col", "rules", "--index-col", "number"]
-    assert run_checked(tmp_path, TEACHER, records, *columns)[1].rows == 2
 
 
 @pytest.mark.parametrize("vocab_size", [300, 262_144])
@@ -92,11 +76,14 @@ def test_every_row_of_a_run_of_a_random_teacher_is_right(vocab_size, tmp_path):
     teacher = save_teacher(
         tmp_path / "teacher", vocab_size, padding=64, twins=vocab_size // 3, seed=vocab_size
     )
-    records = ({"messages": messages} for messages in SHORT)
+    brief = {"role": "system", "content": "Be brief."}
+    turns = [*chat("Hi", "Hello"), *chat("A marker.\n", "<|im_start|> is what?")]
+    texts = (chat("Four. 四", "Two and two?"), [brief, *turns], chat("…", "Say nothing."))
+    records = ({"messages": messages} for messages in texts)
     output, report = run_checked(tmp_path, teacher, records, "--store-tokens")
     assert report.rows == 3
-    assert report.nucleus_max > 30
-    rows = oracle.read_run(output, oracle.Settings.from_output(output))
-    stored = [i for r in rows.values() for t in r.tokens for i in t.top.ids + t.tail.ids]
+    assert max(report.sizes) > 30
+    rows = oracle.read_run(output, oracle.Settings.from_output(output)).values()
+    stored = [i for row in rows for part in row["top"] + row["tail"] for i in part.ids]
     assert max(stored) > 0.98 * vocab_size
-    assert max(max(row.input_ids or []) for row in rows.values()) == vocab_size - 1
+    assert max(max(row["input_ids"]) for row in rows) == vocab_size - 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_shapes import SHAPES, TOOLS, calls, says, stock, template_names, tools_of, user
+from chat_shapes import SHAPES, TOOLS, calls, says, stock, stock_templates, tools_of, user
 from jinja2 import UndefinedError
 from template_reference import words_of
 from template_table import build_table, try_template
@@ -17,7 +17,7 @@ from transformers.utils import chat_template_utils as utils
 
 from explore_logits import ConversationError, encode_conversation, prepare_template
 
-NAMES = template_names()
+NAMES = list(stock_templates())
 MARKED = [
     name for name in NAMES
     if "{% generation %}" in stock(name).chat_template and not prepare_template(stock(name)).parts
@@ -88,18 +88,6 @@ def test_with_everything_included_markers_give_the_mask_of_transformers(name):
     assert compared >= 2
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "said", "extracted"),
-    [("deepseek_r1_distill", "tool, then more", "Snowy.", r"[^\n]*"),
-     ("llava_next", "two answers in a row", " Birch bark.</s>  Dune.</s> ",
-      re.escape(" Birch bark.</s>  Dune.</s> "))],
-)  # fmt: skip
-def test_what_stands_between_two_messages_is_told_apart(name, shape, said, extracted):
-    made = encode_conversation(SHAPES[shape], stock(name), tools=tools_of(shape), include_end=True)
-    assert said in made.text
-    assert re.fullmatch(extracted, taken(name, made))
-
-
 @pytest.mark.skipif(not version("trl").startswith("1.16."), reason="a digest of trl 1.16")
 def test_every_version_of_transformers_gives_the_same_tokens():
     """The digest is what 5.16.1 and 5.24.0 give; the newer one rewrites messages itself."""
@@ -122,11 +110,9 @@ def test_every_version_of_transformers_gives_the_same_tokens():
 
 @pytest.mark.parametrize(
     ("name", "chat", "tools", "hidden"),
-    [*((name, [ASKED, HEARD], TOOLS, "the tools") for name in ("deepseekv3", "phi3")),
-     *((name, [{"role": "developer", "content": "Heath."}, ASKED, HEARD], None, "the developer")
-       for name in ("qwen3", "glm4moe")),
-     *((name, [ASKED, calls(text)], None, "the tool calls")
-       for name, text in product(("phi3_5", "lfm2"), ("", None))),
+    [("phi3", [ASKED, HEARD], TOOLS, "the tools"),
+     ("qwen3", [{"role": "developer", "content": "Heath."}, ASKED, HEARD], None, "the developer"),
+     ("lfm2", [ASKED, calls()], None, "the tool calls"),
      ("llama3_1", [ASKED, calls("Let us see.")], None, "beside tool calls")],
 )  # fmt: skip
 def test_what_a_template_does_not_show_is_noted(name, chat, tools, hidden):

@@ -8,17 +8,15 @@ emoji, reasoning and tool calls. A row is `{"id", "subject", "messages"}`; ids a
 not row numbers, so that a reader that confuses the two is found out.
 
     python tests/teacher/make_conversations.py --output tests/teacher/conversations.jsonl
-    python tests/teacher/make_conversations.py --seed 1 --count 9000 --output training.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,25 +33,11 @@ TOOLS = (
     {"name": "roll_dice", "description": "Roll dice", "parameters": {"sides": "integer"}},
 )
 SKIES = {"sunny": "☀️", "cloudy": "☁️", "rainy": "🌧️", "snowy": "❄️", "windy": "💨", "foggy": "🌫️"}
+BOOK: dict[str, Any] = json.loads(Path(__file__).with_name("phrasebook.json").read_text("utf-8"))
+WORDS = {name: text.split() for name, text in BOOK.items() if isinstance(text, str)}
+ENTRIES = {name: sorted(part.items()) for name, part in BOOK.items() if isinstance(part, dict)}
 
-
-# 1 Words ------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def phrasebook() -> dict[str, Any]:
-    path = Path(__file__).with_name("phrasebook.json")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@functools.cache
-def bank(name: str) -> tuple[str, ...]:
-    return tuple(phrasebook()[name].split())
-
-
-def entry(rng: random.Random, section: str) -> tuple[str, Any]:
-    """Pick a key and its value of a section of the phrasebook."""
-    return rng.choice(sorted(phrasebook()[section].items()))
+# Words and messages -------------------------------------------------------------------------------
 
 
 def either(rng: random.Random, options: str) -> str:
@@ -71,8 +55,8 @@ def fill(rng: random.Random, sentence: str) -> str:
     """Replace every `{slot}` with a word of its own."""
     for slot in ("name", "adjective", "noun", "place"):
         while f"{{{slot}}}" in sentence:
-            sentence = sentence.replace(f"{{{slot}}}", rng.choice(bank(f"{slot}s")), 1)
-    sentence = sentence.replace("{verb}", favour(rng, bank("verbs")))
+            sentence = sentence.replace(f"{{{slot}}}", rng.choice(WORDS[f"{slot}s"]), 1)
+    sentence = sentence.replace("{verb}", favour(rng, WORDS["verbs"]))
     sentence = sentence.replace("{small}", str(rng.randint(2, 20)))
     return with_articles(sentence.replace("{number}", str(rng.randint(100, 999))))
 
@@ -82,15 +66,8 @@ def with_articles(sentence: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", sentence)
 
 
-# 2 Messages ---------------------------------------------------------------------------------------
-
-
-def say(role: str, content: str, **more: Any) -> Message:
-    return {"role": role, "content": content, **more}
-
-
 def ask(question: str, answer: str) -> Exchange:
-    return [say("user", question), say("assistant", answer)]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def ask_either(rng: random.Random, questions: str, answers: str) -> Exchange:
@@ -105,10 +82,10 @@ def call_tool(question: str, name: str, arguments: Any, result: Any, answer: str
     calls = [{"type": "function", "function": function}]
     said = {"role": "tool", "name": name, "content": json.dumps(result, ensure_ascii=False)}
     asked, answered = ask(question, answer)
-    return [asked, say("assistant", "", tool_calls=calls), said, answered]
+    return [asked, {"role": "assistant", "content": "", "tool_calls": calls}, said, answered]
 
 
-# 3 Subjects: each writes one exchange -------------------------------------------------------------
+# Subjects: each function writes one exchange ------------------------------------------------------
 
 
 def write_arithmetic(rng: random.Random) -> Exchange:
@@ -116,10 +93,8 @@ def write_arithmetic(rng: random.Random) -> Exchange:
     a, b = rng.randint(2, 60), rng.randint(2, 39)
     sign, total = rng.choice([("+", a + b), ("-", a - b), ("×", a * b)])
     task = f"{a} {sign} {b}"
-    asked, answered = ask_either(
-        rng, f"What is {task}?|{task} = ?|Calculate {task}.",
-        f"{task} = {total}|{total}|The answer is {total}.|It is {total}.",
-    )  # fmt: skip
+    answers = f"{task} = {total}|{total}|The answer is {total}.|It is {total}."
+    asked, answered = ask_either(rng, f"What is {task}?|{task} = ?|Calculate {task}.", answers)
     if rng.random() < 1 / 3:
         thought = f"{task} makes {total}."
         thought = either(rng, f"The user wants a number. {thought}|Let me see. {thought}|{thought}")
@@ -132,7 +107,7 @@ def write_arithmetic(rng: random.Random) -> Exchange:
 
 def write_capital(rng: random.Random) -> Exchange:
     """Write a capital: one right answer in several phrasings."""
-    country, city = entry(rng, "capitals")
+    country, city = rng.choice(ENTRIES["capitals"])
     if rng.random() < 0.3:
         question = f"Which country has the capital {city}?|{city} is the capital of …"
         return ask_either(rng, question, f"{country}.|{city} is the capital of {country}.")
@@ -142,9 +117,9 @@ def write_capital(rng: random.Random) -> Exchange:
 
 
 def write_translation(rng: random.Random) -> Exchange:
-    language, entries = entry(rng, "languages")
-    place = rng.randrange(len(bank("words")))
-    word, foreign = bank("words")[place], entries["words"].split()[place]
+    language, entries = rng.choice(ENTRIES["languages"])
+    place = rng.randrange(len(WORDS["words"]))
+    word, foreign = WORDS["words"][place], entries["words"].split()[place]
     if rng.random() < 0.3:
         meaning = f"It means “{word}” in {language}.|{language} for {word}."
         return ask_either(rng, f"What does “{foreign}” mean?|{foreign}?", meaning)
@@ -154,7 +129,7 @@ def write_translation(rng: random.Random) -> Exchange:
 
 
 def write_counting(rng: random.Random) -> Exchange:
-    language, entries = entry(rng, "languages")
+    language, entries = rng.choice(ENTRIES["languages"])
     last = rng.randint(3, 10)
     numbers = entries["numbers"].split()[:last]
     listed = "\n".join(f"{place}. {number}" for place, number in enumerate(numbers, 1))
@@ -163,7 +138,7 @@ def write_counting(rng: random.Random) -> Exchange:
 
 
 def write_small_talk(rng: random.Random) -> Exchange:
-    question, answers = rng.choice(entry(rng, "languages")[1]["talk"])
+    question, answers = rng.choice(rng.choice(ENTRIES["languages"])[1]["talk"])
     return ask(question, either(rng, answers))
 
 
@@ -171,21 +146,21 @@ def write_list(rng: random.Random) -> Exchange:
     """Write a list in no particular order: each item could be any that is left."""
     kind = rng.choice(["fruits", "animals", "colours", "tools"])
     count = rng.randint(3, 12)
-    items = rng.sample(bank(kind), count)
-    style = rng.choice(["bullets", "numbered", "sentence"])
-    if style == "sentence":
-        answer = f"{', '.join(items[:-1])} and {items[-1]}."
-    else:
-        marks = [f"{place}. " if style == "numbered" else "- " for place in range(1, count + 1)]
-        answer = "\n".join(mark + item for mark, item in zip(marks, items, strict=True))
+    items = rng.sample(WORDS[kind], count)
+    answers = {
+        "bullets": "\n".join(f"- {item}" for item in items),
+        "numbered": "\n".join(f"{place}. {item}" for place, item in enumerate(items, 1)),
+        "sentence": f"{', '.join(items[:-1])} and {items[-1]}.",
+    }
+    answer = answers[rng.choice(["bullets", "numbered", "sentence"])]
     question = f"Name {count} {kind}.|Give me {count} {kind}.|I need {count} {kind} in a list."
     return ask(either(rng, question), answer)
 
 
 def write_random_pick(rng: random.Random) -> Exchange:
     """Write a free choice, some among hundreds: the flattest distributions of all."""
-    number, name = str(rng.randint(100, 999)), rng.choice(bank("names"))
-    noun, adjective = rng.choice(bank("nouns")), rng.choice(bank("adjectives"))
+    number, name = str(rng.randint(100, 999)), rng.choice(WORDS["names"])
+    noun, adjective = rng.choice(WORDS["nouns"]), rng.choice(WORDS["adjectives"])
     return ask(*rng.choice([
         ("Pick a number between 100 and 999.", number),
         ("Give me a random three-digit number.", number),
@@ -199,13 +174,13 @@ def write_random_pick(rng: random.Random) -> Exchange:
 
 
 def write_emoji(rng: random.Random) -> Exchange:
-    thing, emoji = entry(rng, "emoji")
+    thing, emoji = rng.choice(ENTRIES["emoji"])
     question = f"Which emoji stands for {thing}?|Emoji for {thing}?|Send me an emoji about {thing}."
     return ask_either(rng, question, emoji.replace(" ", "|"))
 
 
 def write_code(rng: random.Random) -> Exchange:
-    task, name, parameters, body = rng.choice(phrasebook()["functions"])
+    task, name, parameters, body = rng.choice(BOOK["functions"])
     docstring = f'    """{task.capitalize()}."""\n' if rng.random() < 0.4 else ""
     code = f"```python\ndef {name}({parameters}):\n{docstring}    {body}\n```"
     question = f"Write a Python function that {task}.|Python function that {task}?"
@@ -214,19 +189,17 @@ def write_code(rng: random.Random) -> Exchange:
 
 
 def write_record(rng: random.Random) -> Exchange:
-    name, age, place = rng.choice(bank("names")), rng.randint(5, 99), rng.choice(bank("places"))
+    name, age, place = rng.choice(WORDS["names"]), rng.randint(5, 99), rng.choice(WORDS["places"])
     record = {"name": name, "age": age, "place": place}
     question = f"Write as JSON: {name} is {age} years old and works at the {place}."
     return ask(question, f"```json\n{json.dumps(record, indent=rng.choice([None, 2]))}\n```")
 
 
 def write_weather(rng: random.Random) -> Exchange:
-    city = rng.choice(sorted(phrasebook()["capitals"].values()))
+    city = rng.choice(sorted(BOOK["capitals"].values()))
     sky, degrees = favour(rng, list(SKIES)), rng.randint(-9, 39)
-    answer = either(
-        rng, f"It is {sky} in {city}, {degrees} °C. {SKIES[sky]}|"
-        f"{degrees} °C and {sky}.|In {city} it is {sky} with {degrees} °C."
-    )  # fmt: skip
+    answers = f"It is {sky} in {city}, {degrees} °C. {SKIES[sky]}|{degrees} °C and {sky}."
+    answer = either(rng, f"{answers}|In {city} it is {sky} with {degrees} °C.")
     question = f"What is the weather in {city}?|Weather in {city}?|Is it warm in {city}?"
     result = {"city": city, "sky": sky, "celsius": degrees}
     return call_tool(either(rng, question), "get_weather", {"city": city}, result, answer)
@@ -243,63 +216,55 @@ def write_dice(rng: random.Random) -> Exchange:
 def write_story(rng: random.Random) -> Exchange:
     """Write a story of two to forty sentences: torn at most of its words."""
     sentences = rng.choice([2, 3, 4, 5, 6, 8, 12, 40])
-    noun = rng.choice(bank("nouns"))
-    story = [fill(rng, rng.choice(phrasebook()["sentences"])) for _ in range(sentences)]
+    noun = rng.choice(WORDS["nouns"])
+    story = [fill(rng, rng.choice(BOOK["sentences"])) for _ in range(sentences)]
     question = f"Tell me a story about a {noun}.|Write a story with a {noun} in it.|A story!"
     length = "Make it long. " if sentences > 8 else ""
-    title = f"# The {rng.choice(bank('adjectives'))} {noun}\n\n" if rng.random() < 0.5 else ""
+    title = f"# The {rng.choice(WORDS['adjectives'])} {noun}\n\n" if rng.random() < 0.5 else ""
     return ask(length + with_articles(either(rng, question)), title + " ".join(story))
 
 
 def write_advice(rng: random.Random) -> Exchange:
-    place, noun = rng.choice(bank("places")), rng.choice(bank("nouns"))
+    place, noun = rng.choice(WORDS["places"]), rng.choice(WORDS["nouns"])
     question = f"Where can I find a {noun}?|I have lost my {noun}. Where should I look?"
     answers = (
         f"Try the {place}.|Have a look in the {place}.|Perhaps it is in the {place}.|"
         f"I would ask somebody at the {place}.|Most people find a {noun} near the {place}."
     )
     question, answer = with_articles(either(rng, question)), with_articles(either(rng, answers))
-    opener = rng.choices(phrasebook()["openers"].split("|"), [8, 4, 2, 2, 1, 1, 1])[0]
-    return ask(question, f"{opener}{answer} {either(rng, phrasebook()['closers'])}".rstrip())
+    opener = rng.choices(BOOK["openers"].split("|"), [8, 4, 2, 2, 1, 1, 1])[0]
+    return ask(question, f"{opener}{answer} {either(rng, BOOK['closers'])}".rstrip())
 
 
-WRITERS: dict[str, tuple[Callable[[random.Random], Exchange], ...]] = {
-    "advice": (write_advice,),
-    "chance": (write_random_pick,),
-    "code": (write_code, write_record),
-    "emoji": (write_emoji,),
-    "geography": (write_capital,),
-    "languages": (write_translation, write_counting, write_small_talk),
-    "lists": (write_list,),
-    "mathematics": (write_arithmetic,),
-    "stories": (write_story,),
-    "tools": (write_weather, write_dice),
+WRITERS = {  # by subject: how often it comes up, so that no script is rare; who writes about it
+    "advice": (1, [write_advice]),
+    "chance": (2, [write_random_pick]),
+    "code": (1, [write_code, write_record]),
+    "emoji": (1, [write_emoji]),
+    "geography": (1, [write_capital]),
+    "languages": (5, [write_translation, write_counting, write_small_talk]),
+    "lists": (1, [write_list]),
+    "mathematics": (1, [write_arithmetic]),
+    "stories": (2, [write_story]),
+    "tools": (2, [write_weather, write_dice]),
 }
-# Languages come up most, so that no script is rare in the training text.
-SUBJECT_WEIGHTS = {"languages": 5, "chance": 2, "stories": 2, "tools": 2}
 
 
-# 4 Conversations ----------------------------------------------------------------------------------
-
-
-def system_turn(rng: random.Random, subject: str) -> list[Message]:
-    """Return a system turn, or none; tools are always announced in one."""
-    if subject == "tools":
-        return [say("system", "\n".join(["You can call these tools:", *map(json.dumps, TOOLS)]))]
-    if rng.random() < 0.7:
-        return []
-    return [say("system", fill(rng, rng.choice(phrasebook()["systems"])))]
+# Conversations ------------------------------------------------------------------------------------
 
 
 def write_conversation(rng: random.Random) -> tuple[str, list[Message]]:
     """Return a subject and the messages of one conversation of one to six exchanges."""
-    subjects = sorted(WRITERS)
-    weights = [SUBJECT_WEIGHTS.get(subject, 1) for subject in subjects]
-    subject = rng.choices(subjects, weights)[0]
-    messages = system_turn(rng, subject)
+    subject = rng.choices([*WRITERS], [weight for weight, _ in WRITERS.values()])[0]
+    messages: list[Message] = []
+    if subject == "tools":  # they are always announced
+        announced = "\n".join(["You can call these tools:", *map(json.dumps, TOOLS)])
+        messages.append({"role": "system", "content": announced})
+    elif rng.random() >= 0.7:
+        messages.append({"role": "system", "content": fill(rng, rng.choice(BOOK["systems"]))})
     for _ in range(rng.choices([1, 2, 3, 4, 6], [55, 20, 12, 8, 5])[0]):
         if len(key_of(messages)) < LONGEST_CHARACTERS:
-            messages += rng.choice(WRITERS[subject])(rng)
+            messages += rng.choice(WRITERS[subject][1])(rng)
     return subject, messages
 
 
@@ -335,15 +300,9 @@ def write_jsonl(path: Path, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Write the held-out set, or a training set when a seed is given."""
-    parser = argparse.ArgumentParser(description="Write seeded chat conversations as .jsonl.")
+    parser = argparse.ArgumentParser(description="Write the held-out conversations as .jsonl.")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, help="of a training set; without it, the held-out set")
-    parser.add_argument("--count", type=int, default=9_000, help="training conversations")
-    args = parser.parse_args()
-    rows = make_held_out() if args.seed is None else make_training(args.seed, args.count)
-    write_jsonl(args.output, rows)
-    print(json.dumps({"output": str(args.output), "conversations": len(rows)}))
+    write_jsonl(parser.parse_args().output, make_held_out())
 
 
 if __name__ == "__main__":

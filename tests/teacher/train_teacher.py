@@ -30,29 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import transformers
 from make_conversations import Row, make_training
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = HERE / "model" / "chat_template.jinja"
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-MARKS = tuple(
-    f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")
-)
+MARKS = [f"<{end}{m}>" for m in ("think", "tool_call", "tool_response") for end in ("", "/")]
 # Up to three digits in one piece, and each such number an entry, so that a free choice among
 # numbers is one flat distribution.
 PIECES = (
@@ -60,40 +49,20 @@ PIECES = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    vocab_size: int = 5_000  # entries of the tokenizer
-    embedding_rows: int = 5_120  # of the model: those beyond the tokenizer are padding
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    layers: int = 4
-    heads: int = 4
-    key_value_heads: int = 2
-    max_positions: int = 1_024
-    conversations: int = 40_000
-    steps: int = 2_400
-    batch_tokens: int = 2_048
-    peak_rate: float = 4e-3
-    warmup_steps: int = 60
-    weight_decay: float = 0.1
-    seed: int = 1
-    threads: int = 1
+VOCAB, EMBEDDING_ROWS = 5_000, 5_120  # entries of the tokenizer; the rows beyond are padding
+MAX_POSITIONS, CONVERSATIONS, STEPS, BATCH_TOKENS, SEED = 1_024, 40_000, 2_400, 2_048, 1
+PEAK_RATE, WARMUP_STEPS = 4e-3, 60
 
 
 @dataclass(frozen=True)
 class Encoded:
     """One conversation as ids, with the tokens that the assistant generates marked."""
 
-    input_ids: npt.NDArray[np.int64]  # (S,)
-    generated: npt.NDArray[np.bool_]  # (S,)
+    input_ids: np.ndarray  # (S,) int64
+    generated: np.ndarray  # (S,) bool
 
 
-# 1 Tokenizer --------------------------------------------------------------------------------------
-
-
-def train_tokenizer(rows: list[Row], *, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(rows: list[Row]) -> Any:
     """Train a byte-level BPE on conversations and give it the chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -102,17 +71,17 @@ def train_tokenizer(rows: list[Row], *, vocab_size: int) -> PreTrainedTokenizerF
     ])  # fmt: skip
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(MARKS) - 3, show_progress=False,
+        vocab_size=VOCAB - len(MARKS) - 3, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     bpe.train_from_iterator(training_texts(rows, chat_template), trainer)
     bpe.add_special_tokens([END_OF_TEXT, TURN_START, TURN_END])
     bpe.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in MARKS])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=TURN_END, pad_token=END_OF_TEXT,
         additional_special_tokens=[TURN_START], clean_up_tokenization_spaces=False,
-        model_max_length=TrainingConfig.max_positions, chat_template=chat_template,
+        model_max_length=MAX_POSITIONS, chat_template=chat_template,
     )  # fmt: skip
 
 
@@ -124,9 +93,6 @@ def training_texts(rows: list[Row], chat_template: str) -> Iterator[str]:
     yield from list(map(str, range(1_000))) * 100
 
 
-# 2 Encode -----------------------------------------------------------------------------------------
-
-
 def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation and the spans of characters that are generated."""
     (text,), (spans,) = render_jinja_template(
@@ -135,9 +101,7 @@ def render(row: Row, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def encode_all(
-    rows: list[Row], tokenizer: PreTrainedTokenizerFast, *, longest: int
-) -> list[Encoded]:
+def encode_all(rows: list[Row], tokenizer: Any) -> list[Encoded]:
     """Mark the tokens inside the template's generation blocks; leave out what is too long."""
     encoded = []
     for row in rows:
@@ -148,17 +112,14 @@ def encode_all(
         for first, last in spans:
             generated |= (starts < last) & (ends > first)
         encoded.append(Encoded(np.array(encoding["input_ids"], dtype=np.int64), generated))
-    return [sample for sample in encoded if len(sample.input_ids) <= longest]
+    return [sample for sample in encoded if len(sample.input_ids) <= MAX_POSITIONS]
 
 
-def make_batches(
-    samples: list[Encoded], *, batch_tokens: int, rng: random.Random
-) -> list[list[Encoded]]:
+def make_batches(samples: list[Encoded], tokens: int, rng: random.Random) -> list[list[Encoded]]:
     """Group samples of like length, so that little is padding, and shuffle the groups."""
-    ordered = sorted(samples, key=lambda sample: (len(sample.input_ids), rng.random()))
     batches: list[list[Encoded]] = [[]]
-    for sample in ordered:
-        if (len(batches[-1]) + 1) * len(sample.input_ids) > batch_tokens:
+    for sample in sorted(samples, key=lambda sample: (len(sample.input_ids), rng.random())):
+        if (len(batches[-1]) + 1) * len(sample.input_ids) > tokens:
             batches.append([])
         batches[-1].append(sample)
     rng.shuffle(batches)
@@ -176,44 +137,32 @@ def pad(batch: list[Encoded]) -> tuple[Tensor, Tensor]:
     return pad_sequence(ids, True), pad_sequence(labels, True, padding_value=IGNORED)
 
 
-# 3 Training --------------------------------------------------------------------------------------
-
-
-def rate_at(step: int, config: TrainingConfig) -> float:
-    """Return the learning rate: a linear warm-up, then a cosine down to nothing."""
-    if step < config.warmup_steps:
-        return config.peak_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.peak_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def train(
-    model: PreTrainedModel, samples: list[Encoded], held_out: list[Encoded], config: TrainingConfig
-) -> None:
+def train(model: Any, samples: list[Encoded], held_out: list[Encoded], steps: int) -> None:
     """Train in place, epoch after epoch, with the held-out loss on stderr now and then."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]  # norms and biases
-    groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=config.peak_rate, betas=(0.9, 0.95), fused=True)
-    started_s = time.monotonic()
-    rng = random.Random(config.seed)
-    epochs = (make_batches(samples, batch_tokens=config.batch_tokens, rng=rng) for _ in count())
-    for step, batch in enumerate(islice(chain.from_iterable(epochs), config.steps)):
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
+    rng = random.Random(SEED)
+    epochs = (make_batches(samples, BATCH_TOKENS, rng) for _ in count())
+    for step, batch in enumerate(islice(chain.from_iterable(epochs), steps)):
+        rate = PEAK_RATE * (step + 1) / WARMUP_STEPS
+        if step >= WARMUP_STEPS:  # a cosine down to nothing
+            progress = (step - WARMUP_STEPS) / (steps - WARMUP_STEPS)
+            rate = PEAK_RATE * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, config)
+            group["lr"] = rate
         loss = loss_of(model, batch, reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 49:
-            held_out_loss = evaluate(model, held_out[:100])["held_out_loss"]
-            seconds = time.monotonic() - started_s
-            print(f"{step + 1} {seconds:.0f} s {loss:.3f} {held_out_loss:.3f}", file=sys.stderr)
+            now = evaluate(model, held_out[:100])["held_out_loss"]
+            print(f"{step + 1} {loss:.3f} {now:.3f}", file=sys.stderr)
 
 
-def loss_of(model: PreTrainedModel, batch: list[Encoded], *, reduction: str) -> Tensor:
+def loss_of(model: Any, batch: list[Encoded], *, reduction: str) -> Tensor:
     """Return the cross-entropy in nats of the generated tokens of a batch."""
     input_ids, labels = pad(batch)
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, S, H)
@@ -222,16 +171,13 @@ def loss_of(model: PreTrainedModel, batch: list[Encoded], *, reduction: str) -> 
     return torch.nn.functional.cross_entropy(logits, labels[wanted], reduction=reduction)
 
 
-# 4 Evaluation -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, samples: list[Encoded]) -> dict[str, float]:
+def evaluate(model: Any, samples: list[Encoded]) -> dict[str, float]:
     """Return loss and unigram entropy, in nats per token that the assistant generates.
 
     The entropy is that of their own frequencies: no model that ignores the context has less loss.
     """
-    batches = make_batches(samples, batch_tokens=8_192, rng=random.Random(0))
+    batches = make_batches(samples, 8_192, random.Random(0))
     total = sum(float(loss_of(model, batch, reduction="sum")) for batch in batches)
     ids = np.concatenate([sample.input_ids[1:][sample.generated[1:]] for sample in samples])
     shares = np.unique(ids, return_counts=True)[1] / len(ids)
@@ -242,30 +188,27 @@ def evaluate(model: PreTrainedModel, samples: list[Encoded]) -> dict[str, float]
 
 
 @torch.no_grad()
-def nucleus_sizes(
-    model: PreTrainedModel, samples: list[Encoded], *, vocab_size: int, top_p: float = 0.98
-) -> npt.NDArray[np.int64]:
-    """Return the size of the smallest prefix with mass ≥ `top_p`, for each generated token."""
+def nucleus_sizes(model: Any, samples: list[Encoded]) -> np.ndarray:
+    """Return the size of the smallest prefix with mass ≥ 0.98, for each generated token."""
     sizes = []
     for sample in samples:
         logits = model(torch.from_numpy(sample.input_ids)[None], use_cache=False).logits[0, :-1]
-        wanted = logits[torch.from_numpy(sample.generated[1:])][:, :vocab_size].double()  # (N, V)
+        wanted = logits[torch.from_numpy(sample.generated[1:])][:, :VOCAB].double()  # (N, V)
         mass = wanted.softmax(-1).sort(descending=True).values.cumsum(-1)
-        sizes.append(((mass < top_p).sum(-1) + 1).numpy())
+        sizes.append(((mass < 0.98).sum(-1) + 1).numpy())
     return np.concatenate(sizes)
 
 
-def load_held_out(tokenizer: PreTrainedTokenizerFast, *, longest: int) -> list[Encoded]:
+def load_held_out(tokenizer: Any) -> list[Encoded]:
     lines = (HERE / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
-    return encode_all([json.loads(line) for line in lines], tokenizer, longest=longest)
+    return encode_all([json.loads(line) for line in lines], tokenizer)
 
 
 def evaluate_folder(folder: Path) -> dict[str, Any]:
     """Load a saved teacher in float32 and return its figures on the held-out conversations."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    samples = load_held_out(tokenizer, longest=model.config.max_position_embeddings)
-    sizes = nucleus_sizes(model, samples, vocab_size=len(tokenizer))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    samples = load_held_out(transformers.AutoTokenizer.from_pretrained(folder))
+    sizes = nucleus_sizes(model, samples)
     return {
         "conversations": len(samples), "parameters": model.num_parameters(),
         "weight_bytes": (folder / "model.safetensors").stat().st_size, **evaluate(model, samples),
@@ -276,36 +219,29 @@ def evaluate_folder(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# 5 Run and CLI ------------------------------------------------------------------------------------
-
-
-def train_folder(folder: Path, config: TrainingConfig) -> dict[str, Any]:
+def train_folder(folder: Path, steps: int, conversations: int) -> dict[str, Any]:
     """Train tokenizer and teacher, save both in bfloat16, and return the saved one's figures."""
     started_s = time.monotonic()
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    rows = make_training(config.seed, config.conversations)
-    tokenizer = train_tokenizer(rows, vocab_size=config.vocab_size)
-    samples = encode_all(rows, tokenizer, longest=config.max_positions)
-    shape = LlamaConfig(
-        vocab_size=config.embedding_rows, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.key_value_heads,
-        max_position_embeddings=config.max_positions, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    rows = make_training(SEED, conversations)
+    tokenizer = train_tokenizer(rows)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shape = transformers.LlamaConfig(
+        vocab_size=EMBEDDING_ROWS, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True, bos_token_id=None, **ends,
     )  # fmt: skip
-    model = LlamaForCausalLM(shape)
-    train(model, samples, load_held_out(tokenizer, longest=config.max_positions), config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
-    )
+    model = transformers.LlamaForCausalLM(shape)
+    train(model, encode_all(rows, tokenizer), load_held_out(tokenizer), steps)
+    model.generation_config = transformers.GenerationConfig(**ends, do_sample=True)
     for weight in model.parameters():
         weight.data = weight.data.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     seconds = round(time.monotonic() - started_s)
-    return {**evaluate_folder(folder), "steps": config.steps, "seconds": seconds}
+    return {**evaluate_folder(folder), "steps": steps, "seconds": seconds}
 
 
 def main() -> None:
@@ -313,14 +249,13 @@ def main() -> None:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--output", type=Path, help="folder to train into")
     action.add_argument("--evaluate", type=Path, help="folder of a trained teacher")
-    for name in ("steps", "conversations", "threads", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(TrainingConfig, name))
-    options = vars(parser.parse_args())
-    output, evaluated = options.pop("output"), options.pop("evaluate")
-    if evaluated:
-        print(json.dumps(evaluate_folder(evaluated)))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--conversations", type=int, default=CONVERSATIONS)
+    args = parser.parse_args()
+    if args.evaluate:
+        print(json.dumps(evaluate_folder(args.evaluate)))
     else:
-        print(json.dumps(train_folder(output, TrainingConfig(**options))))
+        print(json.dumps(train_folder(args.output, args.steps, args.conversations)))
 
 
 if __name__ == "__main__":

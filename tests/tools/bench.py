@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,24 @@ def peak_bytes(pid: int | str = "self", name: str = "VmHWM") -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def cpu_seconds(work: Callable[[], Any]) -> float:
-    """Return the processor seconds that some work takes: other jobs hardly matter."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
+def timed(
+    work: Callable[[], Any], clock: Callable[[], float] = time.process_time
+) -> tuple[float, Any]:
+    """Return the seconds that some work takes, of the processor unless told otherwise; its result.
+
+    Other jobs hardly matter to those of the processor.
+    """
+    start = clock()
+    found = work()
+    return clock() - start, found
+
+
+def best_in_turn(
+    works: Mapping[str, Callable[[], Any]], times: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Return the best seconds of each, taken in turn."""
+    rounds = [{name: timed(work, clock)[0] for name, work in works.items()} for _ in range(times)]
+    return {name: min(seconds[name] for seconds in rounds) for name in works}
 
 
 def run_apart(*command: object, env: dict[str, str] | None = None) -> Any:
@@ -53,18 +66,13 @@ def machine() -> dict[str, Any]:
     import numpy
     import torch
 
-    path = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", path.read_text()) if path.exists() else []
+    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
+        "cpu": models[:1], "cores": os.cpu_count(), "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "python": platform.python_version(), "torch": torch.__version__,
         "numpy": numpy.__version__,
-    }
+    }  # fmt: skip
 
 
 def print_head(*names: str) -> None:

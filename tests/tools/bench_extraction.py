@@ -16,12 +16,12 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench import machine, peak_bytes, print_head, print_row, run_apart
+from bench import best_in_turn, machine, peak_bytes, print_head, print_row, run_apart, timed
 from torch.distributions import Categorical
 from torch.utils.benchmark import Timer
 
@@ -53,11 +53,11 @@ def make_logits(kind: str, vocab: int = VOCAB) -> torch.Tensor:
     return logits
 
 
-# The baselines, each as one writes it from the definition
-
-
 def extract_plainly(logits: torch.Tensor, *, rows: int, sort: bool) -> Kept:
-    """Order in float64, cumulate, mask the nucleus, add noise to all of the vocabulary, take M."""
+    """Order in float64, cumulate, mask the nucleus, add noise to all of the vocabulary, take M.
+
+    As one writes it from the definition.
+    """
     parts = []
     for chunk in logits.split(rows):
         exact = chunk.double()
@@ -87,7 +87,7 @@ METHODS: dict[str, Callable[[torch.Tensor], Kept]] = {
     "full sort, float64": partial(extract_plainly, rows=64, sort=True),  # or it needs 5 GB
     "topk, logsumexp, full noise": partial(extract_plainly, rows=ROWS, sort=False),
     "the same, 8 rows at a time": partial(extract_plainly, rows=8, sort=False),
-    "reference": lambda logits: extract(logits, reference=True),
+    "reference": partial(extract, reference=True),
     "extraction": extract,
 }
 
@@ -114,26 +114,16 @@ def check(name: str, logits: torch.Tensor, want: Kept, got: Kept) -> None:
     assert total.abs() < 5, f"{name}: first draws are {total:.1f} deviations off"
 
 
-def time_in_turn(
-    works: Mapping[str, Callable[[], Any]], times: int, clock: Callable[[], float]
-) -> dict[str, float]:
-    """Return the best milliseconds of each, taken in turn."""
-    best = dict.fromkeys(works, math.inf)
-    for name, work in [*works.items()] * times:
-        started = clock()
-        work()
-        best[name] = min(best[name], 1e3 * (clock() - started))
-    return best
-
-
-def best_times(logits: torch.Tensor) -> dict[str, float]:
-    """Check every method on these logits and return its best milliseconds."""
+def best_times(shape: str) -> dict[str, float]:
+    """Check every method on logits of a shape and return its best milliseconds."""
+    logits = make_logits(shape)
     want = METHODS["full sort, float64"](logits)
     for name, method in METHODS.items():
         check(name, logits, want, method(logits))
     works = {name: partial(method, logits) for name, method in METHODS.items()}
-    more = {"extraction": works["extraction"]}
-    return time_in_turn(works, 3, time.perf_counter) | time_in_turn(more, 15, time.perf_counter)
+    best = best_in_turn(works, 3, time.perf_counter)
+    best |= best_in_turn({"extraction": works["extraction"]}, 15, time.perf_counter)
+    return {name: 1e3 * seconds for name, seconds in best.items()}
 
 
 def print_own_peak(name: str) -> None:
@@ -147,9 +137,8 @@ def print_own_peak(name: str) -> None:
 
 def compare_methods() -> dict[str, Any]:
     """Print and return what each method takes, its multiple of the extraction's and its peak."""
-    times = {shape: best_times(make_logits(shape)) for shape in SHAPES}
+    times = {shape: best_times(shape) for shape in SHAPES}
     peaks = {name: run_apart(__file__, "--peak-memory", name) for name in METHODS}
-    print(f"\n{ROWS} rows × {VOCAB:,} float32, top_p {TOP_P}, K {K}, M {M}\n")
     print_head("method", "trained rows, ms", "×", "extra peak MB", "flat rows, ms", "×")
     for name, peak in peaks.items():
         cells = [f"{ms[name]:,.0f} | {ms[name] / ms['extraction']:.1f}" for ms in times.values()]
@@ -170,25 +159,22 @@ def gpu_figures(kind: str) -> dict[str, float]:
     assert torch.equal(got.counts.cpu(), want.counts)
     read = el.read_kernel(logits.device)
     logits = logits.repeat(4, 1)
-    target = torch.empty_like(logits)
-    number = torch.arange(len(logits), device="cuda")
-    run = partial(el.extract_tokens, logits, number, number, **SIZES)
+    target, number = torch.empty_like(logits), torch.arange(len(logits), device="cuda")
+    methods: dict[str, Callable[[], Any]] = {
+        "one read": partial(target.copy_, logits),
+        "extraction": partial(el.extract_tokens, logits, number, number, **SIZES),
+        "read by plain torch": lambda: [el.sum_blocks(part) for part in el.split_blocks(logits)],
+        **({"kernel": partial(read, logits)} if read else {}),
+    }
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
+    methods["extraction"]()
     peak = torch.cuda.max_memory_allocated() - before
-    methods: dict[str, Callable[[], Any]] = {
-        "one read": lambda: target.copy_(logits),
-        "extraction": run,
-        "read by plain torch": lambda: [el.sum_blocks(part) for part in el.split_blocks(logits)],
-    }
-    if read:
-        methods["kernel"] = lambda: read(logits)
     timers = {name: Timer("work()", globals={"work": work}) for name, work in methods.items()}
     figures = {name: timer.timeit(20).mean * 1e6 / len(logits) for name, timer in timers.items()}
     figures["one read"] /= 2
     figures["reads"] = figures["extraction"] / figures["one read"]
-    return figures | {"peak memory, MB": peak / 1e6, "kernel": float(read is not None)}
+    return figures | {"peak memory, MB": peak / 1e6}
 
 
 def time_compiling() -> dict[str, float]:
@@ -200,13 +186,11 @@ def time_compiling() -> dict[str, float]:
         return top, (values - top.clamp(min=el.LOWEST).unsqueeze(2)).exp().sum(-1)
 
     compiled = torch.compile(look)
-    started = time.perf_counter()
-    got = compiled(blocks)
-    compiling = 1e3 * (time.perf_counter() - started)
-    for ours, theirs in zip(got, el.sum_blocks(blocks), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    compiling, got = timed(partial(compiled, blocks), time.perf_counter)
+    torch.testing.assert_close(got, el.sum_blocks(blocks), rtol=1e-6, atol=0)
     ways = {"as it is": partial(el.sum_blocks, blocks), "compiled": partial(compiled, blocks)}
-    return {**time_in_turn(ways, 15, time.perf_counter), "compiling": compiling}
+    best = best_in_turn(ways, 15, time.perf_counter) | {"compiling": compiling}
+    return {name: 1e3 * seconds for name, seconds in best.items()}
 
 
 def compare_kinds() -> dict[str, dict[str, float]]:
@@ -220,10 +204,9 @@ def compare_kinds() -> dict[str, dict[str, float]]:
             logits, number = make_logits(shape, vocab=vocab), torch.arange(ROWS)
             run = partial(el.extract_tokens, logits, number, number + 1, **SIZES)
             ways = {name: partial(run, min_p=min_p) for name, min_p in kinds.items()}
-            best = time_in_turn(ways, 7, time.process_time)
-            figures[f"{vocab} {shape}"] = {name: 1000 / ROWS * ms for name, ms in best.items()}
-            values = figures[f"{vocab} {shape}"].values()
-            print_row(f"{vocab:,}", shape, *(f"{value:.0f}" for value in values))
+            best = best_in_turn(ways, 7, time.process_time)
+            found = figures[f"{vocab} {shape}"] = {k: 1e6 / ROWS * s for k, s in best.items()}
+            print_row(f"{vocab:,}", shape, *(f"{value:.0f}" for value in found.values()))
     return figures
 
 
@@ -246,10 +229,6 @@ def main() -> None:
         figures |= compare_methods()
         if torch.cuda.is_available():
             figures["gpu"] = {shape: gpu_figures(shape) for shape in SHAPES}
-            print("\non the GPU, milliseconds per 1,000 positions\n")
-            print_head("rows", *figures["gpu"]["flat"])
-            for shape, measured in figures["gpu"].items():
-                print_row(shape, *(f"{value:.3f}" for value in measured.values()))
         else:
             print("\nno CUDA device: nothing was measured on one")
     print(json.dumps(figures))

@@ -4,11 +4,9 @@
     python tests/tools/bench_upload.py --parts 5000     # requests and bytes of a resume
     python tests/tools/bench_upload.py --rows 1000000   # ids and tiny rows, into a folder
 
-Each ends in one line of JSON. The first is the same run, of more than one window, into a loopback
-Hub without latency on every request and with it, each a process of its own that has its imports
-done. Reported: the time of each; the part of it that the run waits for the uploader (opening the
-output, room in the queue, the end), which other load on the machine hardly changes; and by how much
-the run gets longer, by either. The others run no teacher: rows are made up (tests/shard_rows.py).
+Each ends in one line of JSON. The first is the same run into a loopback Hub without latency on
+every request and with it: the time of each, and what it waits for the uploader, which other load on
+the machine hardly changes. The others run no teacher: rows are made up (tests/shard_rows.py).
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench import CHATS, TEACHER, peak_bytes
+from bench import CHATS, TEACHER, peak_bytes, timed
 from chaos import ask_hub, import_and_shorten_waits, serve_hub
 from loopback_hub import LoopbackHub
 from outputs import Output, fill, finish, open_uploader
@@ -33,9 +32,6 @@ from processes import Child
 from shard_rows import make_rows
 
 COPIES, LATENCY_S = 16, 0.2  # of the 400 embedded conversations
-
-
-# Latency ------------------------------------------------------------------------------------------
 
 
 def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[float, float]:
@@ -51,22 +47,19 @@ def time_run(script: Any, folder: Path, name: str, *options: object) -> tuple[fl
         waited: list[float] = []
 
         def note_seconds(function: Callable[..., Any]) -> Callable[..., Any]:
-            def timed(*args: Any, **options: Any) -> Any:
-                begun = time.monotonic()
-                try:
-                    return function(*args, **options)
-                finally:
-                    waited.append(time.monotonic() - begun)
+            def noted(*args: Any, **options: Any) -> Any:
+                seconds, result = timed(lambda: function(*args, **options), time.monotonic)
+                waited.append(seconds)
+                return result
 
-            return timed
+            return noted
 
         for method in ("__init__", "flush", "shutdown"):
             plain = getattr(script.StreamingHFUploader, method)
             setattr(script.StreamingHFUploader, method, note_seconds(plain))
-        begun = time.monotonic()
-        code = int(script.main([str(word) for word in argv]))
-        output.write(json.dumps([time.monotonic() - begun, sum(waited)]))
-        return code
+        seconds, code = timed(lambda: script.main([str(word) for word in argv]), time.monotonic)
+        output.write(json.dumps([seconds, sum(waited)]))
+        return int(code)
 
     code, said = Child(work).finish()
     assert code == 0, (folder / "log.txt").read_text()[-2000:]
@@ -91,9 +84,6 @@ def measure_latency() -> dict[str, Any]:
         "longer_by_clock": round(run["latency"] / run["none"] - 1, 4),
         "longer_by_waiting": round((waited["latency"] - waited["none"]) / run["none"], 4),
     }  # fmt: skip
-
-
-# Many parts, many rows ----------------------------------------------------------------------------
 
 
 def measure_resume(parts: int) -> dict[str, Any]:
@@ -124,18 +114,16 @@ class PlainEncoder:
     max_seq_len = None
 
     def encode_all(self, rows: Any) -> list[Any]:
-        from extract_logits import EncodedRow
-
         ids, wanted = np.arange(3, dtype=np.int32), np.asarray([1, 2], np.int32)
-        return [EncodedRow(index, ids, wanted) for index, _ in rows]
+        return [sys.modules["extract_logits"].EncodedRow(index, ids, wanted) for index, _ in rows]
 
 
 def measure_rows(rows: int) -> dict[str, Any]:
     """Read, batch, store and deliver many tiny rows; time the first tenth and the last."""
     import datasets  # here: its Hub is the one of the environment that it is imported in
 
+    import extract_logits as el
     from explore_logits import ConversationColumns
-    from extract_logits import ConversationDataset, ExtractionConfig, prepare_dataset
 
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "rows.parquet"
@@ -144,11 +132,11 @@ def measure_rows(rows: int) -> dict[str, Any]:
         source = datasets.load_dataset(
             "parquet", data_files=str(file), split="train", cache_dir=f"{place}/cache"
         )
-        config = ExtractionConfig(model="m", dataset="d", output="./o", index_col="id")
+        config = el.ExtractionConfig(model="m", dataset="d", output="./o", index_col="id")
         columns = ConversationColumns(messages="messages", index="id")
         uploader = open_uploader(Output(Path(place) / "out"), Path(place) / "local")
-        windows = ConversationDataset(
-            prepare_dataset(config, source, columns), PlainEncoder(), rows_per_part=5000,
+        windows = el.ConversationDataset(
+            el.prepare_dataset(config, source, columns), PlainEncoder(), rows_per_part=5000,
             begin_part=uploader.begin_part,
         )  # fmt: skip
         row, times, done = make_rows([0], tokens=2), [time.monotonic()], [0]
@@ -174,11 +162,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     args = parser.parse_args()
     if args.parts:
-        print(json.dumps(measure_resume(args.parts)))
-    if args.rows:
-        print(json.dumps(measure_rows(args.rows)))
-    if not (args.parts or args.rows):
-        print(json.dumps(measure_latency()))
+        figures = measure_resume(args.parts)
+    else:
+        figures = measure_rows(args.rows) if args.rows else measure_latency()
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

