@@ -5532,7 +5532,7 @@ class DatasetStats(Figures):
     mean_mass: float  # probability that the nucleus covers
     min_mass: float
     mean_tail_mass: float  # probability of the tail sample
-    mean_first: float  # probability of the likeliest token
+    mean_first: float  # probability of the likeliest token; 0 where there is no nucleus
     capped: float | None  # share of nuclei that K cut before they covered top_p
     known: int = 0
     agreement: float | None = None  # the actual token is the likeliest
@@ -5541,10 +5541,11 @@ class DatasetStats(Figures):
     bounded: int = 0  # known tokens that are not stored, whose probability is a bound
     mean_log_probability: float | None = None  # of the actual token; bounds taken as they are
     bytes_per_token: float | None = None
+    without_nucleus: int = 0  # tokens; `mean_first` and `agreement` are lower bounds if there are
 
     def facts(self) -> dict[str, str]:
         """Return the figures as text, by label; what is not known is left out."""
-        perplexity = None
+        perplexity, least = None, "≥ " if self.without_nucleus else ""
         if self.mean_log_probability is not None:
             perplexity = math.exp(min(-self.mean_log_probability, 700))
         figures = (
@@ -5556,9 +5557,9 @@ class DatasetStats(Figures):
             ("covered by nucleus", self.mean_mass, "{:.2%}"),
             ("covered at least", self.min_mass, "{:.2%}"),
             ("covered by tail", self.mean_tail_mass, "{:.2%}"),
-            ("likeliest token", self.mean_first, "{:.1%}"),
+            ("likeliest token", self.mean_first, least + "{:.1%}"),
             ("cut by the cap", self.capped, "{:.2%}"),
-            ("actual is likeliest", self.agreement, "{:.2%}"),
+            ("actual is likeliest", self.agreement, least + "{:.2%}"),
             ("actual in nucleus", self.in_nucleus, "{:.2%}"),
             ("actual in tail", self.in_tail, "{:.2%}"),
             ("perplexity of the text", perplexity, "≥ {:.3f}" if self.bounded else "{:.3f}"),
@@ -5608,7 +5609,7 @@ def compute_dataset_stats(
         means["bytes_per_token"] = compute_bytes_per_token_stats(dataset).bytes_per_token
     return DatasetStats(
         nucleus.rows, nucleus.tokens, nucleus, min_mass=least, known=known,
-        bounded=int(sums["bounded"]), **means,
+        bounded=int(sums["bounded"]), without_nucleus=int(histogram[0]), **means,
     )  # fmt: skip
 
 
@@ -6037,7 +6038,8 @@ class Comparison:
     tokens: int
     mean_divergence: float | None = None
     max_divergence: float | None = None
-    same_first: float | None = None  # share of tokens with the same likeliest token
+    nuclei: int = 0  # tokens that have a nucleus in both
+    same_first: float | None = None  # share of those with the same likeliest token
     max_logsumexp: float | None = None  # largest difference
     largest: Sequence[tuple[float, int, int]] = ()  # divergence, conversation, token
 
@@ -6049,9 +6051,10 @@ class Comparison:
         ]
         if not self.tokens:
             return "\n".join([*lines, "nothing to compare: no token is in both"])
+        alike = "none" if self.same_first is None else f"{self.same_first:.3%}"
         lines += [
             f"KL, mean and max    {self.mean_divergence:.3g} and {self.max_divergence:.3g} nats",
-            f"same likeliest      {self.same_first:.3%}",
+            f"same likeliest      {alike} of {self.nuclei:,} tokens with a nucleus in both",
             f"log-sum-exp differs by {self.max_logsumexp:.3g} at most",
             *(["largest differences"] if self.largest else []),
         ]
@@ -6087,22 +6090,24 @@ def compare_outputs(first: Any, second: Any, *, largest: int = 10) -> Comparison
     seen = Comparison((ids.size, other_ids.size), one.size, int((~equal).sum()), tokens)
     if not tokens:
         return seen
-    total, most, same, peak = 0.0, 0.0, 0, 0.0
+    total, most, nuclei, same, peak = 0.0, 0.0, 0, 0, 0.0
     worst: list[tuple[float, int, int]] = []
     chunks = np.flatnonzero(np.diff(ends // COMPARED_TOKENS)) + 1
     for chunk in zip(np.split(one[equal], chunks), np.split(two[equal], chunks), strict=True):
         a, b = (decode_rows(rows.take(some)) for rows, some in zip(pair, chunk, strict=True))
         divergence = bound_divergence(a, b)
         total, most = total + float(divergence.sum()), max(most, float(divergence.max(initial=0)))
-        same += int((a.first_ids == b.first_ids).sum())
+        alike = (a.first_ids == b.first_ids)[(a.first_ids >= 0) & (b.first_ids >= 0)]
+        nuclei, same = nuclei + alike.size, same + int(alike.sum())
         peak = max(peak, float(np.abs(a.logsumexp - b.logsumexp).max(initial=0)))
         for token in np.argsort(-divergence, kind="stable")[:largest].tolist():
             row, t = a.place(token)
             worst.append((float(divergence[token]), int(a.index[row]), t))
         worst = sorted(worst, key=lambda item: -item[0])[:largest]
     worst = [item for item in worst if item[0] > 0]
-    return replace(seen, mean_divergence=total / tokens, max_divergence=most,
-                   same_first=same / tokens, max_logsumexp=peak, largest=worst)  # fmt: skip
+    return replace(seen, mean_divergence=total / tokens, max_divergence=most, nuclei=nuclei,
+                   same_first=same / nuclei if nuclei else None, max_logsumexp=peak,
+                   largest=worst)  # fmt: skip
 
 
 def bound_divergence(a: TokenBlock, b: TokenBlock) -> npt.NDArray[np.float64]:
@@ -6233,6 +6238,7 @@ class LogitIterableDataset:
         rank: int | None = None,
         world_size: int | None = None,
         max_seq_len: int | None = None,
+        batch_size: int | None = None,
         text: TextSource | None = None,
     ) -> None:
         """Open an output; nothing is read yet.
@@ -6243,6 +6249,8 @@ class LogitIterableDataset:
             rank, world_size: this process's part; from the environment (RANK, WORLD_SIZE) if None.
             max_seq_len: cut longer conversations at this many tokens; one that then has N = 0
                 stays, so that ranks keep in step.
+            batch_size: of the loader, where it has several workers: each then has whole batches but
+                for the last one of all, and there are as many as `len(loader)` says.
             text: of an output that does not store its tokens; None finds tokenizer, template and
                 source from the settings.
 
@@ -6251,7 +6259,7 @@ class LogitIterableDataset:
             OpenError: there is no such output.
         """
         numbers = {"seed": seed, "rank": rank, "world_size": world_size, "max_seq_len": max_seq_len}
-        for name, value in numbers.items():
+        for name, value in {**numbers, "batch_size": batch_size}.items():
             if value is not None:
                 check_count(name, value)
         if not isinstance(text, (TextSource, type(None))):
@@ -6259,6 +6267,7 @@ class LogitIterableDataset:
         torch = import_extra("torch")
         self.output = as_output(dataset)
         self.seed, self.max_seq_len, self.text = seed, max_seq_len, text
+        self.batch_size = batch_size
         self.rank = launched("RANK", 0) if rank is None else rank
         self.world_size = launched("WORLD_SIZE", 1) if world_size is None else world_size
         self._from_environment = world_size is None and self.world_size > 1
@@ -6273,6 +6282,11 @@ class LogitIterableDataset:
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_second_division()
         return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        for number in (self._epoch, self._by_workers):
+            number.share_memory_()  # a copy is in memory that no worker would see
 
     def __len__(self) -> int:
         """Return the rows that this rank has in an epoch."""
@@ -6332,11 +6346,15 @@ class LogitIterableDataset:
     ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Yield the shards, and the rows in them, that a worker of this rank has in an epoch.
 
-        The runs of the ranks are equally long, those of a rank's workers up to one row.
+        The runs of the ranks are equally long, those of a rank's workers up to one batch.
         """
-        share = len(self)
-        first = self.rank * share + share * worker // workers + skip
-        last = self.rank * share + share * (worker + 1) // workers
+        share, size = len(self), self.batch_size or 1
+        batches = -(-share // size)
+        first, last = (
+            self.rank * share + min(batches * w // workers * size, share)
+            for w in (worker, worker + 1)
+        )
+        first += skip
         shards, begin = self.shuffle(epoch, len(self.output.shards)), 0
         for shard in shards.tolist():
             end = begin + self.output.count_rows(shard)
@@ -6393,7 +6411,8 @@ class LogitIterableDataset:
         """Return where this epoch stands, as plain numbers.
 
         Raises:
-            LogitsError: no row was given out in this process; workers may have given some.
+            LogitsError: no row was given out in this process; workers may have given some. Or
+                accelerate is reading rows, which fetches a batch more than it has given out.
         """
         in_worker = import_extra("torch.utils.data").get_worker_info() is not None
         if self._rows is None or (self._by_workers and not in_worker):
@@ -6401,12 +6420,22 @@ class LogitIterableDataset:
                 "no row was given out in this process: with workers, take torchdata's "
                 "StatefulDataLoader and its own state_dict, which asks them"
             )
+        state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+        for loader in state().dataloader_references if state and not in_worker else ():
+            rows = getattr(loader, "dataset", None)  # this dataset, or accelerate's part of it
+            mine = self in (rows, getattr(rows, "dataset", None))
+            if mine and not loader.use_stateful_dataloader:
+                raise LogitsError(
+                    "accelerate's loader is a batch ahead of what it has given out: prepare it "
+                    "with DataLoaderConfiguration(use_stateful_dataloader=True) and take its own "
+                    "state_dict"
+                )
         return {**self._identity(), "epoch": self.epoch, "rows": self._rows}
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be the same for a state to fit."""
         own = {"seed": self.seed, "rank": self.rank, "world_size": self.world_size}
-        return {**own, "dataset_rows": len(self.output)}
+        return {**own, "dataset_rows": len(self.output), "batch_size": self.batch_size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken, once: the pass after the next is whole again.
@@ -6497,12 +6526,14 @@ def collate_logits(
         number of the conversation in its sequence, -1 for padding; `index` (B, C), -1 for padding.
     """
     torch = import_extra("torch")
-    if not rows or not all(isinstance(row, Mapping) and "teacher_ids" in row for row in rows):
+    names = {"index", "input_ids", "labels", "teacher_positions", *TEACHER_COLUMNS}
+    if not rows or not all(isinstance(row, Mapping) and names <= {*row} for row in rows):
         raise LogitsError(
             "collate_logits takes rows of LogitIterableDataset with all of their columns "
             "(transformers' Trainer needs remove_unused_columns=False)"
         )
-    cut = [cut_row(row, max_length) for row in rows]
+    arrays = ({name: np.asarray(row[name]) for name in names} for row in rows)  # of tensors, too
+    cut = [cut_row(row, max_length) for row in arrays]
     groups = pack_rows(cut, max_length) if pack else [[row] for row in cut]
     longest, tokens = (
         max(sum(row[name].size for row in group) for group in groups)
@@ -6742,8 +6773,8 @@ def distillation_loss(
 
     Raises:
         LogitsError: an option is none of the choices; logits and batch do not fit together; the
-            batch lacks what `tail`, the divergence or the temperature needs; the teacher has ids of
-            V or more.
+            batch lacks what `tail`, the divergence or the temperature needs, or was cast to less
+            than float32; the teacher has ids of V or more.
 
     Source: Kool, van Hoof and Welling (2020) for the weights; Hinton, Vinyals and Dean (2015) for
     the factor temperature²; Anshumann et al. (2025), Sparse Logit Sampling, ACL, for ghost tokens;
@@ -6794,7 +6825,8 @@ def distillation_loss(
         shape, count = tuple(weights.shape), losses.numel()
         raise LogitsError(f"weights of shape {shape} for {count} tokens: give (B, T) or (N,)")
     weights = weights.to(losses) * (teacher.labels != IGNORED_LABEL)
-    losses, total = losses * weights, weights.sum()
+    # A masked token may have an infinite loss, which 0 times is NaN.
+    losses, total = torch.where(weights != 0, losses * weights, 0.0), weights.sum()
     if reduction == "none":
         return losses
     # Where nothing is weighed, in a batch without a token for one, there is nothing to learn.
@@ -6874,8 +6906,8 @@ def read_teacher(
     """Return the teacher of a batch, at a temperature, for a student of `vocab` entries.
 
     Raises:
-        LogitsError: the batch lacks what `tail` or the temperature needs, or has ids that the
-            student does not.
+        LogitsError: the batch lacks what `tail` or the temperature needs, has ids that the
+            student does not, or was cast to less than float32.
     """
     torch = import_extra("torch")
     if not 0 < temperature < math.inf:
@@ -6883,6 +6915,12 @@ def read_teacher(
     there = batch["teacher_positions"] >= 0
     told = (batch[name][there] for name in TEACHER_COLUMNS)
     ids, log_probs, stored, sampled, log_rest, points = told
+    for name in ("teacher_log_probs", "teacher_log_rest"):
+        if batch[name].dtype.itemsize < 4:
+            raise LogitsError(
+                f"{name} was cast to {batch[name].dtype}, as Trainer does under DeepSpeed: keep it "
+                "in float32, as _prepare_input of docs/examples/trainer.py does"
+            )
     sampled, nucleus = stored & sampled, stored & ~sampled
     drawn, sizes = sampled & ~points[:, None], sampled.sum(-1)
     if temperature != 1 and points.any():

@@ -186,3 +186,18 @@ def test_beside_plain_rows_in_one_batch_each_counts_as_it_does_alone(output, tmp
     together = distillation_loss(LOGITS.repeat(2, 1) / 2, make_batch(output, plain))
     alone = [distillation_loss(LOGITS / 2, make_batch(one)) for one in (output, plain)]
     torch.testing.assert_close(together, sum(alone) / 2)
+
+
+def test_a_token_without_a_nucleus_is_no_other_likeliest_token(tmp_path):
+    flat = LOGITS[[4, 4]], [2]  # of which compact rows have no nucleus
+    for name, rows in (("some", (LOGITS, SIZES)), ("none", flat)):
+        plain, compact = (write(tmp_path / f"{name}{t}", *rows, min_p=t) for t in (None, 0.1))
+        counts = np.concatenate([block.top.counts for block in explore.iter_blocks(compact)])
+        stats, seen = explore.compute_dataset_stats(compact), compare_outputs(plain, compact)
+        assert seen.nuclei == (counts > 0).sum() == counts.size - stats.without_nucleus
+        assert (counts == 0).any()
+        assert seen.same_first == (1 if name == "some" else None)
+        assert f"of {seen.nuclei} tokens with a nucleus in both" in str(seen)
+        for label in ("likeliest token", "actual is likeliest"):
+            assert stats.facts()[label].startswith("≥ ")
+            assert "≥" not in explore.compute_dataset_stats(plain).facts()[label]

@@ -309,3 +309,28 @@ def test_from_hidden_states_no_more_is_held_than_some_chunks_and_the_gradients()
     logits = 4 * tokens * vocab
     assert found[4] < logits / 2
     assert found[tokens] > 2 * logits, "what the chunks save could not be seen"
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_masked_token_with_an_infinite_loss_changes_nothing(divergence, tail):
+    batch, logits = batch_of(4 * ["natural"]), randn(4, 256, seed=4)
+    labels, weights = batch["labels"].clone(), torch.ones(4)
+    labels[0, 1], weights[0] = -100, 0
+    excluded = logits.clone()
+    excluded[0, batch["teacher_ids"][0, 0, 0]] = -torch.inf  # of the nucleus
+    for told, how in (({**batch, "labels": labels}, {}), (batch, {"weights": weights})):
+        found = []
+        for given in (logits, excluded):
+            given = given.clone().requires_grad_()
+            loss = distillation_loss(given, told, divergence=divergence, tail=tail, **how)
+            found += [loss, *torch.autograd.grad(loss, given)]
+        torch.testing.assert_close(found[2:], found[:2])
+
+
+def test_a_teacher_that_was_cast_below_float32_is_refused():
+    batch, logits = batch_of(["natural"]), randn(1, 256, seed=4)
+    for name, dtype in (("teacher_log_probs", torch.bfloat16), ("teacher_log_rest", torch.float16)):
+        with pytest.raises(explore.LogitsError, match=f"{name} .* {dtype}.*_prepare_input"):
+            distillation_loss(logits, {**batch, name: batch[name].to(dtype)})
+    distillation_loss(logits, {**batch, "teacher_log_probs": batch["teacher_log_probs"].double()})

@@ -1,19 +1,22 @@
 """Rows to train on: what they hold, their order, how they are divided, going on from a state."""
 
+import copy
 import itertools
 import json
 import pickle
 import re
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DataLoaderConfiguration
 from conftest import ROOT, TEACHER, extract_chats, load_example
 from huggingface_hub import HfApi, HfFileSystem
 from processes import run_process
@@ -21,7 +24,7 @@ from safetensors.torch import load_file
 from small_output import STORED, random_rows, write_output
 from sparse_batches import randn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import explore_logits as explore
 from explore_logits import LogitIterableDataset, LogitsError, collate_logits, distillation_loss
@@ -202,6 +205,7 @@ def test_a_state_that_would_lose_or_double_rows_is_refused(output, tmp_path):
     for place, options, named in (
         (output, {"seed": 1}, "seed 2, this is 1"),
         (output, {"seed": 2, "world_size": 2}, "world_size 1, this is 2"),
+        (output, {"seed": 2, "batch_size": 3}, "batch_size None, this is 3"),
         (more, {"seed": 2}, "dataset_rows 20, this is 30"),
     ):
         with pytest.raises(LogitsError, match=named):
@@ -402,3 +406,99 @@ def test_a_teachers_own_copy_of_few_bits_is_nearer_to_it_after_training(tmp_path
     options = ("--bits", 2, "--steps", 20, "--learning-rate", 5e-4)
     before, *_, after = run_example("quantized_student", folder, *options)
     assert after < 0.95 * before
+
+
+@pytest.mark.parametrize(("world", "workers", "size"), [(1, 3, 3), (2, 2, 4), (1, 4, 9)])
+def test_workers_that_know_the_batch_size_give_as_many_batches_as_the_loader_says(
+    output, world, workers, size
+):
+    args = SimpleNamespace(dataloader_num_workers=workers, device=torch.device("cpu"))
+    trainer = SimpleNamespace(args=args, _train_batch_size=size, data_collator=collate_logits)
+    get_loader = load_example("trainer").DistillationTrainer.get_train_dataloader
+    seen = []
+    for rank in range(world):
+        trainer.train_dataset = LogitIterableDataset(output, rank=rank, world_size=world)
+        told = LogitIterableDataset(output, rank=rank, world_size=world, batch_size=size)
+        loader = make_loader(told, batch_size=size, num_workers=workers)
+        batches = [batch["index"].tolist() for batch in loader]
+        assert len(batches) == len(loader) == len([*get_loader(trainer)])
+        assert {len(batch) for batch in batches[:-1]} <= {size}
+        seen += itertools.chain(*batches)
+    assert sorted(seen) == list(range(20))
+
+
+def test_a_state_that_accelerate_has_run_ahead_of_is_refused_and_its_own_goes_on(output):
+    def prepare(**options):
+        dataset = LogitIterableDataset(output, seed=2)
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options))
+        return dataset, accelerator.prepare(make_loader(dataset))
+
+    for dispatch in (None, False):
+        dataset, loader = prepare(dispatch_batches=dispatch)
+        batches = iter(loader)
+        next(batches)
+        with pytest.raises(LogitsError, match="use_stateful_dataloader=True"):
+            dataset.state_dict()
+        other = LogitIterableDataset(output)
+        next(iter(other))
+        assert other.state_dict()["rows"] == 1, "which accelerate does not read"
+        assert len([*batches]) == 6
+        assert dataset.state_dict()["rows"] == 20
+        pytest.importorskip("torchdata.stateful_dataloader")
+        stateful = {"use_stateful_dataloader": True, "dispatch_batches": dispatch}
+        (_, loader), (_, again) = prepare(**stateful), prepare(**stateful)
+        given = indices(itertools.islice(loader, 3))
+        again.load_state_dict(loader.state_dict())
+        assert given + indices(again) == indices(make_loader(LogitIterableDataset(output, seed=2)))
+
+
+@pytest.mark.parametrize("name", ["trainer", "sft_trainer"])
+def test_the_trainers_take_a_batch_without_a_token_and_one_that_deepspeed_would_round(name, output):
+    if name == "sft_trainer":
+        pytest.importorskip("trl", reason="needs TRL: pip install -e '.[test]'")
+    kind = load_example(name)
+    kind = getattr(kind, "DistillationTrainer", None) or kind.DistillationSFTTrainer
+    trainer = kind.__new__(kind)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"), average_tokens_across_devices=False)
+    trainer.is_deepspeed_enabled, config = True, SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(hf_ds_config=config)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    batch = trainer._prepare_input(collate_logits([*LogitIterableDataset(output, max_seq_len=1)]))
+    assert batch["teacher_log_probs"].dtype == batch["teacher_log_rest"].dtype == torch.float32
+    said = SimpleNamespace(logits=torch.zeros(20, 1, STORED["vocab_size"]))
+    trainer.batch, losses = batch, []
+    for count in (None, 0, torch.tensor(0)):
+        if name == "trainer":
+            losses.append(trainer.distill(said, batch["labels"], count))
+        else:
+            losses.append(trainer.compute_loss(lambda **_: said, batch, False, count))
+    assert losses == [0, 0, 0]
+
+
+def test_the_trainer_refuses_several_gpus_of_one_process(extracted, monkeypatch, run_example):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit, match="run this under torchrun"):
+        run_example("trainer", extracted, "--steps", 1)
+
+
+def test_rows_of_tensors_make_the_same_batch_and_rows_without_a_column_none(output):
+    dataset = LogitIterableDataset(output, seed=None)
+    rows = [*dataset]
+    in_torch = [*dataset.as_datasets().with_format("torch")]
+    for how in ({}, {"pack": True, "max_length": 64}):
+        assert_same([collate_logits(in_torch, **how)], [collate_logits(rows, **how)])
+    for name in rows[0]:
+        for given in (rows, in_torch):
+            some = [{key: value for key, value in row.items() if key != name} for row in given]
+            with pytest.raises(LogitsError, match="with all of their columns"):
+                collate_logits(some)
+
+
+def test_workers_that_live_on_see_the_next_epoch_of_a_copy(output):
+    first = LogitIterableDataset(output, seed=5)
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        loader = make_loader(copied, num_workers=1, persistent_workers=True)
+        seen = [indices(loader)]
+        copied.set_epoch(1)
+        assert indices(loader) != seen[0]
+        assert first.epoch == 0, "a copy has an epoch of its own"

@@ -41,8 +41,14 @@ class DistillationSFTTrainer(SFTTrainer):
             count = (inputs["labels"][:, 1:] != -100).sum()
         elif self.args.average_tokens_across_devices:  # the gradients are a mean over processes
             loss = loss * self.accelerator.num_processes
-        loss = loss / count
+        loss = loss / torch.as_tensor(count).clamp(min=1)  # all conversations may be cut to nothing
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Keep the teacher in float32: under DeepSpeed, Trainer casts whatever is floating."""
+        if torch.is_tensor(data) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ class DistillationTrainer(Trainer):
         # As a loss function of the Trainer's own, it leaves to it what accumulation and several
         # devices need: the loss is a sum over tokens, divided by those of the whole step.
         super().__init__(*args, compute_loss_func=self.distill, **options)
+        if self.args.n_gpu > 1:  # of one process: Trainer multiplies the loss by their number
+            raise SystemExit("several GPUs: run this under torchrun, or set CUDA_VISIBLE_DEVICES=0")
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         """Keep the batch, which a loss function is not given, and feed the model its text."""
@@ -43,12 +45,20 @@ class DistillationTrainer(Trainer):
         """Return the divergence, mixed with 1 - alpha of the cross-entropy on the text."""
         loss = distillation_loss(outputs.logits, self.batch, alpha=self.alpha, reduction="sum")
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return loss / count
+        return loss / torch.as_tensor(count).clamp(min=1)  # all conversations may be cut to nothing
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Keep the teacher in float32: under DeepSpeed, Trainer casts whatever is floating."""
+        if torch.is_tensor(data) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def get_train_dataloader(self) -> Any:
         """Make a loader that accelerate does not divide: the dataset divides itself."""
+        dataset: Any = self.train_dataset
+        dataset.batch_size = self._train_batch_size  # whole batches to each worker
         loader: Any = DataLoader(
-            self.train_dataset,
+            dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
