@@ -225,6 +225,9 @@ TURNS: dict[str, Any] = {
     "plain": (PLAIN, "loop", BOTH, CHAT),
     "marked": (MARKED, "generation", BOTH, CHAT),
     "gathered": (GATHERED, "replacing", BOTH, CHAT),
+    "a speaker's name in the header": (
+        each(HEAD.replace("m.role", "m.name or m.role") + SAID) + PROMPT, "loop", BOTH,
+        [CHAT[0], CHAT[1] | {"name": "Ann"}, CHAT[2] | {"name": "Bob"}, CHAT[3]]),
     "a message written ahead": (AHEAD, "replacing", OF_TOOL, TOOL),
     "messages that are joined": (
         COPIES, "replacing", [BOTH[0], "Dune.", "Elm.<|end|>"], [*CHAT, says("Elm.")]),
