@@ -78,7 +78,7 @@ STRUCTURE: list[dict[str, Any]] = [
     {"num_tokens": 2**31 - 1}, {"top_counts": [255] * SIZE}, {"top_indices_low": [1, 2, 3]},
     {"top_indices_high": b""}, {"top_logits_quantized": [0]}, {"top_min": [0.0]}, MORE,
     {"sampled_indices_low": [5]}, {"logsumexp": []}, {"top_counts": None},
-    {"logsumexp": [None] * SIZE}, {"index": None},
+    {"logsumexp": [None] * SIZE}, {"index": None}, {"logsumexp": [-99.0] * SIZE},
     *({name: [float("nan")] * SIZE} for name in ("logsumexp", "top_min", "sampled_max")),
 ]  # fmt: skip
 

@@ -161,9 +161,11 @@ def test_chunks_reductions_layouts_and_weights_of_tokens_give_the_same_loss():
     torch.testing.assert_close(distillation_loss(grid, batch), each.mean())
     torch.testing.assert_close(distillation_loss(grid, batch, reduction="sum"), each.sum())
     weights = torch.tensor([[0.0, 1.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    summed = (each * weights[0]).sum()
     for given in (weights, weights[0].bfloat16()):
-        found = distillation_loss(grid, batch, weights=given)
-        torch.testing.assert_close(found, (each * weights[0]).sum() / 3.5)
+        for reduction, wanted in (("mean", summed / 3.5), ("sum", summed)):
+            found = distillation_loss(grid, batch, weights=given, reduction=reduction)
+            torch.testing.assert_close(found, wanted)
     assert float(distillation_loss(grid.detach(), batch, weights=torch.zeros(9))) == 0, "not NaN"
     (gradient,) = torch.autograd.grad(each.sum(), grid)
     assert (gradient[0, 9] == 0).all(), "the last position predicts nothing"
@@ -210,6 +212,7 @@ def test_what_does_not_fit_the_batch_or_is_no_choice_is_refused():
     none = make_batch(teacher_row("natural", 200)[None], top_p_max=20, sampled_n=0)
     for given, shape, options, message in (
         (batch, (1, 3, 200), {}, r"shape \(1, 3, 200\) are not at the positions"),
+        (batch, (2, 200), {}, "2 rows of student logits for 1 token"),
         (batch, (1, 20), {}, "beyond the student's 20 logits"),
         (batch, (1, 200), {"weights": torch.tensor(0.5)}, r"weights of shape \(\) for 1 token"),
         (batch, (1, 200), {"weights": torch.ones(1, 2)}, r"give \(B, T\) or \(N,\)"),
@@ -265,6 +268,25 @@ def test_the_texts_own_cross_entropy_is_pytorchs_and_mixes_by_alpha():
     masked = distillation_loss(logits, batch, alpha=0.5)
     torch.testing.assert_close(masked, each[3:].mean())
     assert_same_gradients(masked, each[3:].mean(), [logits])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_ghost_is_one_token_in_place_of_all_that_are_in_no_nucleus(divergence, temperature):
+    teacher, student = randn(4, 40, seed=1), randn(4, 40, seed=2).requires_grad_()
+    batch = make_batch(teacher, top_p=1.0, top_p_max=16, sampled_n=24)
+    top = teacher.topk(16).indices
+
+    def merge(logits):
+        log_p = (logits / temperature).log_softmax(-1)
+        rest = log_p.scatter(1, top, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([log_p.gather(1, top), rest], 1)
+
+    how = {"divergence": divergence, "temperature": temperature, "tail": "ghost"}
+    found = distillation_loss(student, batch, **how)
+    wanted = dense_loss(merge(student), merge(teacher), divergence).mean() * temperature**2
+    torch.testing.assert_close(found, wanted)
+    assert_same_gradients(found, wanted, [student])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

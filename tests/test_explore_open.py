@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_output import SETTINGS, random_rows, rows_to_table, write_output, write_parts
+from small_output import SETTINGS, STORED, random_rows, rows_to_table, write_output, write_parts
 
 import explore_logits as explore
 from explore_logits import FormatError, OpenError, get_sample, iter_samples, load_logit_dataset
@@ -67,6 +67,16 @@ def test_threads_that_share_an_output_get_the_rows_that_they_ask_for(output, mon
     for row in (2, 13):
         monkeypatch.setattr(np, "arange", interrupted)
         assert dataset.take([row])["index"].to_pylist() == [row]
+
+
+def test_long_rows_are_read_a_few_at_a_time_and_all_of_them(tmp_path, monkeypatch):
+    made = write_output(tmp_path, settings=STORED, rows_per_shard=20, rows_per_group=20)
+    for size in (2**4, 2**8, 2**10):  # of 1, 5, 20 rows read at once; 1, 1, 5 to train on
+        monkeypatch.setattr(explore, "ROW_BYTES", size)
+        read = [part.num_rows for part in explore.iter_tables(made)]
+        assert (max(read) < 10) == (size < 2**10)
+        for rows in (iter_samples(made), iter_samples(ROWS), explore.LogitIterableDataset(made)):
+            assert sorted(row["index"] for row in rows) == [*range(20)]
 
 
 def test_columns_may_be_wider_or_missing_where_nothing_is_lost(tmp_path):

@@ -84,6 +84,8 @@ def test_a_batch_points_each_token_at_the_position_that_predicts_it(output):
     for name in ("input_ids", "labels"):
         assert batch[name].reshape(-1)[predicted].tolist() == actual.tolist()
     assert int((batch["labels"] != -100).sum()) == predicted.numel()
+    sizes = [row["input_ids"].size for row in rows]
+    assert batch["attention_mask"].sum(1).tolist() == sizes
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 7).all()
     assert not batch["teacher_mask"][batch["teacher_positions"] < 0].any()
     for found, row in zip(batch["teacher_ids"], rows, strict=True):
@@ -205,6 +207,7 @@ def test_a_state_that_would_lose_or_double_rows_is_refused(output, tmp_path):
     for place, options, named in (
         (output, {"seed": 1}, "seed 2, this is 1"),
         (output, {"seed": 2, "world_size": 2}, "world_size 1, this is 2"),
+        (output, {"seed": 2, "rank": 1, "world_size": 2}, "rank 0, this is 1"),
         (output, {"seed": 2, "batch_size": 3}, "batch_size None, this is 3"),
         (more, {"seed": 2}, "dataset_rows 20, this is 30"),
     ):
