@@ -176,7 +176,8 @@ def test_what_needs_no_tail_is_that_of_plain_rows(tmp_path):
 
 
 def test_what_needs_the_logits_of_the_tail_is_refused(output):
-    for options in ({"divergence": "reverse_kl"}, {"temperature": 2.0, "tail": "ghost"}):
+    for options in ({"divergence": "reverse_kl"}, {"divergence": "jsd", "tail": "renormalized"},
+                    {"temperature": 2.0, "tail": "ghost"}):  # fmt: skip
         with pytest.raises(explore.LogitsError, match="needs the tail's logits"):
             distillation_loss(LOGITS, make_batch(output), **options)
 

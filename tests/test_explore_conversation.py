@@ -84,8 +84,8 @@ def refusal(function: Any, *args: Any, **options: Any) -> str:
 
 
 AB = [user("a"), says("b")]
-ROLES = {"HUMAN": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool",
-         "System": "system", "critic": "critic"}  # fmt: skip
+ROLES = {"HUMAN": "user", "gpt": "assistant", "model": "assistant", "function_call": "assistant",
+         "observation": "tool", "System": "system", "critic": "critic"}  # fmt: skip
 THOUGHT: Any = [{"type": "reasoning", "text": "they "}, {"type": "thinking", "thinking": "greet"}]
 PARTS = [*THOUGHT, {"type": "text", "text": "y"}, {"type": "output_text", "text": "o"}]
 CALL = {"name": "f", "arguments": '{"a": null}'}
