@@ -39,8 +39,12 @@ def test_dequantized_logits_are_within_half_a_step(logits, bits):
     q, vmin, vmax = quantize_logits(logits, bits=bits)
     back = explore.dequantize_logits(q, vmin, vmax)
     half_range = (float(vmax[0]) - float(vmin[0])) / 2
-    # One level of the 65,536 grid more: 2**bits - 1 does not always divide 65,535.
-    half_step = half_range / (2**bits - 1) + (half_range / 65535 if bits < 16 else 0.0)
+    # One level of the 65,536 grid more, where 2**bits - 1 does not divide 65,535.
+    steps = 2**bits - 1
+    half_step = half_range / steps + (half_range / 65535 if 65535 % steps else 0.0)
+    starts, none = np.array([0, q.size]), np.zeros(0, np.int32)
+    entries = explore.Entries(starts, none, q, vmin, vmax, np.zeros(1), bits)
+    assert entries.error == pytest.approx(half_step), "what checks and comparisons allow for"
     assert np.abs(back - logits).max() <= half_step + 1e-9 * np.abs(logits).max()
     assert back.min() == logits.min()
     assert back.max() == pytest.approx(float(logits.max()), abs=1e-15 * float(np.ptp(logits)))
