@@ -65,9 +65,7 @@ def test_a_row_holds_what_the_definition_says(shape, vocab, min_p):
 
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("shape", ["natural", "flat", "masked", "ties"])
-@pytest.mark.parametrize(
-    ("vocab", "grid"), [(50, 2000), (130, 2000), (9001, 200), (151_936, 20)]
-)
+@pytest.mark.parametrize(("vocab", "grid"), [(50, 2000), (130, 2000), (9001, 200), (151_936, 20)])
 def test_every_token_is_hit_as_often_as_it_is_likely(monkeypatch, shape, vocab, grid, reference):
     """By enumeration: over a grid of a row's one number, points are at equal distances.
 

@@ -253,8 +253,9 @@ def test_the_state_of_two_outputs_never_mixes(tmp_path, monkeypatch):
         uploader.shutdown()
 
 
-def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder, tmp_path):
+def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder, tmp_path, monkeypatch):
     """Nor can workers of two numbers of workers, which would own the same parts there."""
+    monkeypatch.setattr("extract_logits.LOCK_WAIT_S", 0.1)
     uploader = open_uploader(folder, tmp_path / "cache", rank=0, world_size=2)
     for rank, workers in ((0, 2), (1, 3)):
         with pytest.raises(ConfigError, match=r"another process is writing.*--cache-dir"):
@@ -297,7 +298,7 @@ def test_bytes_are_on_the_disk_before_a_file_gets_its_name(folder, tmp_path, mon
 def test_a_full_disk_ends_the_run_and_costs_no_row(folder, tmp_path):
     def work(said: IO[str], limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(HubError, match="File too large.*make room"):
+        with pytest.raises(HubError, match=r"File too large.*make room"):
             run_uploader(folder, tmp_path / "cache", 30)
 
     for limit in (3000, 12_000):  # less than a pending file, and less than a part

@@ -65,7 +65,7 @@ class InseparableQwen2(Qwen2ForCausalLM):
     def forward(self, input_ids=None, **kwargs):
         outputs = super().forward(input_ids=input_ids, **kwargs)
         weights = 1 + torch.arange(outputs.logits.shape[1])[None, :, None] / 10
-        outputs.logits = outputs.logits * weights
+        outputs.logits *= weights
         return outputs
 
 
