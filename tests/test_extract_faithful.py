@@ -1,6 +1,6 @@
 """Section 4 of extract_logits: a teacher is the whole checkpoint and never sees a later token.
 
-Each refused case once ran to exit 0 with wrong numbers, or was refused though it was right.
+Each case that is refused would run to exit code 0 with wrong numbers.
 """
 
 from __future__ import annotations
