@@ -188,6 +188,6 @@ def test_lengths_are_those_of_the_data_that_is_recorded(measure, write_chats, mo
         return collect(*args, **options)
 
     monkeypatch.setattr(compute_lengths, "collect", collect_late)
-    assert measure("--num-proc", 1, dataset=path).code == 2
+    assert measure(dataset=path).code == 2
     assert "the dataset has changed while it was measured" in caplog.text
-    assert measure("--num-proc", 1, dataset=path).code == 0
+    assert measure(dataset=path).code == 0

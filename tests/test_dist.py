@@ -1,4 +1,4 @@
-"""The wheel and the sdist: what is in them, and that the wheel installs and runs."""
+"""The wheel: what is in it, and that it installs and runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODULES = {"explore_logits.py", "compute_lengths.py", "extract_logits.py"}
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """Return the folder of wheel and sdist: $DIST, or built here (needs a package registry)."""
+    """Return the folder of the wheel: $DIST, or built here (needs a package registry)."""
     if "DIST" in os.environ:
         return ROOT / os.environ["DIST"]
     folder = tmp_path_factory.mktemp("dist")

@@ -33,6 +33,7 @@ SHAPES = {
     "peaked": lambda v: normal(1, v) * 8,
     "natural": lambda v: normal(2, v) * 3,
     "flat": lambda v: torch.linspace(0, 0.01, v),
+    "masked": lambda v: torch.where(torch.arange(v) % 3 == 1, -math.inf, normal(2, v) * 3),
     "a rest of 1e-12": lambda v: torch.where(torch.arange(v) == 1, 30.0, 2.0),
     "ties": lambda v: (torch.arange(v) % 5).float() * 2,
     "bfloat16": lambda v: (normal(3, v) * 4).bfloat16(),
@@ -63,8 +64,8 @@ def test_a_row_holds_what_the_definition_says(shape, vocab, min_p):
 
 
 @pytest.mark.parametrize("reference", [True, False])
-@pytest.mark.parametrize("shape", ["natural", "flat", "ties"])
-@pytest.mark.parametrize(("vocab", "grid"), [(50, 2000), (130, 2000), (9001, 200)])
+@pytest.mark.parametrize("shape", ["natural", "flat", "masked", "ties"])
+@pytest.mark.parametrize(("vocab", "grid"), [(50, 2000), (130, 2000), (9001, 200), (151_936, 20)])
 def test_every_token_is_hit_as_often_as_it_is_likely(monkeypatch, shape, vocab, grid, reference):
     """By enumeration: over a grid of a row's one number, points are at equal distances.
 

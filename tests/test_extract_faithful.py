@@ -1,6 +1,6 @@
 """Section 4 of extract_logits: a teacher is the whole checkpoint and never sees a later token.
 
-Each refused case once ran to exit 0 with wrong numbers, or was refused though it was right.
+Each case that is refused would run to exit code 0 with wrong numbers.
 """
 
 from __future__ import annotations
@@ -215,44 +215,13 @@ def test_ids_beyond_the_format_do_not_refuse_a_teacher_that_has_them():
     assert el.check_vocabulary(configure("m"), tokenizer) == 2**18
 
 
-def test_an_adapter_is_added_to_its_base_or_refused_with_the_remedy(tmp_path, monkeypatch):
-    peft = pytest.importorskip("peft", reason="peft loads adapters")
-    base, lora = save(tmp_path / "base", tiny_model("llama")), tmp_path / "lora"
-    added = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(tiny_model("llama"), added)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name:
-                weight.normal_(0, 0.3)
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(lora)
-    found = el.locate_model(configure(lora))
-    assert el.tokenizer_source(configure(lora), *found) == (str(base), "main")
-    assert el.find_base_revision(configure(lora), str(lora)) == el.source_revision(str(base))
-    got, plain = (all_logits(load_teacher(configure(folder))) for folder in (lora, base))
-    want = torch.cat(
-        [plain_logits(adapted.eval(), *row) for row in zip(*conversations(), strict=True)]
-    )
-    assert float((got - want).abs().max()) <= TOLERANCE
-    assert float((got - plain).abs().max()) > 0.1
-    weights = load_file(lora / "adapter_model.safetensors")
-    weights.popitem()
-    save_file(weights, lora / "adapter_model.safetensors")
-    assert "missing adapter keys" in refusal(lora)
-    (base / "adapter_config.json").write_text((lora / "adapter_config.json").read_text())
-    assert "has an adapter beside a whole model" in refusal(base)
-    (base / "adapter_config.json").unlink()
-    monkeypatch.setitem(sys.modules, "peft", None)
-    assert f"is an adapter of {base}: pip install peft" in refusal(lora)
-
-
 PLAIN_LORA = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "r": 2}
 
 
 def save_adapter(
     folder: Path, added: Any, *, tied: bool = False, rows: int | None = None
 ) -> tuple[Path, Any]:
-    """Write an adapter, drawn at random, of a base with rows added; return it as it was trained."""
+    """Write an adapter, drawn at random, of ./base with rows added; return it as it was trained."""
     import peft
 
     model = tiny_model("llama", tie_word_embeddings=tied)
@@ -267,6 +236,29 @@ def save_adapter(
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(folder)
     return folder, adapted.eval()
+
+
+def test_an_adapter_is_added_to_its_base_or_refused_with_the_remedy(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft", reason="peft loads adapters")
+    lora, adapted = save_adapter(tmp_path, peft.LoraConfig(**PLAIN_LORA))
+    base = lora / "base"
+    found = el.locate_model(configure(lora))
+    assert el.tokenizer_source(configure(lora), *found) == (str(base), "main")
+    assert el.find_base_revision(configure(lora), str(lora)) == el.source_revision(str(base))
+    got, plain = (all_logits(load_teacher(configure(folder))) for folder in (lora, base))
+    rows = zip(*conversations(), strict=True)
+    want = torch.cat([plain_logits(adapted, *row) for row in rows])
+    assert float((got - want).abs().max()) <= TOLERANCE
+    assert float((got - plain).abs().max()) > 0.1
+    weights = load_file(lora / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, lora / "adapter_model.safetensors")
+    assert "missing adapter keys" in refusal(lora)
+    (base / "adapter_config.json").write_text((lora / "adapter_config.json").read_text())
+    assert "has an adapter beside a whole model" in refusal(base)
+    (base / "adapter_config.json").unlink()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert f"is an adapter of {base}: pip install peft" in refusal(lora)
 
 
 HEADS = ["embed_tokens", "lm_head"]

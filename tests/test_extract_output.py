@@ -412,6 +412,17 @@ def test_a_person_may_edit_the_card_while_the_run_goes_on(place, tmp_path, befor
         assert f"| {line} |" in card
 
 
+def test_names_from_strangers_stay_names_on_the_card(folder, tmp_path):
+    evil, cards = f"x\n# Title\n{extract_logits.CARD_LINE}\n<img src=//evil>\n```\n---", []
+    for rows in (10, 20, 30):
+        run_uploader(folder, tmp_path / "cache", rows, settings={"dataset": evil, "model": evil})
+        cards.append(folder.read("README.md").decode())
+        assert f"| conversations | {rows} |" in cards[-1]
+        assert "<img" not in cards[-1].split("\n---\n", 1)[1]
+        assert "\n# Title" not in cards[-1]
+    assert len(cards[2]) - len(cards[0]) < 60  # figures, not the card again
+
+
 def test_the_snippet_of_the_card_runs_and_load_dataset_needs_the_name_alone(repo, tmp_path):
     uploader = open_uploader(repo, tmp_path / "cache")
     uploader.begin_part(0, [100])  # a part without rows comes first

@@ -6,23 +6,29 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import chat, rows_of
-from outputs import Output, digest_ids, finish, open_uploader, run_uploader
+from outputs import Output, digest_ids, fill, finish, open_uploader, run_uploader
+from processes import Child
 from shard_rows import make_rows, stored
 
 from explore_logits import LogitsError, load_logit_dataset
-from extract_logits import ConfigError, digest_path
+from extract_logits import ConfigError, HubError, digest_path
 
 # Which conversations a part holds -----------------------------------------------------------------
 
 
-def test_part_p_holds_the_pth_slice_of_the_selection_in_its_order(extract, write_chats, folder):
+def test_part_p_holds_the_pth_slice_of_the_selection_in_its_order(
+    extract, write_chats, folder, monkeypatch
+):
+    monkeypatch.setattr("extract_logits.WINDOW_ROWS", 8)  # of two parts each
     rows = rows_of(30, id=[(7 * n) % 30 - 9 for n in range(30)])
     write_chats(rows)
     options = {"index_col": "id", "start_offset": 3, "limit": 23, "upload_every": 5}
@@ -112,6 +118,17 @@ def test_a_part_has_the_same_bytes_in_whatever_order_its_rows_come(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+def test_part_9000_lies_in_a_folder_of_its_own_and_is_found_there(place, tmp_path):
+    for cache, lacking in (("cache", 1), ("elsewhere", 0)):
+        uploader = open_uploader(place, tmp_path / cache)
+        for number in (8_999, 9_000, 120_000):
+            assert fill(uploader, number, [number]) == [number] * lacking
+        finish(uploader)
+    assert list(place.part_paths().values()) == [
+        "data/001/part-09000.parquet", "data/013/part-120000.parquet", "data/part-08999.parquet"
+    ]  # fmt: skip
+
+
 def test_row_groups_are_small_and_pages_are_indexed(folder, tmp_path):
     uploader = open_uploader(folder, tmp_path / "cache")
     for number, tokens in enumerate((5, 900)):
@@ -190,7 +207,7 @@ def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(
     path = leave_in_cache(kind, folder, tmp_path / "cache")
     whole, digest = path.read_bytes(), digest_path(path).read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    damaged = [whole[:-100], b"", b"PAR1" * 3]
+    damaged = [whole, whole[:-100], b"", b"PAR1" * 3]
     for at in sorted(random.Random(5).sample(range(4, footer), 5)):
         damaged.append(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
     for number, content in enumerate(damaged):
@@ -198,7 +215,8 @@ def test_damage_in_a_cached_file_is_noticed_and_its_rows_are_never_delivered(
         path.write_bytes(content)
         digest_path(path).write_bytes(digest)
         summary = run_uploader(folder, tmp_path / "cache", len(rows))
-        assert summary["asked"][:10] == list(range(10)), f"damage {number} was not noticed"
+        lost = [index for index in summary["asked"] if index < 10]
+        assert lost == (list(range(10)) if number else []), f"damage {number} was not noticed"
         assert summary["undelivered"] == []
         assert folder.rows() == stored(rows)
         shutil.rmtree(folder.name)
@@ -235,8 +253,9 @@ def test_the_state_of_two_outputs_never_mixes(tmp_path, monkeypatch):
         uploader.shutdown()
 
 
-def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder, tmp_path):
+def test_two_live_runs_of_one_worker_cannot_share_a_cache(folder, tmp_path, monkeypatch):
     """Nor can workers of two numbers of workers, which would own the same parts there."""
+    monkeypatch.setattr("extract_logits.LOCK_WAIT_S", 0.1)
     uploader = open_uploader(folder, tmp_path / "cache", rank=0, world_size=2)
     for rank, workers in ((0, 2), (1, 3)):
         with pytest.raises(ConfigError, match=r"another process is writing.*--cache-dir"):
@@ -274,6 +293,18 @@ def test_bytes_are_on_the_disk_before_a_file_gets_its_name(folder, tmp_path, mon
     run_uploader(folder, tmp_path / "cache", 12)
     assert folder.rows() == stored(range(12))
     assert (tmp_path / "out/data").stat().st_ino in synced
+
+
+def test_a_full_disk_ends_the_run_and_costs_no_row(folder, tmp_path):
+    def work(said: IO[str], limit: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(HubError, match=r"File too large.*make room"):
+            run_uploader(folder, tmp_path / "cache", 30)
+
+    for limit in (3000, 12_000):  # less than a pending file, and less than a part
+        assert Child(lambda said, limit=limit: work(said, limit)).finish() == (0, "")
+    assert run_uploader(folder, tmp_path / "cache", 30)["rows"] == 30
+    assert folder.rows() == stored(range(30))
 
 
 def test_a_flipped_bit_of_a_part_is_noticed_where_it_is_read(tmp_path):

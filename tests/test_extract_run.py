@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,22 @@ def test_the_runtime_limit_stops_resumably(extract, source):
     assert (done.summary["rows"] or 0) < 8  # null: it ended before it knew what the output holds
     assert extract(limit=8, resume=True).code == 0
     assert Output("out").ids() == list(range(8))
+
+
+def test_a_stop_keeps_the_rows_of_parts_under_way(extract, source, monkeypatch):
+    real, seen = extract_logits.gpu_process_batch, list[int]()
+
+    def stop_at_the_third(teacher: Any, batch: Any, **settings: Any) -> Any:
+        seen.extend(row.index for row in batch.rows)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(teacher, batch, **settings)
+
+    monkeypatch.setattr(extract_logits, "gpu_process_batch", stop_at_the_third)
+    job = {"limit": 8, "max_batch_size": 1, "resume": True}
+    assert extract(**job).code == 143
+    assert extract(**job).passed()["rows"] == 8
+    assert sorted(seen) == Output("out").ids() == list(range(8))
 
 
 def broken_teacher(folder: Path, letter: str | None) -> Path:

@@ -170,16 +170,18 @@ class Encoder:
 
 
 def windows_of(encoder: Any, lengths: Any) -> list[Any]:
-    """Return windows of 100 conversations in parts of 10."""
+    """Return windows of 100 conversations in parts of 70: more than are encoded at a time."""
     selection, take = select(rows_of(list(range(100)))), lambda _, ids: ids.tolist()
-    options = {"rows_per_part": 10, "begin_part": take, "lengths": lengths}
+    options = {"rows_per_part": 70, "begin_part": take, "lengths": lengths}
     return list(extract_logits.ConversationDataset(selection, encoder, **options))
 
 
 def test_too_long_by_known_lengths_is_not_tokenized():
     ids, encoder = np.arange(100), Encoder()
     known = KnownLengths("--length-col", ids, ids % 50 + 2)
-    skipped = [row for window in windows_of(encoder, known) for row in window.skipped]
+    windows = windows_of(encoder, known)
+    skipped = [row for window in windows for row in window.skipped]
+    assert [row.index for window in windows for row in window.rows] == encoder.seen
     assert {row.index for row in skipped} == {n for n in range(100) if n % 50 + 2 > 30}
     assert encoder.seen == [n for n in range(100) if n % 50 + 2 <= 30]
     assert {row.reason for row in skipped} == {"too_long"}

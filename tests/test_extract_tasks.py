@@ -43,6 +43,7 @@ SKY = counted("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", 4)
 SRUN = counted("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", 3)
 ARRAY = {"SLURM_ARRAY_TASK_COUNT": 3, "SLURM_ARRAY_TASK_MIN": 1}
 NESTED = {
+    "torchrun": torchrun(1, 8),
     "torchrun --standalone on SkyPilot": [n | p for n in SKY for p in torchrun(1, 8)],
     "torchrun over SkyPilot": [SKY[p["GROUP_RANK"]] | p for p in torchrun(4, 8)],
     "torchrun over srun": [SRUN[p["GROUP_RANK"]] | p for p in torchrun(3, 2)],
