@@ -307,6 +307,8 @@ def transfer_errors() -> tuple[type[Exception], ...]:
 def hub_answers(repo: str, kind: str = "model") -> bool:
     """Ask the Hub about a repository, once: its client asks for each file six times, and waits."""
     hub = import_extra("huggingface_hub")
+    if kind == "dataset" and import_extra("datasets").config.HF_HUB_OFFLINE:
+        return False
     try:
         hub.HfApi().repo_info(repo, repo_type=kind, timeout=HUB_TIMEOUT_S)
     except transfer_errors() as error:
@@ -732,13 +734,17 @@ def _find_splits_of_hub(
     reach and its cache has the dataset at another commit.
     """
     datasets, answers = import_extra("datasets"), hub_answers(dataset, "dataset")
+    asked = [part.partition("[")[0] for part in split.split("+")]
     with contextlib.nullcontext() if answers else _cache_alone():
         splits = _list_files_of_hub(dataset, subset, revision, answers)
-        if not splits or len(asked := {part.partition("[")[0] for part in split.split("+")}) > 1:
+        if not splits:
             how = {"split": split, "streaming": streaming, "revision": revision}
             return {split: datasets.load_dataset(dataset, name=subset, **how)}
+        if len(asked) > 1 and "[" not in split and {*asked} <= splits.keys():
+            splits[split] = [file for part in asked for file in splits[part]]
+            asked = [split]
         if not (answers and streaming):
-            splits |= {name: _fetch(splits[name]) for name in asked & splits.keys()}
+            splits |= {name: _fetch(splits[name]) for name in {*asked} & splits.keys()}
         return splits
 
 
@@ -750,15 +756,11 @@ def _list_files_of_hub(
     What the Hub lists is kept for when it is out of reach.
     """
     datasets, constants = import_extra("datasets"), import_extra("huggingface_hub.constants")
-
-    def listing(commit: str | None) -> Path:
-        key = hashlib.sha256(json.dumps([dataset, subset, commit]).encode()).hexdigest()[:32]
-        return Path(datasets.config.HF_DATASETS_CACHE, "rows", f"{key}.json")
-
     if not answers and not is_exact(revision):
         revision = cached_commit(dataset, revision) or revision
-    if not answers and listing(revision).is_file():
-        return dict(json.loads(listing(revision).read_text()))
+    known = None if answers else _kept(dataset, subset, revision)
+    if known:
+        return dict(known)
     builder = datasets.load_dataset_builder(dataset, name=subset, revision=revision)
     if not answers:
         if revision not in (None, builder.hash):
@@ -767,22 +769,27 @@ def _list_files_of_hub(
                 f"{builder.hash}, not {revision}: run once where the Hub answers"
             )
         info = json.loads(Path(builder.cache_dir, "dataset_info.json").read_text())
-        if info.get("builder_name") not in ("json", "csv"):
+        if known is not None or info.get("builder_name") not in ("json", "csv"):
             return {}
         folder = f"datasets--{dataset.replace('/', '--')}"  # where `datasets` has left all of them
         path = Path(constants.HF_HUB_CACHE, folder, "snapshots", builder.hash)
-        return dict(_find_splits(path, subset))
+        plain = _reads_plainly(datasets.load_dataset_builder(str(path), name=subset))
+        return dict(_find_splits(path, subset)) if plain else {}
     splits = {str(split): list(each) for split, each in (builder.config.data_files or {}).items()}
-    known, own = vars(builder.config), vars(type(builder.config)())
-    changed = [name for name in known if known[name] != own[name]]  # by a README.md
-    if not {*changed} <= {"name", "version", "data_dir", "data_files", "description"}:
-        return {}
-    for file in itertools.chain(*splits.values()):
-        if not _HUB_FILE.fullmatch(file) or _kind_of_file(file) in ("", "parquet"):
-            return {}
-    with contextlib.suppress(OSError), whole_file(listing(builder.hash)) as part:
-        part.write_text(json.dumps(splits))
+    ours = _reads_plainly(builder) and all(
+        _HUB_FILE.fullmatch(file) and _kind_of_file(file) not in ("", "parquet")
+        for file in itertools.chain(*splits.values())
+    )
+    splits = splits if ours else {}
+    _keep(splits, dataset, subset, builder.hash)
     return splits
+
+
+def _reads_plainly(builder: Any) -> bool:
+    """Tell whether no README.md of a dataset says how its files are read, such as by `sep`."""
+    known, own = vars(builder.config), vars(type(builder.config)())
+    changed = {name for name in known if known[name] != own[name]}
+    return changed <= {"name", "version", "data_dir", "data_files", "description"}
 
 
 def _fetch(files: Sequence[str]) -> list[str]:
@@ -800,11 +807,32 @@ def _fetch(files: Sequence[str]) -> list[str]:
 
 
 def cached_commit(repo: str, revision: str | None = None, *, kind: str = "dataset") -> str | None:
-    """Return the commit that a branch of a repository is (None: main) by the Hub's cache here."""
-    folder = f"{kind}s--{repo.replace('/', '--')}"
-    cache = import_extra("huggingface_hub.constants").HF_HUB_CACHE
+    """Return the commit that a branch of a repository is (None: main), as last told here."""
+    branch, cache = revision or "main", import_extra("huggingface_hub.constants").HF_HUB_CACHE
+    places = [Path(cache, f"{kind}s--{repo.replace('/', '--')}", "refs", branch)]
+    places += [_kept_file((repo, branch))] if kind == "dataset" else []
     with contextlib.suppress(OSError, ValueError):
-        return Path(cache, folder, "refs", revision or "main").read_text()
+        told = [place for place in places if place.is_file()]
+        newest = max(told, key=lambda place: place.stat().st_mtime)
+        return newest.read_text().strip('"')
+    return None
+
+
+def _kept_file(key: Sequence[Any]) -> Path:
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    return Path(import_extra("datasets").config.HF_DATASETS_CACHE, "rows", f"{name}.json")
+
+
+def _keep(told: Any, *key: Any) -> None:
+    """Keep what the Hub told of a dataset, for when it is out of reach."""
+    with contextlib.suppress(OSError), whole_file(_kept_file(key)) as part:
+        part.write_text(json.dumps(told))
+
+
+def _kept(*key: Any) -> Any:
+    """Return what was kept, None where nothing was."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(_kept_file(key).read_text())
     return None
 
 
@@ -865,8 +893,8 @@ def _like_files(files: Sequence[str]) -> list[str]:
     Columns of Parquet files hold the same, too: `datasets` makes 007 a number where others hold
     such.
     """
-    columns: dict[str, list[str]] = {}
-    types: dict[str, tuple[str, str]] = {}  # what a column holds, and the file that said so
+    columns: dict[str, list[str]] = {file: [] for file in files}
+    types: dict[Any, tuple[str, str]] = {}  # what a column holds, and the file that said so
     if _HUB_FILE.fullmatch(files[0]):  # a request each, and a stream may end before most of them
         return list(files)
     for file in files:
@@ -875,16 +903,17 @@ def _like_files(files: Sequence[str]) -> list[str]:
                 first = itertools.islice(read_rows([file]), FIRST_ROWS)
                 columns[file] = [*dict.fromkeys(name for row in first for name in row)]
                 continue
-            with pq.ParquetFile(file) as table:
-                columns[file] = table.schema_arrow.names if table.metadata.num_rows else []
-                for entry in table.schema_arrow if columns[file] else ():
-                    for place, kind in _list_types(entry.name, entry.type):
-                        expected, other = types.setdefault(place, (kind, file))
-                        if kind != expected:
-                            raise SourceError(
-                                f"dataset {file!r}: column {place} holds {kind}, that of "
-                                f"{Path(other).name} {expected}; write both alike, or give one file"
-                            )
+            if not (schema := _read_types(file)):
+                continue
+            columns[file] = schema.names
+            for entry in schema:
+                for place, kind in _list_types(entry.name, entry.type):
+                    expected, other = types.setdefault(place, (kind, file))
+                    if kind != expected:
+                        raise SourceError(
+                            f"dataset {file!r}: column {'.'.join(place)} holds {kind}, that of "
+                            f"{Path(other).name} {expected}; write both alike, or give one file"
+                        )
     full = [file for file in files if columns[file]]
     if not full:
         raise SourceError(f"dataset {files[0]!r} has no rows")
@@ -899,31 +928,49 @@ def _like_files(files: Sequence[str]) -> list[str]:
     return full
 
 
+def _read_types(file: str) -> pa.Schema | None:
+    """Return the types of a Parquet file, without what is about its storing; None: it has no rows.
+
+    A column that holds nulls alone has the type of nulls: of text that is missing, pandas makes
+    numbers.
+    """
+    types = []
+    with pq.ParquetFile(file) as table:
+        footer, schema = table.metadata, table.schema_arrow
+    chunks = [footer.row_group(n) for n in range(footer.num_row_groups)]
+    told = [chunk.column(n) for chunk in chunks for n in range(footer.num_columns)]
+    sound = {c.path_in_schema for c in told
+             if not c.statistics or c.statistics.null_count != c.num_values}  # fmt: skip
+    for entry in schema:
+        kind = entry.type.value_type if pa.types.is_dictionary(entry.type) else entry.type
+        kind = pa.string() if "string" in str(kind) and not kind.num_fields else kind
+        types.append((entry.name, kind if kind.num_fields or entry.name in sound else pa.null()))
+    return pa.schema(types) if footer.num_rows else None
+
+
 def _unite_types(files: Sequence[str]) -> Any:
     """Return the features of Parquet files where the first does not tell, for it holds nulls."""
-    schemas = [pq.read_schema(file).remove_metadata() for file in files]
+    schemas = [schema for file in files if (schema := _read_types(file))]
     if not any(re.search(r"(^|: )null\b", str(kind)) for kind in schemas[0].types):
         return None
     united = pa.unify_schemas(schemas, promote_options="permissive")
     return import_extra("datasets").Features.from_arrow_schema(united)
 
 
-def _list_types(place: str, kind: pa.DataType) -> Iterator[tuple[str, str]]:
-    """Yield what a column and the fields in it hold, whatever its width; nothing for nulls.
+def _list_types(name: str, kind: pa.DataType, *above: str) -> Iterator[tuple[Any, str]]:
+    """Yield what a column and the fields in it hold, text or else; nothing for nulls.
 
-    Whole columns of numbers are alike, too: pandas makes floats of integers beside a null.
+    Whole columns of numbers are alike: pandas makes floats of integers beside a null. Other
+    types `datasets` casts without loss, or refuses.
     """
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    for field_in in map(kind.field, range(kind.num_fields)):
-        name = "[]" if kind.num_fields == 1 and not pa.types.is_struct(kind) else field_in.name
-        yield from _list_types(f"{place}.{name}", field_in.type)
+    for entry in map(kind.field, range(kind.num_fields)):
+        is_list = kind.num_fields == 1 and not pa.types.is_struct(kind)
+        yield from _list_types("[]" if is_list else entry.name, entry.type, *above, name)
     if not kind.num_fields and not pa.types.is_null(kind):
-        plain = re.sub(r"^large_|_view$|\W.*", "", str(kind))
+        plain = "text" if "string" in str(kind) else "no text"
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            is_whole = pa.types.is_integer(kind) and "." in place
-            plain = "integer" if is_whole else "number"
-        yield place, plain
+            plain = "integer" if pa.types.is_integer(kind) and above else "number"
+        yield (*above, name), plain
 
 
 def read_rows(
@@ -960,6 +1007,7 @@ def read_rows(
         except _read_faults() as error:
             said = next((said for kind, said in _WHY.items() if isinstance(error, kind)), "")
             passing = getattr(error, "errno", None) or isinstance(error, transfer_errors())
+            passing = passing or "memory" in str(error)  # of zstd's --long
             damaged = "" if passing else ": the file is damaged"
             why = said.format(error) or first_line(error) + damaged
             raise SourceError(f"dataset {file!r}, line {number}: {why}") from None
@@ -1164,9 +1212,12 @@ def source_revision(
     if not path.exists():
         hub = import_extra("huggingface_hub")
         try:
-            return str(hub.HfApi().repo_info(dataset, revision=revision, repo_type=kind).sha)
+            commit = str(hub.HfApi().repo_info(dataset, revision=revision, repo_type=kind).sha)
         except (hub.errors.HTTPError, OSError, ValueError):
             return cached_commit(dataset, revision, kind=kind)
+        if kind == "dataset":  # it is read by the commit, of which the Hub's cache keeps no branch
+            _keep(commit, dataset, revision or "main")
+        return commit
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.is_file() and not is_hidden(file.relative_to(path))]
     files = [file for file in files if not re.fullmatch(r"cache-.*\.arrow", file.name)]
@@ -1360,27 +1411,36 @@ def _read_pair(cells: Mapping[str, Any], columns: ConversationColumns) -> Messag
     found: Messages = []
     for role, column in (("assistant", columns.assistant), ("user", columns.user)):
         value = cells[str(column)]
-        whole = role == "user" and found[0]["role"] not in ("assistant", "tool")
         if isinstance(value, list) and value and isinstance(value[0], dict):
             messages = _read_messages(value, str(column))
-            if whole:
-                asked, again = (
-                    [(m["role"], m.get("content")) for m in each if m["role"] not in _INSTRUCTORS]
-                    for each in (messages, found)
-                )
-                if asked == again[: len(asked)]:  # the prompt may yet have the only system message
-                    instructed = found[0]["role"] in _INSTRUCTORS
-                    lead = itertools.takewhile(lambda m: m["role"] in _INSTRUCTORS, messages)
-                    messages = [] if instructed else list(lead)
-        elif whole:
+        elif found and found[0]["role"] not in ("assistant", "tool"):
             return found  # the whole conversation, as preference data has it in `chosen`
         else:
             text = _cell_text(cells, column)
             if role == "user" and (context := _cell_text(cells, columns.context, needed=False)):
                 text += f"\n\n{context}"
             messages = [{"role": role, "content": text}]
-        found = [*messages, *found]
+        found = _join_prompt(messages, found) if found else messages
     return found
+
+
+def _join_prompt(prompt: Messages, answer: Messages) -> Messages:
+    """Put before an answer what of its prompt it does not hold; it may be a whole conversation."""
+    first = answer[0]["role"]
+    if first in ("assistant", "tool"):
+        return prompt + answer
+    if first in _INSTRUCTORS:
+        return answer
+    lead = [*itertools.takewhile(lambda message: message["role"] in _INSTRUCTORS, prompt)]
+    asked, said = (
+        [(message["role"], str(message.get("content")).strip()) for message in messages]
+        for messages in (prompt[len(lead) :], answer)
+    )
+    again = next(n for n in range(len(asked), -1, -1) if asked[len(asked) - n :] == said[:n])
+    kept = prompt[len(lead) : len(prompt) - again]
+    if not again and asked and (asked[-1][0] != "assistant" or asked[0] == said[0]):
+        kept = []  # the same question in other words, or the same conversation again
+    return [*lead, *kept, *answer]
 
 
 def _cell_text(cells: Mapping[str, Any], column: str | None, *, needed: bool = True) -> str:
@@ -2274,21 +2334,26 @@ class _TurnReader:
         more = template.header if said.startswith(template.header, len(header)) else ""
         return len(header + more)
 
+    @cached_property
+    def unnamed(self) -> _TurnReader | None:
+        """The same conversation, whose assistant has no `name`; None where that is refused."""
+        chat = [
+            {k: v for k, v in message.items() if k != "name" or message["role"] != "assistant"}
+            for message in self.chat
+        ]
+        rendering = self.template.try_render(chat, self.tools)
+        return rendering and replace(self, chat=chat, rendering=rendering)
+
     def named_header(self, number: int, said: str) -> int | None:
         """Return the length of a header that holds the speaker's `name`; None: it holds none.
 
         The generation prompt has no name: the turn without it ends in the same words.
         """
-        chat = [*self.chat]
-        if not chat[number].get("name"):
+        if not self.chat[number].get("name") or not (plain := self.unnamed):
             return None
-        chat[number] = {key: value for key, value in chat[number].items() if key != "name"}
-        if not (plain := self.template.try_render(chat, self.tools)):
-            return None
-        a, b = next(((x, y) for x, y, who in plain.runs if who == number), (0, 0))
-        rest = plain.text[
-            a + replace(self, chat=chat, rendering=plain).header_length(number, a, b) : b
-        ]
+        text, runs, _ = plain.rendering
+        a, b = next(((x, y) for x, y, who in runs if who == number), (0, 0))
+        rest = text[a + plain.header_length(number, a, b) : b]
         return len(said) - len(rest) if rest and said.endswith(rest) else None
 
     def closing_of_calls(self, number: int, a: int, b: int, *, first: bool) -> int:

@@ -6422,6 +6422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, level in TALKATIVE.items():
         logging.getLogger(name).setLevel(level)
     log_safely()
+    config = None
     try:
         config = parse_args(argv)
         if "SLURM_LOCALID" in os.environ:  # a GPU of its own for each task of a node
@@ -6446,7 +6447,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for thread in requests:  # one that writes a file has its time
             thread.join(GRACE_S)
         # the Hub's client would hold us up, and threads of a group once aborted at the very end
-        if config.tensor_parallel or any(thread.is_alive() for thread in requests):
+        in_group = config is not None and config.tensor_parallel
+        if in_group or any(thread.is_alive() for thread in requests):
             sys.stderr.flush()
             os._exit(int(summary["exit_code"]))
     return int(summary["exit_code"])

@@ -392,6 +392,9 @@ def test_files_on_the_hub_are_read_as_they_are_here(streaming, near, hub, tmp_pa
         for revision in (None, commit):
             found = list(open_source(f"u/{kind}", revision=revision, **how))
             assert list(map(repr, found)) == list(map(repr, here))
+        if not streaming:
+            found = list(open_source(f"u/{kind}", split="train+test", integers=["id"]))
+            assert list(map(repr, found)) == list(map(repr, here)) * 2
     near(False)
     if streaming:  # which leaves no table behind
         with pytest.raises(SourceError, match="cache"):
@@ -424,6 +427,20 @@ def test_of_a_hub_out_of_reach_the_commit_that_is_meant_is_read_or_none(kind, by
     else:
         with pytest.raises(SourceError, match=f"cache here holds commit {commits[1]}"):
             open_source("u/qa", revision=commits[0])
+
+
+def test_what_was_read_by_its_commit_is_read_when_the_hub_is_out_of_reach(near, hub):
+    """By a README.md, too, which says how a file is to be read: then `datasets` reads it."""
+    options = "---\nconfigs:\n- {config_name: a, data_files: r.csv, sep: ';'}\n---\n"
+    for files in ({"r_csv": "answer\n007\n"}, {"r_csv": "x;answer\n1;a\n", "README_md": options}):
+        near(True)
+        put(hub, "u/qa", **files)
+        commit = explore.source_revision("u/qa")
+        there = list(open_source("u/qa", revision=commit))
+        near(False)
+        assert explore.source_revision("u/qa") == commit
+        assert list(open_source("u/qa", revision=commit)) == there
+        assert [*there[0]] == (["x", "answer"] if "README_md" in files else ["answer"])
 
 
 def test_files_of_no_split_are_named(tmp_path, caplog):
@@ -467,7 +484,8 @@ def test_parquet_files_whose_columns_hold_something_else_are_refused(streaming, 
     lists = [pa.array([[{"a": 1}]]), pa.array([[{"a": "1"}]])]
     lists += [pa.array([[{"a": 1.5}]]), pa.array([[{"a": None}]])]
     alike = [(number, number.cast("int8")), (text, text.cast("large_string")), (lists[3], lists[0]),
-             (pa.nulls(1), text), (number, number.cast("float64"))]  # fmt: skip
+             (pa.nulls(1), text), (number, number.cast("float64")), (text, pa.nulls(1, "float64")),
+             (pa.nulls(1, "float64"), text), (pa.nulls(1), text.dictionary_encode())]  # fmt: skip
     other = [(number, text), (text, number), *itertools.combinations(lists[:3], 2)]
     for pairs, fine in ((alike, True), (other, False)):
         for n, pair in enumerate(pairs):
@@ -492,7 +510,9 @@ def test_a_prompt_goes_only_where_the_answer_repeats_it():
         (QUESTION, [system, *talk], [system, *talk]),
         (talk, [{"role": "user", "content": "more"}, *ANSWER],
          [*talk, {"role": "user", "content": "more"}, *ANSWER]),
-        ("q", talk, talk), (None, talk, talk),
+        ("q", talk, talk), (None, talk, talk), ([{"role": "user", "content": "q "}], talk, talk),
+        ([{"role": "user", "content": "Say: q"}], talk, talk), (talk, talk[:1] + told[1:], talk),
+        ([*asked, *told, *QUESTION], talk, [*asked, *told, *talk]), ([*talk, system], talk, talk),
     ):  # fmt: skip
         row = {"prompt": prompt, "completion": answer}
         assert read_conversation(row, explore.resolve_columns(row)).messages == whole

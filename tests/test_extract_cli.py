@@ -62,3 +62,11 @@ def test_a_hub_out_of_reach_is_asked_once_and_its_cache_used(cached, tmp_path):
     assert done.code == (0 if cached else 2), done.stderr
     assert "Retry" not in done.stderr
     assert ("the Hub is out of reach" in done.stderr) == (not cached), done.stderr
+
+
+def test_a_job_that_the_hub_does_not_show_ends_in_4_with_a_summary(hub, tmp_path):
+    hub.fault("GET /api/datasets", status=401, count=99)
+    words = ("--output", "user/logits", "--resume")
+    done = run_script("extract_logits.py", *words, cwd=tmp_path, HF_HUB_OFFLINE="0")
+    assert (done.code, done.summary["exit_code"]) == (4, 4), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("extract_logits.py: user/logits: HTTP 401")
