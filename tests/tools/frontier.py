@@ -317,32 +317,56 @@ def draw(figures: dict[str, Any], arms: Sequence[Arm], path: Path) -> None:
     """Draw by how much every arm is above the dense one, against its bytes."""
     from matplotlib.figure import Figure
 
-    def family(arm: Arm) -> str:
-        return re.sub(r"[\d.]+", "n", arm.name)
-
+    families: dict[str, list[Arm]] = {}
+    for arm in arms:
+        if arm.scheme or arm.draws:
+            families.setdefault(family(arm), []).append(arm)
     figure = Figure(figsize=(12, 5.4))
     panels = figure.subplots(1, 2, sharex=True)
     for axes, name, title, linear in (
         (panels[0], "kl", "held-out KL", 0.004),
         (panels[1], "rare", "loss on the rarest tenth of the tokens", 0.03),
     ):
-        for label in dict.fromkeys(family(arm) for arm in arms if arm.scheme or arm.draws):
-            members = [arm.name for arm in arms if family(arm) == label]
-            members.sort(key=lambda member: float(np.mean(figures[member]["bytes"])))
-            sizes = [np.mean(figures[member]["bytes"]) for member in members]
-            pairs = [compare(figures, name, member, "dense") for member in members]
-            axes.errorbar(sizes, *zip(*pairs, strict=True), label=label, marker="o", capsize=3)
-            for member, size, (mean, _) in zip(members, sizes, pairs, strict=True):
-                axes.annotate(member, (size, mean), fontsize=7)
+        for (label, members), colour in zip(families.items(), COLOURS, strict=False):
+            members.sort(key=lambda arm: float(np.mean(figures[arm.name]["bytes"])))
+            sizes = [np.mean(figures[arm.name]["bytes"]) for arm in members]
+            pairs = [compare(figures, name, arm.name, "dense") for arm in members]
+            means, errors = zip(*pairs, strict=True)
+            axes.errorbar(sizes, means, errors, label=label, color=colour, marker="o", ms=5,
+                          capsize=3, lw=1)  # fmt: skip
+            for arm, size, mean in zip(members, sizes, means, strict=True):
+                left = arm.systematic or arm.name.endswith("24, 8 bits") or "+ 8" in arm.name
+                short = re.sub("min-p |, 8 bits|.*, (?=16)", "", arm.name)
+                axes.annotate(short, (size, mean), (-6 if left else 6, 4), color=colour,
+                              fontsize=8, textcoords="offset points",
+                              ha="right" if left else "left")  # fmt: skip
         top = compare(figures, name, "text", "dense")[0]
-        axes.axhline(top, color="#777", ls="--", label="the text alone, 0 bytes")
+        for level, said in ((top, "the text alone, 0 bytes"), (0, "dense, 20,000 bytes")):
+            axes.axhline(level, color="#777", ls="--")
+            axes.text(6.2, level, said, va="bottom", color="#555", fontsize=8)
         axes.set_yscale("symlog", linthresh=linear)
-        axes.set(xscale="log", xlabel="bytes a token", title=title, ylim=(-1.5 * linear, 3 * top))
+        axes.set(xscale="log", xlim=(6, 420), xlabel="bytes a token", title=title,
+                 ylim=(-1.5 * linear, 3 * top))  # fmt: skip
+        axes.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
         axes.grid(color="#eee")
     panels[0].set_ylabel("nats a token above the dense teacher's student")
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=6)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=90)
+
+
+COLOURS = ("#4269d0", "#d62728", "#3ca951", "#1f8a8a", "#9467bd", "#8a6d3b")
+
+
+def family(arm: Arm) -> str:
+    """Return what an arm is one size of."""
+    if arm.draws:
+        return "points on the whole distribution" if arm.systematic else "draws with replacement"
+    if arm.scheme and arm.scheme.min_p is not None:
+        return "--min-p (compact rows)"
+    if arm.scheme and arm.scheme.sampled_n:
+        return "nucleus and tail, K + M"
+    return "top k and a ghost token" if arm.ghost else "top k"
 
 
 def main() -> None:
