@@ -232,6 +232,10 @@ TURNS: dict[str, Any] = {
     "messages that are joined": (
         COPIES, "replacing", [BOTH[0], "Dune.", "Elm.<|end|>"], [*CHAT, says("Elm.")]),
     "think tags of the template": (THINKS, "loop", BOTH, CHAT),
+    "a thought of the data that the template opens": (
+        each(HEAD + branch("<think>\n" + SAID, SAID)) + PROMPT, "loop",
+        ["<think>\nIvy\n</think>\n\nDune.<|end|>"],
+        [CHAT[0], says("Ivy\n</think>\n\nDune.")]),
     "empty think tags of the data": (
         MARKED, "generation", ["<think>\n\n</think>\n\nDune.<|end|>"],
         [CHAT[0], says("<think>\n\n</think>\n\nDune.")]),
