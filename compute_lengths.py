@@ -400,10 +400,10 @@ def compute_lengths(config: LengthsConfig) -> tuple[MeasuredSource, Path]:
     log.info("measuring %s rows of %s", "all" if total is None else f"{total:,}", config.dataset)
     batches = measure_source(source, encoder, batch_size=config.batch_size, workers=config.num_proc)
     measured = collect(batches, total=total)
-    local = (entry for entry in revisions.items() if str(entry[1]).startswith("sha256:"))
-    if changed := dict(local).items() - find_revisions(config).items():  # those of the Hub are held
-        what = min(changed)[0].removesuffix("_revision")
-        raise SourceError(f"the {what} has changed while it was measured; measure it again")
+    for what, place in (("dataset", config.dataset), ("model", config.model)):
+        before = str(revisions[f"{what}_revision"])  # a commit of the Hub stays what it is
+        if before.startswith("sha256:") and source_revision(place, kind=what) != before:
+            raise SourceError(f"the {what} has changed while it was measured; measure it again")
     settings = conversation_settings(config, encoder) | revisions
     path = local_path(config.output_dir) / config.filename
     write_lengths(measured, settings, path)

@@ -307,8 +307,6 @@ def transfer_errors() -> tuple[type[Exception], ...]:
 def hub_answers(repo: str, kind: str = "model") -> bool:
     """Ask the Hub about a repository, once: its client asks for each file six times, and waits."""
     hub = import_extra("huggingface_hub")
-    if kind == "dataset" and import_extra("datasets").config.HF_HUB_OFFLINE:
-        return False
     try:
         hub.HfApi().repo_info(repo, repo_type=kind, timeout=HUB_TIMEOUT_S)
     except transfer_errors() as error:
@@ -733,7 +731,8 @@ def _find_splits_of_hub(
     Files of the split are fetched, but for a stream. Raises SourceError where the Hub is out of
     reach and its cache has the dataset at another commit.
     """
-    datasets, answers = import_extra("datasets"), hub_answers(dataset, "dataset")
+    datasets = import_extra("datasets")
+    answers = not datasets.config.HF_HUB_OFFLINE and hub_answers(dataset, "dataset")
     asked = [part.partition("[")[0] for part in split.split("+")]
     with contextlib.nullcontext() if answers else _cache_alone():
         splits = _list_files_of_hub(dataset, subset, revision, answers)
@@ -755,7 +754,7 @@ def _list_files_of_hub(
 
     What the Hub lists is kept for when it is out of reach.
     """
-    datasets, constants = import_extra("datasets"), import_extra("huggingface_hub.constants")
+    datasets = import_extra("datasets")
     if not answers and not is_exact(revision):
         revision = cached_commit(dataset, revision) or revision
     known = None if answers else _kept(dataset, subset, revision)
@@ -771,8 +770,8 @@ def _list_files_of_hub(
         info = json.loads(Path(builder.cache_dir, "dataset_info.json").read_text())
         if known is not None or info.get("builder_name") not in ("json", "csv"):
             return {}
-        folder = f"datasets--{dataset.replace('/', '--')}"  # where `datasets` has left all of them
-        path = Path(constants.HF_HUB_CACHE, folder, "snapshots", builder.hash)
+        # where `datasets` has left all of them
+        path = _cache_of_hub(dataset, "dataset") / "snapshots" / builder.hash
         plain = _reads_plainly(datasets.load_dataset_builder(str(path), name=subset))
         return dict(_find_splits(path, subset)) if plain else {}
     splits = {str(split): list(each) for split, each in (builder.config.data_files or {}).items()}
@@ -806,10 +805,17 @@ def _fetch(files: Sequence[str]) -> list[str]:
         return list(pool.map(fetch, files))
 
 
+def _cache_of_hub(repo: str, kind: str) -> Path:
+    """Return the folder of a repository in the Hub's cache here."""
+    name = import_extra("huggingface_hub.file_download").repo_folder_name
+    cache = import_extra("huggingface_hub.constants").HF_HUB_CACHE
+    return Path(cache, name(repo_id=repo, repo_type=kind))
+
+
 def cached_commit(repo: str, revision: str | None = None, *, kind: str = "dataset") -> str | None:
     """Return the commit that a branch of a repository is (None: main), as last told here."""
-    branch, cache = revision or "main", import_extra("huggingface_hub.constants").HF_HUB_CACHE
-    places = [Path(cache, f"{kind}s--{repo.replace('/', '--')}", "refs", branch)]
+    branch = revision or "main"
+    places = [_cache_of_hub(repo, kind) / "refs" / branch]
     places += [_kept_file((repo, branch))] if kind == "dataset" else []
     with contextlib.suppress(OSError, ValueError):
         told = [place for place in places if place.is_file()]
@@ -852,9 +858,9 @@ def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
         tables = datasets.load_from_disk(str(path))
         tables = tables if isinstance(tables, dict) else {"train": tables}
         return {split: table.with_format(None) for split, table in tables.items()}
-    kinds = [_kind_of_file(path.name)]
-    if path.is_dir():
-        kinds = [_kind_of_file(file.name) for file in path.rglob("[!.]*") if file.is_file()]
+    inside = sorted(path.rglob("[!.]*"))  # nothing of a file
+    files = [file for file in inside if file.is_file()] if path.is_dir() else [path]
+    kinds = {_kind_of_file(file.name) for file in files}
     if not any(kinds):
         what = "unknown kind of file, expected" if path.is_file() else "no file in this folder is"
         raise SourceError(f"{name}: {what} .jsonl, .json, .parquet, .csv")
@@ -863,18 +869,18 @@ def _find_splits(path: Path, subset: str | None) -> Mapping[str, Any]:
     folder = os.path.abspath(path)  # `.` has no name by itself
     if glob.has_magic(folder) or "::" in folder:  # other folders could be meant, too
         raise SourceError(f"{name}: a path with *, ?, [ or :: is read as a pattern: rename it")
-    files = datasets.load_dataset_builder(folder, name=subset).config.data_files
-    splits = {str(split): list(each) for split, each in files.items()}
+    found = datasets.load_dataset_builder(folder, name=subset).config.data_files
+    splits = {str(split): list(each) for split, each in found.items()}
     taken = {_kind_of_file(file) for each in splits.values() for file in each}
     if "" in taken:
         raise SourceError(f"{name}: most of its files are no .jsonl, .json, .parquet, .csv")
     # it takes the files of one kind; what else is .json may be about the others
-    for kind in sorted({*kinds} - {*taken, "json", ""}):
+    for kind in sorted(kinds - {*taken, "json", ""}):
         log.warning("%s: its .%s files are not read, give them apart", name, kind)
     read = {*map(os.path.realpath, itertools.chain(*splits.values()))}
     idle = [
         str(file.relative_to(path))
-        for file in sorted(path.rglob("[!.]*"))
+        for file in inside
         if not is_hidden(file.relative_to(path))
         if (file.is_symlink() and file.is_dir())
         or (_kind_of_file(file.name) in taken and os.path.realpath(file) not in read)
@@ -950,9 +956,10 @@ def _read_types(file: str) -> pa.Schema | None:
 
 def _unite_types(files: Sequence[str]) -> Any:
     """Return the features of Parquet files where the first does not tell, for it holds nulls."""
-    schemas = [schema for file in files if (schema := _read_types(file))]
-    if not any(re.search(r"(^|: )null\b", str(kind)) for kind in schemas[0].types):
+    first = _read_types(files[0])
+    if first is None or not any(re.search(r"(^|: )null\b", str(kind)) for kind in first.types):
         return None
+    schemas = [first, *filter(None, map(_read_types, files[1:]))]
     united = pa.unify_schemas(schemas, promote_options="permissive")
     return import_extra("datasets").Features.from_arrow_schema(united)
 
@@ -6323,8 +6330,11 @@ class LogitIterableDataset:
             LogitsError: the rank is not below the world size, or torch is missing.
             OpenError: there is no such output.
         """
-        numbers = {"seed": seed, "rank": rank, "world_size": world_size, "max_seq_len": max_seq_len}
-        for name, value in {**numbers, "batch_size": batch_size}.items():
+        numbers = {
+            "seed": seed, "rank": rank, "world_size": world_size, "max_seq_len": max_seq_len,
+            "batch_size": batch_size,
+        }  # fmt: skip
+        for name, value in numbers.items():
             if value is not None:
                 check_count(name, value)
         if not isinstance(text, (TextSource, type(None))):
